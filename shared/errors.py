@@ -1,0 +1,53 @@
+"""What can go wrong, in one tree, so that a caller catches as much or as little as it wants.
+
+Every message is one sentence: what was found, where (path:line or part:row), what was expected, what to do. The command
+line prints it without a traceback and leaves with `exit_code`: 1 the work failed, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DecantError(Exception):
+    """Base of every error that a user can meet."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(DecantError):
+    """The request itself is wrong: an unknown option, a combination that cannot be honoured."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class RecipeError(UsageError):
+    """The recipe does not say something that Decant can do; the message names file and line."""
+
+
+class PromptError(DecantError):
+    """Prompts or answers cannot be read, split into spans or used; the message names path and line."""
+
+
+class CacheError(DecantError):
+    """A cache cannot be opened, read or written."""
+
+
+class DamagedError(CacheError):
+    """Bytes on disk are not what was committed: truncated, altered or not a cache at all."""
+
+
+class IdentityError(CacheError):
+    """Two things that must be equal are not: teacher, tokenizer or capture settings."""
+
+
+class EngineError(DecantError):
+    """The teacher's engine cannot start, cannot do what was asked, or died."""
+
+
+class TrainingError(DecantError):
+    """Training cannot start or must stop."""
+
+
+class EvaluationError(DecantError):
+    """A model cannot be evaluated or a report cannot be built."""

@@ -1,0 +1,1 @@
+"""Phase 2: cache -> order -> batch -> loss -> trainer -> checkpoint."""

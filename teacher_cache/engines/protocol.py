@@ -1,0 +1,92 @@
+"""What phase 1 asks of an engine: answer prompts, score sequences. Streams in, streams out, any order.
+
+An engine pulls requests lazily from an iterator, keeps as many in flight as it likes (bounded), and yields each result as
+soon as it is done, in any order, with the request's `tag` untouched. So the builder can feed requests of the next unit while
+the last of this one finish, and an engine that needs fixed batches (transformers) cuts them wherever `unit` changes.
+
+Shape letters: T tokens of a sequence, S supervised positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.recipe import Generate
+from shared.targets import SparseTargets
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One answer wanted."""
+
+    tag: Any
+    """Comes back with the result; the engine never looks inside."""
+    unit: int
+    """Requests of one unit arrive together; batches of a batch engine never cross a unit."""
+    token_ids: list[int]
+    """The rendered prompt, generation prompt included."""
+    seed: int
+    """Seed of this answer alone (63 bits), so that an interrupted build continues as it would have run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One answer."""
+
+    tag: Any
+    token_ids: list[int]
+    """The answer, end token included where `finish_reason` is stop and the model produced one."""
+    finish_reason: str
+    """stop | length"""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """One sequence to score."""
+
+    tag: Any
+    unit: int
+    token_ids: NDArray[np.int32]
+    """[T]"""
+    spans: NDArray[np.int32]
+    """[n, 2] start and end (exclusive) of supervised tokens; start >= 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The teacher's distributions at a sequence's supervised positions, exact, before any quantisation."""
+
+    tag: Any
+    targets: SparseTargets
+
+
+class Engine(Protocol):
+    """A loaded teacher."""
+
+    tokenizer: Any
+    """The transformers tokenizer."""
+    vocab_size: int
+    """Entries that the tokenizer can produce; columns beyond it are padding and never captured."""
+    max_model_len: int
+    """Longest sequence, prompt and answer together, in tokens."""
+
+    def generate(self, requests: Iterable[GenerateRequest], settings: Generate) -> Iterator[Generated]:
+        """Answer each request once, in any order."""
+        ...
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Scored]:
+        """Score each request once, in any order, as the engine's `Capture` says."""
+        ...
+
+    def provenance(self) -> Mapping[str, Any]:
+        """Say what ran: engine and library versions, device, head dtype, whether seeds were honoured, which capture path."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and memory; safe to call twice."""
+        ...

@@ -1,0 +1,1 @@
+"""The command line, evaluation, report, doctor, planner and benchmarks."""
