@@ -1,0 +1,165 @@
+"""The recipe: everything that one experiment may say, validated before any work.
+
+Sections are defined in `recipe_capture` (phase 1), `recipe_training` (phase 2) and `recipe_evaluation`; this module puts them
+together and checks what involves more than one of them. What depends on a cache's content (its temperatures, sources, layers) is
+checked against the cache when it is opened. Paths are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from shared.recipe_base import Count, Integer, Name, Problem, Section, closest, inconsistent, one_or_many, quoted
+from shared.recipe_capture import Capture, Generate, Heldout, PromptSource, Teacher, Workers
+from shared.recipe_evaluation import Evaluate, Task
+from shared.recipe_schedule import Schedule
+from shared.recipe_training import Adapter, Loss, Stage, StageTrainer, Student
+
+__all__ = [
+    "Adapter",
+    "Capture",
+    "Evaluate",
+    "Generate",
+    "Heldout",
+    "Loss",
+    "PromptSource",
+    "Recipe",
+    "Schedule",
+    "Stage",
+    "StageTrainer",
+    "Student",
+    "Task",
+    "Teacher",
+    "Workers",
+]
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: Name
+    """Name of the experiment in reports."""
+    output_dir: Path
+    """Where the run writes everything except the cache."""
+    seed: Integer = 0
+    """Seed of everything that has none of its own."""
+    teacher: Teacher | None = None
+    """The model to learn from; may be left out where the cache exists."""
+    prompts: tuple[PromptSource, ...] = ()
+    """What the teacher answers, or the answered prompts that it scores."""
+    generate: Generate | None = None
+    """How the teacher answers; left out: the data's answers are scored."""
+    capture: Capture = Capture()
+    """What is kept of the teacher's distributions."""
+    cache: Annotated[tuple[Path, ...], BeforeValidator(one_or_many), Field(min_length=1)]
+    """The cache directory, or a list of them to train from."""
+    rows_per_part: Annotated[Count, Field(le=1_000_000)] = 1024
+    """Rows in one file of the cache: what is lost at most when a machine dies."""
+    heldout: Heldout = Heldout()
+    """Prompts that no stage trains on."""
+    student: Student | None = None
+    """The model that learns."""
+    stages: tuple[Stage, ...] = ()
+    """Training runs, in order."""
+    evaluate: Evaluate = Evaluate()
+    """Which models are compared, and how."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        problems = [*_phase1_problems(self), *_stage_problems(self), *_temperature_problems(self), *_evaluate_problems(self)]
+        if problems:
+            inconsistent(*problems)
+        return self
+
+    def stage(self, name: str) -> Stage:
+        """Return the stage of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+    def stage_dir(self, name: str) -> Path:
+        """Return where a stage writes; its final model is in `model` below."""
+        return self.output_dir / "train" / name
+
+
+def _phase1_problems(recipe: Recipe) -> list[Problem]:
+    problems: list[Problem] = []
+    if recipe.prompts and recipe.teacher is None:
+        problems.append((("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out"))
+    if recipe.generate is not None and not recipe.prompts:
+        problems.append((("generate",), "there are no `prompts` to answer; add some, or leave it out"))
+    if recipe.prompts and len(recipe.cache) > 1:
+        problems.append(
+            (("cache",), f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out")
+        )
+    for i, cache in enumerate(recipe.cache):
+        if cache in recipe.cache[:i]:
+            problems.append((("cache", i), f"'{cache}' is listed twice"))
+    return problems
+
+
+def _stage_problems(recipe: Recipe) -> list[Problem]:
+    problems: list[Problem] = []
+    if recipe.stages and recipe.student is None:
+        problems.append((("stages",), "there is no `student` to train; add one"))
+    names = [stage.name for stage in recipe.stages]
+    for i, stage in enumerate(recipe.stages):
+        if stage.name in names[:i]:
+            problems.append((("stages", i, "name"), f"stage '{stage.name}' is listed twice; give each its own name"))
+        problem = _init_from_problem(stage.init_from, names[:i], names)
+        if problem:
+            problems.append((("stages", i, "init_from"), problem))
+    return problems
+
+
+def _init_from_problem(start: str, earlier: list[str], names: list[str]) -> str | None:
+    if start == "base" or start in earlier or (start == "previous" and earlier):
+        return None
+    if start == "previous":
+        return "there is no stage before the first; start from 'base'"
+    if "/" in start:
+        return None if Path(start).is_dir() else f"there is no directory '{start}'"
+    if start in names:
+        return f"stage '{start}' does not come earlier; list it first"
+    choices = ["base", *(["previous"] if earlier else []), *earlier]
+    return f"'{start}' is none of {quoted(choices)} nor a directory (written with a '/'){closest(start, choices)}"
+
+
+def _temperature_problems(recipe: Recipe) -> list[Problem]:
+    if recipe.teacher is None or not recipe.prompts:
+        return []
+    problems: list[Problem] = []
+    captured = recipe.capture.temperatures
+    for i, stage in enumerate(recipe.stages):
+        if stage.targets is not None:
+            continue
+        for j, loss in enumerate(stage.losses):
+            missing = sorted({value for value in loss.temperature.extremes() if value not in captured})
+            if missing:
+                wanted = ", ".join(f"{value:g}" for value in missing)
+                have = ", ".join(f"{value:g}" for value in captured)
+                sentence = f"temperature {wanted} is not captured, only {have}; add it to capture.temperatures"
+                problems.append((("stages", i, "losses", j, "temperature"), sentence))
+    return problems
+
+
+def _evaluate_problems(recipe: Recipe) -> list[Problem]:
+    problems: list[Problem] = []
+    names = [stage.name for stage in recipe.stages]
+    for i, model in enumerate(recipe.evaluate.models):
+        path = ("evaluate", "models", i)
+        if model == "teacher" and recipe.teacher is None:
+            problems.append((path, "the recipe has no `teacher` section; add one, or leave it out here"))
+        elif model == "base" and recipe.student is None:
+            problems.append((path, "the recipe has no `student` section; add one, or leave it out here"))
+        elif model not in (choices := ["teacher", "base", *names]):
+            problems.append((path, f"'{model}' is none of {quoted(choices)}{closest(model, choices)}"))
+    return problems

@@ -1,0 +1,79 @@
+"""What a recipe may say about evaluation: which models, on which tasks."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Literal
+
+from pydantic import model_validator
+
+from shared.recipe_base import Count, CountOrZero, Integer, NonNegative, Problem, Section, Text, inconsistent
+
+TaskName = Literal["gsm8k", "humaneval", "keywords", "multiple_choice"]
+
+
+class Task(Section):
+    """One set of questions with a way to score answers."""
+
+    name: TaskName
+    """How answers are scored: final number, unit tests, keywords, or the most probable choice."""
+    path: Text
+    """A jsonl file of questions."""
+    domain: str = ""
+    """Label in reports; left out: the file's name up to its first dot."""
+    limit: Count | None = None
+    """Take at most this many questions from the start."""
+    prompt_template: Text = "{prompt}"
+    """Text of the question, with {column} for columns of the file."""
+    temperature: NonNegative = 0.0
+    """Sampling temperature of answers; 0 takes the most probable token."""
+    samples: Count = 1
+    """Answers per question; the score is their mean."""
+    shots: CountOrZero = 0
+    """Solved examples put before each question."""
+    seed: Integer = 0
+    """Seed of sampled answers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _domain_from_path(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("domain") in (None, "") and isinstance(data.get("path"), str):
+            return {**data, "domain": PurePath(data["path"]).name.split(".")[0]}
+        return data
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Task:
+        if self.temperature == 0 and self.samples > 1:
+            inconsistent((("samples",), "all answers at temperature 0 are the same; raise the temperature or leave it at 1"))
+        return self
+
+
+class Evaluate(Section):
+    """Which models are compared, and how."""
+
+    models: tuple[Text, ...] = ()
+    """teacher, base, and names of stages."""
+    tasks: tuple[Task, ...] = ()
+    """Sets of questions, for every model."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What answers the questions."""
+    max_new_tokens: Count = 256
+    """Longest answer in tokens."""
+    heldout_rows: Count | None = None
+    """Held-out rows to measure on, at most; left out: all."""
+
+    @model_validator(mode="after")
+    def _labels_are_unique(self) -> Evaluate:
+        problems: list[Problem] = []
+        problems += [
+            (("models", i), f"'{model}' is listed twice") for i, model in enumerate(self.models) if model in self.models[:i]
+        ]
+        domains = [task.domain for task in self.tasks]
+        problems += [
+            (("tasks", i, "domain"), f"another task has the domain '{domain}'; give each its own")
+            for i, domain in enumerate(domains)
+            if domain in domains[:i]
+        ]
+        if problems:
+            inconsistent(*problems)
+        return self

@@ -1,0 +1,233 @@
+"""What a recipe may say about phase 2: student, stages, losses, and the arguments of transformers.Trainer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from shared.recipe_base import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Integer,
+    Name,
+    NonNegative,
+    Positive,
+    Problem,
+    Section,
+    Share,
+    Text,
+    inconsistent,
+    one_or_many,
+)
+from shared.recipe_schedule import Schedule, constant
+
+RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
+"""Names with a meaning of their own."""
+
+LossName = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+
+
+class Adapter(Section):
+    """How the student's weights are trained: all of them, or low-rank additions."""
+
+    kind: Literal["none", "lora", "qlora"] = "none"
+    """none: all weights; lora: low-rank additions; qlora: the same over 4-bit weights."""
+    r: Count = 16
+    """Rank."""
+    alpha: Positive = 32
+    """Scale of the additions, divided by the rank."""
+    dropout: Annotated[Fraction, Field(lt=1)] = 0.0
+    """Dropout before the additions."""
+    target_modules: Text | tuple[Text, ...] = "all-linear"
+    """Which layers get additions: all-linear (without the head), a pattern, or names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_is_kind(cls, data: Any) -> Any:
+        return {"kind": data} if isinstance(data, str) else data
+
+
+class Student(Section):
+    """The model that learns."""
+
+    model: Text
+    """A directory or a hub id."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from its weights, or from fresh ones of its config."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type in which the weights are kept; float32 masters keep small updates."""
+    adapter: Adapter = Adapter()
+    """none, lora or qlora, or a section with options."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation; packs stay separate in sdpa and flash_attention_2."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+
+class Loss(Section):
+    """One term of the training loss, in nats per supervised position."""
+
+    name: LossName
+    """Which divergence between teacher and student, or cross_entropy against the tokens of the text."""
+    weight: Schedule = constant(1.0)
+    """What the term is multiplied by: a number or a schedule."""
+    temperature: Schedule = constant(1.0)
+    """Temperature of both sides: a number or a step schedule; every value must have been captured."""
+    beta: Share = 0.5
+    """Share of the teacher in the mixture of jsd."""
+    skew: Share = 0.1
+    """Share of the other side in skew_forward_kl and skew_reverse_kl."""
+
+    @model_validator(mode="after")
+    def _options_belong_to_it(self) -> Loss:
+        problems: list[Problem] = []
+        if self.name != "jsd" and self.beta != 0.5:
+            problems.append((("beta",), f"only jsd has a beta, '{self.name}' does not, so leave it out"))
+        if not self.name.startswith("skew_") and self.skew != 0.1:
+            problems.append((("skew",), f"only the skew_ losses have a skew, '{self.name}' does not, so leave it out"))
+        if self.name == "cross_entropy" and set(self.temperature.extremes()) != {1.0}:
+            problems.append((("temperature",), "cross_entropy is taken at temperature 1, so leave it out"))
+        if min(self.temperature.extremes()) <= 0:
+            problems.append((("temperature",), "a temperature must be above 0"))
+        if self.temperature.kind in ("linear", "cosine"):
+            moves = f"a {self.temperature.kind} schedule passes through temperatures that were not captured"
+            problems.append((("temperature", "kind"), f"{moves}; use a number, or kind 'step' with captured temperatures"))
+        if problems:
+            inconsistent(*problems)
+        return self
+
+
+class StageTrainer(Section):
+    """Arguments of one stage's training, in the spelling of transformers.TrainingArguments."""
+
+    learning_rate: Positive = 1e-4
+    """Peak learning rate."""
+    max_steps: Count | None = None
+    """Optimizer steps; left out: num_train_epochs decides."""
+    num_train_epochs: Positive = 1.0
+    """Passes over the rows, where max_steps is left out."""
+    pack_tokens: Count = 2048
+    """Tokens in one pack; rows are packed without attention between them."""
+    per_device_train_batch_size: Count = 1
+    """Packs per device and forward pass."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per optimizer step."""
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """How the learning rate moves."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Options of the schedule, such as min_lr."""
+    warmup_steps: CountOrZero = 0
+    """Steps over which the learning rate rises."""
+    warmup_ratio: Annotated[Fraction, Field(lt=1)] = 0.0
+    """The same as a share of all steps."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: Annotated[Fraction, Field(lt=1)] = 0.9
+    """Decay of the mean of gradients."""
+    adam_beta2: Annotated[Fraction, Field(lt=1)] = 0.999
+    """Decay of the mean of squared gradients."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of the latter."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip gradients to this norm; 0 does not clip."""
+    optim: Text = "adamw_torch"
+    """Optimizer, by its name in transformers."""
+    bf16: bool = False
+    """Compute in bfloat16 over float32 weights."""
+    fp16: bool = False
+    """Compute in float16 over float32 weights, with loss scaling."""
+    tf32: bool | None = None
+    """Allow TF32 matrix products; left out: torch's default."""
+    torch_compile: bool = False
+    """Compile the model's body."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, as in the student's section."""
+    save_steps: Count = 100
+    """Steps between checkpoints."""
+    save_total_limit: Count | None = 2
+    """Checkpoints to keep."""
+    logging_steps: Count = 1
+    """Steps between lines in metrics.jsonl."""
+    dataloader_num_workers: CountOrZero = 0
+    """Processes that read the cache."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "none"], ...], BeforeValidator(one_or_many)] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl."""
+    seed: Integer | None = None
+    """Seed of order, dropout and fresh weights; left out: the recipe's."""
+
+    @model_validator(mode="after")
+    def _one_of_each_pair(self) -> StageTrainer:
+        problems: list[Problem] = []
+        if self.bf16 and self.fp16:
+            problems.append((("fp16",), "bf16 and fp16 are both on; keep one"))
+        if self.warmup_steps and self.warmup_ratio:
+            problems.append((("warmup_ratio",), "warmup_steps and warmup_ratio are both set; keep one"))
+        if "none" in self.report_to and len(self.report_to) > 1:
+            problems.append((("report_to",), "'none' stands alone"))
+        if problems:
+            inconsistent(*problems)
+        return self
+
+
+class Stage(Section):
+    """One training run: where it starts, what it minimises, on which rows, for how long."""
+
+    name: Name
+    """Directory of the stage below output_dir/train, and its name everywhere else."""
+    init_from: Text = "base"
+    """base (the student's own weights), previous, the name of an earlier stage, or a model directory (with a '/')."""
+    losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
+    """Terms of the loss; they are added."""
+    mixture: dict[str, Positive] | None = None
+    """Share of each source in the training tokens; left out: as they are in the cache."""
+    targets: str | None = None
+    """Targets layer of the cache, where it has more than one."""
+    max_length: Count | None = None
+    """Longest row in tokens; left out: pack_tokens."""
+    too_long: Literal["cut", "drop", "refuse"] = "cut"
+    """What happens to longer rows."""
+    trainer: StageTrainer = StageTrainer()
+    """Arguments of the training."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Stage:
+        problems: list[Problem] = []
+        if self.name in RESERVED_STAGE_NAMES:
+            problems.append((("name",), f"'{self.name}' is reserved; call the stage something else"))
+        if all(max(loss.weight.extremes()) == 0 for loss in self.losses):
+            problems.append((("losses",), "every weight is 0, so there is nothing to minimise"))
+        seen: set[tuple[str, str]] = set()
+        for i, loss in enumerate(self.losses):
+            identity = (loss.name, loss.model_dump_json(include={"temperature", "beta", "skew"}))
+            if identity in seen:
+                problems.append((("losses", i, "name"), f"'{loss.name}' is listed twice; add up its weights in one entry"))
+            seen.add(identity)
+        if self.mixture is not None and not self.mixture:
+            problems.append((("mixture",), "names no source; leave it out to take the rows as they are"))
+        if self.max_length is not None and self.max_length > self.trainer.pack_tokens:
+            pack = self.trainer.pack_tokens
+            problems.append(
+                (("max_length",), f"a row of {self.max_length} tokens does not fit a pack of {pack}; raise trainer.pack_tokens")
+            )
+        if problems:
+            inconsistent(*problems)
+        return self
+
+
+__all__ = ["RESERVED_STAGE_NAMES", "Adapter", "Loss", "LossName", "Stage", "StageTrainer", "Student"]
