@@ -1,1 +1,3 @@
-"""What both phases agree on: recipe, cache format, codec, identity, reader and writer. Never imports torch, vllm or transformers."""
+"""What both phases agree on: recipe, cache format, codec, identity, reader and writer. Never imports torch, vllm or
+transformers.
+"""

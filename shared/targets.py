@@ -45,7 +45,8 @@ class SparseTargets:
     label_logprobs: FloatArray
     """[S] log-probability of the token that follows, inside the head or not."""
     tail_logmass: FloatArray
-    """[S, J] log of the mass outside the head at each captured temperature; -inf where the head is the whole vocabulary, 0 without a head."""
+    """[S, J] log of the mass outside the head at each captured temperature; -inf where the head is the whole vocabulary,
+    0 without a head."""
     temperatures: tuple[float, ...] = (1.0,)
     """J captured temperatures, ascending, 1.0 among them."""
     draws: tuple[Draws, ...] = ()
