@@ -20,8 +20,8 @@ from teacher_cache.prompts import MAX_LINE_BYTES, Problems, read_prompts
 TURNS = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
 
 
-def source(path: Path | str, format: str = "messages", **settings) -> PromptSource:
-    return PromptSource(source="math", path=str(path), format=format, **settings)
+def source(path: Path | str, row_format: str = "messages", **settings) -> PromptSource:
+    return PromptSource(source="math", path=str(path), format=row_format, **settings)
 
 
 def write(path: Path, *rows, encoding="utf-8") -> Path:
@@ -41,7 +41,7 @@ def read(*sources: PromptSource) -> tuple[list, Problems]:
 
 
 @pytest.mark.parametrize(
-    ("format", "row", "expected"),
+    ("row_format", "row", "expected"),
     [
         ("messages", {"messages": TURNS}, TURNS),
         ("prompt_completion", {"prompt": "Two and two?", "completion": "Four."}, TURNS),
@@ -51,8 +51,8 @@ def read(*sources: PromptSource) -> tuple[list, Problems]:
         ("alpaca", {"instruction": "Add.", "input": "2, 2", "output": "4"}, None),
     ],
 )
-def test_every_format_gives_the_same_turns(tmp_path, format, row, expected):
-    (conversation,), problems = read(source(write(tmp_path / "a.jsonl", row), format))
+def test_every_format_gives_the_same_turns(tmp_path, row_format, row, expected):
+    (conversation,), problems = read(source(write(tmp_path / "a.jsonl", row), row_format))
     if expected is None:
         expected = [{"role": "user", "content": "Add.\n\n2, 2"}, {"role": "assistant", "content": "4"}]
     assert conversation.messages == expected
@@ -96,7 +96,7 @@ def test_glob_reads_files_in_order_and_limit_stops_early(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("format", "row", "reason"),
+    ("row_format", "row", "reason"),
     [
         ("text", "{", "not valid JSON at column 2"),
         ("text", "[1]", "the row is a list but must be an object"),
@@ -116,7 +116,7 @@ def test_glob_reads_files_in_order_and_limit_stops_early(tmp_path):
         ("alpaca", {"instruction": ""}, "'instruction' is empty"),
     ],
 )
-def test_a_malformed_row_is_set_aside_with_its_line_and_reason(tmp_path, format, row, reason):
+def test_a_malformed_row_is_set_aside_with_its_line_and_reason(tmp_path, row_format, row, reason):
     good = {
         "text": "fine",
         "messages": TURNS,
@@ -125,7 +125,7 @@ def test_a_malformed_row_is_set_aside_with_its_line_and_reason(tmp_path, format,
         "conversations": [{"from": "human", "value": "c"}],
     }
     path = write(tmp_path / "a.jsonl", good, row, good)
-    found, problems = read(source(path, format))
+    found, problems = read(source(path, row_format))
     assert [c.line for c in found] == [1, 3]
     (problem,) = problems.listed
     assert problem.sentence().startswith(f"{path}:2: ")
@@ -178,7 +178,7 @@ def test_group_text_is_the_question_alone_whatever_the_format_or_answer():
         ("prompt_completion", {"prompt": "Two and two?", "completion": "5"}),
         ("text", {"text": "Two and two?"}),
     ]
-    assert {group_text(*parse_row(row, format)[:2]) for format, row in rows} == {"Two and two?"}
+    assert {group_text(*parse_row(row, row_format)[:2]) for row_format, row in rows} == {"Two and two?"}
 
 
 def test_group_text_of_a_long_conversation_ends_with_its_last_question():
@@ -202,16 +202,16 @@ JSON = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    format=st.sampled_from(["messages", "prompt_completion", "alpaca", "sharegpt", "text"]),
+    row_format=st.sampled_from(["messages", "prompt_completion", "alpaca", "sharegpt", "text"]),
     row=st.dictionaries(
         st.sampled_from(["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "answer"]),
         JSON,
     )
     | JSON,
 )
-def test_any_json_either_fits_its_format_or_is_a_reason(format, row):
+def test_any_json_either_fits_its_format_or_is_a_reason(row_format, row):
     try:
-        messages, text, reference = parse_row(row, format)
+        messages, text, reference = parse_row(row, row_format)
     except ValueError as error:
         assert str(error)
         return

@@ -33,8 +33,9 @@ LLAMA2 = (
 )
 THINKING = (  # drops the thoughts of earlier answers, as reasoning models' templates do
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n' + message.get('reasoning_content', '') + '\\n</think>\\n\\n' }}"
-    "{%- endif %}{{- message.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if message.role == 'assistant' and loop.last %}"
+    "{{- '<think>\\n' + message.get('reasoning_content', '') + '\\n</think>\\n\\n' }}{%- endif %}"
+    "{{- message.content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
     "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
 )
@@ -116,7 +117,8 @@ def encode(tokenizer, text: str) -> list[int]:
         (
             THINKING,
             ONE,
-            "<|im_start|>user\nHow many apples?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nthe answer is seven<|im_end|>",
+            "<|im_start|>user\nHow many apples?<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\nthe answer is seven<|im_end|>",
             ["<think>\n\n</think>\n\nthe answer is seven<|im_end|>"],
         ),
     ],
