@@ -53,7 +53,7 @@ _ALLOW, _EPERM, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
 
 
 def seccomp_filter(machine: str) -> bytes | None:
-    """Return the filter for a machine (as `platform.machine()` names it), 8 bytes an instruction; None for a machine unknown here."""
+    """Return the filter for a machine (as `platform.machine()` names it), 8 bytes an instruction; None if unknown."""
     known = _MACHINES.get(machine)
     if known is None:
         return None

@@ -1,0 +1,38 @@
+"""Free answers that must name the right things: {"prompt", "keywords": ["disk", ...], "reference": "..."}.
+
+An answer's score is the share of keywords that occur in it, whatever their case and the white space inside them. A keyword is
+found inside a longer word, too ("restart" in "restarted").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tools.evaluate.questions import Question, Score, text_column
+
+METRIC = "share of keywords named"
+
+
+def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return prompt and reference answer."""
+    prompt, reference = text_column(row, "prompt"), text_column(row, "reference")
+    words = row.get("keywords")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError(f"the column 'keywords' is {words!r:.60}, expected a list of texts")
+    return prompt, reference
+
+
+def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool = False) -> list[Score]:
+    """Give each answer the share of its keywords that it names."""
+    return [_score(question.row["keywords"], answer) for question, answer in pairs]
+
+
+def _score(words: Sequence[str], answer: str) -> Score:
+    text = _plain(answer)
+    missing = [word for word in words if _plain(word) not in text]
+    return Score(1 - len(missing) / len(words), f"not named: {', '.join(missing)}" if missing else "")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
