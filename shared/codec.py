@@ -198,7 +198,7 @@ class Codec:
             raise DamagedError(f"a head's log-probability lies {int(codes.max())} steps below its first entry")
         mass_over_first = segment_sum(self._mass_below_first[codes].ravel(), counts)
         level = (log_head[filled] - np.log(mass_over_first[filled])).astype(np.float32)
-        drop = codes * np.float32(self.gap_step)
+        drop = codes.astype(np.float32) * np.float32(self.gap_step)
         if count:
             return (level[:, None] - drop).ravel()
         return np.repeat(level, counts[filled]) - drop

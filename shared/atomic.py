@@ -1,0 +1,150 @@
+"""Files that exist whole or not at all, even after `kill -9` or a power cut.
+
+Algorithm: write a temporary file beside the target, fsync it, then either rename it over the target (last one wins) or link
+it to the target (first one wins, the others learn that they came second), then fsync the directory. Temporary names hold the
+process id and a random part; no reader opens one, and `shared/garbage.py` removes old ones. Cost: two fsyncs per file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from shared.errors import CacheError
+from shared.failpoints import failpoint
+
+TEMPORARY_MARK = ".tmp-"
+"""Within the name of every temporary file, and of no other."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+Fill = Callable[[BinaryIO], object]
+"""Writes a file's bytes to an open file."""
+
+
+def write_atomic(path: Path, data: bytes | memoryview, what: str) -> None:
+    """Write `data` to `path` by temporary file, fsync and rename; a file that is there is replaced.
+
+    Args:
+        path: the file; its directory exists.
+        data: all of its bytes.
+        what: name of its fail-points.
+
+    Raises:
+        CacheError: the disk is full, or the file cannot be written.
+    """
+    fill_atomic(path, lambda file: file.write(data), what, len(data))
+
+
+def fill_atomic(path: Path, fill: Fill, what: str, expected_bytes: int) -> None:
+    """Like `write_atomic`, with bytes that `fill` writes; `expected_bytes` only serves the message of a full disk."""
+    with _temporary(path, fill, what, expected_bytes) as temporary:
+        failpoint(f"{what}.before_rename")
+        temporary.replace(path)
+        failpoint(f"{what}.after_rename")
+        fsync_dir(path.parent)
+
+
+def link_exclusive(path: Path, data: bytes | memoryview, what: str, step: str = "link") -> bool:
+    """Create `path` with `data` unless it exists, also against other machines on the same file system.
+
+    Args:
+        path: the file; its directory exists.
+        data: all of its bytes.
+        what: name of its fail-points.
+        step: name of the last step among them.
+
+    Returns:
+        False where the file was there first; it is left as it is.
+
+    Raises:
+        CacheError: the disk is full, the file cannot be written, or the file system has no hard links.
+    """
+    return fill_exclusive(path, lambda file: file.write(data), what, len(data), step)
+
+
+def fill_exclusive(path: Path, fill: Fill, what: str, expected_bytes: int, step: str = "link") -> bool:
+    """Like `link_exclusive`, with bytes that `fill` writes; `expected_bytes` only serves the message of a full disk."""
+    with _temporary(path, fill, what, expected_bytes) as temporary:
+        failpoint(f"{what}.before_{step}")
+        created = True
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            created = False
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise CacheError(
+                    f"{path} cannot be created exclusively: its file system has no hard links ({error.strerror}); "
+                    "put the cache on one that has"
+                ) from None
+            raise
+        failpoint(f"{what}.after_{step}")
+        fsync_dir(path.parent)
+        return created
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_dir(path: Path) -> None:
+    """Create a directory with its parents and make their names durable; one that is there is left as it is.
+
+    Raises:
+        CacheError: it cannot be created.
+    """
+    try:
+        missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for created in missing:
+            fsync_dir(created.parent)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be created: {error.strerror}; check the path and its permissions") from None
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, fill: Fill, what: str, expected_bytes: int) -> Iterator[Path]:
+    """Yield a durable temporary file beside `path`; remove its name afterwards; explain what the system refuses."""
+    temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(6)}")
+    try:
+        with temporary.open("xb") as file:
+            failpoint(f"{what}.before_write")
+            fill(file)
+            failpoint(f"{what}.after_write")
+            failpoint(f"{what}.before_fsync")
+            file.flush()
+            os.fsync(file.fileno())
+            failpoint(f"{what}.after_fsync")
+        yield temporary
+    except OSError as error:
+        raise _explained(path, error, expected_bytes) from None
+    finally:
+        with contextlib.suppress(OSError):  # renamed already, or the disk refuses even this; gc removes it later
+            temporary.unlink(missing_ok=True)
+
+
+def _explained(path: Path, error: OSError, expected_bytes: int) -> CacheError:
+    """Return one sentence for what the system refused."""
+    if error.errno not in _FULL:
+        return CacheError(f"{path} cannot be written: {error.strerror or error}; check the path and its permissions")
+    try:
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
+    except OSError:
+        free = "the free space is unknown"
+    return CacheError(
+        f"{path} cannot be written: {error.strerror}; it needs {expected_bytes:,} bytes and {free}, "
+        "so free some space or lift the limit, then run the same command again"
+    )

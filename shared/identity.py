@@ -1,0 +1,178 @@
+"""Is this the same tokenizer, the same teacher, the same capture?
+
+Identity is what makes two targets layers, or two sets of sequences, the same thing; provenance (engine, library
+versions, machine) is recorded but never compared. A difference is explained in a sentence with both values, before any
+work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import xxhash
+
+from shared.codec import CODEC_NAME, Codec
+from shared.errors import DamagedError
+from shared.keys import canonical_json
+from shared.weights_hash import tokenizer_hash, weights_hash
+
+__all__ = ["LayerIdentity", "SequencesIdentity", "difference", "tokenizer_hash", "weights_hash"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerIdentity:
+    """Which teacher, captured how: the identity of one targets layer."""
+
+    what: ClassVar[str] = "targets layer"
+
+    teacher: str
+    """Path or hub id as the recipe named it."""
+    weights_hash: str
+    tokenizer_hash: str
+    vocab_size: int
+    """Entries of the teacher's head; every id lies below it."""
+    mode: str
+    """top, sample or top+sample."""
+    k: int
+    """Most head entries per position; 0 in mode sample."""
+    draws: int = 0
+    """Tokens drawn per position and temperature; 0 in mode top."""
+    mass: float = 1.0
+    temperatures: tuple[float, ...] = (1.0,)
+    gap_step: float = 0.0625
+    codec: str = CODEC_NAME
+    dtype: str = "bfloat16"
+    head_dtype: str = "float32"
+    revision: str | None = None
+    quantization: str | None = None
+    adapter: str | None = None
+    """Hash of the adapter's weights."""
+
+    @property
+    def hash8(self) -> str:
+        """8 hexadecimal digits that stand for the whole identity."""
+        document = self.to_json()
+        del document["teacher"]  # where the weights lie is not what they are: weights_hash says that
+        return xxhash.xxh3_128_hexdigest(canonical_json(document))[:8]
+
+    @property
+    def name(self) -> str:
+        """Short default name: top64, sample12 or top8-sample4."""
+        parts = {"top": f"top{self.k}", "sample": f"sample{self.draws}", "top+sample": f"top{self.k}-sample{self.draws}"}
+        return parts.get(self.mode, self.mode)
+
+    def make_codec(self) -> Codec:
+        """Return the codec of the layer's blobs.
+
+        Raises:
+            DamagedError: another codec, or settings out of range.
+        """
+        if self.codec != CODEC_NAME:
+            raise DamagedError(f"the layer's codec is {self.codec!r} and this version of Decant knows {CODEC_NAME!r}")
+        try:
+            return Codec(self.gap_step, self.temperatures, self.draws, self.vocab_size, self.k)
+        except ValueError as error:
+            raise DamagedError(f"the layer's identity is impossible: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "temperatures": list(self.temperatures)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: str) -> LayerIdentity:
+        """Rebuild an identity; `where` names its file in errors.
+
+        Raises:
+            DamagedError: a field is missing, unknown or of another type.
+        """
+        values = _checked(cls, document, where)
+        temperatures = values["temperatures"]
+        if not isinstance(temperatures, list) or not all(_is_number(t) for t in temperatures):
+            raise DamagedError(f"{where} says temperatures: {temperatures!r} where a list of numbers is expected")
+        return cls(**{**values, "temperatures": tuple(float(t) for t in temperatures)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequencesIdentity:
+    """What all rows of a cache share. Licence and origin of the answers are provenance: recorded, not compared."""
+
+    what: ClassVar[str] = "cache"
+    provenance: ClassVar[frozenset[str]] = frozenset({"licence", "answers", "tokenizer"})
+
+    tokenizer_hash: str
+    vocab_size: int
+    """Ids lie below it."""
+    template: str = ""
+    """Hash of the default chat template."""
+    tokenizer: str = ""
+    """Where the tokenizer came from."""
+    licence: str | None = None
+    """Licence under which the answers may be used."""
+    answers: str | None = None
+    """Who wrote the answers."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: str) -> SequencesIdentity:
+        """Rebuild an identity; `where` names its file in errors.
+
+        Raises:
+            DamagedError: a field is missing, unknown or of another type.
+        """
+        return cls(**_checked(cls, document, where))
+
+
+Identity = LayerIdentity | SequencesIdentity
+
+
+def difference(found: Identity, wanted: Identity) -> str | None:
+    """Return a clause that names the first field in which two identities differ, with both values; None where they agree.
+
+    Args:
+        found: what is on disk.
+        wanted: what the request needs.
+
+    Raises:
+        TypeError: the identities are of two kinds.
+    """
+    if type(found) is not type(wanted):
+        raise TypeError(f"a {type(found).__name__} cannot be compared with a {type(wanted).__name__}")
+    compared = [f.name for f in fields(found) if f.name not in getattr(found, "provenance", ())]
+    if isinstance(found, LayerIdentity):
+        compared.remove("teacher")
+    for name in compared:
+        a, b = getattr(found, name), getattr(wanted, name)
+        if a != b:
+            return f"{name} is {a!r} in this {found.what} and {b!r} in the request"
+    return None
+
+
+_NUMBERS = {"vocab_size": int, "k": int, "draws": int, "mass": float, "gap_step": float}
+_OPTIONAL = ("revision", "quantization", "adapter", "licence", "answers")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _checked(cls: type[Identity], document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of an identity after checking names and types."""
+    names = {f.name for f in fields(cls)}
+    if set(document) != names:
+        odd = ", ".join(sorted(names.symmetric_difference(document)))
+        raise DamagedError(f"{where} has missing or unknown fields ({odd}); it was altered or written by another version")
+    for name, value in document.items():
+        if name == "temperatures":
+            continue
+        if name in _NUMBERS:
+            fits = _is_number(value) and (_NUMBERS[name] is float or isinstance(value, int))
+        else:
+            fits = isinstance(value, str) or (value is None and name in _OPTIONAL)
+        if not fits:
+            raise DamagedError(f"{where} says {name}: {value!r}, which is of the wrong kind")
+    return dict(document)
