@@ -17,6 +17,7 @@ from shared.recipe_capture import Capture, Generate, Heldout, PromptSource, Teac
 from shared.recipe_evaluation import Evaluate, Task
 from shared.recipe_schedule import Schedule
 from shared.recipe_training import Adapter, Loss, Stage, StageTrainer, Student
+from shared.schema import MAX_ROWS_PER_PART
 
 __all__ = [
     "Adapter",
@@ -56,7 +57,7 @@ class Recipe(Section):
     """What is kept of the teacher's distributions."""
     cache: Annotated[tuple[Path, ...], BeforeValidator(one_or_many), Field(min_length=1)]
     """The cache directory, or a list of them to train from."""
-    rows_per_part: Annotated[Count, Field(le=1_000_000)] = 1024
+    rows_per_part: Annotated[Count, Field(le=MAX_ROWS_PER_PART)] = 1024
     """Rows in one file of the cache: what is lost at most when a machine dies."""
     heldout: Heldout = Heldout()
     """Prompts that no stage trains on."""

@@ -12,6 +12,7 @@ from shared.recipe_base import (
     Fraction,
     Integer,
     NonNegative,
+    Number,
     Positive,
     Probability,
     Problem,
@@ -19,6 +20,7 @@ from shared.recipe_base import (
     Text,
     inconsistent,
 )
+from shared.schema import MAX_DRAWS, MAX_GAP_STEP, MAX_K, MAX_TEMPERATURES, MIN_GAP_STEP
 
 
 class Workers(Section):
@@ -166,15 +168,15 @@ class Capture(Section):
 
     mode: Literal["top", "sample", "top+sample"] = "top"
     """top: the most probable tokens, exactly, and the mass of the rest; sample: draws from all; top+sample: both."""
-    k: Annotated[int, Field(ge=0, le=65535)] = 64
+    k: Annotated[CountOrZero, Field(le=MAX_K)] = 64
     """Most probable tokens per position, at most; 0 in mode sample."""
-    draws: Annotated[int, Field(ge=0, le=65535)] = 0
+    draws: Annotated[CountOrZero, Field(le=MAX_DRAWS)] = 0
     """Tokens drawn per position and temperature, from the rest (top+sample) or from everything (sample)."""
     mass: Probability = 1.0
     """Stop before k once this much probability is covered, at the highest declared temperature."""
-    temperatures: Annotated[tuple[Positive, ...], AfterValidator(_with_one)] = (1.0,)
+    temperatures: Annotated[tuple[Positive, ...], AfterValidator(_with_one), Field(max_length=MAX_TEMPERATURES)] = (1.0,)
     """Temperatures at which the mass of the rest is stored exactly; 1 is always among them."""
-    gap_step: Positive = 0.0625
+    gap_step: Annotated[Number, Field(ge=MIN_GAP_STEP, le=MAX_GAP_STEP)] = 0.0625
     """Quantisation step of log-probabilities, in nats."""
 
     @model_validator(mode="before")
