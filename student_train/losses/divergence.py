@@ -1,0 +1,48 @@
+"""What a divergence is to the operator: a function of k+1 log-masses, and a term that uses it.
+
+The operator reduces a position to masses: one per member of the teacher's support and one bucket for everything else. A
+divergence sees only their natural logs and returns nats; it knows nothing of vocabularies, heads, temperatures or chunks, and its
+gradient comes from autograd over [C, M] numbers.
+
+Shape letters: C positions of a chunk, M masses (members and the bucket).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+ZERO_LOG_MASS = -100.0
+"""Natural log that stands for an empty mass: exp(-100) is nothing beside any probability, and no formula turns it into NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """A divergence between two distributions over the same masses."""
+
+    name: str
+    """As the recipe spells it."""
+    function: Callable[..., Tensor]
+    """`function(log_p [C, M], log_q [C, M], **options) -> [C]` in nats; p the teacher, q the student; differentiable in log_q."""
+    options: tuple[str, ...] = ()
+    """Names of its keyword options."""
+    on_labels: bool = False
+    """Taken against the token that follows instead of the teacher's masses, always at temperature 1."""
+    linear_in_teacher: bool = False
+    """Its gradient is linear in p, so that drawn tokens, whose weights are right on average, give the right gradient on average."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One term of a training loss at one step: schedules are resolved."""
+
+    name: str
+    """Key of the registry."""
+    weight: float = 1.0
+    """What its value is multiplied by."""
+    temperature: float = 1.0
+    """Temperature of both sides; its value and gradient are multiplied by the square."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Keyword options of the divergence."""
