@@ -1,0 +1,192 @@
+"""How close a model is to the teacher on prompts that no stage trained on, from the cache alone; no teacher is loaded.
+
+Held-out rows are those whose group's hash says so, capped to the rows with the smallest group keys, which is a random sample.
+A row's tokens go through the model once, in batches padded on the right (causal attention never looks there, so no mask is
+needed); only the hidden states at supervised positions meet the head, in chunks. Reported per position: KL in nats from the
+cached sparse distribution to the model's on the same k + 1 masses (T = 1), agreement of the two most probable tokens, and the
+exponential of the mean NLL of labels.
+
+Cost: one forward pass over the held-out tokens.
+Shape letters: R rows of a batch, L longest of them, S supervised positions, H hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from shared.cache import Cache
+
+from shared.errors import EvaluationError
+from shared.keys import is_heldout
+from student_train.fused_loss import evaluate_positions
+from student_train.student_head import body_of, check_head, head_of
+from student_train.target_batch import TargetBatch
+from tools.evaluate.bootstrap import ratio_interval
+
+
+@dataclass(frozen=True, slots=True)
+class RowMeasure:
+    """Sums over one row's supervised positions."""
+
+    source: str
+    positions: int
+    kl_nats: float
+    top1_equal: int
+    label_nll_nats: float
+    teacher_nll_nats: float
+
+
+def evaluate_heldout(
+    model_dir: str | Path,
+    caches: Sequence[str | Path],
+    fraction: float,
+    *,
+    targets: str | None = None,
+    max_rows: int | None = None,
+    seed: int = 0,
+    adapter: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    batch_tokens: int = 4096,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure one model on the held-out rows of caches.
+
+    Returns:
+        kl_nats, kl_low, kl_high (95 % over rows), top1_agreement, perplexity, teacher_perplexity, positions, rows, rows_too_long,
+        dtype, and by_source with the same figures per source.
+
+    Raises:
+        EvaluationError: no row is held out, or the model cannot be loaded or does not fit the cache's tokenizer.
+        CacheError: a cache cannot be read.
+    """
+    opened = [Cache.open(Path(cache), targets) for cache in caches]
+    chosen = heldout_rows(opened, fraction, max_rows)
+    if not chosen:
+        listed = ", ".join(str(cache) for cache in caches)
+        raise EvaluationError(f"{listed}: no row is held out at heldout.fraction {fraction:g}; raise it, or add prompts")
+    layer = opened[0].layer
+    if layer is None:
+        raise EvaluationError(f"{caches[0]}: the cache holds no teacher distributions to compare with; run `decant teach` first")
+    model = load_model(str(model_dir), adapter, revision, dtype, trust_remote_code)
+    check_head(model, head_of(model, layer.vocab_size))
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    fitting = [(cache, row) for cache, row in chosen if opened[cache].num_tokens[row] <= limit]
+    if not fitting:
+        raise EvaluationError(f"{model_dir}: every held-out row is longer than the {limit} tokens that the model reads")
+    measures: list[RowMeasure] = []
+    for batch in _batches(opened, fitting, batch_tokens):
+        measures += measure_batch(model, layer.vocab_size, [opened[cache][row] for cache, row in batch])
+        say(f"held-out rows: {len(measures)} of {len(fitting)}")
+    by_source = {name: _summary([m for m in measures if m.source == name], seed) for name in sorted({m.source for m in measures})}
+    found = {"rows_too_long": len(chosen) - len(fitting), "dtype": str(model.dtype).removeprefix("torch.")}
+    return {**_summary(measures, seed), **found, "by_source": by_source}
+
+
+def heldout_rows(caches: Sequence[Cache], fraction: float, max_rows: int | None) -> list[tuple[int, int]]:
+    """Return (cache, row) of held-out rows; with `max_rows` those of the smallest group keys, whichever the order on disk."""
+    found = [
+        (bytes(key), index, row)
+        for index, cache in enumerate(caches)
+        for row, key in enumerate(cache.group_keys)
+        if is_heldout(bytes(key), fraction)
+    ]
+    found.sort()
+    return [(index, row) for _, index, row in found[:max_rows]]
+
+
+def load_model(model: str, adapter: str | None, revision: str | None, dtype: str, trust_remote_code: bool) -> Any:
+    """Load a causal language model for measuring, on the accelerator where there is one.
+
+    Raises:
+        EvaluationError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
+    if torch.cuda.is_available():
+        options["device_map"] = "auto"
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, **options)
+        if adapter is not None:
+            from peft import PeftModel
+
+            loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{model}: cannot be loaded to measure it: {str(error).strip().splitlines()[0][:300]}") from error
+    return loaded.eval()
+
+
+@torch.no_grad()
+def measure_batch(model: Any, vocab_size: int, rows: Sequence[Any]) -> list[RowMeasure]:
+    """Measure rows of a cache in one forward pass."""
+    head, body = head_of(model, vocab_size), body_of(model)
+    device = model.get_input_embeddings().weight.device
+    longest = max(len(row.token_ids) for row in rows)
+    input_ids = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row.token_ids)] = torch.from_numpy(row.token_ids.astype(np.int64))
+    states = body(input_ids=input_ids.to(device), use_cache=False)[0]
+    hidden = torch.cat([states[i, torch.from_numpy(row.predictor_index().astype(np.int64))] for i, row in enumerate(rows)])
+    labels = torch.from_numpy(np.concatenate([row.labels() for row in rows]).astype(np.int64)).to(device)
+    batch = TargetBatch.from_rows([row.targets for row in rows]).to(device)
+    scores = evaluate_positions(
+        hidden,
+        head.weight,
+        labels,
+        batch,
+        head_bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        vocab_size=head.vocab_size,
+    )
+    ends = np.cumsum([row.num_positions for row in rows])
+    kl, top1, nll = (values.double().cpu().numpy() for values in (scores.kl_nats, scores.top1_equal, scores.label_nll_nats))
+    measures = []
+    for row, start, end in zip(rows, ends - [row.num_positions for row in rows], ends, strict=True):
+        teacher_nll = -float(row.targets.label_logprobs.sum(dtype=np.float64))
+        sums = (float(kl[start:end].sum()), int(top1[start:end].sum()), float(nll[start:end].sum()))
+        measures.append(RowMeasure(row.source, int(end - start), *sums, teacher_nll))
+    return measures
+
+
+def _batches(caches: Sequence[Cache], rows: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[tuple[int, int]]]:
+    """Group rows of similar length so that R x L stays within `batch_tokens`; longest first: a lack of memory shows at once."""
+    ordered = sorted(rows, key=lambda place: (-int(caches[place[0]].num_tokens[place[1]]), place))
+    batches: list[list[tuple[int, int]]] = []
+    for place in ordered:
+        longest = int(caches[batches[-1][0][0]].num_tokens[batches[-1][0][1]]) if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+def _summary(measures: Sequence[RowMeasure], seed: int) -> dict[str, Any]:
+    positions = np.array([m.positions for m in measures], dtype=np.float64)
+    kl = np.array([m.kl_nats for m in measures], dtype=np.float64)
+    total = float(positions.sum())
+    low, high = ratio_interval(kl, positions, seed)
+    return {
+        "kl_nats": float(kl.sum()) / total,
+        "kl_low": low,
+        "kl_high": high,
+        "top1_agreement": sum(m.top1_equal for m in measures) / total,
+        "perplexity": _exp(math.fsum(m.label_nll_nats for m in measures) / total),
+        "teacher_perplexity": _exp(math.fsum(m.teacher_nll_nats for m in measures) / total),
+        "positions": int(total),
+        "rows": len(measures),
+    }
+
+
+def _exp(nats: float) -> float | None:
+    """Return e to the nats, or None where that is no number that JSON has."""
+    return math.exp(nats) if nats < 700 else None

@@ -1,0 +1,116 @@
+"""Which models a recipe compares: the teacher, the student as it was (`base`), and the student after each stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+from pydantic import ValidationError
+
+from shared.errors import EvaluationError
+from shared.recipe import Recipe, Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class ModelUnderTest:
+    """One model of the comparison, and how to load it."""
+
+    name: str
+    """teacher, base or a stage."""
+    model: str
+    """A directory or a hub id."""
+    revision: str | None
+    adapter: str | None
+    """A LoRA directory on top, or None."""
+    dtype: str
+    quantization: str | None
+    trust_remote_code: bool
+
+    def tokenizer_source(self) -> str:
+        """Return where its tokenizer is: beside the adapter if that has one, else with the model."""
+        if self.adapter is not None and (Path(self.adapter) / "tokenizer_config.json").is_file():
+            return self.adapter
+        return self.model
+
+    def weights_id(self) -> str:
+        """Return what changes when its weights do: a hash of files on disk, the name and revision of a hub id.
+
+        Raises:
+            CacheError: a directory holds no weights that can be read.
+        """
+        from shared.identity import weights_hash
+
+        base = weights_hash(Path(self.model)) if Path(self.model).is_dir() else f"{self.model}@{self.revision}"
+        return base if self.adapter is None else f"{base}+{_files_hash(Path(self.adapter))}"
+
+    def settings(self, recipe: Recipe, max_model_len: int) -> Teacher:
+        """Return engine settings that load this model for answering.
+
+        Raises:
+            EvaluationError: the evaluation's engine cannot load it as the recipe says.
+        """
+        shared = recipe.teacher or Teacher(model=self.model)
+        wanted = {
+            "model": self.model,
+            "revision": self.revision,
+            "adapter": self.adapter,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "trust_remote_code": self.trust_remote_code,
+            "engine": recipe.evaluate.engine,
+            "max_model_len": max_model_len,
+            # How much of the machine may be used is the teacher's section, for every model; one card is enough for a student.
+            "tensor_parallel_size": shared.tensor_parallel_size if self.name == "teacher" else 1,
+            "gpu_memory_utilization": shared.gpu_memory_utilization,
+            "max_num_batched_tokens": shared.max_num_batched_tokens,
+            "batch_tokens": shared.batch_tokens,
+        }
+        try:
+            return Teacher.model_validate(wanted)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise EvaluationError(
+                f"evaluate.engine '{recipe.evaluate.engine}' cannot load '{self.name}': {where}: {first['msg']}"
+            ) from error
+
+
+def model_under_test(recipe: Recipe, name: str) -> ModelUnderTest:
+    """Find a model of the recipe by its name in `evaluate.models`.
+
+    Raises:
+        EvaluationError: it does not exist (yet), or cannot be evaluated.
+    """
+    if name == "teacher":
+        teacher = recipe.teacher
+        if teacher is None:
+            raise EvaluationError("evaluate.models lists 'teacher', but the recipe has no teacher; add one, or leave it out")
+        return ModelUnderTest(
+            name, teacher.model, teacher.revision, teacher.adapter, teacher.dtype, teacher.quantization, teacher.trust_remote_code
+        )
+    student = recipe.student
+    if student is None:
+        raise EvaluationError(f"evaluate.models lists '{name}', but the recipe has no student; add one, or leave it out")
+    if name == "base":
+        if student.init == "random":
+            raise EvaluationError(
+                "evaluate.models lists 'base', but the student starts from random weights, which no one keeps; leave it out"
+            )
+        return ModelUnderTest(name, student.model, student.revision, None, student.dtype, None, student.trust_remote_code)
+    directory = recipe.stage_dir(name) / "model"
+    if not directory.is_dir():
+        raise EvaluationError(f"evaluate.models lists '{name}', but {directory} does not exist; run `decant train` first")
+    if (directory / "adapter_config.json").is_file():
+        return ModelUnderTest(name, student.model, student.revision, str(directory), student.dtype, None, student.trust_remote_code)
+    return ModelUnderTest(name, str(directory), None, None, student.dtype, None, student.trust_remote_code)
+
+
+def _files_hash(directory: Path) -> str:
+    digest = xxhash.xxh3_128()
+    for path in sorted(directory.glob("adapter_*")):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""From a question to the tokens that a model is asked with: its own chat template, or plain text where it has none.
+
+System text and template settings (`enable_thinking`, say) are those of the prompt source with the task's domain as its label, else
+of the recipe's first source, so that a student is asked in the way it was taught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shared.recipe import PromptSource, Recipe, Task
+from teacher_cache.prompts import Conversation
+from teacher_cache.spans import Template
+from tools.evaluate.questions import Question
+
+
+def source_of(recipe: Recipe, task: Task) -> PromptSource:
+    """Return the prompt source whose template settings a task takes over; a plain one where the recipe has none."""
+    named = [source for source in recipe.prompts if source.source == task.domain]
+    found = (named or list(recipe.prompts))[:1]
+    plain = PromptSource(source=task.domain, path=task.path, format="messages")
+    return found[0] if found and found[0].format != "text" else plain
+
+
+def render(tokenizer: Any, source: PromptSource, questions: Sequence[Question]) -> list[list[int]]:
+    """Return each question's prompt as token ids, with the start of an answer where the template has one.
+
+    Raises:
+        PromptError: the template cannot render a question; the message names its place.
+    """
+    has_template = bool(tokenizer.chat_template or source.chat_template)
+    update: dict[str, Any] = {"format": "messages"}
+    if source.template == "none" or not has_template:
+        update |= {"template": "none", "chat_template": None, "chat_template_kwargs": {}}
+    settings = source.model_copy(update=update)
+    template = Template(tokenizer, settings)
+    return [template.prompt_ids(_conversation(question, settings)) for question in questions]
+
+
+def _conversation(question: Question, source: PromptSource) -> Conversation:
+    path, _, line = question.place.rpartition(":")
+    if source.template == "none":
+        parts = [f"{prompt}{_gap(prompt, answer)}{answer}" for prompt, answer in question.shots]
+        messages = [{"role": "user", "content": "\n\n".join([*parts, question.prompt])}]
+    else:
+        shots = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in question.shots
+        ]
+        messages = [*(turn for pair in shots for turn in pair), {"role": "user", "content": question.prompt}]
+    return Conversation(source.source, path, int(line), "messages", messages, None, None)
+
+
+def _gap(prompt: str, answer: str) -> str:
+    return "" if prompt[-1:].isspace() or answer[:1].isspace() else "\n"

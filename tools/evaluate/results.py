@@ -1,0 +1,119 @@
+"""What is kept of one model's evaluation, and when it may be used again.
+
+    OUTPUT_DIR/evaluate/MODEL.json            identity, scores, held-out figures, seconds
+    OUTPUT_DIR/evaluate/MODEL.answers.jsonl   every answer with its question and score
+    OUTPUT_DIR/evaluate/MODEL.log             what the engine printed
+
+The identity holds everything that the figures depend on: weights, tasks and the bytes of their files, template settings, engine,
+held-out rows of which caches. Equal identity: the evaluation is reused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from shared.cache import Cache
+
+from shared.atomic import write_atomic
+from shared.errors import EvaluationError
+from shared.recipe import Recipe
+from tools.evaluate.models import ModelUnderTest
+from tools.evaluate.rendering import source_of
+
+RESULT_FORMAT = 1
+"""Raised whenever figures would come out differently for the same inputs."""
+
+
+def result_path(recipe: Recipe, name: str, ending: str = "json") -> Path:
+    """Return a file of one model's evaluation."""
+    return recipe.output_dir / "evaluate" / f"{name}.{ending}"
+
+
+def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]:
+    """Return everything that the figures of a model depend on.
+
+    Raises:
+        EvaluationError: a task's file cannot be read.
+        CacheError: a cache or the model's weights cannot be read.
+    """
+    tasks = []
+    for task in recipe.evaluate.tasks:
+        source = source_of(recipe, task)
+        rendering = source.model_dump(mode="json", include={"system", "template", "chat_template", "chat_template_kwargs"})
+        tasks.append({**task.model_dump(mode="json"), "file": _file_hash(Path(task.path)), "rendering": rendering})
+    described = {key: value for key, value in asdict(model).items() if key != "model"}
+    return {
+        "format": RESULT_FORMAT,
+        "model": described,
+        "weights": model.weights_id(),
+        "engine": recipe.evaluate.engine,
+        "max_new_tokens": recipe.evaluate.max_new_tokens,
+        "tasks": tasks,
+        "heldout": {
+            "fraction": recipe.heldout.fraction,
+            "max_rows": recipe.evaluate.heldout_rows,
+            "targets": heldout_layer(recipe),
+            "caches": [Cache.open(path, heldout_layer(recipe)).cache_id for path in recipe.cache],
+            "seed": recipe.seed,
+        },
+    }
+
+
+def heldout_layer(recipe: Recipe) -> str | None:
+    """Return the targets layer to measure on: the one that the first stage that names one trains on; None for the only one."""
+    return next((stage.targets for stage in recipe.stages if stage.targets is not None), None)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Return a kept evaluation, or None where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("identity"), dict) else None
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write an evaluation; NaN is refused, so that readers of any language can read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(), "evaluation")
+
+
+def read_answers(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the kept answers of a model; a torn or foreign line ends them."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return
+            if isinstance(row, dict):
+                yield row
+
+
+def same_identity(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Tell whether a kept evaluation is of the same inputs (as JSON, so that tuples equal lists)."""
+    return bool(json.loads(json.dumps(wanted)) == kept)
+
+
+def _file_hash(path: Path) -> str:
+    if re.match(r"\w+://", str(path)):
+        raise EvaluationError(f"{path}: a task's questions are read from a local file; download it first")
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise EvaluationError(
+            f"{path}: cannot read the task's questions: {error.strerror}; name a jsonl file (or .jsonl.gz)"
+        ) from error
+    return digest.hexdigest()
