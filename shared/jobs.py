@@ -79,8 +79,7 @@ class Job:
 
     @cached_property
     def _reader(self) -> pa.RecordBatchFileReader:
-        with pa.memory_map(str(self.path)) as source:
-            return pa.ipc.open_file(source)
+        return pa.ipc.open_file(pa.memory_map(str(self.path)))  # stays mapped as long as the job lives
 
     @property
     def id8(self) -> str:
@@ -107,8 +106,9 @@ class Job:
         Raises:
             DamagedError: the unit cannot be read.
         """
-        columns = {name: self._batch(unit).column(name).to_pylist() for name in PLAN.names}
-        return [PlanRow(*values) for values in zip(*(columns[field.name] for field in fields(PlanRow)), strict=True)]
+        batch = self._batch(unit)
+        columns = [batch.column(field.name).to_pylist() for field in fields(PlanRow)]
+        return [PlanRow(*values) for values in zip(*columns, strict=True)]
 
     def is_complete(self, committed: frozenset[str]) -> bool:
         """Tell whether the stems of committed sequences parts hold every unit."""
