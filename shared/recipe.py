@@ -60,13 +60,13 @@ class Recipe(Section):
     rows_per_part: Annotated[Count, Field(le=MAX_ROWS_PER_PART)] = 1024
     """Rows in one file of the cache: what is lost at most when a machine dies."""
     heldout: Heldout = Heldout()
-    """Prompts that no stage trains on."""
+    """How many prompts are kept from every stage."""
     student: Student | None = None
     """The model that learns."""
     stages: tuple[Stage, ...] = ()
     """Training runs, in order."""
     evaluate: Evaluate = Evaluate()
-    """Which models are compared, and how."""
+    """The comparison at the end."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from shared.errors import RecipeError
 from shared.recipe import Recipe
@@ -55,13 +56,24 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.width = 120
     yaml.indent(mapping=2, sequence=4, offset=2)
     stream = StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    yaml.dump(_quoted_where_needed(recipe.model_dump(mode="json")), stream)
     return stream.getvalue()
 
 
 def recipe_json_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes, with every field's help."""
     return Recipe.model_json_schema()
+
+
+def _quoted_where_needed(value: Any) -> Any:
+    """Ask for quotes and escapes around texts that hold line breaks or invisible characters, keys included."""
+    if isinstance(value, dict):
+        return {_quoted_where_needed(key): _quoted_where_needed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_quoted_where_needed(item) for item in value]
+    if isinstance(value, str) and not value.isprintable():
+        return DoubleQuotedScalarString(value)
+    return value
 
 
 def _read(path: FilePath) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from shared.recipe_base import NonNegative, Problem, Section, Share, inconsistent
 
@@ -36,6 +36,8 @@ class Schedule(Section):
     def _number_is_constant(cls, data: Any) -> Any:
         if isinstance(data, int | float) and not isinstance(data, bool):
             return {"kind": "constant", "start": data}
+        if not isinstance(data, dict | Schedule):
+            raise PydanticCustomError("not_a_schedule", "expected a number or a section such as {kind: linear, start: 1, end: 0}")
         return data
 
     @model_validator(mode="after")

@@ -1,0 +1,247 @@
+"""What a recipe may say: every section's own rules and the rules between sections, met through plain data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from shared.recipe import Capture, Loss, Recipe, Schedule, Stage, StageTrainer, Task
+
+KL = {"name": "forward_kl"}
+
+
+def recipe(**changes):
+    """The smallest recipe that does everything, changed."""
+    data = {
+        "name": "x",
+        "output_dir": "runs/x",
+        "teacher": {"model": "t"},
+        "prompts": [{"source": "a", "path": "a.jsonl", "format": "messages"}],
+        "generate": {},
+        "cache": "runs/x/cache",
+        "student": {"model": "s"},
+        "stages": [{"name": "sft", "losses": [{"name": "cross_entropy"}]}, {"name": "kd", "losses": [KL]}],
+    }
+    return {key: value for key, value in {**data, **changes}.items() if value is not None}
+
+
+def refused(section, data) -> str:
+    with pytest.raises(ValidationError) as caught:
+        section.model_validate(data)
+    return str(caught.value)
+
+
+def test_smallest_recipe_only_needs_name_output_and_cache():
+    small = Recipe.model_validate({"name": "x", "output_dir": "o", "cache": "c"})
+    assert (small.cache, small.teacher, small.stages, small.rows_per_part) == ((Path("c"),), None, (), 1024)
+
+
+def test_recipe_cannot_be_changed_after_validation():
+    whole = Recipe.model_validate(recipe())
+    with pytest.raises(ValidationError):
+        whole.seed = 3
+
+
+@pytest.mark.parametrize(
+    "mode, given, needed",
+    [
+        ("top", {"k": 0}, "k of at least 1"),
+        ("top", {"draws": 4}, "top+sample"),
+        ("sample", {}, "draws of at least 1"),
+        ("sample", {"draws": 4, "k": 8}, "keeps no exact tokens"),
+        ("sample", {"draws": 4, "mass": 0.9}, "no head to stop"),
+        ("top+sample", {"k": 8}, "draws of at least 1"),
+        ("top+sample", {"k": 0, "draws": 2}, "k of at least 1"),
+    ],
+)
+def test_capture_mode_without_what_it_needs_is_refused(mode, given, needed):
+    assert needed in refused(Capture, {"mode": mode, **given})
+
+
+def test_capture_always_has_temperature_one_and_sorts():
+    assert Capture(temperatures=(4, 2.0, 2)).temperatures == (1.0, 2.0, 4.0)
+    assert Capture(mode="sample", draws=12).k == 0
+    for bad in (0, -1.0, math.inf, math.nan):
+        refused(Capture, {"temperatures": [bad]})
+
+
+def test_loss_temperature_that_the_recipe_does_not_capture_is_refused():
+    hot = recipe(stages=[{"name": "kd", "losses": [{**KL, "temperature": 2.0}]}])
+    assert "temperature 2 is not captured, only 1" in refused(Recipe, hot)
+    Recipe.model_validate({**hot, "capture": {"temperatures": [2.0]}})
+    stepped = [{**KL, "temperature": {"kind": "step", "values": [4, 2, 1], "at": [0.2, 0.6]}}]
+    assert "temperature 4 is not captured, only 1, 2" in refused(
+        Recipe, {**hot, "capture": {"temperatures": [2.0]}, "stages": [{"name": "kd", "losses": stepped}]}
+    )
+
+
+def test_loss_temperature_of_a_recipe_that_reuses_a_cache_is_left_to_the_cache():
+    Recipe.model_validate(
+        recipe(teacher=None, prompts=None, generate=None, stages=[{"name": "kd", "losses": [{**KL, "temperature": 2.0}]}])
+    )
+
+
+def test_temperature_schedule_through_uncaptured_values_is_refused():
+    assert "not captured" in refused(Loss, {**KL, "temperature": {"kind": "linear", "start": 2, "end": 1}})
+
+
+@pytest.mark.parametrize(
+    "loss, why",
+    [
+        ({"name": "forward_kl", "beta": 0.3}, "only jsd has a beta"),
+        ({"name": "jsd", "skew": 0.3}, "only the skew_ losses"),
+        ({"name": "cross_entropy", "temperature": 2}, "taken at temperature 1"),
+        ({"name": "forward_kl", "temperature": 0}, "above 0"),
+        ({"name": "jsd", "beta": 1.0}, "less than 1"),
+        ({"name": "forward_kl", "weight": -0.1}, "greater than or equal to 0"),
+        ({"name": "forward_kl", "weight": True}, "number"),
+        ({"name": "forward_kl", "alpha": 0.5}, "alpha"),
+    ],
+)
+def test_loss_option_that_cannot_be_honoured_is_refused(loss, why):
+    assert why in refused(Loss, loss)
+
+
+@pytest.mark.parametrize(
+    "start, earlier, fine",
+    [
+        ("base", 1, True),
+        ("previous", 1, True),
+        ("sft", 1, True),
+        ("previous", 0, False),
+        ("kd", 1, False),
+        ("sft", 0, False),
+        ("stf", 1, False),
+        ("/no/such/directory", 1, False),
+    ],
+)
+def test_stage_starts_only_from_what_is_there_before_it(start, earlier, fine):
+    stages = [{"name": "sft", "losses": [KL]}, {"name": "kd", "losses": [KL]}]
+    stages[earlier]["init_from"] = start
+    if fine:
+        Recipe.model_validate(recipe(stages=stages))
+    else:
+        refused(Recipe, recipe(stages=stages))
+
+
+def test_stage_may_start_from_an_existing_directory(tmp_path):
+    Recipe.model_validate(recipe(stages=[{"name": "kd", "losses": [KL], "init_from": str(tmp_path)}]))
+
+
+@pytest.mark.parametrize(
+    "stages, why",
+    [
+        ([{"name": "base", "losses": [KL]}], "reserved"),
+        ([{"name": "../up", "losses": [KL]}], "pattern"),
+        ([{"name": "kd", "losses": []}], "at least 1"),
+        ([{"name": "kd", "losses": [KL]}, {"name": "kd", "losses": [KL]}], "listed twice"),
+        ([{"name": "kd", "losses": [KL, KL]}], "listed twice"),
+        ([{"name": "kd", "losses": [{**KL, "weight": 0}]}], "nothing to minimise"),
+        ([{"name": "kd", "losses": [KL], "mixture": {}}], "names no source"),
+        ([{"name": "kd", "losses": [KL], "mixture": {"a": 0}}], "greater than 0"),
+        ([{"name": "kd", "losses": [KL], "max_length": 4096}], "does not fit a pack of 2048"),
+    ],
+)
+def test_stage_that_cannot_be_trained_is_refused(stages, why):
+    assert why in refused(Recipe, recipe(stages=stages))
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"teacher": {"model": "t", "engine": "server"}}, "no server engine yet"),
+        ({"teacher": {"model": "t", "servers": ["http://a"]}}, "no server engine yet"),
+        ({"teacher": {"model": "t", "workers": {"count": 2}}}, "no Ray engines yet"),
+        ({"teacher": {"model": "t", "engine": "transformers", "tensor_parallel_size": 2}}, "one process"),
+        ({"generate": {"model": "other"}}, "only the teacher answer"),
+        ({"generate": {"temperature": 0, "samples_per_prompt": 2}}, "are the same"),
+        ({"teacher": None}, "no `teacher`"),
+        ({"prompts": None}, "no `prompts`"),
+        ({"student": None}, "no `student`"),
+        ({"cache": ["a", "b"]}, "one cache, not 2"),
+        ({"cache": []}, "at least 1"),
+        ({"evaluate": {"models": ["kdd"]}}, "did you mean 'kd'?"),
+        ({"evaluate": {"models": ["kd", "kd"]}}, "listed twice"),
+        ({"heldout": {"fraction": 1.0}}, "less than 1"),
+        ({"rows_per_part": 0}, "greater than or equal to 1"),
+        ({"seed": "3"}, "number"),
+    ],
+)
+def test_recipe_that_cannot_be_honoured_is_refused(changes, why):
+    assert why in refused(Recipe, recipe(**changes))
+
+
+def test_every_cross_field_problem_is_reported_at_once():
+    text = refused(Recipe, recipe(student=None, cache=["a", "b"], evaluate={"models": ["nobody"]}))
+    assert all(part in text for part in ("no `student`", "one cache", "nobody"))
+
+
+def test_prompts_that_no_template_renders_refuse_template_options():
+    source = {"source": "a", "path": "a.txt", "format": "text", "system": "be brief"}
+    assert "leave it out" in refused(Recipe, recipe(prompts=[source]))
+
+
+def test_task_domain_is_the_file_name_up_to_its_first_dot():
+    assert Task(name="gsm8k", path="data/math.test.jsonl").domain == "math"
+    assert Task(name="gsm8k", path="data/math.test.jsonl", domain="sums").domain == "sums"
+    assert "own" in refused(
+        Recipe, recipe(evaluate={"tasks": [{"name": "gsm8k", "path": "a/m.x"}, {"name": "keywords", "path": "b/m.y"}]})
+    )
+
+
+def test_trainer_refuses_pairs_of_which_one_counts():
+    assert "keep one" in refused(StageTrainer, {"bf16": True, "fp16": True})
+    assert "keep one" in refused(StageTrainer, {"warmup_steps": 3, "warmup_ratio": 0.1})
+    assert StageTrainer.model_validate({"report_to": "none", "max_steps": 1e3}).max_steps == 1000
+
+
+@pytest.mark.parametrize("kind, expected", [("linear", 0.75), ("cosine", 0.5 + 0.5 * math.cos(math.pi / 4))])
+def test_schedule_value_follows_its_formula(kind, expected):
+    schedule = Schedule(kind=kind, start=1.0, end=0.0)
+    assert schedule.value(0.25) == pytest.approx(expected, abs=1e-12)
+    assert (schedule.value(-1.0), schedule.value(0.0)) == (1.0, 1.0)
+    assert schedule.value(1.0) == pytest.approx(schedule.value(7.0)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_step_schedule_changes_at_its_places():
+    schedule = Schedule(kind="step", values=(3.0, 2.0, 1.0), at=(0.25, 0.5))
+    assert [schedule.value(progress) for progress in (0, 0.24, 0.25, 0.49, 0.5, 1)] == [3, 3, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"kind": "linear", "start": 1},
+        {"kind": "constant"},
+        {"kind": "constant", "start": 1, "end": 0},
+        {"kind": "step", "values": [1, 2]},
+        {"kind": "step", "values": [1, 2, 3], "at": [0.5, 0.4]},
+        {"kind": "step", "values": [1, 2], "at": [1.0]},
+        {"kind": "sine", "start": 1},
+    ],
+)
+def test_schedule_without_what_its_kind_needs_is_refused(schedule):
+    refused(Schedule, schedule)
+
+
+def test_number_becomes_constant_schedule():
+    stage = Stage.model_validate({"name": "kd", "losses": [{**KL, "weight": 1}]})
+    assert stage.losses[0].weight == Schedule(kind="constant", start=1.0)
+    assert stage.losses[0].weight.value(0.3) == 1.0
+
+
+def test_every_field_of_every_section_has_help():
+    def sections(schema):
+        yield schema
+        yield from schema.get("$defs", {}).values()
+
+    bare = [
+        f"{section.get('title')}.{name}"
+        for section in sections(Recipe.model_json_schema())
+        for name, field in section.get("properties", {}).items()
+        if "description" not in field and "description" not in field.get("anyOf", [{}])[-1]
+    ]
+    assert bare == []

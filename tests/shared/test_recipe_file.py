@@ -1,0 +1,279 @@
+"""Recipe files: YAML 1.2, places of problems, overrides, and the way back to a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from shared.errors import RecipeError
+from shared.recipe import Recipe
+from shared.recipe_file import dump_recipe, load_recipe, recipe_json_schema
+from shared.recipe_yaml import MAX_BYTES, YamlProblem, parse_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GOOD = """\
+name: x
+output_dir: runs/x
+teacher: {model: t}
+prompts:
+  - {source: no, path: a.jsonl, format: messages}
+  - {source: on, path: b.jsonl, format: messages}
+cache: runs/x/cache
+student: {model: s, adapter: lora}
+stages:
+  - name: sft
+    losses: [{name: cross_entropy}]
+  - name: kd
+    losses:
+      - name: forward_kl
+        weight: 0.9
+    trainer:
+      learning_rate: 1e-5
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text: str | bytes) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write_file
+
+
+def complaint(path, overrides=()) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value).replace(str(path), "FILE").splitlines()
+
+
+def test_scalars_follow_yaml_1_2(write):
+    recipe = load_recipe(write(GOOD))
+    assert [source.source for source in recipe.prompts] == ["no", "on"]
+    assert recipe.stages[1].trainer.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-5", 1e-5),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("-3", -3),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("012", 12),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("~", None),
+        ("null", None),
+        ("", None),
+        ("True", True),
+        ("'1'", "1"),
+        ("1.5.2", "1.5.2"),
+        ("=", "="),
+        ("-.inf", float("-inf")),
+        ("[a, 1]", ["a", 1]),
+        ("{a: {b: }}", {"a": {"b": None}}),
+        ("!!str 3", "3"),
+    ],
+)
+def test_scalar_has_the_value_of_yaml_1_2(text, value):
+    data = parse_yaml(f"key: {text}\n").data["key"]
+    assert data == value
+    assert type(data) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text, line, part",
+    [
+        ("a: 1\nb: 2\na: 3\n", 3, "written twice, first in line 1"),
+        ("x:\n  a: 1\n  a: 1\n", 3, "x.a"),
+        ("a: 1\nb: [1, 2\nc: 3\n", 3, "no valid YAML"),
+        ("a: 1\n\tb: 2\n", 2, "no valid YAML"),
+        ("a: !!python/object/apply:os.system [ls]\n", 1, "tag"),
+        ("a: 1\nb: !mine x\n", 2, "tag '!mine'"),
+        ("? [a, b]\n: 1\n", 1, "a key must be a word"),
+        ("%YAML 1.1\n---\na: no\n", 1, "YAML 1.2"),
+        ("a: *nowhere\n", 1, "no valid YAML"),
+        ("a: &a [*a]\n", 1, "levels"),
+        ("a: 1\n---\nb: 2\n", 2, "no valid YAML"),
+        ("a: \x01\n", 1, "no valid YAML"),
+        ("a: " + "[" * 5000, 1, "levels"),
+        ("a: !!int x1\n", 1, "is no number"),
+    ],
+)
+def test_text_that_is_refused_names_its_line(text, line, part):
+    with pytest.raises(YamlProblem) as caught:
+        parse_yaml(text)
+    assert (caught.value.line, part in caught.value.sentence) == (line, True), caught.value.sentence
+
+
+def test_aliases_are_copied_but_cannot_explode():
+    assert parse_yaml("a: &a {x: 1}\nb: *a\n").data == {"a": {"x": 1}, "b": {"x": 1}}
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+    )
+    with pytest.raises(YamlProblem, match="aliases included"):
+        parse_yaml(bomb)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (("name: x\n", "nmae: x\n"), "FILE:1: nmae: unknown key; did you mean 'name'?"),
+        (("- name: forward_kl", "- nam: forward_kl"), "FILE:14: stages.1.losses.0.nam: unknown key; did you mean 'name'?"),
+        (("weight: 0.9", "weight: -1"), "FILE:15: stages.1.losses.0.weight: expected greater than or equal to 0, found -1"),
+        (("name: forward_kl", "name: foward_kl"), "did you mean 'forward_kl'?"),
+        (
+            ("learning_rate: 1e-5", "learning_rate: fast"),
+            "FILE:17: stages.1.trainer.learning_rate: expected a number, found 'fast'",
+        ),
+        (("learning_rate: 1e-5", "lerning_rate: 1"), "stages.1.trainer.lerning_rate: unknown key; did you mean 'learning_rate'?"),
+        (
+            ("    trainer:\n      learning_rate: 1e-5", "    learning_rate: 1"),
+            "stages.1.learning_rate: unknown key; did you mean 'trainer.learning_rate'?",
+        ),
+        (
+            ("adapter: lora", "adapter: lorra"),
+            "student.adapter: 'lorra' is not one of 'none', 'lora' or 'qlora'; did you mean 'lora'?",
+        ),
+        (("teacher: {model: t}", "teacher: {}"), "FILE:3: teacher.model: is missing, and has no default"),
+        (("teacher: {model: t}", "teacher: t"), "FILE:3: teacher: expected a section with keys, found 't'"),
+        (
+            ("teacher: {model: t}", "teacher: {model: t, engine: server}"),
+            "FILE:3: teacher.engine: this build has no server engine yet",
+        ),
+        (("name: kd", "name: kd\n    init_from: stf"), "nor a directory (written with a '/'); did you mean 'sft'?"),
+        (("name: sft", "name: teacher"), "FILE:10: stages.0.name: 'teacher' is reserved; call the stage something else"),
+        (("name: sft", "name: ../sft"), "FILE:10: stages.0.name: '../sft' is no usable name"),
+        (("prompts:\n", "prompts: all\nx:\n"), "FILE:4: prompts: expected a list, found 'all'"),
+        (("cache: runs/x/cache\n", ""), "FILE:1: cache: is missing, and has no default"),
+    ],
+)
+def test_problem_names_file_line_path_and_the_nearest_word(write, change, expected):
+    assert GOOD.count(change[0]) == 1
+    lines = complaint(write(GOOD.replace(*change)))
+    assert any(line.startswith(expected) or line.endswith(expected) for line in lines), lines
+
+
+def test_all_problems_are_listed_in_the_order_of_the_file(write):
+    text = GOOD.replace("name: x", "name: 7").replace("weight: 0.9", "weight: no").replace("model: s", "modle: s")
+    places = [line.split(": ")[:2] for line in complaint(write(text))]
+    assert places == [["FILE:1", "name"], ["FILE:8", "student.modle"], ["FILE:15", "stages.1.losses.0.weight"]]
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b"", "expected a mapping"),
+        (b"- a\n", "expected a mapping"),
+        (b"name: \xff\n", "FILE:1: byte 0xff is not UTF-8"),
+        (b"#" * (MAX_BYTES + 1), "longer than"),
+    ],
+)
+def test_file_that_is_no_recipe_is_refused(write, content, part):
+    assert part in complaint(write(content))[0]
+
+
+def test_missing_file_and_directory_are_refused(tmp_path):
+    assert "cannot be read" in complaint(tmp_path / "none.yaml")[0]
+    assert "cannot be read" in complaint(tmp_path)[0]
+
+
+def test_overrides_reach_keys_indices_and_names(write):
+    recipe = load_recipe(
+        write(GOOD),
+        [
+            "stages.kd.trainer.max_steps=10",
+            "stages.0.trainer.max_steps=20",
+            "prompts.on.limit=5",
+            "capture.k=8",
+            "generate={temperature: 0}",
+            "stages.kd.losses.forward_kl.weight={kind: linear, start: 1, end: 0}",
+            "student.adapter={kind: lora, r: 4}",
+            "name=no",
+        ],
+    )
+    assert [stage.trainer.max_steps for stage in recipe.stages] == [20, 10]
+    assert [source.limit for source in recipe.prompts] == [None, 5]
+    assert (recipe.capture.k, recipe.generate.temperature, recipe.student.adapter.r, recipe.name) == (8, 0.0, 4, "no")
+    assert recipe.stages[1].losses[0].weight.end == 0.0
+
+
+@pytest.mark.parametrize(
+    "override, part",
+    [
+        ("stages.kd.trainer.max_steps", "expected path=value"),
+        ("=3", "expected path=value"),
+        ("a..b=3", "expected path=value"),
+        ("stages.kdd.trainer.max_steps=3", "'stages' has no entry 'kdd', only 'sft', 'kd'; did you mean 'kd'?"),
+        ("stages.2.name=a", "'stages' has 2 entries, so there is no 2"),
+        ("name.first=a", "has nothing inside"),
+        ("seed=[1", "no valid YAML"),
+        ("seed=x", "--set seed=x: seed: expected a number, found 'x'"),
+        ("sede=1", "--set sede=1: sede: unknown key; did you mean 'seed'?"),
+        ("capture.q=1", "--set capture.q=1: capture.q: unknown key"),
+    ],
+)
+def test_override_that_leads_nowhere_is_refused(write, override, part):
+    assert part in complaint(write(GOOD), [override])[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_of_the_project_validates_and_has_a_run_book(path):
+    assert dump_recipe(load_recipe(path))
+    assert path.read_text().startswith("#")
+
+
+def test_the_project_has_its_recipes():
+    names = {path.stem for path in (ROOT / "recipes").rglob("*.y*ml")}
+    assert "demo" in names
+    assert len(names) == len(list((ROOT / "recipes").rglob("*.yaml"))) >= 1
+
+
+def test_demo_recipe_is_the_documented_one():
+    demo = load_recipe(ROOT / "recipes" / "demo.yaml")
+    assert (demo.capture.k, demo.capture.mass, demo.capture.temperatures) == (64, 0.999, (1.0,))
+    assert [(loss.name, loss.weight.start) for loss in demo.stage("kd").losses] == [("forward_kl", 0.9), ("cross_entropy", 0.1)]
+    assert demo.evaluate.models == ("teacher", "base", "sft", "kd")
+    assert [task.domain for task in demo.evaluate.tasks] == ["math", "code", "aiops"]
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+number = st.floats(0, 1e6, allow_nan=False)
+schedule = number | st.fixed_dictionaries({"kind": st.sampled_from(["linear", "cosine"]), "start": number, "end": number})
+sources = st.fixed_dictionaries({"source": text, "path": text, "format": st.just("sharegpt"), "system": st.none() | text})
+losses = st.fixed_dictionaries({"name": st.sampled_from(["forward_kl", "jsd"]), "weight": schedule | st.just(1e-7)})
+
+
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    model=text,
+    sources=st.lists(sources, max_size=3),
+    loss=losses,
+    seed=st.integers(-(2**40), 2**70),
+    kwargs=st.dictionaries(text, st.none() | st.booleans() | text | st.integers() | number, max_size=3),
+)
+def test_dumped_recipe_loads_to_an_equal_recipe(tmp_path_factory, model, sources, loss, seed, kwargs):
+    data = {"name": "x", "output_dir": "o", "cache": ["c"], "seed": seed, "teacher": {"model": model}, "prompts": sources}
+    data["student"] = {"model": "no", "adapter": "qlora"}
+    data["stages"] = [{"name": "1e5", "losses": [loss, {"name": "cross_entropy"}], "trainer": {"lr_scheduler_kwargs": kwargs}}]
+    recipe = Recipe.model_validate(data)
+    path = tmp_path_factory.mktemp("dump") / "r.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def test_json_schema_carries_help_and_is_json():
+    schema = json.loads(json.dumps(recipe_json_schema()))
+    assert schema["$defs"]["Teacher"]["properties"]["model"]["description"] == "A directory or a hub id."
+    assert schema["additionalProperties"] is False
