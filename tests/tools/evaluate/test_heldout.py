@@ -1,0 +1,118 @@
+"""Held-out figures against dense float64 maths, row by row and without any batching."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.cache import Cache
+from shared.errors import DecantError, EvaluationError
+from shared.keys import is_heldout
+from tests.tiny_models import make_llama, make_qwen3
+from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
+from tools.evaluate.bootstrap import ratio_interval
+from tools.evaluate.heldout import evaluate_heldout, heldout_rows
+
+FRACTION = 0.4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("heldout")
+    teacher = make_qwen3(root / "teacher")
+    students = {"qwen3": make_qwen3(root / "qwen3", seed=3), "padded": make_llama(root / "padded", seed=4, vocab_size=544)}
+    return {"teacher": teacher, "cache": build_cache(root / "cache", teacher), "root": root, **students}
+
+
+def reference(cache_dir: Path, model_dir: Path) -> dict[str, float]:
+    cache = Cache.open(cache_dir)
+    kl, equal, nll = [], [], []
+    for index in range(len(cache)):
+        row = cache[index]
+        if not is_heldout(row.group_key, FRACTION):
+            continue
+        log_q = dense_logprobs(model_dir, row.token_ids)[row.predictor_index()]
+        for s, label in enumerate(row.labels()):
+            ids = row.targets.ids[row.targets.offsets()[s] : row.targets.offsets()[s + 1]]
+            log_p = row.targets.logprobs[row.targets.offsets()[s] : row.targets.offsets()[s + 1]].astype(np.float64)
+            tail_p, tail_q = math.exp(row.targets.tail_logmass[s, 0]), 1 - np.exp(log_q[s, ids]).sum()
+            kl.append(float((np.exp(log_p) * (log_p - log_q[s, ids])).sum() + tail_p * math.log(tail_p / tail_q)))
+            equal.append(int(log_q[s].argmax()) == int(ids[0]))
+            nll.append(-log_q[s, label])
+    return {"kl_nats": np.mean(kl), "top1_agreement": np.mean(equal), "perplexity": math.exp(np.mean(nll)), "positions": len(kl)}
+
+
+@pytest.mark.parametrize("student", ["teacher", "qwen3", "padded"])
+@pytest.mark.parametrize("batch_tokens", [64, 4096])
+def test_figures_equal_dense_float64_maths_however_rows_are_batched(
+    world: dict[str, Path], student: str, batch_tokens: int
+) -> None:
+    found = evaluate_heldout(world[student], [world["cache"]], FRACTION, batch_tokens=batch_tokens)
+    expected = reference(world["cache"], world[student])
+    assert found["positions"] == expected["positions"] > 100
+    assert found["kl_nats"] == pytest.approx(expected["kl_nats"], rel=2e-4, abs=2e-6)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert found["top1_agreement"] == pytest.approx(expected["top1_agreement"])
+    assert found["kl_low"] <= found["kl_nats"] <= found["kl_high"]
+
+
+def test_the_teacher_measures_its_own_quantisation_and_its_own_perplexity(world: dict[str, Path]) -> None:
+    found = evaluate_heldout(world["teacher"], [world["cache"]], FRACTION)
+    assert 0 <= found["kl_nats"] < 1e-3
+    assert found["top1_agreement"] > 0.99
+    assert found["perplexity"] == pytest.approx(found["teacher_perplexity"], rel=1e-2)
+
+
+def test_sources_add_up_to_the_whole(world: dict[str, Path]) -> None:
+    found = evaluate_heldout(world["qwen3"], [world["cache"]], FRACTION)
+    parts = found["by_source"].values()
+    assert len(parts) > 1
+    assert sum(part["positions"] for part in parts) == found["positions"]
+    assert sum(part["kl_nats"] * part["positions"] for part in parts) == pytest.approx(found["kl_nats"] * found["positions"])
+
+
+def test_the_cap_takes_a_subset_of_the_held_out_rows_whatever_the_cap(world: dict[str, Path]) -> None:
+    cache = Cache.open(world["cache"])
+    every = heldout_rows([cache], FRACTION, None)
+    assert {row for _, row in every} == {i for i in range(len(cache)) if is_heldout(cache[i].group_key, FRACTION)}
+    assert heldout_rows([cache], FRACTION, 3) == every[:3]
+    capped = evaluate_heldout(world["qwen3"], [world["cache"]], FRACTION, max_rows=3)
+    assert capped["rows"] == 3
+
+
+def test_rows_beyond_the_models_length_are_left_out_and_counted(world: dict[str, Path]) -> None:
+    cache = Cache.open(world["cache"])
+    lengths = sorted(int(cache.num_tokens[row]) for _, row in heldout_rows([cache], FRACTION, None))
+    short = make_qwen3(world["root"] / "short", max_position_embeddings=lengths[len(lengths) // 2])
+    found = evaluate_heldout(short, [world["cache"]], FRACTION)
+    assert found["rows_too_long"] == sum(length > lengths[len(lengths) // 2] for length in lengths) > 0
+    assert found["rows"] + found["rows_too_long"] == len(lengths)
+
+
+def test_what_cannot_be_measured_is_refused_in_a_sentence(world: dict[str, Path]) -> None:
+    with pytest.raises(EvaluationError, match="no row is held out"):
+        evaluate_heldout(world["qwen3"], [world["cache"]], 0.0)
+    with pytest.raises(EvaluationError, match="cannot be loaded"):
+        evaluate_heldout(world["root"] / "nothing", [world["cache"]], FRACTION)
+    with pytest.raises(DecantError, match="is not a cache"):
+        evaluate_heldout(world["qwen3"], [world["root"]], FRACTION)
+    with pytest.raises(DecantError, match="400 rows"):
+        evaluate_heldout(make_llama(world["root"] / "small", vocab_size=VOCAB_TOO_SMALL), [world["cache"]], FRACTION)
+
+
+VOCAB_TOO_SMALL = 400
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(5)
+    hits = 0
+    for trial in range(200):
+        counts = rng.integers(5, 50, size=60).astype(float)
+        sums = counts * rng.normal(1.0, 0.5, size=60)
+        low, high = ratio_interval(sums, counts, trial)
+        hits += low <= 1.0 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+    assert ratio_interval(sums, counts, 1) == ratio_interval(sums, counts, 1)
