@@ -11,7 +11,6 @@ Shape letters: S positions, H hidden width, V vocabulary, C positions of a chunk
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from shared.errors import TrainingError
 from student_train.head_chunks import Head, HeadGradients, check_positions
-from student_train.losses import LossTerm, registry
+from student_train.loss_terms import TermGroup, group_terms, term_keys
+from student_train.losses import LossTerm
 from student_train.position_scores import PositionScores, evaluate_positions
-from student_train.softmax_group import WeightedDivergence, group_values_and_gradient
+from student_train.softmax_group import group_values_and_gradient
 from student_train.target_batch import TargetBatch
 
 __all__ = ["FusedLoss", "LossTerm", "PositionScores", "evaluate_positions", "fused_sparse_loss", "term_keys"]
@@ -37,16 +37,6 @@ class FusedLoss:
     """Scalar with gradient: the sum of weight x value."""
     values: dict[str, Tensor]
     """Each term's value, T^2 included and weight not, by `term_keys`; detached scalars."""
-
-
-def term_keys(terms: Sequence[LossTerm]) -> list[str]:
-    """Return a unique key per term: its name, with _2, _3 ... where a name comes again.
-
-    >>> term_keys([LossTerm("forward_kl"), LossTerm("cross_entropy"), LossTerm("forward_kl", temperature=2.0)])
-    ['forward_kl', 'cross_entropy', 'forward_kl_2']
-    """
-    names = [term.name for term in terms]
-    return [name if name not in names[:i] else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
 
 def fused_sparse_loss(
@@ -77,45 +67,11 @@ def fused_sparse_loss(
     check_positions(head, hidden, labels, targets)
     if not isinstance(num_positions, Tensor) and num_positions <= 0:
         raise TrainingError(f"the global batch has {num_positions:g} supervised positions; it needs at least one")
-    groups = _groups(terms, targets, num_positions)
+    groups = group_terms(terms, targets, num_positions)
     call = _Call(head, labels, targets, groups, len(terms), chunk_positions, torch.is_grad_enabled())
     loss, sums = _FusedSparseLoss.apply(hidden, head_weight, head_bias, call)
     scaled = [sums[i] * (term.temperature**2) / num_positions for i, term in enumerate(terms)]
     return FusedLoss(loss, dict(zip(term_keys(terms), scaled, strict=True)))
-
-
-_Groups = dict[float, list[WeightedDivergence]]
-
-
-def _groups(terms: Sequence[LossTerm], targets: TargetBatch | None, num_positions: float | Tensor) -> _Groups:
-    """Return the terms by temperature, or raise TrainingError for one that cannot be honoured."""
-    if not terms:
-        raise TrainingError("a stage without losses has nothing to train; name at least one")
-    groups: _Groups = {}
-    for index, term in enumerate(terms):
-        divergence = registry.get(term.name)
-        if divergence is None:
-            raise TrainingError(f"loss '{term.name}' is unknown; use one of {', '.join(registry)}")
-        unknown = set(term.options) - set(divergence.options)
-        if unknown:
-            raise TrainingError(
-                f"loss '{term.name}' has no option '{min(unknown)}'; it takes {', '.join(divergence.options) or 'none'}"
-            )
-        if divergence.on_labels and term.temperature != 1.0:
-            raise TrainingError(f"{term.name} was asked for at temperature {term.temperature:g}; it is taken at 1, so leave it out")
-        if not divergence.on_labels:
-            if targets is None:
-                raise TrainingError(f"loss '{term.name}' needs the teacher's targets and the batch has none; name a targets layer")
-            targets.temperature_index(term.temperature)
-            if targets.draws and not divergence.linear_in_teacher:
-                raise TrainingError(
-                    f"loss '{term.name}' was asked for on targets with drawn tokens, where it is biased: a token not "
-                    "drawn would count as impossible; use forward_kl, or a layer captured in mode 'top'"
-                )
-        function = functools.partial(divergence.function, **term.options)
-        coefficient = term.weight * term.temperature**2 / num_positions
-        groups.setdefault(term.temperature, []).append(WeightedDivergence(index, function, coefficient, divergence.on_labels))
-    return groups
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,13 +81,13 @@ class _Call:
     head: Head
     labels: Tensor
     targets: TargetBatch | None
-    groups: _Groups
+    groups: Sequence[TermGroup]
     num_terms: int
     chunk_positions: int | None
     grad_enabled: bool
 
 
-class _FusedSparseLoss(torch.autograd.Function):
+class _FusedSparseLoss(torch.autograd.Function):  # type: ignore[misc]  # torch has no types here
     """Loss and gradients in one pass; backward multiplies by the incoming scalar."""
 
     @staticmethod
@@ -145,7 +101,7 @@ class _FusedSparseLoss(torch.autograd.Function):
         ctx.gradients = [gradients.hidden, gradients.weight, gradients.bias]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sums)
-        terms = (term for group in call.groups.values() for term in group)
+        terms = (term for group in call.groups for term in group.terms)
         loss = sum((term.coefficient * sums[term.index] for term in terms), start=sums.new_zeros(()))
         return loss, sums
 
@@ -191,13 +147,17 @@ def _run_groups(call: _Call, where: slice, logits: Tensor, spare: list[Tensor], 
     The last group works on the logits themselves.
     """
     total: Tensor | None = None
-    for i, (temperature, terms) in enumerate(call.groups.items()):
+    for i, group in enumerate(call.groups):
         last = i == len(call.groups) - 1
         work = logits if last else spare[min(i, len(spare) - 1)].copy_(logits)
         members = None
-        if call.targets is not None and not all(term.on_labels for term in terms):
-            members = call.targets.members(where.start, where.stop, temperature, call.head.vocab_size, call.head.dtype)
-        group_values_and_gradient(work, call.labels[where], members, terms, temperature, sums, want_gradient=want_gradient)
+        if call.targets is not None and group.needs_members:
+            members = call.targets.members(
+                where, group.temperature, call.head.vocab_size, call.head.dtype, with_draws=group.with_draws
+            )
+        group_values_and_gradient(
+            work, call.labels[where], members, group.terms, group.temperature, sums, want_gradient=want_gradient
+        )
         if total is None:
             total = work
         elif want_gradient:

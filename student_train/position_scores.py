@@ -35,7 +35,6 @@ class PositionScores:
     """[S] float32 negative log-likelihood of the label."""
 
 
-@torch.no_grad()
 def evaluate_positions(
     hidden: Tensor,
     head_weight: Tensor,
@@ -60,7 +59,7 @@ def evaluate_positions(
     nll = torch.empty_like(kl)
     equal = torch.empty(num_positions, dtype=torch.bool, device=hidden.device)
     buffer = head.buffer(head.chunk_size(num_positions, 1, chunk_positions))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for where in head.chunks(num_positions, 1, chunk_positions):
             logits = buffer[: where.stop - where.start]
             head.logits_into(logits, head.input_of(hidden[where]))
@@ -70,13 +69,13 @@ def evaluate_positions(
 
 def _score_chunk(logits: Tensor, labels: Tensor, targets: TargetBatch, where: slice, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Return KL, top-1 equality and label NLL, each [C]; the logits [C, W] are used up."""
-    has_head = targets.head.ids.numel() > 0
-    members = targets.members(where.start, where.stop, 1.0, head.vocab_size, head.dtype, with_draws=not has_head)
+    with_draws = targets.has_only_draws
+    members = targets.members(where, 1.0, head.vocab_size, head.dtype, with_draws=with_draws)
     best = logits.argmax(1)
     label_logits = logits.gather(1, labels[:, None])
     log_q, log_total, _ = student_masses(logits, members.ids)
     equal = torch.zeros_like(best, dtype=torch.bool)
     if members.ids.shape[1]:
-        first = torch.zeros_like(best) if has_head else members.log_p[:, :-1].argmax(1)
+        first = members.log_p[:, :-1].argmax(1) if with_draws else torch.zeros_like(best)
         equal = best == members.ids.gather(1, first[:, None])[:, 0]
     return forward_kl(finite(members.log_p), log_q), equal, (log_total - label_logits)[:, 0]

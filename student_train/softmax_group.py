@@ -14,25 +14,14 @@ slots).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from student_train.loss_terms import WeightedDivergence
 from student_train.losses import ZERO_LOG_MASS
 from student_train.target_batch import Members
-
-
-@dataclass(frozen=True, slots=True)
-class WeightedDivergence:
-    """A divergence with its options bound, and the place of its value among all terms."""
-
-    index: int
-    function: Callable[[Tensor, Tensor], Tensor]
-    coefficient: Tensor | float
-    """Weight x T^2 / positions of the global batch."""
-    on_labels: bool
 
 
 def group_values_and_gradient(

@@ -96,20 +96,20 @@ class _Ragged:
         moved = [tensor.to(device, non_blocking=True) for tensor in (self.counts, self.starts, self.ids, self.numbers)]
         return _Ragged(moved[0], self.counts_host, *moved[1:])
 
-    def padded(self, start: int, end: int, pad_id: int, pad_number: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return [C, K] ids and numbers of positions start to end, padded to the longest of them."""
-        counts_host = self.counts_host[start:end]
+    def padded(self, where: slice, pad_id: int, pad_number: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return [C, K] ids and numbers of the positions `where`, padded to the longest of them."""
+        counts_host = self.counts_host[where]
         shortest, longest = int(counts_host.min()), int(counts_host.max())
         if shortest == longest:
-            first = int(self.counts_host[:start].sum())
-            flat = slice(first, first + longest * (end - start))
-            shape = (end - start, longest)
+            first = int(self.counts_host[: where.start].sum())
+            flat = slice(first, first + longest * len(counts_host))
+            shape = (len(counts_host), longest)
             return self.ids[flat].view(shape), self.numbers[flat].view(shape).to(dtype)
         slot = torch.arange(longest, device=self.ids.device)
-        outside = slot >= self.counts[start:end, None]
-        where = (self.starts[start:end, None] + slot).masked_fill_(outside, 0)
-        ids = self.ids[where].masked_fill_(outside, pad_id)
-        return ids, self.numbers[where].to(dtype).masked_fill_(outside, pad_number)
+        outside = slot >= self.counts[where, None]
+        entry = (self.starts[where, None] + slot).masked_fill_(outside, 0)
+        ids = self.ids[entry].masked_fill_(outside, pad_id)
+        return ids, self.numbers[entry].to(dtype).masked_fill_(outside, pad_number)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,23 +173,25 @@ class TargetBatch:
             "train at a captured temperature or score another layer with it"
         )
 
-    def members(
-        self, start: int, end: int, temperature: float, vocab_size: int, dtype: torch.dtype, *, with_draws: bool = True
-    ) -> Members:
-        """Return the members of positions start to end at a captured temperature; `with_draws=False` leaves the tail in the
-        bucket.
+    @property
+    def has_only_draws(self) -> bool:
+        """Say whether there is no head at all, as in mode `sample`."""
+        return bool(self.draws) and self.num_positions > 0 and len(self.head.ids) == 0
+
+    def members(self, where: slice, temperature: float, vocab_size: int, dtype: torch.dtype, *, with_draws: bool) -> Members:
+        """Return the members of the positions `where` at a captured temperature; without draws the tail stays in the bucket.
 
         Raises:
             TrainingError: the temperature was not captured.
         """
         j = self.temperature_index(temperature)
-        ids, logprobs = self.head.padded(start, end, vocab_size, -torch.inf, dtype)
-        tail = self.tail_logmass[start:end, j].to(dtype)
+        ids, logprobs = self.head.padded(where, vocab_size, -torch.inf, dtype)
+        tail = self.tail_logmass[where, j].to(dtype)
         if self.temperatures[j] != 1.0 and ids.shape[1]:
             logprobs = _head_at(logprobs, tail, self.temperatures[j])
         if not (self.draws and with_draws):
             return Members(ids, torch.cat([logprobs, tail[:, None]], dim=1))
-        drawn_ids, multiplicities = self.draws[j].padded(start, end, vocab_size, 0.0, dtype)
+        drawn_ids, multiplicities = self.draws[j].padded(where, vocab_size, 0.0, dtype)
         num_draws = multiplicities.sum(dim=1)
         drawn = tail[:, None] + multiplicities.log() - num_draws.clamp_min(1.0).log()[:, None]
         bucket = tail.masked_fill(num_draws > 0, -torch.inf)
