@@ -36,7 +36,7 @@ class ChatTemplate:
         """
         self._tokenizer = tokenizer
         self._source = source
-        self._text = _setting_text(source.chat_template) or _own_text(tokenizer, source)
+        self._text = template_text(source.chat_template) or _own_text(tokenizer, source)
         self._special = special_ids(tokenizer)
         self._special_texts = tuple(sorted(tokenizer.convert_ids_to_tokens(sorted(self._special))))
         self.origin = "`chat_template` of the recipe" if source.chat_template else "the tokenizer's chat template"
@@ -99,8 +99,12 @@ class ChatTemplate:
         )
 
 
-def _setting_text(setting: str | None) -> str | None:
-    """Return the recipe's template: its text, or the content of the file that it names."""
+def template_text(setting: str | None) -> str | None:
+    """Return the recipe's template: its text, or the content of the file that it names; None stays None.
+
+    Raises:
+        PromptError: it names a file that is not there.
+    """
     if setting is None or "{" in setting or "\n" in setting:
         return setting
     path = Path(setting)

@@ -1,0 +1,223 @@
+"""Phase 1 as one job: plan, generate (or take over) answers, score them, commit everything as it is done.
+
+Order: read the teacher's files; compare identities with the cache; plan the job; pass 1 over units without a part; pass 2 over
+parts without targets. An engine is opened when the first pass needs one, so a build with nothing to do starts none. Every
+part is committed alone, so the same command after any interruption does what is missing and nothing twice.
+Cost: two engine passes over the tokens; memory for a few units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shared.cache_writer import CacheWriter, LayerWriter
+from shared.errors import DecantError, PromptError, UsageError
+from shared.jobs import Job, PlanRow, create_job
+from shared.recipe import Recipe, Teacher
+from teacher_cache import engines
+from teacher_cache.feeding import Desk
+from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
+from teacher_cache.lazy_engine import LazyEngine
+from teacher_cache.problems import THRESHOLD, Problem, Problems
+from teacher_cache.progress import NoProgress, Progress
+from teacher_cache.prompts import read_prompts
+from teacher_cache.score import parts_to_score, require_length, score_parts
+from teacher_cache.seconds_file import add_seconds
+from teacher_cache.sequence_maker import SequenceMaker
+from teacher_cache.stop_signal import StopSignal
+from teacher_cache.summary import BuildSummary
+from teacher_cache.teacher_identity import KnownTeacher, know_teacher, layer_identity, sequences_identity, software
+from teacher_cache.unit_writer import UnitWriter
+from teacher_cache.work_list import Tally, answer_seed, list_rows, request_of
+
+
+class BuildStoppedError(DecantError):
+    """A build was asked to stop (SIGTERM) and did; what was committed stays."""
+
+
+class SetAsideError(PromptError):
+    """The build is done, but more rows than the threshold allows could not be used."""
+
+    def __init__(self, message: str, summary: BuildSummary) -> None:
+        """Carry the summary of what was done nevertheless."""
+        super().__init__(message)
+        self.summary = summary
+
+
+@dataclass(slots=True)
+class _Build:
+    """What the steps of one build share."""
+
+    recipe: Recipe
+    teacher: Teacher
+    partition: tuple[int, int]
+    progress: Progress
+    max_set_aside: float
+    known: KnownTeacher
+    cache: CacheWriter
+    layer: LayerWriter
+    engine: LazyEngine
+    stop: StopSignal
+    summary: BuildSummary
+
+    def mine(self, unit: int) -> bool:
+        """Tell whether a unit belongs to this partition."""
+        index, count = self.partition
+        return unit % count == index
+
+
+def teach(
+    recipe: Recipe,
+    partition: tuple[int, int] | None = None,
+    progress: Progress | None = None,
+    max_set_aside: float = THRESHOLD,
+) -> BuildSummary:
+    """Build or continue the cache that a recipe describes.
+
+    Args:
+        recipe: with `teacher` and one `cache`; without `prompts`, an existing cache is scored.
+        partition: this process's share of the plan, (index from 0, count); None for all of it.
+        progress: receives rows and tokens as they are done.
+        max_set_aside: largest share of unusable rows that is accepted.
+
+    Raises:
+        UsageError: the recipe has no teacher, several caches, or nothing to build from.
+        IdentityError: the cache was built with another tokenizer or template.
+        SetAsideError: everything is done, but too many rows could not be used.
+        BuildStoppedError: SIGTERM arrived.
+        DecantError: anything else that stops a build, in one sentence.
+    """
+    teacher, own_share = _checked(recipe, partition)
+    known = know_teacher(teacher)
+    maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, known.max_model_len)
+    identity = sequences_identity(known, teacher, recipe.generate)
+    cache = CacheWriter.create_or_open(recipe.cache[0], identity, known.tokenizer_files)
+    layer = cache.layer(None, layer_identity(known, teacher, recipe.capture), {"engine": teacher.engine, **software()})
+    before = cache.sequence_records()
+    summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
+    planned_teacher = teacher.model_copy(update={"max_model_len": known.max_model_len})
+    engine = LazyEngine(lambda: engines.open_engine(planned_teacher, recipe.capture), known.max_model_len)
+    with StopSignal() as stop:
+        build = _Build(
+            recipe, teacher, own_share, progress or NoProgress(), max_set_aside, known, cache, layer, engine, stop, summary
+        )
+        try:
+            with engine:
+                job = _plan(build) if recipe.prompts else None
+                if job is not None:
+                    _make_sequences(build, job, maker)
+                _make_targets(build, job)
+        finally:
+            summary.seconds_starting = engine.seconds_starting
+            if summary.computed:
+                add_seconds(recipe.output_dir, "teach", summary.seconds)
+    return _finish(build, job)
+
+
+def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher, tuple[int, int]]:
+    """Return teacher and partition of a recipe that can be built."""
+    if recipe.teacher is None:
+        raise UsageError("the recipe has no `teacher` section; `teach` needs one to answer or score prompts")
+    if len(recipe.cache) != 1:
+        raise UsageError(f"the recipe names {len(recipe.cache)} caches; `teach` builds one, so give one under `cache`")
+    if not recipe.prompts and not (recipe.cache[0] / "cache.json").is_file():
+        raise UsageError(f"the recipe has no `prompts` and there is no cache at {recipe.cache[0]}; give one of both")
+    index, count = partition or (0, 1)
+    if not 0 <= index < count:
+        raise UsageError(f"--partition {index}/{count} does not exist; expected i/n with i from 0 to n - 1")
+    refusal = engines.refusal(recipe.teacher, recipe.capture)
+    if refusal is not None:
+        raise UsageError(refusal)
+    return recipe.teacher, (index, count)
+
+
+def _plan(build: _Build) -> Job:
+    """Return the job of the recipe's prompts, reading them only if it was never planned."""
+    recipe, known, summary = build.recipe, build.known, build.summary
+    generator = known.generator if recipe.generate else None
+    request = request_of(recipe, generator, known.tokenizer_hash, known.max_model_len)
+    problems, tally = Problems(), Tally()
+
+    def rows() -> Iterator[PlanRow]:
+        build.progress.start("list", 0)
+        conversations = read_prompts(recipe.prompts, problems)
+        for row in list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally):
+            build.progress.advance(1, 0)
+            yield row
+        build.progress.finish()
+        problems.check(build.max_set_aside)
+
+    job = create_job(build.cache.path, request, rows(), recipe.rows_per_part)
+    summary.duplicates = tally.duplicates
+    for problem in problems.listed:
+        summary.add_problem(problem)
+    summary.num_set_aside = problems.total
+    return job
+
+
+def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
+    """Pass 1 over this partition's units that have no part."""
+    recipe = build.recipe
+    committed = {record.stem for record in build.cache.sequence_records()}
+    units = [unit for unit in range(job.num_units) if build.mine(unit) and job.part_stem(unit) not in committed]
+    if not units:
+        return
+    with UnitWriter() as writer:
+        desk = Desk(writer, build.stop, build.progress)
+        if recipe.generate is None:
+            import_units(Pass1(build.cache, job, maker, software, build.summary), units, desk)
+        else:
+            engine = build.engine.get()
+            work = Pass1(build.cache, job, maker, lambda: _ran(build), build.summary)
+            generate_units(work, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk)
+    build.summary.seconds_writing += writer.seconds
+    _stop_if_asked(build)
+
+
+def _make_targets(build: _Build, job: Job | None) -> None:
+    """Pass 2 over this partition's parts that the layer lacks."""
+    own = frozenset(job.part_stem(unit) for unit in range(job.num_units) if build.mine(unit)) if job else frozenset()
+    records = parts_to_score(build.layer, own, job.id8 if job else None, build.partition)
+    if not records:
+        return
+    require_length(build.layer, records, build.known.max_model_len)
+    with UnitWriter() as writer:
+        desk = Desk(writer, build.stop, build.progress)
+        score_parts(build.layer, records, build.engine.get().score, lambda: _ran(build), desk, build.summary)
+    build.summary.seconds_writing += writer.seconds
+    _stop_if_asked(build)
+
+
+def _ran(build: _Build) -> dict[str, Any]:
+    """Return what ran, for records."""
+    return {**software(), "engine": build.engine.provenance()}
+
+
+def _stop_if_asked(build: _Build) -> None:
+    if build.stop.requested:
+        left = len(build.layer.missing())
+        raise BuildStoppedError(
+            f"{build.cache.path}: stopped by SIGTERM with {left:,} parts not yet scored; run the same command again to continue"
+        )
+
+
+def _finish(build: _Build, job: Job | None) -> BuildSummary:
+    """Fill in the state of the cache and judge what the job set aside, in this run or before."""
+    summary = build.summary
+    records = build.cache.sequence_records()
+    summary.rows = sum(record.rows for record in records)
+    summary.positions = sum(record.positions for record in records)
+    summary.unscored_parts = len(build.layer.missing())
+    own = [record for record in records if job is not None and record.id8 == job.id8]
+    unusable = [entry for record in own for entry in record.set_aside if entry.get("kind") == PROBLEM]
+    total = sum(record.rows + len(record.set_aside) for record in own)
+    if len(unusable) > build.max_set_aside * total:
+        first = Problem(str(unusable[0]["path"]), int(unusable[0]["line"]), str(unusable[0]["reason"]))
+        raise SetAsideError(
+            f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the {build.max_set_aside:.0%} that "
+            f"are set aside; the other {summary.rows:,} rows are in the cache)",
+            summary,
+        )
+    return summary
