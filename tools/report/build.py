@@ -1,0 +1,56 @@
+"""Build the report of one run, or of several side by side: report.json, report.md, models.csv and report.html.
+
+Reads run directories and the caches' records only; nothing is computed again. Several runs are compared in the first one's
+directory. Cost: a few seconds, nearly all of it matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.atomic import write_atomic
+from shared.errors import EvaluationError
+from tools.report.figures import report_figures
+from tools.report.page import page
+from tools.report.run_files import read_run
+from tools.report.samples import choose_samples
+from tools.report.tables import markdown, models_csv, table_text
+
+__all__ = ["build_report", "table_text"]
+
+REPORT_FILES = ("report.html", "report.md", "models.csv", "report.json")
+
+
+def build_report(run_dirs: Sequence[str | Path]) -> dict[str, Any]:
+    """Write the report into the first run directory and return what report.json says, with `files` named.
+
+    Raises:
+        EvaluationError: a directory is no run, or none was given.
+    """
+    if not run_dirs:
+        raise EvaluationError("no run to report on; name the output_dir of a recipe that was run")
+    runs = [read_run(Path(directory)) for directory in run_dirs]
+    report: dict[str, Any] = _plain(report_figures(runs))
+    report["files"] = [str(runs[0].directory / name) for name in REPORT_FILES]
+    texts = {
+        "report.html": page(report, runs, choose_samples(runs[0].answers)),
+        "report.md": markdown(report),
+        "models.csv": models_csv(report),
+        "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
+    }
+    for name, text in texts.items():
+        write_atomic(runs[0].directory / name, text.encode("utf-8", errors="replace"), "report")
+    return report
+
+
+def _plain(value: Any) -> Any:
+    """Return plain JSON values: tuples as lists, a number that is not finite as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,111 @@
+"""report.json: every figure of the report, from what a run left on disk. Nothing is drawn or formatted here.
+
+Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers, seconds},
+cache.{rows, positions, bytes_per_position, mean_support, ...}, seconds.PHASE, stages.NAME, layers, missing. With several runs,
+models and stages of the second and later ones are called RUN/NAME, and a model that several runs share (teacher, base) with equal
+figures appears once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tools.evaluate.results import read_answers
+from tools.report.run_files import RunFiles, StageFiles
+
+REPORT_FORMAT = 1
+
+
+def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """Return the report of one or several runs as plain JSON values."""
+    models: dict[str, Any] = {}
+    stages: dict[str, Any] = {}
+    for index, run in enumerate(runs):
+        prefix = f"{run.name}/" if index else ""
+        for name, evaluation in run.evaluations.items():
+            figures = _model(run, name, evaluation)
+            if not (
+                prefix
+                and name in models
+                and models[name]["tasks"] == figures["tasks"]
+                and models[name]["heldout"] == figures["heldout"]
+            ):
+                models[_free(prefix + name, models)] = figures
+        for name, stage in run.stages.items():
+            stages[_free(prefix + name, stages)] = _stage(stage)
+    _add_gaps(models)
+    first = runs[0]
+    return {
+        "format": REPORT_FORMAT,
+        "name": " and ".join(dict.fromkeys(run.name for run in runs)),
+        "runs": [str(run.directory) for run in runs],
+        "models": models,
+        "cache": first.cache,
+        "seconds": first.seconds,
+        "stages": stages,
+        "layers": first.layers,
+        "identities": {name: evaluation.get("identity", {}) for name, evaluation in first.evaluations.items()},
+        "missing": [sentence if len(runs) == 1 else f"{run.name}: {sentence}" for run in runs for sentence in run.missing],
+    }
+
+
+def _model(run: RunFiles, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    tasks = evaluation["tasks"]
+    return {
+        "tasks": tasks,
+        "mean_score": math.fsum(task["score"] for task in tasks.values()) / len(tasks) if tasks else None,
+        "heldout": evaluation["heldout"],
+        "answers": _answers(run, name),
+        "seconds": evaluation.get("seconds", {}),
+        "engine": evaluation.get("identity", {}).get("engine"),
+    }
+
+
+def _answers(run: RunFiles, name: str) -> dict[str, Any]:
+    """Return lengths of a model's answers, how many were cut, and how many equal the untrained student's."""
+    if name not in run.answers:
+        return {}
+    own = [(row.get("answer"), row.get("tokens"), row.get("truncated")) for row in read_answers(run.answers[name])]
+    if not own:
+        return {}
+    figures: dict[str, Any] = {
+        "count": len(own),
+        "mean_tokens": math.fsum(tokens for _, tokens, _ in own if isinstance(tokens, int)) / len(own),
+        "truncated": sum(bool(truncated) for _, _, truncated in own) / len(own),
+    }
+    for other in ("base", "teacher"):
+        if other in run.answers and other != name:
+            texts = [row.get("answer") for row in read_answers(run.answers[other])]
+            if len(texts) == len(own):
+                figures[f"same_as_{other}"] = sum(text == mine for text, (mine, _, _) in zip(texts, own, strict=True)) / len(own)
+    return figures
+
+
+def _add_gaps(models: dict[str, Any]) -> None:
+    """Say how much of the way from the untrained student to the teacher each model went, where both are there."""
+    base, teacher = (models.get(name, {}).get("mean_score") for name in ("base", "teacher"))
+    for figures in models.values():
+        mean = figures["mean_score"]
+        known = mean is not None and base is not None and teacher is not None and teacher - base > 1e-9
+        figures["gap_closed"] = (mean - base) / (teacher - base) if known else None
+
+
+def _stage(stage: StageFiles) -> dict[str, Any]:
+    losses = [row["loss"] for row in stage.steps if isinstance(row.get("loss"), int | float)]
+    return {
+        "steps": stage.steps[-1]["step"],
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "health": stage.health,
+    }
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """Return the name, or with a number where it is taken."""
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate

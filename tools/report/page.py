@@ -1,0 +1,243 @@
+"""report.html: one file, no script, no network; the figures first, then plots, answers side by side, and what it all rests on.
+
+Everything that comes from a file is escaped; the page's own policy forbids scripts and every fetch, so that even a mistake there
+could not run a model's answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from tools.report import plots, tables
+from tools.report.run_files import RunFiles
+from tools.report.samples import Sample, SampleAnswer
+from tools.report.style import CSS
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[Sample]) -> str:
+    """Return the whole page."""
+    name = escape(str(report["name"]))
+    body = [f"<h1>{name}</h1>", _lead(report), _missing(report), _models(report), _facts(report), _plots(report, runs)]
+    body += [_answers_table(report), _samples(samples, list(report["models"])), _stages(report), _basis(report, runs)]
+    title = f"{name} – Decant report"
+    head = (
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{CSS}</style>"
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>\n'
+        + "\n".join(filter(None, body))
+        + "\n</main></body></html>\n"
+    )
+
+
+def _lead(report: Mapping[str, Any]) -> str:
+    models = report["models"]
+    students = [name for name in models if name not in ("teacher", "base") and models[name]["mean_score"] is not None]
+    if not students:
+        return '<p class="lead soft">Decant report</p>'
+    best = max(students, key=lambda name: models[name]["mean_score"])
+    parts = [f"<b>{escape(best)}</b> scores {tables.percent(models[best]['mean_score'])}"]
+    for other in ("base", "teacher"):
+        if other in models and models[other]["mean_score"] is not None:
+            label = "the untrained student" if other == "base" else "the teacher"
+            parts.append(f"{label} {tables.percent(models[other]['mean_score'])}")
+    text = ", ".join(parts)
+    gap = models[best]["gap_closed"]
+    return f'<p class="lead">{text}{"" if gap is None else f": {tables.percent(gap, 0)} of the gap is closed"}.</p>'
+
+
+def _missing(report: Mapping[str, Any]) -> str:
+    if not report["missing"]:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in report["missing"])
+    return f'<div class="note"><b>Not complete</b><ul>{items}</ul></div>'
+
+
+def _models(report: Mapping[str, Any]) -> str:
+    models, header = report["models"], tables.model_header(report)
+    if not models:
+        return '<p class="card">No model was evaluated yet.</p>'
+    rows, best = tables.model_rows(report), _best_cells(report)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = ""
+    for row in rows:
+        colour = plots.colour_of(list(models), row[0])
+        cells = f'<th scope="row"><i class="dot" style="background:{colour}"></i>{escape(row[0])}</th>'
+        for column, cell in enumerate(row[1:], start=1):
+            spread = _spread(models[row[0]], header[column])
+            mark = ' class="best"' if (row[0], column) in best else ""
+            cells += f"<td{mark}>{escape(cell)}{f'<small>{spread}</small>' if spread else ''}</td>"
+        body += f"<tr>{cells}</tr>"
+    legend = _legend(report)
+    table = f'<div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'{table}<p class="legend">{legend}</p></div>'
+
+
+def _legend(report: Mapping[str, Any]) -> str:
+    metrics = {domain: task.get("metric", "") for model in report["models"].values() for domain, task in model["tasks"].items()}
+    parts = [f"{domain}: {metric}" for domain, metric in metrics.items()]
+    parts += [
+        "small print: 95 % interval",
+        "held-out KL: nats per position from the teacher's cached distributions, on prompts never trained on",
+    ]
+    parts += ["top-1: positions whose most probable token is the teacher's", "marked: the best of base and the students"]
+    return escape("; ".join(parts) + ".")
+
+
+def _best_cells(report: Mapping[str, Any]) -> set[tuple[str, int]]:
+    """Return (model, column) of the best figure among all models but the teacher, where there is anything to compare."""
+    header = tables.model_header(report)
+    found = set()
+    for column, title in enumerate(header):
+        values = {
+            name: value
+            for name, model in report["models"].items()
+            if name != "teacher" and (value := _value(model, title)) is not None
+        }
+        if len(values) > 1 and title != "gap closed":
+            best = min(values.values()) if title in ("held-out KL", "perplexity") else max(values.values())
+            found |= {(name, column) for name, value in values.items() if value == best}
+    return found
+
+
+def _value(model: Mapping[str, Any], title: str) -> Any:
+    heldout = model["heldout"] or {}
+    named = {"held-out KL": "kl_nats", "top-1": "top1_agreement", "perplexity": "perplexity"}
+    if title in named:
+        return heldout.get(named[title])
+    if title == "mean":
+        return model["mean_score"]
+    task = model["tasks"].get(title)
+    return None if task is None else task["score"]
+
+
+def _spread(model: Mapping[str, Any], title: str) -> str:
+    heldout = model["heldout"] or {}
+    if title == "held-out KL" and heldout:
+        return f"{heldout['kl_low']:.4f}–{heldout['kl_high']:.4f}"
+    task = model["tasks"].get(title)
+    return f"{100 * task['low']:.0f}–{100 * task['high']:.0f}" if task else ""
+
+
+def _facts(report: Mapping[str, Any]) -> str:
+    rows = tables.run_rows(report)
+    boxes = "".join(f"<div><span>{escape(what)}</span><b>{escape(figure)}</b></div>" for what, figure in rows)
+    return f'<div class="facts">{boxes}</div>' if rows else ""
+
+
+def _plots(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> str:
+    models, cache = report["models"], report["cache"]
+    figures: list[tuple[str, str]] = []
+    if domains := tables.score_domains(report):
+        figures.append(("Scores per domain, with 95 % intervals", plots.score_plot(models, domains)))
+    if any(model["heldout"] for model in models.values()):
+        figures.append(("Distance from the teacher on held-out prompts", plots.divergence_plot(models)))
+    for index, run in enumerate(runs):
+        for name, stage in run.stages.items():
+            label = f"{run.name}/{name}" if index else name
+            terms = [key for key in stage.steps[-1] if key in _loss_names(run, name)]
+            figures.append((f"Training loss of stage {label}", plots.loss_plot(label, stage.steps, terms)))
+    if any(cache.get("entropy_histogram", ())):
+        figures.append(("How sure the teacher is", plots.entropy_plot(cache["entropy_histogram"], cache["entropy_bin_nats"])))
+    if any(cache.get("support_histogram", ())):
+        figures.append(("What the cache keeps", plots.support_plot(cache["support_histogram"])))
+    cards = "".join(f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>' for title, svg in figures)
+    return f'<h2>Plots</h2><div class="plots">{cards}</div>' if cards else ""
+
+
+def _loss_names(run: RunFiles, stage: str) -> set[str]:
+    losses = run.recipe.stage(stage).losses if run.recipe and any(known.name == stage for known in run.recipe.stages) else ()
+    return {loss.name for loss in losses}
+
+
+def _answers_table(report: Mapping[str, Any]) -> str:
+    rows = {name: model["answers"] for name, model in report["models"].items() if model["answers"]}
+    if not rows:
+        return ""
+    columns = (
+        ("answers", "count"),
+        ("tokens each", "mean_tokens"),
+        ("cut by length", "truncated"),
+        ("same as base", "same_as_base"),
+        ("same as teacher", "same_as_teacher"),
+    )
+    body = ""
+    for name, figures in rows.items():
+        cells = "".join(f"<td>{_answer_cell(key, figures.get(key))}</td>" for _, key in columns)
+        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    head = "<th>model</th>" + "".join(f"<th>{title}</th>" for title, _ in columns)
+    table = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<h2>Answers</h2>{table}"
+
+
+def _answer_cell(key: str, value: Any) -> str:
+    if value is None:
+        return tables.NONE
+    return f"{value:,}" if key == "count" else f"{value:.0f}" if key == "mean_tokens" else tables.percent(value)
+
+
+def _samples(samples: Sequence[Sample], models: Sequence[str]) -> str:
+    if not samples:
+        return ""
+    parts = ["<h2>Side by side</h2>", '<p class="soft">Questions that tell the models apart, as they answered them.</p>']
+    for domain in dict.fromkeys(sample.domain for sample in samples):
+        parts.append(f"<h3>{escape(domain)}</h3>")
+        parts += [_sample(sample, models) for sample in samples if sample.domain == domain]
+    return "".join(parts)
+
+
+def _sample(sample: Sample, models: Sequence[str]) -> str:
+    answers = "".join(_answer(name, sample.answers[name], models) for name in models if name in sample.answers)
+    question = f'<div class="who">Question</div><pre>{escape(sample.prompt)}</pre>'
+    reference = f"<details><summary>Reference</summary><pre>{escape(sample.reference)}</pre></details>"
+    return f'<div class="card sample">{question}{reference}<div class="answers">{answers}</div></div>'
+
+
+def _answer(name: str, answer: SampleAnswer, models: Sequence[str]) -> str:
+    style = "good" if answer.score >= 1 else "bad" if answer.score <= 0 else "soft"
+    verdict = "right" if answer.score >= 1 else "wrong" if answer.score <= 0 else tables.percent(answer.score, 0)
+    reason = f' <span class="soft">{escape(answer.reason)}</span>' if answer.reason else ""
+    colour = plots.colour_of(models, name)
+    head = f'<div><span class="who">{escape(name)}</span> <span class="{style}">{verdict}</span>{reason}</div>'
+    return f'<div style="border-color:{colour}">{head}<pre>{escape(answer.text) or "(nothing)"}</pre></div>'
+
+
+def _stages(report: Mapping[str, Any]) -> str:
+    if not report["stages"]:
+        return ""
+    cards = []
+    for name, stage in report["stages"].items():
+        health = stage["health"] or {}
+        checks = "".join(_check(str(check), bool(passed)) for check, passed in health.get("checks", {}).items())
+        losses = f"{tables.number(stage['first_loss'], 4)} to {tables.number(stage['last_loss'], 4)}"
+        state = "did not finish" if not health else "healthy" if health.get("healthy") else "not healthy"
+        style = "good" if health.get("healthy") else "bad"
+        text = f'<p class="soft">{stage["steps"]} steps, loss {losses}</p><ul class="checks">{checks}</ul>'
+        cards.append(f'<div class="card"><b>{escape(name)}</b> <span class="{style}">{state}</span>{text}</div>')
+    return f'<h2>Health of the training</h2><div class="plots">{"".join(cards)}</div>'
+
+
+def _check(name: str, passed: bool) -> str:
+    mark = '<span class="good">✓</span>' if passed else '<span class="bad">✗</span>'
+    return f"<li>{mark} {escape(name.replace('_', ' '))}</li>"
+
+
+def _basis(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> str:
+    parts = ["<h2>What this rests on</h2>"]
+    for title, value in (("Identity of the cache", report["layers"]), ("Identity of the evaluations", report["identities"])):
+        if value:
+            parts.append(
+                f"<details><summary>{title}</summary><pre>{escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre></details>"
+            )
+    for run in runs:
+        if run.recipe_text:
+            title = "Recipe" if len(runs) == 1 else f"Recipe of {escape(run.name)}"
+            parts.append(f"<details><summary>{title}</summary><pre>{escape(run.recipe_text)}</pre></details>")
+    return "".join(parts) if len(parts) > 1 else ""

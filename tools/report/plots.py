@@ -1,0 +1,200 @@
+"""Plots as small inline SVG: text stays text, colours of text and lines follow the page, so that light and dark both work.
+
+Every plot is about as wide as a phone, and the page puts them side by side where there is room. Cost: 0.1 s each, 5-40 KB.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+INK = "#010203"
+"""Stands for the page's text colour, replaced by currentColor."""
+COLOURS = ("#7a869a", "#c98a1b", "#2f7fd1", "#1f9d6b", "#b0509e", "#d1553f", "#6a5acd", "#4c9aa8")
+"""Readable on white and on dark: teacher, base, then stages in order."""
+MOST_POINTS = 400
+"""Longer curves are thinned by averaging, so that a page with 100,000 steps stays small."""
+WIDTH, HEIGHT = 4.7, 2.9
+
+
+def colour_of(models: Sequence[str], name: str) -> str:
+    """Return a model's colour, the same in every plot."""
+    order = [model for model in ("teacher", "base") if model in models]
+    order += [model for model in models if model not in order]
+    return COLOURS[order.index(name) % len(COLOURS)]
+
+
+def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
+    """Draw every model's score per domain with its 95 % interval."""
+
+    def draw(axes: Any) -> None:
+        names = list(models)
+        width = 0.8 / len(names)
+        for index, name in enumerate(names):
+            shown = [
+                (place, models[name]["tasks"][domain]) for place, domain in enumerate(domains) if domain in models[name]["tasks"]
+            ]
+            places = [place - 0.4 + width * (index + 0.5) for place, _ in shown]
+            heights = [100 * task["score"] for _, task in shown]
+            below = [100 * (task["score"] - task["low"]) for _, task in shown]
+            above = [100 * (task["high"] - task["score"]) for _, task in shown]
+            axes.bar(places, heights, width * 0.92, color=colour_of(names, name), label=name)
+            spread = [[max(0.0, value) for value in below], [max(0.0, value) for value in above]]
+            axes.errorbar(places, heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
+        axes.set_xticks(range(len(domains)), [_short(domain) for domain in domains])
+        axes.set_ylim(0, 105)
+        axes.set_ylabel("score, %")
+        axes.grid(axis="y")
+        axes.legend(ncols=min(4, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=1.0)
+
+    return _svg("scores", draw)
+
+
+def divergence_plot(models: Mapping[str, Any]) -> str:
+    """Draw every model's held-out KL with its 95 % interval, smallest at the top."""
+    shown = sorted(
+        ((name, model["heldout"]) for name, model in models.items() if model["heldout"]), key=lambda pair: -pair[1]["kl_nats"]
+    )
+
+    def draw(axes: Any) -> None:
+        for place, (name, heldout) in enumerate(shown):
+            spread = [[max(0.0, heldout["kl_nats"] - heldout["kl_low"])], [max(0.0, heldout["kl_high"] - heldout["kl_nats"])]]
+            axes.barh(place, heldout["kl_nats"], 0.7, color=colour_of(list(models), name))
+            axes.errorbar(heldout["kl_nats"], place, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
+            axes.annotate(
+                f"{heldout['kl_nats']:.4f}",
+                (max(heldout["kl_high"], heldout["kl_nats"]), place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        axes.set_yticks(range(len(shown)), [_short(name) for name, _ in shown])
+        axes.set_xlim(0, 1.22 * max([heldout["kl_high"] for _, heldout in shown] + [1e-6]))
+        axes.set_xlabel("held-out KL from the teacher, nats per position")
+        axes.grid(axis="x")
+
+    return _svg("divergence", draw)
+
+
+def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[str]) -> str:
+    """Draw a stage's loss, and its terms where there are several, over steps."""
+
+    def draw(axes: Any) -> None:
+        for index, term in enumerate(["loss", *terms] if len(terms) > 1 else ["loss"]):
+            points = [(row["step"], row[term]) for row in steps if isinstance(row.get(term), int | float)]
+            if points:
+                xs, ys = thinned([float(step) for step, _ in points], [float(value) for _, value in points])
+                main = index == 0
+                axes.plot(
+                    xs, ys, color=INK if main else COLOURS[2 + index % 6], linewidth=1.3 if main else 1.0, alpha=0.9, label=term
+                )
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.grid()
+        axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
+
+    return _svg(f"loss-{stage}", draw)
+
+
+def entropy_plot(histogram: Sequence[int], bin_nats: float) -> str:
+    """Draw how many positions have which teacher entropy."""
+    used = max((index for index, count in enumerate(histogram) if count), default=0) + 1
+    shares = [100 * count / max(1, sum(histogram)) for count in histogram[:used]]
+
+    def draw(axes: Any) -> None:
+        axes.bar([bin_nats * (index + 0.5) for index in range(used)], shares, bin_nats * 0.9, color=COLOURS[2])
+        axes.set_xlabel("teacher's entropy, nats")
+        axes.set_ylabel("positions, %")
+        axes.grid(axis="y")
+
+    return _svg("entropy", draw)
+
+
+def support_plot(histogram: Sequence[int]) -> str:
+    """Draw how many positions keep how many entries (bins double in width)."""
+    used = [index for index, count in enumerate(histogram) if count] or [0]
+    bins = range(used[0], used[-1] + 1)
+    total = max(1, sum(histogram))
+
+    def draw(axes: Any) -> None:
+        axes.bar(range(len(bins)), [100 * histogram[index] / total for index in bins], 0.85, color=COLOURS[3])
+        axes.set_xticks(range(len(bins)), [_support_label(index) for index in bins])
+        axes.set_xlabel("entries kept per position")
+        axes.set_ylabel("positions, %")
+        axes.grid(axis="y")
+
+    return _svg("support", draw)
+
+
+def thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Average neighbours until at most `MOST_POINTS` are left; first and last step keep their place."""
+    size = -(-len(xs) // MOST_POINTS)
+    if size <= 1:
+        return list(xs), list(ys)
+    starts = range(0, len(xs), size)
+    means = [sum(ys[start : start + size]) / len(ys[start : start + size]) for start in starts]
+    places = [xs[min(start + size // 2, len(xs) - 1)] for start in starts]
+    places[0], places[-1] = xs[0], xs[-1]
+    return places, means
+
+
+def _support_label(index: int) -> str:
+    if index <= 1:
+        return str(index)
+    low, high = 2 ** (index - 1), 2**index - 1
+    return f"{low}" if low == high else f"{low}–{high}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else f"{name[:15]}…"
+
+
+def _svg(label: str, draw: Callable[[Any], None]) -> str:
+    """Return one plot as an SVG element that takes its width and text colour from the page."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": label,
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.parse_math": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.axisbelow": True,
+        "grid.color": INK,
+        "grid.alpha": 0.13,
+        "grid.linewidth": 0.7,
+        "path.simplify_threshold": 0.5,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(out.getvalue(), label)
+
+
+def _inline(document: str, label: str) -> str:
+    """Cut a stand-alone SVG document down to an element of a page."""
+    element = document[document.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    element = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", element, count=1)
+    element = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", element, count=1)
+    # Ids repeat from plot to plot (a clip path, a marker); a prefix keeps each to its own.
+    prefix = re.sub(r"\W", "-", label)
+    element = re.sub(r'\bid="', f'id="{prefix}-', element)
+    element = re.sub(r'(xlink:href="|url\()#', rf"\1#{prefix}-", element)
+    element = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", element)
+    return element.replace(INK, "currentColor").strip()

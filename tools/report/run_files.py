@@ -1,0 +1,214 @@
+"""What a run left on disk, read without failing: what is absent or unreadable becomes a sentence of the report.
+
+Only files of the run directory and the caches' records are read; no model is loaded. Files are untrusted: sizes are bounded and
+whatever is not of the expected shape counts as missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared.cache import Cache
+from shared.errors import DecantError, EvaluationError
+from shared.recipe import Recipe
+from shared.recipe_file import load_recipe
+
+MAX_FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StageFiles:
+    """What one training stage left."""
+
+    steps: list[dict[str, Any]]
+    """Records of metrics.jsonl, oldest first."""
+    health: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What one run left."""
+
+    directory: Path
+    name: str
+    recipe: Recipe | None
+    recipe_text: str
+    stages: dict[str, StageFiles]
+    evaluations: dict[str, dict[str, Any]]
+    """Model -> its evaluation, in the recipe's order."""
+    answers: dict[str, Path]
+    """Model -> its answers file."""
+    seconds: dict[str, float]
+    cache: dict[str, Any]
+    """Statistics of the caches, summed; empty where none could be read."""
+    layers: list[dict[str, Any]]
+    """Identity of each cache's targets layer."""
+    missing: list[str] = field(default_factory=list)
+    """One sentence for each thing that a finished run has and this one has not."""
+
+
+def read_run(directory: Path) -> RunFiles:
+    """Read a run directory.
+
+    Raises:
+        EvaluationError: it is none.
+    """
+    if not directory.is_dir():
+        raise EvaluationError(f"{directory}: there is no such directory; name the output_dir of a recipe that was run")
+    if not any((directory / part).exists() for part in ("recipe.yaml", "train", "evaluate", "seconds.json")):
+        raise EvaluationError(
+            f"{directory}: not a run: it has no recipe.yaml, train or evaluate; name the output_dir of a recipe that was run"
+        )
+    missing: list[str] = []
+    recipe = _recipe(directory / "recipe.yaml", missing)
+    stage_names = [stage.name for stage in recipe.stages] if recipe else _subdirectories(directory / "train")
+    stages = {name: stage for name in stage_names if (stage := _stage(directory / "train" / name, name, missing)) is not None}
+    evaluations = _evaluations(directory / "evaluate", recipe, missing)
+    cache, layers = _caches(recipe, missing)
+    return RunFiles(
+        directory=directory,
+        name=recipe.name if recipe else directory.resolve().name,
+        recipe=recipe,
+        recipe_text=_text(directory / "recipe.yaml"),
+        stages=stages,
+        evaluations=evaluations,
+        answers={name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()},
+        seconds=_seconds(directory / "seconds.json"),
+        cache=cache,
+        layers=layers,
+        missing=missing,
+    )
+
+
+def _recipe(path: Path, missing: list[str]) -> Recipe | None:
+    if not path.is_file():
+        missing.append("recipe.yaml is missing, so models and stages are those found on disk")
+        return None
+    try:
+        return load_recipe(path)
+    except DecantError as error:
+        missing.append(f"the recipe cannot be read again: {error}")
+        return None
+
+
+def _stage(directory: Path, name: str, missing: list[str]) -> StageFiles | None:
+    steps = [row for row in _json_lines(directory / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    health = _json(directory / "health.json")
+    if not steps:
+        missing.append(f"stage '{name}' has no metrics: it was not trained")
+        return None
+    if health is None:
+        missing.append(f"stage '{name}' has no health.json: it did not finish")
+    return StageFiles(steps, health)
+
+
+def _evaluations(directory: Path, recipe: Recipe | None, missing: list[str]) -> dict[str, dict[str, Any]]:
+    on_disk = sorted(path.stem for path in directory.glob("*.json")) if directory.is_dir() else []
+    wanted = list(recipe.evaluate.models) if recipe else []
+    found = {}
+    for name in [*wanted, *(name for name in on_disk if name not in wanted)]:
+        result = _json(directory / f"{name}.json")
+        if result is not None and is_evaluation(result):
+            found[name] = result
+        elif name in on_disk:
+            missing.append(f"the evaluation of '{name}' cannot be read; delete it and run `decant eval` again")
+        else:
+            missing.append(f"'{name}' was not evaluated; run `decant eval`")
+    return found
+
+
+def is_evaluation(result: Mapping[str, Any]) -> bool:
+    """Tell whether a file has the shape of an evaluation: finite scores per task, finite held-out figures or null."""
+    tasks, heldout = result.get("tasks"), result.get("heldout")
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+        return False
+    if not all(_finite(task.get(key)) for task in tasks.values() for key in ("score", "low", "high")):
+        return False
+    figures = ("kl_nats", "kl_low", "kl_high", "top1_agreement")
+    return heldout is None or (isinstance(heldout, dict) and all(_finite(heldout.get(key)) for key in figures))
+
+
+def _caches(recipe: Recipe | None, missing: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    stats: list[dict[str, Any]] = []
+    layers = []
+    layer = next((stage.targets for stage in recipe.stages if stage.targets), None) if recipe else None
+    for path in recipe.cache if recipe else ():
+        try:
+            cache = Cache.open(path, layer, allow_partial=True)
+            stats.append(cache.stats())
+            layers.append({"path": str(path), "cache_id": cache.cache_id, **(cache.layer.to_json() if cache.layer else {})})
+        except DecantError as error:
+            missing.append(f"no figures of the cache: {error}")
+    return (_sum_stats(stats) if stats else {}), layers
+
+
+def _sum_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add the figures of several caches; means are weighted by positions."""
+    positions = [figures["positions"] for figures in stats]
+    total: dict[str, Any] = {}
+    for key in sorted({key for figures in stats for key in figures}):
+        values = [figures.get(key) for figures in stats]
+        numbers = [value if isinstance(value, int | float) else 0 for value in values]
+        if key.startswith("mean_") or key in ("bytes_per_position", "entropy_bin_nats"):
+            total[key] = math.fsum(n * p for n, p in zip(numbers, positions, strict=True)) / max(sum(positions), 1)
+        elif any(isinstance(value, list) for value in values):
+            lists = [value for value in values if isinstance(value, list)]
+            total[key] = [sum(column) for column in zip(*lists, strict=False)]
+        elif any(isinstance(value, dict) for value in values):
+            total[key] = _sum_dicts([value for value in values if isinstance(value, dict)])
+        else:
+            total[key] = sum(numbers)
+    return total
+
+
+def _sum_dicts(values: list[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {}
+    for value in values:
+        for key, number in value.items():
+            total[key] = _sum_dicts([total.get(key, {}), number]) if isinstance(number, dict) else total.get(key, 0) + number
+    return total
+
+
+def _seconds(path: Path) -> dict[str, float]:
+    return {str(phase): float(value) for phase, value in (_json(path) or {}).items() if _finite(value)}
+
+
+def _subdirectories(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _bounded(path: Path) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size <= MAX_FILE_BYTES
+    except OSError:
+        return False
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if _bounded(path) else ""
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return _object(_text(path))
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = [_object(line) for line in _text(path).splitlines()]
+    return [row for row in rows if row is not None]
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,84 @@
+"""Which answers to show side by side: per domain, first where the last model is right and the untrained student is not.
+
+A falling loss proves nothing, and neither does one number: a reader wants to see what changed. Chosen without randomness, so that
+the same run always shows the same answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tools.evaluate.results import read_answers
+
+PER_DOMAIN = 3
+MOST_ANSWERS = 20_000
+"""Read per model, at most."""
+MOST_CHARACTERS = 1_200
+"""Shown of any one text."""
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, overrides of the writing direction, halves of a character."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleAnswer:
+    """One model's answer to a sample question."""
+
+    text: str
+    score: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question with every model's answer."""
+
+    domain: str
+    prompt: str
+    reference: str
+    answers: dict[str, SampleAnswer]
+
+
+def choose_samples(files: Mapping[str, Path], per_domain: int = PER_DOMAIN) -> list[Sample]:
+    """Return samples of every domain, those that tell models apart first."""
+    table: dict[tuple[str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for name, path in files.items():
+        for row in islice(read_answers(path), MOST_ANSWERS):
+            if isinstance(row.get("question"), int) and isinstance(row.get("score"), int | float):
+                table[str(row.get("domain")), row["question"]].setdefault(name, row)
+    found: list[Sample] = []
+    for domain in dict.fromkeys(domain for domain, _ in table):
+        questions = [number for of, number in table if of == domain]
+        ranked = sorted(questions, key=lambda number: (-_interest(table[domain, number]), number))
+        found += [_sample(domain, table[domain, number]) for number in ranked[:per_domain]]
+    return found
+
+
+def _interest(answers: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return how much a question says: the last model's lead over the untrained student, then any spread between models."""
+    scores = {name: float(row["score"]) for name, row in answers.items()}
+    spread = max(scores.values()) - min(scores.values())
+    students = [name for name in scores if name not in ("teacher", "base")]
+    lead = scores[students[-1]] - scores["base"] if students and "base" in scores else 0.0
+    return 2 * lead + spread
+
+
+def _sample(domain: str, answers: Mapping[str, Mapping[str, Any]]) -> Sample:
+    first = next(iter(answers.values()))
+    shown = {
+        name: SampleAnswer(cut(row.get("answer")), float(row["score"]), cut(row.get("reason"))[:200])
+        for name, row in answers.items()
+    }
+    return Sample(domain, cut(first.get("prompt")), cut(first.get("reference")), shown)
+
+
+def cut(text: Any) -> str:
+    """Return at most `MOST_CHARACTERS` of a text, marked where it was cut, without what would steer a reader's screen."""
+    shown = _STEERING.sub("\ufffd", "" if text is None else str(text))
+    return shown if len(shown) <= MOST_CHARACTERS else shown[:MOST_CHARACTERS] + " …"

@@ -1,0 +1,155 @@
+"""The figures as rows of text: for the terminal, for report.md and for models.csv.
+
+One table, one format of each number, three renderings. Scores are in percent, KL in nats per position.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NONE = "–"
+_TIME = "time: "
+
+
+def score_domains(report: Mapping[str, Any]) -> list[str]:
+    """Return the domains of all models, in order of appearance."""
+    return list(dict.fromkeys(domain for model in report["models"].values() for domain in model["tasks"]))
+
+
+def model_header(report: Mapping[str, Any]) -> list[str]:
+    """Return the columns of the models' table."""
+    domains = score_domains(report)
+    return ["model", *domains, *(["mean"] if len(domains) > 1 else []), "gap closed", "held-out KL", "top-1", "perplexity"]
+
+
+def model_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return one row of texts per model, as `model_header` says."""
+    domains = score_domains(report)
+    rows = []
+    for name, model in report["models"].items():
+        heldout = model["heldout"] or {}
+        cells = [percent(model["tasks"].get(domain, {}).get("score")) for domain in domains]
+        cells += [percent(model["mean_score"])] if len(domains) > 1 else []
+        cells += [percent(model["gap_closed"], digits=0), number(heldout.get("kl_nats"), 4), percent(heldout.get("top1_agreement"))]
+        rows.append([name, *cells, number(heldout.get("perplexity"), 2)])
+    return rows
+
+
+def run_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (what, figure) of the cache and of each phase's time."""
+    cache, rows = report["cache"], []
+    if cache:
+        rows += [("rows in the cache", f"{cache['rows']:,}"), ("positions", f"{cache['positions']:,}")]
+        rows += [
+            ("bytes per position", number(cache.get("bytes_per_position"), 1)),
+            ("entries per position", number(cache.get("mean_support"), 1)),
+        ]
+        rows += [("teacher's entropy", f"{number(cache.get('mean_entropy_nats'), 2)} nats")]
+    total = sum(report["seconds"].values())
+    rows += [(f"{_TIME}{phase}", duration(seconds)) for phase, seconds in report["seconds"].items()]
+    return [*rows, (f"{_TIME}all", duration(total))] if len(report["seconds"]) > 1 else rows
+
+
+def table_text(report: Mapping[str, Any]) -> str:
+    """Return the report's table for a terminal, with the cache's figures and what is missing below it."""
+    header, rows = model_header(report), model_rows(report)
+    lines = _aligned([header, *rows]) if rows else ["no model was evaluated"]
+    if rows:
+        lines.insert(1, "-" * max(len(line) for line in lines))
+    facts = run_rows(report)
+    cache = ", ".join(f"{what} {figure}" for what, figure in facts if not what.startswith(_TIME))
+    times = ", ".join(f"{what.removeprefix(_TIME)} {figure}" for what, figure in facts if what.startswith(_TIME))
+    lines += ["", *(f"{label}: {text}" for label, text in (("cache", cache), ("time", times)) if text)]
+    lines += [f"note: {sentence}" for sentence in report["missing"]]
+    return _printable("\n".join(lines))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return report.md."""
+    header, rows = model_header(report), model_rows(report)
+    lines = [f"# {_md(report['name'])}", ""]
+    if rows:
+        lines += [f"| {' | '.join(map(_md, header))} |", f"|---{'|---:' * (len(header) - 1)}|"]
+        lines += [f"| {' | '.join(map(_md, row))} |" for row in rows] + ["", _legend(report), ""]
+    facts = run_rows(report)
+    lines += ["| | |", "|---|---:|", *(f"| {_md(what)} | {_md(figure)} |" for what, figure in facts), ""] if facts else []
+    for name, stage in report["stages"].items():
+        health = stage["health"]
+        failed = [check for check, passed in (health or {}).get("checks", {}).items() if not passed]
+        state = "did not finish" if health is None else "healthy" if not failed else f"failed: {', '.join(failed)}"
+        losses = f"loss {number(stage['first_loss'], 4)} to {number(stage['last_loss'], 4)}"
+        lines.append(f"- stage **{_md(name)}**: {stage['steps']} steps, {losses}, {_md(state)}")
+    lines += ["", *(f"- missing: {_md(sentence)}" for sentence in report["missing"])] if report["missing"] else []
+    return "\n".join(lines) + "\n"
+
+
+def models_csv(report: Mapping[str, Any]) -> str:
+    """Return models.csv: one line per model with plain numbers, empty where there is none."""
+    domains = score_domains(report)
+    measures = ("kl_nats", "kl_low", "kl_high", "top1_agreement", "perplexity")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    ends = [f"{domain}_{end}" for domain in domains for end in ("score", "low", "high")]
+    writer.writerow(["model", *ends, "mean_score", "gap_closed", *measures])
+    for name, model in report["models"].items():
+        tasks, heldout = model["tasks"], model["heldout"] or {}
+        cells = [tasks.get(domain, {}).get(end) for domain in domains for end in ("score", "low", "high")]
+        cells += [model["mean_score"], model["gap_closed"], *(heldout.get(key) for key in measures)]
+        writer.writerow([name, *("" if cell is None else repr(cell) for cell in cells)])
+    return out.getvalue()
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share in percent; a dash where there is none."""
+    return NONE if share is None else f"{100 * share:.{digits}f} %"
+
+
+def number(value: float | None, digits: int) -> str:
+    """Return a number with so many decimals; a dash where there is none."""
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `12 s`, `3 min 05 s` or `2 h 10 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return (
+        f"{int(minutes)} min {int(seconds % 60):02d} s" if minutes < 100 else f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
+    )
+
+
+def _legend(report: Mapping[str, Any]) -> str:
+    metrics = {
+        domain: task["metric"] for model in report["models"].values() for domain, task in model["tasks"].items() if "metric" in task
+    }
+    text = [f"{domain}: {metric}" for domain, metric in metrics.items()]
+    text += [
+        "gap closed: share of the way from base to teacher in the mean",
+        "held-out KL: nats per position from the teacher's cached distributions",
+    ]
+    return _md("; ".join(text) + ".")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _printable(text: str) -> str:
+    """Drop what a terminal would obey: names and sentences may come from files."""
+    return "".join(character for character in text if character == "\n" or character.isprintable())
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(str(text).split()))
