@@ -112,7 +112,8 @@ def plan_epoch(
     drawn = _shuffled(seed, epoch, candidates) if mixture is None else _mixed(seed, epoch, candidates, lengths, sources, mixture)
     if len(drawn) == 0:
         raise TrainingError(
-            f"no row is left to train on: {num_dropped} are longer than {limit} tokens, and the rest are held out or not in the mixture"
+            f"no row is left to train on: {num_dropped} are longer than {limit} tokens, and the rest are held out or not in the "
+            "mixture; raise max_length, lower heldout.fraction or name another source"
         )
     packs = pack_rows(lengths[drawn], pack_tokens)
     num_packs = len(packs.offsets) - 1

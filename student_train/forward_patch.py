@@ -1,0 +1,100 @@
+"""The student's forward in training: body, then loss and head in one operator; logits are never held.
+
+The base model's own `forward` is replaced, so everything that wraps a model (data parallel, FSDP, autocast, adapters)
+stays in the path and the stock `compute_loss` of the Trainer works. Without `predictor_index` among the inputs the original
+forward runs, so `generate` and evaluation are untouched.
+
+Shape letters: B tokens of the packs, S supervised positions, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
+
+from student_train.fused_loss import fused_sparse_loss
+from student_train.losses import LossTerm
+from student_train.student_head import StudentHead, body_of, run_body
+from student_train.target_batch import TargetBatch
+
+
+@dataclass(slots=True)
+class Objective:
+    """What the patched forward minimises now, and what it measured since the last `take`."""
+
+    head: StudentHead
+    terms: Sequence[LossTerm] = ()
+    """Loss terms at the current step; the trainer sets them."""
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def record(self, loss: Tensor, values: dict[str, Tensor], num_tokens: int) -> None:
+        """Add one forward pass; all values are already divided by the global batch's positions."""
+        measured = {"loss": loss, **values}
+        for name, value in measured.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        tokens = torch.tensor(float(num_tokens), dtype=torch.float64, device=loss.device)
+        self._sums["tokens"] = self._sums.get("tokens", torch.zeros_like(tokens)) + tokens
+
+    def take(self) -> dict[str, Tensor]:
+        """Return the sums over the forward passes of one optimizer step, and start anew."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+
+def patch_forward(model: Any, objective: Objective) -> None:
+    """Make `model`, the causal language model below any adapter, return the fused loss of a batch from `collate`."""
+    original = model.forward
+    body = body_of(model)
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if "predictor_index" not in kwargs:
+            return original(input_ids=input_ids, position_ids=position_ids, labels=labels, **kwargs)
+        assert input_ids is not None
+        assert position_ids is not None
+        assert labels is not None
+        hidden = run_body(body, input_ids, position_ids)[0].index_select(0, kwargs["predictor_index"])
+        device_type = hidden.device.type
+        if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
+            hidden = hidden.to(torch.bfloat16)  # the last norm gives float32; the head's products are to be as narrow as the body's
+        head = objective.head
+        fused = fused_sparse_loss(
+            hidden,
+            head.weight,
+            labels,
+            TargetBatch.from_batch(kwargs) if "support_counts" in kwargs else None,
+            objective.terms,
+            _at_least_one(labels.numel() if num_items_in_batch is None else num_items_in_batch),
+            head_bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            vocab_size=head.vocab_size,
+        )
+        objective.record(fused.loss, fused.values, input_ids.numel())
+        return CausalLMOutput(loss=fused.loss)
+
+    model.forward = MethodType(forward, model)
+
+
+def _at_least_one(num_positions: Tensor | int) -> Tensor | float:
+    """Return the denominator; a batch whose rows were all cut before their answers has no position and a loss of 0."""
+    return num_positions.clamp_min(1) if isinstance(num_positions, Tensor) else float(max(num_positions, 1))
+
+
+def restore_forward(model: Any) -> None:
+    """Give the model its own forward back."""
+    for name in ("forward", "_original_forward"):
+        model.__dict__.pop(name, None)

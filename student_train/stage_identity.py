@@ -1,0 +1,111 @@
+"""What a stage's result depends on, so that a finished stage is reused only where nothing of it changed.
+
+What does not change the result is left out: how often is saved, logged and reported, how many processes read. Cost: samples of
+the start model's weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shared.atomic import write_atomic
+from shared.errors import TrainingError
+from shared.identity import weights_hash
+from shared.keys import canonical_json
+from shared.recipe import Student
+from student_train.stage_work import StageWork
+
+IDENTITY_FILE = "identity.json"
+DONE_FILE = "done.json"
+
+_WITHOUT_EFFECT = ("save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers", "report_to", "seed")
+
+
+def stage_identity(work: StageWork) -> dict[str, Any]:
+    """Return everything that a stage's final weights depend on, as JSON values."""
+    not_trained_with = {"name": True, "init_from": True, "trainer": set(_WITHOUT_EFFECT)}
+    return {
+        "stage": work.stage.model_dump(mode="json", exclude=not_trained_with),
+        "student": work.student.model_dump(mode="json", exclude={"model", "revision", "init", "trust_remote_code"}),
+        "start": start_identity(work.student, work.start, work.seed),
+        "cache": work.caches.cache_id,
+        "plan": work.plan.hash,
+        "heldout_fraction": work.recipe.heldout.fraction,
+        "seed": work.seed,
+    }
+
+
+def start_identity(student: Student, start: Path | None, seed: int) -> str:
+    """Return what the starting weights are: a hash of them, a hub's commit, or the seed and config of fresh ones."""
+    if start is None and student.init == "random":
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
+        volatile = ("transformers_version", "_name_or_path")
+        document = {name: value for name, value in config.to_dict().items() if name not in volatile}
+        text = json.dumps(document, sort_keys=True, default=str)
+        return f"random, seed {seed}, config {xxhash.xxh3_64_hexdigest(text.encode())}"
+    directory = Path(student.model) if start is None else start
+    if directory.is_dir():
+        return f"weights {weights_hash(directory)}"
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    path = cached_file(student.model, "config.json", revision=student.revision)
+    return f"{student.model} at {extract_commit_hash(path, None)}"
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """Return 32 hexadecimal digits for an identity."""
+    return xxhash.xxh3_128_hexdigest(canonical_json(dict(identity)))
+
+
+def claim_stage(stage_dir: Path, identity: Mapping[str, Any]) -> bool:
+    """Take a stage's directory for this identity; return whether the stage is finished already.
+
+    Raises:
+        TrainingError: the directory holds a stage of another identity.
+    """
+    path = stage_dir / IDENTITY_FILE
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found != json.loads(json.dumps(identity)):
+            name, old, new = first_difference(found, json.loads(json.dumps(identity)))
+            state = "a finished stage" if (stage_dir / DONE_FILE).exists() else "a begun stage"
+            raise TrainingError(
+                f"{stage_dir} holds {state} with {name} {_short(old)} where the recipe now has {_short(new)}; "
+                "remove or rename the directory to train it again, or change the recipe back"
+            )
+        return (stage_dir / DONE_FILE).exists()
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(identity, indent=1).encode(), what="identity")
+    return False
+
+
+def first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any]:
+    """Return (dotted name, old value, new value) of the first difference between two JSON values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in [*old, *(name for name in new if name not in old)]:
+            if old.get(name) != new.get(name):
+                return first_difference(old.get(name), new.get(name), f"{where}.{name}" if where else name)
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (left, right) in enumerate(zip(old, new, strict=True)):
+            if left != right:
+                return first_difference(left, right, f"{where}.{index}")
+    return where, old, new
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def mark_done(stage_dir: Path, identity: Mapping[str, Any], num_steps: int) -> None:
+    """Mark a stage finished, after everything else of it is on disk."""
+    document = {"identity": identity_hash(identity), "steps": num_steps}
+    write_atomic(stage_dir / DONE_FILE, json.dumps(document, indent=1).encode(), what="done")

@@ -1,0 +1,181 @@
+"""Train one stage: reuse it where it is finished, continue it where it was killed, refuse it where the recipe has changed.
+
+Cost: the training.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.atomic import write_atomic
+from shared.errors import TrainingError
+from shared.recipe import Recipe, Stage
+from shared.recipe_file import dump_recipe
+from student_train.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, remove_incomplete
+from student_train.dataset import PackDataset
+from student_train.export import export_student
+from student_train.forward_patch import Objective, patch_forward, restore_forward
+from student_train.health import health_of
+from student_train.metrics_log import read_steps
+from student_train.progress import OpenProgress, StageProgress
+from student_train.run_seconds import SecondsLog
+from student_train.stage_identity import claim_stage, mark_done, stage_identity
+from student_train.stage_terms import terms_at
+from student_train.stage_work import StageWork, resolve_stage
+from student_train.student import add_adapter, load_student
+from student_train.student_head import body_of, check_head, check_packing, head_of
+from student_train.trainer import DistilTrainer
+from student_train.training_arguments import training_arguments
+
+
+def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path:
+    """Train one stage, or reuse or continue what is there, and return its model's directory.
+
+    Raises:
+        TrainingError: it cannot start, its directory holds another stage, or its loss is not finite.
+        CacheError: a cache cannot be opened, or is of another tokenizer than the student.
+    """
+    work = resolve_stage(recipe, stage)
+    phase, total = f"train {stage.name}", work.plan.num_steps
+    identity = stage_identity(work)
+    model_dir = work.directory / "model"
+    if claim_stage(work.directory, identity):
+        progress = open_progress(phase, total, unit="steps", done=total)
+        progress.note(f"{phase}: finished before with the same settings, {model_dir} is reused")
+        progress.close()
+        return model_dir
+    write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
+    remove_incomplete(work.directory)
+    checkpoint = newest_checkpoint(work.directory, work.belongs_to)
+    seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
+    progress = open_progress(phase, total, unit="steps", done=checkpoint.step if checkpoint else 0)
+    progress.note(_description(work, checkpoint))
+    is_saved = False
+    try:
+        with _deterministic(), _without_bars():
+            model = _trained_model(work, checkpoint, progress, seconds)
+            export_student(model, work.student, work.origin, work.caches.caches[0].tokenizer_dir, work.directory)
+        is_saved = True
+        del model
+    finally:
+        _write_health(work, model_saved=is_saved)
+        seconds.save()
+        progress.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    mark_done(work.directory, identity, total)
+    return model_dir
+
+
+def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
+    """Return a line on what will be trained."""
+    plan = work.plan
+    cut = sum(epoch.num_cut for epoch in plan.epochs)
+    dropped = sum(epoch.num_dropped for epoch in plan.epochs)
+    parts = [f"{plan.num_steps:,} steps of {plan.packs_per_step} packs, {plan.fill:.1%} full"]
+    parts += [f"{plan.epoch_at(plan.num_steps):.3g} epochs"]
+    parts += [f"{cut:,} rows cut to {plan.limit} tokens"] if cut else []
+    parts += [f"{dropped:,} rows above {plan.limit} tokens dropped"] if dropped else []
+    parts += [f"continued after step {checkpoint.step:,}"] if checkpoint else []
+    return f"train {work.stage.name}: {', '.join(parts)}"
+
+
+def _trained_model(work: StageWork, checkpoint: Checkpoint | None, progress: StageProgress, seconds: SecondsLog) -> Any:
+    """Return the student after the stage's last step, with its own forward again."""
+    student, settings, plan = work.student, work.stage.trainer, work.plan
+    recompute = student.gradient_checkpointing or settings.gradient_checkpointing
+    args = training_arguments(settings, work.directory, work.seed, plan.num_steps, gradient_checkpointing=recompute)
+    base = load_student(student, work.start, work.caches, seed=work.seed)
+    if student.adapter.kind != "qlora":
+        base.to(args.device)
+    head = head_of(base, work.caches.vocab_size)
+    check_head(base, head)
+    check_packing(base, head.vocab_size)
+    model = add_adapter(base, student.adapter, seed=work.seed)
+    if recompute and model is not base:
+        base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for
+    if settings.torch_compile:
+        body_of(base).compile(dynamic=True)
+    objective = Objective(head)
+    patch_forward(base, objective)
+    done = checkpoint.step if checkpoint else 0
+    trainer = DistilTrainer(
+        model,
+        args,
+        PackDataset(work.caches, plan, work.temperatures),
+        objective,
+        lambda step: terms_at(work.stage, step, plan.num_steps),
+        belongs_to=work.belongs_to,
+        keep_checkpoints=settings.save_total_limit,
+        progress=progress,
+        on_checkpoint=seconds.save,
+        callbacks=_callbacks(work, done),
+    )
+    trainer.run(checkpoint.path if checkpoint else None, done)
+    restore_forward(base)
+    return model
+
+
+def _callbacks(work: StageWork, done: int) -> list[Any]:
+    """Return the TensorBoard callback, writing below the stage's directory, where the recipe wants it."""
+    if "tensorboard" not in work.stage.trainer.report_to:
+        return []
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError(
+            "trainer.report_to names tensorboard, which is not installed; install decant-kd[student], or set report_to: none"
+        ) from None
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(str(work.directory / "tensorboard"), purge_step=done + 1 if done else None))]
+
+
+def _write_health(work: StageWork, *, model_saved: bool) -> None:
+    """Write health.json from what is on disk."""
+    health = health_of(
+        read_steps(work.directory / "metrics.jsonl"),
+        work.plan.num_steps,
+        model_saved=model_saved,
+        checkpoint_steps=[checkpoint.step for checkpoint in list_checkpoints(work.directory)],
+        logging_steps=work.stage.trainer.logging_steps,
+    )
+    write_atomic(work.directory / "health.json", json.dumps(health, indent=1).encode(), what="health")
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Choose deterministic kernels while a stage trains on a CPU, where they cost nothing; restore what was set before."""
+    if torch.cuda.is_available():
+        yield
+        return
+    before, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep bars of loading and saving out of the stage's own display."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()

@@ -1,0 +1,32 @@
+"""A stage's losses at each step: which temperatures they take, whether they need a teacher, which terms they are now.
+
+Cost: nothing.
+"""
+
+from __future__ import annotations
+
+from shared.recipe import Stage
+from student_train import schedules
+from student_train.losses import LossTerm, registry
+
+
+def needs_teacher(stage: Stage) -> bool:
+    """Return whether any loss of a stage looks at the teacher's targets."""
+    return any(not registry[loss.name].on_labels for loss in stage.losses)
+
+
+def training_temperatures(stage: Stage) -> tuple[float, ...]:
+    """Return every temperature that a stage's divergences take, and 1, ascending."""
+    divergences = [loss for loss in stage.losses if not registry[loss.name].on_labels]
+    return tuple(sorted({1.0, *(value for loss in divergences for value in loss.temperature.extremes())}))
+
+
+def terms_at(stage: Stage, step: int, num_steps: int) -> list[LossTerm]:
+    """Return a stage's loss terms at an optimizer step, counted from 0."""
+    terms = []
+    for loss in stage.losses:
+        options = {name: getattr(loss, name) for name in registry[loss.name].options}
+        weight = schedules.value(loss.weight, step, num_steps)
+        temperature = schedules.value(loss.temperature, step, num_steps)
+        terms.append(LossTerm(loss.name, weight, temperature, options))
+    return terms

@@ -1,0 +1,100 @@
+"""One stage, resolved: where it starts, what it reads, in which order. No model is loaded.
+
+Cost: columns of the caches without their tokens, and the plan of the stage's epochs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import TrainingError
+from shared.recipe import Recipe, Stage, Student
+from student_train.dataset import CacheList
+from student_train.row_targets import temperature_column
+from student_train.stage_plan import StagePlan, plan_stage
+from student_train.stage_terms import needs_teacher, training_temperatures
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """Everything that training one stage needs to know."""
+
+    recipe: Recipe
+    stage: Stage
+    student: Student
+    directory: Path
+    """Where the stage writes."""
+    start: Path | None
+    """Model directory that it starts from; None for the student's own weights."""
+    seed: int
+    caches: CacheList
+    plan: StagePlan
+    temperatures: tuple[float, ...] | None
+    """Temperatures of its targets; None where labels are all it needs."""
+
+    @property
+    def belongs_to(self) -> dict[str, str]:
+        """What a checkpoint of the stage records."""
+        return {"plan": self.plan.hash, "cache": self.caches.cache_id}
+
+    @property
+    def origin(self) -> str:
+        """Directory or hub id of the weights that it starts from."""
+        return self.student.model if self.start is None else str(self.start)
+
+
+def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
+    """Resolve a stage of a recipe that has a student.
+
+    Raises:
+        TrainingError: a temperature was not captured, a source is unknown, its start is not there, or nothing is left to train on.
+        CacheError: a cache cannot be opened or lacks the layer.
+    """
+    assert recipe.student is not None
+    start = start_directory(recipe, stage)
+    seed = recipe.seed if stage.trainer.seed is None else stage.trainer.seed
+    caches = CacheList.open(recipe.cache, stage.targets, with_targets=needs_teacher(stage))
+    temperatures = training_temperatures(stage) if needs_teacher(stage) else None
+    for cache in caches.caches:
+        for temperature in temperatures or ():
+            assert cache.layer is not None
+            temperature_column(cache.layer.temperatures, temperature)
+    plan = plan_stage(
+        stage,
+        seed,
+        caches.num_tokens,
+        caches.sources,
+        caches.mixture_codes(stage.mixture),
+        caches.training_rows(recipe.heldout.fraction),
+        num_devices=int(os.environ.get("WORLD_SIZE", "1")),  # a launcher such as torchrun says how many processes train together
+    )
+    return StageWork(recipe, stage, recipe.student, recipe.stage_dir(stage.name), start, seed, caches, plan, temperatures)
+
+
+def start_directory(recipe: Recipe, stage: Stage) -> Path | None:
+    """Return the model directory that a stage starts from, or None for the student's own weights.
+
+    Raises:
+        TrainingError: that stage has not been trained, or the directory holds no model.
+    """
+    start = stage.init_from
+    if start == "base":
+        return None
+    names = [other.name for other in recipe.stages]
+    if start == "previous":
+        start = names[names.index(stage.name) - 1]
+    if start in names:
+        directory = recipe.stage_dir(start) / "model"
+        if not directory.is_dir():
+            raise TrainingError(
+                f"stage '{stage.name}' starts from stage '{start}', which has no model in {directory}; train that one first"
+            )
+    else:
+        directory = Path(start)
+    if not (directory / "config.json").is_file():
+        raise TrainingError(
+            f"stage '{stage.name}' starts from {directory}, which holds no config.json; name the directory of a model"
+        )
+    return directory

@@ -1,0 +1,196 @@
+"""transformers.Trainer with planned packs, exact step metrics and checkpoints that are whole or absent.
+
+What is added: packs come in planned order; loss terms are set per step from their schedules; each optimizer step's
+values go to metrics.jsonl as computed, not as a running average; a checkpoint counts once its marker is written. Everything else is
+the stock Trainer, including its loop, optimizer, precision, accumulation and random state.
+Cost over the stock Trainer: one small transfer from the device per logged step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from shared.errors import TrainingError
+from shared.failpoints import failpoint
+from student_train.checkpoints import complete_checkpoint, rotate_checkpoints
+from student_train.collate import collate
+from student_train.dataset import PackDataset
+from student_train.forward_patch import Objective
+from student_train.losses import LossTerm
+from student_train.metrics_log import StepLog
+from student_train.progress import StageProgress
+
+TermsAt = Callable[[int], Sequence[LossTerm]]
+"""Loss terms at an optimizer step, counted from 0."""
+
+
+class DistilTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer of one stage."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        dataset: PackDataset,
+        objective: Objective,
+        terms_at: TermsAt,
+        *,
+        belongs_to: Mapping[str, str],
+        keep_checkpoints: int | None,
+        progress: StageProgress,
+        on_checkpoint: Callable[[], None],
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        """Prepare training of a patched `model` on the packs of `dataset`.
+
+        Args:
+            model: its forward is patched with `objective`.
+            args: from `training_arguments`.
+            dataset: packs in order.
+            objective: receives the terms of each step, returns its values.
+            terms_at: loss terms per step.
+            belongs_to: what a checkpoint records and a resumed run must match.
+            keep_checkpoints: complete checkpoints to keep; None keeps all.
+            progress: told of every step.
+            on_checkpoint: called after each complete checkpoint.
+            callbacks: further callbacks of the Trainer.
+        """
+        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collate, callbacks=list(callbacks))
+        self.remove_callback(PrinterCallback)
+        self._objective = objective
+        self._terms_at = terms_at
+        self._belongs_to = belongs_to
+        self._keep_checkpoints = keep_checkpoints
+        self._progress = progress
+        self._on_checkpoint = on_checkpoint
+        self._plan = dataset.plan
+        self._step_values: dict[str, float] = {}
+        self._num_positions = 0
+        self._last_written = 0
+        self._step_started = time.perf_counter()
+        self._metrics: StepLog | None = None
+        self._timing: StepLog | None = None
+
+    def run(self, checkpoint: Path | None, step: int) -> None:
+        """Train to the end, from a complete checkpoint of `step` steps or from the start.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        directory = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            self._metrics = StepLog(directory / "metrics.jsonl", step)
+            self._timing = StepLog(directory / "timing.jsonl", step)
+        self._last_written = step
+        self._step_started = time.perf_counter()
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            for log in (self._metrics, self._timing):
+                if log is not None:
+                    log.close()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """Keep the planned order; the stock sampler would shuffle it."""
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run one forward and backward pass with the loss terms of the current step."""
+        self._objective.terms = self._terms_at(self.state.global_step)
+        self._num_positions = num_items_in_batch
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: Any,
+        model: Any,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: Any,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Write the step's exact values before the stock Trainer logs and saves."""
+        if self.state.global_step > self._last_written:
+            self._write_step(grad_norm, learning_rate)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)
+
+    def _write_step(self, grad_norm: Any, learning_rate: float | None) -> None:
+        """Append the lines of the optimizer step that has just been made."""
+        step = self.state.global_step
+        values = self._measured()
+        loss, tokens = values.pop("loss"), int(values.pop("tokens"))
+        self._step_values = values
+        self._last_written = step
+        seconds = time.perf_counter() - self._step_started
+        self._step_started += seconds
+        self._progress.advance(1, tokens)
+        is_finite = math.isfinite(loss)
+        if self._metrics is not None and self._timing is not None and (self._is_logged(step) or not is_finite):
+            self._metrics.write(
+                {
+                    "step": step,
+                    "epoch": self._plan.epoch_at(step),
+                    "loss": loss,
+                    "terms": values,
+                    "learning_rate": learning_rate,
+                    "grad_norm": None if grad_norm is None else float(grad_norm),
+                    "positions": int(self._num_positions),
+                    "tokens": tokens,
+                }
+            )
+            self._timing.write({"step": step, "seconds": seconds, "tokens_per_second": tokens / seconds})
+        if not is_finite:
+            raise TrainingError(
+                f"the loss of step {step} is {loss}; lower trainer.learning_rate or set max_grad_norm, "
+                f"remove {self.args.output_dir} and train the stage again"
+            )
+        failpoint("train_step.after_write")
+
+    def _is_logged(self, step: int) -> bool:
+        return step % int(self.args.logging_steps) == 0 or step == int(self.state.max_steps)
+
+    def _measured(self) -> dict[str, float]:
+        """Return the step's values summed over forward passes and processes."""
+        sums = self._objective.take()
+        names = list(sums)
+        stacked = torch.stack([sums[name] for name in names])
+        if self.args.world_size > 1:
+            stacked = self.accelerator.reduce(stacked, reduction="sum")
+        return dict(zip(names, stacked.tolist(), strict=True))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Send each term's value to TensorBoard and others along with the loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._step_values}
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save weights alone: no pickled arguments, no tokenizer in every checkpoint."""
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint, mark it complete, then remove older ones."""
+        for log in (self._metrics, self._timing):
+            if log is not None:
+                log.sync()
+        super()._save_checkpoint(model, trial)
+        if self.args.world_size > 1:
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            directory = Path(self.args.output_dir)
+            complete_checkpoint(directory / f"checkpoint-{self.state.global_step}", self._belongs_to)
+            rotate_checkpoints(directory, self._keep_checkpoints)
+        self._on_checkpoint()

@@ -1,0 +1,58 @@
+"""Each divergence against its definition on probabilities, and what every one of them must obey."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shared.recipe_training import Loss
+from student_train.losses import ZERO_LOG_MASS, registry
+from tests.student_train.dense_loss import divergence_of_masses
+
+DIVERGENCES = [name for name in registry if name != "cross_entropy"]
+
+
+def masses(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(6, 5, generator=generator, dtype=torch.float64)).softmax(1)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_value_is_the_definition_on_probabilities(name):
+    p, q = masses(0), masses(1)
+    for options in ({}, *({option: 0.35} for option in registry[name].options)):
+        expected = torch.stack([divergence_of_masses(name, p[i], q[i], options) for i in range(6)])
+        torch.testing.assert_close(registry[name].function(p.log(), q.log(), **options), expected)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergence_is_positive_and_zero_only_at_equality(name):
+    p, q = masses(0), masses(1)
+    assert bool((registry[name].function(p.log(), q.log()) > 1e-3).all())
+    assert float(registry[name].function(p.log(), p.log()).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_mass_that_both_sides_lack_counts_for_nothing(name):
+    p, q = masses(0).log(), masses(1).log()
+    empty = torch.full((6, 2), ZERO_LOG_MASS, dtype=torch.float64)
+    q_wide = torch.cat([q, empty], 1).requires_grad_()
+    values = registry[name].function(torch.cat([p, empty], 1), q_wide)
+    torch.testing.assert_close(values, registry[name].function(p, q))
+    (slopes,) = torch.autograd.grad(values.sum(), q_wide)
+    assert float(slopes[:, 5:].abs().max()) < 1e-40
+
+
+def test_skewed_divergences_are_bounded_where_plain_ones_are_not():
+    p, q = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.0, 1.0]]).log()
+    p, q = (x.masked_fill(x == -torch.inf, ZERO_LOG_MASS) for x in (p, q))
+    bound = -torch.tensor(0.1).log()
+    for name in ("skew_forward_kl", "skew_reverse_kl"):
+        torch.testing.assert_close(registry[name].function(p, q)[0], bound)
+    assert float(registry["forward_kl"].function(p, q)) > 99
+    assert float(registry["jsd"].function(p, q)) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_registry_has_every_loss_that_a_recipe_may_name():
+    assert set(registry) == set(Loss.model_fields["name"].annotation.__args__)
+    assert all(name == divergence.name for name, divergence in registry.items())
