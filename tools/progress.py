@@ -99,6 +99,30 @@ class Progress:
         self.close()
 
 
+class BuildProgress:
+    """Shows a build, which has several phases one after the other; a phase of 0 rows has no known end."""
+
+    def __init__(self) -> None:
+        """Show nothing until a phase begins."""
+        self._current: Progress | None = None
+
+    def start(self, phase: str, total_rows: int) -> None:
+        """Begin a phase of so many rows."""
+        self.finish()
+        self._current = Progress(phase, total_rows or None)
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """Count rows and tokens that are done."""
+        if self._current is not None:
+            self._current.advance(rows, tokens)
+
+    def finish(self) -> None:
+        """End the phase."""
+        if self._current is not None:
+            self._current.close()
+            self._current = None
+
+
 def duration(seconds: float) -> str:
     """Write a duration for people.
 

@@ -1,0 +1,249 @@
+"""The command line: options in, one function per command, exit codes out; nothing but wiring.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted, 143 terminated. An error that a user can meet is one line
+without a traceback; anything else is a bug of Decant, named as such, with its traceback in a file. Everything heavy is imported by
+the command that needs it, so that `decant --help` loads neither torch nor vllm, transformers or datasets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from shared.errors import DecantError
+from tools.cli_parser import EXIT_USAGE, build_parser
+
+EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM came; unwinds like KeyboardInterrupt, so that files and processes are closed."""
+
+
+def _init(args: argparse.Namespace) -> int:
+    from tools.init_recipe import init_recipe
+
+    path = init_recipe(args.name, args.teacher, args.student, args.prompts, args.output)
+    _result(args, {"recipe": str(path)}, f"wrote {path}; next: decant plan {path}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tools.planner import plan, plan_text
+
+    result = plan(_load(args))
+    _result(args, result, plan_text(result))
+    return 0
+
+
+def _teach(args: argparse.Namespace) -> int:
+    from tools.phases import teach
+
+    with _stdout_kept(args):
+        result = teach(_load(args, save=True), args.partition, args.max_set_aside)
+    _result(args, *result)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from tools.phases import train
+
+    with _stdout_kept(args):
+        result = train(_load(args, save=True), args.from_stage, args.to_stage)
+    _result(args, *result)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from tools.phases import evaluate
+
+    with _stdout_kept(args):
+        result = evaluate(_load(args, save=True), args.allow_unsafe_code)
+    _result(args, *result)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from tools.run_all import run_all
+
+    run_all(_load(args, save=True), args)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from tools.phases import report
+
+    with _stdout_kept(args):
+        result = report(args.runs)
+    _result(args, *result)
+    return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    if args.cache_command is None:
+        args.parser.error("name what to do with the cache: ls, show, stats, verify or gc")
+    from tools.cache_commands import run_cache_command
+
+    return run_cache_command(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tools.doctor import examine, text
+
+    checks = examine()
+    _result(args, [check.as_dict() for check in checks], text(checks))
+    return EXIT_FAILED if any(check.required and not check.passed for check in checks) else 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "init": _init,
+    "plan": _plan,
+    "teach": _teach,
+    "train": _train,
+    "eval": _eval,
+    "run": _run,
+    "report": _report,
+    "cache": _cache,
+    "doctor": _doctor,
+}
+
+
+def _load(args: argparse.Namespace, *, save: bool = False) -> Any:
+    """Load the recipe; remember its run directory for a traceback, and save what runs there."""
+    from shared.recipe_file import dump_recipe, load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    args.run_dir = recipe.output_dir
+    if save:
+        from shared.atomic import write_atomic
+
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(recipe.output_dir / "recipe.yaml", dump_recipe(recipe).encode(), "recipe")
+    return recipe
+
+
+def _result(args: argparse.Namespace, result: Any, text: str) -> None:
+    print(json.dumps(result, indent=2, default=str) if args.json else text, flush=True)
+
+
+@contextlib.contextmanager
+def _stdout_kept(args: argparse.Namespace) -> Iterator[None]:
+    """Send whatever libraries print to standard error while a program waits for JSON alone."""
+    if not args.json:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _prepare(verbose: bool) -> None:
+    """Turn SIGTERM into an exception of this process alone, and quieten libraries before they are imported."""
+    signal.signal(signal.SIGTERM, _terminate)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _report_bug(error: Exception, args: argparse.Namespace) -> None:
+    """Name an unexpected exception as a bug, in one line, and say where its traceback is."""
+    if args.verbose:
+        traceback.print_exception(error)
+        where = "above"
+    else:
+        try:
+            directory = getattr(args, "run_dir", None)
+            directory = directory if directory is not None and directory.is_dir() else Path(tempfile.gettempdir())
+            path = directory / f"decant-crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            where = f"in {path}"
+        except OSError:
+            where = "shown with --verbose"
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    _complain(f"this is a bug in Decant: {type(error).__name__}: {first}; the traceback is {where}")
+
+
+def _complain(sentence: str) -> None:
+    print(f"decant: error: {sentence}", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"decant {version('decant-kd')}")
+        return 0
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    return _guarded(args)
+
+
+def _guarded(args: argparse.Namespace) -> int:
+    """Run the command and turn every way to fail into an exit code and a line."""
+    _prepare(args.verbose)
+    try:
+        code = COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return code
+    except DecantError as error:
+        if os.environ.get("DECANT_DEBUG") == "1":
+            traceback.print_exception(error)
+        _complain(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command continues where it stopped")
+        return EXIT_INTERRUPTED
+    except Terminated:
+        _complain("terminated by SIGTERM; the same command continues where it stopped")
+        return EXIT_TERMINATED
+    except OSError as error:
+        if error.errno is None:
+            _report_bug(error, args)
+        else:
+            place = f"{error.filename}: " if error.filename else ""
+            _complain(f"{place}{error.strerror}")
+        return EXIT_FAILED
+    except Exception as error:  # noqa: BLE001 - the last resort: a bug is reported in one line, its traceback kept
+        _report_bug(error, args)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The options of every command that exists, and what --help says about them. Imports nothing but the standard library."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+PHASES = ("teach", "train", "eval", "report")
+EXIT_USAGE = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors look like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2 and a sentence."""
+        self.exit(EXIT_USAGE, f"decant: error: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser() -> Parser:
+    """Return the parser of every command that exists."""
+    parser = Parser(
+        prog="decant", description="Distil a large language model into a small one, offline, through a cache.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.set_defaults(json=False, verbose=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, help_text: str, *, within: Any = commands) -> Parser:
+        sub: Parser = within.add_parser(
+            name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", allow_abbrev=False
+        )
+        sub.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+        sub.add_argument("--verbose", action="store_true", help="show what libraries log, and tracebacks")
+        return sub
+
+    init = command("init", "write a starter recipe for your models and data, with comments")
+    init.add_argument("name", nargs="?", default="distil", metavar="NAME", help="name of the experiment (default: distil)")
+    init.add_argument("--teacher", default="path/to/teacher", help="teacher: a directory or hub id")
+    init.add_argument("--student", default="path/to/student", help="student: a directory or hub id")
+    init.add_argument("--prompts", default="path/to/prompts.jsonl", help="prompts: a jsonl, parquet or arrow file, or a hub id")
+    init.add_argument("--output", type=Path, help="where to write it (default: recipes/NAME.yaml)")
+
+    _recipe(command("plan", "count rows, tokens and gigabytes before anything runs"))
+    teach = _recipe(command("teach", "phase 1: let the teacher answer and score; continues what is there"))
+    teach.add_argument(
+        "--max-set-aside", type=_share, metavar="SHARE", help="fail when more than this share of rows is unusable (default: 0.01)"
+    )
+    teach.add_argument("--partition", type=_partition, metavar="I/N", help="do only share I of N of the plan, I from 0 to N-1")
+    train = _recipe(command("train", "phase 2: train the student's stages from the cache; continues what is there"))
+    train.add_argument("--from-stage", metavar="STAGE", help="begin with this stage")
+    train.add_argument("--to-stage", metavar="STAGE", help="end with this stage")
+    unsafe = "run code that models wrote without a sandbox, on a machine that has nothing to lose"
+    _recipe(command("eval", "evaluate every model of the recipe side by side")).add_argument(
+        "--allow-unsafe-code", action="store_true", help=unsafe
+    )
+    run = _recipe(command("run", "teach, train, eval and report, one process per phase"))
+    run.add_argument("--from", dest="first", choices=PHASES, help="begin with this phase")
+    run.add_argument("--to", dest="last", choices=PHASES, help="end with this phase")
+    run.add_argument("--only", choices=PHASES, help="just this phase")
+    run.add_argument("--allow-unsafe-code", action="store_true", help=unsafe)
+    report = command("report", "write report.html, report.md, models.csv and report.json for one run or several")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
+
+    looks = "look into a cache: ls, show, stats, verify, gc"
+    cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)
+    _cache_commands(cache, command)
+    command("doctor", "say what this machine can do, and the command that mends what it cannot")
+    return parser
+
+
+def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
+    """Add `decant cache ...`."""
+    cache.set_defaults(parser=cache)
+    within = cache.add_subparsers(dest="cache_command", metavar="COMMAND", parser_class=Parser)
+    texts = {
+        "ls": "list layers, parts, rows and identity",
+        "show": "show one row token by token, with the teacher's alternatives",
+        "stats": "count rows, positions, bytes per position and more",
+        "verify": "check every byte; exit 1 when anything is wrong",
+        "gc": "remove what an interrupted build left behind",
+    }
+    for name, text in texts.items():
+        sub = command(name, text, within=within)
+        sub.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
+        if name in ("show", "stats"):
+            sub.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
+        if name == "show":
+            sub.add_argument("--row", type=_row_number, default=0, help="which row, from 0 (default: 0)")
+            sub.add_argument("--top", type=_row_number, default=5, help="alternatives per token (default: 5)")
+        if name == "gc":
+            sub.add_argument("--dry-run", action="store_true", help="only list")
+
+
+def _recipe(parser: Parser) -> Parser:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change a value: stages.kd.trainer.max_steps=10",
+    )
+    return parser
+
+
+def _partition(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no share; expected I/N with I from 0 to N-1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+def _share(text: str) -> float:
+    if not re.fullmatch(r"0?\.\d+|[01]|1\.0*|0\.", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no share; expected a number from 0 to 1")
+    return float(text)
+
+
+def _row_number(text: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no count; expected a whole number from 0")
+    return int(text)

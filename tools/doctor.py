@@ -1,0 +1,153 @@
+"""`decant doctor`: what this machine can do, and the exact command that mends what it cannot.
+
+Every check answers one question and never raises. Bounds of packages come from the installed distribution's own metadata, so they
+are those of pyproject.toml. Cost: seconds, most of them for asking torch in a process of its own whether it sees a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.doctor_packages import check_engine, check_packages, check_torchvision
+
+MIN_MEMORY_GB = 8
+MIN_DISK_GB = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One question about the machine."""
+
+    name: str
+    passed: bool
+    found: str
+    """What is there."""
+    mend: str = ""
+    """The command that mends it."""
+    required: bool = True
+    """Whether Decant cannot work without it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for --json."""
+        return asdict(self)
+
+
+def examine() -> list[Check]:
+    """Ask every question."""
+    checks = [_python(), _shared_place()]
+    checks += [Check(*answer) for answer in (*check_packages(), check_engine(), *check_torchvision())]
+    checks += [_compiler(), _gpu(), _memory(), _disk(), _sandbox()]
+    return checks
+
+
+def text(checks: list[Check]) -> str:
+    """Lay the checks out for people."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        mark = "ok  " if check.passed else "FAIL" if check.required else "note"
+        lines.append(f"{mark}  {check.name:{width}}  {check.found}")
+        if not check.passed and check.mend:
+            lines.append(f"      {'':{width}}  mend: {check.mend}")
+    passed = sum(check.passed for check in checks)
+    lines.append(f"{passed} of {len(checks)} checks passed")
+    failed = [check.name for check in checks if check.required and not check.passed]
+    lines += [f"required and missing: {', '.join(failed)}"] if failed else []
+    return "\n".join(lines)
+
+
+def _python() -> Check:
+    found = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro} at {sys.executable}"
+    fine = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return Check(
+        "python 3.11 to 3.13", fine, found, "" if fine else "apt-get install python3.11 python3.11-venv && make clean setup"
+    )
+
+
+def _shared_place() -> Check:
+    """Say where `shared` comes from: such a name can be shadowed by another package or the current directory."""
+    import shared
+
+    root = Path(__file__).resolve().parents[1]
+    place = Path(shared.__file__ or "").resolve().parent
+    fine = place == root / "shared"
+    return Check(
+        "package `shared`",
+        fine,
+        f"loaded from {place}",
+        "" if fine else f"{sys.executable} -m pip install -e {root}  # and run from {root}",
+    )
+
+
+def _compiler() -> Check:
+    place = shutil.which("g++")
+    return Check("g++ (vLLM compiles at run time)", place is not None, place or "not found", "apt-get install g++")
+
+
+def _gpu() -> Check:
+    """Compare what the driver lists with what torch can use; a machine without either is fine."""
+    listed = _output([shutil.which("nvidia-smi") or "", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+    usable = _output([sys.executable, "-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"])
+    names = [line.strip() for line in (listed or "").splitlines() if line.strip()]
+    if not names:
+        return Check("GPU", True, "none; everything runs on the CPU", required=False)
+    fine = usable is not None and usable.strip() == str(len(names))
+    mend = "make clean setup  # installs the CUDA build of torch beside a working driver"
+    return Check("GPU", fine, f"{'; '.join(names)}; torch uses {(usable or 'none').strip()}", "" if fine else mend, required=False)
+
+
+def _output(command: list[str]) -> str | None:
+    """Return what a command prints, or None where it cannot run."""
+    if not command[0]:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603 - fixed commands
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def memory_bytes() -> int:
+    """Return the memory that this process may use: the machine's, or its control group's limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        try:
+            limits.append(int(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return min(limits)
+
+
+def _memory() -> Check:
+    found = memory_bytes() / 1e9
+    fine = found >= MIN_MEMORY_GB
+    return Check(
+        f"memory of {MIN_MEMORY_GB} GB", fine, f"{found:.1f} GB", "set VLLM_CPU_KVCACHE_SPACE=1 and smaller batches", required=False
+    )
+
+
+def _disk() -> Check:
+    found = shutil.disk_usage(Path.cwd()).free / 1e9
+    fine = found >= MIN_DISK_GB
+    return Check(
+        f"disk of {MIN_DISK_GB} GB here", fine, f"{found:.1f} GB free in {Path.cwd()}", "free some space, or work elsewhere"
+    )
+
+
+def _sandbox() -> Check:
+    from tools.evaluate.sandbox import available
+
+    mechanism = available()
+    return Check(
+        "sandbox for code tasks",
+        mechanism is not None,
+        mechanism or "neither bubblewrap nor Landlock with seccomp holds here",
+        "apt-get install bubblewrap",
+        required=False,
+    )

@@ -1,0 +1,108 @@
+"""`decant run`: teach, train, eval, report, one process per phase, so that no phase keeps another's memory or GPU.
+
+A phase that the recipe has nothing for (no teacher, no stages, no models to compare) is left out and said so. Each phase continues
+what is there and measures its own seconds (seconds.json), so running everything again is quick and changes no figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.errors import DecantError, UsageError
+from shared.recipe import Recipe
+from tools.cli_parser import PHASES
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class PhaseFailedError(DecantError):
+    """A phase ended with an exit code other than 0; its own message stands above."""
+
+
+def run_all(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Run the chosen phases of a recipe in order.
+
+    Raises:
+        UsageError: --only, --from and --to contradict each other.
+        PhaseFailedError: a phase failed.
+    """
+    chosen = chosen_phases(args.first, args.last, args.only)
+    for phase in chosen:
+        reason = None if args.only else nothing_to_do(recipe, phase)
+        if reason is not None:
+            _say(f"{phase}: left out, {reason}")
+            continue
+        _say(f"{phase}: begins")
+        _run_phase(phase, phase_command(phase, recipe, args), output_to_stderr=args.json and phase != "report")
+
+
+def chosen_phases(first: str | None, last: str | None, only: str | None) -> tuple[str, ...]:
+    """Return the phases from `first` to `last`, or only one.
+
+    Raises:
+        UsageError: the three contradict each other.
+    """
+    if only is not None:
+        if first is not None or last is not None:
+            raise UsageError("--only stands alone; leave out --from and --to")
+        return (only,)
+    begin = PHASES.index(first) if first else 0
+    end = PHASES.index(last) if last else len(PHASES) - 1
+    if begin > end:
+        raise UsageError(f"--from {first} comes after --to {last}; the order is {', '.join(PHASES)}")
+    return PHASES[begin : end + 1]
+
+
+def nothing_to_do(recipe: Recipe, phase: str) -> str | None:
+    """Say why a recipe has nothing for a phase, or None where it has."""
+    if phase == "teach" and recipe.teacher is None:
+        return "the recipe has no `teacher` and reuses its cache"
+    if phase == "teach" and len(recipe.cache) > 1:
+        return "the recipe reuses several caches"
+    if phase == "train" and not recipe.stages:
+        return "the recipe has no `stages`"
+    if phase == "eval" and not recipe.evaluate.models:
+        return "`evaluate.models` is empty"
+    return None
+
+
+def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[str]:
+    """Return the command line of one phase in a process of its own."""
+    command = [sys.executable, "-P", "-m", "tools.cli", phase]
+    if phase == "report":
+        command.append(str(recipe.output_dir))
+    else:
+        command.append(str(args.recipe))
+        command += [part for override in args.overrides for part in ("--set", override)]
+    if phase == "eval" and args.allow_unsafe_code:
+        command.append("--allow-unsafe-code")
+    command += ["--json"] if args.json and phase == "report" else []
+    command += ["--verbose"] if args.verbose else []
+    return command
+
+
+def _run_phase(phase: str, command: Sequence[str], *, output_to_stderr: bool) -> None:
+    """Run one phase to its end; where this process is stopped, let the phase stop first."""
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    output = sys.stderr if output_to_stderr else None
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=output)  # noqa: S603 - our own interpreter
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if code < 0:
+        hint = "; the machine may have run out of memory" if code == -9 else ""
+        raise PhaseFailedError(f"phase {phase} was killed by signal {-code}{hint}; the same command continues where it stopped")
+    if code:
+        raise PhaseFailedError(f"phase {phase} ended with exit code {code}; its message stands above")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
