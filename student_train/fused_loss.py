@@ -65,7 +65,9 @@ def fused_sparse_loss(
     """
     head = Head.of(hidden, head_weight, head_bias, logit_scale, softcap, vocab_size)
     check_positions(head, hidden, labels, targets)
-    if not isinstance(num_positions, Tensor) and num_positions <= 0:
+    if isinstance(num_positions, Tensor):
+        num_positions = num_positions.to(head.dtype)
+    elif num_positions <= 0:
         raise TrainingError(f"the global batch has {num_positions:g} supervised positions; it needs at least one")
     groups = group_terms(terms, targets, num_positions)
     call = _Call(head, labels, targets, groups, len(terms), chunk_positions, torch.is_grad_enabled())

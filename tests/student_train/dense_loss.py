@@ -1,4 +1,4 @@
-"""The losses over the whole vocabulary in float64 autograd: what the fused operator must agree with, written the slow and obvious way.
+"""The losses over the whole vocabulary in float64 autograd: what the fused operator must agree with, in the obvious way.
 
 A case starts from dense teacher logits, so masses at every temperature are known without the operator's formulas.
 """

@@ -7,7 +7,7 @@ import torch
 
 from student_train.fused_loss import fused_sparse_loss, term_keys
 from student_train.losses import LossTerm, registry
-from tests.student_train.dense_loss import SHAPES, Case, dense_loss, make_case, relative_error
+from tests.student_train.dense_loss import SHAPES, Case, dense_loss, make_case, outside, relative_error
 
 DIVERGENCES = [name for name in registry if name != "cross_entropy"]
 OPTIONS = {"jsd": {"beta": 0.3}, "skew_forward_kl": {"skew": 0.2}, "skew_reverse_kl": {"skew": 0.2}}
@@ -18,8 +18,8 @@ TERMS = {
 
 
 def run_fused(case: Case, terms, num_positions=11.0, dtype=torch.float64, **options):
-    hidden = case.hidden.to(dtype).requires_grad_()
-    weight = case.weight.to(dtype).requires_grad_()
+    hidden = case.hidden.to(dtype, copy=True).requires_grad_()
+    weight = case.weight.to(dtype, copy=True).requires_grad_()
     fused = fused_sparse_loss(hidden, weight, case.labels, case.targets, terms, num_positions, **options)
     fused.loss.backward()
     return fused, hidden.grad, weight.grad
@@ -39,12 +39,15 @@ def assert_equal_to_dense(case: Case, terms, bound: float, **options):
     assert relative_error(by_weight, weight_expected) <= bound
 
 
-@pytest.mark.parametrize("temperature", TERMS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", DIVERGENCES)
+def combinations():
+    for name in DIVERGENCES:
+        for shape in SHAPES:
+            if shape != "sample" or name == "forward_kl":  # the others are refused there
+                yield from ((name, shape, temperature) for temperature in TERMS)
+
+
+@pytest.mark.parametrize(("name", "shape", "temperature"), combinations())
 def test_value_and_gradients_equal_dense_autograd(name, shape, temperature):
-    if shape == "sample" and name != "forward_kl":
-        pytest.skip("refused; see test_divergence_biased_by_draws_is_refused_without_head")
     case = make_case(shape)
     terms = TERMS[temperature](name)
     assert_equal_to_dense(case, terms, 1e-9, chunk_positions=4)
@@ -116,7 +119,7 @@ def test_gradient_equals_finite_difference():
         for step in (1e-5, -1e-5):
             moved = make_case("hybrid")
             setattr(moved, name, getattr(case, name) + step * direction)
-            losses.append(float(run_fused(moved, terms)[0].loss))
+            losses.append(float(run_fused(moved, terms)[0].loss.detach()))
         assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(float((gradient * direction).sum()), rel=1e-7)
 
 
@@ -135,10 +138,10 @@ def test_half_batches_with_the_global_denominator_equal_the_whole():
         }
         half = Case(case.hidden[where], case.weight, case.labels[where], case.teacher_logits[where], [], None, batch)
         fused, hidden_part, weight_part = run_fused(half, terms, torch.tensor(10))
-        loss += float(fused.loss)
+        loss += float(fused.loss.detach())
         hidden_parts.append(hidden_part)
         weight_total += weight_part
-    assert loss == pytest.approx(float(whole.loss), rel=1e-12)
+    assert loss == pytest.approx(float(whole.loss.detach()), rel=1e-12)
     torch.testing.assert_close(torch.cat(hidden_parts), by_hidden, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(weight_total, by_weight, rtol=1e-10, atol=1e-14)
 
@@ -150,7 +153,7 @@ def test_teacher_equal_to_student_gives_zero_loss_and_gradient(name, temperature
     terms = [LossTerm(name, 1.0, temperature)]
     for dtype, bound in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
         fused, by_hidden, by_weight = run_fused(case, terms, dtype=dtype)
-        assert abs(float(fused.loss)) < bound
+        assert abs(float(fused.loss.detach())) < bound
         assert float(by_hidden.abs().max()) < bound
         assert float(by_weight.abs().max()) < bound
 
@@ -173,8 +176,10 @@ def test_tiny_student_tail_keeps_its_gradient_in_float32(name):
     terms = [LossTerm(name)]
     _, by_hidden, by_weight = run_fused(case, terms, dtype=torch.float32)
     _, hidden_expected, weight_expected = run_dense(case, terms)
-    assert relative_error(by_hidden, hidden_expected) < 2e-5
-    assert relative_error(by_weight, weight_expected) < 2e-5
+    tail = outside(case.supports[:1], 40)[0]
+    assert relative_error(by_hidden[:, 1:], hidden_expected[:, 1:]) < 2e-5
+    assert relative_error(by_weight[~tail], weight_expected[~tail]) < 2e-5
+    assert relative_error(by_weight[tail], weight_expected[tail]) < 2e-5  # where 1 - sum of members loses half
 
 
 def test_gradient_of_draws_is_right_on_average():
