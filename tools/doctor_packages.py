@@ -69,9 +69,11 @@ def check_packages() -> Iterator[Answer]:
         wanted.setdefault(extra, {})[name] = bounds
     for name, bounds in wanted.get(None, {}).items():
         yield _package(name, bounds, None)
+    asked: set[str] = set()
     for extra in EXTRAS:
         for name, bounds in wanted.get(extra, {}).items():
-            if extra in REQUIRED_EXTRAS or (installed(name) is not None and name not in wanted["student"] and "vllm" not in name):
+            if name not in asked and "vllm" not in name and (extra in REQUIRED_EXTRAS or installed(name) is not None):
+                asked.add(name)
                 yield _package(name, bounds, extra)
 
 

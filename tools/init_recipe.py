@@ -26,7 +26,7 @@ _TEMPLATE = """\
 #   decant report {output}
 # Every command continues what is there. `--set stages.kd.trainer.max_steps=10` changes a value for one call.
 
-name: {name}
+name: {name_value}
 output_dir: {output}
 seed: 0
 
@@ -93,6 +93,7 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
     path = output or Path("recipes") / f"{name}.yaml"
     text = _TEMPLATE.format(
         name=name,
+        name_value=_value(name),
         path=path,
         output=f"runs/{name}",
         teacher=_plain(teacher),
@@ -138,4 +139,5 @@ def _plain(text: str) -> str:
 
 def _value(text: str) -> str:
     """Write a text as a YAML scalar: plain where that is safe, as a JSON string elsewhere."""
-    return text if re.fullmatch(r"[A-Za-z./][\w./-]*", text) and text.lower() not in ("true", "false", "null") else json.dumps(text)
+    plain = re.fullmatch(r"[A-Za-z/][\w./-]*", text, re.ASCII) and text.lower() not in ("true", "false", "null")
+    return text if plain else json.dumps(text)
