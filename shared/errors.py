@@ -51,3 +51,8 @@ class TrainingError(DecantError):
 
 class EvaluationError(DecantError):
     """A model cannot be evaluated or a report cannot be built."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, or its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

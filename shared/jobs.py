@@ -26,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.atomic import fill_exclusive, make_dir
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, first_line
 from shared.keys import KEY_BYTES, KeySet, canonical_json, stack_keys
 from shared.parts import open_part
 from shared.records import PartRecord, list_records
@@ -75,7 +75,7 @@ class Job:
             self.rows_per_part = int(document["rows_per_part"])
             self.complete_jobs: frozenset[str] = frozenset(str(job) for job in document["complete_jobs"])
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedError(f"{self.path} is not a plan ({str(error).splitlines()[0]})") from None
+            raise DamagedError(f"{self.path} is not a plan ({first_line(error)})") from None
 
     @cached_property
     def _reader(self) -> pa.RecordBatchFileReader:
@@ -119,7 +119,7 @@ class Job:
             batch = self._reader.get_batch(unit)
             batch.validate(full=True)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-            raise DamagedError(f"{self.path} unit {unit} cannot be read ({str(error).splitlines()[0]})") from None
+            raise DamagedError(f"{self.path} unit {unit} cannot be read ({first_line(error)})") from None
         return batch
 
 

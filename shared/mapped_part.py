@@ -6,15 +6,17 @@ slice is checked against its buffer before use. Cost per row: a few microseconds
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from shared.errors import DamagedError
+from shared.errors import DamagedError, first_line
 from shared.jobs import key_column
 from shared.keys import content_key
 from shared.parts import open_part
@@ -23,6 +25,15 @@ from shared.schema import FINISH_REASONS, MAX_TEXT_BYTES_PER_ROW, MAX_TOKENS_PER
 from shared.sequences import SequenceRow, spans_problem
 
 _NO_OFFSETS = np.zeros(1, np.int64)
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what Arrow and numpy say about impossible buffers into one sentence."""
+    try:
+        yield
+    except (pa.ArrowException, ValueError, TypeError, IndexError, MemoryError, OSError) as error:
+        raise DamagedError(f"{path} has impossible buffers ({first_line(error)}); it was altered") from None
 
 
 class _Ragged:
@@ -38,8 +49,9 @@ class _Ragged:
             return
         buffers = array.buffers()
         large = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
-        offsets = np.frombuffer(cast("bytes", buffers[1]), dtype=np.dtype("<i8" if large else "<i4"))
-        self.offsets = offsets[array.offset : array.offset + len(array) + 1]
+        count = array.offset + len(array) + 1
+        offsets = np.frombuffer(buffers[1], dtype=np.dtype("<i8" if large else "<i4"), count=count)
+        self.offsets = offsets[array.offset :]
         data = buffers[-1]
         self._data = memoryview(b"" if data is None else data).cast("B")
 
@@ -74,16 +86,17 @@ class MappedSequences:
         """
         self._table = open_part(directory, record, verify)
         self.path = directory / f"{record.stem}.arrow"
-        self.keys = key_column(self._table, "key")
-        self.row_keys = key_column(self._table, "row_key")
-        self.group_keys = key_column(self._table, "group_key")
-        self._texts = {
-            name: _Ragged(self._chunk(name), f"{self.path}:{name}", 1, MAX_TEXT_BYTES_PER_ROW)
-            for name in ("source", "prompt", "response", "finish_reason", "reference")
-        }
-        self._has_reference = self._valid("reference")
-        self._tokens = _Ragged(self._chunk("token_ids"), f"{self.path}:token_ids", 4, MAX_TOKENS_PER_ROW)
-        self._spans = _Ragged(self._chunk("spans"), f"{self.path}:spans", 8, MAX_TOKENS_PER_ROW)
+        with _damage_named(self.path):
+            self.keys = key_column(self._table, "key")
+            self.row_keys = key_column(self._table, "row_key")
+            self.group_keys = key_column(self._table, "group_key")
+            self._texts = {
+                name: _Ragged(self._chunk(name), f"{self.path}:{name}", 1, MAX_TEXT_BYTES_PER_ROW)
+                for name in ("source", "prompt", "response", "finish_reason", "reference")
+            }
+            self._has_reference = self._valid("reference")
+            self._tokens = _Ragged(self._chunk("token_ids"), f"{self.path}:token_ids", 4, MAX_TOKENS_PER_ROW)
+            self._spans = _Ragged(self._chunk("spans"), f"{self.path}:spans", 8, MAX_TOKENS_PER_ROW)
 
     def _chunk(self, name: str) -> pa.Array | None:
         return self._table.column(name).chunk(0) if self._table.num_rows else None
@@ -117,14 +130,12 @@ class MappedSequences:
         chunk = self._chunk("source")
         if chunk is None:
             return np.zeros(0, np.int32), []
-        try:
+        with _damage_named(self.path):
             chunk.validate(full=True)
             encoded = pc.dictionary_encode(chunk)
             if encoded.indices.null_count:
-                raise DamagedError(f"{self.path} has rows without a source")
+                raise DamagedError(f"{self.path} has rows without a source; it was altered")
             return encoded.indices.to_numpy().astype(np.int32), encoded.dictionary.to_pylist()
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise DamagedError(f"{self.path} has an unreadable column 'source' ({error})") from None
 
     def row(self, i: int) -> SequenceRow:
         """Return row i after comparing its content with its key.
@@ -165,12 +176,13 @@ class MappedTargets:
         """Map a committed part; arguments and errors as for `MappedSequences`."""
         table = open_part(directory, record, verify)
         self.path = directory / f"{record.stem}.arrow"
-        self.keys = key_column(table, "key")
-        filled = table.num_rows > 0
-        blob = table.column("blob").chunk(0) if filled else None
-        self._blobs = _Ragged(blob, f"{self.path}:blob", 1, 2**40)
-        self.num_positions = table.column("num_positions").to_numpy() if filled else np.zeros(0, np.int32)
-        self.teacher_nll_nats = table.column("teacher_nll_nats").to_numpy() if filled else np.zeros(0, np.float64)
+        with _damage_named(self.path):
+            self.keys = key_column(table, "key")
+            filled = table.num_rows > 0
+            blob = table.column("blob").chunk(0) if filled else None
+            self._blobs = _Ragged(blob, f"{self.path}:blob", 1, 2**40)
+            self.num_positions = table.column("num_positions").to_numpy() if filled else np.zeros(0, np.int32)
+            self.teacher_nll_nats = table.column("teacher_nll_nats").to_numpy() if filled else np.zeros(0, np.float64)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import xxhash
 
 from shared.atomic import fill_exclusive, write_atomic
-from shared.errors import DamagedError
+from shared.errors import DamagedError, first_line
 from shared.records import PartRecord, json_bytes, list_records, read_record
 from shared.schema import FORMAT_VERSION, MAX_ROWS_PER_PART, SEQUENCES, STEM_PATTERN, TARGETS
 
@@ -81,7 +81,7 @@ def commit_part(
     what = "sequences" if directory.name == "sequences" else "targets"
     if not STEM_PATTERN.fullmatch(stem):
         raise ValueError(f"{stem!r} is not the name of a part")
-    if not table.schema.equals(SEQUENCES if what == "sequences" else TARGETS) or table.num_rows > MAX_ROWS_PER_PART:
+    if not table.schema.equals(_schema_of(directory)) or table.num_rows > MAX_ROWS_PER_PART:
         raise ValueError(f"the table does not fit the schema of {what} or has more than {MAX_ROWS_PER_PART} rows")
     record_path = directory / f"{stem}.json"
     if record_path.exists():
@@ -116,7 +116,7 @@ def commit_part(
 
 def _adopt(path: Path) -> tuple[dict[str, Any], str, int]:
     """Return record content, checksum and size of a part that another writer created without finishing its record."""
-    metadata = map_table(path).schema.metadata or {}
+    metadata = map_table(path, _schema_of(path.parent)).schema.metadata or {}
     if _METADATA_KEY not in metadata:
         raise DamagedError(f"{path} is not a part of a cache; move it away and run the same command again")
     xxh3, num_bytes = hash_file(path)
@@ -156,29 +156,35 @@ def check_file(directory: Path, record: PartRecord) -> None:
         )
 
 
-def map_table(path: Path) -> pa.Table:
+def map_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Map an Arrow file into memory; nothing but its metadata is read.
 
     Raises:
-        DamagedError: it cannot be read, is not an Arrow file, or has more than one batch.
+        DamagedError: it cannot be read, is not an Arrow file of these columns, has more than one batch, or is compressed inside.
     """
     try:
         with pa.memory_map(str(path)) as source:
             low = source.read_buffer(1).address
             high = low + source.size()
             reader = pa.ipc.open_file(source)
+            if not reader.schema.equals(schema):
+                raise DamagedError(f"{path} has not the columns {', '.join(schema.names)}; it is another file or was altered")
             if reader.num_record_batches > 1:
                 raise DamagedError(f"{path} has {reader.num_record_batches} record batches where a part has at most one")
             table = reader.read_all()
         table.validate()
+        inside = all(_lies_within(chunk, low, high) for column in table.columns for chunk in column.chunks)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise DamagedError(f"{path} is not a readable Arrow file ({str(error).splitlines()[0]})") from None
-    for column in table.columns:
-        for chunk in column.chunks:
-            for buffer in chunk.buffers():
-                if buffer is not None and buffer.size and not low <= buffer.address <= high - buffer.size:
-                    raise DamagedError(f"{path} is compressed inside where a part is stored plain")
+        raise DamagedError(f"{path} is not a readable Arrow file ({first_line(error)})") from None
+    if not inside:
+        raise DamagedError(f"{path} is compressed inside where a part is stored plain")
     return table
+
+
+def _lies_within(array: pa.Array, low: int, high: int) -> bool:
+    """Tell whether every buffer of an array lies in the mapped file, so that nothing was decompressed or copied."""
+    buffers = [buffer for buffer in array.buffers() if buffer is not None and buffer.size]
+    return all(low <= buffer.address and buffer.address + buffer.size <= high for buffer in buffers)
 
 
 def open_part(directory: Path, record: PartRecord, verify: bool) -> pa.Table:
@@ -192,14 +198,16 @@ def open_part(directory: Path, record: PartRecord, verify: bool) -> pa.Table:
     Raises:
         DamagedError: it is not what was committed.
     """
-    path = directory / f"{record.stem}.arrow"
     if verify:
         check_file(directory, record)
-    table = map_table(path)
-    schema = SEQUENCES if directory.name == "sequences" else TARGETS
-    if not table.schema.equals(schema) or table.num_rows != record.rows:
+    path = directory / f"{record.stem}.arrow"
+    table = map_table(path, _schema_of(directory))
+    if table.num_rows != record.rows:
         raise DamagedError(
-            f"{path} has {table.num_rows} rows of columns {', '.join(table.schema.names)} where its record says "
-            f"{record.rows} rows of {', '.join(schema.names)}"
+            f"{path} has {table.num_rows} rows where its record says {record.rows}; it is another part or was altered"
         )
     return table
+
+
+def _schema_of(directory: Path) -> pa.Schema:
+    return SEQUENCES if directory.name == "sequences" else TARGETS
