@@ -17,6 +17,7 @@ from shared.errors import DecantError, PromptError, UsageError
 from shared.jobs import Job, PlanRow, create_job
 from shared.recipe import Recipe, Teacher
 from teacher_cache import engines
+from teacher_cache.engines.protocol import Engine
 from teacher_cache.feeding import Desk
 from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
 from teacher_cache.lazy_engine import LazyEngine
@@ -97,8 +98,7 @@ def teach(
     layer = cache.layer(None, layer_identity(known, teacher, recipe.capture), {"engine": teacher.engine, **software()})
     before = cache.sequence_records()
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
-    planned_teacher = teacher.model_copy(update={"max_model_len": known.max_model_len})
-    engine = LazyEngine(lambda: engines.open_engine(planned_teacher, recipe.capture), known.max_model_len)
+    engine = LazyEngine(lambda: _open_engine(recipe, teacher, known), known.max_model_len)
     with StopSignal() as stop:
         build = _Build(
             recipe, teacher, own_share, progress or NoProgress(), max_set_aside, known, cache, layer, engine, stop, summary
@@ -131,6 +131,12 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
     if refusal is not None:
         raise UsageError(refusal)
     return recipe.teacher, (index, count)
+
+
+def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher) -> Engine:
+    """Start the engine, with the same settings whether or not pass 1 is done, so that a continued build scores alike."""
+    settings = teacher.model_copy(update={"max_model_len": known.max_model_len})
+    return engines.open_engine(settings, recipe.capture, for_generation=recipe.generate, model_dir=known.files.directory)
 
 
 def _plan(build: _Build) -> Job:

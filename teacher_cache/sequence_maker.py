@@ -50,9 +50,8 @@ class SequenceMaker:
         except PromptError as error:
             raise UnusableRowError(str(error).removeprefix(f"{conversation.place}: ")) from error
         if len(ids) > self._max_model_len - 1:
-            raise UnusableRowError(
-                f"the prompt has {len(ids):,} tokens, which leaves no room for an answer within max_model_len = {self._max_model_len:,}"
-            )
+            room = f"no room for an answer within max_model_len = {self._max_model_len:,}"
+            raise UnusableRowError(f"the prompt has {len(ids):,} tokens, which leaves {room}")
         self._require_vocabulary(np.asarray(ids, dtype=np.int64))
         return ids
 

@@ -33,8 +33,8 @@ def opened(monkeypatch) -> list[FakeEngine]:
         found.append(FakeEngine(teacher, capture))
         return found[-1]
 
-    monkeypatch.setattr(engines, "open_engine", open_engine, raising=False)
-    monkeypatch.setattr(engines, "refusal", lambda teacher, capture: None, raising=False)
+    monkeypatch.setattr(engines, "open_engine", open_engine)
+    monkeypatch.setattr(engines, "refusal", lambda teacher, capture: None)
     return found
 
 
@@ -86,7 +86,7 @@ def test_every_prompt_is_answered_scored_and_readable(tmp_path, model, opened):
     seen = {cache[i].prompt: cache[i] for i in range(20)}
     assert sorted(seen) == sorted(f"How many apples has Anna, number {i}?" for i in range(20))
     for prompt, row in seen.items():
-        ((start, end),) = row.spans.tolist()
+        ((_, end),) = row.spans.tolist()
         assert row.reference == prompt.split()[-1].rstrip("?")
         assert end == len(row.token_ids)
         assert (row.token_ids[-1] == END_ID) == (row.finish_reason == "stop")

@@ -1,0 +1,171 @@
+"""Keys, duplicates and requests of the work list."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import pytest
+
+from shared.keys import group_key
+from shared.recipe import Generate, PromptSource, Recipe
+from teacher_cache.problems import Problems
+from teacher_cache.prompt_formats import Conversation
+from teacher_cache.work_list import Tally, conversation_of, list_rows, request_of, request_seed
+
+PATH = "math.jsonl"
+
+
+def source(name="math", **settings) -> PromptSource:
+    return PromptSource(**{"source": name, "path": PATH, "format": "messages", **settings})
+
+
+def talk(question: str, answer: str | None = None, line: int = 1, name="math", origin=0, reference=None) -> Conversation:
+    turns = [{"role": "user", "content": question}] + ([{"role": "assistant", "content": answer}] if answer else [])
+    return Conversation(name, PATH, line, "messages", turns, None, reference, origin)
+
+
+def rows(conversations, sources=None, generate=None, seed=0):
+    problems, tally = Problems(), Tally()
+    sources = sources or [source()]
+    return list(list_rows(conversations, sources, generate, seed, problems, tally)), problems, tally
+
+
+def keys(*args, **kwargs) -> list[bytes]:
+    return [row.row_key for row in rows(*args, **kwargs)[0]]
+
+
+def test_samples_of_one_prompt_share_the_group_and_nothing_else():
+    found, _, tally = rows([talk("Two?"), talk("Three?")], generate=Generate(samples_per_prompt=3))
+    assert [row.group_key for row in found] == [group_key("Two?")] * 3 + [group_key("Three?")] * 3
+    assert len({row.row_key for row in found}) == 6
+    assert [row.sample_index for row in found] == [0, 1, 2] * 2
+    assert tally.rows == {"math": 6}
+
+
+def test_the_first_source_wins_and_each_sources_duplicates_are_counted():
+    sources = [source("a"), source("b")]
+    talks = [talk("Two?", name="a"), talk("Two?", name="a"), talk("Two?", name="b", origin=1), talk("New?", name="b", origin=1)]
+    found, _, tally = rows(talks, sources, Generate())
+    assert [(row.source, row.prompt) for row in found] == [("a", "Two?"), ("b", "New?")]
+    assert tally.duplicates == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 5}, {"stop": ("x",)}, {"max_new_tokens": 7}, {"seed": 3}],
+)
+def test_each_sampling_setting_makes_another_row(settings):
+    assert keys([talk("Two?")], generate=Generate()) != keys([talk("Two?")], generate=Generate(**settings))
+
+
+def test_settings_that_do_not_change_an_answer_do_not_change_the_row():
+    one = keys([talk("Two?")], generate=Generate())
+    assert keys([talk("Two?", line=9, reference="2")], generate=Generate(keep_truncated=False)) == one
+    assert keys([talk("Two?")], generate=Generate(samples_per_prompt=2))[:1] == one
+    assert keys([talk("Two?")], generate=Generate(seed=5), seed=1) == keys([talk("Two?")], generate=Generate(seed=5), seed=2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"system": "Be brief."}, {"template": "none"}, {"chat_template": "{{ x }}"}, {"chat_template_kwargs": {"a": 1}}]
+)
+@pytest.mark.parametrize("generate", [None, Generate()])
+def test_another_rendering_makes_another_row_of_the_same_group(settings, generate):
+    plain, rendered = (
+        [row] for sources in ([source()], [source(**settings)]) for row in rows([talk("2?", "2")], sources, generate)[0]
+    )
+    assert plain[0].row_key != rendered[0].row_key
+    assert plain[0].group_key == rendered[0].group_key
+
+
+def test_a_given_answer_is_part_of_the_row_and_its_place_is_not():
+    first = keys([talk("Two?", "2")])
+    assert keys([talk("Two?", "2", line=5)]) == first
+    assert keys([talk("Two?", "two")]) != first
+    both, _, tally = rows([talk("Two?", "2"), talk("Two?", "2"), talk("Two?", "two")])
+    assert len(both) == 2
+    assert tally.duplicates == {"math": 1}
+
+
+def test_the_data_s_answer_becomes_the_reference_of_a_generated_one():
+    (row,), _, _ = rows([talk("Two?", "2")], generate=Generate())
+    assert (row.reference, json.loads(row.messages)["messages"]) == ("2", [{"role": "user", "content": "Two?"}])
+    (row,), _, _ = rows([talk("Two?", "2", reference="II")], generate=Generate())
+    assert row.reference == "II"
+
+
+def test_a_row_gives_its_conversation_back():
+    (row,), _, _ = rows([talk("Two?", "2", line=7, reference="II")])
+    assert conversation_of(row) == talk("Two?", "2", line=7, reference="II")
+    text = Conversation("math", PATH, 3, "text", None, "Once upon a time", None)
+    (row,), _, _ = rows([text], [source(format="text")])
+    assert (conversation_of(row), row.prompt) == (text, "Once upon a time")
+
+
+def test_turns_after_the_last_answer_are_left_out():
+    turns = [*talk("Two?", "2").messages, {"role": "user", "content": "And?"}]
+    (row,), _, _ = rows([Conversation("math", PATH, 1, "messages", turns, None, None)])
+    assert [row.row_key] == keys([talk("Two?", "2")])
+
+
+@pytest.mark.parametrize(
+    ("conversation", "generate", "reason"),
+    [
+        (talk("Two?"), None, "the row has no answer"),
+        (Conversation("math", PATH, 1, "text", None, "Once", None), Generate(), "`format: text` has no prompt to answer"),
+        (Conversation("math", PATH, 1, "messages", [{"role": "assistant", "content": "2"}], None, None), None, "no user turn"),
+    ],
+)
+def test_what_cannot_be_a_row_is_set_aside(conversation, generate, reason):
+    found, problems, _ = rows([conversation], generate=generate)
+    assert found == []
+    assert reason in problems.listed[0].reason
+
+
+def test_listing_keeps_only_keys():
+    def talks(count):
+        return (talk("How many apples has Anna? " * 40 + str(i)) for i in range(count))
+
+    def peak(count):
+        tracemalloc.start()
+        for _ in list_rows(talks(count), [source()], Generate(), 0, Problems(), Tally()):
+            pass
+        tracemalloc.stop()
+        tracemalloc.start()
+        for _ in list_rows(talks(count), [source()], Generate(), 0, Problems(), Tally()):
+            pass
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert (peak(6000) - peak(1000)) / 5000 < 200
+
+
+def test_request_follows_content_and_settings_not_names(tmp_path):
+    def request(file, **settings):
+        recipe = Recipe.model_validate(
+            {
+                "name": "x",
+                "output_dir": "run",
+                "teacher": {"model": "m"},
+                "cache": "c",
+                "prompts": [{"source": "math", "path": str(file), "format": "text"}],
+                **settings,
+            }
+        )
+        return request_of(recipe, None, "hash", 128)
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "y"}\n')
+    first = request(tmp_path / "a.jsonl")
+    assert first == request(tmp_path / "b.jsonl", name="other", output_dir="elsewhere")
+    assert first != request(tmp_path / "c.jsonl")
+    assert first != request(tmp_path / "a.jsonl", rows_per_part=7)
+
+
+def test_request_seeds_use_63_bits_evenly():
+    seeds = [request_seed(i.to_bytes(16, "big"), 0) for i in range(2000)]
+    assert len(set(seeds)) == 2000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert all(900 < sum((seed >> bit) & 1 for seed in seeds) < 1100 for bit in range(63))
