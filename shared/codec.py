@@ -42,6 +42,9 @@ CODEC_NAME = "planes-1"
 """Name of this codec in a layer's identity; another layout or quantiser gets another name."""
 
 _MAX_CODE = 65_535
+_SAFE_SUMMANDS = 2**15
+"""So many gaps of 16 bits add up within 31 bits."""
+_MOST_MASS_ERROR = 0.01
 
 
 class Codec:
@@ -96,16 +99,12 @@ class Codec:
         counts, ids = targets.counts, targets.ids
         _check_counts(counts, self.max_k, len(ids))
         self._check_ids(ids, "head")
-        gaps, head_mass = self._gaps(targets.logprobs, counts)
         tails = tail_codes(targets.tail_logmass, counts > 0)
-        total = head_mass + np.exp(targets.tail_logmass[:, self._unit].astype(np.float64))
-        if not bool((np.abs(total - 1.0) < 0.01).all()):
-            worst = float(total[np.argmax(np.abs(total - 1.0))])
-            raise ValueError(f"head and tail of a position must sum to 1 at temperature 1, got {worst:.4f}")
+        self._check_masses(targets)
         planes = [
             *split_planes(counts, 2),
             *split_planes(ids, 3),
-            *split_planes(gaps, 2),
+            *split_planes(self._gaps(targets.logprobs, counts), 2),
             *split_planes(label_codes(targets.label_logprobs), 2),
         ]
         for j in range(len(self.temperatures)):
@@ -132,7 +131,7 @@ class Codec:
         if num_entries > MAX_ENTRIES_PER_ROW or (num_positions and int(counts.max()) > self.max_k):
             raise DamagedError(f"a position claims {int(counts.max())} head entries where at most {self.max_k} are possible")
         ids = reader.take(num_entries, 3)
-        gaps = reader.take(num_entries, 2)
+        gaps = reader.take(num_entries - int(np.count_nonzero(counts)), 2)
         label_logprobs = label_table()[reader.take(num_positions, 2)]
         tails = np.stack([reader.take(num_positions, 2) for _ in self.temperatures], axis=1)
         draws = tuple(self._take_draws(reader, num_positions, counts) for _ in self.temperatures) if self.draws else ()
@@ -157,43 +156,38 @@ class Codec:
         per_temperature = 2 * num_positions + ((2 * num_positions + 5 * drawn) if self.draws else 0)
         return 4 * num_positions + 5 * entries + len(self.temperatures) * per_temperature
 
-    def _gaps(self, logprobs: NDArray[np.float32], counts: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-        """Return [N] differences of successive codes and [S] the heads' exact masses."""
-        if not bool(np.isfinite(logprobs).all()):
-            raise ValueError("a head's log-probability is not finite; entries of probability 0 belong to no head")
+    def _gaps(self, logprobs: NDArray[np.float32], counts: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return [N - positions with a head] differences of successive codes; a head's first code is always 0."""
         count = uniform_count(counts)
-        head_mass = segment_sum(np.exp(logprobs), counts).astype(np.float64)
         scale = np.float32(1.0 / self.gap_step)
         if count:
             grid = logprobs.reshape(len(counts), count)
-            codes = np.minimum(np.rint((grid[:, :1] - grid) * scale), _MAX_CODE).astype(np.int32)
-            gaps = np.diff(codes, axis=1, prepend=np.int32(0)).ravel()
             sorted_down = bool((grid[:, 1:] <= grid[:, :-1]).all())
+            codes = np.minimum(np.rint((grid[:, :1] - grid) * scale), _MAX_CODE).astype(np.int32)
+            gaps = np.diff(codes, axis=1).ravel()
         else:
-            starts = starts_of(counts)[counts > 0]
-            first = np.repeat(logprobs[starts], counts[counts > 0])
+            later = _not_first(counts)
+            sorted_down = bool((np.diff(logprobs, prepend=np.float32(0))[later] <= 0).all())
+            first = np.repeat(logprobs[~later], counts[counts > 0])
             codes = np.minimum(np.rint((first - logprobs) * scale), _MAX_CODE).astype(np.int32)
-            gaps = np.diff(codes, prepend=np.int32(0))
-            gaps[starts] = 0
-            drops = np.diff(logprobs, prepend=np.float32(0)) <= 0
-            drops[starts] = True
-            sorted_down = bool(drops.all())
+            gaps = np.diff(codes, prepend=np.int32(0))[later]
         if not sorted_down:
             raise ValueError("a head is not sorted by descending log-probability")
-        return gaps, head_mass
+        return gaps
 
     def _logprobs(self, gaps: NDArray[np.int32], counts: NDArray[np.int32], log_head: NDArray[np.float64]) -> NDArray[np.float32]:
         """Return [N] log-probabilities of heads whose masses are exp(`log_head`) [S]."""
         count = uniform_count(counts)
         filled = counts > 0
-        starts = starts_of(counts)[filled]
-        if bool(gaps[starts].any()):
-            raise DamagedError("the first entry of a head has a gap before it")
         if count:
-            codes = np.cumsum(gaps.reshape(len(counts), count), axis=1, dtype=np.int32)
+            codes = np.zeros((len(counts), count), np.int64 if count > _SAFE_SUMMANDS else np.int32)
+            np.cumsum(gaps.reshape(len(counts), count - 1), axis=1, out=codes[:, 1:])
         else:
-            running = np.cumsum(gaps, dtype=np.int64)
-            codes = (running - np.repeat(running[starts], counts[filled])).astype(np.int32)
+            later = _not_first(counts)
+            running = np.zeros(len(later), np.int64)
+            running[later] = gaps
+            np.cumsum(running, out=running)
+            codes = running - np.repeat(running[~later], counts[filled])
         if codes.size and int(codes.max()) > _MAX_CODE:
             raise DamagedError(f"a head's log-probability lies {int(codes.max())} steps below its first entry")
         mass_over_first = segment_sum(self._mass_below_first[codes].ravel(), counts)
@@ -248,10 +242,27 @@ class Codec:
                 raise ValueError("the arrays of draws do not fit each other")
             _check_counts(drawn.counts, self.draws, len(drawn.ids))
 
+    def _check_masses(self, targets: SparseTargets) -> None:
+        """Refuse positions that do not sum to 1 at temperature 1, within what 16-bit engines are off."""
+        if not bool(np.isfinite(targets.logprobs).all()):
+            raise ValueError("a head's log-probability is not finite; entries of probability 0 belong to no head")
+        head_mass = segment_sum(np.exp(targets.logprobs), targets.counts)
+        total = head_mass + np.exp(targets.tail_logmass[:, self._unit])
+        if not bool((np.abs(total - 1.0) < _MOST_MASS_ERROR).all()):
+            worst = float(total[np.argmax(np.abs(total - 1.0))])
+            raise ValueError(f"head and tail of a position must sum to 1 at temperature 1, got {worst:.4f}")
+
     def _check_ids(self, ids: NDArray[np.int32], kind: str) -> None:
         """Refuse ids outside the vocabulary."""
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ValueError(f"a {kind} id lies outside [0, {self.vocab_size})")
+
+
+def _not_first(counts: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Return [N] whether an entry has one before it in its position."""
+    later = np.ones(int(counts.sum(dtype=np.int64)), dtype=np.bool_)
+    later[starts_of(counts)[counts > 0]] = False
+    return later
 
 
 def _check_counts(counts: NDArray[np.int32], most: int, total: int) -> None:

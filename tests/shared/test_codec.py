@@ -188,7 +188,8 @@ def test_decoder_refuses_well_formed_frames_with_impossible_content() -> None:
     num_positions, entries = 9, 54
     ids_low = 2 * num_positions
     gaps_low = ids_low + 3 * entries
-    tails = gaps_low + 2 * entries + 2 * num_positions
+    gaps = entries - num_positions
+    tails = gaps_low + 2 * gaps + 2 * num_positions
 
     def put(value: int, *places: int) -> bytes:
         def change(content: np.ndarray) -> np.ndarray:
@@ -201,11 +202,10 @@ def test_decoder_refuses_well_formed_frames_with_impossible_content() -> None:
         "names a token id twice": put(int(good.ids[0]), ids_low + 1),
         "outside the vocabulary": put(41, ids_low),
         "at most 6 are possible": put(200, 0),
-        "has a gap before it": put(1, gaps_low),
         "are explained": put(5, 0),
         "are needed": reframed(blob, lambda content: content[:-1]),
         "beside a head": put(255, tails, tails + num_positions),
-        "steps below its first": put(255, *range(gaps_low + entries + 1, gaps_low + entries + 6)),
+        "steps below its first": put(255, *range(gaps_low + gaps, gaps_low + gaps + 5)),
     }
     for text, frame in refused.items():
         with pytest.raises(DamagedError, match=text):
@@ -278,3 +278,18 @@ def test_codec_pickles_and_threads_share_it() -> None:
 def test_impossible_settings_are_refused(settings_: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         Codec(**{"gap_step": 1 / 16, **settings_})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_gaps_that_overflow_are_refused(ragged: bool) -> None:
+    codec = Codec(1 / 16, max_k=65_535)
+    counts = np.array([65_535] + [1] * ragged, np.int32)
+    ids = np.arange(65_535)
+    planes = [counts & 255, counts >> 8]
+    flat = np.concatenate([ids, [0] * ragged])
+    planes += [flat & 255, flat >> 8 & 255, flat >> 16]
+    planes += [np.full(65_534, 255)] * 2
+    planes += [np.full(len(counts), 128)] * 4
+    content = np.concatenate(planes).astype(np.uint8).tobytes()
+    with pytest.raises(DamagedError, match="steps below its first entry"):
+        codec.decode(zstandard.ZstdCompressor(write_checksum=True).compress(content), len(counts))
