@@ -40,11 +40,13 @@ def targets_from_plugin(ids: Ids, values: Values, layout: ColumnLayout) -> Spars
         raise EngineError(f"a scored row has {ids.shape[1]} columns; expected {1 + layout.num_extra} from the tail plug-in")
     sentinels = np.asarray(layout.sentinels, dtype=np.int32)
     if not (ids[:, layout.tail_start : layout.draw_start] == sentinels).all():
-        raise EngineError("a scored row holds plain top-k entries where tail masses were expected; score with one capture per engine")
+        raise EngineError(
+            "a scored row holds plain top-k entries where tail masses were expected; score with one capture per engine"
+        )
     head_ids = ids[:, 1 : layout.tail_start]
     head_logprobs = values[:, 1 : layout.tail_start]
     counts, head_ids, head_logprobs = _flatten(head_ids, head_logprobs, head_ids >= 0)
-    draws = ids[:, layout.draw_start :].reshape(len(ids), -1, layout.num_draws) if layout.num_draws else None
+    draws = ids[:, layout.draw_start :].reshape(len(ids), len(layout.temperatures), layout.num_draws) if layout.num_draws else None
     return SparseTargets(
         counts=counts,
         ids=head_ids,

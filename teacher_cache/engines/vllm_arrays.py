@@ -40,7 +40,7 @@ _stock: Callable[..., None] | None = None
 
 def install() -> str | None:
     """Replace the stock method; return why not, or None when done (twice is fine)."""
-    global _stock  # noqa: PLW0603 - the thing replaced is global as well
+    global _stock
     if _stock is not None:
         return None
     try:
@@ -73,7 +73,7 @@ def install() -> str | None:
 
 def uninstall() -> None:
     """Put the stock method back."""
-    global _stock  # noqa: PLW0603
+    global _stock
     if _stock is not None:
         from vllm.v1.engine.logprobs import LogprobsProcessor
 
@@ -97,7 +97,9 @@ def columns_of(prompt_logprobs: Any, num_columns: int) -> tuple[NDArray[np.int32
             raise EngineError(f"vLLM returned {ids.size} log-probabilities for {rows} positions; expected {num_columns} each")
         ids, logprobs = ids.reshape(rows, num_columns), logprobs.reshape(rows, num_columns)
     else:
-        raise EngineError(f"vLLM returned prompt log-probabilities as {type(prompt_logprobs).__name__}; expected arrays or flat lists")
+        raise EngineError(
+            f"vLLM returned prompt log-probabilities as {type(prompt_logprobs).__name__}; expected arrays or flat lists"
+        )
     if ids.shape[1] != num_columns:
         raise EngineError(f"vLLM returned {ids.shape[1]} log-probabilities per position; expected {num_columns}")
     return ids, logprobs

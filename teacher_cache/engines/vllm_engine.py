@@ -87,8 +87,8 @@ class VllmEngine:
             room = self.max_model_len - len(request.token_ids)
             if room < 1:
                 raise EngineError(
-                    f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within teacher.max_model_len "
-                    f"{self.max_model_len}; raise it or drop the prompt"
+                    f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within "
+                    f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
                 )
             return SamplingParams(
                 max_tokens=min(settings.max_new_tokens, room),
@@ -121,7 +121,8 @@ class VllmEngine:
         def parameters(request: ScoreRequest) -> Any:
             if not 2 <= len(request.token_ids) <= self.max_model_len:
                 raise EngineError(
-                    f"a sequence to score has {len(request.token_ids)} tokens; expected 2 to teacher.max_model_len {self.max_model_len}"
+                    f"a sequence to score has {len(request.token_ids)} tokens; expected 2 to teacher.max_model_len "
+                    f"{self.max_model_len}"
                 )
             return scoring_parameters(num_logprobs)
 
@@ -130,7 +131,9 @@ class VllmEngine:
             rows = predicting_rows(request.spans)
             ids, logprobs = ids[rows], logprobs[rows]
             if not np.array_equal(ids[:, 0], request.token_ids[rows + 1]):
-                raise EngineError("vLLM returned log-probabilities of other tokens than it was given; nothing of this run can be trusted")
+                raise EngineError(
+                    "vLLM returned log-probabilities of other tokens than it was given; nothing of this run can be trusted"
+                )
             yield Scored(request.tag, from_columns(ids, logprobs, layout))
 
     def _run(self, requests: Iterable[Request], parameters: Callable[[Request], Any]) -> Iterator[tuple[Request, Any]]:
@@ -226,16 +229,16 @@ def _translated(function: Callable[..., Any], *arguments: Any, **named: Any) -> 
         reason = " ".join(str(error).split())[:300]
         raise EngineError(
             f"vLLM failed while at work ({type(error).__name__}: {reason}); if it ran out of memory, lower "
-            "teacher.max_num_batched_tokens or teacher.gpu_memory_utilization: log-probabilities need about max_num_batched_tokens x "
-            "vocabulary x 6 bytes that its profiling does not see; the same command continues where it stopped"
+            "teacher.max_num_batched_tokens or teacher.gpu_memory_utilization: log-probabilities need about max_num_batched_tokens "
+            "x vocabulary x 6 bytes that its profiling does not see; the same command continues where it stopped"
         ) from error
 
 
 def _start_failed(model_dir: Path, error: Exception) -> EngineError:
     reason = " ".join(str(error).split())[:400]
     return EngineError(
-        f"vLLM cannot start with {model_dir} ({type(error).__name__}: {reason}); set VLLM_LOGGING_LEVEL=INFO to see its own log, and check "
-        "teacher.dtype, teacher.max_model_len and teacher.gpu_memory_utilization"
+        f"vLLM cannot start with {model_dir} ({type(error).__name__}: {reason}); set VLLM_LOGGING_LEVEL=INFO to see its own log, and "
+        "check teacher.dtype, teacher.max_model_len and teacher.gpu_memory_utilization"
     )
 
 

@@ -53,8 +53,8 @@ def choose_capture_path(llm: Any, layout: ColumnLayout, lora: Any) -> str:
     llm.collective_rpc("decant_capture", args=(None,))
     if not layout.stock_columns_suffice:
         raise EngineError(
-            f"this vLLM cannot capture tails at temperatures {list(layout.temperatures)} with {layout.num_draws} draws ({problem}); use "
-            "capture.temperatures [1.0] without draws, or teacher.engine transformers"
+            f"this vLLM cannot capture tails at temperatures {list(layout.temperatures)} with {layout.num_draws} draws ({problem}); "
+            "use capture.temperatures [1.0] without draws, or teacher.engine transformers"
         )
     logger.warning("the tail is taken as 1 minus the head's sum, which is exact to about 1e-7: %s", problem)
     return f"stock+{container}"
@@ -101,7 +101,9 @@ def plugin_problem(
     in_head = np.zeros(dense.shape, dtype=bool)
     rows = np.broadcast_to(np.arange(len(dense))[:, None], head.shape)
     in_head[rows[kept], head[kept]] = True
-    if not np.allclose(dense[in_head].sum(), values[:, 1 : layout.tail_start][kept].sum(), atol=TOLERANCE_NATS * max(1, kept.sum())):
+    if not np.allclose(
+        dense[in_head].sum(), values[:, 1 : layout.tail_start][kept].sum(), atol=TOLERANCE_NATS * max(1, kept.sum())
+    ):
         return "its head differs from the full rows"
     for j, temperature in enumerate(layout.temperatures):
         scaled = np.exp((dense - dense.max(-1, keepdims=True)) / temperature)

@@ -122,8 +122,8 @@ def cache_bytes(text_config: dict[str, Any], max_model_len: int, dtype: str) -> 
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if sequence > free // 2:
         raise EngineError(
-            f"one sequence of {max_model_len:,} tokens needs {sequence / 2**30:.1f} GiB of key-value cache but {free / 2**30:.1f} GiB of "
-            "memory are free; lower teacher.max_model_len"
+            f"one sequence of {max_model_len:,} tokens needs {sequence / 2**30:.1f} GiB of key-value cache but {free / 2**30:.1f} GiB "
+            "of memory are free; lower teacher.max_model_len"
         )
     wanted = min(max(SEQUENCES_IN_CACHE * sequence, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     return max(min(wanted, free // 4), sequence)
@@ -133,7 +133,9 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
     try:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EngineError(f"{model_dir / 'config.json'}: cannot be read ({error}); expected a model directory of transformers") from error
+        raise EngineError(
+            f"{model_dir / 'config.json'}: cannot be read ({error}); expected a model directory of transformers"
+        ) from error
     if not isinstance(config, dict):
         raise EngineError(f"{model_dir / 'config.json'}: holds no object; expected a model's config")
     return config
@@ -159,4 +161,6 @@ def _lora_rank(adapter: Path) -> int:
     try:
         return int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{adapter}: cannot be read as a LoRA adapter ({error!r}); expected adapter_config.json with `r`") from error
+        raise EngineError(
+            f"{adapter}: cannot be read as a LoRA adapter ({error!r}); expected adapter_config.json with `r`"
+        ) from error

@@ -43,7 +43,7 @@ class TailWorker:
 
     def decant_capture(self, plain_layout: dict[str, Any] | None) -> dict[str, Any]:
         """Set what scored rows hold (None: stock rows) and return what was installed."""
-        global _layout  # noqa: PLW0603 - the hooks replace global code
+        global _layout
         if os.environ.get("DECANT_WITHOUT_TAIL_PLUGIN") == "1":
             _installed.update(v1="switched off by DECANT_WITHOUT_TAIL_PLUGIN", v2="switched off by DECANT_WITHOUT_TAIL_PLUGIN")
         for runner, install in (("v1", _install_v1), ("v2", _install_v2)):
@@ -96,7 +96,7 @@ def _install_v1() -> None:
         return _extended(logprobs, stock_gather(logprobs, _layout.num_head, token_ids), keys, _layout)
 
     def get_prompt_logprobs_dict(self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-        global _slices  # noqa: PLW0603
+        global _slices
         _slices = deque(_scored_slices(self, num_scheduled_tokens)) if _layout is not None else None
         try:
             return stock_prompt(self, hidden_states, num_scheduled_tokens)
@@ -128,8 +128,10 @@ def _install_v2() -> None:
     _expect_parameters(stock_scores, "logits", "num_logprobs", "sampled_token_ids")
     _expect_parameters(stock_compute, "self", "logits_fn", "hidden_states", "input_batch", "all_token_ids")
 
-    def compute_topk_scores(logits: torch.Tensor, num_logprobs: int, sampled_token_ids: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        global _row_keys  # noqa: PLW0603
+    def compute_topk_scores(
+        logits: torch.Tensor, num_logprobs: int, sampled_token_ids: torch.Tensor, *rest: Any, **named: Any
+    ) -> Any:
+        global _row_keys
         if _layout is None or _row_keys is None:
             return stock_scores(logits, num_logprobs, sampled_token_ids, *rest, **named)
         keys, _row_keys = _row_keys[: len(logits)], _row_keys[len(logits) :]
@@ -139,9 +141,15 @@ def _install_v2() -> None:
         return _extended(logits, stock, keys, _layout)
 
     def compute_prompt_logprobs(
-        self: Any, logits_fn: Any, hidden_states: torch.Tensor, input_batch: Any, all_token_ids: torch.Tensor, *rest: Any, **named: Any
+        self: Any,
+        logits_fn: Any,
+        hidden_states: torch.Tensor,
+        input_batch: Any,
+        all_token_ids: torch.Tensor,
+        *rest: Any,
+        **named: Any,
     ) -> Any:
-        global _row_keys  # noqa: PLW0603
+        global _row_keys
         scores = _layout is not None and bool(np.any(self.uses_prompt_logprobs[input_batch.idx_mapping_np]))
         _row_keys = _batch_keys(input_batch, all_token_ids) if scores else None
         try:
