@@ -16,6 +16,7 @@ import xxhash
 from shared.errors import EvaluationError
 from shared.recipe import Generate, Recipe, Task
 from teacher_cache.engines.protocol import GenerateRequest
+from teacher_cache.model_files import load_tokenizer
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.questions import Question
 from tools.evaluate.rendering import render, source_of
@@ -51,18 +52,23 @@ def generate_answers(
     """
     from teacher_cache.engines import open_engine
 
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model.files, trust_remote_code=model.trust_remote_code)
     prompts = {domain: render(tokenizer, source_of(recipe, task), questions) for domain, (task, questions) in asked.items()}
     max_model_len = _needed_length(model, recipe, asked, prompts)
     found: dict[str, dict[tuple[int, int], Answer]] = defaultdict(dict)
     total = sum(len(prompts[domain]) * task.samples for domain, (task, _) in asked.items())
     say(f"starting {recipe.evaluate.engine} for {total} answers")
-    engine = open_engine(model.settings(recipe, max_model_len), None)
+    settings = {
+        temperature: Generate(temperature=temperature, max_new_tokens=recipe.evaluate.max_new_tokens, seed=0)
+        for temperature in sorted({task.temperature for task, _ in asked.values()})
+    }
+    engine = open_engine(
+        model.settings(recipe, max_model_len), None, for_generation=next(iter(settings.values())), model_dir=model.files.directory
+    )
     try:
         num_done = 0
-        for temperature in sorted({task.temperature for task, _ in asked.values()}):
-            settings = Generate(temperature=temperature, max_new_tokens=recipe.evaluate.max_new_tokens, seed=0)
-            for done in engine.generate(_requests(asked, prompts, temperature), settings):
+        for temperature, sampling in settings.items():
+            for done in engine.generate(_requests(asked, prompts, temperature), sampling):
                 domain, question, sample = done.tag
                 text = tokenizer.decode(done.token_ids, skip_special_tokens=True)
                 found[domain][question, sample] = Answer(text, len(done.token_ids), done.finish_reason == "length")
@@ -81,32 +87,17 @@ def _requests(asked: Asked, prompts: Mapping[str, list[list[int]]], temperature:
             continue
         for question, token_ids in enumerate(prompts[domain]):
             for sample in range(task.samples):
-                seed = xxhash.xxh3_64_intdigest(f"{task.seed}/{domain}/{question}/{sample}") >> 1
+                seed = xxhash.xxh3_64_intdigest(f"{task.seed}/{domain}/{question}/{sample}".encode()) >> 1
                 yield GenerateRequest((domain, question, sample), 0, token_ids, seed)
 
 
-def _tokenizer(model: ModelUnderTest) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            model.tokenizer_source(), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise EvaluationError(f"{model.tokenizer_source()}: cannot load the tokenizer of '{model.name}': {reason}") from error
-
-
 def _needed_length(model: ModelUnderTest, recipe: Recipe, asked: Asked, prompts: Mapping[str, list[list[int]]]) -> int:
-    from transformers import AutoConfig
-
     longest, place = max(
         (len(ids), question.place) for domain in asked for ids, question in zip(prompts[domain], asked[domain][1], strict=True)
     )
     needed = longest + recipe.evaluate.max_new_tokens
-    config = AutoConfig.from_pretrained(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and needed > limit:
+    limit = model.files.text_config.get("max_position_embeddings")
+    if isinstance(limit, int) and needed > limit:
         raise EvaluationError(
             f"{place}: the question has {longest} tokens and an answer may have {recipe.evaluate.max_new_tokens} "
             f"(evaluate.max_new_tokens), but '{model.name}' reads {limit} together; lower one of them"

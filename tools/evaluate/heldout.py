@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from shared.cache import Cache
 
+from shared.cache import Cache
 from shared.errors import EvaluationError
 from shared.keys import is_heldout
 from student_train.fused_loss import evaluate_positions
@@ -51,7 +51,6 @@ def evaluate_heldout(
     max_rows: int | None = None,
     seed: int = 0,
     adapter: str | None = None,
-    revision: str | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
     batch_tokens: int = 4096,
@@ -75,7 +74,7 @@ def evaluate_heldout(
     layer = opened[0].layer
     if layer is None:
         raise EvaluationError(f"{caches[0]}: the cache holds no teacher distributions to compare with; run `decant teach` first")
-    model = load_model(str(model_dir), adapter, revision, dtype, trust_remote_code)
+    model = load_model(str(model_dir), adapter, dtype, trust_remote_code)
     check_head(model, head_of(model, layer.vocab_size))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     fitting = [(cache, row) for cache, row in chosen if opened[cache].num_tokens[row] <= limit]
@@ -102,7 +101,7 @@ def heldout_rows(caches: Sequence[Cache], fraction: float, max_rows: int | None)
     return [(index, row) for _, index, row in found[:max_rows]]
 
 
-def load_model(model: str, adapter: str | None, revision: str | None, dtype: str, trust_remote_code: bool) -> Any:
+def load_model(model: str, adapter: str | None, dtype: str, trust_remote_code: bool) -> Any:
     """Load a causal language model for measuring, on the accelerator where there is one.
 
     Raises:
@@ -110,7 +109,7 @@ def load_model(model: str, adapter: str | None, revision: str | None, dtype: str
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
     if torch.cuda.is_available():
         options["device_map"] = "auto"
     try:
@@ -124,7 +123,6 @@ def load_model(model: str, adapter: str | None, revision: str | None, dtype: str
     return loaded.eval()
 
 
-@torch.no_grad()
 def measure_batch(model: Any, vocab_size: int, rows: Sequence[Any]) -> list[RowMeasure]:
     """Measure rows of a cache in one forward pass."""
     head, body = head_of(model, vocab_size), body_of(model)
@@ -133,7 +131,8 @@ def measure_batch(model: Any, vocab_size: int, rows: Sequence[Any]) -> list[RowM
     input_ids = torch.zeros((len(rows), longest), dtype=torch.int64)
     for index, row in enumerate(rows):
         input_ids[index, : len(row.token_ids)] = torch.from_numpy(row.token_ids.astype(np.int64))
-    states = body(input_ids=input_ids.to(device), use_cache=False)[0]
+    with torch.no_grad():
+        states = body(input_ids=input_ids.to(device), use_cache=False)[0]
     hidden = torch.cat([states[i, torch.from_numpy(row.predictor_index().astype(np.int64))] for i, row in enumerate(rows)])
     labels = torch.from_numpy(np.concatenate([row.labels() for row in rows]).astype(np.int64)).to(device)
     batch = TargetBatch.from_rows([row.targets for row in rows]).to(device)

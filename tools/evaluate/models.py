@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
 from pydantic import ValidationError
 
 from shared.errors import EvaluationError
+from shared.identity import weights_hash
 from shared.recipe import Recipe, Teacher
+from teacher_cache.model_files import ModelFiles, resolve_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,31 +19,21 @@ class ModelUnderTest:
 
     name: str
     """teacher, base or a stage."""
-    model: str
-    """A directory or a hub id."""
-    revision: str | None
+    files: ModelFiles
     adapter: str | None
     """A LoRA directory on top, or None."""
     dtype: str
     quantization: str | None
     trust_remote_code: bool
 
-    def tokenizer_source(self) -> str:
-        """Return where its tokenizer is: beside the adapter if that has one, else with the model."""
-        if self.adapter is not None and (Path(self.adapter) / "tokenizer_config.json").is_file():
-            return self.adapter
-        return self.model
-
     def weights_id(self) -> str:
-        """Return what changes when its weights do: a hash of files on disk, the name and revision of a hub id.
+        """Return what changes when its weights do: a hash of its files.
 
         Raises:
-            CacheError: a directory holds no weights that can be read.
+            CacheError: the directory holds no weights that can be read.
         """
-        from shared.identity import weights_hash
-
-        base = weights_hash(Path(self.model)) if Path(self.model).is_dir() else f"{self.model}@{self.revision}"
-        return base if self.adapter is None else f"{base}+{_files_hash(Path(self.adapter))}"
+        base = weights_hash(self.files.directory)
+        return base if self.adapter is None else f"{base}+{weights_hash(Path(self.adapter))}"
 
     def settings(self, recipe: Recipe, max_model_len: int) -> Teacher:
         """Return engine settings that load this model for answering.
@@ -50,10 +41,9 @@ class ModelUnderTest:
         Raises:
             EvaluationError: the evaluation's engine cannot load it as the recipe says.
         """
-        shared = recipe.teacher or Teacher(model=self.model)
+        shared = recipe.teacher or Teacher(model=str(self.files.directory))
         wanted = {
-            "model": self.model,
-            "revision": self.revision,
+            "model": str(self.files.directory),
             "adapter": self.adapter,
             "dtype": self.dtype,
             "quantization": self.quantization,
@@ -77,18 +67,18 @@ class ModelUnderTest:
 
 
 def model_under_test(recipe: Recipe, name: str) -> ModelUnderTest:
-    """Find a model of the recipe by its name in `evaluate.models`.
+    """Find a model of the recipe by its name in `evaluate.models`; a hub id is downloaded once.
 
     Raises:
         EvaluationError: it does not exist (yet), or cannot be evaluated.
+        EngineError: it is neither a model directory nor a hub id that can be fetched.
     """
     if name == "teacher":
         teacher = recipe.teacher
         if teacher is None:
             raise EvaluationError("evaluate.models lists 'teacher', but the recipe has no teacher; add one, or leave it out")
-        return ModelUnderTest(
-            name, teacher.model, teacher.revision, teacher.adapter, teacher.dtype, teacher.quantization, teacher.trust_remote_code
-        )
+        files = resolve_model(teacher.model, teacher.revision)
+        return ModelUnderTest(name, files, teacher.adapter, teacher.dtype, teacher.quantization, teacher.trust_remote_code)
     student = recipe.student
     if student is None:
         raise EvaluationError(f"evaluate.models lists '{name}', but the recipe has no student; add one, or leave it out")
@@ -97,20 +87,9 @@ def model_under_test(recipe: Recipe, name: str) -> ModelUnderTest:
             raise EvaluationError(
                 "evaluate.models lists 'base', but the student starts from random weights, which no one keeps; leave it out"
             )
-        return ModelUnderTest(name, student.model, student.revision, None, student.dtype, None, student.trust_remote_code)
+        files = resolve_model(student.model, student.revision)
+        return ModelUnderTest(name, files, None, student.dtype, None, student.trust_remote_code)
     directory = recipe.stage_dir(name) / "model"
     if not directory.is_dir():
         raise EvaluationError(f"evaluate.models lists '{name}', but {directory} does not exist; run `decant train` first")
-    if (directory / "adapter_config.json").is_file():
-        return ModelUnderTest(name, student.model, student.revision, str(directory), student.dtype, None, student.trust_remote_code)
-    return ModelUnderTest(name, str(directory), None, None, student.dtype, None, student.trust_remote_code)
-
-
-def _files_hash(directory: Path) -> str:
-    digest = xxhash.xxh3_128()
-    for path in sorted(directory.glob("adapter_*")):
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+    return ModelUnderTest(name, resolve_model(str(directory)), None, student.dtype, None, student.trust_remote_code)

@@ -68,14 +68,13 @@ def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) 
     from tools.evaluate.heldout import evaluate_heldout
 
     return evaluate_heldout(
-        model.model,
+        model.files.directory,
         [str(path) for path in recipe.cache],
         recipe.heldout.fraction,
         targets=heldout_layer(recipe),
         max_rows=recipe.evaluate.heldout_rows,
         seed=recipe.seed,
         adapter=model.adapter,
-        revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         say=say,
     )

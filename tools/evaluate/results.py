@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from shared.cache import Cache
 
 from shared.atomic import write_atomic
+from shared.cache import Cache
 from shared.errors import EvaluationError
 from shared.recipe import Recipe
 from tools.evaluate.models import ModelUnderTest
@@ -47,11 +46,11 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
         source = source_of(recipe, task)
         rendering = source.model_dump(mode="json", include={"system", "template", "chat_template", "chat_template_kwargs"})
         tasks.append({**task.model_dump(mode="json"), "file": _file_hash(Path(task.path)), "rendering": rendering})
-    described = {key: value for key, value in asdict(model).items() if key != "model"}
     return {
         "format": RESULT_FORMAT,
-        "model": described,
         "weights": model.weights_id(),
+        "dtype": model.dtype,
+        "quantization": model.quantization,
         "engine": recipe.evaluate.engine,
         "max_new_tokens": recipe.evaluate.max_new_tokens,
         "tasks": tasks,
@@ -86,7 +85,7 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def read_answers(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the kept answers of a model; a torn or foreign line ends them."""
+    """Yield the kept answers of a model; a torn or foreign line is left out."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as stream:
@@ -94,7 +93,7 @@ def read_answers(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError:
-                return
+                continue
             if isinstance(row, dict):
                 yield row
 

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.atomic import write_atomic
 from shared.errors import EvaluationError
 from shared.recipe import Recipe
+from teacher_cache.seconds_file import add_seconds
 from tools.evaluate import sandbox
 from tools.evaluate.models import model_under_test
 from tools.evaluate.questions import read_questions
@@ -56,19 +56,6 @@ def evaluate_all(recipe: Recipe, allow_unsafe_code: bool = False, say: Callable[
             say(f"{name}: {_figures(kept)} ({time.monotonic() - started:.0f} s)")
         results[name] = kept
     return results
-
-
-def add_seconds(output_dir: Path, phase: str, seconds: float) -> None:
-    """Add to a phase in the run's seconds.json; an unreadable file is started anew."""
-    path = output_dir / "seconds.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    found = found if isinstance(found, dict) else {}
-    found[phase] = round(float(found.get(phase, 0.0)) + seconds, 3)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(found, indent=1) + "\n").encode(), "seconds")
 
 
 def _evaluate(recipe: Recipe, name: str, identity: dict[str, Any], unsafe: bool, say: Callable[[str], None]) -> dict[str, Any]:

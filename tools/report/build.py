@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.atomic import write_atomic
 from shared.errors import EvaluationError
+from teacher_cache.seconds_file import add_seconds
 from tools.report.figures import report_figures
-from tools.report.page import page
+from tools.report.page import page, plot_figures
 from tools.report.run_files import read_run
 from tools.report.samples import choose_samples
 from tools.report.tables import markdown, models_csv, table_text
@@ -33,11 +35,18 @@ def build_report(run_dirs: Sequence[str | Path]) -> dict[str, Any]:
     """
     if not run_dirs:
         raise EvaluationError("no run to report on; name the output_dir of a recipe that was run")
+    started = time.monotonic()
     runs = [read_run(Path(directory)) for directory in run_dirs]
     report: dict[str, Any] = _plain(report_figures(runs))
     report["files"] = [str(runs[0].directory / name) for name in REPORT_FILES]
+    samples = choose_samples(runs[0].answers)
+    plots = plot_figures(report, runs)
+    if report["seconds"] and "report" not in report["seconds"] and len(runs) == 1:
+        # Measured once, so that the same run always gives the same report.
+        report["seconds"]["report"] = round(time.monotonic() - started, 3)
+        add_seconds(runs[0].directory, "report", report["seconds"]["report"])
     texts = {
-        "report.html": page(report, runs, choose_samples(runs[0].answers)),
+        "report.html": page(report, runs, samples, plots),
         "report.md": markdown(report),
         "models.csv": models_csv(report),
         "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",

@@ -19,10 +19,10 @@ from tools.report.style import CSS
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
-def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[Sample]) -> str:
-    """Return the whole page."""
+def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[Sample], figures: Sequence[tuple[str, str]]) -> str:
+    """Return the whole page; `figures` are titles and SVG elements of `plot_figures`."""
     name = escape(str(report["name"]))
-    body = [f"<h1>{name}</h1>", _lead(report), _missing(report), _models(report), _facts(report), _plots(report, runs)]
+    body = [f"<h1>{name}</h1>", _lead(report), _missing(report), _models(report), _facts(report), _plots(figures)]
     body += [_answers_table(report), _samples(samples, list(report["models"])), _stages(report), _basis(report, runs)]
     title = f"{name} – Decant report"
     head = (
@@ -46,7 +46,7 @@ def _lead(report: Mapping[str, Any]) -> str:
     parts = [f"<b>{escape(best)}</b> scores {tables.percent(models[best]['mean_score'])}"]
     for other in ("base", "teacher"):
         if other in models and models[other]["mean_score"] is not None:
-            label = "the untrained student" if other == "base" else "the teacher"
+            label = "the student before" if other == "base" else "the teacher"
             parts.append(f"{label} {tables.percent(models[other]['mean_score'])}")
     text = ", ".join(parts)
     gap = models[best]["gap_closed"]
@@ -132,7 +132,8 @@ def _facts(report: Mapping[str, Any]) -> str:
     return f'<div class="facts">{boxes}</div>' if rows else ""
 
 
-def _plots(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> str:
+def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tuple[str, str]]:
+    """Draw every plot that the run has figures for; return titles and SVG elements."""
     models, cache = report["models"], report["cache"]
     figures: list[tuple[str, str]] = []
     if domains := tables.score_domains(report):
@@ -148,6 +149,10 @@ def _plots(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> str:
         figures.append(("How sure the teacher is", plots.entropy_plot(cache["entropy_histogram"], cache["entropy_bin_nats"])))
     if any(cache.get("support_histogram", ())):
         figures.append(("What the cache keeps", plots.support_plot(cache["support_histogram"])))
+    return figures
+
+
+def _plots(figures: Sequence[tuple[str, str]]) -> str:
     cards = "".join(f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>' for title, svg in figures)
     return f'<h2>Plots</h2><div class="plots">{cards}</div>' if cards else ""
 

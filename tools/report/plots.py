@@ -93,7 +93,8 @@ def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[st
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.grid()
-        axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
+        if len(terms) > 1:
+            axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
 
     return _svg(f"loss-{stage}", draw)
 

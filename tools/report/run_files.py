@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def read_run(directory: Path) -> RunFiles:
         stages=stages,
         evaluations=evaluations,
         answers={name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()},
-        seconds=_seconds(directory / "seconds.json"),
+        seconds=_seconds(directory / "seconds.json", stage_names, missing),
         cache=cache,
         layers=layers,
         missing=missing,
@@ -174,8 +174,16 @@ def _sum_dicts(values: list[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def _seconds(path: Path) -> dict[str, float]:
-    return {str(phase): float(value) for phase, value in (_json(path) or {}).items() if _finite(value)}
+def _seconds(path: Path, stages: Sequence[str], missing: list[str]) -> dict[str, float]:
+    """Return seconds per phase in the order in which phases run."""
+    found = _json(path)
+    if found is None:
+        missing.append("seconds.json is missing or cannot be read, so no phase has its time")
+    order = ["teach", *(f"train.{stage}" for stage in stages)]
+    known = {str(phase): float(value) for phase, value in (found or {}).items() if _finite(value)}
+    first, last = [phase for phase in order if phase in known], ("evaluate", "report")
+    rest = sorted(phase for phase in known if phase not in (*order, *last))
+    return {phase: known[phase] for phase in (*first, *rest, *last) if phase in known}
 
 
 def _subdirectories(directory: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which answers to show side by side: per domain, first where the last model is right and the untrained student is not.
+"""Which answers to show side by side: per domain, first where the last model is right and the student before is not.
 
 A falling loss proves nothing, and neither does one number: a reader wants to see what changed. Chosen without randomness, so that
 the same run always shows the same answers.
@@ -61,7 +61,7 @@ def choose_samples(files: Mapping[str, Path], per_domain: int = PER_DOMAIN) -> l
 
 
 def _interest(answers: Mapping[str, Mapping[str, Any]]) -> float:
-    """Return how much a question says: the last model's lead over the untrained student, then any spread between models."""
+    """Return how much a question says: the last model's lead over the student before, then any spread between models."""
     scores = {name: float(row["score"]) for name, row in answers.items()}
     spread = max(scores.values()) - min(scores.values())
     students = [name for name in scores if name not in ("teacher", "base")]

@@ -27,7 +27,8 @@ th, td { padding: 8px 10px; text-align: right; border-bottom: 1px solid var(--li
 th { font-weight: 600; color: var(--soft); font-size: .85rem; vertical-align: bottom; }
 tbody tr:last-child th, tbody tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
-tbody th { color: var(--ink); font-size: 1rem; } td small { display: block; color: var(--soft); font-size: .72rem;
+tbody th { color: var(--ink); font-size: 1rem; vertical-align: middle; } td small { display: block; color: var(--soft);
+  font-size: .72rem;
   line-height: 1.2; }
 td.best { font-weight: 700; background: var(--mark); }
 i.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }

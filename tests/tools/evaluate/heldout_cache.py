@@ -62,6 +62,7 @@ def _targets(model, row: SequenceRow) -> SparseTargets:
     tail = torch.log1p(-top.exp().sum(-1))
     labels = logprobs.gather(1, torch.from_numpy(row.labels().astype(np.int64))[:, None])[:, 0]
     return SparseTargets(
-        counts=np.full(len(labels), K, np.int32), ids=ids.numpy().astype(np.int32).ravel(), logprobs=top.numpy().astype(np.float32).ravel(),
+        counts=np.full(len(labels), K, np.int32), ids=ids.numpy().astype(np.int32).ravel(),
+        logprobs=top.numpy().astype(np.float32).ravel(),
         label_logprobs=labels.numpy().astype(np.float32), tail_logmass=tail.numpy().astype(np.float32)[:, None],
     )  # fmt: skip

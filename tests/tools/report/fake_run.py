@@ -25,7 +25,10 @@ stages:
   - {{name: kd, losses: [{{name: forward_kl, weight: 0.9}}, {{name: cross_entropy, weight: 0.1}}]}}
 evaluate:
   models: [teacher, base, sft, kd]
-  tasks: [{{name: gsm8k, path: math.test.jsonl}}, {{name: humaneval, path: code.test.jsonl}}, {{name: keywords, path: aiops.test.jsonl}}]
+  tasks:
+    - {{name: gsm8k, path: math.test.jsonl}}
+    - {{name: humaneval, path: code.test.jsonl}}
+    - {{name: keywords, path: aiops.test.jsonl}}
 """
 SCORES = {"teacher": (0.92, 0.88, 0.97), "base": (0.05, 0.0, 0.21), "sft": (0.41, 0.52, 0.66), "kd": (0.55, 0.61, 0.74)}
 KL = {"teacher": 0.0003, "base": 2.41, "sft": 0.33, "kd": 0.12}
@@ -53,14 +56,15 @@ def make_run(root: Path, name: str = "demo") -> Path:
 
 def write_evaluation(root: Path, model: str, scores: dict[str, float], kl: float) -> None:
     tasks = {
-        domain: {"task": DOMAINS[domain], "metric": f"metric of {domain}", "score": score, "low": max(0, score - 0.08),
+        domain: {"task": DOMAINS.get(domain, "gsm8k"), "metric": f"metric of {domain}", "score": score, "low": max(0, score - 0.08),
                  "high": min(1, score + 0.08), "num_questions": 100, "extra": {}, "samples": 1, "temperature": 0.0,
                  "truncated": 0.01, "mean_tokens": 41.5}
         for domain, score in scores.items()
     }  # fmt: skip
     heldout = {"kl_nats": kl, "kl_low": kl * 0.9, "kl_high": kl * 1.1, "top1_agreement": 1 / (1 + kl), "perplexity": 3 + kl,
                "teacher_perplexity": 3.0, "positions": 5000, "rows": 120, "rows_too_long": 0, "by_source": {}}  # fmt: skip
-    result = {"identity": {"engine": "transformers", "weights": model}, "tasks": tasks, "heldout": heldout, "seconds": {"answer": 9.0}}
+    identity = {"engine": "transformers", "weights": model}
+    result = {"identity": identity, "tasks": tasks, "heldout": heldout, "seconds": {"answer": 9.0}}
     write_json(root / "evaluate" / f"{model}.json", result)
     rng = random.Random(model)
     lines = []
@@ -96,8 +100,8 @@ def write_cache(path: Path, num_rows: int = 30) -> None:
         ids = rng.integers(0, 1000, size=40)
         group = group_key(f"prompt {number}")
         rows.append(
-            make_row(row_key=row_key(group, None, 0, "a"), group_key=group, source=list(DOMAINS)[number % 3], prompt="p", response="a",
-                     reference=None, token_ids=ids, spans=[(10, 40)], finish_reason="given")
+            make_row(row_key=row_key(group, None, 0, "a"), group_key=group, source=list(DOMAINS)[number % 3], prompt="p",
+                     response="a", reference=None, token_ids=ids, spans=[(10, 40)], finish_reason="given")
         )  # fmt: skip
         counts = rng.integers(1, 17, size=30).astype(np.int32)
         support, logprobs, tails = [], [], []

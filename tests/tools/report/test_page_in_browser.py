@@ -1,0 +1,52 @@
+"""The page in a real browser: nothing sticks out at the width of a phone or a desk, and nothing in it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.tools.report.fake_run import make_run
+from tools.report.build import build_report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+
+PROBE = """<script>addEventListener('load', () => {
+  const wide = [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') && !e.closest('svg')
+    && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + '.' + e.className);
+  const figures = {scroll: document.documentElement.scrollWidth, inner: innerWidth, wide: wide, title: document.title,
+    plots: document.querySelectorAll('figure svg').length, rows: document.querySelectorAll('tbody tr').length};
+  document.documentElement.setAttribute('data-probe', JSON.stringify(figures)); });
+addEventListener('error', e => document.documentElement.setAttribute('data-error', e.message)); </script></body>"""
+
+
+def dump(page: Path, profile: Path, width: int) -> str:
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--dump-dom"]
+    command = [str(BROWSER), *options, f"--user-data-dir={profile}", f"--window-size={width},900", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1200])
+def test_nothing_sticks_out_and_nothing_runs(tmp_path: Path, width: int) -> None:
+    root = make_run(tmp_path / "run")
+    build_report([root])
+    text = (root / "report.html").read_text()
+    assert text.count("</body>") == 1
+    # The page forbids scripts; the probe needs one, so the copy that is measured goes without the policy.
+    probed = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", PROBE)
+    (tmp_path / "probed.html").write_text(probed)
+    dom = dump(tmp_path / "probed.html", tmp_path / "profile", width)
+    assert "data-error" not in dom.split("<head>")[0]
+    found = re.search(r"data-probe=\"([^\"]+)\"", dom)
+    assert found, dom[:500]
+    figures = json.loads(found.group(1).replace("&quot;", '"'))
+    assert figures["scroll"] <= figures["inner"], figures
+    assert figures["wide"] == []
+    assert figures["plots"] == 6
+    assert "owned" not in figures["title"]

@@ -1,0 +1,185 @@
+"""A report of a finished run, an unfinished one and several: its files agree, nothing in it can run, missing parts are named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from shared.errors import EvaluationError
+from tests.tools.report.fake_run import DOMAINS, HOSTILE, KL, SCORES, make_run, write_evaluation, write_json
+from tools.report.build import REPORT_FILES, build_report, table_text
+from tools.report.plots import MOST_POINTS, thinned
+from tools.report.samples import choose_samples
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_run(tmp_path_factory.mktemp("report") / "demo")
+    build_report([root])
+    return root
+
+
+class Page(HTMLParser):
+    """Collects elements, their attributes and the text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_json_has_the_documented_layout_and_the_figures_on_disk(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    assert list(report["models"]) == ["teacher", "base", "sft", "kd"]
+    for name, figures in report["models"].items():
+        assert [figures["tasks"][domain]["score"] for domain in DOMAINS] == list(SCORES[name])
+        assert figures["heldout"]["kl_nats"] == KL[name]
+        assert {"top1_agreement", "perplexity"} <= figures["heldout"].keys()
+    assert report["cache"]["rows"] == 30
+    assert report["cache"]["positions"] == 900
+    assert report["cache"]["bytes_per_position"] > 1
+    assert report["cache"]["mean_support"] > 1
+    assert report["seconds"]["train.kd"] == 83.5
+    assert report["missing"] == []
+    kd, base, teacher = (sum(SCORES[name]) / 3 for name in ("kd", "base", "teacher"))
+    assert report["models"]["kd"]["gap_closed"] == pytest.approx((kd - base) / (teacher - base))
+
+
+def test_every_rendering_shows_the_same_figures(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    page = Page((run / "report.html").read_text())
+    for text in (page.text, (run / "report.md").read_text(), table_text(report)):
+        for figure in ("55.0 %", "61.0 %", "63.3 %", "0.1200", "3.12", "27.0"):
+            assert figure in text
+    with (run / "models.csv").open() as stream:
+        rows = {row["model"]: row for row in csv.DictReader(stream)}
+    assert {name: float(row["math_score"]) for name, row in rows.items()} == {name: scores[0] for name, scores in SCORES.items()}
+
+
+def test_rebuilding_changes_no_byte(run: Path) -> None:
+    before = {name: (run / name).read_bytes() for name in REPORT_FILES}
+    build_report([run])
+    assert {name: (run / name).read_bytes() for name in REPORT_FILES} == before
+
+
+def test_the_page_is_one_file_that_runs_nothing_and_fetches_nothing(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert len(text.encode()) < 3_000_000
+    assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "object", "embed", "link", "form", "base"}
+    attributes = [(tag, name, value or "") for tag, attrs in page.tags for name, value in attrs.items()]
+    assert not [name for _, name, _ in attributes if name.startswith("on")]
+    assert all(value.startswith("#") for _, name, value in attributes if name in ("href", "xlink:href", "src"))
+    policy = next(attrs["content"] for tag, attrs in page.tags if tag == "meta" and "http-equiv" in attrs)
+    assert "default-src 'none'" in policy
+    assert "url(http" not in text
+
+
+def test_a_models_answer_is_shown_as_text_whatever_it_contains(run: Path) -> None:
+    write_json(run / "hostile-is-in-the-answers.json", HOSTILE)
+    samples = choose_samples({name: run / "evaluate" / f"{name}.answers.jsonl" for name in SCORES}, per_domain=12)
+    assert any("<script>" in answer.text for sample in samples for answer in sample.answers.values())
+    assert not any("\x1b" in answer.text or "\u202e" in answer.text for sample in samples for answer in sample.answers.values())
+
+
+def test_hostile_names_and_answers_stay_text_in_the_page(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", name="demo")
+    write_evaluation(root, "base", {"<b>math</b>": 0.5, "code|x": 0.25, "aiops": 0.5}, 1.0)
+    for model in SCORES:
+        lines = (root / "evaluate" / f"{model}.answers.jsonl").read_text().splitlines()
+        (root / "evaluate" / f"{model}.answers.jsonl").write_text("\n".join([*lines[:1], "{torn", *lines[1:]]))
+    build_report([root])
+    page = Page((root / "report.html").read_text())
+    assert "<script>document.title='owned'</script>" in page.text
+    assert "<b>math</b>" in page.text
+    assert not {tag for tag, _ in page.tags} & {"script", "img"}
+    assert r"code\|x" in (root / "report.md").read_text()
+
+
+def test_samples_tell_models_apart_and_do_not_change(run: Path) -> None:
+    files = {name: run / "evaluate" / f"{name}.answers.jsonl" for name in SCORES}
+    samples = choose_samples(files)
+    assert samples == choose_samples(files)
+    assert {sample.domain for sample in samples} == set(DOMAINS)
+    first = samples[0].answers
+    assert (first["base"].score, first["kd"].score) == (0.0, 1.0)
+
+
+def test_an_unfinished_run_is_reported_with_what_is_missing(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    (root / "evaluate" / "kd.json").unlink()
+    (root / "evaluate" / "sft.json").write_text('{"tasks": {"math": {"score": "high"}}}')
+    (root / "train" / "kd" / "metrics.jsonl").unlink()
+    (root / "train" / "sft" / "health.json").unlink()
+    (root / "seconds.json").write_text("{")
+    (root / "cache" / "cache.json").unlink()
+    report = build_report([root])
+    said = " ".join(report["missing"])
+    for what in (
+        "'kd' was not evaluated",
+        "evaluation of 'sft' cannot be read",
+        "stage 'kd' has no metrics",
+        "stage 'sft' has no health",
+    ):
+        assert what in said
+    assert "seconds.json" in said
+    assert "is not a cache" in said
+    assert list(report["models"]) == ["teacher", "base"]
+    assert "not evaluated" in Page((root / "report.html").read_text()).text
+    assert "note:" in table_text(report)
+
+
+def test_a_run_with_nothing_but_a_recipe_still_has_a_report(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    for path in [*root.glob("evaluate/*"), *root.glob("train/*/*")]:
+        path.unlink()
+    report = build_report([root])
+    assert report["models"] == {}
+    assert "no model was evaluated" in table_text(report)
+    assert "No model was evaluated yet" in (root / "report.html").read_text()
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="no such directory"):
+        build_report([tmp_path / "none"])
+    with pytest.raises(EvaluationError, match="not a run"):
+        build_report([tmp_path])
+    with pytest.raises(EvaluationError, match="no run to report on"):
+        build_report([])
+
+
+def test_several_runs_share_one_table_and_equal_models_appear_once(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "one", "one"), make_run(tmp_path / "two", "two")
+    write_evaluation(second, "kd", dict(zip(DOMAINS, (0.6, 0.6, 0.6), strict=True)), 0.1)
+    report = build_report([first, second])
+    assert list(report["models"]) == ["teacher", "base", "sft", "kd", "two/kd"]
+    assert set(report["stages"]) == {"sft", "kd", "two/sft", "two/kd"}
+    assert not (second / "report.html").exists()
+
+
+def test_long_curves_are_thinned_by_averages() -> None:
+    xs = [float(step) for step in range(100_001)]
+    places, means = thinned(xs, [2 * x for x in xs])
+    assert len(places) <= MOST_POINTS
+    assert (places[0], places[-1]) == (0.0, 100_000.0)
+    assert sum(means) / len(means) == pytest.approx(100_000, rel=0.01)
+    assert thinned(xs[:5], xs[:5]) == (xs[:5], xs[:5])
+
+
+def test_ids_in_plots_are_unique_and_every_reference_has_its_target(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids)) > 20
+    assert set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', text)) <= set(ids)
