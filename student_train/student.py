@@ -17,6 +17,9 @@ from shared.errors import IdentityError, TrainingError
 from shared.identity import tokenizer_hash
 from shared.recipe import Adapter, Student
 
+_OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Files that older tokenizers come as."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -108,12 +111,17 @@ def student_tokenizer_hash(source: str, revision: str | None = None) -> str | No
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
-    try:
-        path = cached_file(source, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        path = None
+    def found(name: str) -> str | None:
+        try:
+            return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        except OSError:
+            return None
+
+    path = found("tokenizer.json")
     if path is not None:
         return tokenizer_hash(Path(path).read_bytes())
+    if not any(found(name) for name in _OTHER_TOKENIZERS):  # transformers would make an empty one up from the config
+        return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, ImportError):

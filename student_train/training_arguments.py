@@ -69,6 +69,7 @@ def training_arguments(
             remove_unused_columns=False,
             report_to=[name for name in trainer.report_to if name == "wandb"],
             disable_tqdm=True,
+            use_cpu=not torch.accelerator.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             log_level="error",
             **settings,

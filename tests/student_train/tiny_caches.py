@@ -90,7 +90,9 @@ def teacher_targets(model, row: SequenceRow, k: int, temperatures: tuple[float, 
         at_t = (logits / temperature).log_softmax(-1).masked_fill(~outside, -torch.inf)
         tails.append(at_t.logsumexp(-1))
         if num_draws:
-            drawn = torch.multinomial(at_t.exp(), num_draws, replacement=True, generator=torch.Generator().manual_seed(len(row.token_ids)))
+            drawn = torch.multinomial(
+                at_t.exp(), num_draws, replacement=True, generator=torch.Generator().manual_seed(len(row.token_ids))
+            )
             unique = [np.unique(line, return_counts=True) for line in drawn.numpy()]
             draws.append(
                 Draws(
@@ -103,7 +105,9 @@ def teacher_targets(model, row: SequenceRow, k: int, temperatures: tuple[float, 
         counts=np.full(len(logits), k, np.int32),
         ids=ids.numpy().astype(np.int32).ravel(),
         logprobs=top.numpy().astype(np.float32).ravel(),
-        label_logprobs=logprobs.gather(1, torch.from_numpy(row.labels().astype(np.int64))[:, None])[:, 0].numpy().astype(np.float32),
+        label_logprobs=logprobs.gather(1, torch.from_numpy(row.labels().astype(np.int64))[:, None])[:, 0]
+        .numpy()
+        .astype(np.float32),
         tail_logmass=torch.stack(tails, dim=1).numpy().astype(np.float32),
         temperatures=temperatures,
         draws=tuple(draws),

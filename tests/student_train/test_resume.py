@@ -1,0 +1,141 @@
+"""A killed run goes on to the same bytes; what is half-written is never mistaken for whole; what no longer fits is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+
+import pytest
+
+from shared.errors import TrainingError
+from student_train.checkpoints import MARKER, list_checkpoints, newest_checkpoint, remove_incomplete
+from student_train.metrics_log import StepLog, read_steps
+from student_train.stages import run_stages
+
+PLAIN = {"trainer": {"gradient_accumulation_steps": 2, "max_steps": 8}, "mixture": {"math": 0.75, "ops": 0.25}}
+LORA = {
+    "student": {"adapter": {"kind": "lora", "r": 4, "dropout": 0.2}},
+    "trainer": {"max_steps": 8, "learning_rate": 1e-2},
+}
+
+
+def outcome(recipe):
+    directory = recipe.output_dir / "train/kd"
+    names = ["metrics.jsonl", "model/model.safetensors", "model/config.json", "health.json"]
+    return {name: (directory / name).read_bytes() for name in names}
+
+
+def elsewhere(recipe, name):
+    return recipe.model_copy(update={"output_dir": recipe.output_dir.with_name(name)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [
+        pytest.param(PLAIN, ["train_step.after_write@5"], id="mixture-accumulation"),
+        pytest.param(LORA, ["checkpoint.before_marker@2"], id="lora-dropout-in-a-checkpoint"),
+        pytest.param({}, ["train_step.after_write@2", "checkpoint.before_rename", "export.before_write"], id="thrice"),
+    ],
+)
+def test_resume_is_bitwise_equal_after_kill(recipe_of, run_apart, settings, places):
+    recipe = recipe_of(**settings)
+    assert run_apart(elsewhere(recipe, "whole"), None) == 0
+    for place in places:
+        assert run_apart(recipe, place) == -signal.SIGKILL
+    assert run_apart(recipe, None) == 0
+    assert outcome(recipe) == outcome(elsewhere(recipe, "whole"))
+    steps = read_steps(recipe.output_dir / "train/kd/timing.jsonl")
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_resume_is_bitwise_equal_after_kills_at_random_places(recipe_of, run_apart, seed):
+    chance = random.Random(seed)
+    recipe = recipe_of(**chance.choice([PLAIN, LORA, {"trainer": {"max_steps": 8, "save_total_limit": 1}}]))
+    assert run_apart(elsewhere(recipe, "whole"), None) == 0
+    for _ in range(3):
+        place = chance.choice(
+            ["train_step.after_write", "checkpoint.before_marker", "checkpoint.after_rename", "metrics.before_rename"]
+        )
+        assert run_apart(recipe, f"{place}@{chance.randint(1, 4)}") in (-signal.SIGKILL, 0)
+    assert run_apart(recipe, None) == 0
+    assert outcome(recipe) == outcome(elsewhere(recipe, "whole"))
+
+
+def test_finished_stage_is_reused_and_a_changed_one_refused(recipe_of, capfd):
+    recipe = recipe_of(trainer={"max_steps": 2})
+    run_stages(recipe)
+    before = outcome(recipe)
+    run_stages(recipe)
+    assert "finished before with the same settings" in capfd.readouterr().err
+    assert outcome(recipe) == before
+    run_stages(recipe_of(trainer={"max_steps": 2, "save_steps": 50, "dataloader_num_workers": 1}))
+    with pytest.raises(
+        TrainingError, match=r"holds a finished stage with stage\.trainer\.learning_rate 0\.003 where .* 0\.1; remove or rename"
+    ):
+        run_stages(recipe_of(trainer={"max_steps": 2, "learning_rate": 0.1}))
+    hotter = [{"name": "forward_kl", "weight": 0.9, "temperature": 2.0}, {"name": "cross_entropy", "weight": 0.1}]
+    with pytest.raises(TrainingError, match=r"stage\.losses\.0\.temperature"):
+        run_stages(recipe_of(trainer={"max_steps": 2}, losses=hotter))
+    assert outcome(recipe) == before
+
+
+def test_checkpoint_of_another_plan_or_cache_is_refused_with_both(recipe_of):
+    recipe = recipe_of(trainer={"max_steps": 2})
+    run_stages(recipe)
+    directory = recipe.output_dir / "train/kd"
+    (checkpoint,) = list_checkpoints(directory)
+    with pytest.raises(TrainingError, match=f"made with cache {checkpoint.belongs_to['cache']} where this run has cache other"):
+        newest_checkpoint(directory, {"plan": checkpoint.belongs_to["plan"], "cache": "other"})
+    with pytest.raises(TrainingError, match="plan"):
+        newest_checkpoint(directory, {"plan": "other", "cache": checkpoint.belongs_to["cache"]})
+
+
+def test_checkpoint_without_marker_is_removed_and_the_one_before_taken(tmp_path):
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"plan": "p"}))
+    (tmp_path / "checkpoint-10" / MARKER).unlink()
+    assert newest_checkpoint(tmp_path, {"plan": "p"}).step == 9
+    assert remove_incomplete(tmp_path) == [tmp_path / "checkpoint-10"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-9"]
+
+
+def test_checkpoints_are_rotated_and_hold_no_pickled_arguments(recipe_of):
+    recipe = recipe_of(trainer={"max_steps": 9, "save_total_limit": 2})
+    run_stages(recipe)
+    checkpoints = list_checkpoints(recipe.output_dir / "train/kd")
+    assert [checkpoint.step for checkpoint in checkpoints] == [6, 9]
+    assert not list(checkpoints[0].path.glob("training_args*"))
+
+
+def test_step_log_is_cut_back_and_drops_a_torn_line(tmp_path):
+    log = StepLog(tmp_path / "metrics.jsonl", 0)
+    for step in range(1, 6):
+        log.write({"step": step, "loss": float("nan") if step == 2 else 1 / step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 6, "lo')
+    StepLog(tmp_path / "metrics.jsonl", 99).close()
+    assert [record["step"] for record in read_steps(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    again = StepLog(tmp_path / "metrics.jsonl", 3)
+    again.write({"step": 4})
+    again.close()
+    assert read_steps(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 1 / 3},
+        {"step": 4},
+    ]
+
+
+def test_seconds_add_up_over_runs(recipe_of):
+    recipe = recipe_of(trainer={"max_steps": 1})
+    run_stages(recipe)
+    first = json.loads((recipe.output_dir / "seconds.json").read_text())["train.kd"]
+    shutil.rmtree(recipe.output_dir / "train")
+    run_stages(recipe)
+    assert json.loads((recipe.output_dir / "seconds.json").read_text())["train.kd"] > first > 0
