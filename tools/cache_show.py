@@ -127,8 +127,8 @@ def _token_texts(directory: Path) -> tuple[Callable[[int], str], str | None]:
         return str, f"ids are shown, because {path} does not exist"
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise CacheError(f"{path} is no tokenizer that the installed `tokenizers` reads ({error}); upgrade it") from error
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        return str, f"ids are shown, because {path} is not for the installed `tokenizers`: {str(error).splitlines()[0]}"
     return lambda i: json_text(tokenizer.decode([i], skip_special_tokens=False)), None
 
 

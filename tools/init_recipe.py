@@ -1,6 +1,6 @@
 """`decant init`: a starter recipe for the user's own models and data, with comments, that validates as it is.
 
-The text is a template; names are written as JSON strings, which YAML 1.2 reads, so any path is safe. The format of the prompts is
+The text is a template; names are quoted and escaped where they need it, so any path is safe. The format of the prompts is
 guessed from the first row of a local jsonl file and said to be a guess.
 """
 
@@ -134,10 +134,17 @@ def guess_format(path: Path) -> str:
 
 def _plain(text: str) -> str:
     """Keep a name within one line of comment."""
-    return " ".join(text.split())
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _value(text: str) -> str:
-    """Write a text as a YAML scalar: plain where that is safe, as a JSON string elsewhere."""
+    """Write a text as a YAML scalar: plain where that is safe, in double quotes elsewhere."""
     plain = re.fullmatch(r"[A-Za-z/][\w./-]*", text, re.ASCII) and text.lower() not in ("true", "false", "null")
-    return text if plain else json.dumps(text)
+    return text if plain else '"' + "".join(map(_escaped, text)) + '"'
+
+
+def _escaped(character: str) -> str:
+    """Write a character within double quotes of YAML."""
+    if character in '"\\':
+        return "\\" + character
+    return character if character.isprintable() else f"\\U{ord(character):08x}"

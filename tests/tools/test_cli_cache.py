@@ -1,0 +1,153 @@
+"""`decant cache ...` on a small cache, against what the reader itself returns."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from shared.cache import Cache
+from tests.shared.small_cache import HYBRID, TOP, build
+from tools import cli
+from tools.cache_commands import size
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "cache"
+    build(path, layers=(TOP, HYBRID))
+    return path
+
+
+def run(capsys, *words, code=0) -> str:
+    assert cli.main(["cache", *map(str, words)]) == code
+    return capsys.readouterr().out
+
+
+def test_ls_counts_what_the_reader_reads(both, capsys):
+    found = json.loads(run(capsys, "ls", both, "--json"))
+    cache = Cache.open(both, TOP.name)
+    assert found["rows"] == len(cache)
+    assert found["positions"] == sum(cache[i].num_positions for i in range(len(cache)))
+    assert {name.rsplit("-", 1)[0] for name in found["layers"]} == {TOP.name, HYBRID.name}
+    assert all(layer["rows"] == len(cache) for layer in found["layers"].values())
+    assert found["bytes"] == sum(file.stat().st_size for file in (both / "sequences").glob("*.arrow"))
+    [job] = found["jobs"].values()
+    assert job == {"units": 3, "committed": 3}
+    text = run(capsys, "ls", both)
+    assert all(part in text for part in (f"{len(cache)} rows", TOP.name, HYBRID.name, "draws 4", "3 of 3 units"))
+
+
+@pytest.mark.parametrize("identity", [TOP, HYBRID])
+def test_show_lists_each_supervised_token_with_the_stored_figures(both, capsys, identity):
+    cache = Cache.open(both, identity.name)
+    row = cache[3]
+    shown = json.loads(run(capsys, "show", both, "--targets", identity.name, "--row", 3, "--top", 2, "--json"))
+    assert [token["id"] for token in shown["tokens"]] == row.labels().tolist()
+    assert [row.token_ids[token["at"]] for token in shown["tokens"]] == row.labels().tolist()
+    offsets = row.targets.offsets()
+    for s, token in enumerate(shown["tokens"]):
+        head = range(offsets[s], offsets[s + 1])
+        assert token["kept"] == len(head)
+        assert [entry["id"] for entry in token["alternatives"]] == [int(row.targets.ids[i]) for i in head][:2]
+        assert token["alternatives"][0]["logprob"] == pytest.approx(float(row.targets.logprobs[offsets[s]]), abs=1e-4)
+        assert token["logprob"] == pytest.approx(float(row.targets.label_logprobs[s]), abs=1e-4)
+        covered = np.exp(row.targets.logprobs[offsets[s] : offsets[s + 1]].astype(np.float64)).sum()
+        assert token["tail_mass"]["1"] == pytest.approx(1 - covered, abs=1e-4)
+        if identity.draws:
+            assert sum(draw["times"] for draw in token["draws"]) in (0, identity.draws)
+
+
+def test_show_text_has_a_line_per_token_with_probabilities(both, capsys):
+    row = Cache.open(both, TOP.name)[0]
+    lines = run(capsys, "show", both, "--targets", TOP.name).splitlines()
+    start = next(i for i, line in enumerate(lines) if "the teacher would say" in line)
+    assert len(lines) - start - 1 == row.num_positions
+    assert f"{100 * math.exp(row.targets.label_logprobs[0]):.2f}" in lines[start + 1]
+
+
+def test_show_writes_tokens_with_the_tokenizer_of_the_cache(tmp_path, capsys):
+    from shared.cache_writer import CacheWriter
+    from shared.identity import SequencesIdentity
+    from shared.sequences import make_row
+    from tests.tiny_models import VOCAB_SIZE, make_tokenizer
+
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    ids = tokenizer("Anna has 7 apples<|im_end|>")["input_ids"]
+    row = make_row(
+        row_key=b"r" * 16, group_key=b"g" * 16, source="a", prompt="Anna", response="has 7\x1b apples", reference=None,
+        token_ids=ids, spans=[(1, len(ids))], finish_reason="stop",
+    )  # fmt: skip
+    files = {"tokenizer.json": (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()}
+    writer = CacheWriter.create_or_open(tmp_path / "cache", SequencesIdentity(tokenizer_hash="t", vocab_size=VOCAB_SIZE), files)
+    writer.write_sequences("part-00000000-000000", [row], {})
+    shown = json.loads(run(capsys, "show", tmp_path / "cache", "--json"))
+    assert [json.loads(token["text"]) for token in shown["tokens"]] == [tokenizer.decode([i]) for i in ids[1:]]
+    text = run(capsys, "show", tmp_path / "cache")
+    assert "<|im_end|>" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("words, part", [
+    (["show", "--row", "99"], "there is no row 99"), (["show", "--targets", "nothing"], "nothing"), (["show"], "targets"),
+])  # fmt: skip
+def test_show_of_what_is_not_there_is_one_line(both, capsys, words, part):
+    extra = ["--targets", TOP.name] if "--row" in words else []
+    assert cli.main(["cache", words[0], str(both), *words[1:], *extra]) == 1
+    err = capsys.readouterr().err
+    assert part in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "stats", "verify", "gc"])
+def test_directory_that_is_no_cache_fails(tmp_path, capsys, command):
+    assert cli.main(["cache", command, str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "cache.json" in captured.err + captured.out
+    assert "Traceback" not in captured.err
+
+
+def test_stats_are_those_of_the_reader(both, capsys):
+    found = json.loads(run(capsys, "stats", both, "--targets", HYBRID.name, "--json"))
+    cache = Cache.open(both, HYBRID.name)
+    kept = [int(count) for i in range(len(cache)) for count in cache[i].targets.counts]
+    assert found["mean_support"] == pytest.approx(sum(kept) / len(kept))
+    assert (found["rows"], found["positions"]) == (len(cache), len(kept))
+    text = run(capsys, "stats", both, "--targets", HYBRID.name)
+    assert f"positions: {len(kept)}" in text
+    assert "source math" in text
+
+
+def test_verify_says_so_when_everything_is_whole_and_fails_when_a_byte_is_not(tmp_path, capsys):
+    path = tmp_path / "cache"
+    build(path)
+    assert "as they were committed" in run(capsys, "verify", path)
+    victim = sorted((path / "targets").rglob("part-*.arrow"))[0]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    victim.write_bytes(content)
+    assert victim.name in run(capsys, "verify", path, code=1)
+    assert json.loads(run(capsys, "verify", path, "--json", code=1))["problems"]
+
+
+def test_gc_removes_only_what_it_lists(tmp_path, capsys):
+    path = tmp_path / "cache"
+    build(path)
+    before = {file for file in path.rglob("*") if file.is_file()}
+    leftover = path / "sequences" / ".part-00000000-000009.arrow.tmp-1-abc"
+    leftover.write_bytes(b"x" * 1000)
+    os.utime(leftover, (0, 0))
+    assert "1 files, 1.0 kB would be removed" in run(capsys, "gc", path, "--dry-run")
+    assert leftover.exists()
+    assert json.loads(run(capsys, "gc", path, "--json"))["files"] == [str(leftover)]
+    assert {file for file in path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "num_bytes, text", [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2_500_000, "2.5 MB"), (3 * 10**15, "3000.0 TB")]
+)
+def test_size_is_in_powers_of_ten(num_bytes, text):
+    assert size(num_bytes) == text

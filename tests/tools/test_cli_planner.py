@@ -1,0 +1,98 @@
+"""`decant plan`: rows and tokens against the tokenizer itself, bytes against the codec, estimates said to be estimates."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from shared.codec import Codec
+from shared.recipe import Recipe
+from tests.shared.dense_targets import cut
+from tests.tiny_models import make_tokenizer
+from tools.planner import assumed_bytes_per_position, plan, plan_text
+
+CONFIG = {"model_type": "qwen3", "vocab_size": 512, "max_position_embeddings": 512, "architectures": ["Qwen3ForCausalLM"]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Prompts with a duplicate and a bad row, and a model directory without weights."""
+    path = tmp_path_factory.mktemp("plan")
+    make_tokenizer(path / "teacher")
+    (path / "teacher" / "config.json").write_text(json.dumps(CONFIG))
+    turns = [
+        [{"role": "user", "content": f"Anna has {i} apples"}, {"role": "assistant", "content": f"She has {i}."}] for i in range(12)
+    ]
+    rows = [json.dumps({"messages": messages}) for messages in [*turns, turns[3]]]
+    (path / "a.jsonl").write_text("\n".join([*rows, '{"messages": []}']) + "\n")
+    return path
+
+
+def recipe(place, **changes) -> Recipe:
+    data = {
+        "name": "x",
+        "output_dir": str(place / "run"),
+        "cache": str(place / "run" / "cache"),
+        "teacher": {"model": str(place / "teacher")},
+        "prompts": [{"source": "a", "path": str(place / "a.jsonl"), "format": "messages"}],
+        "generate": {"max_new_tokens": 10},
+        "rows_per_part": 5,
+    }
+    return Recipe.model_validate({key: value for key, value in {**data, **changes}.items() if value is not None})
+
+
+def test_prompt_tokens_are_those_of_the_tokenizer(place):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "teacher")
+    prompts = [[{"role": "user", "content": f"Anna has {i} apples"}] for i in range(12)]
+    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in prompts]
+    expected = sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    result = plan(recipe(place))
+    source = result["sources"]["a"]
+    assert (source["rows"], source["duplicates"], source["prompt_tokens"], result["set_aside"]) == (12, 1, expected, 1)
+    assert (result["rows_to_do"], result["units"]) == (12, 3)
+    assert result["generate_tokens"] == {"expected": 60, "at_most": 120}
+    assert result["score_tokens"] == {"expected": expected + 60, "at_most": expected + 120}
+    assert result["hours"] is None
+
+
+def test_given_answers_are_counted_exactly(place):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "teacher")
+    result = plan(recipe(place, generate=None))
+    answers = sum(len(tokenizer(f"She has {i}.<|im_end|>")["input_ids"]) for i in range(12))
+    assert result["positions"] == {"expected": answers, "at_most": answers}
+    assert result["generate_tokens"] is None
+
+
+def test_unknown_tokenizer_means_an_estimate_that_says_so(place):
+    result = plan(recipe(place, teacher={"model": str(place / "nowhere")}))
+    characters = sum(len(f"Anna has {i} apples") for i in range(12))
+    assert abs(result["sources"]["a"]["prompt_tokens"] - characters / 4) < 24
+    assert any("characters" in line for line in result["assumptions"])
+    assert "characters" in plan_text(result)
+
+
+def test_stage_tokens_follow_from_steps_and_packs(place):
+    trainer = {"max_steps": 10, "pack_tokens": 64, "gradient_accumulation_steps": 2}
+    stages = [{"name": "kd", "losses": [{"name": "forward_kl"}], "trainer": trainer}]
+    result = plan(recipe(place, student={"model": "s"}, stages=stages))
+    assert (result["stages"]["kd"]["steps"], result["stages"]["kd"]["tokens"]) == (10, 1280)
+    assert "10 steps of 128 tokens" in plan_text(result)
+
+
+@pytest.mark.parametrize("mode, k, draws", [("top", 64, 0), ("top", 8, 0), ("top+sample", 8, 4)])
+def test_bytes_at_most_hold_for_random_ids_of_a_real_vocabulary(mode, k, draws):
+    capture = Recipe.model_validate(
+        {"name": "x", "output_dir": "x", "cache": "c", "capture": {"mode": mode, "k": k, "draws": draws}}
+    ).capture
+    rng = np.random.default_rng(0)
+    targets = cut(rng, 24, 151_936, np.full(24, k), (1.0,), draws).targets
+    measured = len(Codec(capture.gap_step, capture.temperatures, draws).encode(targets)) / 24
+    expected, at_most = assumed_bytes_per_position(capture)
+    assert expected < at_most
+    assert 0.5 * at_most < measured < 1.1 * at_most

@@ -1,0 +1,148 @@
+"""`decant run`: which phases, in which order, in processes of their own, and how failures and signals come back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.errors import UsageError
+from shared.recipe import Recipe
+from tools import run_all
+from tools.run_all import PhaseFailedError, chosen_phases, nothing_to_do, phase_command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("first, last, only, expected", [
+    (None, None, None, ("teach", "train", "eval", "report")), ("train", None, None, ("train", "eval", "report")),
+    (None, "train", None, ("teach", "train")), ("train", "eval", None, ("train", "eval")), (None, None, "report", ("report",)),
+])  # fmt: skip
+def test_chosen_phases_are_a_stretch_or_one(first, last, only, expected):
+    assert chosen_phases(first, last, only) == expected
+
+
+@pytest.mark.parametrize("first, last, only", [("eval", "train", None), ("teach", None, "eval"), (None, "eval", "eval")])
+def test_contradicting_choices_are_refused(first, last, only):
+    with pytest.raises(UsageError):
+        chosen_phases(first, last, only)
+
+
+def arguments(**changes) -> argparse.Namespace:
+    chosen = {"recipe": Path("r.yaml"), "overrides": ["seed=3"], "first": None, "last": None, "only": None, "json": False}
+    return argparse.Namespace(**{**chosen, "verbose": False, "allow_unsafe_code": False, **changes})
+
+
+def smallest(**changes) -> Recipe:
+    return Recipe.model_validate({"name": "x", "output_dir": "runs/x", "cache": "c", **changes})
+
+
+def test_phases_that_the_recipe_has_nothing_for_are_left_out(monkeypatch):
+    ran = []
+    monkeypatch.setattr(run_all, "_run_phase", lambda phase, command, **options: ran.append(phase))
+    run_all.run_all(smallest(), arguments())
+    assert ran == ["report"]
+    assert all(nothing_to_do(smallest(), phase) for phase in ("teach", "train", "eval"))
+    stages = [{"name": "kd", "losses": [{"name": "jsd"}]}]
+    whole = smallest(teacher={"model": "t"}, student={"model": "s"}, stages=stages, evaluate={"models": ["kd"]})
+    run_all.run_all(whole, arguments())
+    assert ran == ["report", "teach", "train", "eval", "report"]
+
+
+def test_phase_gets_recipe_overrides_and_options():
+    recipe = smallest()
+    assert phase_command("train", recipe, arguments())[3:] == ["tools.cli", "train", "r.yaml", "--set", "seed=3"]
+    assert phase_command("eval", recipe, arguments(allow_unsafe_code=True))[-1] == "--allow-unsafe-code"
+    assert phase_command("report", recipe, arguments(json=True, verbose=True))[4:] == ["report", "runs/x", "--json", "--verbose"]
+
+
+@pytest.mark.parametrize("code, part", [
+    ("raise SystemExit(1)", "exit code 1"), ("import os; os.kill(os.getpid(), 9)", "signal 9; the machine may have run out"),
+])  # fmt: skip
+def test_failed_phase_stops_the_run_and_says_how_it_ended(code, part):
+    with pytest.raises(PhaseFailedError, match=part):
+        run_all._run_phase("teach", [sys.executable, "-c", code], output_to_stderr=False)
+
+
+def test_phase_is_stopped_with_the_run_and_may_finish_first(tmp_path):
+    note = tmp_path / "note"
+    phase = (
+        "import signal, time, pathlib, sys\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(note)!r}).write_text('closed'), sys.exit(0)))\n"
+        "print('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    program = f"""
+import sys
+from tools import cli, run_all
+def command(args):
+    run_all._run_phase("teach", [sys.executable, "-c", {phase!r}], output_to_stderr=False)
+    return 0
+cli.COMMANDS["doctor"] = command
+sys.exit(cli.main(["doctor"]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (process.returncode, note.read_text()) == (143, "closed")
+
+
+RECIPE = """\
+name: tiny
+output_dir: run
+teacher: {model: teacher, engine: transformers, dtype: float32, max_model_len: 128}
+prompts: [{source: a, path: prompts.jsonl, format: messages}]
+generate: {max_new_tokens: 12}
+capture: {k: 8}
+cache: run/cache
+rows_per_part: 8
+heldout: {fraction: 0.2}
+student: {model: student}
+stages: [{name: kd, losses: [{name: forward_kl}], trainer: {max_steps: 4, pack_tokens: 256}}]
+evaluate:
+  models: [teacher, base, kd]
+  engine: transformers
+  max_new_tokens: 8
+  tasks: [{name: gsm8k, path: sums.test.jsonl}]
+"""
+
+
+@pytest.mark.slow
+def test_run_does_everything_once_and_nothing_twice(tmp_path):
+    from tests.tiny_models import make_qwen3
+
+    make_qwen3(tmp_path / "teacher", seed=0)
+    make_qwen3(tmp_path / "student", seed=1, num_layers=1)
+    prompts = [
+        {"messages": [{"role": "user", "content": f"Anna has {i} apples and gives {i // 2} away. How many?"}]} for i in range(24)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    questions = [{"question": f"How many is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(4)]
+    (tmp_path / "sums.test.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+
+    def decant(*words) -> str:
+        command = [sys.executable, "-P", "-m", "tools.cli", *words]
+        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    report = json.loads(decant("run", "recipe.yaml", "--json"))
+    assert set(report["models"]) == {"teacher", "base", "kd"}
+    seconds = json.loads((tmp_path / "run" / "seconds.json").read_text())
+    assert set(seconds) == {"teach", "train.kd", "evaluate", "report"}
+    assert all(value > 0 for value in seconds.values())
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "cache").rglob("part-*")}
+    table = decant("run", "recipe.yaml")
+    assert "held-out KL" in table
+    assert json.loads((tmp_path / "run" / "seconds.json").read_text()) == seconds
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "cache").rglob("part-*")} == parts
+    plan = json.loads(decant("plan", "recipe.yaml", "--json"))
+    assert (plan["rows_to_do"], plan["cache"]["rows"], plan["hours"]) == (0, 24, 0.0)
