@@ -112,8 +112,8 @@ class Head:
             raise TrainingError(
                 f"chunk_positions is {chunk_positions}; it must be at least 1, or None for what fits {CHUNK_BYTES} bytes"
             )
-        by_budget: int = CHUNK_BYTES // (self.buffer_width * self.dtype.itemsize * num_buffers)
-        size = max(by_budget, MIN_CHUNK_POSITIONS) if chunk_positions is None else chunk_positions
+        by_budget = CHUNK_BYTES // (self.buffer_width * self.dtype.itemsize * num_buffers)
+        size: int = max(by_budget, MIN_CHUNK_POSITIONS) if chunk_positions is None else chunk_positions
         return max(min(size, num_positions), 1)
 
     def input_of(self, hidden: Tensor) -> Tensor:

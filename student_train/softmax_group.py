@@ -55,7 +55,6 @@ def group_values_and_gradient(
     if not want_gradient:
         return
     label_weight: Tensor | float = sum((term.coefficient for term in on_labels), start=0.0)
-    label_weight = label_weight / temperature
     slopes = slopes / temperature
     q = log_q.exp()
     total_slope = slopes.sum(1, keepdim=True) - label_weight
