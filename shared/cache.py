@@ -5,7 +5,7 @@ targets' key and number of positions against the sequence; the targets' frame by
 as a whole before the first row.
 
 Memory: a few hundred bytes per part and at most 64 open parts of each kind, whatever the cache's size; `num_tokens`,
-`group_keys` and `sources` take 4, 16 and 4 bytes per row when they are asked for, and read no token. A cache pickles as its
+`group_keys` and `sources` take 24 bytes per row once one of them is asked for, and read no token. A cache pickles as its
 path, layer and parts, so every process reads the same rows, also when the cache has grown in between.
 
 Shape letters: R rows shown, T tokens of a row, S its supervised positions.
@@ -202,38 +202,48 @@ class Cache:
             digest.update(f"{record.stem} {record.xxh3}\n".encode())
         return digest.hexdigest()
 
-    @cached_property
+    @property
     def num_tokens(self) -> NDArray[np.int32]:
         """[R] int32 tokens of each row, from offsets alone."""
-        return self._column(lambda part: part.num_tokens(), np.dtype(np.int32))
+        return self._columns[0]
 
-    @cached_property
+    @property
     def group_keys(self) -> NDArray[np.void]:
         """[R] void16 group key of each row; `.tobytes()` of one is the key."""
-        return self._column(lambda part: np.ascontiguousarray(part.group_keys).view("V16").ravel(), np.dtype("V16"))
+        return self._columns[1]
 
     @property
     def sources(self) -> NDArray[np.int32]:
         """[R] int32 index into `source_names` of each row."""
-        return self._sources[0]
-
-    @property
-    def source_names(self) -> list[str]:
-        """Names of the sources, sorted."""
-        return self._sources[1]
+        return self._columns[2]
 
     @cached_property
-    def _sources(self) -> tuple[NDArray[np.int32], list[str]]:
-        names = sorted({str(name) for record in self._records for name in record.stats.get("sources", {})})
-        codes = {name: code for code, name in enumerate(names)}
+    def source_names(self) -> list[str]:
+        """Names of the sources, sorted."""
+        return sorted({str(name) for record in self._records for name in record.stats.get("sources", {})})
 
-        def recoded(part: MappedSequences) -> NDArray[np.int32]:
+    @cached_property
+    def _columns(self) -> tuple[NDArray[np.int32], NDArray[np.void], NDArray[np.int32]]:
+        """Gather three values per row over all parts, each part mapped once and none read as a whole."""
+        num_tokens = np.empty(len(self), dtype=np.int32)
+        group_keys = np.empty(len(self), dtype="V16")
+        sources = np.empty(len(self), dtype=np.int32)
+        codes = {name: code for code, name in enumerate(self.source_names)}
+        start = 0
+        for end, record, shown in zip(self._ends, self._records, self._shown, strict=True):
+            part = MappedSequences(sequences_dir(self.path), record, verify=False)
+            rows = slice(None) if shown is None else shown
             indices, found = part.sources()
             if not codes.keys() >= set(found):
                 raise DamagedError(f"{part.path} has a source that its record does not list; it was altered")
-            return np.asarray([codes[name] for name in found], dtype=np.int32)[indices] if found else indices
-
-        return self._column(recoded, np.dtype(np.int32)), names
+            recoded = np.asarray([codes[name] for name in found], dtype=np.int32)[indices]
+            num_tokens[start:end] = part.num_tokens()[rows]
+            group_keys[start:end] = np.ascontiguousarray(part.group_keys).view("V16").ravel()[rows]
+            sources[start:end] = recoded[rows]
+            start = end
+        for column in (num_tokens, group_keys, sources):
+            column.setflags(write=False)
+        return num_tokens, group_keys, sources
 
     def stats(self) -> dict[str, Any]:
         """Return figures summed from the records: see `shared.cache_stats.summed_stats`."""
@@ -256,18 +266,6 @@ class Cache:
         local = index - (self._ends[number - 1] if number else 0)
         shown = self._shown[number]
         return number, local if shown is None else int(shown[local])
-
-    def _column(self, values: Callable[[MappedSequences], NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Gather a value per row over all parts; parts are mapped one after another and none is read as a whole."""
-        result = np.empty(len(self), dtype=dtype)
-        start = 0
-        for record, shown in zip(self._records, self._shown, strict=True):
-            part = MappedSequences(sequences_dir(self.path), record, verify=False)
-            column = values(part) if shown is None else values(part)[shown]
-            result[start : start + len(column)] = column
-            start += len(column)
-        result.setflags(write=False)
-        return result
 
     def _open_sequences(self, number: int) -> MappedSequences:
         part = MappedSequences(sequences_dir(self.path), self._records[number], verify=not self._checked[number])
