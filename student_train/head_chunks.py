@@ -85,7 +85,7 @@ class Head:
     @property
     def vocab_size(self) -> int:
         """V, the rows of the head that count."""
-        return self.weight.shape[0]
+        return int(self.weight.shape[0])
 
     @property
     def buffer_width(self) -> int:
