@@ -97,9 +97,10 @@ class TransformersEngine:
                         f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within "
                         f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
                     )
-            yield from self._answer(batch, settings)
+            with torch.inference_mode():
+                answered = self._answer(batch, settings)
+            yield from answered
 
-    @torch.inference_mode()
     def _answer(self, batch: Sequence[GenerateRequest], settings: Generate) -> list[Generated]:
         """Decode one batch, padded on the left, with a key-value cache."""
         from transformers import DynamicCache
@@ -154,9 +155,10 @@ class TransformersEngine:
                 if not 2 <= len(request.token_ids) <= self.max_model_len:
                     found, most = len(request.token_ids), self.max_model_len
                     raise EngineError(f"a sequence to score has {found} tokens; expected 2 to teacher.max_model_len {most}")
-            yield from self._score(batch, self._layout)
+            with torch.inference_mode():
+                scored = self._score(batch, self._layout)
+            yield from scored
 
-    @torch.inference_mode()
     def _score(self, batch: Sequence[ScoreRequest], layout: ColumnLayout) -> list[Scored]:
         """Score one batch, padded on the right."""
         model = self._loaded()

@@ -62,9 +62,13 @@ class CausalModel:
             EngineError: the files cannot be loaded.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
         wanted = dtype or teacher.dtype
+        hide_progress = logging.is_progress_bar_enabled()
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if hide_progress:
+            logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=teacher.trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
@@ -78,6 +82,9 @@ class CausalModel:
         except Exception as error:  # the library raises whatever a broken file makes it raise
             reason = " ".join(str(error).split())[:300]
             raise EngineError(f"{model_dir}: transformers cannot load the teacher ({type(error).__name__}: {reason})") from error
+        finally:
+            if hide_progress:
+                logging.enable_progress_bar()
         narrow = model.dtype in (torch.bfloat16, torch.float16)
         return cls(model, tokenizer, head_dtype=torch.float32 if narrow and teacher.head_dtype == "float32" else None)
 
@@ -117,12 +124,12 @@ class CausalModel:
             found |= {value} if isinstance(value, int) else set(value or ())
         return found
 
-    @torch.no_grad()
     def _check(self) -> None:
         probe = (torch.arange(1, 9, device=self.device)[None] * 97) % min(len(self.tokenizer), self._weight.shape[0])
         mask = torch.ones_like(probe)
-        own = self.logits(self.hidden(probe, mask)[0]).float()
-        theirs = self.model(input_ids=probe, attention_mask=mask, use_cache=False).logits[0].float()
+        with torch.inference_mode():
+            own = self.logits(self.hidden(probe, mask)[0]).float()
+            theirs = self.model(input_ids=probe, attention_mask=mask, use_cache=False).logits[0].float()
         bound = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
         if own.shape != theirs.shape or not torch.allclose(own.log_softmax(-1), theirs.log_softmax(-1), rtol=bound, atol=bound):
             raise EngineError(

@@ -67,7 +67,7 @@ def install() -> str | None:
             kept = PromptArrays(np.concatenate([earlier.ids, kept.ids]), np.concatenate([earlier.logprobs, kept.logprobs]))
         self.prompt_logprobs = kept
 
-    LogprobsProcessor._update_prompt_logprobs = keep_arrays  # type: ignore[method-assign]
+    LogprobsProcessor._update_prompt_logprobs = keep_arrays
     return None
 
 
@@ -77,7 +77,7 @@ def uninstall() -> None:
     if _stock is not None:
         from vllm.v1.engine.logprobs import LogprobsProcessor
 
-        LogprobsProcessor._update_prompt_logprobs = _stock  # type: ignore[method-assign]
+        LogprobsProcessor._update_prompt_logprobs = _stock
         _stock = None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 
 from shared.errors import DecantError, EngineError
 from shared.recipe import Capture, Generate, Teacher
-from teacher_cache.engines import installed_vllm, vllm_arrays
+from teacher_cache.engines import installed_vllm, vllm_arrays, vllm_tail
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
@@ -46,6 +47,8 @@ class VllmEngine:
             EngineError: vLLM cannot start, or cannot capture what is asked.
         """
         set_environment()
+        # vLLM trips over torch's deprecations on every start; nothing that a user could mend.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
         self._llm: Any = None
         self._teacher = teacher
         self._restore: Callable[[], None] | None = None
@@ -191,6 +194,7 @@ class VllmEngine:
         """Stop vLLM and release processes and memory; safe to call twice."""
         llm, self._llm = self._llm, None
         vllm_arrays.uninstall()
+        vllm_tail.switch_off()
         if llm is not None:
             try:
                 llm.llm_engine.engine_core.shutdown()
@@ -237,8 +241,8 @@ def _translated(function: Callable[..., Any], *arguments: Any, **named: Any) -> 
 def _start_failed(model_dir: Path, error: Exception) -> EngineError:
     reason = " ".join(str(error).split())[:400]
     return EngineError(
-        f"vLLM cannot start with {model_dir} ({type(error).__name__}: {reason}); set VLLM_LOGGING_LEVEL=INFO to see its own log, and "
-        "check teacher.dtype, teacher.max_model_len and teacher.gpu_memory_utilization"
+        f"vLLM cannot start with {model_dir} ({type(error).__name__}: {reason}); set VLLM_LOGGING_LEVEL=INFO to see its own log, "
+        "and check teacher.dtype, teacher.max_model_len and teacher.gpu_memory_utilization"
     )
 
 

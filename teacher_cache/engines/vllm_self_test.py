@@ -53,8 +53,8 @@ def choose_capture_path(llm: Any, layout: ColumnLayout, lora: Any) -> str:
     llm.collective_rpc("decant_capture", args=(None,))
     if not layout.stock_columns_suffice:
         raise EngineError(
-            f"this vLLM cannot capture tails at temperatures {list(layout.temperatures)} with {layout.num_draws} draws ({problem}); "
-            "use capture.temperatures [1.0] without draws, or teacher.engine transformers"
+            f"this vLLM cannot capture tails at temperatures {list(layout.temperatures)} with {layout.num_draws} draws "
+            f"({problem}); use capture.temperatures [1.0] without draws, or teacher.engine transformers"
         )
     logger.warning("the tail is taken as 1 minus the head's sum, which is exact to about 1e-7: %s", problem)
     return f"stock+{container}"
@@ -101,10 +101,12 @@ def plugin_problem(
     in_head = np.zeros(dense.shape, dtype=bool)
     rows = np.broadcast_to(np.arange(len(dense))[:, None], head.shape)
     in_head[rows[kept], head[kept]] = True
-    if not np.allclose(
-        dense[in_head].sum(), values[:, 1 : layout.tail_start][kept].sum(), atol=TOLERANCE_NATS * max(1, kept.sum())
-    ):
+    found = values[:, 1 : layout.tail_start].astype(np.float64)
+    if not np.allclose(np.take_along_axis(dense, np.maximum(head, 0), 1)[kept], found[kept], atol=TOLERANCE_NATS):
         return "its head differs from the full rows"
+    outside = np.where(in_head, -np.inf, dense)[:, : layout.vocab_size].max(-1, keepdims=True)
+    if bool((kept & (found < outside - TOLERANCE_NATS)).any()):
+        return "its head leaves out more probable tokens"
     for j, temperature in enumerate(layout.temperatures):
         scaled = np.exp((dense - dense.max(-1, keepdims=True)) / temperature)
         with np.errstate(divide="ignore"):

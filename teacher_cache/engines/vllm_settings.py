@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 """Defaults; what the environment already says wins."""
 
@@ -119,14 +120,25 @@ def cache_bytes(text_config: dict[str, Any], max_model_len: int, dtype: str) -> 
     head_dim = int(text_config.get("head_dim") or int(text_config.get("hidden_size") or 4096) // heads)
     per_token = 2 * layers * key_heads * head_dim * (4 if dtype == "float32" else 2)
     sequence = per_token * (max_model_len + 256)  # whole blocks
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _available_bytes()
     if sequence > free // 2:
         raise EngineError(
-            f"one sequence of {max_model_len:,} tokens needs {sequence / 2**30:.1f} GiB of key-value cache but {free / 2**30:.1f} GiB "
-            "of memory are free; lower teacher.max_model_len"
+            f"one sequence of {max_model_len:,} tokens needs {sequence / 2**30:.1f} GiB of key-value cache but "
+            f"{free / 2**30:.1f} GiB of memory are free; lower teacher.max_model_len"
         )
     wanted = min(max(SEQUENCES_IN_CACHE * sequence, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     return max(min(wanted, free // 4), sequence)
+
+
+def _available_bytes() -> int:
+    """Return bytes of memory that can be taken without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # no Linux: count what the system calls free
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:

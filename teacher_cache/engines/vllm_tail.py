@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.draw_keys import prefix_keys, prefix_keys_of
+from teacher_cache.engines.draw_keys import prefix_keys
 from teacher_cache.engines.tail_columns import extend_columns
 
 _layout: ColumnLayout | None = None
@@ -44,14 +44,18 @@ class TailWorker:
     def decant_capture(self, plain_layout: dict[str, Any] | None) -> dict[str, Any]:
         """Set what scored rows hold (None: stock rows) and return what was installed."""
         global _layout
-        if os.environ.get("DECANT_WITHOUT_TAIL_PLUGIN") == "1":
-            _installed.update(v1="switched off by DECANT_WITHOUT_TAIL_PLUGIN", v2="switched off by DECANT_WITHOUT_TAIL_PLUGIN")
         for runner, install in (("v1", _install_v1), ("v2", _install_v2)):
             if runner not in _installed:
                 _installed[runner] = _guarded(install)
         _layout = None if plain_layout is None else ColumnLayout.from_plain(plain_layout)
         runner = "v2" if getattr(self, "use_v2_model_runner", False) else "v1"
         return {"runner": runner, "installed": _installed[runner], "pid": os.getpid()}
+
+
+def switch_off() -> None:
+    """Let rows pass through again in this process, where an engine core ran inside it."""
+    global _layout
+    _layout = None
 
 
 def _guarded(install: Callable[[], None]) -> str:
@@ -118,7 +122,7 @@ def _scored_slices(runner: Any, num_scheduled_tokens: dict[str, int]) -> Iterato
         start = request.num_computed_tokens
         stop = min(start + num_tokens, len(token_ids) - 1)
         if stop > start:
-            yield torch.from_numpy(token_ids[start + 1 : stop + 1]), prefix_keys_of(token_ids)[start:stop]
+            yield torch.from_numpy(token_ids[start + 1 : stop + 1]), prefix_keys(torch.from_numpy(token_ids))[start:stop]
 
 
 def _install_v2() -> None:
