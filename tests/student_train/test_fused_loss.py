@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from student_train import head_chunks
 from student_train.fused_loss import fused_sparse_loss, term_keys
 from student_train.losses import LossTerm, registry
+from student_train.target_batch import TargetBatch
 from tests.student_train.dense_loss import SHAPES, Case, dense_loss, make_case, outside, relative_error
 
 DIVERGENCES = [name for name in registry if name != "cross_entropy"]
@@ -183,7 +185,7 @@ def test_tiny_student_tail_keeps_its_gradient_in_float32(name):
 
 
 def test_gradient_of_draws_is_right_on_average():
-    num_draws = 20_000
+    num_draws = 5_000
     teacher = 1.5 * torch.randn(1, 23, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     case = make_case("hybrid", positions=num_draws, teacher=teacher.expand(num_draws, -1))
     hidden = case.hidden[:1].expand(num_draws, -1).clone().requires_grad_()
@@ -282,8 +284,39 @@ def test_bfloat16_hidden_states_get_float32_logits(weight_dtype):
     assert relative_error(weight.grad, weight_expected) < (5e-3 if weight_dtype == torch.bfloat16 else 1e-5)
 
 
-def test_no_positions_give_a_loss_of_zero():
-    case = make_case("fixed")
+def test_products_with_wide_output_give_the_same_gradients(monkeypatch):
+    real_mm = torch.mm
+
+    def mm(a, b, out_dtype=None, *, out=None):  # what a GPU offers: bfloat16 in, float32 out
+        if out_dtype is None:
+            assert torch.bfloat16 not in (a.dtype, b.dtype)
+            return real_mm(a, b, out=out)
+        assert {a.dtype, b.dtype} == {torch.bfloat16}
+        result = real_mm(a.float(), b.float())
+        return result if out is None else out.copy_(result)
+
+    case = make_case("ragged", positions=64, width=32, vocab=301)
+    case.hidden, case.weight = case.hidden.bfloat16().double(), case.weight.bfloat16().double()
+    terms = TERMS[2.0]("forward_kl")
+    loss, hidden_expected, weight_expected = run_dense(case, terms)
+    monkeypatch.setattr(head_chunks, "_has_wide_products", lambda device_type: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    hidden, weight = case.hidden.bfloat16().requires_grad_(), case.weight.float().requires_grad_()
+    fused = fused_sparse_loss(hidden, weight, case.labels, case.targets, terms, 11.0, chunk_positions=10)
+    fused.loss.backward()
+    assert relative_error(fused.loss.detach(), loss.detach()) < 1e-5
+    assert relative_error(hidden.grad, hidden_expected) < 1e-2
+    assert relative_error(weight.grad, weight_expected) < 1e-2
+
+
+@pytest.mark.parametrize("shape", ["fixed", "sample"])
+def test_no_positions_give_a_loss_of_zero(shape):
+    case = make_case(shape)
+    empty = {name: tensor[..., :0] for name, tensor in case.batch.items()}
+    empty |= {"tail_logmass": case.batch["tail_logmass"][:0], "temperatures": case.batch["temperatures"]}
+    targets = TargetBatch.from_batch(empty)
     hidden, weight = case.hidden[:0].clone().requires_grad_(), case.weight.clone().requires_grad_()
-    fused_sparse_loss(hidden, weight, case.labels[:0], None, [LossTerm("cross_entropy")], 4).loss.backward()
+    fused = fused_sparse_loss(hidden, weight, case.labels[:0], targets, TERMS[2.0]("forward_kl"), 4)
+    fused.loss.backward()
+    assert float(fused.loss.detach()) == 0.0
     assert torch.equal(weight.grad, torch.zeros_like(weight))
