@@ -151,6 +151,7 @@ def _plan(build: _Build) -> Job:
         conversations = read_prompts(recipe.prompts, problems)
         for row in list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally):
             build.progress.advance(1, 0)
+            _stop_if_asked(build)
             yield row
         build.progress.finish()
         problems.check(build.max_set_aside)
@@ -170,6 +171,7 @@ def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
     units = [unit for unit in range(job.num_units) if build.mine(unit) and job.part_stem(unit) not in committed]
     if not units:
         return
+    _stop_if_asked(build)
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
         if recipe.generate is None:
@@ -188,6 +190,7 @@ def _make_targets(build: _Build, job: Job | None) -> None:
     records = parts_to_score(build.layer, own, job.id8 if job else None, build.partition)
     if not records:
         return
+    _stop_if_asked(build)
     require_length(build.layer, records, build.known.max_model_len)
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
@@ -198,15 +201,13 @@ def _make_targets(build: _Build, job: Job | None) -> None:
 
 def _ran(build: _Build) -> dict[str, Any]:
     """Return what ran, for records."""
-    return {**software(), "engine": build.engine.provenance()}
+    return {**software(), "engine": dict(build.engine.provenance())}
 
 
 def _stop_if_asked(build: _Build) -> None:
     if build.stop.requested:
-        left = len(build.layer.missing())
-        raise BuildStoppedError(
-            f"{build.cache.path}: stopped by SIGTERM with {left:,} parts not yet scored; run the same command again to continue"
-        )
+        where = f"{build.cache.path}: stopped by SIGTERM"
+        raise BuildStoppedError(f"{where}; what was committed stays, and the same command again continues")
 
 
 def _finish(build: _Build, job: Job | None) -> BuildSummary:

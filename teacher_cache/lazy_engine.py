@@ -18,6 +18,7 @@ class LazyEngine:
         self._open = open_engine
         self._max_model_len = max_model_len
         self._engine: Engine | None = None
+        self._provenance: Mapping[str, Any] | None = None
         self.seconds_starting = 0.0
         """Wall time of the start."""
 
@@ -40,7 +41,10 @@ class LazyEngine:
 
     def provenance(self) -> Mapping[str, Any]:
         """Return what the engine says about itself."""
-        return dict(self.get().provenance())
+        engine = self.get()
+        if self._provenance is None:
+            self._provenance = dict(engine.provenance())
+        return self._provenance
 
     def __enter__(self) -> LazyEngine:
         return self

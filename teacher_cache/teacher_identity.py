@@ -6,7 +6,9 @@ Cost: the tokenizer is loaded and saved once into memory; weights are sampled, n
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,8 @@ def sequences_identity(known: KnownTeacher, teacher: Teacher, generate: Generate
     )
 
 
-def software() -> dict[str, Any]:
+@cache
+def software() -> Mapping[str, Any]:
     """Return versions of what makes a part; installed packages only, nothing is imported."""
     versions = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("decant-kd", *RECORDED_PACKAGES):

@@ -14,9 +14,10 @@ import traceback
 
 def main() -> None:
     os.environ["DECANT_FAILPOINT"] = ""
+    import datasets  # noqa: F401
     import torch
-    import transformers  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
     torch.set_num_threads(1)
     import teacher_cache.build  # noqa: F401

@@ -229,7 +229,7 @@ def test_sigterm_leaves_whole_parts_and_the_same_command_makes_the_same_bytes(tm
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(FakeEngine, "generate", _interrupted(FakeEngine.generate, on_result))
     monkeypatch.setattr(FakeEngine, "score", _interrupted(FakeEngine.score, on_result))
-    with pytest.raises(BuildStoppedError, match="run the same command again"):
+    with pytest.raises(BuildStoppedError, match="the same command again continues"):
         teach(recipe(tmp_path, model))
     assert signal.getsignal(signal.SIGTERM) == before
     assert opened[-1].closed == 1

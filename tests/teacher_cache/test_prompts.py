@@ -171,6 +171,33 @@ def test_an_unusable_file_is_one_sentence(tmp_path, name, content, reason):
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_data_set_is_read_at_the_revision_that_names_it(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    asked: list[dict] = []
+    info = type("Info", (), {"sha": "abc123"})()
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, path, **_: info)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, **options: asked.append({"path": path, **options}) or [{"text": "one"}]
+    )
+    found, _ = read(source("org/stories", "text", split="validation"))
+    assert asked == [{"path": "org/stories", "split": "validation", "streaming": True, "revision": "abc123"}]
+    assert [c.place for c in found] == ["org/stories:1"]
+    assert content_hash(source("org/stories", "text")) == "hub:org/stories@abc123"
+
+
+def test_without_a_hub_an_unknown_name_is_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def offline(self, path, **_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    with pytest.raises(PromptError, match=r"org/stories: neither a file nor a data set that the hub gives out \(ConnectionError\)"):
+        read(source("org/stories", "text"))
+
+
 def test_group_text_is_the_question_alone_whatever_the_format_or_answer():
     rows = [
         ("messages", {"messages": TURNS}),
