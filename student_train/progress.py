@@ -30,6 +30,22 @@ class OpenProgress(Protocol):
         """Open a display of `total` steps, `done` of which an earlier run did."""
 
 
+class SilentProgress:
+    """Shows nothing: for processes beside the first."""
+
+    def __init__(self, phase: str, total: int, *, unit: str = "steps", done: int = 0) -> None:
+        """Take what a display takes."""
+
+    def advance(self, units: int = 1, tokens: int = 0) -> None:
+        """Count nothing."""
+
+    def note(self, text: str) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Close nothing."""
+
+
 class PlainProgress:
     """A line on standard error every few seconds: steps, tokens per second, time left."""
 

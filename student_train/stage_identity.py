@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = ("save_steps", "save_total_limit", "logging_steps", "dataloade
 
 def stage_identity(work: StageWork) -> dict[str, Any]:
     """Return everything that a stage's final weights depend on, as JSON values."""
-    not_trained_with = {"name": True, "init_from": True, "trainer": set(_WITHOUT_EFFECT)}
+    not_trained_with: Any = {"name": True, "init_from": True, "trainer": set(_WITHOUT_EFFECT)}
     return {
         "stage": work.stage.model_dump(mode="json", exclude=not_trained_with),
         "student": work.student.model_dump(mode="json", exclude={"model", "revision", "init", "trust_remote_code"}),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
@@ -24,7 +25,8 @@ from student_train.export import export_student
 from student_train.forward_patch import Objective, patch_forward, restore_forward
 from student_train.health import health_of
 from student_train.metrics_log import read_steps
-from student_train.progress import OpenProgress, StageProgress
+from student_train.processes import first_then_others, is_first, wait_for_all
+from student_train.progress import OpenProgress, SilentProgress, StageProgress
 from student_train.run_seconds import SecondsLog
 from student_train.stage_identity import claim_stage, mark_done, stage_identity
 from student_train.stage_terms import terms_at
@@ -43,36 +45,51 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
         CacheError: a cache cannot be opened, or is of another tokenizer than the student.
     """
     work = resolve_stage(recipe, stage)
-    phase, total = f"train {stage.name}", work.plan.num_steps
+    phase, total, model_dir = f"train {stage.name}", work.plan.num_steps, work.directory / "model"
+    args = _arguments(work)  # joins the other processes, where there are any
     identity = stage_identity(work)
-    model_dir = work.directory / "model"
-    if claim_stage(work.directory, identity):
-        progress = open_progress(phase, total, unit="steps", done=total)
+    display = open_progress if is_first() else SilentProgress
+    if first_then_others(lambda: claim_stage(work.directory, identity)):
+        progress = display(phase, total, unit="steps", done=total)
         progress.note(f"{phase}: finished before with the same settings, {model_dir} is reused")
         progress.close()
         return model_dir
-    write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
-    remove_incomplete(work.directory)
+    if is_first():
+        write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
+        remove_incomplete(work.directory)
+    wait_for_all()
     checkpoint = newest_checkpoint(work.directory, work.belongs_to)
     seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
-    progress = open_progress(phase, total, unit="steps", done=checkpoint.step if checkpoint else 0)
+    progress = display(phase, total, unit="steps", done=checkpoint.step if checkpoint else 0)
     progress.note(_description(work, checkpoint))
     is_saved = False
     try:
         with _deterministic(), _without_bars():
-            model = _trained_model(work, checkpoint, progress, seconds)
-            export_student(model, work.student, work.origin, work.caches.caches[0].tokenizer_dir, work.directory)
+            _train_and_export(work, args, checkpoint, progress, seconds)
         is_saved = True
-        del model
     finally:
-        _write_health(work, model_saved=is_saved)
-        seconds.save()
+        if is_first():
+            _write_health(work, model_saved=is_saved)
+            seconds.save()
         progress.close()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    mark_done(work.directory, identity, total)
+    if is_first():
+        mark_done(work.directory, identity, total)
+    wait_for_all()
     return model_dir
+
+
+def _arguments(work: StageWork) -> TrainingArguments:
+    """Return the Trainer's arguments for a stage."""
+    return training_arguments(
+        work.stage.trainer, work.directory, work.seed, work.plan.num_steps, gradient_checkpointing=_recomputes(work)
+    )
+
+
+def _recomputes(work: StageWork) -> bool:
+    return work.student.gradient_checkpointing or work.stage.trainer.gradient_checkpointing
 
 
 def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
@@ -88,40 +105,53 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
     return f"train {work.stage.name}: {', '.join(parts)}"
 
 
-def _trained_model(work: StageWork, checkpoint: Checkpoint | None, progress: StageProgress, seconds: SecondsLog) -> Any:
-    """Return the student after the stage's last step, with its own forward again."""
-    student, settings, plan = work.student, work.stage.trainer, work.plan
-    recompute = student.gradient_checkpointing or settings.gradient_checkpointing
-    args = training_arguments(settings, work.directory, work.seed, plan.num_steps, gradient_checkpointing=recompute)
-    base = load_student(student, work.start, work.caches, seed=work.seed)
-    if student.adapter.kind != "qlora":
-        base.to(args.device)
-    head = head_of(base, work.caches.vocab_size)
-    check_head(base, head)
-    check_packing(base, head.vocab_size)
-    model = add_adapter(base, student.adapter, seed=work.seed)
-    if recompute and model is not base:
-        base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for
-    if settings.torch_compile:
-        body_of(base).compile(dynamic=True)
-    objective = Objective(head)
-    patch_forward(base, objective)
+def _train_and_export(
+    work: StageWork,
+    args: TrainingArguments,
+    checkpoint: Checkpoint | None,
+    progress: StageProgress,
+    seconds: SecondsLog,
+) -> None:
+    """Load the student, train it to the stage's last step and write its model's directory."""
+    base, model, objective = _student(work, args)
     done = checkpoint.step if checkpoint else 0
     trainer = DistilTrainer(
         model,
         args,
-        PackDataset(work.caches, plan, work.temperatures),
+        PackDataset(work.caches, work.plan, work.temperatures),
         objective,
-        lambda step: terms_at(work.stage, step, plan.num_steps),
+        lambda step: terms_at(work.stage, step, work.plan.num_steps),
         belongs_to=work.belongs_to,
-        keep_checkpoints=settings.save_total_limit,
+        keep_checkpoints=work.stage.trainer.save_total_limit,
         progress=progress,
-        on_checkpoint=seconds.save,
-        callbacks=_callbacks(work, done),
+        on_checkpoint=seconds.save if is_first() else lambda: None,
+        callbacks=_callbacks(work, done) if is_first() else [],
     )
     trainer.run(checkpoint.path if checkpoint else None, done)
+    sharded_weights = trainer.whole_weights()
     restore_forward(base)
-    return model
+    if is_first():
+        tokenizer_dir = work.caches.caches[0].tokenizer_dir
+        export_student(model, work.student, work.origin, tokenizer_dir, work.directory, sharded_weights)
+    wait_for_all()
+
+
+def _student(work: StageWork, args: TrainingArguments) -> tuple[Any, Any, Objective]:
+    """Return the student's base model with its forward patched, the same with its adapter, and what it minimises."""
+    base = load_student(work.student, work.start, work.caches, seed=work.seed)
+    if work.student.adapter.kind != "qlora":
+        base.to(args.device)
+    head = head_of(base, work.caches.vocab_size)
+    check_head(base, head)
+    check_packing(base, head.vocab_size)
+    model = add_adapter(base, work.student.adapter, seed=work.seed)
+    if _recomputes(work) and model is not base:
+        base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for
+    if work.stage.trainer.torch_compile:
+        body_of(base).compile(dynamic=True)
+    objective = Objective(head)
+    patch_forward(base, objective)
+    return base, model, objective
 
 
 def _callbacks(work: StageWork, done: int) -> list[Any]:

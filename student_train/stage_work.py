@@ -5,13 +5,13 @@ Cost: columns of the caches without their tokens, and the plan of the stage's ep
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import TrainingError
 from shared.recipe import Recipe, Stage, Student
 from student_train.dataset import CacheList
+from student_train.processes import num_processes
 from student_train.row_targets import temperature_column
 from student_train.stage_plan import StagePlan, plan_stage
 from student_train.stage_terms import needs_teacher, training_temperatures
@@ -68,7 +68,7 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
         caches.sources,
         caches.mixture_codes(stage.mixture),
         caches.training_rows(recipe.heldout.fraction),
-        num_devices=int(os.environ.get("WORLD_SIZE", "1")),  # a launcher such as torchrun says how many processes train together
+        num_devices=num_processes(),
     )
     return StageWork(recipe, stage, recipe.student, recipe.stage_dir(stage.name), start, seed, caches, plan, temperatures)
 

@@ -111,16 +111,17 @@ def student_tokenizer_hash(source: str, revision: str | None = None) -> str | No
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
-    def found(name: str) -> str | None:
+    def find(name: str) -> str | None:
         try:
-            return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+            found: str | None = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         except OSError:
             return None
+        return found
 
-    path = found("tokenizer.json")
+    path = find("tokenizer.json")
     if path is not None:
         return tokenizer_hash(Path(path).read_bytes())
-    if not any(found(name) for name in _OTHER_TOKENIZERS):  # transformers would make an empty one up from the config
+    if not any(find(name) for name in _OTHER_TOKENIZERS):  # transformers would make an empty one up from the config
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)

@@ -26,6 +26,7 @@ from student_train.dataset import PackDataset
 from student_train.forward_patch import Objective
 from student_train.losses import LossTerm
 from student_train.metrics_log import StepLog
+from student_train.processes import wait_for_all
 from student_train.progress import StageProgress
 
 TermsAt = Callable[[int], Sequence[LossTerm]]
@@ -181,16 +182,20 @@ class DistilTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """Return all weights, gathered on the first process, where processes hold shards of them; None where they are whole."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, mark it complete, then remove older ones."""
         for log in (self._metrics, self._timing):
             if log is not None:
                 log.sync()
         super()._save_checkpoint(model, trial)
-        if self.args.world_size > 1:
-            self.accelerator.wait_for_everyone()
+        wait_for_all()
         if self.args.should_save:
             directory = Path(self.args.output_dir)
             complete_checkpoint(directory / f"checkpoint-{self.state.global_step}", self._belongs_to)
             rotate_checkpoints(directory, self._keep_checkpoints)
+        wait_for_all()
         self._on_checkpoint()
