@@ -45,11 +45,13 @@ def test_gsm8k_answers_score_all_right_and_neighbours_all_wrong() -> None:
 
 
 @pytest.mark.skipif(not HUMANEVAL.exists(), reason="the published HumanEval data is not beside the checkout")
-def test_humaneval_solutions_pass_in_every_form_and_broken_ones_do_not() -> None:
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_humaneval_solutions_pass_in_every_form_and_broken_ones_do_not(every: int) -> None:
     if sandbox.available() is None:
         pytest.skip("no sandbox works on this machine")
     questions = questions_of("humaneval", HUMANEVAL)
     assert len(questions) == 164
+    questions = questions[::every]
     answers = []
     for index, question in enumerate(questions):
         plain, whole = question.reference, question.row["prompt"] + question.reference
@@ -63,8 +65,8 @@ def test_humaneval_solutions_pass_in_every_form_and_broken_ones_do_not() -> None
         "    return '''open",
         "```python\ndef other(): pass\n```",
     ]
-    scores = humaneval.score_answers(list(zip(questions[::3], itertools.cycle(broken), strict=False)))
-    assert [score.value for score in scores] == [0.0] * 55
+    scores = humaneval.score_answers(list(zip(questions, itertools.cycle(broken), strict=False)))
+    assert [score.value for score in scores] == [0.0] * len(questions)
 
 
 def test_final_numbers() -> None:
