@@ -119,7 +119,7 @@ def _stats(args: argparse.Namespace) -> int:
     stats = {"layer": cache.layer_name, **cache.stats()}
     lines = [f"{args.cache}, layer {cache.layer_name}" if cache.layer_name else f"{args.cache}, no targets layer"]
     for name, value in stats.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and name != "entropy_bin_nats":
             lines.append(
                 f"  {name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"  {name.replace('_', ' ')}: {value:,.4g}"
             )

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
-from shared.layout import list_layers
+from shared.layout import list_layers, sequences_dir
 from shared.recipe import Capture, Recipe, Stage
+from shared.records import list_records
 from tools.cache_commands import size
 from tools.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
 
@@ -39,6 +39,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if recipe.prompts:
         counted = count_prompts(recipe)
         result |= _build_figures(recipe, counted, there, result["assumptions"])
+    if recipe.teacher is not None and there["unscored_tokens"]:
+        low, high = _bytes_per_position(recipe, there)
+        result["rescore"] = {
+            "tokens": there["unscored_tokens"],
+            "positions": there["unscored_positions"],
+            "bytes": {"expected": round(there["unscored_positions"] * low), "at_most": round(there["unscored_positions"] * high)},
+        }
     expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
     result["stages"] = {stage.name: _stage_figures(stage, expected_rows_tokens, recipe) for stage in recipe.stages}
     return result
@@ -46,17 +53,22 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def _existing(recipe: Recipe) -> dict[str, Any]:
     """Return what the caches hold already: rows, tokens, positions, and measured bytes per position where the layer exists."""
-    total: dict[str, Any] = {"rows": 0, "tokens": 0, "positions": 0, "bytes_per_position": None}
+    total: dict[str, Any] = {"rows": 0, "tokens": 0, "positions": 0, "unscored_tokens": 0, "unscored_positions": 0}
+    total["bytes_per_position"] = None
     for path in recipe.cache:
         if not (path / "cache.json").is_file():
             continue
-        alike = [layer.full_name for layer in list_layers(path).values() if _same_capture(layer.identity, recipe.capture)]
-        any_layer = next(iter(list_layers(path)), None)
-        stats = Cache.open(path, alike[0] if alike else any_layer, allow_partial=True).stats()
-        for name in ("rows", "tokens", "positions"):
-            total[name] += stats[name]
-        if alike and stats["positions"]:
-            total["bytes_per_position"] = stats["bytes_per_position"]
+        alike = next((layer for layer in list_layers(path).values() if _same_capture(layer.identity, recipe.capture)), None)
+        scored = list_records(alike.directory) if alike else []
+        stems = {record.stem for record in scored}
+        for record in list_records(sequences_dir(path)):
+            total["rows"] += record.rows
+            total["tokens"] += record.stats["tokens"]
+            total["positions"] += record.positions
+            total["unscored_tokens"] += record.stats["tokens"] if record.stem not in stems else 0
+            total["unscored_positions"] += record.positions if record.stem not in stems else 0
+        if sum(record.positions for record in scored):
+            total["bytes_per_position"] = sum(record.bytes for record in scored) / sum(record.positions for record in scored)
     return total
 
 
@@ -69,6 +81,12 @@ def assumed_bytes_per_position(capture: Capture) -> tuple[float, float]:
     """Return bytes per position of a capture, expected and at most; a `mass` below 1 makes it less."""
     fixed = BYTES_PER_POSITION_FIXED + 2 * len(capture.temperatures) + BYTES_PER_DRAW * capture.draws * len(capture.temperatures)
     return fixed + BYTES_PER_ENTRY_EXPECTED * capture.k, fixed + BYTES_PER_ENTRY_AT_MOST * capture.k
+
+
+def _bytes_per_position(recipe: Recipe, there: dict[str, Any]) -> tuple[float, float]:
+    """Return bytes per position, expected and at most: both the measured ones where the cache has such a layer."""
+    measured = there["bytes_per_position"]
+    return assumed_bytes_per_position(recipe.capture) if measured is None else (measured, measured)
 
 
 def _build_figures(recipe: Recipe, counted: PromptCount, there: dict[str, Any], assumptions: list[str]) -> dict[str, Any]:
@@ -84,9 +102,8 @@ def _build_figures(recipe: Recipe, counted: PromptCount, there: dict[str, Any], 
         assumptions.append(f"tokens are estimated at {CHARACTERS_PER_TOKEN:g} characters each: {counted.tokenizer_note}")
     if any(source.rows > source.rows_counted for source in counted.sources.values()):
         assumptions.append(f"tokens are counted for {ROWS_COUNTED:,} rows per source and scaled up for the rest")
-    per_position = assumed_bytes_per_position(recipe.capture)
+    per_position = _bytes_per_position(recipe, there)
     if there["bytes_per_position"] is not None:
-        per_position = (there["bytes_per_position"],) * 2
         assumptions.append(f"{per_position[0]:.1f} bytes per position, measured in the cache's layer")
     else:
         real, random = (f"{value:.0f}" for value in per_position)
@@ -178,6 +195,10 @@ def plan_text(result: dict[str, Any]) -> str:
         lines.append(f"    disk     {size(bytes_['expected'])} expected, {size(bytes_['at_most'])} at most")
         if result["hours"] is not None:
             lines.append(f"    time     {result['hours']:.2g} hours at the rate of this run's earlier build")
+    if "rescore" in result:
+        again = result["rescore"]
+        lines.append(f"  teach: score {again['tokens']:,} tokens, {again['positions']:,} positions that this capture lacks")
+        lines.append(f"    disk     {size(again['bytes']['expected'])} expected, {size(again['bytes']['at_most'])} at most")
     for name, stage in result["stages"].items():
         epochs = f", about {stage['epochs']:g} passes over the rows" if stage["epochs"] else ""
         steps = f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens"

@@ -38,7 +38,9 @@ def run_all(recipe: Recipe, args: argparse.Namespace) -> None:
             _say(f"{phase}: left out, {reason}")
             continue
         _say(f"{phase}: begins")
-        _run_phase(phase, phase_command(phase, recipe, args), output_to_stderr=args.json and phase != "report")
+        superseded = phase == "eval" and "report" in chosen  # its table is the report's
+        output = subprocess.DEVNULL if superseded else sys.stderr.fileno() if args.json and phase != "report" else None
+        _run_phase(phase, phase_command(phase, recipe, args), output)
 
 
 def chosen_phases(first: str | None, last: str | None, only: str | None) -> tuple[str, ...]:
@@ -86,10 +88,9 @@ def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[
     return command
 
 
-def _run_phase(phase: str, command: Sequence[str], *, output_to_stderr: bool) -> None:
-    """Run one phase to its end; where this process is stopped, let the phase stop first."""
+def _run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
+    """Run one phase to its end, its output going to a file descriptor or, for None, to ours; stop it where we are stopped."""
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-    output = sys.stderr if output_to_stderr else None
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=output)  # noqa: S603 - our own interpreter
     try:
         code = process.wait()

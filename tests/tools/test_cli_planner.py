@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from shared.cache import Cache
 from shared.codec import Codec
 from shared.recipe import Recipe
 from tests.shared.dense_targets import cut
+from tests.shared.small_cache import TOP, build
 from tests.tiny_models import make_tokenizer
 from tools.planner import assumed_bytes_per_position, plan, plan_text
 
@@ -75,6 +77,19 @@ def test_unknown_tokenizer_means_an_estimate_that_says_so(place):
     assert abs(result["sources"]["a"]["prompt_tokens"] - characters / 4) < 24
     assert any("characters" in line for line in result["assumptions"])
     assert "characters" in plan_text(result)
+
+
+def test_another_capture_over_the_same_rows_is_planned_as_scoring_alone(tmp_path):
+    cache = tmp_path / "cache"
+    build(cache, layers=(TOP,))
+    there = sum(Cache.open(cache)[i].num_positions for i in range(len(Cache.open(cache))))
+    tokens = int(Cache.open(cache).num_tokens.sum())
+    same = {"k": TOP.k, "temperatures": list(TOP.temperatures)}
+    data = {"name": "x", "output_dir": "x", "cache": str(cache), "teacher": {"model": "t"}}
+    assert "rescore" not in plan(Recipe.model_validate({**data, "capture": same}))
+    other = plan(Recipe.model_validate({**data, "capture": {"k": 4}}))
+    assert (other["rescore"]["tokens"], other["rescore"]["positions"]) == (tokens, there)
+    assert f"score {tokens} tokens, {there} positions" in plan_text(other)
 
 
 def test_stage_tokens_follow_from_steps_and_packs(place):

@@ -45,7 +45,7 @@ def smallest(**changes) -> Recipe:
 
 def test_phases_that_the_recipe_has_nothing_for_are_left_out(monkeypatch):
     ran = []
-    monkeypatch.setattr(run_all, "_run_phase", lambda phase, command, **options: ran.append(phase))
+    monkeypatch.setattr(run_all, "_run_phase", lambda phase, command, output: ran.append(phase))
     run_all.run_all(smallest(), arguments())
     assert ran == ["report"]
     assert all(nothing_to_do(smallest(), phase) for phase in ("teach", "train", "eval"))
@@ -67,7 +67,7 @@ def test_phase_gets_recipe_overrides_and_options():
 ])  # fmt: skip
 def test_failed_phase_stops_the_run_and_says_how_it_ended(code, part):
     with pytest.raises(PhaseFailedError, match=part):
-        run_all._run_phase("teach", [sys.executable, "-c", code], output_to_stderr=False)
+        run_all._run_phase("teach", [sys.executable, "-c", code], None)
 
 
 def test_phase_is_stopped_with_the_run_and_may_finish_first(tmp_path):
@@ -81,7 +81,7 @@ def test_phase_is_stopped_with_the_run_and_may_finish_first(tmp_path):
 import sys
 from tools import cli, run_all
 def command(args):
-    run_all._run_phase("teach", [sys.executable, "-c", {phase!r}], output_to_stderr=False)
+    run_all._run_phase("teach", [sys.executable, "-c", {phase!r}], None)
     return 0
 cli.COMMANDS["doctor"] = command
 sys.exit(cli.main(["doctor"]))
@@ -107,7 +107,7 @@ heldout: {fraction: 0.2}
 student: {model: student}
 stages: [{name: kd, losses: [{name: forward_kl}], trainer: {max_steps: 4, pack_tokens: 256}}]
 evaluate:
-  models: [teacher, base, kd]
+  models: [kd]
   engine: transformers
   max_new_tokens: 8
   tasks: [{name: gsm8k, path: sums.test.jsonl}]
@@ -135,7 +135,7 @@ def test_run_does_everything_once_and_nothing_twice(tmp_path):
         return done.stdout
 
     report = json.loads(decant("run", "recipe.yaml", "--json"))
-    assert set(report["models"]) == {"teacher", "base", "kd"}
+    assert set(report["models"]) == {"kd"}
     seconds = json.loads((tmp_path / "run" / "seconds.json").read_text())
     assert set(seconds) == {"teach", "train.kd", "evaluate", "report"}
     assert all(value > 0 for value in seconds.values())
