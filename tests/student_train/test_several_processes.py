@@ -67,9 +67,7 @@ SHARDED = {
             SHARDED,
             "none",
             id="fsdp2",
-            marks=pytest.mark.skipif(
-                torch.cuda.device_count() < 2, reason="accelerate shards on GPUs only; here are fewer than two"
-            ),
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate shards on GPUs only"),
         ),
     ],
 )
