@@ -77,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = [[name, *(interval([figures[column] for figures in per_model[name]]) for column in columns)] for name in options.models]
     text = table(["model", *columns], rows)
     print(text)
-    replace_section("quality", f"{measured_by('make bench-quality')} Seeds {options.seeds}; mean ± 95 % interval (Student's t).\n\n{text}")
+    replace_section(
+        "quality", f"{measured_by('make bench-quality')} Seeds {options.seeds}; mean ± 95 % interval (Student's t).\n\n{text}"
+    )
     return 0
 
 

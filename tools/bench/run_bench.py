@@ -51,8 +51,16 @@ def flatten(figures: dict[str, object], prefix: str = "") -> list[list[str]]:
         if isinstance(value, dict):
             rows += flatten(value, f"{prefix}{name}.")
         else:
-            rows.append([f"{prefix}{name}", f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
-                         if isinstance(value, float | int) and not isinstance(value, bool) else str(value)])
+            rows.append(
+                [
+                    f"{prefix}{name}",
+                    f"{value:,.4g}"
+                    if isinstance(value, float) and value < 1000
+                    else f"{value:,.0f}"
+                    if isinstance(value, float | int) and not isinstance(value, bool)
+                    else str(value),
+                ]
+            )
     return rows
 
 
