@@ -105,6 +105,13 @@ class Cache:
         return cls._assemble(path, layer, records, chosen, verify)
 
     @classmethod
+    def open_sequences(cls, path: Path | str, verify: bool = False) -> Cache:
+        """Open the rows of a cache without targets, however many layers it has; errors as for `open`."""
+        path = Path(path)
+        read_header(path)
+        return cls._assemble(path, None, list_records(sequences_dir(path)), [], verify)
+
+    @classmethod
     def _assemble(
         cls, path: Path, layer: Layer | None, records: list[PartRecord], targets: list[PartRecord], verify: bool
     ) -> Cache:

@@ -33,6 +33,7 @@ from shared.records import PartRecord, list_records
 from shared.schema import JOB_PATTERN, MAX_ROWS_PER_PART, PLAN
 
 _METADATA_KEY = b"decant"
+_CHECKSUM_KEY = b"xxh3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,13 @@ class Job:
             metadata = self._reader.schema.metadata or {}
             if not self._reader.schema.equals(PLAN):
                 raise DamagedError(f"{self.path} has columns {', '.join(self._reader.schema.names)} of another format")
+            if metadata[_CHECKSUM_KEY] != xxhash.xxh3_128_hexdigest(metadata[_METADATA_KEY]).encode():
+                raise DamagedError(f"{self.path} was altered after it was planned; restore it from a copy")
             document = json.loads(metadata[_METADATA_KEY])
             self.request: dict[str, Any] = document["request"]
             self.rows_per_part = int(document["rows_per_part"])
             self.complete_jobs: frozenset[str] = frozenset(str(job) for job in document["complete_jobs"])
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
             raise DamagedError(f"{self.path} is not a plan ({first_line(error)})") from None
 
     @cached_property
@@ -94,33 +97,36 @@ class Job:
     @property
     def num_rows(self) -> int:
         """How many rows the plan holds."""
-        return sum(self._batch(i).num_rows for i in range(self.num_units))
+        return sum(self._batch(i)[0].num_rows for i in range(self.num_units))
 
     def part_stem(self, unit: int) -> str:
         """Return the name, without ending, of the part that a unit makes."""
         return f"part-{self.id8}-{unit:06d}"
 
     def unit(self, unit: int) -> list[PlanRow]:
-        """Return the rows of a unit.
+        """Return the rows of a unit after comparing them with their checksum.
 
         Raises:
-            DamagedError: the unit cannot be read.
+            DamagedError: the unit cannot be read or is not what was planned.
         """
-        batch = self._batch(unit)
+        batch, metadata = self._batch(unit)
         columns = [batch.column(field.name).to_pylist() for field in fields(PlanRow)]
-        return [PlanRow(*values) for values in zip(*columns, strict=True)]
+        rows = [PlanRow(*values) for values in zip(*columns, strict=True)]
+        if metadata.get(_CHECKSUM_KEY) != _checksum(rows):
+            raise DamagedError(f"{self.path} unit {unit} was altered after it was planned; restore the plan from a copy")
+        return rows
 
     def is_complete(self, committed: frozenset[str]) -> bool:
         """Tell whether the stems of committed sequences parts hold every unit."""
         return all(self.part_stem(unit) in committed for unit in range(self.num_units))
 
-    def _batch(self, unit: int) -> pa.RecordBatch:
+    def _batch(self, unit: int) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
         try:
-            batch = self._reader.get_batch(unit)
-            batch.validate(full=True)
+            found = self._reader.get_batch_with_custom_metadata(unit)
+            found.batch.validate(full=True)
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             raise DamagedError(f"{self.path} unit {unit} cannot be read ({first_line(error)})") from None
-        return batch
+        return found.batch, dict(found.custom_metadata or {})
 
 
 def job_id(request: Mapping[str, Any]) -> str:
@@ -170,12 +176,13 @@ def create_job(cache_dir: Path, request: Mapping[str, Any], rows: Iterable[PlanR
             "complete_jobs": [job.id for job in jobs if job.is_complete(stems)],
         }
         committed = KeySet(committed_keys(cache_dir / "sequences", records))
-        schema = PLAN.with_metadata({_METADATA_KEY: canonical_json(document)})
+        text = canonical_json(document)
+        schema = PLAN.with_metadata({_METADATA_KEY: text, _CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(text).encode()})
 
         def fill(file: BinaryIO) -> None:
             with pa.ipc.new_file(file, schema) as writer:
                 for unit in _units(rows, rows_per_part, committed):
-                    writer.write_batch(_to_batch(unit, schema))
+                    writer.write_batch(_to_batch(unit, schema), custom_metadata={_CHECKSUM_KEY: _checksum(unit)})
 
         make_dir(directory)
         fill_exclusive(path, fill, "plan", 0)
@@ -226,6 +233,12 @@ def _filtered(pending: list[PlanRow], committed: KeySet) -> list[PlanRow]:
         return pending
     known = committed.contains(stack_keys([row.row_key for row in pending]))
     return [row for row, skip in zip(pending, known, strict=True) if not skip]
+
+
+def _checksum(rows: list[PlanRow]) -> bytes:
+    """Return 32 hexadecimal digits over the values of a unit's rows."""
+    values = [[v.hex() if isinstance(v, bytes) else v for v in (getattr(row, f.name) for f in fields(row))] for row in rows]
+    return xxhash.xxh3_128_hexdigest(canonical_json(values)).encode()
 
 
 def _to_batch(unit: list[PlanRow], schema: pa.Schema) -> pa.RecordBatch:

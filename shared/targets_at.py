@@ -22,7 +22,7 @@ def temperature_index(temperatures: tuple[float, ...], temperature: float) -> in
         UsageError: the temperature was not captured.
     """
     for j, captured in enumerate(temperatures):
-        if abs(captured - temperature) < 1e-9:
+        if abs(captured - temperature) <= 1e-6 * captured:
             return j
     listed = ", ".join(f"{t:g}" for t in temperatures)
     raise UsageError(
@@ -38,7 +38,7 @@ def head_logprobs_at(targets: SparseTargets, temperature: float) -> NDArray[np.f
         UsageError: the temperature was not captured.
     """
     j = temperature_index(targets.temperatures, temperature)
-    if temperature == 1.0:
+    if targets.temperatures[j] == 1.0:
         return targets.logprobs
     scaled = targets.logprobs.astype(np.float64) / temperature
     with np.errstate(divide="ignore", invalid="ignore"):  # positions without a head: log(0) - log(0), used by no entry

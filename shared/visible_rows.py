@@ -24,9 +24,12 @@ def overlapping_jobs(cache_dir: Path, records: Sequence[PartRecord]) -> set[str]
 
     A part whose job has no plan here (it came from another cache) may share rows with every other.
     """
-    jobs = {job.id8: job for job in list_jobs(cache_dir)}
+    ids = sorted({record.id8 for record in records})
     risky: set[str] = set()
-    for a, b in combinations(sorted({record.id8 for record in records}), 2):
+    if len(ids) < 2:
+        return risky
+    jobs = {job.id8: job for job in list_jobs(cache_dir)}
+    for a, b in combinations(ids, 2):
         if a in jobs and b in jobs:
             first, second = jobs[a], jobs[b]
             if first.id in second.complete_jobs or second.id in first.complete_jobs:

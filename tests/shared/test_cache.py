@@ -116,6 +116,13 @@ def test_cache_without_layers_has_sequences_only(copy: Path) -> None:
     assert "mean_support" not in cache.stats()
 
 
+def test_sequences_open_without_targets_however_many_layers_there_are(path: Path) -> None:
+    cache = Cache.open_sequences(path)
+    assert cache.layer is None
+    assert [row.key for row in cache] == [row.key for row in opened(path)]
+    assert all(row.targets is None for row in pickle.loads(pickle.dumps(cache)))
+
+
 def test_rows_that_are_not_scored_are_refused_or_left_out(copy: Path) -> None:
     record = sorted((copy / "targets" / f"top6-{TOP.hash8}").glob("part*.json"))[1]
     record.unlink()

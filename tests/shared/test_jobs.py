@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shared.cache import Cache, verify_cache
@@ -112,6 +113,27 @@ def test_one_build_after_another_reads_no_row_keys(tmp_path: Path, monkeypatch: 
     build(tmp_path / "cache", 0, 12)
     monkeypatch.setattr("shared.visible_rows.committed_keys", lambda *_: pytest.fail("row_keys were read"))
     assert len(Cache.open(tmp_path / "cache")) == 11
+
+
+def test_flipped_bytes_of_a_plan_are_refused_or_change_nothing(writer: CacheWriter) -> None:
+    job = create_job(writer.path, {"seed": 1}, plan_rows(0, 6), 4)
+    truth, request, path = all_rows(job), job.request, job.path
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for at in rng.choice(len(good), 300, replace=False):
+        damaged = bytearray(good)
+        damaged[at] ^= int(rng.integers(1, 256))
+        path.unlink()  # not written over: the job above maps the old file
+        path.write_bytes(damaged)
+        try:
+            read = Job(path.parent)
+            assert all_rows(read) == truth
+            assert read.request == request
+        except DamagedError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 100 < refused < 300
 
 
 @pytest.mark.parametrize("keep", [0, 20, 500])

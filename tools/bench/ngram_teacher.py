@@ -84,7 +84,8 @@ class TrigramTeacher:
                 weight = total / (total + _WITTEN_BELL * len(followers))
                 p = (1 - weight) * p
                 p[[self._column[token] for token in followers]] += weight * np.array(list(followers.values())) / total
-        return p / p.sum()
+        normalised: NDArray[np.float64] = p / p.sum()
+        return normalised
 
 
 def targets_of_row(

@@ -48,7 +48,8 @@ def ranked_logprobs(rng: np.random.Generator, num_positions: int) -> NDArray[np.
     scores = -exponent * np.log(rank + offset) + 0.15 * rng.standard_normal((num_positions, RANKED_ENTRIES), dtype=np.float32)
     scores = -np.sort(-scores, axis=1)
     scores -= scores[:, :1]
-    return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    logprobs: NDArray[np.float64] = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+    return logprobs
 
 
 def distinct_ids(rng: np.random.Generator, num_positions: int, k: int) -> NDArray[np.int32]:
