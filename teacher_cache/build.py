@@ -9,12 +9,13 @@ Cost: two engine passes over the tokens; memory for a few units.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shared.cache_writer import CacheWriter, LayerWriter
 from shared.errors import DecantError, PromptError, UsageError
 from shared.jobs import Job, PlanRow, create_job
+from shared.layout import read_header
 from shared.recipe import Recipe, Teacher
 from teacher_cache import engines
 from teacher_cache.engines.protocol import Engine
@@ -93,7 +94,10 @@ def teach(
     teacher, own_share = _checked(recipe, partition)
     known = know_teacher(teacher)
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, known.max_model_len)
+    request = _request(recipe, known)
     identity = sequences_identity(known, teacher, recipe.generate)
+    if request is None:  # nothing is rendered, so the teacher's own template does not matter
+        identity = replace(identity, template=read_header(recipe.cache[0]).identity.template)
     cache = CacheWriter.create_or_open(recipe.cache[0], identity, known.tokenizer_files)
     layer = cache.layer(None, layer_identity(known, teacher, recipe.capture), {"engine": teacher.engine, **software()})
     before = cache.sequence_records()
@@ -105,7 +109,7 @@ def teach(
         )
         try:
             with engine:
-                job = _plan(build) if recipe.prompts else None
+                job = _plan(build, request) if request is not None else None
                 if job is not None:
                     _make_sequences(build, job, maker)
                 _make_targets(build, job)
@@ -139,11 +143,17 @@ def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher) -> Engin
     return engines.open_engine(settings, recipe.capture, for_generation=recipe.generate, model_dir=known.files.directory)
 
 
-def _plan(build: _Build) -> Job:
-    """Return the job of the recipe's prompts, reading them only if it was never planned."""
-    recipe, known, summary = build.recipe, build.known, build.summary
+def _request(recipe: Recipe, known: KnownTeacher) -> dict[str, Any] | None:
+    """Return what names the job, or None without prompts; finds every prompt file before anything is written."""
+    if not recipe.prompts:
+        return None
     generator = known.generator if recipe.generate else None
-    request = request_of(recipe, generator, known.tokenizer_hash, known.max_model_len)
+    return request_of(recipe, generator, known.tokenizer_hash, known.max_model_len)
+
+
+def _plan(build: _Build, request: dict[str, Any]) -> Job:
+    """Return the job of the recipe's prompts, reading them only if it was never planned."""
+    recipe, summary = build.recipe, build.summary
     problems, tally = Problems(), Tally()
 
     def rows() -> Iterator[PlanRow]:

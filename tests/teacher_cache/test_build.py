@@ -277,6 +277,15 @@ def test_another_tokenizer_is_refused_before_an_engine_starts(tmp_path, model, o
     assert len(opened) == 1
 
 
+def test_another_chat_template_may_score_but_not_extend(tmp_path, model, opened):
+    teach(recipe(tmp_path, model))
+    base = make_qwen3(tmp_path / "base", seed=1, chat_template="{{ messages[0].content }}{{ messages[-1].content }}<|im_end|>")
+    with pytest.raises(IdentityError, match="template is"):
+        teach(recipe(tmp_path, base))
+    summary = teach(recipe(tmp_path, base, prompts=[], generate=None))
+    assert (summary.generated.rows, summary.scored.rows) == (0, 20)
+
+
 def test_a_row_longer_than_a_second_teacher_takes_is_named_before_its_engine_starts(tmp_path, model, opened):
     teach(recipe(tmp_path, model))
     with pytest.raises(EngineError, match=r"part-[0-9a-f]{8}-000000:\d+: the row has \d+ tokens and the teacher takes 30"):
@@ -303,3 +312,4 @@ def test_a_missing_teacher_or_prompt_file_is_one_sentence(tmp_path, model, opene
     prompts = [{"source": "math", "path": str(tmp_path / "none.jsonl"), "format": "messages"}]
     with pytest.raises(PromptError, match=r"none\.jsonl: no such file"):
         teach(recipe(tmp_path, model, prompts=prompts))
+    assert not (tmp_path / "cache").exists()
