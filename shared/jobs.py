@@ -70,7 +70,7 @@ class Job:
         try:
             metadata = self._reader.schema.metadata or {}
             if not self._reader.schema.equals(PLAN):
-                raise DamagedError(f"{self.path} has columns {', '.join(self._reader.schema.names)} of another format")
+                raise DamagedError(f"{self.path} has not the columns {', '.join(PLAN.names)}; it is no plan or was altered")
             if metadata[_CHECKSUM_KEY] != xxhash.xxh3_128_hexdigest(metadata[_METADATA_KEY]).encode():
                 raise DamagedError(f"{self.path} was altered after it was planned; restore it from a copy")
             document = json.loads(metadata[_METADATA_KEY])
