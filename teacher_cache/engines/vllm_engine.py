@@ -9,7 +9,6 @@ Shape letters: T tokens of a sequence, S supervised positions, W columns.
 
 from __future__ import annotations
 
-import gc
 import logging
 import platform
 import warnings
@@ -58,7 +57,7 @@ class VllmEngine:
 
             on_cpu = bool(current_platform.is_cpu())
             self._settings: VllmSettings = plan_settings(teacher, capture, for_generation, model_dir, on_cpu=on_cpu)
-            self._restore = _remember_threads()
+            self._restore = _hold_torch() if on_cpu else None
             self._llm = LLM(**self._settings.arguments)
             self.tokenizer: Any = self._llm.get_tokenizer()
             self.vocab_size: int = len(self.tokenizer)
@@ -204,7 +203,6 @@ class VllmEngine:
             from vllm.distributed import cleanup_dist_env_and_memory
 
             cleanup_dist_env_and_memory()
-            gc.collect()
         if self._restore is not None:
             self._restore()
             self._restore = None
@@ -260,14 +258,22 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "unknown"
 
 
-def _remember_threads() -> Callable[[], None]:
-    """Return what undoes the changes that vLLM's CPU worker makes to torch in its own process."""
+def _hold_torch() -> Callable[[], None]:
+    """Return what undoes the changes that vLLM's CPU worker makes to torch in its own process, and compile nothing meanwhile.
+
+    Execution is eager there, but ranking a label is decorated for compilation, which would start a C++ compiler at the first
+    scored row.
+    """
     import torch
+    import torch._dynamo
 
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    disabled = torch._dynamo.config.disable
+    torch._dynamo.config.disable = True
 
     def restore() -> None:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)
+        torch._dynamo.config.disable = disabled
 
     return restore

@@ -1,8 +1,8 @@
 """Worker side of vLLM: fill the columns of scored rows with exact tails at every captured temperature, and draws from them.
 
-Loaded into each worker through `worker_extension_cls` and switched on by `collective_rpc("decant_capture", ...)`. It asks the
-stock code for the head only, and adds the other columns while the full-width row still exists (see tail_columns). Stock
-results pass through whenever a request has another width or no layout is set.
+Loaded into each worker through `worker_extension_cls` and switched on by `collective_rpc("decant_capture", ...)`. It takes
+the place of stock top-k, label log-probability and rank while the full-width row still exists (see tail_columns). Stock code
+runs unchanged whenever a request has another width or no layout is set.
 
 - V1 runner (CPU, older GPUs): `Sampler.gather_logprobs`, while inside `GPUModelRunner._get_prompt_logprobs_dict`.
 - V2 runner (GPU): the name `compute_topk_scores` in `vllm.v1.worker.gpu.sample.prompt_logprob`, while inside
@@ -73,21 +73,25 @@ def _expect_parameters(function: Callable[..., Any], *names: str) -> None:
         raise TypeError(f"{function.__qualname__} takes {', '.join(found)}; expected it to begin with {', '.join(names)}")
 
 
-def _extended(scores: torch.Tensor, stock: Any, keys: torch.Tensor, layout: ColumnLayout) -> Any:
-    """Return stock columns of label and head with the other columns added, in the types that vLLM expects."""
-    ids, logprobs = stock.logprob_token_ids.to(torch.int64), stock.logprobs
-    keys = keys.to(scores.device)
-    ids, values = extend_columns(scores, ids[:, 0], logprobs[:, 0], ids[:, 1:], logprobs[:, 1:], keys, layout)
-    return stock._replace(logprob_token_ids=ids.to(stock.logprob_token_ids.dtype), logprobs=values)
+def _columns(
+    scores: torch.Tensor, labels: torch.Tensor, lognorm: torch.Tensor, keys: torch.Tensor, layout: ColumnLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and values [P, 1 + layout.num_extra] of rows of [P, V] scores whose log-sum-exp is `lognorm` [P]."""
+    head_scores, head_ids = scores[:, : layout.vocab_size].topk(layout.num_head, dim=-1)
+    label_logprobs = scores.gather(1, labels[:, None])[:, 0].float() - lognorm
+    head_logprobs = head_scores.float() - lognorm[:, None]
+    return extend_columns(scores, labels, label_logprobs, head_ids, head_logprobs, keys.to(scores.device), layout)
 
 
 def _install_v1() -> None:
+    from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     stock_gather, stock_prompt = Sampler.gather_logprobs, GPUModelRunner._get_prompt_logprobs_dict
     _expect_parameters(stock_gather, "logprobs", "num_logprobs", "token_ids")
     _expect_parameters(stock_prompt, "self", "hidden_states", "num_scheduled_tokens")
+    _expect_parameters(LogprobsTensors, "logprob_token_ids", "logprobs", "selected_token_ranks")
 
     def gather_logprobs(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
         if _layout is None or _slices is None:
@@ -97,7 +101,8 @@ def _install_v1() -> None:
             raise RuntimeError("vLLM scored prompts in another order than expected; draws cannot be keyed")
         if num_logprobs != _layout.num_extra:
             return stock_gather(logprobs, num_logprobs, token_ids)
-        return _extended(logprobs, stock_gather(logprobs, _layout.num_head, token_ids), keys, _layout)
+        ids, values = _columns(logprobs, token_ids, logprobs.new_zeros(len(logprobs)), keys, _layout)
+        return LogprobsTensors(ids.to(torch.int32), values, ids.new_zeros(len(ids)))
 
     def get_prompt_logprobs_dict(self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         global _slices
@@ -141,8 +146,11 @@ def _install_v2() -> None:
         keys, _row_keys = _row_keys[: len(logits)], _row_keys[len(logits) :]
         if num_logprobs != _layout.num_extra:
             return stock_scores(logits, num_logprobs, sampled_token_ids, *rest, **named)
-        stock = stock_scores(logits, _layout.num_head, sampled_token_ids, *rest, **named)
-        return _extended(logits, stock, keys, _layout)
+        stock = stock_scores(logits, 0, sampled_token_ids, *rest, **named)
+        labels = stock.logprob_token_ids[:, 0].to(torch.int64)
+        lognorm = logits.gather(1, labels[:, None])[:, 0].float() - stock.logprobs[:, 0]
+        ids, values = _columns(logits, labels, lognorm, keys, _layout)
+        return stock._replace(logprob_token_ids=ids.to(stock.logprob_token_ids.dtype), logprobs=values)
 
     def compute_prompt_logprobs(
         self: Any,

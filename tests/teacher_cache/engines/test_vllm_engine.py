@@ -1,0 +1,301 @@
+"""A real vLLM on the CPU against the reference engine in float64, on a tiny random model.
+
+Engines of this module run inside the test process, one at a time; each start takes a few seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from shared.errors import EngineError
+from shared.recipe import Capture, Generate, Teacher
+from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine, vllm_arrays, vllm_tail
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.engines.transformers_model import CausalModel
+from tests.tiny_models import VOCAB_SIZE, make_qwen3
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+PADDED = VOCAB_SIZE + 32
+LONGEST = 512
+HYBRID = Capture(mode="top+sample", k=8, draws=4, temperatures=(1.0, 2.0, 4.0))
+ANSWER = Generate(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_qwen3(tmp_path_factory.mktemp("teacher"), vocab_size=PADDED, max_position_embeddings=LONGEST)
+
+
+@pytest.fixture(scope="module")
+def exact(model_dir):
+    return CausalModel.load(Teacher(model="m", engine="transformers"), model_dir, dtype="float64")
+
+
+@contextmanager
+def opened(model_dir, capture, generate=None, **teacher):
+    engine = open_engine(Teacher(model="m", **teacher), capture, for_generation=generate, model_dir=model_dir)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def float32(model_dir):
+    with opened(model_dir, HYBRID, ANSWER, dtype="float32") as engine:
+        yield engine
+
+
+def sequences(count: int, seed: int = 0) -> list[ScoreRequest]:
+    """Random tokens of many lengths, the longest that fits among them, some with two spans."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        length = LONGEST if i == 0 else int(rng.integers(2, 200))
+        ids = rng.integers(0, VOCAB_SIZE, length).astype(np.int32)
+        spans = [[1, length]] if length < 8 else [[2, length // 2], [length // 2 + 2, length]]
+        found.append(ScoreRequest(("row", i), i // 8, ids, np.array(spans, np.int32)))
+    return found
+
+
+def scored(engine, requests) -> dict:
+    found = {result.tag: result.targets for result in engine.score(iter(requests))}
+    assert set(found) == {request.tag for request in requests}
+    return found
+
+
+def oracle(exact, capture, requests) -> dict:
+    return scored(TransformersEngine(exact, capture, softmax_dtype=torch.float64), requests)
+
+
+def prompts(count: int, seed: int = 2) -> list[GenerateRequest]:
+    rng = np.random.default_rng(seed)
+    return [
+        GenerateRequest(i, i // 16, rng.integers(3, VOCAB_SIZE, int(rng.integers(2, 40))).tolist(), 2**62 + 17 * i)
+        for i in range(count)
+    ]
+
+
+def answers(engine, requests, settings=ANSWER) -> dict:
+    return {answer.tag: answer for answer in engine.generate(iter(requests), settings)}
+
+
+def full_kl(expected, found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return KL in nats, whether the top tokens agree, and the oracle's margin, per position, of whole-vocabulary heads."""
+    rows = expected.num_positions
+    p, q = (np.full((rows, VOCAB_SIZE), -np.inf) for _ in range(2))
+    for dense, targets in ((p, expected), (q, found)):
+        assert (targets.counts == VOCAB_SIZE).all()
+        dense[np.repeat(np.arange(rows), VOCAB_SIZE), targets.ids] = targets.logprobs
+    top = np.sort(p, 1)
+    return (np.exp(p) * (p - q)).sum(1), p.argmax(1) == q.argmax(1), top[:, -1] - top[:, -2]
+
+
+def compared(expected: dict, found: dict) -> list[np.ndarray]:
+    return [np.concatenate(parts) for parts in zip(*(full_kl(expected[tag], found[tag]) for tag in expected), strict=True)]
+
+
+def test_float32_with_chunked_prompts_equals_the_oracle(model_dir, exact):
+    """256 tokens per pass, so that the longest prompts are cut over several."""
+    everything = Capture(k=VOCAB_SIZE)
+    with opened(model_dir, everything, dtype="float32", max_num_batched_tokens=256) as engine:
+        assert engine.provenance()["capture_path"] == "plugin+arrays"
+        assert engine.provenance()["chunked_prefill"] is True
+        kl, same_top, _ = compared(oracle(exact, everything, sequences(24)), scored(engine, sequences(24)))
+    assert len(kl) > 1500
+    assert kl.max() < 1e-5
+    assert same_top.mean() >= 0.999
+
+
+def test_bfloat16_stays_close_to_the_oracle(model_dir, exact):
+    everything = Capture(k=VOCAB_SIZE)
+    with opened(model_dir, everything, dtype="bfloat16") as engine:
+        assert engine.provenance()["head_dtype"] == "float32"
+        kl, same_top, margin = compared(oracle(exact, everything, sequences(24)), scored(engine, sequences(24)))
+    assert same_top[margin > 0.1].mean() >= 0.99
+    assert kl.mean() < 1e-3
+
+
+def test_heads_tails_and_draws_equal_the_oracle(float32, exact):
+    assert float32.provenance()["capture_path"] == "plugin+arrays"
+    found, expected = scored(float32, sequences(40)), oracle(exact, HYBRID, sequences(40))
+    same_ids, same_draws = [], []
+    for tag, targets in expected.items():
+        other = found[tag]
+        assert np.array_equal(targets.counts, other.counts)
+        assert max(other.ids) < VOCAB_SIZE
+        same_ids.append(targets.ids == other.ids)
+        assert np.abs(targets.logprobs - other.logprobs).max() < 1e-3
+        assert np.abs(targets.label_logprobs - other.label_logprobs).max() < 1e-3
+        assert np.abs(targets.tail_logmass - other.tail_logmass).max() < 0.01
+        for one, two in zip(targets.draws, other.draws, strict=True):
+            assert (np.add.reduceat(two.multiplicities, np.cumsum(two.counts) - two.counts) == 4).all()
+            drawn = [set(zip(np.repeat(np.arange(len(d.counts)), d.counts), d.ids, strict=True)) for d in (one, two)]
+            same_draws.append(len(drawn[0] & drawn[1]) / len(drawn[0]))
+    assert np.concatenate(same_ids).mean() > 0.999
+    assert np.mean(same_draws) > 0.999
+
+
+def test_draws_are_unbiased_over_a_real_text(float32, exact):
+    """Pooled counts per token within 4.5 standard deviations of what the oracle's full rows expect, at each temperature."""
+    requests = sequences(30, seed=5)
+    found = scored(float32, requests)
+    full = oracle(exact, Capture(k=VOCAB_SIZE), requests)
+    for j, temperature in enumerate(HYBRID.temperatures):
+        expected, variance, counts = (np.zeros(VOCAB_SIZE) for _ in range(3))
+        for tag, targets in found.items():
+            rows = targets.num_positions
+            p = np.zeros((rows, VOCAB_SIZE))
+            p[np.repeat(np.arange(rows), VOCAB_SIZE), full[tag].ids] = np.exp(full[tag].logprobs.astype(np.float64) / temperature)
+            p[np.repeat(np.arange(rows), 8), targets.ids] = 0.0
+            p /= p.sum(1, keepdims=True)
+            expected += 4 * p.sum(0)
+            variance += 4 * (p * (1 - p)).sum(0)
+            draws = targets.draws[j]
+            counts += np.bincount(draws.ids, draws.multiplicities, VOCAB_SIZE)
+        z = (counts - expected) / np.sqrt(variance)
+        assert np.abs(z[expected > 5]).max() < 4.5
+        assert 0.3 < z[expected > 5].std() < 1.2
+
+
+def test_scoring_and_answering_alternate(float32):
+    before = answers(float32, prompts(5))
+    rows = scored(float32, sequences(3))
+    assert answers(float32, prompts(5)) == before
+    again = scored(float32, sequences(3))
+    for tag, targets in rows.items():
+        assert np.array_equal(targets.ids, again[tag].ids)
+
+
+def test_seeds_make_answers_independent_of_their_company(float32):
+    assert float32.provenance()["seeds_honoured"] is True
+    together = answers(float32, prompts(48))
+    for request in prompts(48)[::12]:
+        assert answers(float32, [request]) == {request.tag: together[request.tag]}
+    other = [GenerateRequest(r.tag, r.unit, r.token_ids, r.seed + 1) for r in prompts(48)]
+    assert sum(answers(float32, other)[tag] != together[tag] for tag in together) > 20
+
+
+def test_more_prompts_than_one_pass_holds_keep_their_seeds(float32):
+    """600 prompts of 40 tokens exceed one pass: vLLM's CPU runner dies here if it cuts a seeded prompt in two."""
+    rng = np.random.default_rng(0)
+    requests = [GenerateRequest(i, 0, rng.integers(3, VOCAB_SIZE, 40).tolist(), i) for i in range(600)]
+    assert len(answers(float32, requests, Generate(max_new_tokens=2))) == 600
+
+
+def test_answers_end_with_the_end_token_or_at_their_limit(float32):
+    found = answers(float32, prompts(64), Generate(max_new_tokens=60))
+    end = float32.tokenizer.eos_token_id
+    assert {answer.finish_reason for answer in found.values()} == {"stop", "length"}
+    for answer in found.values():
+        assert end not in answer.token_ids[:-1]
+        assert (answer.token_ids[-1] == end) == (answer.finish_reason == "stop")
+        assert answer.finish_reason == "stop" or len(answer.token_ids) == 60
+
+
+def test_greedy_answers_equal_the_oracles(float32, exact):
+    settings = Generate(temperature=0.0, max_new_tokens=16)
+    assert answers(float32, prompts(12), settings) == answers(TransformersEngine(exact, None), prompts(12), settings)
+
+
+def test_stop_text_ends_an_answer(float32):
+    request = next(r for r in prompts(64) if len(answers(float32, [r])[r.tag].token_ids) > 6)
+    plain = answers(float32, [request])[request.tag]
+    wanted = float32.tokenizer.decode(plain.token_ids[:4])
+    stopped = answers(float32, [request], Generate(max_new_tokens=24, stop=(wanted,)))[request.tag]
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == plain.token_ids[: len(stopped.token_ids)]
+    assert len(stopped.token_ids) <= 4
+
+
+def test_answer_fills_the_model_length_and_no_more(float32):
+    request = GenerateRequest(0, 0, np.arange(3, 3 + LONGEST - 5).tolist() and [7] * (LONGEST - 5), 11)
+    answer = answers(float32, [request], Generate(max_new_tokens=100))[0]
+    assert 1 <= len(answer.token_ids) <= 5
+    with pytest.raises(EngineError, match="leaves no room"):
+        answers(float32, [GenerateRequest(0, 0, [7] * LONGEST, 1)])
+
+
+def test_bad_request_leaves_the_engine_usable(float32):
+    too_long = ScoreRequest("long", 0, np.zeros(LONGEST + 1, np.int32), np.array([[1, 5]], np.int32))
+    with pytest.raises(EngineError, match="expected 2 to"):
+        list(float32.score([*sequences(2), too_long]))
+    assert len(scored(float32, sequences(4))) == 4
+
+
+def test_abandoned_results_leave_the_engine_usable(float32):
+    results = float32.score(iter(sequences(30)))
+    next(results)
+    results.close()
+    assert len(scored(float32, sequences(4))) == 4
+
+
+def test_requests_are_pulled_only_as_far_as_they_fit_in_flight(float32, monkeypatch):
+    monkeypatch.setattr("teacher_cache.engines.vllm_engine.MAX_IN_FLIGHT", 3)
+    pulled = []
+
+    def source():
+        for request in sequences(12, seed=8):
+            pulled.append(request.tag)
+            yield request
+
+    for done, _ in enumerate(float32.score(source())):
+        assert len(pulled) <= done + 3 + 3
+    assert len(pulled) == 12
+
+
+def test_plain_columns_serve_where_the_plugin_cannot(model_dir, exact, monkeypatch, caplog):
+    """The last two guards fail: lists instead of arrays, and the tail as 1 minus the head's sum."""
+    capture = Capture(k=16, mass=0.9)
+    monkeypatch.setattr(vllm_arrays, "install", lambda: "made to fail")
+    monkeypatch.setattr(vllm_tail, "_installed", {"v1": "made to fail", "v2": "made to fail"})
+    with caplog.at_level(logging.WARNING), opened(model_dir, capture, dtype="float32") as engine:
+        assert engine.provenance()["capture_path"] == "stock+flat"
+        found = scored(engine, sequences(6))
+    assert sum("made to fail" in record.message for record in caplog.records) == 2
+    for tag, targets in oracle(exact, capture, sequences(6)).items():
+        assert np.array_equal(targets.ids, found[tag].ids)
+        assert np.abs(targets.tail_logmass - found[tag].tail_logmass).max() < 1e-3
+
+
+def test_tails_that_need_the_plugin_are_refused_without_it(model_dir, monkeypatch):
+    monkeypatch.setattr(vllm_tail, "_installed", {"v1": "made to fail", "v2": "made to fail"})
+    with pytest.raises(EngineError, match=r"cannot capture tails at temperatures \[1.0, 2.0\].*made to fail"):
+        open_engine(Teacher(model="m", dtype="float32"), Capture(temperatures=(2.0,)), for_generation=None, model_dir=model_dir)
+
+
+def test_wrong_arrays_are_found_out_and_lists_used(model_dir, exact, monkeypatch):
+    honest = vllm_arrays.PromptArrays.__init__
+
+    def shifted(self, ids, logprobs):
+        honest(self, ids, logprobs + np.float32(0.1))
+
+    monkeypatch.setattr(vllm_arrays.PromptArrays, "__init__", shifted)
+    with opened(model_dir, HYBRID, dtype="float32") as engine:
+        assert engine.provenance()["capture_path"].endswith("+flat")
+        scored(engine, sequences(3))
+
+
+def test_model_that_cannot_start_is_a_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such"}')
+    with pytest.raises(EngineError, match="vLLM cannot start with"):
+        open_engine(Teacher(model="m"), None, for_generation=None, model_dir=tmp_path)
+
+
+def test_core_process_of_its_own_gives_the_same_rows(model_dir, exact, monkeypatch):
+    """As on a GPU: the worker is reached by remote calls and rows come through a socket."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with opened(model_dir, HYBRID, ANSWER, dtype="float32") as engine:
+        assert engine.provenance()["capture_path"] == "plugin+arrays"
+        found = scored(engine, sequences(4))
+        assert len(answers(engine, prompts(4))) == 4
+    for tag, targets in oracle(exact, HYBRID, sequences(4)).items():
+        assert np.array_equal(targets.ids, found[tag].ids)
+        assert np.abs(targets.tail_logmass - found[tag].tail_logmass).max() < 0.01
