@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.codec import Codec
-from shared.errors import DamagedError
+from shared.errors import DamagedError, UsageError
 from shared.targets import Draws, SparseTargets
 from shared.targets_at import head_logprobs_at
 from tests.shared.dense_targets import Dense, cut, equal_targets, log_softmax
@@ -294,3 +294,9 @@ def test_gaps_that_overflow_are_refused(ragged: bool) -> None:
     content = np.concatenate(planes).astype(np.uint8).tobytes()
     with pytest.raises(DamagedError, match="steps below its first entry"):
         codec.decode(zstandard.ZstdCompressor(write_checksum=True).compress(content), len(counts))
+
+
+def test_temperature_that_was_not_captured_is_refused_with_those_that_were() -> None:
+    _, good = good_row()
+    with pytest.raises(UsageError, match=r"temperature 3 was not captured \(captured: 1, 2\)"):
+        head_logprobs_at(good, 3.0)
