@@ -27,12 +27,14 @@ from student_train.health import health_of
 from student_train.metrics_log import read_steps
 from student_train.processes import first_then_others, is_first, wait_for_all
 from student_train.progress import OpenProgress, SilentProgress, StageProgress
+from student_train.row_attention import switch_attention
+from student_train.row_separation import separate_rows
 from student_train.run_seconds import SecondsLog
 from student_train.stage_identity import claim_stage, mark_done, stage_identity
 from student_train.stage_terms import terms_at
 from student_train.stage_work import StageWork, resolve_stage
 from student_train.student import add_adapter, load_student
-from student_train.student_head import body_of, check_head, check_packing, head_of
+from student_train.student_head import body_of, check_head, head_of
 from student_train.trainer import DistilTrainer
 from student_train.training_arguments import training_arguments
 
@@ -130,6 +132,7 @@ def _train_and_export(
     trainer.run(checkpoint.path if checkpoint else None, done)
     sharded_weights = trainer.whole_weights()
     restore_forward(base)
+    switch_attention(base, work.student.attention)
     if is_first():
         tokenizer_dir = work.caches.caches[0].tokenizer_dir
         export_student(model, work.student, work.origin, tokenizer_dir, work.directory, sharded_weights)
@@ -143,7 +146,7 @@ def _student(work: StageWork, args: TrainingArguments) -> tuple[Any, Any, Object
         base.to(args.device)
     head = head_of(base, work.caches.vocab_size)
     check_head(base, head)
-    check_packing(base, head.vocab_size)
+    separate_rows(base, head.vocab_size)
     model = add_adapter(base, work.student.adapter, seed=work.seed)
     if _recomputes(work) and model is not base:
         base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import TrainingError
+from student_train.row_attention import NAME as ROW_ATTENTION
+from student_train.row_attention import layout_of
 
 PROBE_TOKENS = 12
 """Length of the probes: long enough for attention to matter, short enough for any model."""
@@ -91,7 +93,8 @@ def run_body(body: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor
 
     Attention keeps rows apart only without a mask and without a cache; with either they leak into each other in silence.
     """
-    output = body(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
+    layout = {"row_layout": layout_of(position_ids)} if body.config._attn_implementation == ROW_ATTENTION else {}
+    output = body(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False, **layout)
     return output[0]
 
 
@@ -101,7 +104,7 @@ def check_head(model: Any, head: StudentHead, *, tolerance: float = 2e-2) -> Non
     Raises:
         TrainingError: the model computes its logits in another way than its config declares.
     """
-    probe = _probe(model, head.vocab_size, seed=0)
+    probe = probe_tokens(model, head.vocab_size, seed=0)
     positions = torch.arange(probe.shape[1], device=probe.device)[None]
     was_training = model.training
     model.eval()
@@ -109,43 +112,20 @@ def check_head(model: Any, head: StudentHead, *, tolerance: float = 2e-2) -> Non
         expected = model(input_ids=probe, position_ids=positions, use_cache=False).logits[..., : head.vocab_size].float()
         got = head.logits(run_body(body_of(model), probe, positions))
     model.train(was_training)
-    if _distance(got, expected) > tolerance:
+    if relative_distance(got, expected) > tolerance:
         raise TrainingError(
             f"{type(model).__name__} computes its logits in a way that its config does not declare (the probe differs by "
-            f"{_distance(got, expected):.1%}), so a loss fused with its head would be wrong; choose another student"
+            f"{relative_distance(got, expected):.1%}), so a loss fused with its head would be wrong; choose another student"
         )
 
 
-def check_packing(model: Any, vocab_size: int, *, tolerance: float = 2e-2) -> None:
-    """Compare hidden states of two rows in one pack with those of each alone.
-
-    Raises:
-        TrainingError: the rows see each other.
-    """
-    rows = [_probe(model, vocab_size, seed) for seed in (1, 2)]
-    body = body_of(model)
-    was_training = model.training
-    model.eval()
-    positions = torch.arange(PROBE_TOKENS, device=rows[0].device)[None]
-    with torch.no_grad():
-        alone = torch.cat([run_body(body, row, positions) for row in rows], dim=1)
-        packed = run_body(body, torch.cat(rows, dim=1), torch.cat([positions, positions], dim=1))
-    model.train(was_training)
-    if _distance(packed, alone) > tolerance:
-        raise TrainingError(
-            f"rows of one pack see each other in {type(model).__name__} with attention "
-            f"'{model.config._attn_implementation}' (hidden states differ by {_distance(packed, alone):.1%}); "
-            "set student.attention to sdpa, or choose a student whose layers keep packed rows apart"
-        )
-
-
-def _probe(model: Any, vocab_size: int, seed: int) -> Tensor:
-    """Return [1, PROBE_TOKENS] token ids that depend on the seed alone."""
-    ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(seed))
+def probe_tokens(model: Any, vocab_size: int, seed: int, num_tokens: int = PROBE_TOKENS) -> Tensor:
+    """Return [1, num_tokens] token ids that depend on the seed alone."""
+    ids = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(seed))
     return ids.to(model.get_input_embeddings().weight.device)
 
 
-def _distance(got: Tensor, expected: Tensor) -> float:
+def relative_distance(got: Tensor, expected: Tensor) -> float:
     """Return the mean absolute difference over the mean absolute deviation of what is expected."""
     expected = expected.float()
     spread = (expected - expected.mean(dim=-1, keepdim=True)).abs().mean()

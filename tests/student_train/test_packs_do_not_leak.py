@@ -10,9 +10,10 @@ from shared.errors import TrainingError
 from shared.targets_at import head_logprobs_at
 from student_train.collate import collate
 from student_train.dataset import CacheList, PackDataset, build_pack
+from student_train.row_separation import separate_rows
 from student_train.row_targets import at_temperatures, first_positions, within_vocabulary
 from student_train.stage_plan import plan_stage
-from student_train.student_head import body_of, check_packing, run_body
+from student_train.student_head import body_of, run_body
 
 
 def load(path, attention="sdpa"):
@@ -37,14 +38,14 @@ def test_hidden_states_in_a_pack_are_those_of_each_row_alone(tiny, family, atten
 
 
 def test_check_refuses_a_model_whose_packed_rows_see_each_other(tiny):
-    model = load(tiny.qwen3)
+    model = load(tiny.qwen3, "eager")
     body = body_of(model)
     original = body.forward
     body.forward = lambda position_ids=None, **kwargs: original(
         position_ids=torch.arange(kwargs["input_ids"].shape[1])[None], **kwargs
     )
     with pytest.raises(TrainingError, match="see each other"):
-        check_packing(model, 512)
+        separate_rows(model, 512)
 
 
 def test_batch_of_several_packs_equals_one_pack_of_all_rows(tiny):
