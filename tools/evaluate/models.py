@@ -54,7 +54,8 @@ class ModelUnderTest:
             "tensor_parallel_size": shared.tensor_parallel_size if self.name == "teacher" else 1,
             "gpu_memory_utilization": shared.gpu_memory_utilization,
             "max_num_batched_tokens": shared.max_num_batched_tokens,
-            "batch_tokens": shared.batch_tokens,
+            # Answering holds one position of logits per row where scoring holds all of them: room for four times as many.
+            "batch_tokens": 4 * shared.batch_tokens,
         }
         try:
             return Teacher.model_validate(wanted)
