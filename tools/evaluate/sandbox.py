@@ -137,7 +137,8 @@ def _readable() -> list[str]:
 
 def _command(mechanism: str, scratch: Path, verdict_fd: int) -> list[str]:
     # -E is left out on purpose: the environment is ours, and PYTHONHASHSEED makes the order of sets the same in every run.
-    python = [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B", "-X", "utf8"]
+    interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    python = [interpreter, "-s", "-P", "-S", "-B", "-X", "utf8"]
     child = [str(_CHILD), str(verdict_fd)]
     if mechanism != "bubblewrap":
         return [*python, *child]

@@ -143,8 +143,7 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
     for index, run in enumerate(runs):
         for name, stage in run.stages.items():
             label = f"{run.name}/{name}" if index else name
-            terms = [key for key in stage.steps[-1] if key in _loss_names(run, name)]
-            figures.append((f"Training loss of stage {label}", plots.loss_plot(label, stage.steps, terms)))
+            figures.append((f"Training loss of stage {label}", plots.loss_plot(label, stage.steps, stage.terms)))
     if any(cache.get("entropy_histogram", ())):
         figures.append(("How sure the teacher is", plots.entropy_plot(cache["entropy_histogram"], cache["entropy_bin_nats"])))
     if any(cache.get("support_histogram", ())):
@@ -155,11 +154,6 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
 def _plots(figures: Sequence[tuple[str, str]]) -> str:
     cards = "".join(f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>' for title, svg in figures)
     return f'<h2>Plots</h2><div class="plots">{cards}</div>' if cards else ""
-
-
-def _loss_names(run: RunFiles, stage: str) -> set[str]:
-    losses = run.recipe.stage(stage).losses if run.recipe and any(known.name == stage for known in run.recipe.stages) else ()
-    return {loss.name for loss in losses}
 
 
 def _answers_table(report: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ def colour_of(models: Sequence[str], name: str) -> str:
 def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
     """Draw every model's score per domain with its 95 % interval."""
 
-    def draw(axes: Any) -> None:
+    def _draw(axes: Any) -> None:
         names = list(models)
         width = 0.8 / len(names)
         for index, name in enumerate(names):
@@ -49,7 +49,7 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
         axes.grid(axis="y")
         axes.legend(ncols=min(4, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=1.0)
 
-    return _svg("scores", draw)
+    return _svg("scores", _draw)
 
 
 def divergence_plot(models: Mapping[str, Any]) -> str:
@@ -58,7 +58,7 @@ def divergence_plot(models: Mapping[str, Any]) -> str:
         ((name, model["heldout"]) for name, model in models.items() if model["heldout"]), key=lambda pair: -pair[1]["kl_nats"]
     )
 
-    def draw(axes: Any) -> None:
+    def _draw(axes: Any) -> None:
         for place, (name, heldout) in enumerate(shown):
             spread = [[max(0.0, heldout["kl_nats"] - heldout["kl_low"])], [max(0.0, heldout["kl_high"] - heldout["kl_nats"])]]
             axes.barh(place, heldout["kl_nats"], 0.7, color=colour_of(list(models), name))
@@ -75,13 +75,13 @@ def divergence_plot(models: Mapping[str, Any]) -> str:
         axes.set_xlabel("held-out KL from the teacher, nats per position")
         axes.grid(axis="x")
 
-    return _svg("divergence", draw)
+    return _svg("divergence", _draw)
 
 
 def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[str]) -> str:
     """Draw a stage's loss, and its terms where there are several, over steps."""
 
-    def draw(axes: Any) -> None:
+    def _draw(axes: Any) -> None:
         for index, term in enumerate(["loss", *terms] if len(terms) > 1 else ["loss"]):
             points = [(row["step"], row[term]) for row in steps if isinstance(row.get(term), int | float)]
             if points:
@@ -96,7 +96,7 @@ def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[st
         if len(terms) > 1:
             axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
 
-    return _svg(f"loss-{stage}", draw)
+    return _svg(f"loss-{stage}", _draw)
 
 
 def entropy_plot(histogram: Sequence[int], bin_nats: float) -> str:
@@ -104,13 +104,13 @@ def entropy_plot(histogram: Sequence[int], bin_nats: float) -> str:
     used = max((index for index, count in enumerate(histogram) if count), default=0) + 1
     shares = [100 * count / max(1, sum(histogram)) for count in histogram[:used]]
 
-    def draw(axes: Any) -> None:
+    def _draw(axes: Any) -> None:
         axes.bar([bin_nats * (index + 0.5) for index in range(used)], shares, bin_nats * 0.9, color=COLOURS[2])
         axes.set_xlabel("teacher's entropy, nats")
         axes.set_ylabel("positions, %")
         axes.grid(axis="y")
 
-    return _svg("entropy", draw)
+    return _svg("entropy", _draw)
 
 
 def support_plot(histogram: Sequence[int]) -> str:
@@ -119,14 +119,14 @@ def support_plot(histogram: Sequence[int]) -> str:
     bins = range(used[0], used[-1] + 1)
     total = max(1, sum(histogram))
 
-    def draw(axes: Any) -> None:
+    def _draw(axes: Any) -> None:
         axes.bar(range(len(bins)), [100 * histogram[index] / total for index in bins], 0.85, color=COLOURS[3])
         axes.set_xticks(range(len(bins)), [_support_label(index) for index in bins])
         axes.set_xlabel("entries kept per position")
         axes.set_ylabel("positions, %")
         axes.grid(axis="y")
 
-    return _svg("support", draw)
+    return _svg("support", _draw)
 
 
 def thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:

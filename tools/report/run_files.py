@@ -26,7 +26,9 @@ class StageFiles:
     """What one training stage left."""
 
     steps: list[dict[str, Any]]
-    """Records of metrics.jsonl, oldest first."""
+    """Records of metrics.jsonl, oldest first, each term beside the loss."""
+    terms: list[str]
+    """Names of the loss terms."""
     health: dict[str, Any] | None
 
 
@@ -97,14 +99,16 @@ def _recipe(path: Path, missing: list[str]) -> Recipe | None:
 
 
 def _stage(directory: Path, name: str, missing: list[str]) -> StageFiles | None:
-    steps = [row for row in _json_lines(directory / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    rows = [row for row in _json_lines(directory / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    terms = [row["terms"] if isinstance(row.get("terms"), dict) else {} for row in rows]
+    steps = [{**measured, **row} for row, measured in zip(rows, terms, strict=True)]
     health = _json(directory / "health.json")
     if not steps:
         missing.append(f"stage '{name}' has no metrics: it was not trained")
         return None
     if health is None:
         missing.append(f"stage '{name}' has no health.json: it did not finish")
-    return StageFiles(steps, health)
+    return StageFiles(steps, list(terms[-1]), health)
 
 
 def _evaluations(directory: Path, recipe: Recipe | None, missing: list[str]) -> dict[str, dict[str, Any]]:

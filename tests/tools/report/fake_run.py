@@ -84,7 +84,7 @@ def write_stage(directory: Path, terms: list[str], steps: int = 400) -> None:
     rows = []
     for step in range(1, steps + 1):
         values = {term: (3 + index) * math.exp(-step / 90) + 0.4 + 0.1 * rng.random() for index, term in enumerate(terms)}
-        rows.append({"step": step, "loss": sum(values.values()), **values, "grad_norm": 1.0, "learning_rate": 1e-3})
+        rows.append({"step": step, "loss": sum(values.values()), "terms": values, "grad_norm": 1.0, "learning_rate": 1e-3})
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     checks = {"all_steps_done": True, "losses_finite": True, "grad_norms_bounded": True, "model_saved": True}

@@ -178,6 +178,13 @@ def test_long_curves_are_thinned_by_averages() -> None:
     assert thinned(xs[:5], xs[:5]) == (xs[:5], xs[:5])
 
 
+def test_a_stage_with_several_terms_shows_each_of_them(run: Path) -> None:
+    plots = re.findall(r"<figcaption>([^<]*)</figcaption>(.*?)</figure>", (run / "report.html").read_text(), flags=re.DOTALL)
+    shown = {title: svg for title, svg in plots}
+    assert "forward_kl" in shown["Training loss of stage kd"]
+    assert "forward_kl" not in shown["Training loss of stage sft"]
+
+
 def test_ids_in_plots_are_unique_and_every_reference_has_its_target(run: Path) -> None:
     text = (run / "report.html").read_text()
     ids = re.findall(r'\bid="([^"]+)"', text)
