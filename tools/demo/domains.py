@@ -25,7 +25,8 @@ NUM_TRAIN = 450
 
 def _distinct(domain: str, seed: str, count: int, excluded: Set[str]) -> list[Example]:
     """Draw `count` examples of different prompts, none of them excluded."""
-    rng, seen, drawn = random.Random(seed), set(excluded), []
+    rng, seen = random.Random(seed), set(excluded)
+    drawn: list[Example] = []
     while len(drawn) < count:
         candidate = DOMAINS[domain](rng)
         if candidate.prompt not in seen:

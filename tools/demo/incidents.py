@@ -176,14 +176,14 @@ QUESTIONS = (
     "Which service is at fault and why?",
 )
 DIAGNOSES = (
-    "{S} on {h} is down. The fault is {c}: {why}. {M}.",
-    "The root cause is {c} in {s} on {h}, because {why}. {M}, then {v} works again.",
-    "Root cause: {c}. On {h}, {why}, so {s} fails and {v} with it. Next step: {m}.",
-    "{H} shows {c}, which breaks {s}: {why}. To recover, {m}.",
-    "It is {s} on {h}, not {v}. The log points to {c}, as {why}. {M} to recover.",
-    "The log points to {c} on {h}: {why}, and {s} is down. {M}.",
-    "{V} only suffers, the fault is in {s} on {h}. This is {c}, because {why}. Next step: {m}.",
-    "This is {c}: {why}. It hits {s} on {h} first and then {v}. {M}.",
+    "See ERROR {s} {h}: {why}. The fault is {c}. {M}.",
+    "The root cause is in ERROR {s} {h}: {c}, because {why}. {M}, then {v} works again.",
+    "Root cause: {c}. The line ERROR {s} {h} says that {why}. Next step: {m}.",
+    "First came ERROR {s} {h}, so {s} has a fault: {c}, as {why}. To recover, {m}.",
+    "The WARN {v} only follows. The line ERROR {s} {h} shows {c}: {why}. {M}.",
+    "It is {c}: {why}. Look at ERROR {s} {h}, not at WARN {v}. {M} to recover.",
+    "Look at ERROR {s} {h}. There {why}, which means {c}. Next step: {m}.",
+    "The log points to {c} in ERROR {s} {h}: {why}, and {v} suffers with {s}. {M}.",
 )
 
 
@@ -212,11 +212,8 @@ def example(rng: random.Random) -> Example:
     remedy, why = fault.remedy, pick(rng, fault.reasons)
     answer = pick(rng, DIAGNOSES).format(
         s=broken,
-        S=_sentence(broken),
         v=harmed,
-        V=_sentence(harmed),
         h=host,
-        H=_sentence(host),
         c=fault.cause,
         m=remedy,
         M=_sentence(remedy),
