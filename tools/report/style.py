@@ -47,6 +47,7 @@ pre { font: .82rem/1.45 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono",
   max-height: 22em; overflow-y: auto; }
 .who { font-weight: 600; font-size: .9rem; } .good { color: var(--good); } .bad { color: var(--bad); }
 details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
+.sample details { margin-top: 4px; } .sample summary { font-weight: 400; font-size: .875rem; color: var(--soft); padding: 2px 0; }
 .sample + .sample { margin-top: 14px; }
 .checks { list-style: none; padding: 0; margin: 6px 0 0; font-size: .9rem; } .checks li { overflow-wrap: anywhere; }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } .card { padding: 12px; } th, td { padding: 7px 8px; } h1 {
