@@ -54,12 +54,12 @@ def run(num_rows: int = 64) -> dict[str, Any]:
 
         result[name] = {"positions_per_second": speed(plugin, num_rows)}
     layout = ColumnLayout.of(Capture(k=K, mass=0.999), synthetic_teacher.VOCAB_SIZE)
-    stock = [
-        tuple(part[:, : 1 + K] for part in plugin_row(ColumnLayout.of(Capture(k=K), layout.vocab_size), s)) for s in range(num_rows)
-    ]
+    full = ColumnLayout.of(Capture(k=K), layout.vocab_size)
+    stock = [(ids[:, : 1 + K], values[:, : 1 + K]) for ids, values in (plugin_row(full, seed) for seed in range(num_rows))]
+    rows_of = predicting_rows(SPANS)
 
     def without_plugin() -> list[SparseTargets]:
-        return [targets_from_stock(*(part[predicting_rows(SPANS)] for part in row), layout) for row in stock]
+        return [targets_from_stock(ids[rows_of], values[rows_of], layout) for ids, values in stock]
 
     result["arrays_without_plugin_mass_0.999"] = {"positions_per_second": speed(without_plugin, num_rows)}
     if importlib.util.find_spec("vllm") is not None:
