@@ -81,7 +81,7 @@ def claim_stage(stage_dir: Path, identity: Mapping[str, Any]) -> bool:
                 f"{stage_dir} holds {state} with {name} {_short(old)} where the recipe now has {_short(new)}; "
                 "remove or rename the directory to train it again, or change the recipe back"
             )
-        return (stage_dir / DONE_FILE).exists()
+        return (stage_dir / DONE_FILE).exists() and (stage_dir / "model" / "config.json").is_file()
     stage_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(identity, indent=1).encode(), what="identity")
     return False

@@ -16,7 +16,6 @@ import torch
 from transformers import TrainingArguments
 
 from shared.atomic import write_atomic
-from shared.errors import TrainingError
 from shared.recipe import Recipe, Stage
 from shared.recipe_file import dump_recipe
 from student_train.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, remove_incomplete
@@ -37,6 +36,7 @@ from student_train.student import add_adapter, load_student
 from student_train.student_head import body_of, check_head, head_of
 from student_train.trainer import DistilTrainer
 from student_train.training_arguments import training_arguments
+from student_train.training_problems import explained
 
 
 def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path:
@@ -66,7 +66,7 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     progress.note(_description(work, checkpoint))
     is_saved = False
     try:
-        with _deterministic(), _without_bars():
+        with _deterministic(), _without_bars(), explained(stage.trainer):
             _train_and_export(work, args, checkpoint, progress, seconds)
         is_saved = True
     finally:
@@ -161,12 +161,7 @@ def _callbacks(work: StageWork, done: int) -> list[Any]:
     """Return the TensorBoard callback, writing below the stage's directory, where the recipe wants it."""
     if "tensorboard" not in work.stage.trainer.report_to:
         return []
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise TrainingError(
-            "trainer.report_to names tensorboard, which is not installed; install decant-kd[student], or set report_to: none"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
     return [TensorBoardCallback(SummaryWriter(str(work.directory / "tensorboard"), purge_step=done + 1 if done else None))]

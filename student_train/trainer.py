@@ -28,6 +28,7 @@ from student_train.losses import LossTerm
 from student_train.metrics_log import StepLog
 from student_train.processes import wait_for_all
 from student_train.progress import StageProgress
+from student_train.training_problems import setting_explained, writing_explained
 
 TermsAt = Callable[[int], Sequence[LossTerm]]
 """Loss terms at an optimizer step, counted from 0."""
@@ -100,6 +101,17 @@ class DistilTrainer(Trainer):  # type: ignore[misc]
             for log in (self._metrics, self._timing):
                 if log is not None:
                     log.close()
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer that the recipe names."""
+        with setting_explained("optim", str(self.args.optim)):
+            return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the learning-rate schedule that the recipe names."""
+        name = f"{self.args.lr_scheduler_type} with {self.args.lr_scheduler_kwargs or 'no options'}"
+        with setting_explained("lr_scheduler_type", name):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """Keep the planned order; the stock sampler would shuffle it."""
@@ -191,7 +203,8 @@ class DistilTrainer(Trainer):  # type: ignore[misc]
         for log in (self._metrics, self._timing):
             if log is not None:
                 log.sync()
-        super()._save_checkpoint(model, trial)
+        with writing_explained(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
         wait_for_all()
         if self.args.should_save:
             directory = Path(self.args.output_dir)

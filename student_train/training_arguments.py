@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from shared.errors import TrainingError
 from shared.recipe import StageTrainer
+from student_train.training_problems import check_installed
 
 _AS_WRITTEN = (
     "learning_rate",
@@ -44,6 +45,7 @@ def training_arguments(
     Raises:
         TrainingError: transformers or this machine cannot honour an argument.
     """
+    check_installed(trainer)
     settings: dict[str, Any] = {name: getattr(trainer, name) for name in _AS_WRITTEN}
     if trainer.tf32 is None or not torch.cuda.is_available():
         if trainer.tf32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
@@ -218,3 +219,26 @@ def test_loss_that_is_not_finite_stops_the_stage_and_its_health(recipe_of):
     assert not health["healthy"]
     assert not health["checks"]["losses_finite"]
     assert not health["checks"]["model_saved"]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"optim": "adamw_8bit"}, "trainer.optim is adamw_8bit, which needs the package bitsandbytes"),
+        ({"optim": "adam_of_my_own"}, "cannot be honoured here: 'adam_of_my_own'|adam_of_my_own"),
+        ({"optim": "galore_adamw"}, "trainer.optim"),
+        ({"report_to": "wandb"}, "report_to names wandb, which is not installed"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "trainer.lr_scheduler_type .* cannot be used"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"mim_lr": 0.1}}, "trainer.lr_scheduler_type .* cannot be used"),
+        ({"fp16": True}, "trainer.fp16 is set where there is no NVIDIA GPU"),
+        ({"tf32": True}, "trainer.tf32 is set where there is no NVIDIA GPU"),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without an NVIDIA GPU")
+def test_setting_that_cannot_be_honoured_is_refused_in_a_sentence(recipe_of, trainer, said):
+    for package in ("bitsandbytes", "wandb"):
+        if package in said and importlib.util.find_spec(package):
+            pytest.skip(f"{package} is installed")
+    with pytest.raises(TrainingError, match=said):
+        run_stages(recipe_of(trainer=trainer))
