@@ -7,6 +7,7 @@ Cost: small JSON files; a hub id is downloaded once by `huggingface_hub` into it
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any
     Raises:
         EngineError: there is none, or it is not a fast one (spans and identity need `tokenizer.json`).
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a thread pool only costs hand-overs
     from transformers import AutoTokenizer
 
     try:

@@ -28,6 +28,12 @@ def model(tmp_path_factory) -> Path:
     return make_qwen3(tmp_path_factory.mktemp("models") / "teacher", vocab_size=576)
 
 
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory) -> Path:
+    """A model without padding in its head: a random one would draw padding as well."""
+    return make_qwen3(tmp_path_factory.mktemp("models") / "plain", end_scale=1.5)
+
+
 def recipe(tmp_path: Path, model: Path, prompts: list[dict], engine: str = "transformers", **settings) -> Recipe:
     return Recipe.model_validate(
         {
@@ -96,13 +102,14 @@ def test_given_conversations_are_scored_at_the_positions_that_predict_their_answ
         check_targets(row, model)
 
 
-def test_generated_answers_are_scored_as_the_model_would_predict_them(tmp_path, model):
+def test_generated_answers_are_scored_as_the_model_would_predict_them(tmp_path, plain_model):
+    model = plain_model
     path = write(tmp_path / "math.jsonl", [{"prompt": f"How many apples, number {i}?", "answer": i} for i in range(9)])
     prompts = [{"source": "math", "path": path, "format": "prompt_completion"}]
     settings = {"generate": {"max_new_tokens": 12, "samples_per_prompt": 2}}
     summary = teach(recipe(tmp_path, model, prompts, **settings), max_set_aside=0.5)
     cache = Cache.open(tmp_path / "cache", verify=True)
-    assert len(cache) == summary.generated.rows > 9
+    assert len(cache) == summary.generated.rows > 14
     assert list(verify_cache(tmp_path / "cache")) == []
     for i in range(0, len(cache), 4):
         check_targets(cache[i], model)
@@ -131,7 +138,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_vllm_builds_stops_on_sigterm_continues_and_then_has_nothing_to_do(tmp_path, model):
+def test_vllm_builds_stops_on_sigterm_continues_and_then_has_nothing_to_do(tmp_path, plain_model):
+    model = plain_model
     pytest.importorskip("vllm")
     path = write(tmp_path / "math.jsonl", [{"prompt": f"How many apples, number {i}?"} for i in range(600)])
     prompts = [{"source": "math", "path": path, "format": "prompt_completion"}]
@@ -157,7 +165,7 @@ def test_vllm_builds_stops_on_sigterm_continues_and_then_has_nothing_to_do(tmp_p
     assert 3 <= committed < 38
     second = result(start())
     assert second["vllm"]
-    assert second["rows"] > 500
+    assert second["rows"] > 570
     third = result(start())
     assert not third["vllm"]
     assert third["lines"][0].endswith("generated 0, scored 0")
