@@ -39,14 +39,14 @@ def choose_capture_path(llm: Any, layout: ColumnLayout, lora: Any) -> str:
     flat_ids, flat_logprobs = _score(llm, probe, 4, lora)
     reason = vllm_arrays.install()
     container = "arrays"
-    dense_ids, dense_logprobs = _score(llm, probe, -1, lora)
-    dense = _dense(dense_ids, dense_logprobs)
+    dense = _dense(*_score(llm, probe, -1, lora))
     if reason is None and not np.allclose(np.take_along_axis(dense, flat_ids, 1), flat_logprobs, atol=TOLERANCE_NATS):
         reason = "its arrays differ from its lists"
     if reason is not None:
         logger.warning("vLLM's log-probabilities are read from lists, which is about 30 times slower: %s", reason)
         vllm_arrays.uninstall()
         container = "flat"
+        dense = _dense(*_score(llm, probe, -1, lora))
     problem = _try_plugin(llm, layout, lora, probe, dense)
     if problem is None:
         return f"plugin+{container}"
