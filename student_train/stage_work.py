@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import TrainingError
+from shared.layer_choice import layer_of_capture
 from shared.recipe import Recipe, Stage, Student
 from student_train.dataset import CacheList
 from student_train.processes import num_processes
@@ -55,7 +56,8 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
     assert recipe.student is not None
     start = start_directory(recipe, stage)
     seed = recipe.seed if stage.trainer.seed is None else stage.trainer.seed
-    caches = CacheList.open(recipe.cache, stage.targets, with_targets=needs_teacher(stage))
+    layer = stage.targets or layer_of_capture(recipe)
+    caches = CacheList.open(recipe.cache, layer, with_targets=needs_teacher(stage))
     temperatures = training_temperatures(stage) if needs_teacher(stage) else None
     for cache in caches.caches:
         for temperature in temperatures or ():

@@ -21,6 +21,7 @@ import xxhash
 from shared.atomic import write_atomic
 from shared.cache import Cache
 from shared.errors import EvaluationError
+from shared.layer_choice import layer_of_capture
 from shared.recipe import Recipe
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.rendering import source_of
@@ -65,8 +66,8 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
 
 
 def heldout_layer(recipe: Recipe) -> str | None:
-    """Return the targets layer to measure on: the one that the first stage that names one trains on; None for the only one."""
-    return next((stage.targets for stage in recipe.stages if stage.targets is not None), None)
+    """Return the targets layer to measure on: the first that a stage names, else the recipe's own capture; None for the only one."""
+    return next((stage.targets for stage in recipe.stages if stage.targets is not None), None) or layer_of_capture(recipe)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from shared.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.recipe import Recipe
 from shared.recipe_file import load_recipe
+from tools.evaluate.results import heldout_layer
 
 MAX_FILE_BYTES = 256 << 20
 
@@ -140,7 +141,7 @@ def is_evaluation(result: Mapping[str, Any]) -> bool:
 def _caches(recipe: Recipe | None, missing: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     stats: list[dict[str, Any]] = []
     layers = []
-    layer = next((stage.targets for stage in recipe.stages if stage.targets), None) if recipe else None
+    layer = heldout_layer(recipe) if recipe else None
     for path in recipe.cache if recipe else ():
         try:
             cache = Cache.open(path, layer, allow_partial=True)
