@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from shared.atomic import write_atomic
 from shared.recipe import Recipe, Stage
 from shared.recipe_file import dump_recipe
-from student_train.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, remove_incomplete
+from student_train.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, remove_incomplete, rotate_checkpoints
 from student_train.dataset import PackDataset
 from student_train.export import export_student
 from student_train.forward_patch import Objective, patch_forward, restore_forward
@@ -59,6 +59,7 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     if is_first():
         write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
         remove_incomplete(work.directory)
+        rotate_checkpoints(work.directory, stage.trainer.save_total_limit)  # a kill may have come just before it
     wait_for_all()
     checkpoint = newest_checkpoint(work.directory, work.belongs_to)
     seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
