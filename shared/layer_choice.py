@@ -13,7 +13,7 @@ from shared.recipe import Recipe
 
 
 def layer_of_capture(recipe: Recipe) -> str | None:
-    """Return the full name of the only layer that the recipe's own teacher and capture describe; None leaves the choice to the reader."""
+    """Return the full name of the one layer that the recipe's teacher and capture describe; None leaves it to the reader."""
     if recipe.teacher is None or len(recipe.cache) != 1:
         return None
     layers = list_layers(recipe.cache[0])

@@ -66,7 +66,7 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
 
 
 def heldout_layer(recipe: Recipe) -> str | None:
-    """Return the targets layer to measure on: the first that a stage names, else the recipe's own capture; None for the only one."""
+    """Return the targets layer to measure on: the first that a stage names, else the one captured; None for the only one."""
     return next((stage.targets for stage in recipe.stages if stage.targets is not None), None) or layer_of_capture(recipe)
 
 
