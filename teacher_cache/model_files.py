@@ -102,10 +102,15 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """Return the files that a tokenizer loads from again, by name; `tokenizer.json` is among them.
 
     Raises:
-        EngineError: a file is larger than 256 MiB.
+        EngineError: a file is larger than 256 MiB, or the directory for temporary files is full.
     """
     with tempfile.TemporaryDirectory(prefix="decant-tokenizer-") as scratch:
-        tokenizer.save_pretrained(scratch)
+        try:
+            tokenizer.save_pretrained(scratch)
+        except Exception as error:  # the tokenizers library raises plain `Exception` for a full disk
+            raise EngineError(
+                f"{scratch}: the tokenizer's files cannot be written there ({error}); free space, or set TMPDIR to a larger disk"
+            ) from error
         found = sorted(path for path in Path(scratch).iterdir() if path.suffix in TOKENIZER_SUFFIXES)
         for path in found:
             if path.stat().st_size > MAX_TOKENIZER_BYTES:
