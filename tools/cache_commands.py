@@ -1,4 +1,4 @@
-"""`decant cache ls | show | stats | verify | gc`: what is in a cache, whether it is whole, what can go.
+"""`decant cache ...`: what is in a cache, whether it is whole, what can go, and how caches become one or something else.
 
 Nothing here loads a model or a framework; `ls` and `stats` read commit records alone, `verify` reads every byte once.
 """
@@ -17,6 +17,7 @@ from shared.layout import list_layers, read_header, sequences_dir
 from shared.part_stats import ENTROPY_BIN_NATS
 from shared.records import list_records
 from tools.cache_show import row_document, row_text
+from tools.progress import Progress
 
 
 def run_cache_command(args: argparse.Namespace) -> int:
@@ -31,6 +32,7 @@ def run_cache_command(args: argparse.Namespace) -> int:
         "stats": _stats,
         "verify": _verify,
         "gc": _gc,
+        "merge": _merge,
     }
     return commands[args.cache_command](args)
 
@@ -170,6 +172,16 @@ def _gc(args: argparse.Namespace) -> int:
     verb = "would be removed" if args.dry_run else "removed"
     lines = [*map(str, chosen), f"{len(chosen)} files, {size(total)} {verb}"]
     _print(args, {"files": [str(path) for path in chosen], "bytes": total, "dry_run": args.dry_run}, "\n".join(lines))
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from tools.cache_merge import merge_caches, merge_text
+
+    total = sum(record.rows for path in args.caches for record in list_records(sequences_dir(path)))
+    with Progress("merge", total) as progress:
+        result = merge_caches(args.out, args.caches, args.targets, args.copy, progress.advance)
+    _print(args, result, merge_text(result))
     return 0
 
 

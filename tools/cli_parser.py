@@ -65,7 +65,7 @@ def build_parser() -> Parser:
     report = command("report", "write report.html, report.md, models.csv and report.json for one run or several")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
 
-    looks = "look into a cache: ls, show, stats, verify, gc"
+    looks = "look into a cache or make another of it: ls, show, stats, verify, gc, merge"
     cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)
     _cache_commands(cache, command)
     command("doctor", "say what this machine can do, and the command that mends what it cannot")
@@ -93,6 +93,14 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
             sub.add_argument("--top", type=_row_number, default=5, help="alternatives per token (default: 5)")
         if name == "gc":
             sub.add_argument("--dry-run", action="store_true", help="only list")
+    merge = command("merge", "join caches of one identity into a new one, every row once", within=within)
+    merge.add_argument("out", type=Path, metavar="OUT", help="the new cache; must not exist")
+    merge.add_argument("caches", type=Path, nargs="+", metavar="CACHE", help="two caches or more; of equal rows the first counts")
+    chosen = merge.add_mutually_exclusive_group()
+    every = "targets layer to merge, may be repeated (default: those that every cache has)"
+    chosen.add_argument("--targets", action="append", metavar="NAME", help=every)
+    chosen.add_argument("--no-targets", dest="targets", action="store_const", const=[], help="merge prompts and answers alone")
+    merge.add_argument("--copy", action="store_true", help="copy files instead of hard-linking them where that is possible")
 
 
 def _recipe(parser: Parser) -> Parser:
