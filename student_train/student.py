@@ -81,7 +81,7 @@ def _fresh(student: Student, cache: Any, seed: int) -> Any:
 
 def _cannot_load(source: str, error: Exception) -> TrainingError:
     reason = " ".join(str(error).split())[:300]
-    return TrainingError(f"the student '{source}' cannot be loaded as a causal language model: {reason}; correct the student section")
+    return TrainingError(f"the student '{source}' cannot be loaded as a language model: {reason}; correct the student section")
 
 
 def check_tokenizer(source: str, revision: str | None, cache: Any, *, required: bool) -> None:
