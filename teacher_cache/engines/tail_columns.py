@@ -2,9 +2,8 @@
 
 Per chunk of rows, temperatures from the highest down: e = exp(s / T) once, and e^2 where the next T is half of it; the head is
 cut where it covers `mass` at the highest T; its entries are zeroed in e; what remains is the tail, exactly, however small; draws
-are inverse-CDF look-ups in it.
-Cost: one exp or square and one sum per row and temperature, one float64 cumulative sum more with draws; at most
-`CHUNK_ENTRIES` x (4 + 8 with draws) bytes of scratch, times two.
+are inverse-CDF look-ups in it, over sums of blocks and then within one block, so that no cumulative sum spans the vocabulary.
+Cost: one exp or square and one sum per row and temperature; draws add m blocks each. Scratch: twice `CHUNK_ENTRIES` numbers.
 
 Shape letters: P positions, V entries of the model's head (padding included), K head entries, J temperatures, m draws.
 """
@@ -18,8 +17,13 @@ import torch
 from teacher_cache.engines.column_layout import NOTHING, ColumnLayout
 from teacher_cache.engines.draw_keys import uniforms
 
-CHUNK_ENTRIES = 2**24
-"""Entries of rows x V worked on at once: 64 MiB in float32."""
+CHUNK_ENTRIES = {"cpu": 2**21, "cuda": 2**26}
+"""Entries of rows x V worked on at once: 8 MiB in float32 on a CPU, so that memory is reused warm, 256 MiB on a GPU."""
+
+
+def chunk_rows(num_entries: int, device: torch.device) -> int:
+    """Return how many rows of this many entries are worked on at once."""
+    return max(1, CHUNK_ENTRIES["cpu" if device.type == "cpu" else "cuda"] // num_entries)
 
 
 def order_head(ids: torch.Tensor, logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +60,7 @@ def extend_columns(
     values = torch.zeros(ids.shape, dtype=head_logprobs.dtype, device=device)
     ids[:, 0], values[:, 0] = label_ids, label_logprobs
     ids[:, layout.tail_start : layout.draw_start] = sentinels
-    rows = max(1, CHUNK_ENTRIES // scores.shape[1])
+    rows = chunk_rows(scores.shape[1], device)
     for start in range(0, num_rows, rows):
         chunk = slice(start, start + rows)
         keep, tails, draws = _chunk(scores[chunk], head_ids[chunk], keys[chunk], layout)
@@ -72,42 +76,69 @@ def _chunk(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return of one chunk: which head entries stay [P, K], log tail masses [P, J], drawn ids [P, J m]."""
     compute_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    shifted = scores.to(compute_dtype)
-    shifted = shifted - shifted.amax(-1, keepdim=True)
+    shifted = scores.to(compute_dtype) - scores.amax(-1, keepdim=True)
+    head_shifted = shifted.gather(1, head_ids)
     keep = head_ids < layout.vocab_size
     tails, draws = [], []
-    masses: torch.Tensor | None = None
-    above = math.nan
+    masses, above = shifted, math.nan
+    block = 2 ** max(4, math.isqrt(layout.vocab_size).bit_length() - 1)
     for temperature in reversed(layout.temperatures):
-        halved = masses is not None and above == 2 * temperature
-        masses = masses.mul_(masses) if masses is not None and halved else torch.exp(shifted / temperature)
+        if above == 2 * temperature:
+            masses.mul_(masses)
+        else:
+            masses = torch.exp(shifted) if temperature == 1.0 else shifted.div(temperature).exp_()
         above = temperature
-        head = torch.exp(shifted.gather(1, head_ids) / temperature)
-        if temperature == layout.temperatures[-1]:
+        head = torch.exp(head_shifted / temperature)
+        if temperature == layout.temperatures[-1] and layout.mass < 1.0:
             keep &= _covering(head, masses.sum(-1), layout.mass)
         masses.scatter_(1, head_ids, head.where(~keep, 0.0))
-        tail = masses.sum(-1)
+        blocks = block_sums(masses[:, : layout.vocab_size], block)
+        tail = blocks.sum(-1) + masses[:, layout.vocab_size :].sum(-1)
         tails.append(tail.log() - (tail + head.where(keep, 0.0).sum(-1)).log())
         if layout.num_draws:
-            draws.append(_draw(masses[:, : layout.vocab_size], uniforms(keys, temperature, layout.num_draws)))
+            unit = uniforms(keys, temperature, layout.num_draws)
+            draws.append(_draw(masses[:, : layout.vocab_size], blocks, block, unit))
     drawn = torch.cat(draws[::-1], 1) if draws else head_ids.new_empty((len(scores), 0))
     return keep, torch.stack(tails[::-1], 1).clamp(max=0.0), drawn
 
 
+def block_sums(masses: torch.Tensor, block: int) -> torch.Tensor:
+    """Return [P, ceil(V / block)] sums of [P, V] masses over blocks of columns, the last one shorter where V is no multiple."""
+    whole = masses.shape[1] // block * block
+    sums = masses[:, :whole].unflatten(1, (-1, block)).sum(-1)
+    return torch.cat([sums, masses[:, whole:].sum(-1, keepdim=True)], 1) if whole < masses.shape[1] else sums
+
+
 def _covering(head: torch.Tensor, total: torch.Tensor, mass: float) -> torch.Tensor:
     """Mark the shortest prefix of [P, K] unnormalised head masses that covers `mass` of [P] totals (all of it where none does)."""
-    if mass >= 1.0:
-        return torch.ones_like(head, dtype=torch.bool)
     share = head.double() / total.double()[:, None]
     return share.cumsum(-1) - share < mass
 
 
-def _draw(masses: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Return [P, m] ids drawn from [P, V] unnormalised masses by [P, m] numbers in [0, 1); -1 where all masses are 0."""
+def _draw(masses: torch.Tensor, blocks: torch.Tensor, block: int, unit: torch.Tensor) -> torch.Tensor:
+    """Return [P, m] ids drawn from [P, V] unnormalised masses by [P, m] numbers in [0, 1); -1 where all masses are 0.
+
+    Two steps of inverse CDF, block and then column, so that no cumulative sum runs over the whole vocabulary.
+    """
+    which, rest = _inverse_cdf(blocks, unit * blocks.sum(-1, keepdim=True, dtype=torch.float64))
+    columns = which[..., None] * block + torch.arange(block, device=masses.device)
+    inside = masses.gather(1, columns.clamp(max=masses.shape[1] - 1).flatten(1)).view(columns.shape)
+    place, _ = _inverse_cdf(inside.where(columns < masses.shape[1], 0.0), rest[..., None])
+    drawn = which * block + place[..., 0]
+    return drawn.where(blocks.amax(-1, keepdim=True) > 0, NOTHING)
+
+
+def _inverse_cdf(masses: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Look [..., m] cumulative masses up in [..., n] masses.
+
+    Returns:
+        Places [..., m] int64, always of an entry with mass where there is one, and what is left of `wanted` within the entry.
+    """
     cumulative = masses.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    wanted = torch.minimum(unit * total, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=masses.shape[1] - 1)
+    total = cumulative[..., -1:]
+    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=masses.shape[-1] - 1)
     # A parallel cumulative sum may be off by a rounding and end on an entry without mass: take the heaviest instead.
-    drawn = drawn.where(masses.gather(1, drawn) > 0, masses.argmax(-1, keepdim=True))
-    return drawn.where(total > 0, NOTHING)
+    place = place.where(masses.gather(-1, place) > 0, masses.argmax(-1, keepdim=True))
+    mass = masses.gather(-1, place).double()
+    return place, (wanted - cumulative.gather(-1, place) + mass).clamp(min=0.0)

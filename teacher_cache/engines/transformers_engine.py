@@ -30,7 +30,7 @@ from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.draw_keys import prefix_keys_of
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin
-from teacher_cache.engines.tail_columns import CHUNK_ENTRIES, extend_columns
+from teacher_cache.engines.tail_columns import chunk_rows, extend_columns
 from teacher_cache.engines.transformers_model import CausalModel
 from teacher_cache.engines.transformers_sampling import next_tokens
 
@@ -186,9 +186,9 @@ class TransformersEngine:
         rows = rows.to(model.device)
         all_ids = np.empty((len(rows), 1 + layout.num_extra), dtype=np.int32)
         all_values = np.empty(all_ids.shape, dtype=np.float32)
-        chunk_rows = max(1, CHUNK_ENTRIES // model.logits(hidden[:1]).shape[1])
-        for start in range(0, len(rows), chunk_rows):
-            chunk = slice(start, start + chunk_rows)
+        step = chunk_rows(model.num_entries, model.device)
+        for start in range(0, len(rows), step):
+            chunk = slice(start, start + step)
             logprobs = model.logits(hidden[rows[chunk]]).to(self._softmax_dtype).log_softmax(-1)
             # Padded entries may tie into the top; asking for more keeps K real ones in reach. They are cut in extend_columns.
             head_logprobs, head_ids = logprobs[:, : layout.vocab_size].topk(layout.num_head, dim=-1)

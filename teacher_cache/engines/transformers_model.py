@@ -47,6 +47,7 @@ class CausalModel:
             self._weight = head.weight.detach().to(self.head_dtype)
             bias = getattr(head, "bias", None)
             self._bias = None if bias is None else bias.detach().to(self.head_dtype)
+        self.num_entries: int = self._weight.shape[0]
         self._check()
 
     @classmethod
@@ -125,7 +126,7 @@ class CausalModel:
         return found
 
     def _check(self) -> None:
-        probe = (torch.arange(1, 9, device=self.device)[None] * 97) % min(len(self.tokenizer), self._weight.shape[0])
+        probe = (torch.arange(1, 9, device=self.device)[None] * 97) % min(len(self.tokenizer), self.num_entries)
         mask = torch.ones_like(probe)
         with torch.inference_mode():
             own = self.logits(self.hidden(probe, mask)[0]).float()

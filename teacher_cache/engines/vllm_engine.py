@@ -57,7 +57,7 @@ class VllmEngine:
 
             on_cpu = bool(current_platform.is_cpu())
             self._settings: VllmSettings = plan_settings(teacher, capture, for_generation, model_dir, on_cpu=on_cpu)
-            self._restore = _hold_torch() if on_cpu else None
+            self._restore = _hold_torch(self._settings.num_threads) if on_cpu else None
             self._llm = LLM(**self._settings.arguments)
             self.tokenizer: Any = self._llm.get_tokenizer()
             self.vocab_size: int = len(self.tokenizer)
@@ -258,22 +258,24 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "unknown"
 
 
-def _hold_torch() -> Callable[[], None]:
+def _hold_torch(num_threads: int | None) -> Callable[[], None]:
     """Return what undoes the changes that vLLM's CPU worker makes to torch in its own process, and compile nothing meanwhile.
 
     Execution is eager there, but ranking a label is decorated for compilation, which would start a C++ compiler at the first
-    scored row.
+    scored row. Use `num_threads` threads where given.
     """
     import torch
     import torch._dynamo
 
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    set_num_threads, threads_before = torch.set_num_threads, torch.get_num_threads()
     disabled = torch._dynamo.config.disable
     torch._dynamo.config.disable = True
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
 
     def restore() -> None:
         torch.set_num_threads = set_num_threads
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(threads_before)
         torch._dynamo.config.disable = disabled
 
     return restore

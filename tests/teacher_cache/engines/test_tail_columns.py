@@ -98,7 +98,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     logits = np.random.default_rng(3).normal(0, 2, (17, 50))
     layout = ColumnLayout(5, (1.0, 2.0), 4, 0.9, 48)
     whole = columns(logits, layout)
-    monkeypatch.setattr(tail_columns, "CHUNK_ENTRIES", 120)
+    monkeypatch.setattr(tail_columns, "CHUNK_ENTRIES", {"cpu": 120})
     parts = columns(logits, layout)
     assert np.array_equal(whole[0], parts[0])
     assert np.array_equal(whole[1], parts[1])
