@@ -26,10 +26,18 @@ def test_scores_equal_dense_ones_position_by_position(shape):
         scores.label_nll_nats, torch.nn.functional.cross_entropy(logits, case.labels, reduction="none").float()
     )
     if shape == "sample":
-        firsts = case.multiplicities[0].argmax(1).tolist()
+        drawn = case.multiplicities[0]
+        firsts = drawn.argmax(1).tolist()
+        # 5 draws at most, so the five most drawn are all of them.
+        fives = [row.nonzero()[:, 0].tolist() for row in drawn]
     else:
         firsts = [ids[0] if ids else -1 for ids in case.supports]
-    assert scores.top1_equal.tolist() == [first == best for first, best in zip(firsts, logits.argmax(1).tolist(), strict=True)]
+        fives = [ids[:5] for ids in case.supports]
+    probabilities, best = logits.softmax(1).max(1)
+    assert scores.top1_equal.tolist() == [first == token for first, token in zip(firsts, best.tolist(), strict=True)]
+    assert scores.top1_in_teacher_top5.tolist() == [token in five for five, token in zip(fives, best.tolist(), strict=True)]
+    assert scores.top1_is_label.tolist() == (best == case.labels).tolist()
+    torch.testing.assert_close(scores.top1_logprob.exp(), probabilities.float())
 
 
 def test_top1_is_equal_where_the_student_is_the_teacher():

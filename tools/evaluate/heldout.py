@@ -3,8 +3,9 @@
 Held-out rows are those whose group's hash says so, capped to the rows with the smallest group keys, which is a random sample.
 A row's tokens go through the model once, in batches padded on the right (causal attention never looks there, so no mask is
 needed); only the hidden states at supervised positions meet the head, in chunks. Reported per position: KL in nats from the
-cached sparse distribution to the model's on the same k + 1 masses (T = 1), agreement of the two most probable tokens, and the
-exponential of the mean NLL of labels.
+cached sparse distribution to the model's on the same k + 1 masses (T = 1), agreement of the two most probable tokens (in all, and
+by how sure the teacher is), whether the model's is among the teacher's five, calibration, and the exponential of the mean NLL of
+labels.
 
 Cost: one forward pass over the held-out tokens.
 Shape letters: R rows of a batch, L longest of them, S supervised positions, H hidden width.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,11 @@ import torch
 from shared.cache import Cache
 from shared.errors import EvaluationError
 from shared.keys import is_heldout
-from student_train.fused_loss import evaluate_positions
+from student_train.fused_loss import PositionScores, evaluate_positions
 from student_train.student_head import body_of, check_head, head_of
 from student_train.target_batch import TargetBatch
-from tools.evaluate.bootstrap import ratio_interval
-
-
-@dataclass(frozen=True, slots=True)
-class RowMeasure:
-    """Sums over one row's supervised positions."""
-
-    source: str
-    positions: int
-    kl_nats: float
-    top1_equal: int
-    label_nll_nats: float
-    teacher_nll_nats: float
+from tools.evaluate.confidence_bins import ConfidenceBins
+from tools.evaluate.heldout_sums import HeldoutSums, RowMeasure
 
 
 def evaluate_heldout(
@@ -59,8 +48,9 @@ def evaluate_heldout(
     """Measure one model on the held-out rows of caches.
 
     Returns:
-        kl_nats, kl_low, kl_high (95 % over rows), top1_agreement, perplexity, teacher_perplexity, positions, rows, rows_too_long,
-        dtype, and by_source with the same figures per source.
+        kl_nats, kl_low, kl_high (95 % over rows), top1_agreement, top1_in_teacher_top5, agreement_by_teacher_confidence,
+        calibration_error, calibration, perplexity, teacher_perplexity, positions, rows, rows_too_long, dtype, and by_source with
+        the same figures per source.
 
     Raises:
         EvaluationError: no row is held out, or the model cannot be loaded or does not fit the cache's tokenizer.
@@ -80,13 +70,14 @@ def evaluate_heldout(
     fitting = [(cache, row) for cache, row in chosen if opened[cache].num_tokens[row] <= limit]
     if not fitting:
         raise EvaluationError(f"{model_dir}: every held-out row is longer than the {limit} tokens that the model reads")
-    measures: list[RowMeasure] = []
+    sums, num_done = HeldoutSums(), 0
     for batch in _batches(opened, fitting, batch_tokens):
-        measures += measure_batch(model, layer.vocab_size, [opened[cache][row] for cache, row in batch])
-        say(f"held-out rows: {len(measures)} of {len(fitting)}")
-    by_source = {name: _summary([m for m in measures if m.source == name], seed) for name in sorted({m.source for m in measures})}
+        for measure in measure_batch(model, layer.vocab_size, [opened[cache][row] for cache, row in batch]):
+            sums.add(measure)
+        num_done += len(batch)
+        say(f"held-out rows: {num_done} of {len(fitting)}")
     found = {"rows_too_long": len(chosen) - len(fitting), "dtype": str(model.dtype).removeprefix("torch.")}
-    return {**_summary(measures, seed), **found, "by_source": by_source}
+    return {**found, **sums.figures(seed)}
 
 
 def heldout_rows(caches: Sequence[Cache], fraction: float, max_rows: int | None) -> list[tuple[int, int]]:
@@ -147,13 +138,31 @@ def measure_batch(model: Any, vocab_size: int, rows: Sequence[Any]) -> list[RowM
         vocab_size=head.vocab_size,
     )
     ends = np.cumsum([row.num_positions for row in rows])
-    kl, top1, nll = (values.double().cpu().numpy() for values in (scores.kl_nats, scores.top1_equal, scores.label_nll_nats))
-    measures = []
-    for row, start, end in zip(rows, ends - [row.num_positions for row in rows], ends, strict=True):
-        teacher_nll = -float(row.targets.label_logprobs.sum(dtype=np.float64))
-        sums = (float(kl[start:end].sum()), int(top1[start:end].sum()), float(nll[start:end].sum()))
-        measures.append(RowMeasure(row.source, int(end - start), *sums, teacher_nll))
-    return measures
+    starts = ends - [row.num_positions for row in rows]
+    return [_row_measure(row, scores, slice(start, end)) for row, start, end in zip(rows, starts, ends, strict=True)]
+
+
+def _row_measure(row: Any, scores: PositionScores, where: slice) -> RowMeasure:
+    """Sum up the scores of one row's positions."""
+
+    def of_row(scored: torch.Tensor) -> Any:
+        return scored[where].double().cpu().numpy()
+
+    equal = of_row(scores.top1_equal).astype(bool)
+    targets = row.targets
+    with_head = targets.counts > 0
+    teacher_top1 = np.exp(targets.logprobs[targets.offsets()[:-1][with_head]].astype(np.float64))
+    return RowMeasure(
+        source=row.source,
+        positions=row.num_positions,
+        kl_nats=float(of_row(scores.kl_nats).sum()),
+        top1_equal=int(equal.sum()),
+        top1_in_teacher_top5=int(of_row(scores.top1_in_teacher_top5).sum()),
+        label_nll_nats=float(of_row(scores.label_nll_nats).sum()),
+        teacher_nll_nats=-float(targets.label_logprobs.sum(dtype=np.float64)),
+        calibration=ConfidenceBins.of(np.exp(of_row(scores.top1_logprob)), of_row(scores.top1_is_label).astype(bool)),
+        agreement=ConfidenceBins.of(teacher_top1, equal[with_head]),
+    )
 
 
 def _batches(caches: Sequence[Cache], rows: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[tuple[int, int]]]:
@@ -167,25 +176,3 @@ def _batches(caches: Sequence[Cache], rows: Sequence[tuple[int, int]], batch_tok
         else:
             batches.append([place])
     return batches
-
-
-def _summary(measures: Sequence[RowMeasure], seed: int) -> dict[str, Any]:
-    positions = np.array([m.positions for m in measures], dtype=np.float64)
-    kl = np.array([m.kl_nats for m in measures], dtype=np.float64)
-    total = float(positions.sum())
-    low, high = ratio_interval(kl, positions, seed)
-    return {
-        "kl_nats": float(kl.sum()) / total,
-        "kl_low": low,
-        "kl_high": high,
-        "top1_agreement": sum(m.top1_equal for m in measures) / total,
-        "perplexity": _exp(math.fsum(m.label_nll_nats for m in measures) / total),
-        "teacher_perplexity": _exp(math.fsum(m.teacher_nll_nats for m in measures) / total),
-        "positions": int(total),
-        "rows": len(measures),
-    }
-
-
-def _exp(nats: float) -> float | None:
-    """Return e to the nats, or None where that is no number that JSON has."""
-    return math.exp(nats) if nats < 700 else None

@@ -26,7 +26,7 @@ from shared.recipe import Recipe
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.rendering import source_of
 
-RESULT_FORMAT = 1
+RESULT_FORMAT = 2
 """Raised whenever figures would come out differently for the same inputs."""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from tools.report import plots, tables
+from tools.report import confidence_plots, plots, tables
 from tools.report.run_files import RunFiles
 from tools.report.samples import Sample, SampleAnswer
 from tools.report.style import CSS
@@ -23,7 +23,13 @@ def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[
     """Return the whole page; `figures` are titles and SVG elements of `plot_figures`."""
     name = escape(str(report["name"]))
     body = [f"<h1>{name}</h1>", _lead(report), _missing(report), _models(report), _facts(report), _plots(figures)]
-    body += [_answers_table(report), _samples(samples, list(report["models"])), _stages(report), _basis(report, runs)]
+    body += [
+        _heldout_table(report),
+        _answers_table(report),
+        _samples(samples, list(report["models"])),
+        _stages(report),
+        _basis(report, runs),
+    ]
     title = f"{name} – Decant report"
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -140,6 +146,11 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
         figures.append(("Scores per domain, with 95 % intervals", plots.score_plot(models, domains)))
     if any(model["heldout"] for model in models.values()):
         figures.append(("Distance from the teacher on held-out prompts", plots.divergence_plot(models)))
+    if confidence_plots.has_bins(models, "agreement_by_teacher_confidence"):
+        title = "Agreement with the teacher, by how sure the teacher is"
+        figures.append((title, confidence_plots.agreement_plot(models)))
+    if confidence_plots.has_bins(models, "calibration"):
+        figures.append(("Calibration on held-out prompts", confidence_plots.calibration_plot(models)))
     for index, run in enumerate(runs):
         for name, stage in run.stages.items():
             label = f"{run.name}/{name}" if index else name
@@ -154,6 +165,18 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
 def _plots(figures: Sequence[tuple[str, str]]) -> str:
     cards = "".join(f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>' for title, svg in figures)
     return f'<h2>Plots</h2><div class="plots">{cards}</div>' if cards else ""
+
+
+def _heldout_table(report: Mapping[str, Any]) -> str:
+    rows = tables.heldout_rows(report)
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(title)}</th>" for title in tables.HELDOUT_HEADER)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    table = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<h2>Held-out distance by source</h2>{table}<p class="legend">{escape(tables.HELDOUT_LEGEND)}</p>'
 
 
 def _answers_table(report: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
         axes.grid(axis="y")
         axes.legend(ncols=min(4, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=1.0)
 
-    return _svg("scores", _draw)
+    return svg_of("scores", _draw)
 
 
 def divergence_plot(models: Mapping[str, Any]) -> str:
@@ -75,7 +75,7 @@ def divergence_plot(models: Mapping[str, Any]) -> str:
         axes.set_xlabel("held-out KL from the teacher, nats per position")
         axes.grid(axis="x")
 
-    return _svg("divergence", _draw)
+    return svg_of("divergence", _draw)
 
 
 def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[str]) -> str:
@@ -96,7 +96,7 @@ def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[st
         if len(terms) > 1:
             axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
 
-    return _svg(f"loss-{stage}", _draw)
+    return svg_of(f"loss-{stage}", _draw)
 
 
 def entropy_plot(histogram: Sequence[int], bin_nats: float) -> str:
@@ -110,7 +110,7 @@ def entropy_plot(histogram: Sequence[int], bin_nats: float) -> str:
         axes.set_ylabel("positions, %")
         axes.grid(axis="y")
 
-    return _svg("entropy", _draw)
+    return svg_of("entropy", _draw)
 
 
 def support_plot(histogram: Sequence[int]) -> str:
@@ -126,7 +126,7 @@ def support_plot(histogram: Sequence[int]) -> str:
         axes.set_ylabel("positions, %")
         axes.grid(axis="y")
 
-    return _svg("support", _draw)
+    return svg_of("support", _draw)
 
 
 def thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -152,7 +152,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 16 else f"{name[:15]}…"
 
 
-def _svg(label: str, draw: Callable[[Any], None]) -> str:
+def svg_of(label: str, draw: Callable[[Any], None]) -> str:
     """Return one plot as an SVG element that takes its width and text colour from the page."""
     import matplotlib
 

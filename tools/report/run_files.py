@@ -135,7 +135,30 @@ def is_evaluation(result: Mapping[str, Any]) -> bool:
     if not all(_finite(task.get(key)) for task in tasks.values() for key in ("score", "low", "high")):
         return False
     figures = ("kl_nats", "kl_low", "kl_high", "top1_agreement")
-    return heldout is None or (isinstance(heldout, dict) and all(_finite(heldout.get(key)) for key in figures))
+    if heldout is None:
+        return True
+    return isinstance(heldout, dict) and all(_finite(heldout.get(key)) for key in figures) and _has_sound_details(heldout)
+
+
+def _has_sound_details(heldout: Mapping[str, Any]) -> bool:
+    """Tell whether what an older evaluation lacks is, where it is there, of the right shape, in all and by source."""
+    sources = heldout.get("by_source") or {}
+    if not isinstance(sources, dict) or not all(isinstance(part, dict) for part in sources.values()):
+        return False
+    for part in (heldout, *sources.values()):
+        numbers = [part.get(key) for key in _HELDOUT_NUMBERS]
+        if not all(value is None or _finite(value) for value in numbers):
+            return False
+        for key in ("calibration", "agreement_by_teacher_confidence"):
+            bins = part.get(key) or []
+            if not isinstance(bins, list) or not all(isinstance(one, dict) for one in bins):
+                return False
+            if not all(_finite(one.get(column)) for one in bins for column in ("confidence", "right")):
+                return False
+    return True
+
+
+_HELDOUT_NUMBERS = ("positions", "kl_nats", "top1_agreement", "top1_in_teacher_top5", "calibration_error", "perplexity")
 
 
 def _caches(recipe: Recipe | None, missing: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -13,6 +13,12 @@ from typing import Any
 
 NONE = "–"
 _TIME = "time: "
+HELDOUT_HEADER = ("model", "source", "positions", "KL", "top-1", "in top 5", "calibration error", "perplexity")
+HELDOUT_LEGEND = (
+    "KL: nats per position. top-1: the model's most probable token is the teacher's; in top 5: it is among the teacher's five most "
+    "probable. Calibration error: mean gap between the probability of the model's most probable token and how often it is the one "
+    "that followed, in ten bins."
+)
 
 
 def score_domains(report: Mapping[str, Any]) -> list[str]:
@@ -36,6 +42,21 @@ def model_rows(report: Mapping[str, Any]) -> list[list[str]]:
         cells += [percent(model["mean_score"])] if len(domains) > 1 else []
         cells += [percent(model["gap_closed"], digits=0), number(heldout.get("kl_nats"), 4), percent(heldout.get("top1_agreement"))]
         rows.append([name, *cells, number(heldout.get("perplexity"), 2)])
+    return rows
+
+
+def heldout_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the held-out figures of each model, all sources first, then each, as `HELDOUT_HEADER` says."""
+    rows = []
+    for name, model in report["models"].items():
+        heldout = model["heldout"]
+        if heldout is None:
+            continue
+        sources = heldout.get("by_source") or {}
+        for source, figures in {"all": heldout, **(sources if len(sources) > 1 else {})}.items():
+            shares = [percent(figures.get(key)) for key in ("top1_agreement", "top1_in_teacher_top5", "calibration_error")]
+            cells = [number(figures.get("positions"), 0), number(figures.get("kl_nats"), 4), *shares]
+            rows.append([name, str(source), *cells, number(figures.get("perplexity"), 2)])
     return rows
 
 
@@ -75,6 +96,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     if rows:
         lines += [f"| {' | '.join(map(_md, header))} |", f"|---{'|---:' * (len(header) - 1)}|"]
         lines += [f"| {' | '.join(map(_md, row))} |" for row in rows] + ["", _legend(report), ""]
+    if heldout := heldout_rows(report):
+        lines += [f"| {' | '.join(HELDOUT_HEADER)} |", f"|---|---{'|---:' * (len(HELDOUT_HEADER) - 2)}|"]
+        lines += [f"| {' | '.join(map(_md, row))} |" for row in heldout] + ["", _md(HELDOUT_LEGEND), ""]
     facts = run_rows(report)
     lines += ["| | |", "|---|---:|", *(f"| {_md(what)} | {_md(figure)} |" for what, figure in facts), ""] if facts else []
     for name, stage in report["stages"].items():
@@ -90,7 +114,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 def models_csv(report: Mapping[str, Any]) -> str:
     """Return models.csv: one line per model with plain numbers, empty where there is none."""
     domains = score_domains(report)
-    measures = ("kl_nats", "kl_low", "kl_high", "top1_agreement", "perplexity")
+    measures = ("kl_nats", "kl_low", "kl_high", "top1_agreement", "top1_in_teacher_top5", "calibration_error", "perplexity")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     ends = [f"{domain}_{end}" for domain in domains for end in ("score", "low", "high")]

@@ -14,6 +14,7 @@ from shared.keys import is_heldout
 from tests.tiny_models import make_llama, make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
 from tools.evaluate.bootstrap import ratio_interval
+from tools.evaluate.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout import evaluate_heldout, heldout_rows
 
 FRACTION = 0.4
@@ -29,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def reference(cache_dir: Path, model_dir: Path) -> dict[str, float]:
     cache = Cache.open(cache_dir)
-    kl, equal, nll = [], [], []
+    kl, equal, nll, in_five, sure, followed, teacher_sure = [], [], [], [], [], [], []
     for index in range(len(cache)):
         row = cache[index]
         if not is_heldout(row.group_key, FRACTION):
@@ -42,7 +43,25 @@ def reference(cache_dir: Path, model_dir: Path) -> dict[str, float]:
             kl.append(float((np.exp(log_p) * (log_p - log_q[s, ids])).sum() + tail_p * math.log(tail_p / tail_q)))
             equal.append(int(log_q[s].argmax()) == int(ids[0]))
             nll.append(-log_q[s, label])
-    return {"kl_nats": np.mean(kl), "top1_agreement": np.mean(equal), "perplexity": math.exp(np.mean(nll)), "positions": len(kl)}
+            in_five.append(int(log_q[s].argmax()) in ids[:5].tolist())
+            sure.append(float(np.exp(log_q[s].max())))
+            followed.append(int(log_q[s].argmax()) == label)
+            teacher_sure.append(math.exp(log_p[0]))
+    calibration, agreement = binned(sure, followed), binned(teacher_sure, equal)
+    error = sum(n * abs(right - confidence) for _, n, confidence, right in calibration) / len(kl)
+    return {"kl_nats": np.mean(kl), "top1_agreement": np.mean(equal), "perplexity": math.exp(np.mean(nll)), "positions": len(kl),
+            "top1_in_teacher_top5": np.mean(in_five), "calibration_error": error, "calibration": calibration,
+            "agreement_by_teacher_confidence": agreement}  # fmt: skip
+
+
+def binned(confidences: list[float], right: list[bool]) -> list[tuple[float, int, float, float]]:
+    """Ten bins, those with positions: low edge, positions, mean confidence, share that was right."""
+    found = []
+    for low in range(10):
+        inside = [(c, r) for c, r in zip(confidences, right, strict=True) if low / 10 <= c < (low + 1) / 10 + (low == 9)]
+        if inside:
+            found.append((low / 10, len(inside), float(np.mean([c for c, _ in inside])), float(np.mean([r for _, r in inside]))))
+    return found
 
 
 @pytest.mark.parametrize("student", ["teacher", "qwen3", "padded"])
@@ -57,6 +76,11 @@ def test_figures_equal_dense_float64_maths_however_rows_are_batched(
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
     assert found["top1_agreement"] == pytest.approx(expected["top1_agreement"])
     assert found["kl_low"] <= found["kl_nats"] <= found["kl_high"]
+    assert found["top1_in_teacher_top5"] == pytest.approx(expected["top1_in_teacher_top5"])
+    assert found["calibration_error"] == pytest.approx(expected["calibration_error"], rel=1e-4, abs=1e-6)
+    for name in ("calibration", "agreement_by_teacher_confidence"):
+        bins = [(part["low"], part["positions"], part["confidence"], part["right"]) for part in found[name]]
+        assert np.array(bins) == pytest.approx(np.array(expected[name]), rel=1e-4)
 
 
 def test_the_teacher_measures_its_own_quantisation_and_its_own_perplexity(world: dict[str, Path]) -> None:
@@ -72,6 +96,18 @@ def test_sources_add_up_to_the_whole(world: dict[str, Path]) -> None:
     assert len(parts) > 1
     assert sum(part["positions"] for part in parts) == found["positions"]
     assert sum(part["kl_nats"] * part["positions"] for part in parts) == pytest.approx(found["kl_nats"] * found["positions"])
+
+
+def test_bins_of_sources_add_up_and_perfect_confidence_has_no_calibration_error(world: dict[str, Path]) -> None:
+    found = evaluate_heldout(world["qwen3"], [world["cache"]], FRACTION)
+    for name in ("calibration", "agreement_by_teacher_confidence"):
+        for part in found[name]:
+            same = [own for source in found["by_source"].values() for own in source[name] if own["low"] == part["low"]]
+            assert sum(own["positions"] for own in same) == part["positions"]
+    sure = ConfidenceBins.of(np.array([1.0, 1.0, 0.25, 0.25, 0.25, 0.25]), np.array([True, True, True, False, False, False]))
+    assert sure.gap() == pytest.approx(0.0)
+    assert ConfidenceBins.of(np.array([1.0, 0.5]), np.array([False, False])).gap() == pytest.approx(0.75)
+    assert ConfidenceBins().gap() is None
 
 
 def test_the_cap_takes_a_subset_of_the_held_out_rows_whatever_the_cap(world: dict[str, Path]) -> None:

@@ -61,8 +61,16 @@ def write_evaluation(root: Path, model: str, scores: dict[str, float], kl: float
                  "truncated": 0.01, "mean_tokens": 41.5}
         for domain, score in scores.items()
     }  # fmt: skip
+    bins = [
+        {"low": 0.1 * i, "high": 0.1 * (i + 1), "positions": 500, "confidence": 0.1 * i + 0.06, "right": 0.09 * i}
+        for i in range(10)
+    ]
+    part = {"kl_nats": 2 * kl, "top1_agreement": 0.515, "top1_in_teacher_top5": 0.737, "calibration_error": 0.0471,
+            "positions": 1234, "perplexity": 4.0}  # fmt: skip
     heldout = {"kl_nats": kl, "kl_low": kl * 0.9, "kl_high": kl * 1.1, "top1_agreement": 1 / (1 + kl), "perplexity": 3 + kl,
-               "teacher_perplexity": 3.0, "positions": 5000, "rows": 120, "rows_too_long": 0, "by_source": {}}  # fmt: skip
+               "teacher_perplexity": 3.0, "positions": 5000, "rows": 120, "rows_too_long": 0,
+               "top1_in_teacher_top5": 0.876, "calibration_error": 0.0321, "calibration": bins,
+               "agreement_by_teacher_confidence": bins, "by_source": {"math": part, "code": part}}  # fmt: skip
     identity = {"engine": "transformers", "weights": model}
     result = {"identity": identity, "tasks": tasks, "heldout": heldout, "seconds": {"answer": 9.0}}
     write_json(root / "evaluate" / f"{model}.json", result)

@@ -48,5 +48,5 @@ def test_nothing_sticks_out_and_nothing_runs(tmp_path: Path, width: int) -> None
     figures = json.loads(found.group(1).replace("&quot;", '"'))
     assert figures["scroll"] <= figures["inner"], figures
     assert figures["wide"] == []
-    assert figures["plots"] == 6
+    assert figures["plots"] == 8
     assert "owned" not in figures["title"]

@@ -12,8 +12,10 @@ import pytest
 
 from shared.errors import EvaluationError
 from tests.tools.report.fake_run import DOMAINS, HOSTILE, KL, SCORES, make_run, write_evaluation, write_json
+from tools.phases import report as print_report
 from tools.report.build import REPORT_FILES, build_report, table_text
 from tools.report.plots import MOST_POINTS, thinned
+from tools.report.run_files import is_evaluation
 from tools.report.samples import choose_samples
 
 
@@ -66,6 +68,28 @@ def test_every_rendering_shows_the_same_figures(run: Path) -> None:
     with (run / "models.csv").open() as stream:
         rows = {row["model"]: row for row in csv.DictReader(stream)}
     assert {name: float(row["math_score"]) for name, row in rows.items()} == {name: scores[0] for name, scores in SCORES.items()}
+
+
+def test_held_out_figures_are_shown_by_source_and_bins_are_drawn(run: Path) -> None:
+    page = Page((run / "report.html").read_text())
+    for text in (page.text, (run / "report.md").read_text()):
+        for figure in ("87.6 %", "3.2 %", "73.7 %", "4.7 %", "1,234", "0.2400"):
+            assert figure in text
+    for axis in ("it is the token that followed", "the model's is the same"):
+        assert axis in page.text
+    with (run / "models.csv").open() as stream:
+        assert {float(row["top1_in_teacher_top5"]) for row in csv.DictReader(stream)} == {0.876}
+
+
+@pytest.mark.parametrize(
+    "change", [{"calibration": [{"confidence": "high"}]}, {"by_source": {"math": {"kl_nats": "far"}}}, {"calibration_error": "big"}]
+)
+def test_malformed_held_out_details_are_no_evaluation(run: Path, change: dict) -> None:
+    result = json.loads((run / "evaluate" / "kd.json").read_text())
+    assert is_evaluation(result)
+    assert not is_evaluation({**result, "heldout": {**result["heldout"], **change}})
+    older = {key: result["heldout"][key] for key in ("kl_nats", "kl_low", "kl_high", "top1_agreement", "perplexity")}
+    assert is_evaluation({**result, "heldout": older})
 
 
 def test_rebuilding_changes_no_byte(run: Path) -> None:
@@ -149,6 +173,13 @@ def test_a_run_with_nothing_but_a_recipe_still_has_a_report(tmp_path: Path) -> N
     assert report["models"] == {}
     assert "no model was evaluated" in table_text(report)
     assert "No model was evaluated yet" in (root / "report.html").read_text()
+
+
+def test_the_command_prints_the_reports_table_with_mean_cache_and_time(run: Path) -> None:
+    report, text = print_report([run])
+    assert text == table_text(report)
+    for figure in ("mean", "63.3 %", "bytes per position", "train.kd 84 s", "0.1200"):
+        assert figure in text
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Held-out figures as sums that add up: one row's, then a source's, then all.
+
+The interval of the KL needs every row's sum, so rows are kept (a few numbers each); positions never are.
+Cost: linear in rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tools.evaluate.bootstrap import ratio_interval
+from tools.evaluate.confidence_bins import ConfidenceBins
+
+
+@dataclass(frozen=True, slots=True)
+class RowMeasure:
+    """Sums over one row's supervised positions."""
+
+    source: str
+    positions: int
+    kl_nats: float
+    top1_equal: int
+    top1_in_teacher_top5: int
+    label_nll_nats: float
+    teacher_nll_nats: float
+    calibration: ConfidenceBins
+    """The student's most probable token against the one that followed."""
+    agreement: ConfidenceBins
+    """The teacher's most probable token against the student's."""
+
+
+@dataclass(slots=True)
+class HeldoutSums:
+    """Everything measured so far, by source."""
+
+    rows: dict[str, list[tuple[float, ...]]] = field(default_factory=lambda: defaultdict(list))
+    """Per source and row: positions, KL, top-1 equal, top-1 in the teacher's top 5, NLL, the teacher's NLL."""
+    calibration: dict[str, ConfidenceBins] = field(default_factory=lambda: defaultdict(ConfidenceBins))
+    agreement: dict[str, ConfidenceBins] = field(default_factory=lambda: defaultdict(ConfidenceBins))
+
+    def add(self, row: RowMeasure) -> None:
+        """Count one row."""
+        in_top5 = row.top1_in_teacher_top5
+        figures = (row.positions, row.kl_nats, row.top1_equal, in_top5, row.label_nll_nats, row.teacher_nll_nats)
+        self.rows[row.source].append(figures)
+        self.calibration[row.source] = self.calibration[row.source] + row.calibration
+        self.agreement[row.source] = self.agreement[row.source] + row.agreement
+
+    def figures(self, seed: int) -> dict[str, Any]:
+        """Return the figures of all rows, and by source under `by_source`."""
+        names = sorted(self.rows)
+        return {**self._of(names, seed), "by_source": {name: self._of([name], seed) for name in names}}
+
+    def _of(self, sources: Sequence[str], seed: int) -> dict[str, Any]:
+        rows = [row for name in sources for row in self.rows[name]]
+        positions, kl, equal, in_top5, nll, teacher_nll = np.array(rows, dtype=np.float64).T
+        calibration = sum((self.calibration[name] for name in sources), start=ConfidenceBins())
+        agreement = sum((self.agreement[name] for name in sources), start=ConfidenceBins())
+        total = float(positions.sum())
+        low, high = ratio_interval(kl, positions, seed)
+        return {
+            "kl_nats": math.fsum(kl) / total,
+            "kl_low": low,
+            "kl_high": high,
+            "top1_agreement": float(equal.sum()) / total,
+            "top1_in_teacher_top5": float(in_top5.sum()) / total,
+            "agreement_by_teacher_confidence": agreement.figures(),
+            "calibration_error": calibration.gap(),
+            "calibration": calibration.figures(),
+            "perplexity": _exp(math.fsum(nll) / total),
+            "teacher_perplexity": _exp(math.fsum(teacher_nll) / total),
+            "positions": int(total),
+            "rows": len(rows),
+        }
+
+
+def _exp(nats: float) -> float | None:
+    """Return e to the nats, or None where that is no number that JSON has."""
+    return math.exp(nats) if nats < 700 else None
