@@ -5,7 +5,7 @@ Heavy modules are imported by the phase that needs them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,12 @@ def evaluate(recipe: Recipe, allow_unsafe_code: bool) -> Result:
         EvaluationError: a model or a task cannot be evaluated.
     """
     from tools.evaluate.side_by_side import evaluate_all
+    from tools.report.figures import report_figures
+    from tools.report.run_files import read_run
+    from tools.report.tables import table_text
 
     results = evaluate_all(recipe, allow_unsafe_code)
-    return results, table_text(results)
+    return results, table_text(report_figures([read_run(recipe.output_dir)]))
 
 
 def report(runs: Sequence[Path]) -> Result:
@@ -77,38 +80,10 @@ def report(runs: Sequence[Path]) -> Result:
     Raises:
         EvaluationError: a run has nothing to report.
     """
-    from tools.report.build import build_report
+    from tools.report.build import build_report, table_text
 
     for run in runs:
         if not run.is_dir():
             raise EvaluationError(f"{run}: no such directory; name the output_dir of a run")
     result = build_report(list(runs))
-    return result, table_text(result.get("models", {}))
-
-
-def table_text(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the models' figures as a plain table: a score per domain in percent, then the distance to the teacher."""
-    domains = list(dict.fromkeys(domain for figures in models.values() for domain in figures.get("tasks") or {}))
-    header = ["model", *(f"{domain} %" for domain in domains), "held-out KL (nats)", "top-1 agreement %", "perplexity"]
-    rows = [header]
-    for name, figures in models.items():
-        tasks, heldout = figures.get("tasks") or {}, figures.get("heldout") or {}
-        row = [name, *(_percent(tasks.get(domain, {}).get("score")) for domain in domains)]
-        row += [_number(heldout.get("kl_nats"), 4), _percent(heldout.get("top1_agreement")), _number(heldout.get("perplexity"), 3)]
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return result, table_text(result)
