@@ -33,6 +33,8 @@ def run_cache_command(args: argparse.Namespace) -> int:
         "verify": _verify,
         "gc": _gc,
         "merge": _merge,
+        "export": _export,
+        "import": _import,
     }
     return commands[args.cache_command](args)
 
@@ -182,6 +184,25 @@ def _merge(args: argparse.Namespace) -> int:
     with Progress("merge", total) as progress:
         result = merge_caches(args.out, args.caches, args.targets, args.copy, progress.advance)
     _print(args, result, merge_text(result))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tools.parquet_export import export_cache, export_text
+
+    total = sum(record.rows for record in list_records(sequences_dir(args.cache)))
+    with Progress("export", total) as progress:
+        result = export_cache(args.cache, args.out, args.targets, progress.advance)
+    _print(args, result, f"{export_text(result)}, {size(result['bytes'])}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from tools.parquet_import import import_parquet, import_text
+
+    with Progress("import", None) as progress:
+        result = import_parquet(args.parquet, args.out, progress.advance)
+    _print(args, result, import_text(result))
     return 0
 
 

@@ -12,7 +12,6 @@ the commit records, one part that is written again, and what shared keys take (t
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.atomic import fsync_dir, link_exclusive, make_dir, write_atomic
+from shared.atomic import link_exclusive, make_dir, write_atomic
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
 from shared.identity import difference
 from shared.jobs import create_job, job_id
@@ -32,6 +31,7 @@ from shared.records import PartRecord, json_bytes, list_records
 from shared.schema import FORMAT_VERSION
 from tools.cache_duplicates import repeated_rows
 from tools.part_takeover import TakeOver, rewrite_part
+from tools.staged_directory import publish, refuse_existing, staging_path, unfinished
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ def merge_caches(
     request = {"merge": [_fingerprint(source, layers) for source in sources], "layers": sorted(layers)}
     job = job_id(request)
     existed = _check_out(out, job)
-    staging = out if existed else out.absolute().with_name(f".{out.absolute().name}.merging-{job[:8]}")
+    staging = out if existed else staging_path(out, "merging", job)
     merge = Merge(staging, job[:8], sources, layers, TakeOver(copy))
     repeats = repeated_rows([(sequences_dir(source.path), record) for source in sources for record in source.records])
     if not existed:
@@ -105,7 +105,7 @@ def merge_caches(
     _write_parts(merge, repeats, advance, dry_run=existed)
     if not existed:
         _write_header(merge)
-        _publish(staging, out, job)
+        publish(staging, out, out / "jobs" / job / "plan.arrow")
     return _summary(out, job, merge, left_out, existed)
 
 
@@ -195,8 +195,7 @@ def _check_out(out: Path, job: str) -> bool:
     """
     if (out / "cache.json").is_file() and (out / "jobs" / job / "plan.arrow").is_file():
         return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CacheError(f"{out} exists and is not the merge of these caches as they are now; name a directory that does not exist")
+    refuse_existing(out, "the merge of these caches as they are now")
     return False
 
 
@@ -289,17 +288,6 @@ def _joined(values: Sequence[str | None], separator: str) -> str | None:
     return None if distinct == ["unknown"] else separator.join(distinct)
 
 
-def _publish(staging: Path, out: Path, job: str) -> None:
-    """Give the finished directory its name."""
-    try:
-        staging.rename(out)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT) and (out / "jobs" / job).is_dir():
-            return  # the same merge ran elsewhere at the same time and was first
-        raise CacheError(f"{staging} is finished but cannot be renamed to {out}: {error.strerror}; move it there") from None
-    fsync_dir(out.absolute().parent)
-
-
 def _summary(out: Path, job: str, merge: Merge, left_out: list[dict[str, Any]], existed: bool) -> dict[str, Any]:
     return {
         "cache": str(out),
@@ -316,7 +304,7 @@ def _summary(out: Path, job: str, merge: Merge, left_out: list[dict[str, Any]], 
         "layers": sorted(merge.layers.values()),
         "unscored": {name: count for name, count in merge.unscored.items() if count},
         "left_out": left_out,
-        "unfinished": sorted(str(path) for path in out.absolute().parent.glob(f".{out.absolute().name}.merging-*")),
+        "unfinished": unfinished(out, "merging"),
     }
 
 

@@ -65,7 +65,7 @@ def build_parser() -> Parser:
     report = command("report", "write report.html, report.md, models.csv and report.json for one run or several")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
 
-    looks = "look into a cache or make another of it: ls, show, stats, verify, gc, merge"
+    looks = "look into a cache or make another of it: ls, show, stats, verify, gc, merge, export, import"
     cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)
     _cache_commands(cache, command)
     command("doctor", "say what this machine can do, and the command that mends what it cannot")
@@ -101,6 +101,14 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     chosen.add_argument("--targets", action="append", metavar="NAME", help=every)
     chosen.add_argument("--no-targets", dest="targets", action="store_const", const=[], help="merge prompts and answers alone")
     merge.add_argument("--copy", action="store_true", help="copy files instead of hard-linking them where that is possible")
+    export = command("export", "write a cache as plain files for other tools", within=within)
+    export.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
+    export.add_argument("out", type=Path, metavar="OUT_DIR", help="the new directory; must not exist")
+    export.add_argument("--format", choices=["parquet"], default="parquet", help="kind of file (default: parquet)")
+    export.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
+    imports = command("import", "make a cache of what export wrote", within=within)
+    imports.add_argument("parquet", type=Path, metavar="PARQUET_DIR", help="directory that `decant cache export` wrote")
+    imports.add_argument("out", type=Path, metavar="OUT_CACHE", help="the new cache; must not exist")
 
 
 def _recipe(parser: Parser) -> Parser:
