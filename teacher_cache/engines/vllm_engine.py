@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
@@ -22,6 +23,7 @@ import numpy as np
 from shared.errors import DecantError, EngineError
 from shared.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import installed_vllm, vllm_arrays, vllm_tail
+from teacher_cache.engines.adapters import fold_adapter
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
@@ -51,23 +53,25 @@ class VllmEngine:
         self._llm: Any = None
         self._teacher = teacher
         self._restore: Callable[[], None] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         try:
             from vllm import LLM
             from vllm.platforms import current_platform
 
             on_cpu = bool(current_platform.is_cpu())
+            if teacher.adapter is not None:
+                model_dir = self._folded(teacher, model_dir)
             self._settings: VllmSettings = plan_settings(teacher, capture, for_generation, model_dir, on_cpu=on_cpu)
             self._restore = _hold_torch(self._settings.num_threads) if on_cpu else None
             self._llm = LLM(**self._settings.arguments)
             self.tokenizer: Any = self._llm.get_tokenizer()
             self.vocab_size: int = len(self.tokenizer)
             self.max_model_len: int = self._settings.max_model_len or int(self._llm.model_config.max_model_len) - 1
-            self._lora = _lora_request(teacher)
             self._layout: ColumnLayout | None = None
             self._path = "none"
             if capture is not None:
                 self._layout = ColumnLayout.of(capture, self.vocab_size)
-                self._path = choose_capture_path(self._llm, self._layout, self._lora)
+                self._path = choose_capture_path(self._llm, self._layout)
         except DecantError:
             self.close()
             raise
@@ -75,6 +79,16 @@ class VllmEngine:
             self.close()
             raise _start_failed(model_dir, error) from error
         self._next_id = 0
+
+    def _folded(self, teacher: Teacher, model_dir: Path) -> Path:
+        """Return a temporary directory with the adapter folded in; `close` removes it."""
+        if teacher.quantization is not None:
+            raise EngineError(
+                "teacher.adapter cannot be folded into weights that teacher.quantization changes; merge it beforehand"
+            )
+        self._scratch = tempfile.TemporaryDirectory(prefix="decant-teacher-")
+        destination = Path(self._scratch.name)
+        return fold_adapter(model_dir, Path(str(teacher.adapter)), destination, trust_remote_code=teacher.trust_remote_code)
 
     def generate(self, requests: Iterable[GenerateRequest], settings: Generate) -> Iterator[Generated]:
         """Answer each request once, as it finishes.
@@ -157,7 +171,7 @@ class VllmEngine:
                     self._next_id += 1
                     token_ids = [int(token) for token in request.token_ids]
                     sampling = parameters(request)
-                    _translated(engine.add_request, name, {"prompt_token_ids": token_ids}, sampling, lora_request=self._lora)
+                    _translated(engine.add_request, name, {"prompt_token_ids": token_ids}, sampling)
                     running[name] = request
                 if not running:
                     return
@@ -206,6 +220,9 @@ class VllmEngine:
         if self._restore is not None:
             self._restore()
             self._restore = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
 
 def scoring_parameters(num_logprobs: int) -> Any:
@@ -242,14 +259,6 @@ def _start_failed(model_dir: Path, error: Exception) -> EngineError:
         f"vLLM cannot start with {model_dir} ({type(error).__name__}: {reason}); set VLLM_LOGGING_LEVEL=INFO to see its own log, "
         "and check teacher.dtype, teacher.max_model_len and teacher.gpu_memory_utilization"
     )
-
-
-def _lora_request(teacher: Teacher) -> Any:
-    if teacher.adapter is None:
-        return None
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest("teacher", 1, teacher.adapter)
 
 
 def _device_name() -> str:

@@ -28,7 +28,7 @@ PROBE_TOKENS = 24
 TOLERANCE_NATS = 0.01
 
 
-def choose_capture_path(llm: Any, layout: ColumnLayout, lora: Any) -> str:
+def choose_capture_path(llm: Any, layout: ColumnLayout) -> str:
     """Switch on what works and return its name: "plugin+arrays", "plugin+flat", "stock+arrays" or "stock+flat".
 
     Raises:
@@ -36,18 +36,18 @@ def choose_capture_path(llm: Any, layout: ColumnLayout, lora: Any) -> str:
     """
     probe = [int(token) for token in (np.arange(1, PROBE_TOKENS + 1, dtype=np.int64) * 7919) % layout.vocab_size]
     vllm_arrays.uninstall()
-    flat_ids, flat_logprobs = _score(llm, probe, 4, lora)
+    flat_ids, flat_logprobs = _score(llm, probe, 4)
     reason = vllm_arrays.install()
     container = "arrays"
-    dense = _dense(*_score(llm, probe, -1, lora))
+    dense = _dense(*_score(llm, probe, -1))
     if reason is None and not np.allclose(np.take_along_axis(dense, flat_ids, 1), flat_logprobs, atol=TOLERANCE_NATS):
         reason = "its arrays differ from its lists"
     if reason is not None:
         logger.warning("vLLM's log-probabilities are read from lists, which is about 30 times slower: %s", reason)
         vllm_arrays.uninstall()
         container = "flat"
-        dense = _dense(*_score(llm, probe, -1, lora))
-    problem = _try_plugin(llm, layout, lora, probe, dense)
+        dense = _dense(*_score(llm, probe, -1))
+    problem = _try_plugin(llm, layout, probe, dense)
     if problem is None:
         return f"plugin+{container}"
     llm.collective_rpc("decant_capture", args=(None,))
@@ -60,12 +60,12 @@ def choose_capture_path(llm: Any, layout: ColumnLayout, lora: Any) -> str:
     return f"stock+{container}"
 
 
-def _score(llm: Any, probe: list[int], num_logprobs: int, lora: Any) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _score(llm: Any, probe: list[int], num_logprobs: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return ids and natural logs of the probe's rows."""
     from teacher_cache.engines.vllm_engine import scoring_parameters
 
     engine = llm.llm_engine
-    engine.add_request("decant-probe", {"prompt_token_ids": probe}, scoring_parameters(num_logprobs), lora_request=lora)
+    engine.add_request("decant-probe", {"prompt_token_ids": probe}, scoring_parameters(num_logprobs))
     finished: list[Any] = []
     while not finished:
         finished = [output for output in engine.step() if output.finished]
@@ -80,13 +80,13 @@ def _dense(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> NDArray[np.
     return dense
 
 
-def _try_plugin(llm: Any, layout: ColumnLayout, lora: Any, probe: list[int], dense: NDArray[np.float64]) -> str | None:
+def _try_plugin(llm: Any, layout: ColumnLayout, probe: list[int], dense: NDArray[np.float64]) -> str | None:
     """Switch the plug-in on in every worker and return what is wrong with it, or None."""
     statuses = llm.collective_rpc("decant_capture", args=(layout.to_plain(),))
     for status in statuses:
         if status["installed"] != "yes":
             return f"its {status['runner']} runner cannot be extended: {status['installed']}"
-    ids, values = _score(llm, probe, layout.num_extra, lora)
+    ids, values = _score(llm, probe, layout.num_extra)
     return plugin_problem(ids, values, dense, layout)
 
 

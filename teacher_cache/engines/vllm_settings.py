@@ -1,7 +1,9 @@
 """How Decant starts vLLM: environment defaults, arguments of `LLM`, and what follows from them (seeds, chunked prefill).
 
-On a CPU the engine core runs inside this process: a separate one costs two more imports of vLLM and, on two cores, gains
-nothing now that results arrive as arrays. Eager execution and an explicit key-value cache skip compilation and profiling.
+On a CPU the engine core runs inside this process: separate core and worker processes cost two more imports of vLLM and, on two
+cores, gain nothing now that results arrive as arrays. Eager execution and an explicit key-value cache skip compilation and
+profiling. CPU seconds from import to close, 4-million-parameter model: 10 so, 3 for each further start in the process; 18 with a
+core process; 27 with vLLM's own core and worker processes; compiling adds minutes where its compiler cache is cold.
 On a GPU vLLM's own defaults stay: a core process of its own, compiled graphs.
 
 vLLM's CPU runner dies on a per-request seed when a prompt is split over two forward passes, so chunked prefill is switched
@@ -103,8 +105,6 @@ def plan_settings(
         arguments["hf_overrides"] = {"head_dtype": "float32"}
     if capture is not None:
         arguments["worker_extension_cls"] = "teacher_cache.engines.vllm_tail.TailWorker"
-    if teacher.adapter is not None:
-        arguments |= {"enable_lora": True, "max_lora_rank": _lora_rank(Path(teacher.adapter)), "max_loras": 1}
     if on_cpu:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         arguments["enforce_eager"] = True
@@ -185,12 +185,3 @@ def _head_dtype(teacher: Teacher, config: dict[str, Any], dtype: str) -> str:
     if isinstance(quantised, dict) and quantised.get("lm_head"):
         return "quantised"
     return "float32" if teacher.head_dtype == "float32" else dtype
-
-
-def _lora_rank(adapter: Path) -> int:
-    try:
-        return int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(
-            f"{adapter}: cannot be read as a LoRA adapter ({error!r}); expected adapter_config.json with `r`"
-        ) from error

@@ -286,6 +286,29 @@ def test_wrong_arrays_are_found_out_and_lists_used(model_dir, exact, monkeypatch
         assert np.abs(targets.tail_logmass - found[tag].tail_logmass).max() < 0.01
 
 
+def test_adapter_changes_the_scores_as_in_the_oracle(model_dir, tmp_path, exact):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path)
+    capture = Capture(k=16)
+    with opened(model_dir, capture, dtype="float32", adapter=str(tmp_path)) as engine:
+        found = scored(engine, sequences(4))
+    teacher = Teacher(model="m", engine="transformers", adapter=str(tmp_path))
+    adapted = CausalModel.load(teacher, model_dir, dtype="float64")
+    plain = oracle(exact, capture, sequences(4))
+    for tag, targets in oracle(adapted, capture, sequences(4)).items():
+        assert np.abs(targets.label_logprobs - found[tag].label_logprobs).max() < 1e-3
+        assert np.abs(targets.label_logprobs - plain[tag].label_logprobs).mean() > 0.1
+
+
+def test_missing_adapter_is_a_sentence(model_dir, tmp_path):
+    with pytest.raises(EngineError, match=r"holds no adapter_config\.json"):
+        open_engine(Teacher(model="m", adapter=str(tmp_path)), None, for_generation=None, model_dir=model_dir)
+
+
 def test_model_that_cannot_start_is_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such"}')
     with pytest.raises(EngineError, match="vLLM cannot start with"):

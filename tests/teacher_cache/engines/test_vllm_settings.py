@@ -91,6 +91,18 @@ def test_key_value_cache_holds_many_sequences_within_bounds():
         cache_bytes(large, 2**30, "bfloat16")
 
 
+def test_threads_are_halved_for_narrow_models_unless_the_environment_says(model_dir, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": 256}))
+    assert plan(model_dir).num_threads == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert plan(model_dir).num_threads is None
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": 1024}))
+    assert plan(model_dir).num_threads is None
+
+
 @pytest.mark.parametrize(
     ("version", "capture", "words"),
     [
