@@ -68,6 +68,9 @@ def open_engine(teacher: Teacher, capture: Capture | None, *, for_generation: Ge
         from teacher_cache.engines.transformers_engine import TransformersEngine
 
         return TransformersEngine.open(teacher, capture, model_dir)
+    from teacher_cache.engines.vllm_settings import set_environment
+
+    set_environment()
     from teacher_cache.engines.vllm_engine import VllmEngine
 
     return VllmEngine(teacher, capture, for_generation=for_generation, model_dir=model_dir)

@@ -28,7 +28,7 @@ from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
 from teacher_cache.engines.vllm_self_test import choose_capture_path
-from teacher_cache.engines.vllm_settings import VllmSettings, plan_settings, set_environment
+from teacher_cache.engines.vllm_settings import VllmSettings, plan_settings
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ class VllmEngine:
         Raises:
             EngineError: vLLM cannot start, or cannot capture what is asked.
         """
-        set_environment()
         # vLLM trips over torch's deprecations on every start; nothing that a user could mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
         self._llm: Any = None

@@ -14,6 +14,7 @@ provenance says so.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +57,12 @@ class VllmSettings:
 
 
 def set_environment() -> None:
-    """Set vLLM's environment defaults; call before its first import."""
+    """Set vLLM's environment defaults; call before the first import of vllm, and of torch, which reads one of them then."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
+        # Said before vLLM reads its own logging level, on every CPU that has a Triton for GPUs.
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
 def plan_settings(
