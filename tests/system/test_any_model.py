@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,15 +127,18 @@ def test_llama_scores_given_texts_and_conversations(tmp_path):
             assert (end == end[0]).all()
 
 
-@pytest.mark.parametrize("vocabulary", ["padded", "qwen"])
+@pytest.mark.parametrize("vocabulary", ["filled", "qwen"])
 def test_qwen_answers_prompts_of_two_sources_with_151936_entries(tmp_path, vocabulary):
     make_qwen3(tmp_path / "teacher", vocab_size=151_936, seed=3)
     make_qwen3(tmp_path / "student", vocab_size=151_936, seed=4, num_layers=1)
+    if vocabulary == "qwen" and not QWEN_FILES.is_dir():
+        pytest.skip(f"{QWEN_FILES} with the Qwen tokenizer's files is not here")
     if vocabulary == "qwen":
-        if not QWEN_FILES.is_dir():
-            pytest.skip(f"{QWEN_FILES} with the Qwen tokenizer's files is not here")
-        for name in ("teacher", "student"):
-            give_qwen_tokenizer(tmp_path / name)
+        give_qwen_tokenizer(tmp_path / "teacher")
+    fill_vocabulary(tmp_path / "teacher", 151_936)
+    for file in (tmp_path / "teacher").glob("*token*"):
+        shutil.copy(file, tmp_path / "student")
+    fill_vocabulary(tmp_path / "student", 151_936)
     prompts = [{"prompt": f"Anna has {i} tickets. How many?", "completion": f"{i}"} for i in range(8)]
     write_lines(tmp_path / "first.jsonl", prompts)
     write_lines(
@@ -156,7 +160,7 @@ def test_qwen_answers_prompts_of_two_sources_with_151936_entries(tmp_path, vocab
 def give_qwen_tokenizer(directory: Path) -> None:
     """Replace a model's tokenizer by the real Qwen one, with ChatML tokens where Qwen has them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.BPE.from_file(str(QWEN_FILES / "vocab.json"), str(QWEN_FILES / "merges.txt")))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -168,14 +172,25 @@ def give_qwen_tokenizer(directory: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (directory / name).unlink(missing_ok=True)
     tokenizer.save_pretrained(directory)
+
+
+def fill_vocabulary(directory: Path, size: int) -> None:
+    """Give every row of the head an entry in the tokenizer and random weights, so that whatever is sampled is a token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = directory / "tokenizer.json"
+    document = json.loads(path.read_text())
+    taken = {token["id"] for token in document["added_tokens"]} | set(document["model"]["vocab"].values())
+    document["model"]["vocab"] |= {f"filler{i}": i for i in range(size) if i not in taken}
+    path.write_text(json.dumps(document))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert len(tokenizer) == size
     model = AutoModelForCausalLM.from_pretrained(directory)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    import torch
-
-    with torch.no_grad():  # the tiny maker zeroes the rows behind its own 512 entries
-        generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
         rows = model.get_output_embeddings().weight
-        rows.copy_(torch.empty_like(rows).normal_(0.0, 0.3, generator=generator))
+        rows.copy_(torch.empty_like(rows).normal_(0.0, 0.3, generator=torch.Generator().manual_seed(7)))
         rows[tokenizer.eos_token_id] *= 2.0
     model.save_pretrained(directory)
