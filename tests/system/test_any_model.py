@@ -182,6 +182,7 @@ def fill_vocabulary(directory: Path, size: int) -> None:
     path = directory / "tokenizer.json"
     document = json.loads(path.read_text())
     taken = {token["id"] for token in document["added_tokens"]} | set(document["model"]["vocab"].values())
+    document["model"]["vocab"] |= {token["content"]: token["id"] for token in document["added_tokens"]}  # else they move behind
     document["model"]["vocab"] |= {f"filler{i}": i for i in range(size) if i not in taken}
     path.write_text(json.dumps(document))
     tokenizer = AutoTokenizer.from_pretrained(directory)
