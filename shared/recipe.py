@@ -1,8 +1,8 @@
 """The recipe: everything that one experiment may say, validated before any work.
 
-Sections are defined in `recipe_capture` (phase 1), `recipe_training` (phase 2) and `recipe_evaluation`; this module puts them
-together and checks what involves more than one of them. What depends on a cache's content (its temperatures, sources, layers) is
-checked against the cache when it is opened. Paths are relative to the current directory.
+Sections are defined in `recipe_capture` (phase 1), `recipe_training` (phase 2), `recipe_evaluation` and `recipe_assumptions` (for the
+plan); this module puts them together and checks what involves more than one of them. What depends on a cache's content (its
+temperatures, sources, layers) is checked against the cache when it is opened. Paths are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from shared.recipe_assumptions import Assume, AssumedModel, AssumedSource
 from shared.recipe_base import Count, Integer, Name, Problem, Section, closest, inconsistent, one_or_many, quoted
 from shared.recipe_capture import Capture, Generate, Heldout, PromptSource, Teacher, Workers
 from shared.recipe_evaluation import Evaluate, Task
@@ -21,6 +22,9 @@ from shared.schema import MAX_ROWS_PER_PART
 
 __all__ = [
     "Adapter",
+    "Assume",
+    "AssumedModel",
+    "AssumedSource",
     "Capture",
     "Evaluate",
     "Generate",
@@ -67,10 +71,13 @@ class Recipe(Section):
     """Training runs, in order."""
     evaluate: Evaluate = Evaluate()
     """The comparison at the end."""
+    assume: Assume = Assume()
+    """Sizes for `decant plan` where hub or data cannot be reached; nothing else reads them."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        problems = [*_phase1_problems(self), *_stage_problems(self), *_temperature_problems(self), *_evaluate_problems(self)]
+        problems = [*_phase1_problems(self), *_stage_problems(self), *_temperature_problems(self)]
+        problems += [*_evaluate_problems(self), *_assume_problems(self)]
         if problems:
             inconsistent(*problems)
         return self
@@ -164,3 +171,12 @@ def _evaluate_problems(recipe: Recipe) -> list[Problem]:
         elif model not in (choices := ["teacher", "base", *names]):
             problems.append((path, f"'{model}' is none of {quoted(choices)}{closest(model, choices)}"))
     return problems
+
+
+def _assume_problems(recipe: Recipe) -> list[Problem]:
+    sources = sorted({prompt.source for prompt in recipe.prompts})
+    return [
+        (("assume", "sources", name), f"no entry of `prompts` has this source{closest(name, sources)}")
+        for name in recipe.assume.sources
+        if name not in sources
+    ]

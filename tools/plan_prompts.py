@@ -35,6 +35,8 @@ class SourceCount:
     answer_tokens_counted: int = 0
     longest_tokens: int = 0
     """Longest prompt, or prompt with its given answer, among the rows counted."""
+    answer_tokens_assumed: int | None = None
+    """Mean tokens of an answer where the recipe states the source's size; None where the rows were counted."""
 
     def scaled(self, counted: int) -> int:
         """Scale a count of the rows counted to the rows that are still to be done."""
@@ -50,18 +52,23 @@ class PromptCount:
     first_problem: str | None = None
     tokenizer_note: str | None = None
     """Why tokens are estimated from characters; None where the tokenizer counts."""
+    assumed: list[str] = field(default_factory=list)
+    """A sentence for each source that cannot be reached and has the size that the recipe states."""
 
 
 def count_prompts(recipe: Recipe) -> PromptCount:
-    """Count rows and tokens of a recipe's prompts.
+    """Count rows and tokens of a recipe's prompts; a source out of reach has the size that the recipe's `assume` states.
 
     Raises:
-        PromptError: a source is missing, cannot be read or has no row.
+        PromptError: a source is missing, cannot be read or has no row, and the recipe states no size for it.
     """
     from teacher_cache.prompts import Problems, read_prompts
     from teacher_cache.work_list import Tally, list_rows
 
     problems, tally, result = Problems(), Tally(), PromptCount()
+    recipe = _reachable(recipe, result)
+    if not recipe.prompts:
+        return result
     counter = _TokenCounter(recipe, result)
     committed = _committed(recipe.cache[0])
     current = _Current(read_prompts(recipe.prompts, problems))
@@ -85,6 +92,33 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     result.set_aside = problems.total
     result.first_problem = problems.listed[0].sentence() if problems.listed else None
     return result
+
+
+def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
+    """Enter the sources of which something is out of reach with their stated sizes, and return the recipe with the others alone."""
+    from teacher_cache.prompt_files import locate
+
+    reasons: dict[str, PromptError] = {}
+    for prompt in recipe.prompts:
+        try:
+            locate(prompt)
+        except PromptError as error:
+            if prompt.source not in recipe.assume.sources:
+                raise
+            reasons.setdefault(prompt.source, error)
+    for name, error in reasons.items():
+        stated = recipe.assume.sources[name]
+        rows = stated.rows * (1 if recipe.generate is None else recipe.generate.samples_per_prompt)
+        result.sources[name] = SourceCount(
+            rows=rows,
+            rows_counted=1,
+            prompt_tokens_counted=stated.prompt_tokens,
+            answer_tokens_counted=stated.answer_tokens,
+            answer_tokens_assumed=stated.answer_tokens,
+        )
+        sizes = f"{stated.rows:,} prompts of {stated.prompt_tokens:,} tokens, answers of {stated.answer_tokens:,}"
+        result.assumed.append(f"source {name} has {sizes}, as the recipe states, since it cannot be reached ({error})")
+    return recipe.model_copy(update={"prompts": tuple(prompt for prompt in recipe.prompts if prompt.source not in reasons)})
 
 
 class _Current:

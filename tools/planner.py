@@ -95,7 +95,8 @@ def _build_figures(recipe: Recipe, counted: PromptCount, there: dict[str, Any], 
     prompt = sum(figures["prompt_tokens"] for figures in sources.values())
     expected = sum(figures["answer_tokens"]["expected"] for figures in sources.values())
     at_most = sum(figures["answer_tokens"]["at_most"] for figures in sources.values())
-    if recipe.generate is not None:
+    assumptions += counted.assumed
+    if recipe.generate is not None and any(source.answer_tokens_assumed is None for source in counted.sources.values()):
         half = f"{EXPECTED_SHARE_OF_MAX_NEW_TOKENS:.0%} of max_new_tokens ({recipe.generate.max_new_tokens})"
         assumptions.append(f"answers are expected at {half}, and at most all of it")
     if counted.tokenizer_note:
@@ -139,7 +140,9 @@ def _source_figures(recipe: Recipe, source: SourceCount) -> dict[str, Any]:
         answers = {"expected": source.scaled(source.answer_tokens_counted), "at_most": source.scaled(source.answer_tokens_counted)}
     else:
         most = to_do * recipe.generate.max_new_tokens
-        answers = {"expected": round(most * EXPECTED_SHARE_OF_MAX_NEW_TOKENS), "at_most": most}
+        assumed = source.answer_tokens_assumed
+        expected = most * EXPECTED_SHARE_OF_MAX_NEW_TOKENS if assumed is None else min(assumed * to_do, most)
+        answers = {"expected": round(expected), "at_most": most}
     return {
         "rows": source.rows,
         "rows_in_cache": source.rows_in_cache,

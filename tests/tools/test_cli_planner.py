@@ -9,6 +9,7 @@ import pytest
 
 from shared.cache import Cache
 from shared.codec import Codec
+from shared.errors import PromptError
 from shared.recipe import Recipe
 from tests.shared.dense_targets import cut
 from tests.shared.small_cache import TOP, build
@@ -111,3 +112,24 @@ def test_bytes_at_most_hold_for_random_ids_of_a_real_vocabulary(mode, k, draws):
     expected, at_most = assumed_bytes_per_position(capture)
     assert expected < at_most
     assert 0.5 * at_most < measured < 1.1 * at_most
+
+
+def test_a_source_out_of_reach_has_the_size_that_the_recipe_states_and_the_plan_says_so(place):
+    far = [
+        {"source": "a", "path": str(place / "a.jsonl"), "format": "messages"},
+        {"source": "far", "path": str(place / "nowhere.jsonl"), "format": "messages"},
+    ]
+    sizes = {"far": {"rows": 1000, "prompt_tokens": 30, "answer_tokens": 4}}
+    result = plan(recipe(place, prompts=far, assume={"sources": sizes}))
+    source = result["sources"]["far"]
+    assert (source["rows"], source["prompt_tokens"]) == (1000, 30_000)
+    assert source["answer_tokens"] == {"expected": 4000, "at_most": 10_000}
+    assert result["sources"]["a"]["rows"] == 12
+    assert any("source far has 1,000 prompts" in line and "cannot be reached" in line for line in result["assumptions"])
+    with pytest.raises(PromptError, match="no such file"):
+        plan(recipe(place, prompts=far))
+
+
+def test_a_stated_size_for_a_source_that_can_be_read_changes_nothing(place):
+    stated = plan(recipe(place, assume={"sources": {"a": {"rows": 7, "prompt_tokens": 1, "answer_tokens": 1}}}))
+    assert stated == plan(recipe(place))
