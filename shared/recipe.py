@@ -1,8 +1,9 @@
 """The recipe: everything that one experiment may say, validated before any work.
 
-Sections are defined in `recipe_capture` (phase 1), `recipe_training` (phase 2), `recipe_evaluation` and `recipe_assumptions` (for the
-plan); this module puts them together and checks what involves more than one of them. What depends on a cache's content (its
-temperatures, sources, layers) is checked against the cache when it is opened. Paths are relative to the current directory.
+Sections are defined in `recipe_capture` (phase 1), `recipe_training` (phase 2), `recipe_evaluation` and `recipe_assumptions`
+(sizes for the plan); this module puts them together and checks what involves more than one of them. What depends on a cache's
+content (its temperatures, sources, layers) is checked against the cache when it is opened. Paths are relative to the current
+directory.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
             if prompt.source not in recipe.assume.sources:
                 raise
             reasons.setdefault(prompt.source, error)
-    for name, error in reasons.items():
+    for name, reason in reasons.items():
         stated = recipe.assume.sources[name]
         rows = stated.rows * (1 if recipe.generate is None else recipe.generate.samples_per_prompt)
         result.sources[name] = SourceCount(
@@ -117,7 +117,7 @@ def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
             answer_tokens_assumed=stated.answer_tokens,
         )
         sizes = f"{stated.rows:,} prompts of {stated.prompt_tokens:,} tokens, answers of {stated.answer_tokens:,}"
-        result.assumed.append(f"source {name} has {sizes}, as the recipe states, since it cannot be reached ({error})")
+        result.assumed.append(f"source {name} has {sizes}, as the recipe states, since it cannot be reached ({reason})")
     return recipe.model_copy(update={"prompts": tuple(prompt for prompt in recipe.prompts if prompt.source not in reasons)})
 
 
