@@ -1,7 +1,7 @@
-"""report.html: one file, no script, no network; the figures first, then plots, answers side by side, and what it all rests on.
+"""report.html: one file, no network; the figures first, then plots, answers side by side, and what it all rests on.
 
-Everything that comes from a file is escaped; the page's own policy forbids scripts and every fetch, so that even a mistake there
-could not run a model's answer.
+Everything that comes from a file is escaped; the page's own policy forbids every fetch and every script but the one of `answer_filter`,
+so that even a mistake there could not run a model's answer.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from html import escape
 from typing import Any
 
 from tools.report import confidence_plots, plots, tables
+from tools.report.answer_filter import SCRIPT, script_source
+from tools.report.answers_view import answers_section
 from tools.report.run_files import RunFiles
-from tools.report.samples import Sample, SampleAnswer
+from tools.report.samples import Sample
 from tools.report.style import CSS
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {script_source()}; base-uri 'none'; form-action 'none'"
 
 
 def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[Sample], figures: Sequence[tuple[str, str]]) -> str:
@@ -26,7 +28,7 @@ def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[
     body += [
         _heldout_table(report),
         _answers_table(report),
-        _samples(samples, list(report["models"])),
+        answers_section(samples, list(report["models"])),
         _stages(report),
         _basis(report, runs),
     ]
@@ -39,7 +41,7 @@ def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>\n'
         + "\n".join(filter(None, body))
-        + "\n</main></body></html>\n"
+        + f"\n</main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -203,32 +205,6 @@ def _answer_cell(key: str, value: Any) -> str:
     if value is None:
         return tables.NONE
     return f"{value:,}" if key == "count" else f"{value:.0f}" if key == "mean_tokens" else tables.percent(value)
-
-
-def _samples(samples: Sequence[Sample], models: Sequence[str]) -> str:
-    if not samples:
-        return ""
-    parts = ["<h2>Side by side</h2>", '<p class="soft">Questions that tell the models apart, as they answered them.</p>']
-    for domain in dict.fromkeys(sample.domain for sample in samples):
-        parts.append(f"<h3>{escape(domain)}</h3>")
-        parts += [_sample(sample, models) for sample in samples if sample.domain == domain]
-    return "".join(parts)
-
-
-def _sample(sample: Sample, models: Sequence[str]) -> str:
-    answers = "".join(_answer(name, sample.answers[name], models) for name in models if name in sample.answers)
-    question = f'<div class="who">Question</div><pre>{escape(sample.prompt)}</pre>'
-    reference = f"<details><summary>Reference</summary><pre>{escape(sample.reference)}</pre></details>"
-    return f'<div class="card sample">{question}{reference}<div class="answers">{answers}</div></div>'
-
-
-def _answer(name: str, answer: SampleAnswer, models: Sequence[str]) -> str:
-    style = "good" if answer.score >= 1 else "bad" if answer.score <= 0 else "soft"
-    verdict = "right" if answer.score >= 1 else "wrong" if answer.score <= 0 else tables.percent(answer.score, 0)
-    reason = f' <span class="soft">{escape(answer.reason)}</span>' if answer.reason else ""
-    colour = plots.colour_of(models, name)
-    head = f'<div><span class="who">{escape(name)}</span> <span class="{style}">{verdict}</span>{reason}</div>'
-    return f'<div style="border-color:{colour}">{head}<pre>{escape(answer.text) or "(nothing)"}</pre></div>'
 
 
 def _stages(report: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tools.evaluate.results import read_answers
 
-PER_DOMAIN = 3
+PER_DOMAIN = 20
 MOST_ANSWERS = 20_000
 """Read per model, at most."""
 MOST_CHARACTERS = 1_200

@@ -49,10 +49,13 @@ pre { font: .82rem/1.45 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono",
 details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
 .sample details { margin-top: 4px; } .sample summary { font-weight: 400; font-size: .875rem; color: var(--soft); padding: 2px 0; }
 .sample + .sample { margin-top: 14px; }
+.filter { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 10px 0; } .filter[hidden] { display: none; }
+.filter input, .filter select { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--line);
+  border-radius: 8px; padding: 6px 10px; min-width: 0; max-width: 100%; } .filter input { flex: 1 1 240px; }
 .checks { list-style: none; padding: 0; margin: 6px 0 0; font-size: .9rem; } .checks li { overflow-wrap: anywhere; }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } .card { padding: 12px; } th, td { padding: 7px 8px; } h1 {
   font-size: 1.4rem; } }
-@media print { :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --mark: #eee; --note: #f4f4f4;
+@media print { .filter { display: none; } :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --mark: #eee; --note: #f4f4f4;
   color-scheme: light; }
   body { font-size: 11pt; } main { max-width: none; padding: 0; } .card, figure, .sample, tr { break-inside: avoid; } pre
   { max-height: none; } h2 { break-after: avoid; } }

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing sticks out at the width of a phone or a desk, and nothing in it runs."""
+"""The page in a real browser: nothing sticks out at the width of a phone or a desk, and its own script alone runs."""
 
 from __future__ import annotations
 
@@ -50,3 +50,44 @@ def test_nothing_sticks_out_and_nothing_runs(tmp_path: Path, width: int) -> None
     assert figures["wide"] == []
     assert figures["plots"] == 8
     assert "owned" not in figures["title"]
+
+
+SEARCH = """<script>addEventListener('load', () => {
+  const box = document.getElementById('filter'), shown = () => [...document.querySelectorAll('.sample')].filter(
+    card => card.checkVisibility()).length, figures = {all: document.querySelectorAll('.sample').length, open: shown()};
+  const set = (name, value) => { const field = box.querySelector(`[name=${name}]`); field.value = value;
+    field.dispatchEvent(new Event('input')); };
+  set('domain', 'code'); figures.code = shown(); set('search', 'no such words'); figures.none = shown();
+  set('search', ''); set('domain', ''); figures.again = shown();
+  set('outcome', 'better'); figures.better = shown();
+  figures.wanted = document.querySelectorAll('.sample[data-outcome~=better]').length;
+  figures.of_code = document.querySelectorAll('.sample[data-domain=code]').length;
+  document.documentElement.setAttribute('data-probe', JSON.stringify(figures)); }); </script></body>"""
+
+
+@pytest.mark.slow
+def test_the_policy_lets_the_pages_own_script_run_and_no_other(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    build_report([root])
+    dom = dump(root / "report.html", tmp_path / "profile", 1200)
+    box = re.search(r'<div id="filter"[^>]*>', dom)
+    assert box and "hidden" not in box.group(0), "the search box is shown by the script alone"
+    assert re.search(r"<output[^>]*>\d+ questions</output>", dom)
+    text = (root / "report.html").read_text()
+    (tmp_path / "foreign.html").write_text(text.replace("</body>", "<script>document.title = 'owned'</script></body>"))
+    assert "<title>owned</title>" not in dump(tmp_path / "foreign.html", tmp_path / "profile", 1200)
+
+
+@pytest.mark.slow
+def test_search_and_filters_show_what_was_asked_for_and_fold_the_rest_again(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    build_report([root])
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", (root / "report.html").read_text())
+    (tmp_path / "probed.html").write_text(text.replace("</body>", SEARCH))
+    found = re.search(r"data-probe=\"([^\"]+)\"", dump(tmp_path / "probed.html", tmp_path / "profile", 1200))
+    assert found
+    figures = json.loads(found.group(1).replace("&quot;", '"'))
+    assert figures["none"] == 0
+    assert figures["code"] == figures["of_code"] > 3
+    assert figures["again"] == figures["open"] < figures["all"]
+    assert figures["better"] == figures["wanted"] > 0

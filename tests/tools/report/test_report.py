@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -13,10 +15,12 @@ import pytest
 from shared.errors import EvaluationError
 from tests.tools.report.fake_run import DOMAINS, HOSTILE, KL, SCORES, make_run, write_evaluation, write_json
 from tools.phases import report as print_report
+from tools.report.answer_filter import SCRIPT
+from tools.report.answers_view import outcomes
 from tools.report.build import REPORT_FILES, build_report, table_text
 from tools.report.plots import MOST_POINTS, thinned
 from tools.report.run_files import is_evaluation
-from tools.report.samples import choose_samples
+from tools.report.samples import Sample, SampleAnswer, choose_samples
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +102,20 @@ def test_rebuilding_changes_no_byte(run: Path) -> None:
     assert {name: (run / name).read_bytes() for name in REPORT_FILES} == before
 
 
-def test_the_page_is_one_file_that_runs_nothing_and_fetches_nothing(run: Path) -> None:
+def test_the_page_is_one_file_that_runs_its_own_script_alone_and_fetches_nothing(run: Path) -> None:
     text = (run / "report.html").read_text()
     page = Page(text)
     assert len(text.encode()) < 3_000_000
-    assert not {tag for tag, _ in page.tags} & {"script", "img", "iframe", "object", "embed", "link", "form", "base"}
+    assert not {tag for tag, _ in page.tags} & {"img", "iframe", "object", "embed", "link", "form", "base"}
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert scripts == [SCRIPT]
     attributes = [(tag, name, value or "") for tag, attrs in page.tags for name, value in attrs.items()]
     assert not [name for _, name, _ in attributes if name.startswith("on")]
     assert all(value.startswith("#") for _, name, value in attributes if name in ("href", "xlink:href", "src"))
     policy = next(attrs["content"] for tag, attrs in page.tags if tag == "meta" and "http-equiv" in attrs)
     assert "default-src 'none'" in policy
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    assert re.search(r"script-src ([^;]*)", policy).group(1) == f"'sha256-{digest}'"
     assert "url(http" not in text
 
 
@@ -128,7 +136,7 @@ def test_hostile_names_and_answers_stay_text_in_the_page(tmp_path: Path) -> None
     page = Page((root / "report.html").read_text())
     assert "<script>document.title='owned'</script>" in page.text
     assert "<b>math</b>" in page.text
-    assert not {tag for tag, _ in page.tags} & {"script", "img"}
+    assert [tag for tag, _ in page.tags if tag in ("script", "img")] == ["script"]
     assert r"code\|x" in (root / "report.md").read_text()
 
 
@@ -221,3 +229,19 @@ def test_ids_in_plots_are_unique_and_every_reference_has_its_target(run: Path) -
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids)) > 20
     assert set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', text)) <= set(ids)
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [
+        ({"teacher": 1, "base": 0, "kd": 1}, ["better"]),
+        ({"teacher": 1, "base": 1, "sft": 1, "kd": 0}, ["worse"]),
+        ({"teacher": 1, "base": 0, "kd": 0}, ["teacher"]),
+        ({"teacher": 0, "base": 0, "kd": 0}, ["wrong"]),
+        ({"teacher": 1, "base": 1, "kd": 1}, []),
+        ({"teacher": 1}, []),
+    ],
+)
+def test_an_outcome_says_who_was_right(right: dict[str, int], expected: list[str]) -> None:
+    answers = {name: SampleAnswer("", float(score), "") for name, score in right.items()}
+    assert outcomes(Sample("math", "", "", answers)) == expected
