@@ -1,7 +1,7 @@
 """report.html: one file, no network; the figures first, then plots, answers side by side, and what it all rests on.
 
-Everything that comes from a file is escaped; the page's own policy forbids every fetch and every script but the one of `answer_filter`,
-so that even a mistake there could not run a model's answer.
+Everything that comes from a file is escaped; the page's own policy forbids every fetch and every script but the one of
+`answer_filter`, so that even a mistake there could not run a model's answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from tools.report.run_files import RunFiles
 from tools.report.samples import Sample
 from tools.report.style import CSS
 
-POLICY = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {script_source()}; base-uri 'none'; form-action 'none'"
+POLICY = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {script_source()}; "
+    "base-uri 'none'; form-action 'none'"
 
 
 def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[Sample], figures: Sequence[tuple[str, str]]) -> str:

@@ -55,7 +55,8 @@ details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; paddi
 .checks { list-style: none; padding: 0; margin: 6px 0 0; font-size: .9rem; } .checks li { overflow-wrap: anywhere; }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } .card { padding: 12px; } th, td { padding: 7px 8px; } h1 {
   font-size: 1.4rem; } }
-@media print { .filter { display: none; } :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --mark: #eee; --note: #f4f4f4;
+@media print { .filter { display: none; }
+  :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --mark: #eee; --note: #f4f4f4;
   color-scheme: light; }
   body { font-size: 11pt; } main { max-width: none; padding: 0; } .card, figure, .sample, tr { break-inside: avoid; } pre
   { max-height: none; } h2 { break-after: avoid; } }
