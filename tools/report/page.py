@@ -18,8 +18,10 @@ from tools.report.run_files import RunFiles
 from tools.report.samples import Sample
 from tools.report.style import CSS
 
-POLICY = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {script_source()}; "
+POLICY = (
+    f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {script_source()}; "
     "base-uri 'none'; form-action 'none'"
+)
 
 
 def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[Sample], figures: Sequence[tuple[str, str]]) -> str:
