@@ -18,7 +18,7 @@ class Task(Section):
     name: TaskName
     """How answers are scored: final number, unit tests, keywords, or the most probable choice."""
     path: Text
-    """A jsonl file of questions."""
+    """A jsonl or json file of questions, as the task is published."""
     domain: str = ""
     """Label in reports; left out: the file's name up to its first dot."""
     limit: Count | None = None
@@ -42,7 +42,16 @@ class Task(Section):
         return data
 
     @model_validator(mode="after")
-    def _samples_differ(self) -> Task:
+    def _sampling_is_used(self) -> Task:
+        if self.name == "multiple_choice":
+            sampled = {"temperature": self.temperature != 0, "samples": self.samples != 1, "seed": self.seed != 0}
+            problems = [
+                ((key,), "multiple_choice compares likelihoods and samples no answer; leave it out")
+                for key, is_set in sampled.items()
+                if is_set
+            ]
+            if problems:
+                inconsistent(*problems)
         if self.temperature == 0 and self.samples > 1:
             inconsistent((("samples",), "all answers at temperature 0 are the same; raise the temperature or leave it at 1"))
         return self

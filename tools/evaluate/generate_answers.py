@@ -1,25 +1,23 @@
-"""Let one model answer the questions of every task, in one start of its engine.
+"""Let one model answer everything that it is asked, in one start of its engine.
 
-Tasks that share a temperature share one stream of requests, so that the engine never drains between tasks. An answer's seed depends
-on task, question and sample alone. The text after the last `</think>` is what is scored, all of it is kept.
+Prompts that share their sampling settings share one stream of requests, so that the engine never drains between tasks. An answer's
+seed depends on its set, question and sample alone. The text after the last `</think>` is what is scored, all of it is kept.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
 from shared.errors import EvaluationError
-from shared.recipe import Generate, Recipe, Task
+from shared.recipe import Capture, Generate, Recipe
 from teacher_cache.engines.protocol import GenerateRequest
-from teacher_cache.model_files import load_tokenizer
 from tools.evaluate.models import ModelUnderTest
-from tools.evaluate.questions import Question
-from tools.evaluate.rendering import render, source_of
+from tools.evaluate.multiple_choice import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +28,8 @@ class Answer:
     num_tokens: int
     truncated: bool
     """It was cut by `max_new_tokens`."""
+    choices: tuple[Choice, ...] = ()
+    """What it chose from, where nothing was generated."""
 
     @property
     def final(self) -> str:
@@ -37,69 +37,91 @@ class Answer:
         return self.text.rpartition("</think>")[2]
 
 
-Asked = Mapping[str, tuple[Task, Sequence[Question]]]
-"""domain -> task and its questions"""
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Prompts that are answered with the same settings."""
+
+    name: str
+    """Part of every answer's seed; unique among the asks of a model."""
+    prompts: Sequence[Sequence[int]]
+    """Token ids."""
+    places: Sequence[str]
+    """Where each prompt comes from, for errors."""
+    max_new_tokens: int
+    temperature: float = 0.0
+    samples: int = 1
+    seed: int = 0
+    longest_choice: int = 0
+    """Tokens that are scored after a prompt, where choices are."""
+
+    @property
+    def sampling(self) -> Generate:
+        """The engine's settings."""
+        return Generate(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=0)
 
 
-def generate_answers(
-    model: ModelUnderTest, recipe: Recipe, asked: Asked, say: Callable[[str], None]
-) -> tuple[dict[str, list[Answer]], dict[str, Any]]:
-    """Return domain -> answers, question by question with `task.samples` each, and what the engine says it ran.
+def open_for(model: ModelUnderTest, recipe: Recipe, asks: Sequence[Ask], choosing: Sequence[Ask] = ()) -> Any:
+    """Start a model's engine with room for what is asked of it; `choosing` are prompts whose choices are scored.
 
     Raises:
         EvaluationError: a prompt and its answer do not fit the model.
-        EngineError: the engine cannot start or died.
+        EngineError: the engine cannot start.
     """
     from teacher_cache.engines import open_engine
 
-    tokenizer = load_tokenizer(model.files, trust_remote_code=model.trust_remote_code)
-    prompts = {domain: render(tokenizer, source_of(recipe, task), questions) for domain, (task, questions) in asked.items()}
-    max_model_len = _needed_length(model, recipe, asked, prompts)
-    found: dict[str, dict[tuple[int, int], Answer]] = defaultdict(dict)
-    total = sum(len(prompts[domain]) * task.samples for domain, (task, _) in asked.items())
-    say(f"starting {recipe.evaluate.engine} for {total} answers")
-    settings = {
-        temperature: Generate(temperature=temperature, max_new_tokens=recipe.evaluate.max_new_tokens, seed=0)
-        for temperature in sorted({task.temperature for task, _ in asked.values()})
-    }
-    engine = open_engine(
-        model.settings(recipe, max_model_len), None, for_generation=next(iter(settings.values())), model_dir=model.files.directory
+    needed = _needed_length(model, [*asks, *choosing])
+    return open_engine(
+        model.settings(recipe, needed),
+        Capture(k=1) if choosing else None,
+        for_generation=asks[0].sampling if asks else None,
+        model_dir=model.files.directory,
     )
-    try:
-        num_done = 0
-        for temperature, sampling in settings.items():
-            for done in engine.generate(_requests(asked, prompts, temperature), sampling):
-                domain, question, sample = done.tag
-                text = tokenizer.decode(done.token_ids, skip_special_tokens=True)
-                found[domain][question, sample] = Answer(text, len(done.token_ids), done.finish_reason == "length")
-                num_done += 1
-                if num_done % 100 == 0 or num_done == total:
-                    say(f"answered {num_done} of {total}")
-        provenance = dict(engine.provenance())
-    finally:
-        engine.close()
-    return {domain: [found[domain][key] for key in sorted(found[domain])] for domain in asked}, provenance
 
 
-def _requests(asked: Asked, prompts: Mapping[str, list[list[int]]], temperature: float) -> Iterator[GenerateRequest]:
-    for domain, (task, _) in asked.items():
-        if task.temperature != temperature:
-            continue
-        for question, token_ids in enumerate(prompts[domain]):
-            for sample in range(task.samples):
-                seed = xxhash.xxh3_64_intdigest(f"{task.seed}/{domain}/{question}/{sample}".encode()) >> 1
-                yield GenerateRequest((domain, question, sample), 0, token_ids, seed)
+def generate_answers(engine: Any, tokenizer: Any, asks: Sequence[Ask], say: Callable[[str], None]) -> dict[str, list[Answer]]:
+    """Return name -> answers, prompt by prompt with `samples` each.
+
+    Raises:
+        EngineError: the engine died.
+    """
+    found: dict[str, dict[tuple[int, int], Answer]] = {ask.name: {} for ask in asks}
+    total = sum(len(ask.prompts) * ask.samples for ask in asks)
+    shared: dict[tuple[float, int], list[Ask]] = defaultdict(list)
+    for ask in asks:
+        shared[ask.temperature, ask.max_new_tokens].append(ask)
+    num_done = 0
+    for group in (shared[settings] for settings in sorted(shared)):
+        for done in engine.generate(_requests(group), group[0].sampling):
+            name, question, sample = done.tag
+            text = tokenizer.decode(done.token_ids, skip_special_tokens=True)
+            found[name][question, sample] = Answer(text, len(done.token_ids), done.finish_reason == "length")
+            num_done += 1
+            if num_done % 100 == 0 or num_done == total:
+                say(f"answered {num_done} of {total}")
+    return {name: [answers[key] for key in sorted(answers)] for name, answers in found.items()}
 
 
-def _needed_length(model: ModelUnderTest, recipe: Recipe, asked: Asked, prompts: Mapping[str, list[list[int]]]) -> int:
-    longest, place = max(
-        (len(ids), question.place) for domain in asked for ids, question in zip(prompts[domain], asked[domain][1], strict=True)
-    )
-    needed = longest + recipe.evaluate.max_new_tokens
+def _requests(asks: Sequence[Ask]) -> Iterator[GenerateRequest]:
+    for ask in asks:
+        for question, token_ids in enumerate(ask.prompts):
+            for sample in range(ask.samples):
+                seed = xxhash.xxh3_64_intdigest(f"{ask.seed}/{ask.name}/{question}/{sample}".encode()) >> 1
+                yield GenerateRequest((ask.name, question, sample), 0, list(token_ids), seed)
+
+
+def _needed_length(model: ModelUnderTest, asks: Sequence[Ask]) -> int:
+    """Return the longest prompt and answer together, in tokens."""
+    wholes = [
+        (len(ids) + (ask.longest_choice or ask.max_new_tokens), len(ids), place, ask.longest_choice)
+        for ask in asks
+        for ids, place in zip(ask.prompts, ask.places, strict=True)
+    ]
+    needed, longest, place, choice = max(wholes)
     limit = model.files.text_config.get("max_position_embeddings")
     if isinstance(limit, int) and needed > limit:
+        answer = f"a choice has {choice}" if choice else f"an answer may have {needed - longest} (max_new_tokens)"
+        mend = "give fewer shots or shorter questions" if choice else "lower one of them"
         raise EvaluationError(
-            f"{place}: the question has {longest} tokens and an answer may have {recipe.evaluate.max_new_tokens} "
-            f"(evaluate.max_new_tokens), but '{model.name}' reads {limit} together; lower one of them"
+            f"{place}: the question has {longest} tokens and {answer}, but '{model.name}' reads {limit} together; {mend}"
         )
     return needed

@@ -14,17 +14,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TextIO
 
 from shared.errors import DecantError
 from shared.recipe import Recipe, Task
+from teacher_cache.model_files import load_tokenizer
 from tools.evaluate import sandbox
-from tools.evaluate.generate_answers import Answer, generate_answers
+from tools.evaluate.choose_answers import choice_ids, choose_answers
+from tools.evaluate.generate_answers import Answer, Ask, generate_answers, open_for
 from tools.evaluate.models import ModelUnderTest, model_under_test
+from tools.evaluate.multiple_choice import normalised_scores
 from tools.evaluate.questions import Question, Score, read_questions
+from tools.evaluate.rendering import joints, render, source_of
 from tools.evaluate.results import heldout_layer, result_path, write_result
 from tools.evaluate.tasks import aggregate, task_kind
+
+Asked = dict[str, tuple[Task, list[Question]]]
+"""domain -> task and its questions"""
 
 SHOWN_CHARACTERS = 20_000
 """Longest prompt, reference or answer kept in the answers file."""
@@ -45,7 +52,7 @@ def evaluate_model(
     asked = {task.domain: (task, read_questions(task, task_kind(task))) for task in recipe.evaluate.tasks}
     seconds = {"answer": 0.0, "score": 0.0, "heldout": 0.0}
     if asked:
-        answers, provenance = generate_answers(model, recipe, asked, say)
+        answers, provenance = _answers(model, recipe, asked, say)
         seconds["answer"] = time.monotonic() - started
         tasks = _score(recipe, name, asked, answers, allow_unsafe_code)
         seconds["score"] = time.monotonic() - started - seconds["answer"]
@@ -60,6 +67,39 @@ def evaluate_model(
         "provenance": provenance,
     }
     write_result(result_path(recipe, name), result)
+
+
+def _answers(
+    model: ModelUnderTest, recipe: Recipe, asked: Asked, say: Callable[[str], None]
+) -> tuple[dict[str, list[Answer]], dict[str, Any]]:
+    """Return domain -> answers, question by question with `task.samples` each, and what the engine says it ran."""
+    tokenizer = load_tokenizer(model.files, trust_remote_code=model.trust_remote_code)
+    asks, choosing, choices = [], [], {}
+    for domain, (task, questions) in asked.items():
+        source = source_of(recipe, task)
+        ask = Ask(
+            name=domain,
+            prompts=render(tokenizer, source, questions),
+            places=[question.place for question in questions],
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            temperature=task.temperature,
+            samples=task.samples,
+            seed=task.seed,
+        )
+        if task.name == "multiple_choice":
+            ids = choice_ids(tokenizer, questions, joints(tokenizer, source, questions))
+            choosing.append(replace(ask, longest_choice=max(len(tokens) for of in ids for tokens in of)))
+            choices[domain] = (questions, ask.prompts, ids)
+        else:
+            asks.append(ask)
+    say(f"starting {recipe.evaluate.engine} for {sum(len(ask.prompts) * ask.samples for ask in [*asks, *choosing])} answers")
+    engine = open_for(model, recipe, asks, choosing)
+    try:
+        answers = generate_answers(engine, tokenizer, asks, say)
+        answers |= choose_answers(engine, choices, say) if choices else {}
+        return answers, dict(engine.provenance())
+    finally:
+        engine.close()
 
 
 def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -80,9 +120,7 @@ def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) 
     )
 
 
-def _score(
-    recipe: Recipe, name: str, asked: dict[str, tuple[Task, list[Question]]], answers: dict[str, list[Answer]], allow_unsafe: bool
-) -> dict[str, Any]:
+def _score(recipe: Recipe, name: str, asked: Asked, answers: dict[str, list[Answer]], allow_unsafe: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     lines: list[str] = []
     for domain, (task, questions) in asked.items():
@@ -104,6 +142,8 @@ def _score(
             "truncated": sum(answer.truncated for answer in answers[domain]) / len(answers[domain]),
             "mean_tokens": sum(answer.num_tokens for answer in answers[domain]) / len(answers[domain]),
         }
+        if task.name == "multiple_choice":
+            found[domain]["extra"] = normalised_scores(questions, [answer.choices for answer in answers[domain]])
         if task.name == "humaneval":
             found[domain]["sandbox"] = sandbox.require(allow_unsafe)
     path = result_path(recipe, name, "answers.jsonl")
@@ -116,6 +156,8 @@ def _line(domain: str, number: int, question: Question, answer: Answer, score: S
     row = {"domain": domain, "question": number, "prompt": question.prompt, "reference": question.reference, "answer": answer.text}
     row = {key: value[:SHOWN_CHARACTERS] if isinstance(value, str) else value for key, value in row.items()}
     row |= {"score": score.value, "reason": score.reason, "tokens": answer.num_tokens, "truncated": answer.truncated}
+    if answer.choices:
+        row["choices"] = [{"text": choice.text, "logprob_nats": choice.logprob_nats} for choice in answer.choices]
     return json.dumps(row) + "\n"
 
 

@@ -1,24 +1,20 @@
-"""Questions of a task: read from a jsonl file, rendered into a conversation, given to a scorer.
+"""Questions of a task: read from its file, rendered into a conversation, given to a scorer.
 
-A task file has one JSON object per line (`.jsonl`, or `.jsonl.gz`); which columns it needs is the task's own business. With
-`shots`, the first rows of the file become solved examples before each question and are not asked themselves.
+Which columns a row needs is the task's own business. With `shots`, the first rows of the file become solved examples before each
+question and are not asked themselves.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from shared.errors import EvaluationError
 from shared.recipe import Task
-
-MAX_FILE_BYTES = 1 << 30
-MAX_LINE_BYTES = 16 << 20
+from tools.evaluate.question_files import read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +84,7 @@ def read_questions(task: Task, kind: TaskKind) -> list[Question]:
     """
     wanted = None if task.limit is None else task.limit + task.shots
     found: list[Question] = []
-    for place, row in _rows(Path(task.path)):
+    for place, row in read_rows(Path(task.path)):
         if wanted is not None and len(found) >= wanted:
             break
         try:
@@ -128,31 +124,3 @@ def text_column(row: Mapping[str, Any], name: str, may_be_empty: bool = False) -
         found = "is missing" if name not in row else f"is {value!r:.60}"
         raise ValueError(f"the column '{name}' {found}, expected text")
     return value
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
-        with opened as stream:
-            num_bytes, number = 0, 0
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number, num_bytes = number + 1, num_bytes + len(line)
-                if len(line) > MAX_LINE_BYTES or num_bytes > MAX_FILE_BYTES:
-                    raise EvaluationError(
-                        f"{path}:{number}: more than {MAX_LINE_BYTES} bytes in a line or {MAX_FILE_BYTES} in the file"
-                    )
-                if line.strip():
-                    yield f"{path}:{number}", _object(line, f"{path}:{number}")
-    except (OSError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise EvaluationError(f"{path}: cannot read the task's questions: {reason}; name a jsonl file (or .jsonl.gz)") from error
-
-
-def _object(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"{place}: expected a JSON object, found {line[:60]!r} ({error})") from error
-    if not isinstance(row, dict):
-        raise EvaluationError(f"{place}: expected a JSON object, found {line[:60]!r}")
-    return row

@@ -29,13 +29,23 @@ def render(tokenizer: Any, source: PromptSource, questions: Sequence[Question]) 
     Raises:
         PromptError: the template cannot render a question; the message names its place.
     """
-    has_template = bool(tokenizer.chat_template or source.chat_template)
-    update: dict[str, Any] = {"format": "messages"}
-    if source.template == "none" or not has_template:
-        update |= {"template": "none", "chat_template": None, "chat_template_kwargs": {}}
-    settings = source.model_copy(update=update)
+    settings = _settings(tokenizer, source)
     template = Template(tokenizer, settings)
     return [template.prompt_ids(_conversation(question, settings)) for question in questions]
+
+
+def joints(tokenizer: Any, source: PromptSource, questions: Sequence[Question]) -> list[str]:
+    """Return what stands between each question and its answer: nothing after a template's generation prompt."""
+    plain = _settings(tokenizer, source).template == "none"
+    return [_gap(question.prompt, question.reference) if plain else "" for question in questions]
+
+
+def _settings(tokenizer: Any, source: PromptSource) -> PromptSource:
+    """Return the source's settings as this tokenizer can follow them: plain text where there is no template."""
+    update: dict[str, Any] = {"format": "messages"}
+    if source.template == "none" or not (tokenizer.chat_template or source.chat_template):
+        update |= {"template": "none", "chat_template": None, "chat_template_kwargs": {}}
+    return source.model_copy(update=update)
 
 
 def _conversation(question: Question, source: PromptSource) -> Conversation:
@@ -52,4 +62,6 @@ def _conversation(question: Question, source: PromptSource) -> Conversation:
 
 
 def _gap(prompt: str, answer: str) -> str:
-    return "" if prompt[-1:].isspace() or answer[:1].isspace() else "\n"
+    if prompt[-1:].isspace() or answer[:1].isspace():
+        return ""
+    return " " if prompt.endswith("Answer:") else "\n"

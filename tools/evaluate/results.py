@@ -59,7 +59,7 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
             "fraction": recipe.heldout.fraction,
             "max_rows": recipe.evaluate.heldout_rows,
             "targets": heldout_layer(recipe),
-            "caches": [Cache.open(path, heldout_layer(recipe)).cache_id for path in recipe.cache],
+            "caches": [Cache.open(path, heldout_layer(recipe)).cache_id for path in recipe.cache if recipe.heldout.fraction],
             "seed": recipe.seed,
         },
     }

@@ -184,7 +184,7 @@ def test_what_cannot_be_evaluated_is_refused_before_any_model_starts(root: Path,
         (recipe(root, models=["later"]), "run `decant train` first"),
         (recipe(root, models=[]), "names no model"),
         (recipe(root, tasks=[{"name": "gsm8k", "path": str(root / "none.jsonl")}]), "No such file"),
-        (recipe(root, tasks=[{"name": "multiple_choice", "path": str(root / "math.test.jsonl")}]), "not available yet"),
+        (recipe(root, tasks=[{"name": "multiple_choice", "path": str(root / "math.test.jsonl")}]), "the column 'choices' is None"),
     ]
     for chosen, says in wrong:
         with pytest.raises(EvaluationError, match=says):
