@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from shared.garbage import collect_garbage
 from shared.identity import LayerIdentity, SequencesIdentity
 from shared.layout import Layer, choose_layer, list_layers, read_header, sequences_dir
 from shared.mapped_part import MappedSequences, MappedTargets
+from shared.narrowing import LayerView, Narrowing, can_narrow, narrow
 from shared.open_parts import OpenParts
 from shared.parts import check_file
 from shared.records import PartRecord, list_records
@@ -55,12 +56,18 @@ class Cache:
     """A cache opened for reading; a sequence of rows. Threads may share it, processes may fork or pickle it."""
 
     def __init__(
-        self, path: Path, layer: Layer | None, records: Sequence[PartRecord], target_records: Sequence[PartRecord]
+        self,
+        path: Path,
+        layer: Layer | None,
+        records: Sequence[PartRecord],
+        target_records: Sequence[PartRecord],
+        narrowing: Narrowing | None = None,
     ) -> None:
         """Use `Cache.open`."""
         self.path = path
         self.sequences_identity: SequencesIdentity = read_header(path).identity
         self._layer = layer
+        self._narrowing = narrowing
         self._records = list(records)
         self._target_records = list(target_records)
         self._masks = hidden_rows(path, self._records)
@@ -73,12 +80,14 @@ class Cache:
         self._targets: OpenParts[MappedTargets] = OpenParts(self._open_targets, MOST_OPEN_PARTS)
 
     @classmethod
-    def open(cls, path: Path | str, targets: str | None = None, verify: bool = False, allow_partial: bool = False) -> Cache:
+    def open(
+        cls, path: Path | str, targets: str | LayerView | None = None, verify: bool = False, allow_partial: bool = False
+    ) -> Cache:
         """Open a cache.
 
         Args:
             path: its directory.
-            targets: NAME or NAME-HASH8 of a targets layer; None for the only one.
+            targets: NAME or NAME-HASH8 of a targets layer, or a view that narrows one; None for the only one.
             verify: compare every part with its checksum first (reads everything once).
             allow_partial: leave out rows that the layer has not scored yet, instead of refusing.
 
@@ -88,7 +97,10 @@ class Cache:
         """
         path = Path(path)
         read_header(path)
-        layer = choose_layer(list_layers(path), targets, path)
+        narrowing = targets.narrowing if isinstance(targets, LayerView) else None
+        layer = choose_layer(list_layers(path), targets.name if isinstance(targets, LayerView) else targets, path)
+        if layer is not None and narrowing is not None and not can_narrow(layer.identity, narrowing):
+            raise CacheError(f"{path}: layer {layer.full_name} does not hold what is asked for ({targets}); score another layer")
         records = list_records(sequences_dir(path))
         if layer is not None:
             scored = {record.stem: record for record in list_records(layer.directory)}
@@ -102,7 +114,7 @@ class Cache:
             chosen = [scored[record.stem] for record in records]
         else:
             chosen = []
-        return cls._assemble(path, layer, records, chosen, verify)
+        return cls._assemble(path, layer, records, chosen, verify, narrowing)
 
     @classmethod
     def open_sequences(cls, path: Path | str, verify: bool = False) -> Cache:
@@ -113,7 +125,13 @@ class Cache:
 
     @classmethod
     def _assemble(
-        cls, path: Path, layer: Layer | None, records: list[PartRecord], targets: list[PartRecord], verify: bool
+        cls,
+        path: Path,
+        layer: Layer | None,
+        records: list[PartRecord],
+        targets: list[PartRecord],
+        verify: bool,
+        narrowing: Narrowing | None = None,
     ) -> Cache:
         for record, scored in zip(records, targets, strict=False):
             if (record.rows, record.positions) != (scored.rows, scored.positions):
@@ -125,12 +143,12 @@ class Cache:
             for directory, listed in ((sequences_dir(path), records), (layer.directory if layer else path, targets)):
                 for record in listed:
                     check_file(directory, record)
-        return cls(path, layer, records, targets)
+        return cls(path, layer, records, targets, narrowing)
 
-    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[str, str | None, tuple[str, ...], str]]:
-        """Pickle as path, layer and parts."""
+    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[str, str | None, tuple[str, ...], str, Narrowing | None]]:
+        """Pickle as path, layer, parts and narrowing."""
         name = self._layer.full_name if self._layer else None
-        return _reopen, (str(self.path), name, tuple(record.stem for record in self._records), self.cache_id)
+        return _reopen, (str(self.path), name, tuple(record.stem for record in self._records), self.cache_id, self._narrowing)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends else 0
@@ -152,6 +170,8 @@ class Cache:
             except DamagedError as error:
                 message = str(error)
                 raise DamagedError(message if str(part.path) in message else f"{part.path}:{local}: {message}") from None
+            if self._narrowing is not None:
+                targets = narrow(targets, self._narrowing)
         return Row(
             row.key,
             row.row_key,
@@ -178,8 +198,10 @@ class Cache:
 
     @property
     def layer(self) -> LayerIdentity | None:
-        """Identity of the targets layer; None where the cache was opened without one."""
-        return self._layer.identity if self._layer else None
+        """Identity of the targets as they are read, narrowed where they are; None where the cache was opened without a layer."""
+        if self._layer is None or self._narrowing is None:
+            return self._layer.identity if self._layer else None
+        return replace(self._layer.identity, k=self._narrowing.k, mass=self._narrowing.mass)
 
     @property
     def layer_name(self) -> str | None:
@@ -205,6 +227,7 @@ class Cache:
         """32 hexadecimal digits that name exactly these rows and targets."""
         digest = xxhash.xxh3_128((self.path / "cache.json").read_bytes())
         digest.update(b"" if self._layer is None else self._layer.identity.hash8.encode())
+        digest.update(b"" if self._narrowing is None else str(self._narrowing).encode())
         for record in (*self._records, *self._target_records):
             digest.update(f"{record.stem} {record.xxh3}\n".encode())
         return digest.hexdigest()
@@ -284,7 +307,7 @@ class Cache:
         return MappedTargets(self._layer.directory, self._target_records[number], verify=False)
 
 
-def _reopen(path: str, layer_name: str | None, stems: tuple[str, ...], cache_id: str) -> Cache:
+def _reopen(path: str, layer_name: str | None, stems: tuple[str, ...], cache_id: str, narrowing: Narrowing | None) -> Cache:
     """Open exactly the parts that a pickled cache had.
 
     Raises:
@@ -297,7 +320,7 @@ def _reopen(path: str, layer_name: str | None, stems: tuple[str, ...], cache_id:
     if any(stem not in sequences or (layer_name and stem not in targets) for stem in stems):
         raise CacheError(f"{path} lost parts while it was in use; restore them and start again")
     chosen = [targets[stem] for stem in stems] if layer else []
-    cache = Cache._assemble(root, layer, [sequences[stem] for stem in stems], chosen, verify=False)
+    cache = Cache._assemble(root, layer, [sequences[stem] for stem in stems], chosen, verify=False, narrowing=narrowing)
     if cache.cache_id != cache_id:
         raise CacheError(f"{path} was altered while it was in use (it is {cache.cache_id} and was {cache_id}); start again")
     return cache

@@ -166,7 +166,7 @@ def create_job(cache_dir: Path, request: Mapping[str, Any], rows: Iterable[PlanR
     path = directory / "plan.arrow"
     if not path.exists():
         jobs = list_jobs(cache_dir)
-        if any(job.id8 == directory.name[:8] for job in jobs):
+        if any(job.id8 == directory.name[:8] and job.id != directory.name for job in jobs):  # our own: another planner was first
             raise CacheError(f"{cache_dir} holds another job whose id starts with {directory.name[:8]}; change the seed")
         records = list_records(cache_dir / "sequences")
         stems = frozenset(record.stem for record in records)

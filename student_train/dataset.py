@@ -21,6 +21,7 @@ from shared.cache import Cache, Row
 from shared.errors import CacheError, IdentityError, TrainingError
 from shared.keys import is_heldout
 from shared.layout import sequences_dir
+from shared.narrowing import LayerView
 from shared.records import list_records
 from student_train.row_targets import at_temperatures, first_positions, within_vocabulary
 from student_train.stage_plan import StagePlan
@@ -51,7 +52,7 @@ class CacheList:
         self._ends = np.cumsum([len(cache) for cache in caches])
 
     @classmethod
-    def open(cls, paths: Sequence[Path], targets: str | None, *, with_targets: bool = True) -> CacheList:
+    def open(cls, paths: Sequence[Path], targets: str | LayerView | None, *, with_targets: bool = True) -> CacheList:
         """Open caches with the named layer, their only one, or none at all.
 
         Raises:

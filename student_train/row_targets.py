@@ -8,14 +8,14 @@ Shape letters: S supervised positions, N head entries, J captured temperatures, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shared.errors import TrainingError
+from shared.narrowing import keep_entries
 from shared.ragged import segment_sum
 from shared.targets import Draws, SparseTargets
-from shared.targets_at import head_logprobs_at
 
 
 def first_positions(targets: SparseTargets, num_positions: int) -> SparseTargets:
@@ -83,27 +83,8 @@ def within_vocabulary(targets: SparseTargets, vocab_size: int) -> SparseTargets:
     inside = targets.ids < vocab_size
     draws = tuple(_draws_within(drawn, vocab_size) for drawn in targets.draws)
     if inside.all():
-        return targets if draws == targets.draws else _replaced(targets, targets.counts, inside, targets.tail_logmass, draws)
-    tails = []
-    for j, temperature in enumerate(targets.temperatures):
-        masses = np.where(inside, 0.0, np.exp(head_logprobs_at(targets, temperature).astype(np.float64)))
-        with np.errstate(divide="ignore"):
-            lost = np.log(segment_sum(masses, targets.counts))
-        tails.append(np.minimum(np.logaddexp(targets.tail_logmass[:, j], lost), 0.0).astype(np.float32))
-    counts = segment_sum(inside.astype(np.int32), targets.counts)
-    return _replaced(targets, counts, inside, np.stack(tails, axis=1), draws)
-
-
-def _replaced(
-    targets: SparseTargets,
-    counts: NDArray[np.int32],
-    kept: NDArray[np.bool_],
-    tail_logmass: NDArray[np.float32],
-    draws: tuple[Draws, ...],
-) -> SparseTargets:
-    return SparseTargets(
-        counts, targets.ids[kept], targets.logprobs[kept], targets.label_logprobs, tail_logmass, targets.temperatures, draws
-    )
+        return targets if draws == targets.draws else replace(targets, draws=draws)
+    return keep_entries(targets, inside, draws)
 
 
 def _draws_within(draws: Draws, vocab_size: int) -> Draws:

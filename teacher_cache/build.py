@@ -15,12 +15,14 @@ from typing import Any
 from shared.cache_writer import CacheWriter, LayerWriter
 from shared.errors import DecantError, PromptError, UsageError
 from shared.jobs import Job, PlanRow, create_job
-from shared.layout import read_header
+from shared.layer_choice import serving_layer
+from shared.layout import list_layers, read_header
 from shared.recipe import Recipe, Teacher
 from teacher_cache import engines
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.feeding import Desk
 from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
+from teacher_cache.layer_reuse import capture_of, reuse_line
 from teacher_cache.lazy_engine import LazyEngine
 from teacher_cache.problems import THRESHOLD, Problem, Problems
 from teacher_cache.progress import NoProgress, Progress
@@ -99,9 +101,13 @@ def teach(
     if request is None:  # nothing is rendered, so the teacher's own template does not matter
         identity = replace(identity, template=read_header(recipe.cache[0]).identity.template)
     cache = CacheWriter.create_or_open(recipe.cache[0], identity, known.tokenizer_files)
-    layer = cache.layer(None, layer_identity(known, teacher, recipe.capture), {"engine": teacher.engine, **software()})
     before = cache.sequence_records()
+    wanted, layers = layer_identity(known, teacher, recipe.capture), list_layers(cache.path)
+    serving = serving_layer(layers, wanted)
+    layer = cache.layer(None, serving.identity if serving else wanted, {"engine": teacher.engine, **software()})
+    recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
+    summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
     engine = LazyEngine(lambda: _open_engine(recipe, teacher, known), known.max_model_len)
     with StopSignal() as stop:
         build = _Build(

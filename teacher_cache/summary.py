@@ -44,6 +44,8 @@ class BuildSummary:
     reused_rows: int = 0
     """Rows of sequences that were there before."""
     reused_parts: int = 0
+    reuse: str | None = None
+    """Which layer serves the capture, or what a new layer shares with those that were there."""
     generated: PassFigures = field(default_factory=PassFigures)
     """Pass 1 by an engine."""
     imported: PassFigures = field(default_factory=PassFigures)
@@ -92,6 +94,8 @@ class BuildSummary:
         verb = "imported" if self.imported.rows else "generated"
         parts = "1 part" if self.reused_parts == 1 else f"{self.reused_parts:,} parts"
         lines = [f"reused {self.reused_rows:,} rows ({parts}), {verb} {new:,}, scored {self.scored.rows:,}"]
+        if self.reuse:
+            lines.append(self.reuse)
         for name, figures in (("generate", self.generated), ("score", self.scored)):
             if figures.rows:
                 lines.append(

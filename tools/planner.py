@@ -8,10 +8,12 @@ same run measured a rate: a guess about an unknown machine would be worse than n
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.layout import list_layers, sequences_dir
+from shared.layout import Layer, list_layers, sequences_dir
+from shared.narrowing import holds
 from shared.recipe import Capture, Recipe, Stage
 from shared.records import list_records
 from tools.cache_commands import size
@@ -58,7 +60,7 @@ def _existing(recipe: Recipe) -> dict[str, Any]:
     for path in recipe.cache:
         if not (path / "cache.json").is_file():
             continue
-        alike = next((layer for layer in list_layers(path).values() if _same_capture(layer.identity, recipe.capture)), None)
+        alike = _serving(list_layers(path), recipe.capture)
         scored = list_records(alike.directory) if alike else []
         stems = {record.stem for record in scored}
         for record in list_records(sequences_dir(path)):
@@ -72,9 +74,10 @@ def _existing(recipe: Recipe) -> dict[str, Any]:
     return total
 
 
-def _same_capture(identity: Any, capture: Capture) -> bool:
-    names = ("mode", "k", "draws", "mass", "temperatures", "gap_step")
-    return all(getattr(identity, name) == getattr(capture, name) for name in names)
+def _serving(layers: Mapping[str, Layer], capture: Capture) -> Layer | None:
+    """Return the layer that has a capture or holds it, as far as can be said without the teacher's files."""
+    holding = [layer for layer in layers.values() if holds(layer.identity, capture)]
+    return min(holding, key=lambda layer: (layer.identity.k, layer.identity.mass, len(layer.identity.temperatures)), default=None)
 
 
 def assumed_bytes_per_position(capture: Capture) -> tuple[float, float]:

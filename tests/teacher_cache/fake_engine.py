@@ -56,7 +56,7 @@ class FakeEngine:
         for request in self._shuffled(requests):
             self.scored += 1
             self.on_result()
-            yield Scored(request.tag, fake_targets(request.token_ids, request.spans, self.capture.k))
+            yield Scored(request.tag, fake_targets(request.token_ids, request.spans, self.capture.k, self.capture.temperatures))
 
     def provenance(self) -> dict:
         return {"engine": "fake"}
@@ -65,13 +65,16 @@ class FakeEngine:
         self.closed += 1
 
 
-def fake_targets(token_ids: np.ndarray, spans: np.ndarray, k: int) -> SparseTargets:
-    """Geometric probabilities over ids that follow from the token before."""
+def fake_targets(token_ids: np.ndarray, spans: np.ndarray, k: int, temperatures: tuple[float, ...] = (1.0,)) -> SparseTargets:
+    """Geometric probabilities over ids that follow from the token before, as if every entry had one."""
     positions = np.concatenate([np.arange(start, end) for start, end in spans])
     before = token_ids[positions - 1]
     ids = ((before[:, None] + 1 + np.arange(k)) % VOCAB_SIZE).astype(np.int32)
     logprobs = np.tile(-0.7 * np.arange(1, k + 1, dtype=np.float32), (len(positions), 1))
-    tail = np.log1p(-np.exp(logprobs.astype(np.float64)).sum(1)).astype(np.float32)
+    head = {t: -np.expm1(-0.7 * k / t) * (np.exp(-0.7 / t) / -np.expm1(-0.7 / t)) for t in temperatures}
+    tail = [
+        np.log1p(-min(head[t], 0.999)) if t > 1 else np.log1p(-np.exp(logprobs[0].astype(np.float64)).sum()) for t in temperatures
+    ]
     labels = token_ids[positions]
     inside = (labels[:, None] == ids).argmax(1)
     hit = (labels[:, None] == ids).any(1)
@@ -81,5 +84,6 @@ def fake_targets(token_ids: np.ndarray, spans: np.ndarray, k: int) -> SparseTarg
         ids=ids.ravel(),
         logprobs=logprobs.ravel(),
         label_logprobs=label_logprobs,
-        tail_logmass=tail[:, None],
+        tail_logmass=np.tile(np.array(tail, np.float32), (len(positions), 1)),
+        temperatures=temperatures,
     )

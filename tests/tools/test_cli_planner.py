@@ -88,7 +88,8 @@ def test_another_capture_over_the_same_rows_is_planned_as_scoring_alone(tmp_path
     same = {"k": TOP.k, "temperatures": list(TOP.temperatures)}
     data = {"name": "x", "output_dir": "x", "cache": str(cache), "teacher": {"model": "t"}}
     assert "rescore" not in plan(Recipe.model_validate({**data, "capture": same}))
-    other = plan(Recipe.model_validate({**data, "capture": {"k": 4}}))
+    assert "rescore" not in plan(Recipe.model_validate({**data, "capture": {"k": 4}}))  # TOP holds it
+    other = plan(Recipe.model_validate({**data, "capture": {"k": 8}}))
     assert (other["rescore"]["tokens"], other["rescore"]["positions"]) == (tokens, there)
     assert f"score {tokens} tokens, {there} positions" in plan_text(other)
 

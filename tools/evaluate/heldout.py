@@ -24,6 +24,7 @@ import torch
 from shared.cache import Cache
 from shared.errors import EvaluationError
 from shared.keys import is_heldout
+from shared.narrowing import LayerView
 from student_train.fused_loss import PositionScores, evaluate_positions
 from student_train.student_head import body_of, check_head, head_of
 from student_train.target_batch import TargetBatch
@@ -36,7 +37,7 @@ def evaluate_heldout(
     caches: Sequence[str | Path],
     fraction: float,
     *,
-    targets: str | None = None,
+    targets: str | LayerView | None = None,
     max_rows: int | None = None,
     seed: int = 0,
     adapter: str | None = None,

@@ -22,6 +22,7 @@ from shared.atomic import write_atomic
 from shared.cache import Cache
 from shared.errors import EvaluationError
 from shared.layer_choice import layer_of_capture
+from shared.narrowing import LayerView
 from shared.recipe import Recipe
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.rendering import source_of
@@ -47,6 +48,7 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
         source = source_of(recipe, task)
         rendering = source.model_dump(mode="json", include={"system", "template", "chat_template", "chat_template_kwargs"})
         tasks.append({**task.model_dump(mode="json"), "file": _file_hash(Path(task.path)), "rendering": rendering})
+    layer = heldout_layer(recipe)
     return {
         "format": RESULT_FORMAT,
         "weights": model.weights_id(),
@@ -58,14 +60,14 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
         "heldout": {
             "fraction": recipe.heldout.fraction,
             "max_rows": recipe.evaluate.heldout_rows,
-            "targets": heldout_layer(recipe),
-            "caches": [Cache.open(path, heldout_layer(recipe)).cache_id for path in recipe.cache if recipe.heldout.fraction],
+            "targets": None if layer is None else str(layer),
+            "caches": [Cache.open(path, layer).cache_id for path in recipe.cache if recipe.heldout.fraction],
             "seed": recipe.seed,
         },
     }
 
 
-def heldout_layer(recipe: Recipe) -> str | None:
+def heldout_layer(recipe: Recipe) -> str | LayerView | None:
     """Return the targets layer to measure on: the first that a stage names, else the one captured; None for the only one."""
     return next((stage.targets for stage in recipe.stages if stage.targets is not None), None) or layer_of_capture(recipe)
 
