@@ -27,8 +27,11 @@ from numpy.typing import NDArray
 from shared.cache_stats import summed_stats
 from shared.errors import CacheError, DamagedError
 from shared.garbage import collect_garbage
+from shared.hidden import HiddenStates
+from shared.hidden_identity import HiddenIdentity
+from shared.hidden_reader import HiddenReader
 from shared.identity import LayerIdentity, SequencesIdentity
-from shared.layout import Layer, choose_layer, list_layers, read_header, sequences_dir
+from shared.layout import Layer, choose_layer, list_hidden_layers, list_layers, read_header, sequences_dir
 from shared.mapped_part import MappedSequences, MappedTargets
 from shared.narrowing import LayerView, Narrowing, can_narrow, narrow
 from shared.open_parts import OpenParts
@@ -50,6 +53,8 @@ class Row(SequenceRow):
 
     targets: SparseTargets | None = None
     """None where the cache was opened without a targets layer."""
+    hidden: HiddenStates | None = None
+    """None where the cache was opened without a hidden layer."""
 
 
 class Cache:
@@ -62,12 +67,14 @@ class Cache:
         records: Sequence[PartRecord],
         target_records: Sequence[PartRecord],
         narrowing: Narrowing | None = None,
+        hidden: HiddenReader | None = None,
     ) -> None:
         """Use `Cache.open`."""
         self.path = path
         self.sequences_identity: SequencesIdentity = read_header(path).identity
         self._layer = layer
         self._narrowing = narrowing
+        self._hidden = hidden
         self._records = list(records)
         self._target_records = list(target_records)
         self._masks = hidden_rows(path, self._records)
@@ -81,7 +88,12 @@ class Cache:
 
     @classmethod
     def open(
-        cls, path: Path | str, targets: str | LayerView | None = None, verify: bool = False, allow_partial: bool = False
+        cls,
+        path: Path | str,
+        targets: str | LayerView | None = None,
+        verify: bool = False,
+        allow_partial: bool = False,
+        hidden: str | bool = False,
     ) -> Cache:
         """Open a cache.
 
@@ -90,9 +102,10 @@ class Cache:
             targets: NAME or NAME-HASH8 of a targets layer, or a view that narrows one; None for the only one.
             verify: compare every part with its checksum first (reads everything once).
             allow_partial: leave out rows that the layer has not scored yet, instead of refusing.
+            hidden: NAME or NAME-HASH8 of a hidden layer, True for the only one, False to read no hidden states.
 
         Raises:
-            CacheError: no cache, no such layer, several layers and none named, or rows without targets.
+            CacheError: no cache, no such layer, several layers and none named, or rows without targets or hidden states.
             DamagedError: something on disk contradicts the format.
         """
         path = Path(path)
@@ -114,14 +127,14 @@ class Cache:
             chosen = [scored[record.stem] for record in records]
         else:
             chosen = []
-        return cls._assemble(path, layer, records, chosen, verify, narrowing)
+        return cls._assemble(path, layer, records, chosen, verify, narrowing, hidden)
 
     @classmethod
-    def open_sequences(cls, path: Path | str, verify: bool = False) -> Cache:
-        """Open the rows of a cache without targets, however many layers it has; errors as for `open`."""
+    def open_sequences(cls, path: Path | str, verify: bool = False, hidden: str | bool = False) -> Cache:
+        """Open the rows of a cache without targets, however many layers it has; arguments and errors as for `open`."""
         path = Path(path)
         read_header(path)
-        return cls._assemble(path, None, list_records(sequences_dir(path)), [], verify)
+        return cls._assemble(path, None, list_records(sequences_dir(path)), [], verify, hidden=hidden)
 
     @classmethod
     def _assemble(
@@ -132,6 +145,7 @@ class Cache:
         targets: list[PartRecord],
         verify: bool,
         narrowing: Narrowing | None = None,
+        hidden: str | bool = False,
     ) -> Cache:
         for record, scored in zip(records, targets, strict=False):
             if (record.rows, record.positions) != (scored.rows, scored.positions):
@@ -143,12 +157,13 @@ class Cache:
             for directory, listed in ((sequences_dir(path), records), (layer.directory if layer else path, targets)):
                 for record in listed:
                     check_file(directory, record)
-        return cls(path, layer, records, targets, narrowing)
+        return cls(path, layer, records, targets, narrowing, _hidden_reader(path, hidden, records, verify))
 
-    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[str, str | None, tuple[str, ...], str, Narrowing | None]]:
-        """Pickle as path, layer, parts and narrowing."""
+    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[Any, ...]]:
+        """Pickle as path, layers, parts and narrowing."""
+        stems = tuple(record.stem for record in self._records)
         name = self._layer.full_name if self._layer else None
-        return _reopen, (str(self.path), name, tuple(record.stem for record in self._records), self.cache_id, self._narrowing)
+        return _reopen, (str(self.path), name, stems, self.cache_id, self._narrowing, self.hidden_name)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends else 0
@@ -184,6 +199,7 @@ class Cache:
             row.spans,
             row.finish_reason,
             targets,
+            None if self._hidden is None else self._hidden.read(number, local, row),
         )
 
     def sequence(self, index: int) -> SequenceRow:
@@ -209,6 +225,16 @@ class Cache:
         return self._layer.full_name if self._layer else None
 
     @property
+    def hidden_layer(self) -> HiddenIdentity | None:
+        """Identity of the hidden layer; None where the cache was opened without one."""
+        return self._hidden.identity if self._hidden else None
+
+    @property
+    def hidden_name(self) -> str | None:
+        """NAME-HASH8 of the hidden layer."""
+        return self._hidden.name if self._hidden else None
+
+    @property
     def layer_provenance(self) -> dict[str, Any]:
         """What made the layer: versions and machine; empty without one."""
         return dict(self._layer.provenance) if self._layer else {}
@@ -230,6 +256,10 @@ class Cache:
         digest.update(b"" if self._narrowing is None else str(self._narrowing).encode())
         for record in (*self._records, *self._target_records):
             digest.update(f"{record.stem} {record.xxh3}\n".encode())
+        if self._hidden is not None:
+            digest.update(self._hidden.identity.hash8.encode())
+            for stem, xxh3 in self._hidden.describe().items():
+                digest.update(f"{stem} {xxh3}\n".encode())
         return digest.hexdigest()
 
     @property
@@ -283,7 +313,8 @@ class Cache:
                 part = self._sequences.get(number)
                 hidden_positions += sum(part.row(int(i)).num_positions for i in (~self._masks[record.stem]).nonzero()[0])
         hidden = sum(record.rows for record in self._records) - len(self)
-        return summed_stats(self._records, self._target_records, hidden, hidden_positions)
+        stats = summed_stats(self._records, self._target_records, hidden, hidden_positions)
+        return stats if self._hidden is None else stats | self._hidden.stats()
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return part number and row within the part."""
@@ -307,7 +338,31 @@ class Cache:
         return MappedTargets(self._layer.directory, self._target_records[number], verify=False)
 
 
-def _reopen(path: str, layer_name: str | None, stems: tuple[str, ...], cache_id: str, narrowing: Narrowing | None) -> Cache:
+def _hidden_reader(path: Path, hidden: str | bool, records: Sequence[PartRecord], verify: bool) -> HiddenReader | None:
+    """Return the reader of a hidden layer by name, of the only one, or None.
+
+    Raises:
+        CacheError: there is no such layer, or it does not cover every row.
+    """
+    if hidden is False:
+        return None
+    layer = choose_layer(list_hidden_layers(path), None if hidden is True else hidden, path, "hidden")
+    if layer is None:
+        raise CacheError(
+            f"{path} has no hidden layer; add `capture.hidden` to the recipe that built it and run 'decant teach' again: it "
+            "generates and scores nothing a second time"
+        )
+    return HiddenReader(layer, records, verify)
+
+
+def _reopen(
+    path: str,
+    layer_name: str | None,
+    stems: tuple[str, ...],
+    cache_id: str,
+    narrowing: Narrowing | None,
+    hidden_name: str | None,
+) -> Cache:
     """Open exactly the parts that a pickled cache had.
 
     Raises:
@@ -320,7 +375,7 @@ def _reopen(path: str, layer_name: str | None, stems: tuple[str, ...], cache_id:
     if any(stem not in sequences or (layer_name and stem not in targets) for stem in stems):
         raise CacheError(f"{path} lost parts while it was in use; restore them and start again")
     chosen = [targets[stem] for stem in stems] if layer else []
-    cache = Cache._assemble(root, layer, [sequences[stem] for stem in stems], chosen, verify=False, narrowing=narrowing)
+    cache = Cache._assemble(root, layer, [sequences[stem] for stem in stems], chosen, False, narrowing, hidden_name or False)
     if cache.cache_id != cache_id:
         raise CacheError(f"{path} was altered while it was in use (it is {cache.cache_id} and was {cache_id}); start again")
     return cache

@@ -6,7 +6,6 @@ by shared/parts.py. Cost: encoding runs at about half a million positions of 64 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ import pyarrow as pa
 import xxhash
 
 from shared.atomic import link_exclusive, make_dir, write_atomic
-from shared.errors import CacheError, DamagedError, IdentityError
+from shared.errors import DamagedError, IdentityError
 from shared.identity import LayerIdentity, SequencesIdentity, difference
 from shared.jobs import committed_keys
-from shared.keys import stack_keys
+from shared.layer_writer import RowsWriter, create_or_open_layer
 from shared.layout import Layer, list_layers, read_header, read_layer, sequences_dir, tokenizer_path
 from shared.mapped_part import MappedSequences
 from shared.part_stats import sequences_stats, targets_stats
 from shared.parts import commit_part, hash_file
-from shared.records import PartRecord, json_bytes, list_records, read_record
-from shared.schema import FORMAT_VERSION, LAYER_NAME_PATTERN, STEM_PATTERN, TARGETS
+from shared.records import PartRecord, json_bytes, list_records
+from shared.schema import FORMAT_VERSION, TARGETS
 from shared.sequences import SequenceRow, row_problem, rows_to_table
 from shared.targets import SparseTargets
 
@@ -80,30 +79,7 @@ class CacheWriter:
             IdentityError: its tokenizer is not the cache's, or `name` belongs to a layer of another identity.
             CacheError: a name that cannot be one.
         """
-        if identity.tokenizer_hash != self.identity.tokenizer_hash:
-            raise IdentityError(
-                f"{self.path} cannot be scored by {identity.teacher}: its tokenizer is {identity.tokenizer_hash} and the "
-                f"cache's {self.identity.tokenizer_hash}; use a teacher with the cache's tokenizer or another cache"
-            )
-        if name is not None and not LAYER_NAME_PATTERN.fullmatch(name):
-            raise CacheError(f"{name!r} cannot name a layer; expected lower-case letters, digits, '.', '_', '+' or '-'")
-        identity.make_codec()
-        layers = list_layers(self.path)
-        for layer in layers.values():
-            if layer.identity.hash8 == identity.hash8:
-                if name not in (None, layer.short_name, layer.full_name):
-                    raise CacheError(f"{self.path} holds this capture as layer {layer.full_name} already; leave out {name!r}")
-                return LayerWriter(self, layer)
-        taken = next((layer for layer in layers.values() if layer.short_name == name), None)
-        if taken is not None:
-            raise IdentityError(
-                f"layer {taken.full_name} of {self.path} cannot be extended: {difference(taken.identity, identity)}"
-            )
-        directory = self.path / "targets" / f"{name or re.sub(r'[^a-z0-9._+-]', '-', identity.name)}-{identity.hash8}"
-        make_dir(directory)
-        document = {"format": FORMAT_VERSION, "identity": identity.to_json(), "provenance": dict(provenance)}
-        link_exclusive(directory / "layer.json", json_bytes(document), "layer_json", step="rename")
-        return LayerWriter(self, read_layer(directory))
+        return LayerWriter(self, create_or_open_layer(self, list_layers(self.path), name, identity, provenance, read_layer))
 
     def sequence_records(self) -> list[PartRecord]:
         """Return the records of committed sequences parts, by stem."""
@@ -150,26 +126,15 @@ class CacheWriter:
         return [part.row(i) for i in range(len(part))]
 
 
-class LayerWriter:
+class LayerWriter(RowsWriter):
     """A targets layer that grows."""
 
     def __init__(self, cache: CacheWriter, layer: Layer) -> None:
         """Use `CacheWriter.layer`."""
-        self._cache = cache
+        super().__init__(cache, layer.directory)
         self.layer = layer
-        self.directory = layer.directory
         self.identity = layer.identity
-        self.name = layer.full_name
         self._codec = layer.identity.make_codec()
-
-    def missing(self) -> list[PartRecord]:
-        """Return the records of sequences parts that this layer has not scored, by stem."""
-        scored = {path.stem for path in self.directory.glob("part-*.json")}
-        return [record for record in self._cache.sequence_records() if record.stem not in scored]
-
-    def read_sequences(self, record: PartRecord) -> list[SequenceRow]:
-        """Return the rows of a committed sequences part; as `CacheWriter.read_sequences`."""
-        return self._cache.read_sequences(record)
 
     def write(self, stem: str, keys: Sequence[bytes], targets: Sequence[SparseTargets], software: Mapping[str, Any]) -> PartRecord:
         """Commit the targets of one sequences part; a part that is committed already is left as it is.
@@ -184,16 +149,7 @@ class LayerWriter:
             ValueError: the keys are not those of the sequences part, or targets contradict the layer.
             CacheError: the disk is full or the directory cannot be written.
         """
-        record_path = sequences_dir(self._cache.path) / f"{stem}.json"
-        if not STEM_PATTERN.fullmatch(stem) or not record_path.exists() or len(keys) != len(targets):
-            raise ValueError(f"{stem} is not a committed sequences part, or {len(keys)} keys came with {len(targets)} targets")
-        record = read_record(record_path)
-        part = MappedSequences(sequences_dir(self._cache.path), record, verify=False)
-        if not np.array_equal(part.keys, stack_keys(list(keys))):
-            raise ValueError(f"the keys for {stem} are not those of its {len(part)} rows in order")
-        positions = sum(row.num_positions for row in targets)
-        if positions != record.positions:
-            raise ValueError(f"targets for {stem} have {positions} positions where its rows have {record.positions}")
+        self.check_rows(stem, keys, [row.num_positions for row in targets])
         blobs = [self._codec.encode(row) for row in targets]
         columns = {
             "key": list(keys),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import xxhash
 
@@ -21,11 +21,19 @@ from shared.weights_hash import tokenizer_hash, weights_hash
 __all__ = ["LayerIdentity", "SequencesIdentity", "difference", "tokenizer_hash", "weights_hash"]
 
 
+def hash8_of(identity: Any) -> str:
+    """Return 8 hexadecimal digits that stand for a layer's whole identity, its provenance left out."""
+    document = {name: value for name, value in identity.to_json().items() if name not in identity.provenance}
+    return xxhash.xxh3_128_hexdigest(canonical_json(document))[:8]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerIdentity:
     """Which teacher, captured how: the identity of one targets layer."""
 
     what: ClassVar[str] = "targets layer"
+    provenance: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    """Where the weights lie is not what they are: weights_hash says that."""
 
     teacher: str
     """Path or hub id as the recipe named it."""
@@ -53,9 +61,7 @@ class LayerIdentity:
     @property
     def hash8(self) -> str:
         """8 hexadecimal digits that stand for the whole identity."""
-        document = self.to_json()
-        del document["teacher"]  # where the weights lie is not what they are: weights_hash says that
-        return xxhash.xxh3_128_hexdigest(canonical_json(document))[:8]
+        return hash8_of(self)
 
     @property
     def name(self) -> str:
@@ -87,11 +93,7 @@ class LayerIdentity:
         Raises:
             DamagedError: a field is missing, unknown or of another type.
         """
-        values = _checked(cls, document, where)
-        temperatures = values["temperatures"]
-        if not isinstance(temperatures, list) or not all(_is_number(t) for t in temperatures):
-            raise DamagedError(f"{where} says temperatures: {temperatures!r} where a list of numbers is expected")
-        return cls(**{**values, "temperatures": tuple(float(t) for t in temperatures)})
+        return cls(**checked_fields(cls, document, where))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,10 +126,16 @@ class SequencesIdentity:
         Raises:
             DamagedError: a field is missing, unknown or of another type.
         """
-        return cls(**_checked(cls, document, where))
+        return cls(**checked_fields(cls, document, where))
 
 
-Identity = LayerIdentity | SequencesIdentity
+class Identity(Protocol):
+    """A dataclass that says what something on disk is."""
+
+    what: ClassVar[str]
+    """How messages call the thing."""
+    provenance: ClassVar[frozenset[str]]
+    """Fields that are recorded and never compared."""
 
 
 def difference(found: Identity, wanted: Identity) -> str | None:
@@ -142,37 +150,57 @@ def difference(found: Identity, wanted: Identity) -> str | None:
     """
     if type(found) is not type(wanted):
         raise TypeError(f"a {type(found).__name__} cannot be compared with a {type(wanted).__name__}")
-    compared = [f.name for f in fields(found) if f.name not in getattr(found, "provenance", ())]
-    if isinstance(found, LayerIdentity):
-        compared.remove("teacher")
-    for name in compared:
+    for name in (f.name for f in fields(found) if f.name not in found.provenance):  # type: ignore[arg-type]
         a, b = getattr(found, name), getattr(wanted, name)
         if a != b:
             return f"{name} is {a!r} in this {found.what} and {b!r} in the request"
     return None
 
 
-_NUMBERS = {"vocab_size": int, "k": int, "draws": int, "mass": float, "gap_step": float}
-_OPTIONAL = ("revision", "quantization", "adapter", "licence", "answers")
+NUMBERS = {
+    "vocab_size": int,
+    "k": int,
+    "draws": int,
+    "mass": float,
+    "gap_step": float,
+    "num_layers": int,
+    "width": int,
+    "projection": int,
+    "projection_seed": int,
+    "strongest": int,
+}
+"""Fields of identities that are numbers, and of which kind."""
+_OPTIONAL = ("revision", "quantization", "adapter", "licence", "answers", "projection")
+_LISTS = ("temperatures", "layers", "attention_layers")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _checked(cls: type[Identity], document: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields of an identity after checking names and types."""
+def checked_fields(cls: type[Any], document: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of an identity after checking names and types; lists of numbers become tuples.
+
+    Raises:
+        DamagedError: a field is missing, unknown or of another type.
+    """
     names = {f.name for f in fields(cls)}
     if set(document) != names:
         odd = ", ".join(sorted(names.symmetric_difference(document)))
         raise DamagedError(f"{where} has missing or unknown fields ({odd}); it was altered or written by another version")
+    values = dict(document)
     for name, value in document.items():
-        if name == "temperatures":
+        if name in _LISTS:
+            if not isinstance(value, list) or not all(_is_number(number) for number in value):
+                raise DamagedError(f"{where} says {name}: {value!r} where a list of numbers is expected")
+            values[name] = tuple(float(number) if name == "temperatures" else int(number) for number in value)
             continue
-        if name in _NUMBERS:
-            fits = _is_number(value) and (_NUMBERS[name] is float or isinstance(value, int))
+        if value is None:
+            fits = name in _OPTIONAL
+        elif name in NUMBERS:
+            fits = _is_number(value) and (NUMBERS[name] is float or isinstance(value, int))
         else:
-            fits = isinstance(value, str) or (value is None and name in _OPTIONAL)
+            fits = isinstance(value, str)
         if not fits:
             raise DamagedError(f"{where} says {name}: {value!r}, which is of the wrong kind")
-    return dict(document)
+    return values

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shared.errors import CacheError, DamagedError
+from shared.hidden_identity import HiddenIdentity
 from shared.identity import LayerIdentity, SequencesIdentity
 from shared.records import read_json
 from shared.schema import FORMAT_VERSION, LAYER_PATTERN, MAX_TOKENIZER_FILE_BYTES, TOKENIZER_FILE_PATTERN
@@ -26,11 +27,10 @@ class CacheHeader:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """One directory of targets/."""
+class LayerDirectory:
+    """One directory of targets/ or hidden/."""
 
     directory: Path
-    identity: LayerIdentity
     provenance: Mapping[str, Any]
 
     @property
@@ -42,6 +42,23 @@ class Layer:
     def short_name(self) -> str:
         """NAME without its hash."""
         return self.directory.name[:-9]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer(LayerDirectory):
+    """One directory of targets/."""
+
+    identity: LayerIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenLayer(LayerDirectory):
+    """One directory of hidden/."""
+
+    identity: HiddenIdentity
+
+
+AnyLayer = TypeVar("AnyLayer", Layer, HiddenLayer)
 
 
 def sequences_dir(cache_dir: Path) -> Path:
@@ -103,33 +120,64 @@ def list_layers(cache_dir: Path) -> dict[str, Layer]:
     Raises:
         DamagedError: a layer.json contradicts the format or its directory's name.
     """
-    root = cache_dir / "targets"
+    return {directory.name: read_layer(directory) for directory in _layer_directories(cache_dir / "targets")}
+
+
+def list_hidden_layers(cache_dir: Path) -> dict[str, HiddenLayer]:
+    """Return the hidden layers of a cache by full name; errors as for `list_layers`."""
+    return {directory.name: read_hidden_layer(directory) for directory in _layer_directories(cache_dir / "hidden")}
+
+
+def _layer_directories(root: Path) -> list[Path]:
     if not root.is_dir():
-        return {}
+        return []
     names = sorted(path.name for path in root.iterdir() if LAYER_PATTERN.fullmatch(path.name))
-    return {name: read_layer(root / name) for name in names if (root / name / "layer.json").exists()}
+    return [root / name for name in names if (root / name / "layer.json").exists()]
 
 
 def read_layer(directory: Path) -> Layer:
-    """Read one layer.json.
+    """Read the layer.json of a targets layer.
 
     Raises:
         DamagedError: it contradicts the format or its directory's name.
     """
+    identity, provenance = _read_layer_json(directory)
+    layer = Layer(directory, provenance, LayerIdentity.from_json(identity, f"{directory / 'layer.json'}: identity"))
+    return _named_by_its_hash(layer)
+
+
+def read_hidden_layer(directory: Path) -> HiddenLayer:
+    """Read the layer.json of a hidden layer; errors as for `read_layer`."""
+    identity, provenance = _read_layer_json(directory)
+    layer = HiddenLayer(directory, provenance, HiddenIdentity.from_json(identity, f"{directory / 'layer.json'}: identity"))
+    return _named_by_its_hash(layer)
+
+
+def _read_layer_json(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = directory / "layer.json"
     document = read_json(path)
     check_version(document, path)
     identity, provenance = document.get("identity"), document.get("provenance")
     if not isinstance(identity, dict) or not isinstance(provenance, dict):
         raise DamagedError(f"{path} lacks identity or provenance; it was altered after it was written")
-    layer = Layer(directory, LayerIdentity.from_json(identity, f"{path}: identity"), provenance)
-    if layer.identity.hash8 != directory.name[-8:]:
-        raise DamagedError(f"{path} hashes to {layer.identity.hash8} in a directory named {directory.name}; it was altered")
+    return identity, provenance
+
+
+def _named_by_its_hash(layer: AnyLayer) -> AnyLayer:
+    path, found = layer.directory / "layer.json", layer.identity.hash8
+    if found != layer.directory.name[-8:]:
+        raise DamagedError(f"{path} hashes to {found} in a directory named {layer.directory.name}; it was altered")
     return layer
 
 
-def choose_layer(layers: Mapping[str, Layer], wanted: str | None, cache_dir: Path) -> Layer | None:
+def choose_layer(layers: Mapping[str, AnyLayer], wanted: str | None, cache_dir: Path, kind: str = "targets") -> AnyLayer | None:
     """Return the layer that a name means: NAME or NAME-HASH8, or the only one; None where there is none and none is wanted.
+
+    Args:
+        layers: by full name.
+        wanted: the name; None for the only one.
+        cache_dir: for messages.
+        kind: targets or hidden, for messages.
 
     Raises:
         CacheError: no such layer, or several that fit.
@@ -137,10 +185,10 @@ def choose_layer(layers: Mapping[str, Layer], wanted: str | None, cache_dir: Pat
     listed = ", ".join(layers) or "none"
     if wanted is None:
         if len(layers) > 1:
-            raise CacheError(f"{cache_dir} has {len(layers)} targets layers ({listed}); name the one to use")
+            raise CacheError(f"{cache_dir} has {len(layers)} {kind} layers ({listed}); name the one to use")
         return next(iter(layers.values()), None)
     fitting = [layer for layer in layers.values() if wanted in (layer.full_name, layer.short_name)]
     if len(fitting) != 1:
-        found = "no targets layer" if not fitting else f"{len(fitting)} targets layers"
+        found = f"no {kind} layer" if not fitting else f"{len(fitting)} {kind} layers"
         raise CacheError(f"{cache_dir} has {found} named {wanted!r} (there are: {listed}); give one of these names in full")
     return fitting[0]

@@ -169,20 +169,20 @@ class MappedSequences:
         )
 
 
-class MappedTargets:
-    """One mapped part of a targets layer."""
+class MappedBlobs:
+    """One mapped part of a layer: a blob per row of the same part of sequences/."""
 
     def __init__(self, directory: Path, record: PartRecord, verify: bool) -> None:
         """Map a committed part; arguments and errors as for `MappedSequences`."""
         table = open_part(directory, record, verify)
         self.path = directory / f"{record.stem}.arrow"
+        self._table = table
         with _damage_named(self.path):
             self.keys = key_column(table, "key")
             filled = table.num_rows > 0
             blob = table.column("blob").chunk(0) if filled else None
             self._blobs = _Ragged(blob, f"{self.path}:blob", 1, 2**40)
             self.num_positions = table.column("num_positions").to_numpy() if filled else np.zeros(0, np.int32)
-            self.teacher_nll_nats = table.column("teacher_nll_nats").to_numpy() if filled else np.zeros(0, np.float64)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -201,3 +201,14 @@ class MappedTargets:
                 f"{self.path}:{i} has {int(self.num_positions[i])} positions where the sequence supervises {row.num_positions}"
             )
         return self._blobs.slice(i)
+
+
+class MappedTargets(MappedBlobs):
+    """One mapped part of a targets layer."""
+
+    def __init__(self, directory: Path, record: PartRecord, verify: bool) -> None:
+        """Map a committed part; arguments and errors as for `MappedSequences`."""
+        super().__init__(directory, record, verify)
+        with _damage_named(self.path):
+            filled = self._table.num_rows > 0
+            self.teacher_nll_nats = self._table.column("teacher_nll_nats").to_numpy() if filled else np.zeros(0, np.float64)

@@ -22,7 +22,7 @@ import xxhash
 from shared.atomic import fill_exclusive, write_atomic
 from shared.errors import DamagedError, first_line
 from shared.records import PartRecord, json_bytes, list_records, read_record
-from shared.schema import FORMAT_VERSION, MAX_ROWS_PER_PART, SEQUENCES, STEM_PATTERN, TARGETS
+from shared.schema import FORMAT_VERSION, HIDDEN, MAX_ROWS_PER_PART, SEQUENCES, STEM_PATTERN, TARGETS
 
 __all__ = ["PartRecord", "check_file", "commit_part", "hash_file", "list_records", "map_table", "open_part"]
 
@@ -66,7 +66,7 @@ def commit_part(
     Args:
         directory: `sequences/` or a layer; its name decides the fail-points.
         stem: file name without its ending.
-        table: rows of the SEQUENCES or TARGETS schema; `stats` must name their `positions`.
+        table: rows of the SEQUENCES, TARGETS or HIDDEN schema; `stats` must name their `positions`.
         stats: figures of the rows; `positions` is required.
         software: versions of what made them.
         set_aside: rows of the unit that were left out, each with a `reason`.
@@ -78,7 +78,7 @@ def commit_part(
         CacheError: the disk is full or the directory cannot be written.
         ValueError: a name or table that contradicts the format.
     """
-    what = "sequences" if directory.name == "sequences" else "targets"
+    what = kind_of(directory)
     if not STEM_PATTERN.fullmatch(stem):
         raise ValueError(f"{stem!r} is not the name of a part")
     if not table.schema.equals(_schema_of(directory)) or table.num_rows > MAX_ROWS_PER_PART:
@@ -209,5 +209,12 @@ def open_part(directory: Path, record: PartRecord, verify: bool) -> pa.Table:
     return table
 
 
+def kind_of(directory: Path) -> str:
+    """Return what a directory's parts are: sequences, targets or hidden."""
+    if directory.name == "sequences":
+        return "sequences"
+    return "hidden" if directory.parent.name == "hidden" else "targets"
+
+
 def _schema_of(directory: Path) -> pa.Schema:
-    return SEQUENCES if directory.name == "sequences" else TARGETS
+    return {"sequences": SEQUENCES, "targets": TARGETS, "hidden": HIDDEN}[kind_of(directory)]

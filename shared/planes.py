@@ -45,6 +45,19 @@ class PlaneReader:
             values |= planes[i].astype(np.int32) << (8 * i)
         return values
 
+    def take_octets(self, count: int) -> NDArray[np.uint8]:
+        """Return the next `count` bytes as they are.
+
+        Raises:
+            DamagedError: fewer bytes are left.
+        """
+        end = self._at + count
+        if end > len(self._octets):
+            raise DamagedError(f"the row's planes end after {len(self._octets)} bytes where {end} are needed")
+        octets = self._octets[self._at : end]
+        self._at = end
+        return octets
+
     def finish(self) -> None:
         """Check that nothing is left.
 

@@ -23,6 +23,11 @@ MAX_VOCAB_SIZE = 2**24
 MAX_ENTRIES_PER_ROW = 2**26
 """Head entries of one row: 512 positions with a head of 131,072, or 1,048,576 positions with 64."""
 MAX_TEXT_BYTES_PER_ROW = 2**28
+MAX_HIDDEN_BYTES_PER_ROW = 2**31 - 1
+"""Hidden states of one row before compression: 8,192 positions of 32 layers of 8,192."""
+MAX_HIDDEN_WIDTH = 2**20
+MAX_HIDDEN_LAYERS = 1024
+MAX_STRONGEST_KEYS = 4096
 MAX_ROWS_PER_PART = 65_536
 MAX_TOKENS_PER_PART = 2**31 - 1
 MAX_JSON_BYTES = 2**26
@@ -62,6 +67,15 @@ TARGETS: pa.Schema = pa.schema(
 )
 """One row: the teacher's targets for the same row of the same part of sequences/; `teacher_nll_nats` is summed over its
 positions."""
+
+HIDDEN: pa.Schema = pa.schema(
+    [
+        pa.field("key", _KEY, nullable=False),
+        pa.field("num_positions", pa.int32(), nullable=False),
+        pa.field("blob", pa.large_binary(), nullable=False),
+    ]
+)
+"""One row: the teacher's hidden states for the same row of the same part of sequences/."""
 
 PLAN: pa.Schema = pa.schema(
     [

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from shared.errors import CacheError
 from shared.jobs import list_jobs
-from shared.layout import Layer, list_layers, read_header, sequences_dir, tokenizer_path
-from shared.mapped_part import MappedSequences, MappedTargets
+from shared.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir, tokenizer_path
+from shared.mapped_part import MappedBlobs, MappedSequences
 from shared.parts import check_file, hash_file
 from shared.records import PartRecord, list_records
 from shared.visible_rows import hidden_rows
@@ -28,7 +28,7 @@ def verify_cache(path: Path | str) -> Iterator[str]:
     try:
         header = read_header(path)
         records = list_records(sequences_dir(path))
-        layers = list_layers(path)
+        layers: list[Layer | HiddenLayer] = [*list_layers(path).values(), *list_hidden_layers(path).values()]
         jobs = list_jobs(path)
         hidden_rows(path, records)
         for job in jobs:
@@ -46,7 +46,7 @@ def verify_cache(path: Path | str) -> Iterator[str]:
             yield str(error)
     for record in records:
         yield from _bounded(_sequences_problems(path, record, header.identity.vocab_size))
-    for layer in layers.values():
+    for layer in layers:
         yield from _layer_problems(path, layer, {record.stem: record for record in records})
 
 
@@ -82,7 +82,7 @@ def _sequences_problems(path: Path, record: PartRecord, vocab_size: int) -> Iter
         yield f"{part.path} has {positions} positions where its record says {record.positions}"
 
 
-def _layer_problems(path: Path, layer: Layer, sequences: dict[str, PartRecord]) -> Iterator[str]:
+def _layer_problems(path: Path, layer: Layer | HiddenLayer, sequences: dict[str, PartRecord]) -> Iterator[str]:
     try:
         records = list_records(layer.directory)
         layer.identity.make_codec()
@@ -93,14 +93,14 @@ def _layer_problems(path: Path, layer: Layer, sequences: dict[str, PartRecord]) 
         if record.stem not in sequences:
             yield f"{layer.directory / record.stem}.arrow scores a sequences part that does not exist"
         else:
-            yield from _bounded(_targets_problems(path, layer, record, sequences[record.stem]))
+            yield from _bounded(_blob_problems(path, layer, record, sequences[record.stem]))
 
 
-def _targets_problems(path: Path, layer: Layer, record: PartRecord, sequences: PartRecord) -> Iterator[str]:
+def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, sequences: PartRecord) -> Iterator[str]:
     codec = layer.identity.make_codec()
     try:
         check_file(layer.directory, record)
-        targets = MappedTargets(layer.directory, record, verify=False)
+        targets = MappedBlobs(layer.directory, record, verify=False)
         part = MappedSequences(sequences_dir(path), sequences, verify=False)
     except CacheError as error:
         yield str(error)

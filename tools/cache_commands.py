@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache import Cache, collect_garbage, verify_cache
+from shared.hidden_layers import layer_name
 from shared.jobs import list_jobs
-from shared.layout import list_layers, read_header, sequences_dir
+from shared.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir
 from shared.part_stats import ENTROPY_BIN_NATS
 from shared.records import list_records
 from tools.cache_show import row_document, row_text
@@ -52,16 +53,8 @@ def listing(path: Path) -> dict[str, Any]:
     header = read_header(path)
     records = list_records(sequences_dir(path))
     stems = {record.stem for record in records}
-    layers = {}
-    for name, layer in list_layers(path).items():
-        scored = [record for record in list_records(layer.directory) if record.stem in stems]
-        layers[name] = {
-            "identity": layer.identity.to_json(),
-            "parts": len(scored),
-            "rows": sum(record.rows for record in scored),
-            "positions": sum(record.positions for record in scored),
-            "bytes": sum(record.bytes for record in scored),
-        }
+    layers = {name: _layer_listing(layer, stems) for name, layer in list_layers(path).items()}
+    hidden = {name: _layer_listing(layer, stems) for name, layer in list_hidden_layers(path).items()}
     jobs = {}
     for job in list_jobs(path):
         done = sum(job.part_stem(unit) in stems for unit in range(job.num_units))
@@ -75,7 +68,20 @@ def listing(path: Path) -> dict[str, Any]:
         "bytes": sum(record.bytes for record in records),
         "set_aside": sum(len(record.set_aside) for record in records),
         "layers": layers,
+        "hidden": hidden,
         "jobs": jobs,
+    }
+
+
+def _layer_listing(layer: Layer | HiddenLayer, stems: set[str]) -> dict[str, Any]:
+    """Return identity and sizes of a layer, over the sequences parts that exist."""
+    covered = [record for record in list_records(layer.directory) if record.stem in stems]
+    return {
+        "identity": layer.identity.to_json(),
+        "parts": len(covered),
+        "rows": sum(record.rows for record in covered),
+        "positions": sum(record.positions for record in covered),
+        "bytes": sum(record.bytes for record in covered),
     }
 
 
@@ -94,6 +100,11 @@ def _ls(args: argparse.Namespace) -> int:
             f"  targets {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, {size(layer['bytes'])}"
         )
         lines.append(f"    {_layer_text(layer['identity'])}")
+    for name, layer in found["hidden"].items():
+        lines.append(
+            f"  hidden {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, {size(layer['bytes'])}"
+        )
+        lines.append(f"    {_hidden_text(layer['identity'])}")
     lines += [] if found["layers"] else ["  no targets layer yet"]
     lines += [
         f"  job {job[:8]}: {counts['committed']:,} of {counts['units']:,} units committed" for job, counts in found["jobs"].items()
@@ -111,6 +122,18 @@ def _layer_text(identity: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _hidden_text(identity: Mapping[str, Any]) -> str:
+    width = identity["width"] if identity["projection"] is None else f"{identity['width']} projected to {identity['projection']}"
+    parts = [f"teacher {identity['teacher']}", f"dtype {identity['dtype']}", f"width {width}"]
+    parts += [f"layers {', '.join(map(layer_name, identity['layers']))}"] if identity["layers"] else []
+    parts += [f"pooled {identity['pooled']}"] if identity["pooled"] != "none" else []
+    if identity["attention_layers"]:
+        parts.append(
+            f"attention of layers {', '.join(map(str, identity['attention_layers']))}, strongest {identity['strongest']} keys"
+        )
+    return ", ".join([*parts, f"weights {identity['weights_hash'][:8]}"])
+
+
 def _show(args: argparse.Namespace) -> int:
     cache = Cache.open(args.cache, args.targets, allow_partial=True)
     document = row_document(cache, args.row, args.top)
@@ -120,7 +143,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _stats(args: argparse.Namespace) -> int:
     cache = Cache.open(args.cache, args.targets, allow_partial=True)
-    stats = {"layer": cache.layer_name, **cache.stats()}
+    stats = {"layer": cache.layer_name, **cache.stats(), "hidden": _hidden_sizes(args.cache)}
     lines = [f"{args.cache}, layer {cache.layer_name}" if cache.layer_name else f"{args.cache}, no targets layer"]
     for name, value in stats.items():
         if isinstance(value, int | float) and name != "entropy_bin_nats":
@@ -131,6 +154,10 @@ def _stats(args: argparse.Namespace) -> int:
         lines.append(
             f"  source {source}: {figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['positions']:,} positions"
         )
+    for name, figures in stats["hidden"].items():
+        lines.append(
+            f"  hidden {name}: {figures['positions']:,} positions, {figures['bytes_per_position']:,.1f} bytes per position"
+        )
     lines += [f"  finish reason {reason}: {count:,} rows" for reason, count in stats["finish_reasons"].items()]
     lines += [f"  set aside: {count:,} rows, {reason}" for reason, count in stats["set_aside"].items()]
     if "entropy_histogram" in stats:
@@ -138,6 +165,18 @@ def _stats(args: argparse.Namespace) -> int:
         lines += ["  entries kept, at least:", *_bars(stats["support_histogram"], lambda i: f"{0 if i == 0 else 2 ** (i - 1):5d}")]
     _print(args, stats, "\n".join(lines))
     return 0
+
+
+def _hidden_sizes(path: Path) -> dict[str, dict[str, float]]:
+    """Return positions, bytes and bytes per position of every hidden layer."""
+    return {
+        name: {
+            "positions": layer["positions"],
+            "bytes": layer["bytes"],
+            "bytes_per_position": layer["bytes"] / max(layer["positions"], 1),
+        }
+        for name, layer in listing(path)["hidden"].items()
+    }
 
 
 def _bars(counts: list[int], label: Callable[[int], str]) -> list[str]:
@@ -162,7 +201,8 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"{len(problems)} problems; damaged parts are rebuilt by `decant teach` once they and their records are deleted")
     else:
         found = listing(args.cache)
-        print(f"{args.cache}: {found['rows']:,} rows and {len(found['layers'])} layers are as they were committed")
+        layers = len(found["layers"]) + len(found["hidden"])
+        print(f"{args.cache}: {found['rows']:,} rows and {layers} layers are as they were committed")
     return 1 if problems else 0
 
 

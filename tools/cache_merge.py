@@ -25,7 +25,16 @@ from shared.atomic import link_exclusive, make_dir, write_atomic
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
 from shared.identity import difference
 from shared.jobs import create_job, job_id
-from shared.layout import CacheHeader, Layer, choose_layer, list_layers, read_header, sequences_dir, tokenizer_path
+from shared.layout import (
+    CacheHeader,
+    Layer,
+    choose_layer,
+    list_hidden_layers,
+    list_layers,
+    read_header,
+    sequences_dir,
+    tokenizer_path,
+)
 from shared.parts import hash_file
 from shared.records import PartRecord, json_bytes, list_records
 from shared.schema import FORMAT_VERSION
@@ -78,8 +87,8 @@ def merge_caches(
         advance: called with the rows that are done.
 
     Returns:
-        cache, job, existed, rows, parts, linked, copied, rewritten, inputs (path, rows, dropped), layers, unscored, left_out and
-        unfinished (what killed merges of other caches left beside `out`).
+        cache, job, existed, rows, parts, linked, copied, rewritten, inputs (path, rows, dropped), layers, unscored, left_out,
+        hidden_left_out (hidden layers of the inputs) and unfinished (what killed merges of other caches left beside `out`).
 
     Raises:
         UsageError: fewer than two inputs, or one that is listed twice.
@@ -304,6 +313,7 @@ def _summary(out: Path, job: str, merge: Merge, left_out: list[dict[str, Any]], 
         "layers": sorted(merge.layers.values()),
         "unscored": {name: count for name, count in merge.unscored.items() if count},
         "left_out": left_out,
+        "hidden_left_out": sorted({name for source in merge.sources for name in list_hidden_layers(source.path)}),
         "unfinished": unfinished(out, "merging"),
     }
 
@@ -324,6 +334,8 @@ def merge_text(result: dict[str, Any]) -> str:
     for entry in result["left_out"]:
         why = f"it is not in {', '.join(entry['not_in'])}" if entry["not_in"] else "it was not asked for"
         lines.append(f"  targets {entry['layer']} left out: {why}")
+    for name in result["hidden_left_out"]:
+        lines.append(f"  hidden {name} left out: hidden layers are not merged; 'decant teach' with its capture.hidden adds one")
     lines += [
         f"  {path} is an unfinished merge of other caches; delete it unless it is to be continued" for path in result["unfinished"]
     ]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from shared.atomic import fill_exclusive, make_dir, write_atomic
 from shared.cache import Cache
 from shared.errors import CacheError, DamagedError
-from shared.layout import Layer, choose_layer, list_layers, read_header, sequences_dir, tokenizer_path
+from shared.layout import Layer, choose_layer, list_hidden_layers, list_layers, read_header, sequences_dir, tokenizer_path
 from shared.mapped_part import MappedSequences, MappedTargets
 from shared.parts import hash_file
 from shared.records import PartRecord, json_bytes, list_records, read_json, read_record
@@ -45,7 +45,7 @@ def export_cache(
         advance: called with the rows that are done.
 
     Returns:
-        directory, files, rows, layer, bytes, existed.
+        directory, files, rows, layer, bytes, existed, hidden_left_out (hidden layers, which are not exported).
 
     Raises:
         CacheError: rows are not scored, something is damaged, or `out` is something else.
@@ -74,6 +74,7 @@ def export_cache(
         "layer": layer.full_name if layer else None,
         "bytes": sum(file.stat().st_size for file in out.glob("part-*.parquet")),
         "existed": existed,
+        "hidden_left_out": sorted(list_hidden_layers(path)),
     }
 
 
@@ -168,4 +169,6 @@ def export_text(result: dict[str, Any]) -> str:
     """Say for people what an export wrote."""
     layer = f"targets {result['layer']}" if result["layer"] else "no targets"
     there = "; it was there already" if result["existed"] else ""
-    return f"{result['directory']}: {result['rows']:,} rows in {result['files']:,} Parquet files, {layer}{there}"
+    hidden = ", ".join(result["hidden_left_out"])
+    left_out = f"; hidden layers are not exported: {hidden} left out" if hidden else ""
+    return f"{result['directory']}: {result['rows']:,} rows in {result['files']:,} Parquet files, {layer}{there}{left_out}"
