@@ -158,6 +158,8 @@ class StageTrainer(Section):
     """Compile the model's body."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, as in the student's section."""
+    fsdp: Literal["none", "full_shard"] = "none"
+    """What several processes hold: none: each the whole student; full_shard: a part of its weights and optimizer state each."""
     save_steps: Count = 100
     """Steps between checkpoints."""
     save_total_limit: Count | None = 2

@@ -38,30 +38,27 @@ def export_student(
     start: str,
     tokenizer_dir: Path,
     stage_dir: Path,
-    sharded_weights: dict[str, Any] | None = None,
 ) -> Path:
     """Write `model` and, where there is one, `adapter` below a stage's directory; return the model's directory.
 
     Args:
         model: the trained student, with or without adapter; an adapter is merged into it.
         student: the recipe's section.
-        start: directory or hub id that the student was loaded from, to merge into where its own weights are in 4 bits or shards.
+        start: directory or hub id that the student was loaded from, to merge into where its own weights are in 4 bits.
         tokenizer_dir: tokenizer and chat template of the cache.
         stage_dir: directory of the stage.
-        sharded_weights: all weights by name, where `model` holds only this process's shard of them.
     """
-    weights = sharded_weights
     if student.adapter.kind != "none":
         adapted = model
-        _write(stage_dir / "adapter", lambda path: adapted.save_pretrained(path, state_dict=weights))
-        if student.adapter.kind == "qlora" or weights is not None:
-            model, weights = _merged_from_disk(student, start, stage_dir / "adapter"), None
+        _write(stage_dir / "adapter", lambda path: adapted.save_pretrained(path))
+        if student.adapter.kind == "qlora":
+            model = _merged_from_disk(student, start, stage_dir / "adapter")
         else:
             model = model.merge_and_unload()
     set_generation(model, tokenizer_dir)
 
     def save(path: Path) -> None:
-        model.save_pretrained(path, state_dict=weights)
+        model.save_pretrained(path)
         copy_tokenizer(tokenizer_dir, path)
 
     target = stage_dir / "model"

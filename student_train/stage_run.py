@@ -29,6 +29,7 @@ from student_train.progress import OpenProgress, SilentProgress, StageProgress
 from student_train.row_attention import switch_attention
 from student_train.row_separation import separate_rows
 from student_train.run_seconds import SecondsLog
+from student_train.sharding import check_sharding, load_weights, shard
 from student_train.stage_identity import claim_stage, mark_done, stage_identity
 from student_train.stage_terms import terms_at
 from student_train.stage_work import StageWork, resolve_stage
@@ -86,6 +87,7 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
 
 def _arguments(work: StageWork) -> TrainingArguments:
     """Return the Trainer's arguments for a stage."""
+    check_sharding(work.student, work.stage.trainer)
     return training_arguments(
         work.stage.trainer, work.directory, work.seed, work.plan.num_steps, gradient_checkpointing=_recomputes(work)
     )
@@ -131,19 +133,22 @@ def _train_and_export(
         callbacks=_callbacks(work, done) if is_first() else [],
     )
     trainer.run(checkpoint.path if checkpoint else None, done)
-    sharded_weights = trainer.whole_weights()
+    gathered = trainer.whole_weights()
     restore_forward(base)
     switch_attention(base, work.student.attention)
     if is_first():
-        tokenizer_dir = work.caches.caches[0].tokenizer_dir
-        export_student(model, work.student, work.origin, tokenizer_dir, work.directory, sharded_weights)
+        if gathered is not None:
+            model = add_adapter(load_student(work.student, work.start, work.caches, seed=work.seed), work.student.adapter)
+            load_weights(model, gathered)
+        export_student(model, work.student, work.origin, work.caches.caches[0].tokenizer_dir, work.directory)
     wait_for_all()
 
 
 def _student(work: StageWork, args: TrainingArguments) -> tuple[Any, Any, Objective]:
     """Return the student's base model with its forward patched, the same with its adapter, and what it minimises."""
     base = load_student(work.student, work.start, work.caches, seed=work.seed)
-    if work.student.adapter.kind != "qlora":
+    shards = work.stage.trainer.fsdp == "full_shard"
+    if work.student.adapter.kind != "qlora" and not shards:
         base.to(args.device)
     head = head_of(base, work.caches.vocab_size)
     check_head(base, head)
@@ -155,6 +160,8 @@ def _student(work: StageWork, args: TrainingArguments) -> tuple[Any, Any, Object
         body_of(base).compile(dynamic=True)
     objective = Objective(head)
     patch_forward(base, objective)
+    if shards:
+        shard(model, base, args.device)
     return base, model, objective
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from shared.errors import TrainingError
 from shared.failpoints import failpoint
@@ -28,13 +28,14 @@ from student_train.losses import LossTerm
 from student_train.metrics_log import StepLog
 from student_train.processes import wait_for_all
 from student_train.progress import StageProgress
+from student_train.sharded_trainer import ShardedTrainer
 from student_train.training_problems import setting_explained, writing_explained
 
 TermsAt = Callable[[int], Sequence[LossTerm]]
 """Loss terms at an optimizer step, counted from 0."""
 
 
-class DistilTrainer(Trainer):  # type: ignore[misc]
+class DistilTrainer(ShardedTrainer):
     """The Trainer of one stage."""
 
     loss_is_scaled_for_ga = True
@@ -193,10 +194,6 @@ class DistilTrainer(Trainer):  # type: ignore[misc]
         """Save weights alone: no pickled arguments, no tokenizer in every checkpoint."""
         if self.args.should_save:
             self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
-
-    def whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """Return all weights, gathered on the first process, where processes hold shards of them; None where they are whole."""
-        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, mark it complete, then remove older ones."""

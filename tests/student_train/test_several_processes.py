@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 
 import pytest
 import torch
 
+from shared.errors import TrainingError
 from student_train.metrics_log import read_steps
 from student_train.stages import run_stages
 
@@ -48,46 +50,86 @@ def train_with_two(recipe, settings=None):
     return [process.exitcode for process in ranks]
 
 
-SHARDED = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
+def by_steps(recipe, name="kd"):
+    return read_steps(recipe.output_dir / "train" / name / "metrics.jsonl")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("settings", "adapter"),
-    [
-        pytest.param({}, "none", id="data-parallel"),
-        pytest.param({}, "lora", id="lora"),
-        pytest.param(
-            SHARDED,
-            "none",
-            id="fsdp2",
-            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate shards on GPUs only"),
-        ),
-    ],
-)
-def test_two_processes_equal_one_of_the_same_global_batch(recipe_of, settings, adapter):
+def assert_same_training(alone, together):
     from safetensors.torch import load_file
 
-    common = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "save_steps": 2}
-    student = {"adapter": adapter}
-    alone = recipe_of(student=student, trainer={**common, "per_device_train_batch_size": 4})
-    alone = alone.model_copy(update={"output_dir": alone.output_dir.with_name("alone")})
-    run_stages(alone)
-    together = recipe_of(student=student, trainer={**common, "gradient_accumulation_steps": 2})
-    assert train_with_two(together, settings) == [0, 0]
-    checkpoint = together.output_dir / "train/kd/checkpoint-2"
-    assert any("fsdp" in path.name for path in checkpoint.iterdir()) == bool(settings), "sharded where it should be"
-    logs = [read_steps(recipe.output_dir / "train/kd/metrics.jsonl") for recipe in (alone, together)]
-    for one, two in zip(*logs, strict=True):
+    for one, two in zip(by_steps(alone), by_steps(together), strict=True):
         assert (one["positions"], one["tokens"], one["step"]) == (two["positions"], two["tokens"], two["step"])
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
     weights = [load_file(recipe.output_dir / "train/kd/model/model.safetensors") for recipe in (alone, together)]
+    assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", ["none", "full_shard"])
+@pytest.mark.parametrize(
+    "student",
+    [
+        pytest.param({}, id="tied"),
+        pytest.param({"model": "llama", "gradient_checkpointing": True}, id="untied-recomputed"),
+        pytest.param({"adapter": "lora"}, id="lora"),
+    ],
+)
+def test_two_processes_equal_one_of_the_same_global_batch(recipe_of, tiny, student, fsdp):
+    """`none` is data parallel, `full_shard` FSDP2; clipping is always active, so that a wrong norm would show."""
+    common = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "save_steps": 2, "max_grad_norm": 0.1}
+    if "model" in student:
+        student = {**student, "model": str(getattr(tiny, student["model"]))}
+    alone = recipe_of(student=student, trainer={**common, "per_device_train_batch_size": 4})
+    alone = alone.model_copy(update={"output_dir": alone.output_dir.with_name("alone")})
+    run_stages(alone)
+    assert min(step["grad_norm"] for step in by_steps(alone)) > 0.1
+    together = recipe_of(student=student, trainer={**common, "gradient_accumulation_steps": 2, "fsdp": fsdp})
+    assert train_with_two(together) == [0, 0]
+    assert_same_training(alone, together)
+
+
+@pytest.mark.slow
+def test_killed_run_over_shards_goes_on_to_the_same_bytes_with_whole_checkpoints(recipe_of):
+    trainer = {"max_steps": 4, "save_steps": 2, "weight_decay": 0.01, "fsdp": "full_shard"}
+    recipe = recipe_of(trainer=trainer)
+    whole = recipe.model_copy(update={"output_dir": recipe.output_dir.with_name("whole")})
+    assert train_with_two(whole) == [0, 0]
+    assert train_with_two(recipe, {"DECANT_FAILPOINT": "train_step.after_write@3"}) == [-signal.SIGKILL] * 2
+    checkpoint = recipe.output_dir / "train/kd/checkpoint-2"
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    (model, _), shapes = (load_whole(checkpoint), {tuple(own["exp_avg"].shape) for own in state.values()})
+    assert shapes == {tuple(parameter.shape) for parameter in model.parameters()}, "a checkpoint holds whole tensors"
+    assert train_with_two(recipe) == [0, 0]
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (recipe.output_dir / "train/kd" / name).read_bytes() == (whole.output_dir / "train/kd" / name).read_bytes()
+
+
+def load_whole(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "student", "said"),
+    [
+        ({}, {}, "in a single process, where there is nothing to shard over"),
+        ({"optim": "adafactor"}, {}, r"trainer.optim adafactor does not work on shards .* choose one of adamw_torch"),
+        ({}, {"adapter": "qlora"}, "4-bit weights cannot be sharded"),
+        ({"torch_compile": True}, {}, "torch_compile is not supported together with trainer.fsdp"),
+        ({"fsdp": "none"}, {"env": "true"}, "asks for FSDP .ACCELERATE_USE_FSDP.; start with torchrun and set trainer.fsdp"),
+    ],
+    ids=["alone", "optimizer", "qlora", "compile", "launcher"],
+)
+def test_what_cannot_be_sharded_is_refused(recipe_of, monkeypatch, trainer, student, said):
+    from student_train.sharding import check_sharding
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", student.pop("env", "false"))
+    recipe = recipe_of(student=student, trainer={"fsdp": "full_shard", **trainer})
+    if "single process" not in said:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=said):
+        check_sharding(recipe.student, recipe.stages[0].trainer)
