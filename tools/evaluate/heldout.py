@@ -30,6 +30,7 @@ from student_train.student_head import body_of, check_head, head_of
 from student_train.target_batch import TargetBatch
 from tools.evaluate.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout_sums import HeldoutSums, RowMeasure
+from tools.evaluate.partings import Partings, largest_of_row
 
 
 def evaluate_heldout(
@@ -50,8 +51,8 @@ def evaluate_heldout(
 
     Returns:
         kl_nats, kl_low, kl_high (95 % over rows), top1_agreement, top1_in_teacher_top5, agreement_by_teacher_confidence,
-        calibration_error, calibration, perplexity, teacher_perplexity, positions, rows, rows_too_long, dtype, and by_source with
-        the same figures per source.
+        calibration_error, calibration, perplexity, teacher_perplexity, positions, rows, rows_too_long, dtype, by_source with
+        the same figures per source, and partings: the positions of the largest KL in their context.
 
     Raises:
         EvaluationError: no row is held out, or the model cannot be loaded or does not fit the cache's tokenizer.
@@ -71,14 +72,16 @@ def evaluate_heldout(
     fitting = [(cache, row) for cache, row in chosen if opened[cache].num_tokens[row] <= limit]
     if not fitting:
         raise EvaluationError(f"{model_dir}: every held-out row is longer than the {limit} tokens that the model reads")
-    sums, num_done = HeldoutSums(), 0
+    sums, partings, num_done = HeldoutSums(), Partings(), 0
     for batch in _batches(opened, fitting, batch_tokens):
-        for measure in measure_batch(model, layer.vocab_size, [opened[cache][row] for cache, row in batch]):
+        measures = measure_batch(model, layer.vocab_size, [opened[cache][row] for cache, row in batch])
+        for place, measure in zip(batch, measures, strict=True):
             sums.add(measure)
+            partings.add(place, measure.largest)
         num_done += len(batch)
         say(f"held-out rows: {num_done} of {len(fitting)}")
     found = {"rows_too_long": len(chosen) - len(fitting), "dtype": str(model.dtype).removeprefix("torch.")}
-    return {**found, **sums.figures(seed)}
+    return {**found, **sums.figures(seed), "partings": partings.described(model, opened, layer.vocab_size)}
 
 
 def heldout_rows(caches: Sequence[Cache], fraction: float, max_rows: int | None) -> list[tuple[int, int]]:
@@ -149,20 +152,21 @@ def _row_measure(row: Any, scores: PositionScores, where: slice) -> RowMeasure:
     def of_row(scored: torch.Tensor) -> Any:
         return scored[where].double().cpu().numpy()
 
-    equal = of_row(scores.top1_equal).astype(bool)
+    equal, kl_nats = of_row(scores.top1_equal).astype(bool), of_row(scores.kl_nats)
     targets = row.targets
     with_head = targets.counts > 0
     teacher_top1 = np.exp(targets.logprobs[targets.offsets()[:-1][with_head]].astype(np.float64))
     return RowMeasure(
         source=row.source,
         positions=row.num_positions,
-        kl_nats=float(of_row(scores.kl_nats).sum()),
+        kl_nats=float(kl_nats.sum()),
         top1_equal=int(equal.sum()),
         top1_in_teacher_top5=int(of_row(scores.top1_in_teacher_top5).sum()),
         label_nll_nats=float(of_row(scores.label_nll_nats).sum()),
         teacher_nll_nats=-float(targets.label_logprobs.sum(dtype=np.float64)),
         calibration=ConfidenceBins.of(np.exp(of_row(scores.top1_logprob)), of_row(scores.top1_is_label).astype(bool)),
         agreement=ConfidenceBins.of(teacher_top1, equal[with_head]),
+        largest=largest_of_row(kl_nats),
     )
 
 

@@ -33,6 +33,8 @@ class RowMeasure:
     """The student's most probable token against the one that followed."""
     agreement: ConfidenceBins
     """The teacher's most probable token against the student's."""
+    largest: tuple[tuple[float, int], ...] = ()
+    """KL in nats and position, where the row's KL is largest."""
 
 
 @dataclass(slots=True)

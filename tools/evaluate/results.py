@@ -27,7 +27,7 @@ from shared.recipe import Recipe
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.rendering import source_of
 
-RESULT_FORMAT = 2
+RESULT_FORMAT = 3
 """Raised whenever figures would come out differently for the same inputs."""
 
 

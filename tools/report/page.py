@@ -14,6 +14,7 @@ from typing import Any
 from tools.report import confidence_plots, plots, tables
 from tools.report.answer_filter import SCRIPT, script_source
 from tools.report.answers_view import answers_section
+from tools.report.partings_view import partings_section
 from tools.report.run_files import RunFiles
 from tools.report.samples import Sample
 from tools.report.style import CSS
@@ -30,6 +31,7 @@ def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[
     body = [f"<h1>{name}</h1>", _lead(report), _missing(report), _models(report), _facts(report), _plots(figures)]
     body += [
         _heldout_table(report),
+        partings_section(report["models"]),
         _answers_table(report),
         answers_section(samples, list(report["models"])),
         _stages(report),

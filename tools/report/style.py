@@ -52,6 +52,11 @@ details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; paddi
 .filter { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 10px 0; } .filter[hidden] { display: none; }
 .filter input, .filter select { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--line);
   border-radius: 8px; padding: 6px 10px; min-width: 0; max-width: 100%; } .filter input { flex: 1 1 240px; }
+.parting { margin-top: 10px; } .parting .context { max-height: 9em; }
+mark { background: #ffd76a; color: #1c2430; border-radius: 3px; }
+.said { list-style: none; margin: 4px 0 0; padding: 0; font-size: .85rem; } .said li { display: flex; gap: 8px; align-items:
+  center; min-width: 0; } .said code { flex: 0 0 30%; overflow-wrap: anywhere; white-space: pre-wrap; } .said .bar {
+  height: .7em; background: var(--soft); opacity: .5; border-radius: 2px; }
 .checks { list-style: none; padding: 0; margin: 6px 0 0; font-size: .9rem; } .checks li { overflow-wrap: anywhere; }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } .card { padding: 12px; } th, td { padding: 7px 8px; } h1 {
   font-size: 1.4rem; } }

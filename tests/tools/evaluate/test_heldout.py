@@ -11,11 +11,12 @@ import pytest
 from shared.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.keys import is_heldout
-from tests.tiny_models import make_llama, make_qwen3
+from tests.tiny_models import make_llama, make_qwen3, training_text
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
 from tools.evaluate.bootstrap import ratio_interval
 from tools.evaluate.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout import evaluate_heldout, heldout_rows
+from tools.evaluate.partings import MOST_PARTINGS, MOST_PER_ROW
 
 FRACTION = 0.4
 
@@ -88,6 +89,31 @@ def test_the_teacher_measures_its_own_quantisation_and_its_own_perplexity(world:
     assert 0 <= found["kl_nats"] < 1e-3
     assert found["top1_agreement"] > 0.99
     assert found["perplexity"] == pytest.approx(found["teacher_perplexity"], rel=1e-2)
+
+
+def test_partings_are_the_positions_of_the_largest_divergence_with_what_each_side_says(world: dict[str, Path]) -> None:
+    cache, every = Cache.open(world["cache"]), []
+    for _, index in heldout_rows([cache], FRACTION, None):
+        row = cache[index]
+        log_q = dense_logprobs(world["qwen3"], row.token_ids)[row.predictor_index()]
+        of_row = []
+        for s, label in enumerate(row.labels()):
+            where = slice(*row.targets.offsets()[s : s + 2])
+            ids, log_p = row.targets.ids[where], row.targets.logprobs[where].astype(np.float64)
+            tail_p, tail_q = math.exp(row.targets.tail_logmass[s, 0]), 1 - np.exp(log_q[s, ids]).sum()
+            kl = float((np.exp(log_p) * (log_p - log_q[s, ids])).sum() + tail_p * math.log(tail_p / tail_q))
+            of_row.append((kl, row.source, np.exp(log_p[:5]), np.sort(np.exp(log_q[s]))[::-1][:5], math.exp(log_q[s, label])))
+        every += sorted(of_row, key=lambda entry: -entry[0])[:MOST_PER_ROW]
+    expected = sorted(every, key=lambda entry: -entry[0])[:MOST_PARTINGS]
+    found = evaluate_heldout(world["qwen3"], [world["cache"]], FRACTION, batch_tokens=128)["partings"]
+    assert len(found) == len(expected) > 5
+    for parting, (kl, source, teacher, student, label) in zip(found, expected, strict=True):
+        assert parting["kl_nats"] == pytest.approx(kl, rel=1e-3)
+        assert parting["source"] == source
+        assert [p for _, p in parting["teacher"]] == pytest.approx(teacher.tolist(), rel=1e-3)
+        assert [p for _, p in parting["student"]] == pytest.approx(student.tolist(), rel=1e-3)
+        assert parting["token_probability"]["student"] == pytest.approx(label, rel=1e-3)
+        assert any(parting["before"] + parting["token"] in text for text in training_text())
 
 
 def test_sources_add_up_to_the_whole(world: dict[str, Path]) -> None:

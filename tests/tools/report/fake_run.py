@@ -71,6 +71,12 @@ def write_evaluation(root: Path, model: str, scores: dict[str, float], kl: float
                "teacher_perplexity": 3.0, "positions": 5000, "rows": 120, "rows_too_long": 0,
                "top1_in_teacher_top5": 0.876, "calibration_error": 0.0321, "calibration": bins,
                "agreement_by_teacher_confidence": bins, "by_source": {"math": part, "code": part}}  # fmt: skip
+    heldout["partings"] = [
+        {"kl_nats": 3.25, "source": "math", "before": "The answer is ", "token": HOSTILE, "after": " apples.\n",
+         "teacher": [["12", 0.75], [HOSTILE, 0.125]], "student": [[" ", 0.5], ["13", 0.25]],
+         "token_probability": {"teacher": 0.125, "student": 0.0005}},
+        {"kl_nats": "not a number"},
+    ]  # fmt: skip
     identity = {"engine": "transformers", "weights": model}
     result = {"identity": identity, "tasks": tasks, "heldout": heldout, "seconds": {"answer": 9.0}}
     write_json(root / "evaluate" / f"{model}.json", result)

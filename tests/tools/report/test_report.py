@@ -245,3 +245,12 @@ def test_ids_in_plots_are_unique_and_every_reference_has_its_target(run: Path) -
 def test_an_outcome_says_who_was_right(right: dict[str, int], expected: list[str]) -> None:
     answers = {name: SampleAnswer("", float(score), "") for name, score in right.items()}
     assert outcomes(Sample("math", "", "", answers)) == expected
+
+
+def test_partings_stand_in_the_page_as_text_and_broken_ones_are_left_out(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    assert text.count('class="card parting"') == sum(model != "teacher" for model in SCORES)
+    page = Page(text)
+    assert "3.25 nats" in page.text
+    assert "marked token 12.5 %" in page.text
+    assert "not a number" not in page.text

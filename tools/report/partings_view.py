@@ -1,0 +1,76 @@
+"""Where student and teacher part most, as HTML: the text around the token, and what each side would have said, escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from tools.report import tables
+from tools.report.samples import cut
+
+
+def partings_section(models: Mapping[str, Any]) -> str:
+    """Return the section; the last model of the report stands open, the others folded; nothing where there are none."""
+    found = {name: partings for name, model in models.items() if name != "teacher" and (partings := _sound(model["heldout"]))}
+    if not found:
+        return ""
+    lead = (
+        "The held-out positions of the largest KL, in their context: the marked token follows, and beside it stands what each side "
+        "gave the most probability."
+    )
+    parts = ["<h2>Where they part</h2>", f'<p class="soft">{lead}</p>']
+    last = list(found)[-1]
+    for name in [last, *(name for name in found if name != last)]:
+        cards = "".join(_card(parting, name) for parting in found[name])
+        opened = " open" if name == last else ""
+        parts.append(f"<details{opened}><summary>{escape(name)}</summary>{cards}</details>")
+    return "".join(parts)
+
+
+def _card(parting: Mapping[str, Any], name: str) -> str:
+    before, token, after = (_shown(parting[part]) for part in ("before", "token", "after"))
+    label = parting["token_probability"]
+    text = f'<pre class="context">{before}<mark>{token}</mark><span class="soft">{after}</span></pre>'
+    said = _side("teacher", parting["teacher"], label["teacher"]) + _side(name, parting["student"], label["student"])
+    head = f'<span class="who">{parting["kl_nats"]:.2f} nats</span> <span class="soft">{escape(str(parting["source"]))}</span>'
+    return f'<div class="card parting">{head}{text}<div class="answers">{said}</div></div>'
+
+
+def _side(name: str, entries: Sequence[Any], label: float) -> str:
+    rows = "".join(
+        f'<li><code>{_shown(text)}</code><span class="bar" style="width:{60 * probability:.1f}%"></span>'
+        f"<span>{tables.percent(probability)}</span></li>"
+        for text, probability in entries
+    )
+    return (
+        f'<div><span class="who">{escape(name)}</span> <span class="soft">marked token {tables.percent(label)}</span>'
+        f'<ul class="said">{rows}</ul></div>'
+    )
+
+
+def _shown(text: Any) -> str:
+    """Escape a text; a line break or a space that stands alone is made visible."""
+    plain = cut(text)
+    return escape(plain if plain.strip() else plain.replace(" ", "\u2423").replace("\n", "\u21b5"))
+
+
+def _sound(heldout: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the partings of an evaluation that have the shape that this page shows."""
+    partings = (heldout or {}).get("partings")
+    return [one for one in partings if _is_sound(one)] if isinstance(partings, list) else []
+
+
+def _is_sound(one: Any) -> bool:
+    def probability(value: Any) -> bool:
+        return isinstance(value, int | float) and 0 <= value <= 1 + 1e-6
+
+    if not isinstance(one, dict) or not isinstance(one.get("kl_nats"), int | float):
+        return False
+    label = one.get("token_probability")
+    if not isinstance(label, dict) or not all(probability(label.get(side)) for side in ("teacher", "student")):
+        return False
+    if not all(isinstance(one.get(part), str) for part in ("before", "token", "after", "source")):
+        return False
+    pairs = [pair for side in ("teacher", "student") for pair in (one.get(side) if isinstance(one.get(side), list) else [None])]
+    return all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and probability(pair[1]) for pair in pairs)
