@@ -67,7 +67,8 @@ def _student_logprobs(model: Any, row: Any, position: int, vocab_size: int) -> n
     input_ids = torch.from_numpy(row.token_ids[:end].astype(np.int64))[None].to(device)
     with torch.no_grad():
         state = body_of(model)(input_ids=input_ids, use_cache=False)[0][0, -1]
-        return torch.log_softmax(head.logits(state).double(), 0).cpu().numpy()
+        logprobs: np.ndarray = torch.log_softmax(head.logits(state).double(), 0).cpu().numpy()
+        return logprobs
 
 
 def _described(row: Any, position: int, logprobs: np.ndarray, write: Any) -> dict[str, Any]:

@@ -72,5 +72,6 @@ def _is_sound(one: Any) -> bool:
         return False
     if not all(isinstance(one.get(part), str) for part in ("before", "token", "after", "source")):
         return False
-    pairs = [pair for side in ("teacher", "student") for pair in (one.get(side) if isinstance(one.get(side), list) else [None])]
+    sides = [one.get("teacher"), one.get("student")]
+    pairs = [pair for side in sides for pair in (side if isinstance(side, list) else [None])]
     return all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and probability(pair[1]) for pair in pairs)
