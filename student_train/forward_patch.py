@@ -31,6 +31,8 @@ class Objective:
     head: StudentHead
     terms: Sequence[LossTerm] = ()
     """Loss terms at the current step; the trainer sets them."""
+    chunk_bytes: int | None = None
+    """Budget of the fused loss's buffers; None: its own."""
     _sums: dict[str, Tensor] = field(default_factory=dict)
 
     def record(self, loss: Tensor, values: dict[str, Tensor], num_tokens: int) -> None:
@@ -82,6 +84,7 @@ def patch_forward(model: Any, objective: Objective) -> None:
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             vocab_size=head.vocab_size,
+            chunk_bytes=objective.chunk_bytes,
         )
         objective.record(fused.loss, fused.values, input_ids.numel())
         return CausalLMOutput(loss=fused.loss)

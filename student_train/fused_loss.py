@@ -52,12 +52,13 @@ def fused_sparse_loss(
     softcap: float | None = None,
     vocab_size: int | None = None,
     chunk_positions: int | None = None,
+    chunk_bytes: int | None = None,
 ) -> FusedLoss:
     """Return the weighted sum of divergences in nats per position, and each term's value.
 
     `hidden` [S, H] predicts `labels` [S] int64 and `targets`; `head_weight` [rows, H], of which the first `vocab_size` (default:
     all) are the vocabulary; `num_positions` counts the global batch's supervised positions. `targets` may be None where every
-    term is on labels.
+    term is on labels. Chunks are as long as `chunk_bytes` of buffers allow, or `chunk_positions`.
 
     Raises:
         TrainingError: a term is unknown, its temperature was not captured or it cannot be had from drawn tokens; or ids lie
@@ -70,7 +71,7 @@ def fused_sparse_loss(
     elif num_positions <= 0:
         raise TrainingError(f"the global batch has {num_positions:g} supervised positions; it needs at least one")
     groups = group_terms(terms, targets, num_positions)
-    call = _Call(head, labels, targets, groups, len(terms), chunk_positions, torch.is_grad_enabled())
+    call = _Call(head, labels, targets, groups, len(terms), chunk_positions, chunk_bytes, torch.is_grad_enabled())
     loss, sums = _FusedSparseLoss.apply(hidden, head_weight, head_bias, call)
     scaled = [sums[i] * (term.temperature**2) / num_positions for i, term in enumerate(terms)]
     return FusedLoss(loss, dict(zip(term_keys(terms), scaled, strict=True)))
@@ -86,6 +87,7 @@ class _Call:
     groups: Sequence[TermGroup]
     num_terms: int
     chunk_positions: int | None
+    chunk_bytes: int | None
     grad_enabled: bool
 
 
@@ -128,9 +130,9 @@ def _run_chunks(call: _Call, hidden: Tensor, gradients: HeadGradients, *, want_g
     with_slope = head.softcap is not None and want_gradient
     num_copies = min(len(groups) - 1, 2 if want_gradient else 1)
     num_buffers = 1 + num_copies + with_slope
-    size = head.chunk_size(len(hidden), num_buffers, call.chunk_positions)
+    size = head.chunk_size(len(hidden), num_buffers, call.chunk_positions, call.chunk_bytes)
     buffers = [head.buffer(size) for _ in range(num_buffers)]
-    for where in head.chunks(len(hidden), num_buffers, call.chunk_positions):
+    for where in head.chunks(len(hidden), num_buffers, size):
         logits, *spare = (buffer[: where.stop - where.start] for buffer in buffers)
         slope = spare.pop() if with_slope else None
         inputs = head.input_of(hidden[where])

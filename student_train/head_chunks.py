@@ -22,7 +22,7 @@ from shared.errors import TrainingError
 from student_train.target_batch import TargetBatch
 
 CHUNK_BYTES = 256 * 2**20
-"""Bytes of all buffers [C, W] together; chunks are as long as that allows."""
+"""Bytes of all buffers [C, W] together, where nothing else is asked for; chunks are as long as that allows."""
 MIN_CHUNK_POSITIONS = 16
 """Shorter chunks starve the matrix products, so the budget gives way."""
 
@@ -102,8 +102,8 @@ class Head:
         for start in range(0, num_positions, size):
             yield slice(start, min(start + size, num_positions))
 
-    def chunk_size(self, num_positions: int, num_buffers: int, chunk_positions: int | None) -> int:
-        """Return how many positions a chunk has at most; at least 1.
+    def chunk_size(self, num_positions: int, num_buffers: int, chunk_positions: int | None, chunk_bytes: int | None = None) -> int:
+        """Return how many positions a chunk has at most; at least 1. The budget is `chunk_bytes`, or `CHUNK_BYTES`.
 
         Raises:
             TrainingError: `chunk_positions` is below 1.
@@ -112,7 +112,7 @@ class Head:
             raise TrainingError(
                 f"chunk_positions is {chunk_positions}; it must be at least 1, or None for what fits {CHUNK_BYTES} bytes"
             )
-        by_budget = CHUNK_BYTES // (self.buffer_width * self.dtype.itemsize * num_buffers)
+        by_budget = (chunk_bytes or CHUNK_BYTES) // (self.buffer_width * self.dtype.itemsize * num_buffers)
         size: int = max(by_budget, MIN_CHUNK_POSITIONS) if chunk_positions is None else chunk_positions
         return max(min(size, num_positions), 1)
 

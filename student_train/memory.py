@@ -1,133 +1,224 @@
-"""What a stage needs on a training card, by arithmetic: good to 15 %, so leave some room.
+"""What a stage needs on a training card, by arithmetic: bytes of each term at the moment when the sum of all is largest.
 
-Counted: weights, gradients, optimizer state, what autocast casts, activations (kept, or recomputed layer by layer), the loss
-operator's chunk and gradient of the head, the attention mask of a pack, and what a CUDA process takes for itself. Logits are never
-counted, since they are never held. Cost: the model's shape is read from its config, without weights.
+A step has four such moments: the end of the forward pass, where the loss makes its gradients; the beginning of the backward pass,
+where every kept activation is still there; its end, where every gradient is; and the optimizer's update. They are not added up:
+they never meet. Counted at each: weights (and what autocast casts of them), gradients, optimizer state, activations (kept, or
+recomputed layer by layer), the loss operator's chunk, and the head's copy and gradient. Logits are not counted, never held.
+Bytes of a layer are sums over what torch keeps for one Qwen3 layer, counted storage by storage while it ran; other families
+with the same parts differ by a few percent.
+Cost: a few multiplications; the model's shape is read from its config, without weights (model_shape.py).
 
-Shape letters: H hidden width, B tokens of a forward pass.
+Shape letters: H hidden width, I width of the MLP, B tokens of a forward pass, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from shared.recipe import StageTrainer, Student
-from student_train.head_chunks import CHUNK_BYTES
+from student_train.model_shape import ModelShape
 
-GIB = 2**30
-PROCESS_BYTES = GIB
-"""CUDA context, libraries and fragmentation."""
-BYTES_PER_4BIT_WEIGHT = 0.55
-"""Half a byte and its share of the quantisation constants."""
-LAYER_FACTOR = 1.5
-"""Bytes alive in one layer's backward pass over those of its forward pass."""
+GIB, MIB = 2**30, 2**20
+CONTEXT_BYTES = 768 * MIB
+"""What a CUDA process takes before it allocates: context, libraries, their workspaces."""
+FRAGMENTATION = 0.08
+"""Share of the allocated bytes that the allocator holds beyond them."""
+BYTES_PER_4BIT_WEIGHT = 0.516
+"""Half a byte, a byte of scale per 64 weights, and four bytes per 256 scales."""
+SUPPORT_BYTES = 64 * 12
+"""Targets of a position on the card: 64 entries of an id and a number."""
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class ModelShape:
-    """Sizes of a causal language model."""
+class _LayerBytes:
+    """Bytes per token that a layer keeps, and that it has alive in its backward pass, per unit of (H, I, queries, keys)."""
 
-    num_parameters: int
-    num_embedding_parameters: int
-    """Embeddings, and the head where it has weights of its own: never quantised, never adapted."""
-    num_head_parameters: int
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    attention_size: int
-    """Numbers per token in queries, keys and values together."""
-    lora_size: int
-    """Sum over the adapted layers of rows + columns: parameters of an adapter per unit of its rank."""
+    kept: tuple[float, float, float, float]
+    working: tuple[float, float, float, float]
+    outside: float
+    """Bytes per token and unit of H of the last norm, the loss's input and its gradient."""
 
 
-def shape_of(config: Any) -> ModelShape:
-    """Return the sizes of the model that a transformers config describes, without allocating it."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    own_head = 0 if head.weight is embeddings.weight or text.tie_word_embeddings else head.weight.numel()
-    linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return ModelShape(
-        num_parameters=total,
-        num_embedding_parameters=embeddings.weight.numel() + own_head,
-        num_head_parameters=head.weight.numel(),
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", 4 * text.hidden_size),
-        attention_size=head_dim * (text.num_attention_heads + 2 * kv_heads),
-        lora_size=sum(layer.in_features + layer.out_features for layer in linear),
-    )
+_LAYERS = {
+    ("wide", "narrow", "full"): _LayerBytes((26.0, 8.0, 12.1, 10.1), (26.5, 12.2, 12.5, 10.3), 12),
+    ("wide", "wide", "full"): _LayerBytes((24.0, 16.0, 20.1, 16.1), (21.5, 24.8, 21.4, 16.7), 16),
+    ("narrow", "narrow", "full"): _LayerBytes((16.0, 8.0, 12.1, 10.1), (22.9, 11.5, 11.3, 9.6), 10),
+    ("wide", "narrow", "lora"): _LayerBytes((18.5, 8.2, 10.5, 8.3), (30.6, 14.5, 11.7, 8.6), 8),
+    ("wide", "wide", "lora"): _LayerBytes((17.0, 16.5, 16.9, 12.4), (18.9, 24.7, 18.0, 12.7), 12),
+    ("narrow", "narrow", "lora"): _LayerBytes((28.9, 10.5, 12.9, 8.4), (41.8, 14.5, 13.0, 8.5), 8),
+    ("narrow", "autocast", "lora"): _LayerBytes((18.5, 8.2, 10.5, 8.3), (29.1, 14.4, 10.8, 8.4), 8),
+}
+"""By width of weights, width of products, and whether weights or additions to them are trained. Additions are float32; over narrow
+weights without autocast each keeps a float32 copy of its input."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on the card during a training step."""
+    """Bytes on the card when they are most."""
 
+    moment: str
+    """Part of the training step where that is."""
     weights: int
+    """With the narrow copies that autocast keeps."""
     gradients: int
     optimizer: int
     activations: int
+    chunk: int
+    """Buffers of the loss operator."""
     head: int
-    """The loss operator's chunk, its copy of the head and the head's gradient."""
-    process: int
+    """The operator's copy of the head and the gradients that it makes."""
+    workspace: int
+    """What the process takes besides tensors."""
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of tensors: what torch.cuda.max_memory_allocated counts."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.chunk + self.head
 
     @property
     def total(self) -> int:
         """All of it, in bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.process
+        return self.allocated + self.workspace
+
+    def terms(self) -> dict[str, int]:
+        """Return bytes by term, largest first."""
+        names = ("weights", "gradients", "optimizer", "activations", "chunk", "head", "workspace")
+        return dict(sorted(((name, getattr(self, name)) for name in names), key=lambda item: -item[1]))
 
 
-def estimate_memory(shape: ModelShape, student: Student, trainer: StageTrainer) -> MemoryEstimate:
-    """Return what training a student of a shape needs, in bytes."""
-    width = _WIDTH[student.dtype]
-    computes_narrow = trainer.bf16 or trainer.fp16 or student.dtype != "float32"
-    compute_width = 2 if computes_narrow else 4
-    kind = student.adapter.kind
-    body = shape.num_parameters - shape.num_embedding_parameters
-    weights = body * (BYTES_PER_4BIT_WEIGHT if kind == "qlora" else width) + shape.num_embedding_parameters * width
-    if width > compute_width:
-        weights += shape.num_parameters * compute_width  # autocast keeps a narrow copy of each weight during the step
-    trained = shape.num_parameters if kind == "none" else student.adapter.r * shape.lora_size
-    trained_width = width if kind == "none" else 4
-    head = CHUNK_BYTES + (shape.num_head_parameters * 4 if kind == "none" else 0)
-    head += shape.num_head_parameters * compute_width if width > compute_width else 0
-    return MemoryEstimate(
-        weights=int(weights),
-        gradients=trained * trained_width,
-        optimizer=int(trained * _optimizer_bytes(trainer.optim, trained_width)),
-        activations=_activation_bytes(shape, student, trainer, width, compute_width),
-        head=head,
-        process=PROCESS_BYTES,
-    )
+def estimate_memory(
+    shape: ModelShape, student: Student, trainer: StageTrainer, *, recomputes: bool | None = None, has_wide_products: bool = True
+) -> MemoryEstimate:
+    """Return what a training step of a student of a shape needs on one device that holds all of its weights.
+
+    Args:
+        shape: of the student.
+        student: its section of the recipe.
+        trainer: the stage's arguments.
+        recomputes: activations are recomputed; None: where the recipe says `true`.
+        has_wide_products: the device multiplies bfloat16 into float32, so that the head needs no wider copy. GPUs do.
+    """
+    if recomputes is None:
+        recomputes = True in (student.gradient_checkpointing, trainer.gradient_checkpointing)
+    moments = _Step(shape, student, trainer, recomputes, has_wide_products).moments()
+    return max(moments, key=lambda estimate: estimate.total)
 
 
-def _optimizer_bytes(optim: str, trained_width: int) -> float:
-    """Return bytes of state per trained parameter, by the optimizer's name in transformers."""
+class _Step:
+    """One training step's sizes."""
+
+    def __init__(
+        self, shape: ModelShape, student: Student, trainer: StageTrainer, recomputes: bool, has_wide_products: bool
+    ) -> None:
+        self.shape, self.recomputes = shape, recomputes
+        self.chunk = trainer.operator_chunk_mib * MIB
+        self.num_tokens = trainer.per_device_train_batch_size * trainer.pack_tokens
+        self.kind = student.adapter.kind
+        self.width = _WIDTH[student.dtype]
+        self.autocast = trainer.bf16 or trainer.fp16
+        self.is_full = self.kind == "none"
+        self.trained = shape.num_parameters if self.is_full else student.adapter.r * shape.lora_size
+        self.trained_width = self.width if self.is_full else 4
+        self.gradients = self.trained * self.trained_width
+        self.carried = self.gradients if trainer.gradient_accumulation_steps > 1 else 0
+        self.optimizer = _state_bytes(trainer.optim, self.trained, self.trained_width, self._embeddings_trained())
+        self.update = 0 if _updates_in_place(trainer.optim) else self.gradients
+        narrow_hidden = trainer.bf16 or (student.dtype == "bfloat16" and not trainer.fp16)
+        self.head_width = 2 if narrow_hidden and has_wide_products else 4
+        self.has_wide_temporary = narrow_hidden and has_wide_products
+        self.layer = _LAYERS[self._layer_key()]
+        self.eager_bytes = 3 * (2 if self.width == 2 or self.autocast else 4) if student.attention == "eager" else 0
+
+    def _embeddings_trained(self) -> int:
+        return self.shape.num_head_parameters if self.is_full else 0
+
+    def _layer_key(self) -> tuple[str, str, str]:
+        kind = "full" if self.is_full else "lora"
+        if self.width == 4:
+            return ("wide", "narrow" if self.autocast else "wide", kind)
+        return ("narrow", "autocast" if self.autocast and kind == "lora" else "narrow", kind)
+
+    def _per_token(self, units: tuple[float, float, float, float]) -> float:
+        shape = self.shape
+        sizes = (shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_size)
+        return sum(unit * size for unit, size in zip(units, sizes, strict=True))
+
+    def weights(self) -> int:
+        """Return bytes of the weights themselves."""
+        shape, additions = self.shape, 0 if self.is_full else self.trained * 4
+        if self.kind != "qlora":
+            return shape.num_parameters * self.width + additions
+        plain = shape.num_parameters - shape.num_linear_parameters
+        return int(plain * self.width + shape.num_linear_parameters * BYTES_PER_4BIT_WEIGHT) + additions
+
+    def copies(self, *, in_forward: bool) -> int:
+        """Return bytes of weights in the type of the products: autocast's, or a 4-bit layer unpacked."""
+        if self.kind == "qlora":
+            return self.shape.largest_linear * 2
+        if self.width == 2 or not self.autocast:
+            return 0
+        all_kept = not self.recomputes or (in_forward and self.is_full)  # frozen weights are cast anew at every use
+        return 2 * (self.shape.num_linear_parameters if all_kept else self.shape.largest_linear)
+
+    def activations(self, moment: str) -> int:
+        """Return bytes of what the backward pass finds again, and of what it works with."""
+        shape, layers = self.shape, self.shape.num_layers
+        squares = self.num_tokens * shape.num_heads * self.eager_bytes
+        kept, working = self._per_token(self.layer.kept) + squares, self._per_token(self.layer.working) + squares
+        residual, outside = shape.hidden_size * self.width, self.layer.outside * shape.hidden_size
+        if moment == "forward":
+            per_token = layers * (residual if self.recomputes else kept) + outside
+        elif moment == "backward begins":
+            per_token = layers * residual + working if self.recomputes else layers * kept + max(outside, working - kept)
+        else:
+            per_token = residual + max(working, kept)
+        mask = self.num_tokens**2 if self.eager_bytes else 0
+        return int(self.num_tokens * (per_token + SUPPORT_BYTES)) + mask
+
+    def moments(self) -> list[MemoryEstimate]:
+        """Return the sizes at each moment where they may be largest."""
+        shape, weights = self.shape, self.weights()
+        head = shape.num_head_parameters
+        copy = 0 if self.width == self.head_width else head * self.head_width
+        made = (head * 4 * (2 if self.has_wide_temporary else 1)) if self.is_full else 0
+        loss_head = copy + made
+        handed = head * (4 if self.width == 4 else 4 + self.width) if self.is_full else 0
+        narrow_chunk = self.chunk * 3 // 2 if self.has_wide_temporary else self.chunk
+        embeddings = head * self.width if self.is_full else 0
+        last = self.gradients - (0 if shape.is_tied else embeddings)
+        of_ties = embeddings if shape.is_tied else 0
+        forward, begins, ends = (self.activations(moment) for moment in ("forward", "backward begins", "backward ends"))
+        return [
+            self._at("the loss", weights + self.copies(in_forward=True), self.carried, 0, forward, narrow_chunk, loss_head),
+            self._at("the backward pass", weights + self.copies(in_forward=False), self.carried, 0, begins, 0, handed),
+            self._at("the end of the backward pass", weights, last, 0, ends, 0, 0),
+            self._at("the end of the backward pass", weights, self.gradients, 0, 0, 0, of_ties),
+            self._at("the optimizer's update", weights, self.gradients, self.update, 0, 0, 0),
+        ]
+
+    def _at(
+        self, moment: str, weights: int, gradients: int, update: int, activations: int, chunk: int, head: int
+    ) -> MemoryEstimate:
+        optimizer = self.optimizer + update
+        allocated = weights + gradients + optimizer + activations + chunk + head
+        workspace = CONTEXT_BYTES + int(FRAGMENTATION * allocated)
+        return MemoryEstimate(moment, weights, gradients, optimizer, activations, chunk, head, workspace)
+
+
+def _state_bytes(optim: str, trained: int, trained_width: int, embeddings: int) -> int:
+    """Return bytes of the optimizer's state, by its name in transformers."""
+    if "paged" in optim:
+        return 0  # in memory that the driver moves to the host when the card is full
     if "8bit" in optim:
-        return 2.0
+        return int((trained - embeddings) * 2.04 + embeddings * 8)  # transformers keeps those of embeddings in 32 bits
     if "adafactor" in optim:
-        return 0.1
-    return {"sgd": 0.0, "adagrad": 1.0 * trained_width, "rmsprop": 1.0 * trained_width}.get(optim, 2.0 * trained_width)
+        return int(0.1 * trained)
+    per_weight = {"sgd": 0.0, "adagrad": 1.0 * trained_width, "rmsprop": 1.0 * trained_width}
+    return int(trained * per_weight.get(optim, 2.0 * trained_width))
 
 
-def _activation_bytes(shape: ModelShape, student: Student, trainer: StageTrainer, width: int, compute_width: int) -> int:
-    """Return bytes of what the backward pass finds again, for one forward pass."""
-    num_tokens = trainer.per_device_train_batch_size * trainer.pack_tokens
-    residual = shape.hidden_size * width  # the residual stream keeps the type of the weights under autocast
-    layer = 4 * shape.intermediate_size * compute_width + 3 * shape.attention_size * compute_width + 16 * shape.hidden_size
-    recomputes = student.gradient_checkpointing or trainer.gradient_checkpointing
-    layers_alive = 1 if recomputes else shape.num_layers
-    per_token = shape.num_layers * residual + layers_alive * LAYER_FACTOR * layer
-    mask = num_tokens**2 if student.attention != "flash_attention_2" else 0
-    return int(num_tokens * per_token) + mask
+def _updates_in_place(optim: str) -> bool:
+    """Tell whether an update needs no copy of the state; torch's AdamW takes square roots of all of it at once."""
+    return "8bit" in optim or "fused" in optim or "paged" in optim or optim == "sgd"

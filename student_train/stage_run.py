@@ -158,7 +158,7 @@ def _student(work: StageWork, args: TrainingArguments) -> tuple[Any, Any, Object
         base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for
     if work.stage.trainer.torch_compile:
         body_of(base).compile(dynamic=True)
-    objective = Objective(head)
+    objective = Objective(head, chunk_bytes=work.stage.trainer.operator_chunk_mib << 20)
     patch_forward(base, objective)
     if shards:
         shard(model, base, args.device)

@@ -43,8 +43,17 @@ def _init(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from tools.planner import plan, plan_text
 
-    result = plan(_load(args))
-    _result(args, result, plan_text(result))
+    recipe = _load(args)
+    if args.card is None:
+        result = plan(recipe)
+        _result(args, result, plan_text(result))
+        return 0
+    from tools.plan_card import card_bytes, card_text, plan_card
+
+    card = card_bytes(args.card)
+    with _stdout_kept(args):
+        fit = plan_card(recipe, card)
+    _result(args, fit, card_text(fit))
     return 0
 
 

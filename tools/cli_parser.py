@@ -44,7 +44,8 @@ def build_parser() -> Parser:
     init.add_argument("--prompts", default="path/to/prompts.jsonl", help="prompts: a jsonl, parquet or arrow file, or a hub id")
     init.add_argument("--output", type=Path, help="where to write it (default: recipes/NAME.yaml)")
 
-    _recipe(command("plan", "count rows, tokens and gigabytes before anything runs"))
+    plan = _recipe(command("plan", "count rows, tokens and gigabytes before anything runs"))
+    plan.add_argument("--card", metavar="SIZE", help="say how each stage's training fits a GPU of this memory, such as 24GiB")
     teach = _recipe(command("teach", "phase 1: let the teacher answer and score; continues what is there"))
     teach.add_argument(
         "--max-set-aside", type=_share, metavar="SHARE", help="fail when more than this share of rows is unusable (default: 0.01)"

@@ -1,11 +1,13 @@
-"""The arithmetic against a table that was worked out independently: four Qwen3 set-ups on a 24 GiB card."""
+"""The arithmetic against a table that was worked out independently, and against bytes counted while a small student trains."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from shared.recipe import StageTrainer, Student
-from student_train.memory import GIB, estimate_memory, shape_of
+from student_train.memory import GIB, MIB, estimate_memory
+from student_train.model_shape import shape_of
 
 SIZES = {
     "0.6B": (1024, 3072, 28, 16, True),
@@ -59,7 +61,6 @@ def test_estimate_is_within_15_percent_of_the_table(size, settings, expected):
 
 
 def test_adapter_has_as_many_parameters_as_peft_makes():
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -70,3 +71,85 @@ def test_adapter_has_as_many_parameters_as_peft_makes():
         )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert 16 * shape_of(config).lora_size == trained
+
+
+def counted_step(student, trainer):
+    """Return the most bytes alive during a second step of a small Qwen3, and its shape."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    from student_train.forward_patch import Objective, patch_forward
+    from student_train.losses import LossTerm
+    from student_train.row_attention import NAME, switch_attention
+    from student_train.student import DTYPES, add_adapter
+    from student_train.student_head import head_of
+    from tests.student_train.counted_bytes import CountedBytes
+
+    vocab, tokens, entries = 4096, trainer.pack_tokens, 64
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    base = AutoModelForCausalLM.from_config(config, dtype=DTYPES[student.dtype]).train()
+    switch_attention(base, NAME)
+    objective = Objective(head_of(base, vocab), [LossTerm("forward_kl"), LossTerm("cross_entropy")], chunk_bytes=MIB)
+    patch_forward(base, objective)
+    model = add_adapter(base, student.adapter)
+    if trainer.gradient_checkpointing:
+        if model is not base:
+            base.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], foreach=True)
+    batch = {
+        "input_ids": torch.randint(vocab, (1, tokens)),
+        "position_ids": torch.arange(tokens)[None] % 128,
+        "predictor_index": torch.arange(tokens),
+        "labels": torch.randint(vocab, (tokens,)),
+        "support_counts": torch.full((tokens,), entries, dtype=torch.int32),
+        "support_ids": torch.arange(entries).repeat(tokens),
+        "support_logprobs": torch.full((tokens * entries,), -5.0),
+        "tail_logmass": torch.full((tokens, 1), 0.2).log(),
+        "temperatures": torch.ones(1, dtype=torch.float64),
+    }
+    with CountedBytes(model) as counted:
+        for _ in range(2):
+            counted.peak = counted.now
+            for _ in range(trainer.gradient_accumulation_steps):
+                with torch.autocast("cpu", torch.bfloat16, enabled=trainer.bf16):
+                    output = model(**batch, num_items_in_batch=tokens)
+                output.loss.backward()
+                del output
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return counted.peak, shape_of(config)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+COUNTED = [
+    ({}, {"bf16": True, "gradient_checkpointing": True}),
+    slow({}, {"bf16": True, "gradient_accumulation_steps": 2}),
+    slow({}, {}),
+    ({"dtype": "bfloat16"}, {"gradient_checkpointing": True, "pack_tokens": 1536}),
+    slow({"dtype": "bfloat16"}, {}),
+    slow({"dtype": "bfloat16", "adapter": "lora"}, {"gradient_checkpointing": True, "pack_tokens": 1536}),
+    ({"dtype": "bfloat16", "adapter": "lora"}, {"bf16": True}),
+    slow({"adapter": "lora"}, {"bf16": True, "gradient_checkpointing": True, "pack_tokens": 1536}),
+]
+
+
+@pytest.mark.parametrize(("student_settings", "trainer_settings"), COUNTED, ids=str)
+def test_estimate_is_within_10_percent_of_counted_bytes(student_settings, trainer_settings):
+    student = Student.model_validate({"model": "m", **student_settings})
+    trainer = StageTrainer.model_validate({"pack_tokens": 768, "operator_chunk_mib": 1, **trainer_settings})
+    counted, shape = counted_step(student, trainer)
+    estimate = estimate_memory(shape, student, trainer, has_wide_products=False)
+    assert estimate.allocated == pytest.approx(counted, rel=0.10), f"{estimate.moment}: {estimate.terms()}"
+    assert estimate.allocated == sum(estimate.terms().values()) - estimate.workspace
