@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from shared.recipe_assumptions import Assume, AssumedModel, AssumedSource
 from shared.recipe_base import Count, Integer, Name, Problem, Section, closest, inconsistent, one_or_many, quoted
 from shared.recipe_capture import Capture, Generate, Heldout, PromptSource, Teacher, Workers
+from shared.recipe_curriculum import EarlyStopping, StageEvaluation
 from shared.recipe_evaluation import Evaluate, Task
 from shared.recipe_schedule import Schedule
 from shared.recipe_training import Adapter, Loss, Stage, StageTrainer, Student
@@ -27,6 +28,7 @@ __all__ = [
     "AssumedModel",
     "AssumedSource",
     "Capture",
+    "EarlyStopping",
     "Evaluate",
     "Generate",
     "Heldout",
@@ -35,6 +37,7 @@ __all__ = [
     "Recipe",
     "Schedule",
     "Stage",
+    "StageEvaluation",
     "StageTrainer",
     "Student",
     "Task",
@@ -126,6 +129,9 @@ def _stage_problems(recipe: Recipe) -> list[Problem]:
         problem = _init_from_problem(stage.init_from, names[:i], names)
         if problem:
             problems.append((("stages", i, "init_from"), problem))
+        if stage.evaluate is not None and recipe.heldout.fraction == 0:
+            sentence = "heldout.fraction is 0, so there is nothing to evaluate on; raise it, or leave this out"
+            problems.append((("stages", i, "evaluate"), sentence))
     return problems
 
 

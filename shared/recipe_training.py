@@ -21,6 +21,7 @@ from shared.recipe_base import (
     inconsistent,
     one_or_many,
 )
+from shared.recipe_curriculum import StageEvaluation
 from shared.recipe_schedule import Schedule, constant
 
 RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
@@ -206,6 +207,8 @@ class Stage(Section):
     """Longest row in tokens; left out: pack_tokens."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     """What happens to longer rows."""
+    evaluate: StageEvaluation | None = None
+    """Held-out figures and sample answers while it trains; left out: none."""
     trainer: StageTrainer = StageTrainer()
     """Arguments of the training."""
 

@@ -71,11 +71,13 @@ def remove_incomplete(stage_dir: Path) -> list[Path]:
     return paths
 
 
-def rotate_checkpoints(stage_dir: Path, keep: int | None) -> None:
-    """Remove the oldest complete checkpoints until `keep` are left; None keeps all."""
+def rotate_checkpoints(stage_dir: Path, keep: int | None, also: int | None = None) -> None:
+    """Remove the oldest complete checkpoints until `keep` are left, and the one of step `also`; None keeps all."""
     if keep is None:
         return
     for checkpoint in list_checkpoints(stage_dir)[:-keep]:
+        if checkpoint.step == also:
+            continue
         (checkpoint.path / MARKER).unlink()
         shutil.rmtree(checkpoint.path)
 

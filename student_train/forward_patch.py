@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from student_train.fused_loss import fused_sparse_loss
+from student_train.fused_loss import evaluate_positions, fused_sparse_loss
 from student_train.losses import LossTerm
 from student_train.student_head import StudentHead, body_of, run_body
 from student_train.target_batch import TargetBatch
@@ -33,7 +33,10 @@ class Objective:
     """Loss terms at the current step; the trainer sets them."""
     chunk_bytes: int | None = None
     """Budget of the fused loss's buffers; None: its own."""
+    is_scoring: bool = False
+    """Forward passes score positions instead of computing a loss."""
     _sums: dict[str, Tensor] = field(default_factory=dict)
+    _scores: list[Tensor] = field(default_factory=list)
 
     def record(self, loss: Tensor, values: dict[str, Tensor], num_tokens: int) -> None:
         """Add one forward pass; all values are already divided by the global batch's positions."""
@@ -48,6 +51,28 @@ class Objective:
         """Return the sums over the forward passes of one optimizer step, and start anew."""
         sums, self._sums = self._sums, {}
         return sums
+
+    def score(self, hidden: Tensor, labels: Tensor, targets: TargetBatch) -> None:
+        """Score the positions of one forward pass."""
+        head = self.head
+        scores = evaluate_positions(
+            hidden,
+            head.weight,
+            labels,
+            targets,
+            head_bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            vocab_size=head.vocab_size,
+        )
+        ones = torch.ones_like(scores.kl_nats)
+        columns = (scores.kl_nats, scores.top1_equal, scores.label_nll_nats, ones)
+        self._scores.append(torch.stack([column.double() for column in columns], dim=1).cpu())
+
+    def take_scores(self) -> Tensor:
+        """Return [S, 4] of the passes since the last call, float64: KL in nats, top-1 equal, NLL of the label in nats, 1."""
+        scores, self._scores = self._scores, []
+        return torch.cat([torch.zeros(0, 4, dtype=torch.float64), *scores])
 
 
 def patch_forward(model: Any, objective: Objective) -> None:
@@ -72,6 +97,9 @@ def patch_forward(model: Any, objective: Objective) -> None:
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
             hidden = hidden.to(torch.bfloat16)  # the last norm gives float32; the head's products are to be as narrow as the body's
+        if objective.is_scoring:
+            objective.score(hidden, labels, TargetBatch.from_batch(kwargs))
+            return CausalLMOutput()
         head = objective.head
         fused = fused_sparse_loss(
             hidden,

@@ -28,9 +28,13 @@ _WITHOUT_EFFECT = ("save_steps", "save_total_limit", "logging_steps", "dataloade
 
 def stage_identity(work: StageWork) -> dict[str, Any]:
     """Return everything that a stage's final weights depend on, as JSON values."""
-    not_trained_with: Any = {"name": True, "init_from": True, "trainer": set(_WITHOUT_EFFECT)}
+    not_trained_with: Any = {"name": True, "init_from": True, "evaluate": True, "trainer": set(_WITHOUT_EFFECT)}
+    evaluate = work.stage.evaluate
+    course = {}
+    if evaluate is not None and evaluate.decides:
+        course["evaluate"] = evaluate.model_dump(mode="json", exclude={"samples", "sample_tokens"})
     return {
-        "stage": work.stage.model_dump(mode="json", exclude=not_trained_with),
+        "stage": work.stage.model_dump(mode="json", exclude=not_trained_with) | course,
         "student": work.student.model_dump(mode="json", exclude={"model", "revision", "init", "trust_remote_code"}),
         "start": start_identity(work.student, work.start, work.seed),
         "cache": work.caches.cache_id,

@@ -20,6 +20,7 @@ from shared.recipe import Recipe, Stage
 from shared.recipe_file import dump_recipe
 from student_train.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, remove_incomplete, rotate_checkpoints
 from student_train.dataset import PackDataset
+from student_train.evaluation_run import EvaluationRun, evaluations_until
 from student_train.export import export_student
 from student_train.forward_patch import Objective, patch_forward, restore_forward
 from student_train.health import health_of
@@ -38,6 +39,7 @@ from student_train.student_head import body_of, check_head, head_of
 from student_train.trainer import DistilTrainer
 from student_train.training_arguments import training_arguments
 from student_train.training_problems import explained
+from student_train.verdict import Verdict, judge
 
 
 def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path:
@@ -60,7 +62,7 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     if is_first():
         write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
         remove_incomplete(work.directory)
-        rotate_checkpoints(work.directory, stage.trainer.save_total_limit)  # a kill may have come just before it
+        _rotate(work)
     wait_for_all()
     checkpoint = newest_checkpoint(work.directory, work.belongs_to)
     seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
@@ -80,9 +82,23 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if is_first():
-        mark_done(work.directory, identity, total)
+        mark_done(work.directory, identity, _verdict(work, total).stopped_at or total)
     wait_for_all()
     return model_dir
+
+
+def _rotate(work: StageWork) -> None:
+    """Remove checkpoints that a run would have removed, had it not been killed just before."""
+    checkpoints = list_checkpoints(work.directory)
+    keeps_best = work.stage.evaluate is not None and work.stage.evaluate.keep_best
+    best = _verdict(work, checkpoints[-1].step).best_step if checkpoints and keeps_best else None
+    rotate_checkpoints(work.directory, work.stage.trainer.save_total_limit, best)
+
+
+def _verdict(work: StageWork, step: int) -> Verdict:
+    """Return what the evaluations up to a step say."""
+    settings = work.stage.evaluate
+    return judge(evaluations_until(work.directory, step), settings.early_stopping if settings else None)
 
 
 def _arguments(work: StageWork) -> TrainingArguments:
@@ -131,8 +147,12 @@ def _train_and_export(
         progress=progress,
         on_checkpoint=seconds.save if is_first() else lambda: None,
         callbacks=_callbacks(work, done) if is_first() else [],
+        evaluation=_evaluation(work, base, objective),
     )
     trainer.run(checkpoint.path if checkpoint else None, done)
+    best = trainer.load_best()
+    if best is not None:
+        progress.note(f"train {work.stage.name}: the model is that of step {best:,}, whose held-out KL is the lowest")
     gathered = trainer.whole_weights()
     restore_forward(base)
     switch_attention(base, work.student.attention)
@@ -165,6 +185,14 @@ def _student(work: StageWork, args: TrainingArguments) -> tuple[Any, Any, Object
     return base, model, objective
 
 
+def _evaluation(work: StageWork, base: Any, objective: Objective) -> EvaluationRun | None:
+    """Return what evaluates the student while it trains, where the recipe wants it."""
+    if work.stage.evaluate is None or work.heldout is None:
+        return None
+    pack_tokens, attention = work.stage.trainer.pack_tokens, work.student.attention
+    return EvaluationRun(work.stage.evaluate, work.heldout, base, objective, pack_tokens, attention)
+
+
 def _callbacks(work: StageWork, done: int) -> list[Any]:
     """Return the TensorBoard callback, writing below the stage's directory, where the recipe wants it."""
     if "tensorboard" not in work.stage.trainer.report_to:
@@ -177,13 +205,23 @@ def _callbacks(work: StageWork, done: int) -> list[Any]:
 
 def _write_health(work: StageWork, *, model_saved: bool) -> None:
     """Write health.json from what is on disk."""
+    steps = read_steps(work.directory / "metrics.jsonl")
+    verdict = _verdict(work, work.plan.num_steps)
     health = health_of(
-        read_steps(work.directory / "metrics.jsonl"),
-        work.plan.num_steps,
+        steps,
+        steps[-1]["step"] if verdict.stops and steps else work.plan.num_steps,
         model_saved=model_saved,
         checkpoint_steps=[checkpoint.step for checkpoint in list_checkpoints(work.directory)],
         logging_steps=work.stage.trainer.logging_steps,
     )
+    if work.stage.evaluate is not None:
+        best = verdict.best_step
+        health |= {
+            "stopped_early_at": verdict.stopped_at,
+            "best_step": best,
+            "best_kl_nats": verdict.best_kl_nats,
+            "model_is_of_step": best if work.stage.evaluate.keep_best and best else health["steps_done"],
+        }
     write_atomic(work.directory / "health.json", json.dumps(health, indent=1).encode(), what="health")
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from shared.errors import TrainingError
 from shared.layer_choice import layer_of_capture
+from shared.narrowing import LayerView
 from shared.recipe import Recipe, Stage, Student
 from student_train.dataset import CacheList
+from student_train.heldout_measure import HeldoutSet
 from student_train.processes import num_processes
 from student_train.row_targets import temperature_column
 from student_train.stage_plan import StagePlan, plan_stage
@@ -34,6 +36,8 @@ class StageWork:
     plan: StagePlan
     temperatures: tuple[float, ...] | None
     """Temperatures of its targets; None where labels are all it needs."""
+    heldout: HeldoutSet | None
+    """Rows that it is evaluated on while it trains."""
 
     @property
     def belongs_to(self) -> dict[str, str]:
@@ -72,7 +76,17 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
         caches.training_rows(recipe.heldout.fraction),
         num_devices=num_processes(),
     )
-    return StageWork(recipe, stage, recipe.student, recipe.stage_dir(stage.name), start, seed, caches, plan, temperatures)
+    heldout = _heldout(recipe, stage, caches, layer)
+    directory = recipe.stage_dir(stage.name)
+    return StageWork(recipe, stage, recipe.student, directory, start, seed, caches, plan, temperatures, heldout)
+
+
+def _heldout(recipe: Recipe, stage: Stage, caches: CacheList, layer: str | LayerView | None) -> HeldoutSet | None:
+    """Return the rows that a stage is evaluated on; their distance to the teacher needs targets, even where the losses do not."""
+    if stage.evaluate is None:
+        return None
+    scored = caches if needs_teacher(stage) else CacheList.open(recipe.cache, layer, with_targets=True)
+    return HeldoutSet.choose(scored, recipe.heldout.fraction, stage.evaluate.rows_per_source)
 
 
 def start_directory(recipe: Recipe, stage: Stage) -> Path | None:

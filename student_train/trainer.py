@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from shared.errors import TrainingError
 from shared.failpoints import failpoint
 from student_train.checkpoints import complete_checkpoint, rotate_checkpoints
 from student_train.collate import collate
 from student_train.dataset import PackDataset
+from student_train.evaluation_run import EvaluationRun, evaluation_line, reported_figures, show_samples
 from student_train.forward_patch import Objective
+from student_train.heldout_measure import Processes
 from student_train.losses import LossTerm
 from student_train.metrics_log import StepLog
 from student_train.processes import wait_for_all
@@ -53,6 +55,7 @@ class DistilTrainer(ShardedTrainer):
         progress: StageProgress,
         on_checkpoint: Callable[[], None],
         callbacks: Sequence[Any] = (),
+        evaluation: EvaluationRun | None = None,
     ) -> None:
         """Prepare training of a patched `model` on the packs of `dataset`.
 
@@ -67,6 +70,7 @@ class DistilTrainer(ShardedTrainer):
             progress: told of every step.
             on_checkpoint: called after each complete checkpoint.
             callbacks: further callbacks of the Trainer.
+            evaluation: of the student while it trains.
         """
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collate, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
@@ -76,6 +80,9 @@ class DistilTrainer(ShardedTrainer):
         self._keep_checkpoints = keep_checkpoints
         self._progress = progress
         self._on_checkpoint = on_checkpoint
+        self._evaluation = evaluation
+        if evaluation is not None:
+            self.add_callback(_EvaluateFirst(self._evaluate_student))
         self._plan = dataset.plan
         self._step_values: dict[str, float] = {}
         self._num_positions = 0
@@ -94,14 +101,22 @@ class DistilTrainer(ShardedTrainer):
         if self.is_world_process_zero():
             self._metrics = StepLog(directory / "metrics.jsonl", step)
             self._timing = StepLog(directory / "timing.jsonl", step)
+        if self._evaluation is not None:
+            self._evaluation.open(directory, None if checkpoint is None else step, writes=self.is_world_process_zero())
         self._last_written = step
         self._step_started = time.perf_counter()
         try:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if checkpoint is not None and self._evaluation is not None and self._evaluation.verdict.stops:
+                self._load_from_checkpoint(str(checkpoint))  # it stopped here; only its model was not saved yet
+                self.state.global_step = step
+            else:
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             for log in (self._metrics, self._timing):
                 if log is not None:
                     log.close()
+            if self._evaluation is not None:
+                self._evaluation.close()
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer that the recipe names."""
@@ -138,6 +153,7 @@ class DistilTrainer(ShardedTrainer):
         """Write the step's exact values before the stock Trainer logs and saves."""
         if self.state.global_step > self._last_written:
             self._write_step(grad_norm, learning_rate)
+            self._evaluate_when_due()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)
 
     def _write_step(self, grad_norm: Any, learning_rate: float | None) -> None:
@@ -172,6 +188,42 @@ class DistilTrainer(ShardedTrainer):
             )
         failpoint("train_step.after_write")
 
+    def _evaluate_when_due(self) -> None:
+        """Evaluate after the steps that the recipe names; save a new best, and stop when the patience is used up."""
+        if self._evaluation is None or not self._evaluation.is_due(self.state.global_step, int(self.state.max_steps)):
+            return
+        self._evaluate_student()
+        stops = self._evaluation.verdict.stops
+        if stops or (self._evaluation.settings.keep_best and self._evaluation.is_best):
+            self.control.should_save = True
+        if stops:
+            self.control.should_training_stop = True
+
+    def _evaluate_student(self) -> None:
+        """Evaluate the student as it is now, in the log and wherever metrics go."""
+        assert self._evaluation is not None
+        share = Processes(self.args.process_index, self.args.world_size, self.args.device, self._summed)
+        figures, samples = self._evaluation.evaluate(self.state.global_step, self.model, share)
+        self._progress.note(evaluation_line(figures))
+        self.log(reported_figures(figures))
+        show_samples(samples, self.callback_handler.callbacks)
+        self._step_started = time.perf_counter()
+
+    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum") if self.args.world_size > 1 else tensor
+
+    def _step_to_keep(self) -> int | None:
+        """Return the step whose checkpoint rotation leaves, or None."""
+        keeps_best = self._evaluation is not None and self._evaluation.settings.keep_best
+        return self._evaluation.verdict.best_step if self._evaluation is not None and keeps_best else None
+
+    def load_best(self) -> int | None:
+        """Load the weights of the best checkpoint, where the recipe wants them; return their step."""
+        step = self._step_to_keep()
+        if step is not None and step != self.state.global_step:
+            self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{step}"))
+        return step
+
     def _is_logged(self, step: int) -> bool:
         return step % int(self.args.logging_steps) == 0 or step == int(self.state.max_steps)
 
@@ -180,9 +232,7 @@ class DistilTrainer(ShardedTrainer):
         sums = self._objective.take()
         names = list(sums)
         stacked = torch.stack([sums[name] for name in names])
-        if self.args.world_size > 1:
-            stacked = self.accelerator.reduce(stacked, reduction="sum")
-        return dict(zip(names, stacked.tolist(), strict=True))
+        return dict(zip(names, self._summed(stacked).tolist(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Send each term's value to TensorBoard and others along with the loss."""
@@ -200,12 +250,26 @@ class DistilTrainer(ShardedTrainer):
         for log in (self._metrics, self._timing):
             if log is not None:
                 log.sync()
+        if self._evaluation is not None:
+            self._evaluation.sync()
         with writing_explained(self.args.output_dir):
             super()._save_checkpoint(model, trial)
         wait_for_all()
         if self.args.should_save:
             directory = Path(self.args.output_dir)
             complete_checkpoint(directory / f"checkpoint-{self.state.global_step}", self._belongs_to)
-            rotate_checkpoints(directory, self._keep_checkpoints)
+            rotate_checkpoints(directory, self._keep_checkpoints, self._step_to_keep())
         wait_for_all()
         self._on_checkpoint()
+
+
+class _EvaluateFirst(TrainerCallback):  # type: ignore[misc]
+    """Evaluates before the first step, once the model is where it trains."""
+
+    def __init__(self, evaluate: Callable[[], None]) -> None:
+        self._evaluate = evaluate
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate, unless the training goes on from a checkpoint."""
+        if state.global_step == 0:
+            self._evaluate()

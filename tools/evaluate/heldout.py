@@ -23,9 +23,9 @@ import torch
 
 from shared.cache import Cache
 from shared.errors import EvaluationError
-from shared.keys import is_heldout
 from shared.narrowing import LayerView
 from student_train.fused_loss import PositionScores, evaluate_positions
+from student_train.heldout_rows import heldout_rows
 from student_train.student_head import body_of, check_head, head_of
 from student_train.target_batch import TargetBatch
 from tools.evaluate.confidence_bins import ConfidenceBins
@@ -82,18 +82,6 @@ def evaluate_heldout(
         say(f"held-out rows: {num_done} of {len(fitting)}")
     found = {"rows_too_long": len(chosen) - len(fitting), "dtype": str(model.dtype).removeprefix("torch.")}
     return {**found, **sums.figures(seed), "partings": partings.described(model, opened, layer.vocab_size)}
-
-
-def heldout_rows(caches: Sequence[Cache], fraction: float, max_rows: int | None) -> list[tuple[int, int]]:
-    """Return (cache, row) of held-out rows; with `max_rows` those of the smallest group keys, whichever the order on disk."""
-    found = [
-        (bytes(key), index, row)
-        for index, cache in enumerate(caches)
-        for row, key in enumerate(cache.group_keys)
-        if is_heldout(bytes(key), fraction)
-    ]
-    found.sort()
-    return [(index, row) for _, index, row in found[:max_rows]]
 
 
 def load_model(model: str, adapter: str | None, dtype: str, trust_remote_code: bool) -> Any:

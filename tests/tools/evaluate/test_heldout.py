@@ -11,11 +11,12 @@ import pytest
 from shared.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.keys import is_heldout
+from student_train.heldout_rows import heldout_rows
 from tests.tiny_models import make_llama, make_qwen3, training_text
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
 from tools.evaluate.bootstrap import ratio_interval
 from tools.evaluate.confidence_bins import ConfidenceBins
-from tools.evaluate.heldout import evaluate_heldout, heldout_rows
+from tools.evaluate.heldout import evaluate_heldout
 from tools.evaluate.partings import MOST_PARTINGS, MOST_PER_ROW
 
 FRACTION = 0.4
