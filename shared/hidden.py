@@ -41,13 +41,14 @@ class Vectors:
         Raises:
             ValueError: a value is not finite.
         """
-        if not bool(np.isfinite(vectors).all()):
-            raise ValueError("a hidden state is not finite")
-        exact = np.asarray(vectors, dtype=np.float64)
+        exact = np.asarray(vectors, dtype=np.float32)
         largest = np.abs(exact).max(axis=-1, initial=0.0)
-        scales = np.where(largest < _LEAST_ABSMAX, 0.0, largest / 127.0).astype(np.float32)
-        divisors = np.where(scales == 0.0, np.inf, scales.astype(np.float64))
-        return cls(np.clip(np.rint(exact / divisors[..., None]), -127, 127).astype(np.int8), scales)
+        if not bool(np.isfinite(largest).all()):
+            raise ValueError("a hidden state is not finite")
+        scales = np.where(largest < _LEAST_ABSMAX, 0.0, largest / 127).astype(np.float32)
+        steps = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)
+        integers = np.rint(exact * steps[..., None])
+        return cls(np.clip(integers, -127, 127, out=integers).astype(np.int8), scales)
 
     def dense(self) -> NDArray[np.float32]:
         """Return [..., D] float32 vectors."""

@@ -18,6 +18,7 @@ from shared.recipe_base import Count, Integer, Name, Problem, Section, closest, 
 from shared.recipe_capture import Capture, Generate, Heldout, PromptSource, Teacher, Workers
 from shared.recipe_curriculum import EarlyStopping, StageEvaluation
 from shared.recipe_evaluation import Evaluate, Task
+from shared.recipe_hidden import AttentionCapture, HiddenCapture
 from shared.recipe_schedule import Schedule
 from shared.recipe_training import Adapter, Loss, Stage, StageTrainer, Student
 from shared.schema import MAX_ROWS_PER_PART
@@ -27,11 +28,13 @@ __all__ = [
     "Assume",
     "AssumedModel",
     "AssumedSource",
+    "AttentionCapture",
     "Capture",
     "EarlyStopping",
     "Evaluate",
     "Generate",
     "Heldout",
+    "HiddenCapture",
     "Loss",
     "PromptSource",
     "Recipe",
@@ -111,6 +114,14 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
     if recipe.prompts and len(recipe.cache) > 1:
         problems.append(
             (("cache",), f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out")
+        )
+    if recipe.teacher is not None and recipe.teacher.quantization is not None and recipe.capture.hidden is not None:
+        problems.append(
+            (
+                ("capture", "hidden"),
+                f"hidden states are captured by transformers, which does not quantise as teacher.quantization "
+                f"'{recipe.teacher.quantization}' says; leave one of both out",
+            )
         )
     for i, cache in enumerate(recipe.cache):
         if cache in recipe.cache[:i]:

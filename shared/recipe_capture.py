@@ -20,6 +20,7 @@ from shared.recipe_base import (
     Text,
     inconsistent,
 )
+from shared.recipe_hidden import HiddenCapture
 from shared.schema import MAX_DRAWS, MAX_GAP_STEP, MAX_K, MAX_TEMPERATURES, MIN_GAP_STEP
 
 
@@ -178,6 +179,8 @@ class Capture(Section):
     """Temperatures at which the mass of the rest is stored exactly; 1 is always among them."""
     gap_step: Annotated[Number, Field(ge=MIN_GAP_STEP, le=MAX_GAP_STEP)] = 0.0625
     """Quantisation step of log-probabilities, in nats."""
+    hidden: HiddenCapture | None = None
+    """A hidden layer beside the targets: states, a pooled state or attention of the teacher; left out: none."""
 
     @model_validator(mode="before")
     @classmethod

@@ -22,6 +22,7 @@ from teacher_cache import engines
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.feeding import Desk
 from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
+from teacher_cache.hidden_pass import HiddenPass
 from teacher_cache.layer_reuse import capture_of, reuse_line
 from teacher_cache.lazy_engine import LazyEngine
 from teacher_cache.problems import THRESHOLD, Problem, Problems
@@ -107,6 +108,9 @@ def teach(
     layer = cache.layer(None, serving.identity if serving else wanted, {"engine": teacher.engine, **software()})
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
+    hidden = HiddenPass.prepare(cache, known, teacher, recipe.capture.hidden) if recipe.capture.hidden is not None else None
+    if hidden is not None:
+        hidden.describe(summary)
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
     engine = LazyEngine(lambda: _open_engine(recipe, teacher, known), known.max_model_len)
     with StopSignal() as stop:
@@ -119,6 +123,8 @@ def teach(
                 if job is not None:
                     _make_sequences(build, job, maker)
                 _make_targets(build, job)
+            if hidden is not None:
+                _make_hidden(build, job, hidden)
         finally:
             summary.seconds_starting = engine.seconds_starting
             if summary.computed:
@@ -202,7 +208,7 @@ def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
 
 def _make_targets(build: _Build, job: Job | None) -> None:
     """Pass 2 over this partition's parts that the layer lacks."""
-    own = frozenset(job.part_stem(unit) for unit in range(job.num_units) if build.mine(unit)) if job else frozenset()
+    own = _own_stems(build, job)
     records = parts_to_score(build.layer, own, job.id8 if job else None, build.partition)
     if not records:
         return
@@ -210,9 +216,24 @@ def _make_targets(build: _Build, job: Job | None) -> None:
     require_length(build.layer, records, build.known.max_model_len)
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
-        score_parts(build.layer, records, build.engine.get().score, lambda: _ran(build), desk, build.summary)
+        score_parts(build.layer, records, build.engine.get().score, lambda: _ran(build), desk, build.summary.scored)
     build.summary.seconds_writing += writer.seconds
     _stop_if_asked(build)
+
+
+def _make_hidden(build: _Build, job: Job | None, hidden: HiddenPass) -> None:
+    """Pass 3 over this partition's parts that the hidden layer lacks; the scoring engine is closed by now."""
+    _stop_if_asked(build)
+    with UnitWriter() as writer:
+        desk = Desk(writer, build.stop, build.progress)
+        hidden.run(_own_stems(build, job), job.id8 if job else None, build.partition, desk, build.summary)
+    build.summary.seconds_writing += writer.seconds
+    _stop_if_asked(build)
+
+
+def _own_stems(build: _Build, job: Job | None) -> frozenset[str]:
+    """Return the parts of this partition's units."""
+    return frozenset(job.part_stem(unit) for unit in range(job.num_units) if build.mine(unit)) if job else frozenset()
 
 
 def _ran(build: _Build) -> dict[str, Any]:

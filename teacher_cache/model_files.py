@@ -56,6 +56,16 @@ class ModelFiles:
         """Longest sequence that the model knows, in tokens."""
         return self._integer("max_position_embeddings")
 
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks of the model."""
+        return self._integer("num_hidden_layers")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its hidden states."""
+        return self._integer("hidden_size")
+
     def _integer(self, key: str) -> int:
         value = self.text_config.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

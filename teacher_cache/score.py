@@ -1,5 +1,7 @@
 """Pass 2: every sequences part that a layer lacks is scored once, prefill only, and becomes a targets part.
 
+Pass 3 (hidden_pass.py) goes the same way with another engine and another layer.
+
 The engine is fed across parts without draining; encoding and compression run in the writer thread.
 Cost: one part of sequences and its targets per part in flight.
 """
@@ -15,29 +17,35 @@ import xxhash
 
 from shared.cache_writer import LayerWriter
 from shared.errors import EngineError
+from shared.hidden_writer import HiddenWriter
+from shared.layer_writer import RowsWriter
 from shared.layout import sequences_dir
 from shared.parts import PartRecord, open_part
 from shared.sequences import SequenceRow
-from shared.targets import SparseTargets
-from teacher_cache.engines.protocol import Scored, ScoreRequest
+from teacher_cache.engines.protocol import Captured, Scored, ScoreRequest
 from teacher_cache.feeding import Desk, feed_units
-from teacher_cache.summary import BuildSummary
+from teacher_cache.summary import PassFigures
 
 
 class ScoreUnit:
     """One part on its way through an engine."""
 
     def __init__(
-        self, number: int, record: PartRecord, layer: LayerWriter, software: Callable[[], Mapping[str, Any]], summary: BuildSummary
+        self,
+        number: int,
+        record: PartRecord,
+        layer: LayerWriter | HiddenWriter,
+        software: Callable[[], Mapping[str, Any]],
+        figures: PassFigures,
     ) -> None:
         """Remember the part; its rows are read when its first request is pulled."""
         self.number = number
         self._record = record
         self._layer = layer
         self._software = software
-        self._summary = summary
+        self._figures = figures
         self._rows: list[SequenceRow] = []
-        self._targets: dict[int, SparseTargets] = {}
+        self._kept: dict[int, Any] = {}
 
     def requests(self) -> Iterator[ScoreRequest]:
         """Yield one request per row."""
@@ -45,35 +53,36 @@ class ScoreUnit:
         for index, row in enumerate(self._rows):
             yield ScoreRequest((self.number, index), self.number, row.token_ids, row.spans)
 
-    def take(self, index: int, result: Scored) -> int:
-        """Keep one row's targets and return the row's tokens.
+    def take(self, index: int, result: Scored | Captured) -> int:
+        """Keep one row's targets or hidden states and return the row's tokens.
 
         Raises:
-            EngineError: the targets do not cover the row's positions.
+            EngineError: they do not cover the row's positions.
         """
         row = self._rows[index]
-        if result.targets.num_positions != row.num_positions:
+        kept = result.targets if isinstance(result, Scored) else result.hidden
+        if kept.num_positions != row.num_positions:
             raise EngineError(
-                f"{self._record.stem}:{index}: the engine returned {result.targets.num_positions:,} positions for a row of "
+                f"{self._record.stem}:{index}: the engine returned {kept.num_positions:,} positions for a row of "
                 f"{row.num_positions:,}; report this as a defect of the engine"
             )
-        self._targets[index] = result.targets
-        self._summary.scored.rows += 1
-        self._summary.scored.positions += row.num_positions
+        self._kept[index] = kept
+        self._figures.rows += 1
+        self._figures.positions += row.num_positions
         return len(row.token_ids)
 
     def commit(self) -> Callable[[], object]:
         """Return the write that commits the part."""
         keys = [row.key for row in self._rows]
-        targets = [self._targets[index] for index in range(len(self._rows))]
-        return partial(self._layer.write, self._record.stem, keys, targets, self._software())
+        kept: list[Any] = [self._kept[index] for index in range(len(self._rows))]
+        return partial(self._layer.write, self._record.stem, keys, kept, self._software())
 
 
-def parts_to_score(layer: LayerWriter, own_stems: frozenset[str], id8: str | None, partition: tuple[int, int]) -> list[PartRecord]:
+def parts_to_score(layer: RowsWriter, own_stems: frozenset[str], id8: str | None, partition: tuple[int, int]) -> list[PartRecord]:
     """Return the parts that this process scores: of its own job by unit, of older jobs by a hash of the name.
 
     Args:
-        layer: the targets layer.
+        layer: the targets or hidden layer.
         own_stems: parts of this job's units that belong to this partition.
         id8: first 8 digits of this job; None where there is none.
         partition: (index, count).
@@ -88,7 +97,7 @@ def parts_to_score(layer: LayerWriter, own_stems: frozenset[str], id8: str | Non
     return [record for record in layer.missing() if is_mine(record)]
 
 
-def require_length(layer: LayerWriter, records: Sequence[PartRecord], max_model_len: int) -> None:
+def require_length(layer: RowsWriter, records: Sequence[PartRecord], max_model_len: int) -> None:
     """Refuse parts with a row that is longer than the teacher takes; reads offsets only.
 
     Raises:
@@ -107,15 +116,16 @@ def require_length(layer: LayerWriter, records: Sequence[PartRecord], max_model_
 
 
 def score_parts(
-    layer: LayerWriter,
+    layer: LayerWriter | HiddenWriter,
     records: Sequence[PartRecord],
-    serve: Callable[[Iterator[ScoreRequest]], Iterator[Scored]],
+    serve: Callable[[Iterator[ScoreRequest]], Iterator[Any]],
     software: Callable[[], Mapping[str, Any]],
     desk: Desk,
-    summary: BuildSummary,
+    figures: PassFigures,
+    phase: str = "score",
 ) -> None:
-    """Score these parts with an engine, and commit each."""
-    desk.progress.start("score", sum(record.rows for record in records))
-    units = (ScoreUnit(number, record, layer, software, summary) for number, record in enumerate(records))
-    feed_units(units, serve, desk, summary.scored)
+    """Score or capture these parts with an engine, and commit each."""
+    desk.progress.start(phase, sum(record.rows for record in records))
+    units = (ScoreUnit(number, record, layer, software, figures) for number, record in enumerate(records))
+    feed_units(units, serve, desk, figures)
     desk.progress.finish()

@@ -52,6 +52,12 @@ class BuildSummary:
     """Pass 1 with the data's own answers."""
     scored: PassFigures = field(default_factory=PassFigures)
     """Pass 2."""
+    hidden: PassFigures = field(default_factory=PassFigures)
+    """Pass 3, where the recipe asks for hidden states."""
+    hidden_layer: str | None = None
+    """NAME-HASH8 of the hidden layer; None without one."""
+    hidden_reused_rows: int = 0
+    """Rows that the hidden layer covered before."""
     seconds_starting: float = 0.0
     """The engine's start."""
     seconds_writing: float = 0.0
@@ -81,12 +87,12 @@ class BuildSummary:
     @property
     def computed(self) -> bool:
         """Whether anything was computed."""
-        return bool(self.generated.rows or self.imported.rows or self.scored.rows)
+        return bool(self.generated.rows or self.imported.rows or self.scored.rows or self.hidden.rows)
 
     @property
     def seconds(self) -> float:
         """Wall time of both passes and the engine's start."""
-        return self.seconds_starting + self.generated.seconds + self.imported.seconds + self.scored.seconds
+        return self.seconds_starting + self.generated.seconds + self.imported.seconds + self.scored.seconds + self.hidden.seconds
 
     def lines(self) -> list[str]:
         """Return the summary in plain lines."""
@@ -96,7 +102,12 @@ class BuildSummary:
         lines = [f"reused {self.reused_rows:,} rows ({parts}), {verb} {new:,}, scored {self.scored.rows:,}"]
         if self.reuse:
             lines.append(self.reuse)
-        for name, figures in (("generate", self.generated), ("score", self.scored)):
+        if self.hidden_layer:
+            lines.append(
+                f"hidden layer {self.hidden_layer}: reused {self.hidden_reused_rows:,} rows, captured {self.hidden.rows:,} "
+                "with transformers on the same weights"
+            )
+        for name, figures in (("generate", self.generated), ("score", self.scored), ("capture", self.hidden)):
             if figures.rows:
                 lines.append(
                     f"{name}: {figures.tokens:,} tokens in {figures.seconds:,.1f} s, {figures.tokens_per_second:,.0f} tokens/s, "

@@ -17,6 +17,7 @@ from shared.narrowing import holds
 from shared.recipe import Capture, Recipe, Stage
 from shared.records import list_records
 from tools.cache_commands import size
+from tools.plan_hidden import hidden_figures, hidden_lines
 from tools.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
 
 EXPECTED_SHARE_OF_MAX_NEW_TOKENS = 0.5
@@ -48,6 +49,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "positions": there["unscored_positions"],
             "bytes": {"expected": round(there["unscored_positions"] * low), "at_most": round(there["unscored_positions"] * high)},
         }
+    nothing = {"expected": 0, "at_most": 0}
+    hidden = hidden_figures(recipe, result.get("rows_to_do", 0), result.get("positions", nothing), result["assumptions"])
+    if hidden is not None:
+        result["hidden"] = hidden
     expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
     result["stages"] = {stage.name: _stage_figures(stage, expected_rows_tokens, recipe) for stage in recipe.stages}
     return result
@@ -205,6 +210,8 @@ def plan_text(result: dict[str, Any]) -> str:
         again = result["rescore"]
         lines.append(f"  teach: score {again['tokens']:,} tokens, {again['positions']:,} positions that this capture lacks")
         lines.append(f"    disk     {size(again['bytes']['expected'])} expected, {size(again['bytes']['at_most'])} at most")
+    if "hidden" in result:
+        lines += hidden_lines(result["hidden"], size)
     for name, stage in result["stages"].items():
         epochs = f", about {stage['epochs']:g} passes over the rows" if stage["epochs"] else ""
         steps = f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens"

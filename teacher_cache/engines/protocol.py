@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.hidden import HiddenStates
 from shared.recipe import Generate
 from shared.targets import SparseTargets
 
@@ -63,6 +64,14 @@ class Scored:
 
     tag: Any
     targets: SparseTargets
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The teacher's hidden states at a sequence's supervised positions, quantised."""
+
+    tag: Any
+    hidden: HiddenStates
 
 
 class Engine(Protocol):

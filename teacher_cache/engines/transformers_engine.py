@@ -17,9 +17,8 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
-from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +27,12 @@ from shared.errors import EngineError
 from shared.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.draw_keys import prefix_keys_of
+from teacher_cache.engines.length_batches import length_batches
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin
 from teacher_cache.engines.tail_columns import chunk_rows, extend_columns
 from teacher_cache.engines.transformers_model import CausalModel
 from teacher_cache.engines.transformers_sampling import next_tokens
-
-Request = TypeVar("Request", GenerateRequest, ScoreRequest)
 
 
 class TransformersEngine:
@@ -90,7 +88,7 @@ class TransformersEngine:
         Raises:
             EngineError: a prompt leaves no room for an answer, or the engine is closed.
         """
-        for batch in self._batches(requests, settings.max_new_tokens):
+        for batch in length_batches(requests, settings.max_new_tokens, self._batch_tokens):
             for request in batch:
                 if not 1 <= len(request.token_ids) < self.max_model_len:
                     raise EngineError(
@@ -150,7 +148,7 @@ class TransformersEngine:
         """
         if self._layout is None:
             raise EngineError("this engine was opened without a capture and cannot score; open it with one")
-        for batch in self._batches(requests, 0):
+        for batch in length_batches(requests, 0, self._batch_tokens):
             for request in batch:
                 if not 2 <= len(request.token_ids) <= self.max_model_len:
                     found, most = len(request.token_ids), self.max_model_len
@@ -196,19 +194,6 @@ class TransformersEngine:
             ids, values = extend_columns(logprobs, labels[chunk], label_logprobs, head_ids, head_logprobs, keys[chunk], layout)
             all_ids[chunk], all_values[chunk] = ids.cpu().numpy(), values.float().cpu().numpy()
         return all_ids, all_values
-
-    def _batches(self, requests: Iterable[Request], extra_tokens: int) -> Iterator[list[Request]]:
-        """Cut requests into batches by length, never across a unit; one request, or at most `batch_tokens` padded tokens."""
-        for _, members in groupby(requests, key=lambda request: request.unit):
-            batch: list[Request] = []
-            for request in sorted(members, key=lambda request: -len(request.token_ids)):
-                padded = (len(batch) + 1) * (len(batch[0].token_ids if batch else request.token_ids) + extra_tokens)
-                if batch and padded > self._batch_tokens:
-                    yield batch
-                    batch = []
-                batch.append(request)
-            if batch:
-                yield batch
 
     def _loaded(self) -> CausalModel:
         if self._model is None:

@@ -9,6 +9,7 @@ import torch
 from shared.errors import EngineError
 from shared.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
+from teacher_cache.engines.length_batches import length_batches
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.engines.transformers_model import CausalModel
 from teacher_cache.engines.transformers_sampling import next_tokens
@@ -100,10 +101,9 @@ def test_batching_changes_neither_targets_nor_draws(exact):
             assert np.array_equal(a.multiplicities, b.multiplicities)
 
 
-def test_batches_never_cross_a_unit_and_stay_within_their_tokens(exact):
-    engine = TransformersEngine(exact, Capture(k=4), batch_tokens=64)
+def test_batches_never_cross_a_unit_and_stay_within_their_tokens():
     requests = sequences(12)
-    batches = list(engine._batches(requests, 0))
+    batches = list(length_batches(requests, 0, 64))
     assert sorted(r.tag for batch in batches for r in batch) == list(range(12))
     for batch in batches:
         assert len({r.unit for r in batch}) == 1
