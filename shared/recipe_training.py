@@ -161,6 +161,8 @@ class StageTrainer(Section):
     """Recompute activations in the backward pass, as in the student's section."""
     fsdp: Literal["none", "full_shard"] = "none"
     """What several processes hold: none: each the whole student; full_shard: a part of its weights and optimizer state each."""
+    operator: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the fused loss; auto: on a GPU whichever is faster on the first pack, elsewhere torch."""
     operator_chunk_mib: Annotated[Count, Field(le=16384)] = 256
     """MiB of the fused loss's buffers: smaller ones save memory, larger ones hardly time."""
     save_steps: Count = 100

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from student_train.fused_loss import evaluate_positions, fused_sparse_loss
+from student_train.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss
 from student_train.losses import LossTerm
+from student_train.operator_choice import faster_operator
 from student_train.student_head import StudentHead, body_of, run_body
 from student_train.target_batch import TargetBatch
 
@@ -35,8 +36,34 @@ class Objective:
     """Budget of the fused loss's buffers; None: its own."""
     is_scoring: bool = False
     """Forward passes score positions instead of computing a loss."""
+    operator: str = "torch"
+    """Kernels of the fused loss; `auto` until the first pack has decided."""
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _scores: list[Tensor] = field(default_factory=list)
+
+    def loss(self, hidden: Tensor, labels: Tensor, targets: TargetBatch | None, num_positions: Tensor | float) -> FusedLoss:
+        """Return the loss of hidden states [S, H]; the first one decides on the operator, where a measurement must."""
+        head = self.head
+
+        def fused(states: Tensor, operator: str) -> FusedLoss:
+            return fused_sparse_loss(
+                states,
+                head.weight,
+                labels,
+                targets,
+                self.terms,
+                num_positions,
+                head_bias=head.bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                vocab_size=head.vocab_size,
+                chunk_bytes=self.chunk_bytes,
+                operator=operator,
+            )
+
+        if self.operator == "auto":
+            self.operator = faster_operator(lambda operator: fused(hidden.detach().requires_grad_(hidden.requires_grad), operator))
+        return fused(hidden, self.operator)
 
     def record(self, loss: Tensor, values: dict[str, Tensor], num_tokens: int) -> None:
         """Add one forward pass; all values are already divided by the global batch's positions."""
@@ -100,20 +127,9 @@ def patch_forward(model: Any, objective: Objective) -> None:
         if objective.is_scoring:
             objective.score(hidden, labels, TargetBatch.from_batch(kwargs))
             return CausalLMOutput()
-        head = objective.head
-        fused = fused_sparse_loss(
-            hidden,
-            head.weight,
-            labels,
-            TargetBatch.from_batch(kwargs) if "support_counts" in kwargs else None,
-            objective.terms,
-            _at_least_one(labels.numel() if num_items_in_batch is None else num_items_in_batch),
-            head_bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            vocab_size=head.vocab_size,
-            chunk_bytes=objective.chunk_bytes,
-        )
+        targets = TargetBatch.from_batch(kwargs) if "support_counts" in kwargs else None
+        num_positions = _at_least_one(labels.numel() if num_items_in_batch is None else num_items_in_batch)
+        fused = objective.loss(hidden, labels, targets, num_positions)
         objective.record(fused.loss, fused.values, input_ids.numel())
         return CausalLMOutput(loss=fused.loss)
 

@@ -53,12 +53,14 @@ def fused_sparse_loss(
     vocab_size: int | None = None,
     chunk_positions: int | None = None,
     chunk_bytes: int | None = None,
+    operator: str = "torch",
 ) -> FusedLoss:
     """Return the weighted sum of divergences in nats per position, and each term's value.
 
     `hidden` [S, H] predicts `labels` [S] int64 and `targets`; `head_weight` [rows, H], of which the first `vocab_size` (default:
     all) are the vocabulary; `num_positions` counts the global batch's supervised positions. `targets` may be None where every
-    term is on labels. Chunks are as long as `chunk_bytes` of buffers allow, or `chunk_positions`.
+    term is on labels. Chunks are as long as `chunk_bytes` of buffers allow, or `chunk_positions`. `operator`
+    "triton" streams over tiles of the vocabulary instead (tiled_loss.py); it has no chunks of positions.
 
     Raises:
         TrainingError: a term is unknown, its temperature was not captured or it cannot be had from drawn tokens; or ids lie
@@ -71,7 +73,7 @@ def fused_sparse_loss(
     elif num_positions <= 0:
         raise TrainingError(f"the global batch has {num_positions:g} supervised positions; it needs at least one")
     groups = group_terms(terms, targets, num_positions)
-    call = _Call(head, labels, targets, groups, len(terms), chunk_positions, chunk_bytes, torch.is_grad_enabled())
+    call = _Call(head, labels, targets, groups, len(terms), chunk_positions, chunk_bytes, operator, torch.is_grad_enabled())
     loss, sums = _FusedSparseLoss.apply(hidden, head_weight, head_bias, call)
     scaled = [sums[i] * (term.temperature**2) / num_positions for i, term in enumerate(terms)]
     return FusedLoss(loss, dict(zip(term_keys(terms), scaled, strict=True)))
@@ -88,6 +90,7 @@ class _Call:
     num_terms: int
     chunk_positions: int | None
     chunk_bytes: int | None
+    operator: str
     grad_enabled: bool
 
 
@@ -101,7 +104,15 @@ class _FusedSparseLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
         asked_for = [x if want else None for x, want in zip((hidden, weight, bias), wanted, strict=True)]
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = HeadGradients.zeros(call.head, *asked_for)
-            sums = _run_chunks(call, hidden, gradients, want_gradient=any(wanted))
+            if call.operator == "triton":
+                from student_train.tiled_loss import run_tiles
+
+                sums = hidden.new_zeros(call.num_terms, dtype=call.head.dtype)
+                run_tiles(
+                    call.head, hidden, call.labels, call.targets, call.groups, sums, gradients, call.chunk_bytes, want=any(wanted)
+                )
+            else:
+                sums = _run_chunks(call, hidden, gradients, want_gradient=any(wanted))
         ctx.gradients = [gradients.hidden, gradients.weight, gradients.bias]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sums)

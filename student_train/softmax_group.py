@@ -40,29 +40,46 @@ def group_values_and_gradient(
     """
     if temperature != 1.0:
         logits.div_(temperature)
-    on_members = [term for term in terms if not term.on_labels]
-    on_labels = [term for term in terms if term.on_labels]
     label_logits = logits.gather(1, labels[:, None])
     ids = labels.new_empty(len(labels), 0) if members is None else members.ids
     log_q, log_total, rest_sum = student_masses(logits, ids)
+    gradient, label_weight = mass_gradients(
+        log_q, label_logits - log_total, members, terms, temperature, values, want_gradient=want_gradient
+    )
+    if not want_gradient:
+        return
+    logits.mul_(gradient[:, -1:] / rest_sum)
+    logits.scatter_(1, ids, gradient[:, :-1])
+    if label_weight is not None:
+        logits.scatter_(1, labels[:, None], logits.gather(1, labels[:, None]) - label_weight)
 
+
+def mass_gradients(
+    log_q: Tensor,
+    label_logprobs: Tensor,
+    members: Members | None,
+    terms: Sequence[WeightedDivergence],
+    temperature: float,
+    values: Tensor,
+    *,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor | float | None]:
+    """Add each term's sum over the positions to `values`; return [C, K + 1] gradients and what to subtract at labels.
+
+    `log_q` [C, K + 1] and `label_logprobs` [C, 1] are the student's at the temperature. A member's gradient is by its logit; the
+    last one is shared out over all other tokens by their share of the rest. The second is None without a term on labels.
+    """
+    on_members = [term for term in terms if not term.on_labels]
+    on_labels = [term for term in terms if term.on_labels]
     for term in on_labels:
-        label_logprobs = label_logits - log_total
         values[term.index] += term.function(torch.zeros_like(label_logprobs), label_logprobs).sum()
     slopes = torch.zeros_like(log_q)
     if members is not None:
         slopes = _slopes(finite(members.log_p), log_q, on_members, values, want_gradient=want_gradient)
-    if not want_gradient:
-        return
     label_weight: Tensor | float = sum((term.coefficient for term in on_labels), start=0.0)
     slopes = slopes / temperature
-    q = log_q.exp()
     total_slope = slopes.sum(1, keepdim=True) - label_weight
-    gradient = slopes - q * total_slope
-    logits.mul_(gradient[:, -1:] / rest_sum)
-    logits.scatter_(1, ids, gradient[:, :-1])
-    if on_labels:
-        logits.scatter_(1, labels[:, None], logits.gather(1, labels[:, None]) - label_weight)
+    return slopes - log_q.exp() * total_slope, label_weight if on_labels else None
 
 
 def finite(log_masses: Tensor) -> Tensor:

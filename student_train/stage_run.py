@@ -25,6 +25,7 @@ from student_train.export import export_student
 from student_train.forward_patch import Objective, patch_forward, restore_forward
 from student_train.health import health_of
 from student_train.metrics_log import read_steps
+from student_train.operator_choice import operator_for
 from student_train.processes import first_then_others, is_first, wait_for_all
 from student_train.progress import OpenProgress, SilentProgress, StageProgress
 from student_train.row_attention import switch_attention
@@ -178,7 +179,9 @@ def _student(work: StageWork, args: TrainingArguments) -> tuple[Any, Any, Object
         base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for
     if work.stage.trainer.torch_compile:
         body_of(base).compile(dynamic=True)
-    objective = Objective(head, chunk_bytes=work.stage.trainer.operator_chunk_mib << 20)
+    trainer = work.stage.trainer
+    operator = operator_for(trainer.operator, args.device.type)
+    objective = Objective(head, chunk_bytes=trainer.operator_chunk_mib << 20, operator=operator)
     patch_forward(base, objective)
     if shards:
         shard(model, base, args.device)
