@@ -17,7 +17,7 @@ from shared.recipe_assumptions import Assume, AssumedModel, AssumedSource
 from shared.recipe_base import Count, Integer, Name, Problem, Section, closest, inconsistent, one_or_many, quoted
 from shared.recipe_capture import Capture, Generate, Heldout, PromptSource, Teacher, Workers
 from shared.recipe_curriculum import EarlyStopping, StageEvaluation
-from shared.recipe_evaluation import Evaluate, Task
+from shared.recipe_evaluation import Evaluate, SideBySide, Task
 from shared.recipe_hidden import AttentionCapture, HiddenCapture
 from shared.recipe_schedule import Schedule
 from shared.recipe_training import Adapter, Loss, Stage, StageTrainer, Student
@@ -39,6 +39,7 @@ __all__ = [
     "PromptSource",
     "Recipe",
     "Schedule",
+    "SideBySide",
     "Stage",
     "StageEvaluation",
     "StageTrainer",
@@ -179,6 +180,10 @@ def _temperature_problems(recipe: Recipe) -> list[Problem]:
 
 def _evaluate_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
+    side_by_side = recipe.evaluate.side_by_side
+    if side_by_side is not None and "heldout" in side_by_side.prompts and recipe.heldout.fraction == 0:
+        sentence = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
+        problems.append((("evaluate", "side_by_side", "prompts"), sentence))
     names = [stage.name for stage in recipe.stages]
     for i, model in enumerate(recipe.evaluate.models):
         path = ("evaluate", "models", i)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from shared.recipe_base import Count, CountOrZero, Integer, NonNegative, Problem, Section, Text, inconsistent
 
@@ -57,6 +57,36 @@ class Task(Section):
         return self
 
 
+class SideBySide(Section):
+    """Every model's sampled answers to the same prompts, compared with the teacher's and with the student's before."""
+
+    size: Literal["quick", "medium", "full"] = "quick"
+    """quick: 10 prompts, evenly from every source; medium: 50 at random; full: 350 at random. Fewer where there are no more."""
+    temperatures: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (0.1, 0.7, 1.2)
+    """Sampling temperatures; every prompt is answered once at each."""
+    seed: Integer = 0
+    """Seed of the choice of prompts and of the answers."""
+    max_new_tokens: Count | None = None
+    """Longest answer in tokens; left out: `evaluate.max_new_tokens`."""
+    prompts: Annotated[tuple[Text, ...], Field(min_length=1)] = ("heldout",)
+    """Where prompts come from: heldout (the cache's held-out rows), tasks (the tasks' questions), jsonl files with a `prompt`."""
+
+    @model_validator(mode="after")
+    def _values_are_known(self) -> SideBySide:
+        problems: list[Problem] = []
+        for name in ("temperatures", "prompts"):
+            values = getattr(self, name)
+            problems += [((name, i), f"{value} is listed twice") for i, value in enumerate(values) if value in values[:i]]
+        problems += [
+            (("prompts", i), f"'{place}' is neither 'heldout' nor 'tasks' nor a .jsonl file")
+            for i, place in enumerate(self.prompts)
+            if place not in ("heldout", "tasks") and not place.endswith((".jsonl", ".jsonl.gz"))
+        ]
+        if problems:
+            inconsistent(*problems)
+        return self
+
+
 class Evaluate(Section):
     """Which models are compared, and how."""
 
@@ -70,6 +100,8 @@ class Evaluate(Section):
     """Longest answer in tokens."""
     heldout_rows: Count | None = None
     """Held-out rows to measure on, at most; left out: all."""
+    side_by_side: SideBySide | None = None
+    """Sampled answers of every model beside each other; left out: none."""
 
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Evaluate:
@@ -77,6 +109,8 @@ class Evaluate(Section):
         problems += [
             (("models", i), f"'{model}' is listed twice") for i, model in enumerate(self.models) if model in self.models[:i]
         ]
+        if self.side_by_side is not None and "tasks" in self.side_by_side.prompts and not self.tasks:
+            problems.append((("side_by_side", "prompts"), "there are no `tasks` whose questions could be asked; add some"))
         domains = [task.domain for task in self.tasks]
         problems += [
             (("tasks", i, "domain"), f"another task has the domain '{domain}'; give each its own")

@@ -65,7 +65,7 @@ def evaluate(recipe: Recipe, allow_unsafe_code: bool) -> Result:
     Raises:
         EvaluationError: a model or a task cannot be evaluated.
     """
-    from tools.evaluate.side_by_side import evaluate_all
+    from tools.evaluate.all_models import evaluate_all
     from tools.report.figures import report_figures
     from tools.report.run_files import read_run
     from tools.report.tables import table_text

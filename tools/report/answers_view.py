@@ -43,7 +43,9 @@ def answers_section(samples: Sequence[Sample], models: Sequence[str]) -> str:
 
 def outcomes(sample: Sample) -> list[str]:
     """Return the names of `OUTCOMES` that hold for a question."""
-    right = {name: answer.score >= 1 for name, answer in sample.answers.items()}
+    right = {name: answer.score >= 1 for name, answer in sample.answers.items() if answer.score is not None}
+    if not right:
+        return []
     students = [right[name] for name in right if name not in ("teacher", "base")]
     before = right.get("base")
     holds = {
@@ -71,14 +73,22 @@ def _box(domains: Sequence[str]) -> str:
 def _sample(sample: Sample, models: Sequence[str]) -> str:
     answers = "".join(_answer(name, sample.answers[name], models) for name in models if name in sample.answers)
     question = f'<div class="who">Question</div><pre>{escape(sample.prompt)}</pre>'
-    reference = f"<details><summary>Reference</summary><pre>{escape(sample.reference)}</pre></details>"
+    reference = f"<details><summary>Reference</summary><pre>{escape(sample.reference)}</pre></details>" if sample.reference else ""
     data = f'data-domain="{escape(sample.domain)}" data-outcome="{" ".join(outcomes(sample))}"'
     return f'<div class="card sample" {data}>{question}{reference}<div class="answers">{answers}</div></div>'
 
 
 def _answer(name: str, answer: SampleAnswer, models: Sequence[str]) -> str:
-    style = "good" if answer.score >= 1 else "bad" if answer.score <= 0 else "soft"
-    verdict = "right" if answer.score >= 1 else "wrong" if answer.score <= 0 else tables.percent(answer.score, 0)
+    style = "soft" if answer.score is None else "good" if answer.score >= 1 else "bad" if answer.score <= 0 else "soft"
+    verdict = (
+        ""
+        if answer.score is None
+        else "right"
+        if answer.score >= 1
+        else "wrong"
+        if answer.score <= 0
+        else tables.percent(answer.score, 0)
+    )
     reason = f' <span class="soft">{escape(answer.reason)}</span>' if answer.reason else ""
     colour = plots.colour_of(models, name)
     head = f'<div><span class="who">{escape(name)}</span> <span class="{style}">{verdict}</span>{reason}</div>'

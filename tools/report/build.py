@@ -19,7 +19,7 @@ from teacher_cache.seconds_file import add_seconds
 from tools.report.figures import report_figures
 from tools.report.page import page, plot_figures
 from tools.report.run_files import read_run
-from tools.report.samples import choose_samples
+from tools.report.samples import choose_samples, side_samples
 from tools.report.tables import markdown, models_csv, table_text
 
 __all__ = ["build_report", "table_text"]
@@ -39,7 +39,7 @@ def build_report(run_dirs: Sequence[str | Path]) -> dict[str, Any]:
     runs = [read_run(Path(directory)) for directory in run_dirs]
     report: dict[str, Any] = _plain(report_figures(runs))
     report["files"] = [str(runs[0].directory / name) for name in REPORT_FILES]
-    samples = choose_samples(runs[0].answers)
+    samples = choose_samples(runs[0].answers) + side_samples(runs[0].side_answers)
     plots = plot_figures(report, runs)
     if report["seconds"] and "report" not in report["seconds"] and len(runs) == 1:
         # Measured once, so that the same run always gives the same report.

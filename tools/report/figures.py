@@ -1,9 +1,9 @@
 """report.json: every figure of the report, from what a run left on disk. Nothing is drawn or formatted here.
 
-Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers, seconds},
-cache.{rows, positions, bytes_per_position, mean_support, ...}, seconds.PHASE, stages.NAME, layers, missing. With several runs,
-models and stages of the second and later ones are called RUN/NAME, and a model that several runs share (teacher, base) with equal
-figures appears once.
+Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers, seconds,
+side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}}, cache.{rows, positions, bytes_per_position, mean_support, ...},
+seconds.PHASE, stages.NAME, layers, missing. With several runs, models and stages of the second and later ones are called RUN/NAME,
+and a model that several runs share (teacher, base) with equal figures appears once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.evaluate.results import read_answers
+from tools.evaluate.side_figures import side_by_side_figures
 from tools.report.run_files import RunFiles, StageFiles
 
 REPORT_FORMAT = 1
@@ -24,8 +25,9 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
     stages: dict[str, Any] = {}
     for index, run in enumerate(runs):
         prefix = f"{run.name}/" if index else ""
+        side_by_side = side_by_side_figures(run.side_answers)
         for name, evaluation in run.evaluations.items():
-            figures = _model(run, name, evaluation)
+            figures = {**_model(run, name, evaluation), "side_by_side": side_by_side.get(name, {})}
             if not (
                 prefix
                 and name in models

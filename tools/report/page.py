@@ -14,6 +14,7 @@ from typing import Any
 from tools.report import confidence_plots, plots, tables
 from tools.report.answer_filter import SCRIPT, script_source
 from tools.report.answers_view import answers_section
+from tools.report.more_tables import Table, more_tables
 from tools.report.partings_view import partings_section
 from tools.report.run_files import RunFiles
 from tools.report.samples import Sample
@@ -32,6 +33,7 @@ def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[
     body += [
         _heldout_table(report),
         partings_section(report["models"]),
+        *(_table(table) for table in more_tables(report)),
         _answers_table(report),
         answers_section(samples, list(report["models"])),
         _stages(report),
@@ -184,6 +186,16 @@ def _heldout_table(report: Mapping[str, Any]) -> str:
     )
     table = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return f'<h2>Held-out distance by source</h2>{table}<p class="legend">{escape(tables.HELDOUT_LEGEND)}</p>'
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in table.header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in table.rows
+    )
+    element = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<h2>{escape(table.title)}</h2>{element}<p class="legend">{escape(table.legend)}</p>'
 
 
 def _answers_table(report: Mapping[str, Any]) -> str:

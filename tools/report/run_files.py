@@ -18,6 +18,7 @@ from shared.errors import DecantError, EvaluationError
 from shared.recipe import Recipe
 from shared.recipe_file import load_recipe
 from tools.evaluate.results import heldout_layer
+from tools.evaluate.side_figures import Answers, read_side_answers
 
 MAX_FILE_BYTES = 256 << 20
 
@@ -46,6 +47,8 @@ class RunFiles:
     """Model -> its evaluation, in the recipe's order."""
     answers: dict[str, Path]
     """Model -> its answers file."""
+    side_answers: dict[str, Answers]
+    """Model -> its sampled answers, by temperature."""
     seconds: dict[str, float]
     cache: dict[str, Any]
     """Statistics of the caches, summed; empty where none could be read."""
@@ -81,6 +84,7 @@ def read_run(directory: Path) -> RunFiles:
         stages=stages,
         evaluations=evaluations,
         answers={name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()},
+        side_answers=read_side_answers(directory, list(evaluations)),
         seconds=_seconds(directory / "seconds.json", stage_names, missing),
         cache=cache,
         layers=layers,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.evaluate.results import read_answers
+from tools.evaluate.side_figures import Answers
 
 PER_DOMAIN = 20
 MOST_ANSWERS = 20_000
@@ -31,7 +32,8 @@ class SampleAnswer:
     """One model's answer to a sample question."""
 
     text: str
-    score: float
+    score: float | None
+    """None where answers are only read, not scored."""
     reason: str
 
 
@@ -57,6 +59,23 @@ def choose_samples(files: Mapping[str, Path], per_domain: int = PER_DOMAIN) -> l
         questions = [number for of, number in table if of == domain]
         ranked = sorted(questions, key=lambda number: (-_interest(table[domain, number]), number))
         found += [_sample(domain, table[domain, number]) for number in ranked[:per_domain]]
+    return found
+
+
+def side_samples(answers: Mapping[str, Answers]) -> list[Sample]:
+    """Return sampled answers prompt by prompt, by temperature, as `read_side_answers` found them."""
+    table: dict[tuple[str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for name, of in answers.items():
+        for temperature, given in of.items():
+            for number, row in given.items():
+                table[temperature, number][name] = row
+    found = []
+    for temperature in dict.fromkeys(temperature for temperature, _ in table):
+        for number in sorted(number for at, number in table if at == temperature)[:PER_DOMAIN]:
+            rows = table[temperature, number]
+            first = next(iter(rows.values()))
+            shown = {name: SampleAnswer(cut(row.get("answer")), None, "") for name, row in rows.items()}
+            found.append(Sample(f"temperature {temperature}", cut(first.get("prompt")), cut(first.get("reference")), shown))
     return found
 
 

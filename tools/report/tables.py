@@ -11,7 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NONE = "–"
+from tools.report.more_tables import more_tables
+from tools.report.numbers import NONE, duration, number, percent
+
+__all__ = ["NONE", "duration", "number", "percent"]
+
 _TIME = "time: "
 HELDOUT_HEADER = ("model", "source", "positions", "KL", "top-1", "in top 5", "calibration error", "perplexity")
 HELDOUT_LEGEND = (
@@ -81,6 +85,8 @@ def table_text(report: Mapping[str, Any]) -> str:
     lines = _aligned([header, *rows]) if rows else ["no model was evaluated"]
     if rows:
         lines.insert(1, "-" * max(len(line) for line in lines))
+    for table in more_tables(report):
+        lines += ["", f"{table.title}:", *_aligned([list(table.header), *table.rows], table.num_labels)]
     facts = run_rows(report)
     cache = ", ".join(f"{what} {figure}" for what, figure in facts if not what.startswith(_TIME))
     times = ", ".join(f"{what.removeprefix(_TIME)} {figure}" for what, figure in facts if what.startswith(_TIME))
@@ -99,6 +105,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     if heldout := heldout_rows(report):
         lines += [f"| {' | '.join(HELDOUT_HEADER)} |", f"|---|---{'|---:' * (len(HELDOUT_HEADER) - 2)}|"]
         lines += [f"| {' | '.join(map(_md, row))} |" for row in heldout] + ["", _md(HELDOUT_LEGEND), ""]
+    for table in more_tables(report):
+        ruler = f"|{'---|' * table.num_labels}{'---:|' * (len(table.header) - table.num_labels)}"
+        lines += [f"## {_md(table.title)}", "", f"| {' | '.join(map(_md, table.header))} |", ruler]
+        lines += [f"| {' | '.join(map(_md, row))} |" for row in table.rows] + ["", _md(table.legend), ""]
     facts = run_rows(report)
     lines += ["| | |", "|---|---:|", *(f"| {_md(what)} | {_md(figure)} |" for what, figure in facts), ""] if facts else []
     for name, stage in report["stages"].items():
@@ -127,26 +137,6 @@ def models_csv(report: Mapping[str, Any]) -> str:
     return out.getvalue()
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    """Return a share in percent; a dash where there is none."""
-    return NONE if share is None else f"{100 * share:.{digits}f} %"
-
-
-def number(value: float | None, digits: int) -> str:
-    """Return a number with so many decimals; a dash where there is none."""
-    return NONE if value is None else f"{value:,.{digits}f}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as `12 s`, `3 min 05 s` or `2 h 10 min`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return (
-        f"{int(minutes)} min {int(seconds % 60):02d} s" if minutes < 100 else f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
-    )
-
-
 def _legend(report: Mapping[str, Any]) -> str:
     metrics = {
         domain: task["metric"] for model in report["models"].values() for domain, task in model["tasks"].items() if "metric" in task
@@ -159,11 +149,11 @@ def _legend(report: Mapping[str, Any]) -> str:
     return _md("; ".join(text) + ".")
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _aligned(rows: Sequence[Sequence[str]], num_labels: int = 1) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
+            cell.ljust(width) if index < num_labels else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows

@@ -117,7 +117,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluated(chosen: Recipe) -> dict[str, Any]:
-    evaluate_model(chosen, "teacher", evaluation_identity(chosen, model_under_test(chosen, "teacher")), False, lambda line: None)
+    identity = evaluation_identity(chosen, model_under_test(chosen, "teacher"))
+    evaluate_model(chosen, "teacher", {"evaluation": identity}, False, lambda line: None)
     return json.loads((chosen.output_dir / "evaluate" / "teacher.json").read_text())["tasks"]["choice"]
 
 
@@ -127,7 +128,7 @@ def test_likelihoods_equal_dense_float64_maths(root: Path, plain: bool, shots: i
     chosen = recipe(root, shots=shots, prompt_template="{prompt}\nAnswer:")
     if plain:
         monkeypatch.setattr(
-            "tools.evaluate.one_model.load_tokenizer", lambda *_, **__: make_tokenizer(root / "plain", chat_template=None)
+            "tools.evaluate.asking.load_tokenizer", lambda *_, **__: make_tokenizer(root / "plain", chat_template=None)
         )
     found = evaluated(chosen)
     answers = list(read_answers(root / "out" / "evaluate" / "teacher.answers.jsonl"))

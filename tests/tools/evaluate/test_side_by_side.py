@@ -1,39 +1,32 @@
-"""Every model of a recipe end to end with tiny models, and what is reused, refused and left behind."""
+"""Sampled answers side by side: which prompts, what is kept and reused, and measures that can be counted by hand."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.errors import DecantError, EvaluationError
-from shared.recipe import Recipe
-from teacher_cache.engines.protocol import Generated
+from shared.cache import Cache
+from shared.errors import EvaluationError
+from shared.keys import is_heldout
+from shared.recipe import Recipe, SideBySide
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
-from tools.evaluate import generate_answers, side_by_side
-from tools.evaluate.models import model_under_test
+from tools.evaluate import all_models
+from tools.evaluate.language import has_switched, languages_of
 from tools.evaluate.one_model import evaluate_model
-from tools.evaluate.results import evaluation_identity, read_answers, same_identity
-
-CODE = {
-    "prompt": "def f(x):\n",
-    "entry_point": "f",
-    "canonical_solution": "    return x\n",
-    "test": "def check(f):\n    assert f(1) == 1\n",
-}
-ROWS = {
-    "math": ("gsm8k", [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(5)]),
-    "code": ("humaneval", [{"task_id": f"t/{i}", **CODE} for i in range(3)]),
-    "aiops": ("keywords", [{"prompt": "why?", "keywords": ["disk", "full"], "reference": "disk full"}] * 2),
-}
+from tools.evaluate.side_figures import read_side_answers, side_by_side_figures
+from tools.evaluate.side_prompts import SidePrompt, choose_prompts
+from tools.evaluate.structure import num_kept, structure_of
+from tools.evaluate.terms import terms_of
+from tools.report.figures import report_figures
+from tools.report.run_files import read_run
+from tools.report.samples import side_samples
+from tools.report.tables import markdown, table_text
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +34,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("side")
     build_cache(root / "cache", make_qwen3(root / "teacher"))
     make_qwen3(root / "student", seed=3)
-    make_qwen3(root / "out" / "train" / "kd" / "model", seed=4)
-    for domain, (_, rows) in ROWS.items():
-        (root / f"{domain}.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_qwen3(root / "out" / "train" / "twin" / "model")  # the teacher's own weights
+    rows = [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(400)]
+    (root / "math.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "mine.jsonl").write_text('{"prompt": "Why?", "reference": "So."}\n{"prompt": "How?"}\n')
     return root
 
 
-def recipe(root: Path, **evaluate: Any) -> Recipe:
-    tasks = [{"name": name, "path": str(root / f"{domain}.test.jsonl")} for domain, (name, _) in ROWS.items()]
-    settings = {"models": ["teacher", "base", "kd"], "engine": "transformers", "max_new_tokens": 8, "tasks": tasks, **evaluate}
+def recipe(root: Path, models: list[str] | None = None, **settings: Any) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "x",
@@ -57,203 +49,206 @@ def recipe(root: Path, **evaluate: Any) -> Recipe:
             "teacher": {"model": str(root / "teacher"), "dtype": "float32"},
             "cache": str(root / "cache"),
             "student": {"model": str(root / "student")},
-            "heldout": {"fraction": 0.4},
-            "stages": [{"name": "kd", "losses": [{"name": "forward_kl"}]}, {"name": "later", "losses": [{"name": "forward_kl"}]}],
-            "evaluate": settings,
+            "heldout": {"fraction": 0.7},
+            "stages": [{"name": "twin", "losses": [{"name": "forward_kl"}]}],
+            "evaluate": {
+                "models": models or ["teacher", "base", "twin"],
+                "engine": "transformers",
+                "max_new_tokens": 12,
+                "tasks": [{"name": "gsm8k", "path": str(root / "math.test.jsonl"), "limit": 3}],
+                "side_by_side": settings,
+            },
         }
     )
 
 
-class CannedEngine:
-    """Answers every question with the same text, in an odd order."""
-
-    text = "It is full.\n#### 4"
-    opened: list[Any] = []  # noqa: RUF012 - what tests look at
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def generate(self, requests: Any, settings: Any) -> Any:
-        for request in sorted(requests, key=lambda request: request.seed):
-            yield Generated(request.tag, self.tokenizer(self.text)["input_ids"], "length")
-
-    def provenance(self) -> dict[str, Any]:
-        return {"engine": "canned"}
-
-    def close(self) -> None:
-        self.opened.append("closed")
-
-
 @pytest.fixture
-def canned(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
-    """Put a canned engine in place of a real one, and run models in this process; return what was opened and closed."""
-    from transformers import AutoTokenizer
+def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """Run models in this process; return which parts of which model were done."""
+    done: list[tuple[str, list[str]]] = []
 
-    import teacher_cache.engines
+    def run(recipe: Recipe, name: str, wanted: dict[str, Any], unsafe: bool, say: Any) -> None:
+        done.append((name, list(wanted)))
+        evaluate_model(recipe, name, wanted, unsafe, say)
 
-    CannedEngine.opened = []
-
-    def open_engine(teacher: Any, capture: Any, **_: Any) -> CannedEngine:
-        CannedEngine.opened.append(teacher)
-        return CannedEngine(AutoTokenizer.from_pretrained(teacher.model))
-
-    def run(recipe: Recipe, name: str, identity: dict[str, Any], unsafe: bool, say: Any) -> dict[str, Any]:
-        evaluate_model(recipe, name, identity, unsafe, say)
-        return json.loads((recipe.output_dir / "evaluate" / f"{name}.json").read_text())
-
-    monkeypatch.setattr(teacher_cache.engines, "open_engine", open_engine)
-    monkeypatch.setattr(side_by_side, "_evaluate", run)
-    for path in (root / "out" / "evaluate").glob("*"):
-        path.unlink()
-    return CannedEngine.opened
+    monkeypatch.setattr(all_models, "_evaluate", run)
+    return done
 
 
-def test_answers_are_scored_beside_their_questions_and_kept(root: Path, canned: list[Any]) -> None:
-    chosen = recipe(root, models=["kd"])
-    result = side_by_side.evaluate_all(chosen, say=lambda line: None)["kd"]
-    scores = {domain: task["score"] for domain, task in result["tasks"].items()}
-    assert scores == {"math": 0.2, "code": 0.0, "aiops": 0.5}
-    assert result["heldout"]["kl_nats"] > 0
-    answers = list(read_answers(root / "out" / "evaluate" / "kd.answers.jsonl"))
-    assert [row["score"] for row in answers if row["domain"] == "math"] == [0, 0, 1, 0, 0]
-    assert answers[0]["answer"] == CannedEngine.text
-    assert all(row["truncated"] for row in answers)
-    assert canned[0].engine == "transformers"
-    assert canned[0].model == str(root / "out" / "train" / "kd" / "model")
-    assert canned[-1] == "closed"
+def quiet(chosen: Recipe) -> dict[str, Any]:
+    return all_models.evaluate_all(chosen, say=lambda line: None)
 
 
-def test_only_what_changed_is_evaluated_again(root: Path, canned: list[Any]) -> None:
-    said: list[str] = []
-    chosen = recipe(root, models=["base", "kd"])
-    side_by_side.evaluate_all(chosen, say=said.append)
-    seconds = json.loads((root / "out" / "seconds.json").read_text())
-    assert len(canned) == 4
-    side_by_side.evaluate_all(chosen, say=said.append)
-    assert len(canned) == 4
-    assert {"reused evaluation of base", "reused evaluation of kd"} <= set(said)
-    assert json.loads((root / "out" / "seconds.json").read_text()) == seconds
-    make_qwen3(root / "out" / "train" / "kd" / "model", seed=5)
-    side_by_side.evaluate_all(chosen, say=said.append)
-    assert len(canned) == 6
-    side_by_side.evaluate_all(recipe(root, models=["base", "kd"], max_new_tokens=9), say=said.append)
-    assert len(canned) == 10
-    (root / "out" / "evaluate" / "base.json").write_text("{")
-    side_by_side.evaluate_all(recipe(root, models=["base", "kd"], max_new_tokens=9), say=said.append)
-    assert len(canned) == 12
+def test_quick_takes_ten_from_all_sources_in_turn_whatever_the_seed(root: Path) -> None:
+    prompts = choose_prompts(recipe(root))
+    assert len(prompts) == 10
+    counts = Counter(prompt.label for prompt in prompts)
+    assert len(counts) == 3
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert prompts == choose_prompts(recipe(root, seed=7))
+    cache = Cache.open(root / "cache")
+    rows = {cache[i].prompt: cache[i] for i in range(len(cache))}
+    for prompt in prompts:
+        row = rows[prompt.text]
+        assert is_heldout(row.group_key, 0.7)
+        assert list(prompt.token_ids or ()) == row.token_ids[: row.spans[-1][0]].tolist()
 
 
-def test_identity_follows_every_input(root: Path) -> None:
-    def identity(chosen: Recipe) -> dict[str, Any]:
-        return evaluation_identity(chosen, model_under_test(chosen, "base"))
+def test_larger_sizes_draw_at_random_by_the_seed_and_take_all_where_there_are_fewer(root: Path) -> None:
+    def numbers(**settings: Any) -> list[str]:
+        chosen = recipe(root, prompts=["tasks"], **settings)
+        whole = chosen.evaluate.model_copy(update={"tasks": (chosen.evaluate.tasks[0].model_copy(update={"limit": None}),)})
+        return [prompt.place for prompt in choose_prompts(chosen.model_copy(update={"evaluate": whole}))]
 
-    first = identity(recipe(root))
-    assert same_identity(json.loads(json.dumps(first)), identity(recipe(root)))
-    task = {"name": "gsm8k", "path": str(root / "math.test.jsonl")}
-    changed = [{"max_new_tokens": 9}, {"heldout_rows": 3}, {"tasks": [task]}, {"tasks": [{**task, "limit": 2}]}, {"engine": "vllm"}]
-    identities = [json.dumps(identity(recipe(root, **change)), sort_keys=True) for change in changed]
-    assert len({json.dumps(first, sort_keys=True), *identities}) == len(changed) + 1
-    text = (root / "math.test.jsonl").read_text()
-    (root / "math.test.jsonl").write_text(text + "\n")
-    assert not same_identity(first, identity(recipe(root)))
-    (root / "math.test.jsonl").write_text(text)
+    medium = numbers(size="medium")
+    assert len(medium) == len(set(medium)) == 50
+    assert medium == numbers(size="medium") != numbers(size="medium", seed=1)
+    assert len(numbers(size="full")) == 350
+    assert len(choose_prompts(recipe(root, size="full", prompts=["tasks"]))) == 3
+    mine = choose_prompts(recipe(root, prompts=[str(root / "mine.jsonl"), "tasks"]))
+    assert [(p.label, p.text, p.reference) for p in mine if p.label == "mine"] == [("mine", "Why?", "So."), ("mine", "How?", "")]
 
 
-def test_samples_have_seeds_of_their_own_and_scores_are_means(
-    root: Path, canned: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_every_model_answers_every_prompt_at_every_temperature_and_what_is_kept_is_reused(
+    root: Path, here: list[tuple[str, list[str]]]
 ) -> None:
-    seeds: list[int] = []
-    original = CannedEngine.generate
+    shutil.rmtree(root / "out" / "evaluate", ignore_errors=True)
+    chosen = recipe(root, temperatures=[0.1, 1.2])
+    quiet(chosen)
+    assert here == [(name, ["evaluation", "side_by_side"]) for name in ("teacher", "base", "twin")]
+    answers = read_side_answers(root / "out", ["teacher", "base", "twin", "nobody"])
+    assert list(answers) == ["teacher", "base", "twin"]
+    assert all({at: len(rows) for at, rows in of.items()} == {"0.1": 10, "1.2": 10} for of in answers.values())
+    figures = side_by_side_figures(answers)
+    for temperature in ("0.1", "1.2"):
+        twin, base = figures["twin"][temperature], figures["base"][temperature]
+        assert twin["same_as_teacher"] == twin["length_kept"] == twin["terms_kept"] == 1.0
+        assert twin["language_switched"] == 0.0
+        assert (
+            base["same_as_teacher"] < 1
+            and base["same_as_base"] is None
+            and figures["teacher"][temperature]["same_as_teacher"] is None
+        )
+        assert twin["same_as_base"] == base["same_as_teacher"]
+    quiet(chosen)
+    assert len(here) == 3
+    before = (root / "out" / "evaluate" / "side_by_side" / "base.answers.jsonl").read_text()
+    shutil.rmtree(root / "out" / "evaluate" / "side_by_side")
+    quiet(chosen)
+    assert here[3:] == [(name, ["side_by_side"]) for name in ("teacher", "base", "twin")]
+    assert (root / "out" / "evaluate" / "side_by_side" / "base.answers.jsonl").read_text() == before
+    for change in ({"seed": 1}, {"temperatures": [0.1]}, {"max_new_tokens": 5}, {"prompts": ["tasks"]}):
+        num = len(here)
+        quiet(recipe(root, ["base"], **{"temperatures": [0.1, 1.2], **change}))
+        assert here[num:] == [("base", ["side_by_side"])]
+    quiet(chosen)
+    (root / "out" / "recipe.yaml").write_text(json.dumps(json.loads(chosen.model_dump_json())))
+    run = read_run(root / "out")
+    report = report_figures([run])
+    assert report["models"]["twin"]["side_by_side"]["1.2"]["same_as_teacher"] == 1.0
+    samples = side_samples(run.side_answers)
+    assert {sample.domain for sample in samples} == {"temperature 0.1", "temperature 1.2"}
+    assert all(list(sample.answers) == ["teacher", "base", "twin"] for sample in samples)
+    assert "Side by side at sampling temperatures" in markdown(report)
+    assert "| 1.2 | twin |" in markdown(report)
+    assert "same as teacher" in table_text(report)
 
-    def watched(self: CannedEngine, requests: Any, settings: Any) -> Any:
-        requests = list(requests)
-        seeds.extend(request.seed for request in requests)
-        assert settings.temperature == 0.7
-        return original(self, requests, settings)
 
-    monkeypatch.setattr(CannedEngine, "generate", watched)
-    task = {"name": "gsm8k", "path": str(root / "math.test.jsonl"), "samples": 3, "temperature": 0.7}
-    result = side_by_side.evaluate_all(recipe(root, models=["kd"], tasks=[task]), say=lambda line: None)["kd"]
-    assert len(set(seeds)) == len(seeds) == 15
-    assert result["tasks"]["math"]["score"] == pytest.approx(0.2)
-    assert result["tasks"]["math"]["num_questions"] == 5
+def test_a_model_with_another_tokenizer_is_not_asked_the_caches_tokens(
+    root: Path, here: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("student_train.student.student_tokenizer_hash", lambda *_: "another")
+    with pytest.raises(EvaluationError, match=r"'teacher' has tokenizer another .*prompts: \[tasks\]"):
+        quiet(recipe(root, ["teacher"], seed=99))
 
 
-def test_what_cannot_be_evaluated_is_refused_before_any_model_starts(root: Path, canned: list[Any]) -> None:
-    wrong: list[tuple[Recipe, str]] = [
-        (recipe(root, models=["later"]), "run `decant train` first"),
-        (recipe(root, models=[]), "names no model"),
-        (recipe(root, tasks=[{"name": "gsm8k", "path": str(root / "none.jsonl")}]), "No such file"),
-        (recipe(root, tasks=[{"name": "multiple_choice", "path": str(root / "math.test.jsonl")}]), "the column 'choices' is None"),
+def test_prompts_that_do_not_exist_are_refused(root: Path) -> None:
+    with pytest.raises(EvaluationError, match="No such file"):
+        choose_prompts(recipe(root, prompts=["nothing.jsonl"]))
+    (root / "bad.jsonl").write_text('{"question": "q"}\n')
+    with pytest.raises(EvaluationError, match=r"bad\.jsonl:1: no prompt to answer: the column 'prompt' is missing"):
+        choose_prompts(recipe(root, prompts=[str(root / "bad.jsonl")]))
+    for settings, says in (
+        ({"prompts": ["held out"]}, "neither 'heldout' nor 'tasks'"),
+        ({"prompts": ["tasks", "tasks"]}, "listed twice"),
+        ({"temperatures": []}, "at least 1"),
+        ({"temperatures": [0.7, 0.7]}, "listed twice"),
+        ({"size": "huge"}, "quick"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            SideBySide.model_validate(settings)
+    plain = recipe(root).model_dump(mode="json")
+    with pytest.raises(ValueError, match=r"nothing is held out at heldout\.fraction 0"):
+        Recipe.model_validate({**plain, "heldout": {"fraction": 0}})
+    with pytest.raises(ValueError, match="there are no `tasks`"):
+        Recipe.model_validate({**plain, "evaluate": {"side_by_side": {"prompts": ["tasks"]}}})
+
+
+def test_terms_are_identifiers_units_names_and_uncommon_words() -> None:
+    answers = [
+        "Then `max_len` of nodeA is 12 % above 512 MB, says Dora on db-host and node7.",
+        "The service was restarted.",
+        "the service",
     ]
-    for chosen, says in wrong:
-        with pytest.raises(EvaluationError, match=says):
-            side_by_side.evaluate_all(chosen, say=lambda line: None)
-    random = recipe(root, models=["base"])
-    random = random.model_copy(update={"student": random.student.model_copy(update={"init": "random"})})  # type: ignore[union-attr]
-    with pytest.raises(EvaluationError, match="random weights"):
-        side_by_side.evaluate_all(random, say=lambda line: None)
-    assert canned == []
+    assert terms_of(answers)[0] == {"max_len", "nodea", "12 %", "512 mb", "dora", "node7"}
+    assert terms_of(answers)[1] == {"restarted"}
+    figures = side_by_side_figures({"teacher": side(["Use 512 MB on node7."]), "kd": side(["use 512  mb on node71"])})
+    assert figures["kd"]["1"]["terms_kept"] == 0.5
 
 
-def test_a_question_longer_than_the_model_is_named(root: Path, canned: list[Any]) -> None:
-    with pytest.raises(EvaluationError, match=r"code\.test\.jsonl:\d: the question has 17 tokens .* 512 together"):
-        side_by_side.evaluate_all(recipe(root, models=["kd"], max_new_tokens=500), say=lambda line: None)
+def side(texts: list[str], prompt: str = "What is the state of it, and what was it?") -> dict[str, dict[int, dict[str, Any]]]:
+    rows = {
+        number: {"prompt": prompt, "answer": text, "tokens": len(text), "truncated": False} for number, text in enumerate(texts)
+    }
+    return {"1": rows}
 
 
-def test_thoughts_are_kept_but_not_scored() -> None:
-    answer = generate_answers.Answer("<think>#### 5</think>#### 4", 9, False)
-    assert answer.final == "#### 4"
-    assert generate_answers.Answer("#### 4", 1, False).final == "#### 4"
+def test_structure_is_counted_by_kind_and_kept_up_to_the_teachers_count() -> None:
+    text = "# Plan\n1. one\n2) two\nStep 3: three\n- a\n* b\n```python\n# no heading\n- no item\n```\n**Then**\n```\nopen"
+    wanted = structure_of(text)
+    assert wanted == Counter(steps=3, items=2, code=2, headings=2)
+    assert num_kept(wanted, "1. a\n2. b\n3. c\n4. d\n5. e") == 3
+    figures = side_by_side_figures({"teacher": side([text, "plain"]), "kd": side(["1. a\n- b\n- c\n- d", "1. more"])})
+    assert figures["kd"]["1"]["structure_kept"] == pytest.approx(3 / 9)
+    assert side_by_side_figures({"teacher": side(["plain"]), "kd": side(["1. x"])})["kd"]["1"]["structure_kept"] is None
 
 
-@pytest.mark.slow
-def test_real_models_in_processes_of_their_own(root: Path) -> None:
-    said: list[str] = []
-    results = side_by_side.evaluate_all(recipe(root), say=said.append)
-    assert list(results) == ["teacher", "base", "kd"]
-    assert results["teacher"]["heldout"]["kl_nats"] < 1e-3 < results["base"]["heldout"]["kl_nats"]
-    assert json.loads((root / "out" / "seconds.json").read_text())["evaluate"] > 0
-    assert any("held-out rows" in line for line in said)
+@pytest.mark.parametrize(
+    ("text", "languages"),
+    [
+        ("The answer is that it was there.", {"en"}),
+        ("Die Antwort ist nicht mit dem Server und der Platte", {"de"}),
+        ("答案是四十二，因为磁盘已满。", {"han"}),
+        ("Ответ: диск полон", {"cyrillic"}),
+        ("42", set()),
+        ("```python\ndef der_die_das_und_ist(): return 'nicht mit dem'\n```\n42", set()),
+        ("restart nginx", {"latin"}),
+    ],
+)
+def test_languages(text: str, languages: set[str]) -> None:
+    assert languages_of(text) == languages
 
 
-@pytest.mark.slow
-def test_an_error_in_a_models_process_is_one_sentence_here(root: Path) -> None:
-    with pytest.raises(DecantError, match=r"'kd' cannot be evaluated: .*512"):
-        side_by_side.evaluate_all(recipe(root, models=["kd"], max_new_tokens=500), say=lambda line: None)
+def test_a_switch_is_a_language_that_neither_prompt_nor_teacher_uses() -> None:
+    english, german = "The disk is full and it was not for you.", "Die Platte ist voll und das ist nicht gut."
+    assert has_switched("The disk 磁盘已经满了 is full.", languages_of(english))
+    assert has_switched(german, languages_of(english))
+    assert not has_switched("restart nginx", languages_of(english))
+    assert not has_switched("x = 42", frozenset())
+    figures = side_by_side_figures({"teacher": side([german, english]), "kd": side([german, german]), "base": side(["", "满"])})
+    assert figures["kd"]["1"]["language_switched"] == 0.5
+    assert figures["base"]["1"]["language_switched"] == 0.0  # one character is too few to be a language
+    alone = side_by_side_figures({"kd": side([german, english])})
+    assert alone["kd"]["1"]["language_switched"] == 0.5
+    assert alone["kd"]["1"]["terms_kept"] is None
 
 
-@pytest.mark.slow
-def test_a_models_process_dies_with_its_parent(root: Path, tmp_path: Path) -> None:
-    chosen = recipe(root, models=["kd"], max_new_tokens=400)
-    (tmp_path / "recipe.json").write_text(chosen.model_dump_json())
-    code = (
-        "import sys; from shared.recipe import Recipe; from tools.evaluate.side_by_side import evaluate_all\n"
-        "evaluate_all(Recipe.model_validate_json(open(sys.argv[1]).read()))"
-    )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "recipe.json")], cwd=Path(side_by_side.__file__).parents[2]
-    )
+def test_answers_to_other_prompts_are_never_compared() -> None:
+    figures = side_by_side_figures({"teacher": side(["a", "b"]), "kd": side(["a", "b"], prompt="another")})
+    assert figures == {}
+    shorter = side_by_side_figures({"teacher": side(["a", "b"]), "kd": side(["a"])})
+    assert shorter["kd"]["1"] | {"answers": 1, "same_as_teacher": 1.0} == shorter["kd"]["1"]
 
-    def children() -> list[int]:
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    stat, command = (entry / "stat").read_text(), (entry / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                if b"tools.evaluate.one_model" in command and int(stat.rpartition(")")[2].split()[1]) == parent.pid:
-                    found.append(int(entry.name))
-        return found
 
-    deadline = time.monotonic() + 120
-    while not children() and parent.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    (child,) = children()
-    time.sleep(3)
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
-    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not Path(f"/proc/{child}").exists()
+def test_prompts_are_values() -> None:
+    assert SidePrompt("a", "b", "c", "d", (1,)) == SidePrompt("a", "b", "c", "d", (1,))

@@ -1,0 +1,88 @@
+"""Every model of a recipe on the same questions, prompts and held-out rows, one process each.
+
+A kept evaluation of the same inputs is reused; seconds are added to the run's `evaluate` phase only where work was done. Models
+run one after another: each may want the whole machine. What is stale of one model is done in one start of its engine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shared.errors import EvaluationError
+from shared.recipe import Recipe
+from teacher_cache.seconds_file import add_seconds
+from tools.evaluate import sandbox
+from tools.evaluate.model_process import run_in_process
+from tools.evaluate.models import model_under_test
+from tools.evaluate.questions import read_questions
+from tools.evaluate.results import evaluation_identity, read_result, result_path, same_identity
+from tools.evaluate.side_prompts import choose_prompts
+from tools.evaluate.side_results import side_identity, side_path
+from tools.evaluate.tasks import task_kind
+
+PARTS = {"evaluation": result_path, "side_by_side": side_path}
+"""What is kept of a model, and where."""
+
+
+def evaluate_all(recipe: Recipe, allow_unsafe_code: bool = False, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Evaluate the recipe's models and return name -> result; `say` gets a line now and then (default: stderr).
+
+    Raises:
+        EvaluationError: a model does not exist, a task cannot be asked, or a model's process failed.
+        CacheError: the cache cannot be read.
+    """
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    if not recipe.evaluate.models:
+        raise EvaluationError("evaluate.models names no model; list some of teacher, base and the stages' names")
+    for task in recipe.evaluate.tasks:  # all of them before the first model starts: a bad row is found in a second, not in an hour
+        read_questions(task, task_kind(task))
+        if task.name == "humaneval":
+            say(f"{task.domain}: programs run in the sandbox '{sandbox.require(allow_unsafe_code)}'")
+    models = {name: model_under_test(recipe, name) for name in recipe.evaluate.models}
+    wanted = {name: {"evaluation": evaluation_identity(recipe, model)} for name, model in models.items()}
+    if recipe.evaluate.side_by_side is not None:
+        prompts = choose_prompts(recipe)
+        say(f"side by side: {len(prompts)} prompts")
+        for name, model in models.items():
+            wanted[name]["side_by_side"] = side_identity(recipe, model, prompts)
+    results: dict[str, Any] = {}
+    for name, identities in wanted.items():
+        stale = {part: identity for part, identity in identities.items() if not _is_kept(recipe, name, part, identity)}
+        if "evaluation" not in stale:
+            say(f"reused evaluation of {name}")
+        if stale:
+            started = time.monotonic()
+            _evaluate(recipe, name, stale, allow_unsafe_code, say)
+            add_seconds(recipe.output_dir, "evaluate", time.monotonic() - started)
+        found = read_result(result_path(recipe, name))
+        if found is None or any(not _is_kept(recipe, name, *part) for part in stale.items()):
+            raise EvaluationError(f"evaluating '{name}' left no result; its log is {result_path(recipe, name, 'log')}")
+        if stale:
+            say(f"{name}: {_figures(found, stale)} ({time.monotonic() - started:.0f} s)")
+        results[name] = found
+    return results
+
+
+def _is_kept(recipe: Recipe, name: str, part: str, identity: Mapping[str, Any]) -> bool:
+    kept = read_result(PARTS[part](recipe, name))
+    return kept is not None and same_identity(kept["identity"], identity)
+
+
+def _evaluate(recipe: Recipe, name: str, wanted: dict[str, Any], unsafe: bool, say: Callable[[str], None]) -> None:
+    """Do what is stale of one model in a process of its own."""
+    for part in wanted:
+        PARTS[part](recipe, name).unlink(missing_ok=True)
+    job = {"recipe": recipe.model_dump_json(), "model": name, "wanted": wanted, "allow_unsafe_code": unsafe}
+    run_in_process("tools.evaluate.one_model", job, result_path(recipe, name, "log"), name, say)
+
+
+def _figures(result: dict[str, Any], done: Mapping[str, Any]) -> str:
+    if "evaluation" not in done:
+        return "answered side by side"
+    parts = [f"{domain} {100 * task['score']:.1f} %" for domain, task in result["tasks"].items()]
+    if result["heldout"]:
+        parts.append(f"held-out KL {result['heldout']['kl_nats']:.4f} nats")
+    return ", ".join(parts)

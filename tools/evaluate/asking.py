@@ -1,0 +1,96 @@
+"""What a model is asked, put into one start of its engine: questions of tasks, choices to weigh, prompts side by side.
+
+Cost: one start of the engine, whatever is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from shared.recipe import Recipe, Task
+from teacher_cache.model_files import load_tokenizer
+from tools.evaluate.choose_answers import choice_ids, choose_answers
+from tools.evaluate.generate_answers import Answer, Ask, generate_answers, open_for
+from tools.evaluate.models import ModelUnderTest
+from tools.evaluate.questions import Question
+from tools.evaluate.rendering import joints, render, source_of
+from tools.evaluate.side_prompts import SidePrompt, cache_tokenizer, prompt_ids
+
+Asked = dict[str, tuple[Task, list[Question]]]
+"""domain -> task and its questions"""
+
+
+@dataclass(slots=True)
+class Answers:
+    """What one model said."""
+
+    tasks: dict[str, list[Answer]] = field(default_factory=dict)
+    """domain -> answers, question by question with `task.samples` each"""
+    side_by_side: dict[float, list[Answer]] = field(default_factory=dict)
+    """temperature -> answers, prompt by prompt"""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """What the engine says it ran."""
+
+
+def ask_model(
+    model: ModelUnderTest, recipe: Recipe, asked: Asked, prompts: Sequence[SidePrompt], say: Callable[[str], None]
+) -> Answers:
+    """Let a model answer the questions of tasks and the prompts of the side-by-side, either of which may be empty.
+
+    Raises:
+        EvaluationError: a question does not fit the model.
+        EngineError: the engine cannot start or died.
+    """
+    if not asked and not prompts:
+        return Answers()
+    tokenizer = load_tokenizer(model.files, trust_remote_code=model.trust_remote_code)
+    asks, choosing, choices = [], [], {}
+    for domain, (task, questions) in asked.items():
+        source = source_of(recipe, task)
+        ask = Ask(
+            name=domain,
+            prompts=render(tokenizer, source, questions),
+            places=[question.place for question in questions],
+            max_new_tokens=recipe.evaluate.max_new_tokens,
+            temperature=task.temperature,
+            samples=task.samples,
+            seed=task.seed,
+        )
+        if task.name == "multiple_choice":
+            ids = choice_ids(tokenizer, questions, joints(tokenizer, source, questions))
+            choosing.append(replace(ask, longest_choice=max(len(tokens) for of in ids for tokens in of)))
+            choices[domain] = (questions, ask.prompts, ids)
+        else:
+            asks.append(ask)
+    side = _side_asks(model, recipe, prompts, tokenizer)
+    asks += side.values()
+    say(f"starting {recipe.evaluate.engine} for {sum(len(ask.prompts) * ask.samples for ask in [*asks, *choosing])} answers")
+    engine = open_for(model, recipe, asks, choosing)
+    try:
+        answers = generate_answers(engine, tokenizer, asks, say)
+        at_temperature = {temperature: answers.pop(ask.name) for temperature, ask in side.items()}
+        answers |= choose_answers(engine, choices, say) if choices else {}
+        return Answers(answers, at_temperature, dict(engine.provenance()))
+    finally:
+        engine.close()
+
+
+def _side_asks(model: ModelUnderTest, recipe: Recipe, prompts: Sequence[SidePrompt], tokenizer: Any) -> dict[float, Ask]:
+    settings = recipe.evaluate.side_by_side
+    if settings is None or not prompts:
+        return {}
+    of_cache = any(prompt.token_ids is not None for prompt in prompts)
+    ids = prompt_ids(prompts, model, tokenizer, cache_tokenizer(recipe) if of_cache else None)
+    return {
+        temperature: Ask(
+            name=f"side by side/{temperature:g}",
+            prompts=ids,
+            places=[prompt.place for prompt in prompts],
+            max_new_tokens=settings.max_new_tokens or recipe.evaluate.max_new_tokens,
+            temperature=temperature,
+            seed=settings.seed,
+        )
+        for temperature in settings.temperatures
+    }

@@ -1,0 +1,91 @@
+"""What is kept of one model's sampled answers, and when it may be used again.
+
+    OUTPUT_DIR/evaluate/side_by_side/MODEL.json           identity, seconds, what ran
+    OUTPUT_DIR/evaluate/side_by_side/MODEL.answers.jsonl  every answer with its prompt and temperature
+
+The identity holds weights, engine, the chosen prompts by content, template settings, temperatures, seed and length. Figures are
+worked out from the answers when they are read (`side_figures`), so they can never be of others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shared.recipe import Recipe
+from tools.evaluate.generate_answers import Answer
+from tools.evaluate.models import ModelUnderTest
+from tools.evaluate.results import write_result
+from tools.evaluate.side_prompts import SidePrompt
+
+SIDE_FORMAT = 1
+"""Raised whenever answers would come out differently for the same inputs."""
+
+
+def side_path(recipe: Recipe, name: str, ending: str = "json") -> Path:
+    """Return a file of one model's sampled answers."""
+    return recipe.output_dir / "evaluate" / "side_by_side" / f"{name}.{ending}"
+
+
+def side_identity(recipe: Recipe, model: ModelUnderTest, prompts: Sequence[SidePrompt]) -> dict[str, Any]:
+    """Return everything that a model's sampled answers depend on.
+
+    Raises:
+        CacheError: the model's weights cannot be read.
+    """
+    settings = recipe.evaluate.side_by_side
+    assert settings is not None
+    digest = xxhash.xxh3_128()
+    for prompt in prompts:
+        kwargs = prompt.source.model_dump(mode="json", exclude={"path", "limit", "split"}) if prompt.source else None
+        digest.update(json.dumps([prompt.label, prompt.text, prompt.reference, prompt.token_ids, kwargs]).encode())
+    return {
+        "format": SIDE_FORMAT,
+        "weights": model.weights_id(),
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "engine": recipe.evaluate.engine,
+        "prompts": digest.hexdigest(),
+        "num_prompts": len(prompts),
+        "temperatures": list(settings.temperatures),
+        "seed": settings.seed,
+        "max_new_tokens": settings.max_new_tokens or recipe.evaluate.max_new_tokens,
+    }
+
+
+def write_side_answers(
+    recipe: Recipe,
+    name: str,
+    identity: Mapping[str, Any],
+    prompts: Sequence[SidePrompt],
+    answers: Mapping[float, Sequence[Answer]],
+    provenance: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Write the answers at each temperature, prompt by prompt, and then the file that says they are whole."""
+    lines = [
+        json.dumps(
+            {
+                "temperature": temperature,
+                "number": number,
+                "label": prompt.label,
+                "prompt": prompt.text,
+                "reference": prompt.reference,
+                "answer": answer.text,
+                "tokens": answer.num_tokens,
+                "truncated": answer.truncated,
+            }
+        )
+        + "\n"
+        for temperature, given in answers.items()
+        for number, (prompt, answer) in enumerate(zip(prompts, given, strict=True))
+    ]
+    path = side_path(recipe, name, "answers.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines), encoding="utf-8")
+    result = {"identity": identity, "seconds": {"answer": round(seconds, 3)}, "provenance": provenance}
+    write_result(side_path(recipe, name), result)

@@ -1,0 +1,25 @@
+"""How numbers are written, the same in every table: percent, decimals, times, bytes; a dash for what there is not."""
+
+from __future__ import annotations
+
+NONE = "–"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share in percent; a dash where there is none."""
+    return NONE if share is None else f"{100 * share:.{digits}f} %"
+
+
+def number(value: float | None, digits: int) -> str:
+    """Return a number with so many decimals; a dash where there is none."""
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `12 s`, `3 min 05 s` or `2 h 10 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return (
+        f"{int(minutes)} min {int(seconds % 60):02d} s" if minutes < 100 else f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
+    )
