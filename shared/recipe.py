@@ -20,6 +20,7 @@ from shared.recipe_curriculum import EarlyStopping, StageEvaluation
 from shared.recipe_evaluation import Evaluate, SideBySide, Task
 from shared.recipe_hidden import AttentionCapture, HiddenCapture
 from shared.recipe_schedule import Schedule
+from shared.recipe_servers import capture_problems
 from shared.recipe_training import Adapter, Loss, Stage, StageTrainer, Student
 from shared.schema import MAX_ROWS_PER_PART
 
@@ -112,6 +113,8 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
         problems.append((("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out"))
     if recipe.generate is not None and not recipe.prompts:
         problems.append((("generate",), "there are no `prompts` to answer; add some, or leave it out"))
+    if recipe.teacher is not None and recipe.teacher.engine == "server":
+        problems += capture_problems(recipe.capture)
     if recipe.prompts and len(recipe.cache) > 1:
         problems.append(
             (("cache",), f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out")

@@ -21,6 +21,7 @@ from shared.recipe_base import (
     inconsistent,
 )
 from shared.recipe_hidden import HiddenCapture
+from shared.recipe_servers import teacher_problems
 from shared.schema import MAX_DRAWS, MAX_GAP_STEP, MAX_K, MAX_TEMPERATURES, MIN_GAP_STEP
 
 
@@ -43,7 +44,7 @@ class Teacher(Section):
     revision: str | None = None
     """Revision of a hub id."""
     engine: Literal["vllm", "transformers", "server"] = "vllm"
-    """What runs the teacher: vllm in process, or transformers as the reference."""
+    """What runs the teacher: vllm in process, transformers as the reference, or running vLLM servers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights at run time."""
     quantization: str | None = None
@@ -63,7 +64,11 @@ class Teacher(Section):
     trust_remote_code: bool = False
     """Run Python that comes with the model."""
     servers: tuple[Text, ...] = ()
-    """Base URLs of running vLLM servers, for engine `server`."""
+    """Addresses of running `vllm serve` endpoints, for engine `server`; an API key comes from DECANT_SERVER_API_KEY."""
+    server_requests: Annotated[Count, Field(le=1024)] = 64
+    """Requests in flight at each server."""
+    server_patience_seconds: NonNegative = 600.0
+    """How long a build waits, in seconds, when no server answers."""
     workers: Workers | None = None
     """Many engines for one build."""
     batch_tokens: Count = 4096
@@ -71,10 +76,7 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _exists_in_this_build(self) -> Teacher:
-        problems: list[Problem] = []
-        if self.engine == "server" or self.servers:
-            key = "engine" if self.engine == "server" else "servers"
-            problems.append(((key,), "this build has no server engine yet; write 'vllm' or 'transformers'"))
+        problems: list[Problem] = teacher_problems(self)
         if self.workers is not None:
             problems.append(
                 (("workers",), "this build has no Ray engines yet; leave it out and use `decant teach --partition i/n`")

@@ -112,8 +112,8 @@ def teach(
     if hidden is not None:
         hidden.describe(summary)
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
-    engine = LazyEngine(lambda: _open_engine(recipe, teacher, known), known.max_model_len)
     with StopSignal() as stop:
+        engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop), known.max_model_len)
         build = _Build(
             recipe, teacher, own_share, progress or NoProgress(), max_set_aside, known, cache, layer, engine, stop, summary
         )
@@ -149,10 +149,16 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
     return recipe.teacher, (index, count)
 
 
-def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher) -> Engine:
+def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal) -> Engine:
     """Start the engine, with the same settings whether or not pass 1 is done, so that a continued build scores alike."""
     settings = teacher.model_copy(update={"max_model_len": known.max_model_len})
-    return engines.open_engine(settings, recipe.capture, for_generation=recipe.generate, model_dir=known.files.directory)
+    return engines.open_engine(
+        settings,
+        recipe.capture,
+        for_generation=recipe.generate,
+        model_dir=known.files.directory,
+        should_stop=lambda: stop.requested,
+    )
 
 
 def _request(recipe: Recipe, known: KnownTeacher) -> dict[str, Any] | None:

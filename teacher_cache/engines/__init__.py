@@ -5,11 +5,13 @@ Importing this package loads neither torch, vllm nor transformers; opening an en
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from shared.errors import EngineError
 from shared.recipe import Capture, Generate, Teacher
+from shared.recipe_servers import capture_problems
 from teacher_cache.engines.protocol import Engine, Generated, GenerateRequest, Scored, ScoreRequest
 
 OLDEST_VLLM = (0, 32)
@@ -30,7 +32,8 @@ def installed_vllm() -> str | None:
 def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
     """Say in a sentence why this engine cannot do what is asked, or None; loads no engine."""
     if teacher.engine == "server":
-        return "this build has no server engine yet; write `teacher.engine: vllm` or `transformers`"
+        problems = [] if capture is None else capture_problems(capture)
+        return None if not problems else f"{'.'.join(map(str, problems[0][0]))}: {problems[0][1]}"
     if teacher.engine == "transformers":
         if teacher.quantization is not None:
             return "the transformers engine does not quantise; leave `teacher.quantization` out or use vllm"
@@ -49,7 +52,14 @@ def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
     return None
 
 
-def open_engine(teacher: Teacher, capture: Capture | None, *, for_generation: Generate | None, model_dir: Path) -> Engine:
+def open_engine(
+    teacher: Teacher,
+    capture: Capture | None,
+    *,
+    for_generation: Generate | None,
+    model_dir: Path,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Engine:
     """Load a teacher.
 
     Args:
@@ -57,6 +67,7 @@ def open_engine(teacher: Teacher, capture: Capture | None, *, for_generation: Ge
         capture: what `score` keeps; None where nothing will be scored.
         for_generation: how `generate` answers; None where nothing will be generated.
         model_dir: the teacher's files on disk.
+        should_stop: asked by an engine that waits for something outside this process.
 
     Raises:
         EngineError: the engine cannot start or cannot do what is asked.
@@ -64,6 +75,12 @@ def open_engine(teacher: Teacher, capture: Capture | None, *, for_generation: Ge
     reason = refusal(teacher, capture)
     if reason is not None:
         raise EngineError(reason)
+    if teacher.engine == "server":
+        from teacher_cache.engines.server_engine import ServerEngine
+        from teacher_cache.model_files import load_tokenizer, resolve_model
+
+        tokenizer = load_tokenizer(resolve_model(str(model_dir)), trust_remote_code=teacher.trust_remote_code)
+        return ServerEngine(teacher, capture, model_dir, tokenizer=tokenizer, should_stop=should_stop)
     if teacher.engine == "transformers":
         from teacher_cache.engines.transformers_engine import TransformersEngine
 

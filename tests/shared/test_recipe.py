@@ -9,8 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from shared.recipe import Capture, Loss, Recipe, Schedule, Stage, StageTrainer, Task
+from shared.recipe_servers import address_problem
 
 KL = {"name": "forward_kl"}
+SERVED = {"model": "t", "engine": "server", "servers": ["http://a:8000/v1"]}
 
 
 def recipe(**changes):
@@ -152,8 +154,20 @@ def test_stage_that_cannot_be_trained_is_refused(stages, why):
 @pytest.mark.parametrize(
     "changes, why",
     [
-        ({"teacher": {"model": "t", "engine": "server"}}, "no server engine yet"),
-        ({"teacher": {"model": "t", "servers": ["http://a"]}}, "no server engine yet"),
+        ({"teacher": {"model": "t", "engine": "server"}}, "at least one address"),
+        ({"teacher": {"model": "t", "servers": ["http://a"]}}, "only the engine 'server' asks servers"),
+        ({"teacher": {"model": "t", "server_requests": 3}}, "only the engine 'server' asks servers"),
+        ({"teacher": {"model": "t", "server_patience_seconds": 3}}, "only the engine 'server' asks servers"),
+        ({"teacher": {**SERVED, "servers": ["a:8000"]}}, "no address of a server"),
+        ({"teacher": {**SERVED, "servers": ["http://a:99999/v1"]}}, "no address of a server"),
+        ({"teacher": {**SERVED, "servers": ["http://a/v1?key=1"]}}, "leave out what follows"),
+        ({"teacher": {**SERVED, "servers": ["http://a/v1", "http://a/"]}}, "listed twice"),
+        ({"teacher": {**SERVED, "tensor_parallel_size": 2}}, "decides this there"),
+        ({"teacher": {**SERVED, "gpu_memory_utilization": 0.5}}, "decides this there"),
+        ({"teacher": {**SERVED, "quantization": "fp8"}}, "does not tell how it quantises"),
+        ({"teacher": {**SERVED, "server_requests": 0}}, "greater than or equal to 1"),
+        ({"teacher": SERVED, "capture": {"temperatures": [2]}}, "no tails at other temperatures"),
+        ({"teacher": SERVED, "capture": {"mode": "sample", "draws": 8}}, "no drawn tokens"),
         ({"teacher": {"model": "t", "workers": {"count": 2}}}, "no Ray engines yet"),
         ({"teacher": {"model": "t", "engine": "transformers", "tensor_parallel_size": 2}}, "one process"),
         ({"generate": {"model": "other"}}, "only the teacher answer"),
@@ -245,3 +259,15 @@ def test_every_field_of_every_section_has_help():
         if "description" not in field and "description" not in field.get("anyOf", [{}])[-1]
     ]
     assert bare == []
+
+
+def test_password_in_an_address_is_refused_and_not_repeated():
+    address = "http://me:hunter2@a:8000/v1"
+    assert "hunter2" not in str(address_problem(address))
+    assert "DECANT_SERVER_API_KEY" in refused(Recipe, recipe(teacher={**SERVED, "servers": [address]}))
+
+
+def test_servers_are_accepted_with_what_they_can_do():
+    loaded = Recipe.model_validate(recipe(teacher={**SERVED, "servers": ["http://a", "https://b:1/x/v1"], "adapter": "polite"}))
+    assert loaded.teacher is not None
+    assert (loaded.teacher.server_requests, loaded.teacher.server_patience_seconds) == (64, 600.0)

@@ -150,7 +150,7 @@ def test_aliases_are_copied_but_cannot_explode():
         (("teacher: {model: t}", "teacher: t"), "FILE:3: teacher: expected a section with keys, found 't'"),
         (
             ("teacher: {model: t}", "teacher: {model: t, engine: server}"),
-            "FILE:3: teacher.engine: this build has no server engine yet",
+            "FILE:3: teacher.servers: the engine 'server' needs at least one address, such as http://127.0.0.1:8000/v1",
         ),
         (("name: kd", "name: kd\n    init_from: stf"), "nor a directory (written with a '/'); did you mean 'sft'?"),
         (("name: sft", "name: teacher"), "FILE:10: stages.0.name: 'teacher' is reserved; call the stage something else"),
