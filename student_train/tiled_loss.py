@@ -96,7 +96,8 @@ def _tile_width(head: Head, num_positions: int, num_groups: int, budget_bytes: i
     """Return how many rows of the head a tile has."""
     num_buffers = 1 + (num_groups > 1) + (head.softcap is not None)
     by_budget = (budget_bytes or CHUNK_BYTES) // (max(num_positions, 1) * head.dtype.itemsize * num_buffers)
-    return max(by_budget // 16 * 16, MIN_TILE)
+    width: int = max(by_budget // 16 * 16, MIN_TILE)
+    return width
 
 
 def _tiles(head: Head, inputs: Tensor, width: int, *, with_slope: bool) -> Iterator[tuple[int, Head, Tensor, Tensor | None]]:
