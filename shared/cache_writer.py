@@ -150,7 +150,7 @@ class LayerWriter(RowsWriter):
             CacheError: the disk is full or the directory cannot be written.
         """
         self.check_rows(stem, keys, [row.num_positions for row in targets])
-        blobs = [self._codec.encode(row) for row in targets]
+        blobs = self._codec.encode_rows(targets)
         columns = {
             "key": list(keys),
             "num_positions": [row.num_positions for row in targets],

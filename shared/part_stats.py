@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.ragged import segment_sum
+from shared.row_batches import join_rows, row_batches
 from shared.sequences import SequenceRow
 from shared.targets import SparseTargets
 
@@ -58,8 +59,8 @@ def targets_stats(targets: Iterable[SparseTargets], blob_bytes: int) -> dict[str
         "entropy_histogram": [0] * ENTROPY_BINS,
         "support_histogram": [0] * SUPPORT_BINS,
     }
-    for row in targets:
-        add_figures(total, _row_stats(row))
+    for rows in row_batches(targets):
+        add_figures(total, _batch_stats(join_rows(rows), len(rows)))
     return total
 
 
@@ -84,14 +85,14 @@ def position_entropy_nats(targets: SparseTargets) -> NDArray[np.float64]:
     return head - np.exp(tail) * np.where(np.isneginf(tail), 0.0, tail)
 
 
-def _row_stats(targets: SparseTargets) -> dict[str, Any]:
+def _batch_stats(targets: SparseTargets, num_rows: int) -> dict[str, Any]:
     entropy = position_entropy_nats(targets)
     tail = np.exp(targets.tail_logmass[:, targets.temperatures.index(1.0)].astype(np.float64))
     labels = targets.label_logprobs[np.isfinite(targets.label_logprobs)].astype(np.float64)
     entropy_bin = np.clip((entropy / ENTROPY_BIN_NATS).astype(np.int64), 0, ENTROPY_BINS - 1)
     support_bin = np.minimum(np.frexp(targets.counts.astype(np.float64))[1], SUPPORT_BINS - 1)
     return {
-        "rows": 1,
+        "rows": num_rows,
         "positions": targets.num_positions,
         "support_sum": int(targets.counts.sum(dtype=np.int64)),
         "entropy_nats_sum": float(entropy.sum()),

@@ -208,7 +208,7 @@ def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
             engine = build.engine.get()
             work = Pass1(build.cache, job, maker, lambda: _ran(build), build.summary)
             generate_units(work, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk)
-    build.summary.seconds_writing += writer.seconds
+    (build.summary.imported if recipe.generate is None else build.summary.generated).count_writer(writer)
     _stop_if_asked(build)
 
 
@@ -223,7 +223,7 @@ def _make_targets(build: _Build, job: Job | None) -> None:
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
         score_parts(build.layer, records, build.engine.get().score, lambda: _ran(build), desk, build.summary.scored)
-    build.summary.seconds_writing += writer.seconds
+    build.summary.scored.count_writer(writer)
     _stop_if_asked(build)
 
 
@@ -233,7 +233,7 @@ def _make_hidden(build: _Build, job: Job | None, hidden: HiddenPass) -> None:
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
         hidden.run(_own_stems(build, job), job.id8 if job else None, build.partition, desk, build.summary)
-    build.summary.seconds_writing += writer.seconds
+    build.summary.hidden.count_writer(writer)
     _stop_if_asked(build)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from teacher_cache.problems import MAX_LISTED, Problem
+from teacher_cache.unit_writer import UnitWriter
 
 
 @dataclass(slots=True)
@@ -19,9 +20,19 @@ class PassFigures:
     tokens: int = 0
     """Tokens that the engine had to process: answers in pass 1, whole sequences in pass 2."""
     seconds: float = 0.0
-    """Wall time, the engine's start left out."""
+    """Wall time from the first request to the last part on disk, the engine's start left out."""
     seconds_in_engine: float = 0.0
     """Part of it in which this process waited for the engine."""
+    seconds_waiting: float = 0.0
+    """Part of it in which the engine stood still for the writer: its queue was full, or only the last writes were left."""
+    seconds_writing: float = 0.0
+    """Encoding and writing, in a thread beside the engine."""
+
+    def count_writer(self, writer: UnitWriter) -> None:
+        """Add what a pass's writer took, once it is closed."""
+        self.seconds += writer.seconds_draining
+        self.seconds_waiting += writer.seconds_full + writer.seconds_draining
+        self.seconds_writing += writer.seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -60,8 +71,6 @@ class BuildSummary:
     """Rows that the hidden layer covered before."""
     seconds_starting: float = 0.0
     """The engine's start."""
-    seconds_writing: float = 0.0
-    """Encoding and writing, beside the engine."""
     duplicates: Counter[str] = field(default_factory=Counter)
     """Rows per source that an earlier row of this request repeats; counted when the job is planned."""
     truncated: int = 0
@@ -94,6 +103,17 @@ class BuildSummary:
         """Wall time of both passes and the engine's start."""
         return self.seconds_starting + self.generated.seconds + self.imported.seconds + self.scored.seconds + self.hidden.seconds
 
+    @property
+    def seconds_writing(self) -> float:
+        """Encoding and writing of all passes, beside the engine."""
+        passes = (self.generated, self.imported, self.scored, self.hidden)
+        return sum(figures.seconds_writing for figures in passes)
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Time in which an engine stood still for the writer."""
+        return self.generated.seconds_waiting + self.scored.seconds_waiting + self.hidden.seconds_waiting
+
     def lines(self) -> list[str]:
         """Return the summary in plain lines."""
         new = self.imported.rows or self.generated.rows
@@ -115,7 +135,8 @@ class BuildSummary:
                 )
         if self.computed:
             lines.append(
-                f"engine start {self.seconds_starting:,.1f} s, encoding and writing {self.seconds_writing:,.1f} s beside it"
+                f"engine start {self.seconds_starting:,.1f} s, encoding and writing {self.seconds_writing:,.1f} s beside it, "
+                f"of which the engine waited {self.seconds_waiting:,.1f} s"
             )
         for source, count in sorted(self.duplicates.items()):
             lines.append(f"{source}: {count:,} rows repeat an earlier one and were left out")

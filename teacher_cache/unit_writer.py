@@ -26,6 +26,10 @@ class UnitWriter:
         self._abandoned = False
         self.seconds = 0.0
         """Time spent encoding and writing."""
+        self.seconds_full = 0.0
+        """Time that the producer waited for a place in the queue."""
+        self.seconds_draining = 0.0
+        """Time that it waited at the end for the last writes."""
         self._thread = threading.Thread(target=self._run, name="decant-writer", daemon=True)
         self._thread.start()
 
@@ -36,7 +40,9 @@ class UnitWriter:
             Exception: whatever an earlier write raised.
         """
         self.check()
+        started = time.monotonic()
         self._queue.put(write)
+        self.seconds_full += time.monotonic() - started
 
     def check(self) -> None:
         """Raise what an earlier write raised, if one did."""
@@ -49,8 +55,10 @@ class UnitWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Wait for queued units (after an error: for the one being written only), then raise what a write raised."""
         self._abandoned = error is not None
+        started = time.monotonic()
         self._queue.put(None)
         self._thread.join()
+        self.seconds_draining += time.monotonic() - started
         if error is None:
             self.check()
 

@@ -38,7 +38,8 @@ def teach(recipe: Recipe, partition: tuple[int, int] | None, max_set_aside: floa
         raise
     finally:
         progress.finish()
-    return {**asdict(summary), "seconds": summary.seconds, "computed": summary.computed}, "\n".join(summary.lines())
+    derived = {name: getattr(summary, name) for name in ("seconds", "seconds_writing", "seconds_waiting", "computed")}
+    return {**asdict(summary), **derived}, "\n".join(summary.lines())
 
 
 def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Result:

@@ -95,31 +95,36 @@ class VllmEngine:
         Raises:
             EngineError: a prompt leaves no room for an answer, or the engine died.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        def parameters(request: GenerateRequest) -> Any:
-            room = self.max_model_len - len(request.token_ids)
-            if room < 1:
-                raise EngineError(
-                    f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within "
-                    f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
-                )
-            return SamplingParams(
-                max_tokens=min(settings.max_new_tokens, room),
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                seed=request.seed if self._settings.honours_seeds else None,
-                stop=list(settings.stop) or None,
-                detokenize=bool(settings.stop),
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-
-        for request, output in self._run(requests, parameters):
+        for request, output in self._run(requests, lambda request: self.answer_parameters(request, settings)):
             answer = output.outputs[0]
             reason = "length" if answer.finish_reason == "length" else "stop"
             yield Generated(request.tag, list(answer.token_ids), reason)
+
+    def answer_parameters(self, request: GenerateRequest, settings: Generate) -> Any:
+        """Return vLLM's parameters of a request for an answer.
+
+        Raises:
+            EngineError: the prompt leaves no room for one.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self.max_model_len - len(request.token_ids)
+        if room < 1:
+            raise EngineError(
+                f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within "
+                f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
+            )
+        return SamplingParams(
+            max_tokens=min(settings.max_new_tokens, room),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            seed=request.seed if self._settings.honours_seeds else None,
+            stop=list(settings.stop) or None,
+            detokenize=bool(settings.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Scored]:
         """Score each request once, as it finishes.

@@ -12,6 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared import row_batches
 from shared.codec import Codec
 from shared.errors import DamagedError, UsageError
 from shared.targets import Draws, SparseTargets
@@ -36,6 +37,20 @@ def rows(draw: st.DrawFn) -> tuple[Codec, Dense, np.ndarray]:
     names = np.unique(np.concatenate([rng.integers(0, LARGEST_ID, vocab * 3), [LARGEST_ID]]))[-vocab:]
     step = draw(st.sampled_from([1 / 8, 1 / 16, 1 / 32, 0.1, 2**-10]))
     return Codec(step, temperatures, draws), cut(rng, num_positions, vocab, counts, temperatures, draws, names), names
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows(), st.integers(0, 2**32), st.sampled_from([1, 20, 10**6]))
+def test_rows_encoded_together_are_those_encoded_alone(case: tuple[Codec, Dense, np.ndarray], seed: int, entries: int) -> None:
+    codec, dense, names = case
+    rng, draws = np.random.default_rng(seed), len(dense.targets.draws) and codec.draws
+    several = [dense.targets]
+    for num_positions in rng.integers(0, 6, 4):
+        counts = rng.integers(0, len(names) + 1, num_positions)
+        several.append(cut(rng, int(num_positions), len(names), counts, codec.temperatures, draws, names).targets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_batches, "BATCH_ENTRIES", entries)
+        assert codec.encode_rows(several) == [codec.encode(row) for row in several]
 
 
 @settings(max_examples=150, deadline=None)

@@ -76,3 +76,17 @@ def test_an_error_in_the_producer_keeps_its_own_cause():
     with pytest.raises(ValueError, match="the engine died"):
         produce()
     assert done == []
+
+
+def test_waiting_for_a_place_and_for_the_last_writes_is_counted_apart():
+    gate = threading.Event()
+    threading.Timer(0.2, gate.set).start()
+    with UnitWriter(max_waiting=1) as writer:
+        for _ in range(3):
+            writer.submit(lambda: gate.wait(10))
+        assert writer.seconds_full > 0
+        assert writer.seconds_draining == 0
+        full = writer.seconds_full
+        writer.submit(lambda: threading.Event().wait(0.05))
+    assert writer.seconds_draining > 0
+    assert writer.seconds_full < full + 0.04
