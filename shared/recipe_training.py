@@ -13,6 +13,7 @@ from shared.recipe_base import (
     Integer,
     Name,
     NonNegative,
+    Number,
     Positive,
     Problem,
     Section,
@@ -147,6 +148,8 @@ class StageTrainer(Section):
     """Added to the root of the latter."""
     max_grad_norm: NonNegative = 1.0
     """Clip gradients to this norm; 0 does not clip."""
+    max_grad_norm_factor: Annotated[Number, Field(gt=1)] | None = 100.0
+    """Stop when the gradient's norm before clipping exceeds its running median by this factor in 5 steps in a row; null: never."""
     optim: Text = "adamw_torch"
     """Optimizer, by its name in transformers."""
     bf16: bool = False

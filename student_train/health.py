@@ -1,6 +1,7 @@
 """Is a training run sound? A falling loss proves nothing, so say what was checked.
 
-Checks: every planned step done, every loss finite, gradient norms present, finite and bounded, final model and checkpoints saved.
+Checks: every planned step done, every loss finite, gradient norms present, finite and bounded, the training did not stop itself,
+final model and checkpoints saved.
 Cost: one pass over the step log.
 """
 
@@ -22,6 +23,7 @@ def health_of(
     model_saved: bool,
     checkpoint_steps: Sequence[int],
     logging_steps: int = 1,
+    stopped: str | None = None,
 ) -> dict[str, Any]:
     """Return what health.json says.
 
@@ -31,6 +33,7 @@ def health_of(
         model_saved: whether the final model is on disk.
         checkpoint_steps: steps of the complete checkpoints that are kept.
         logging_steps: steps between records.
+        stopped: why the training stopped itself, where it did.
     """
     losses = [record["loss"] for record in steps]
     norms = [record["grad_norm"] for record in steps]
@@ -44,6 +47,7 @@ def health_of(
         "every_step_logged": [record["step"] for record in steps] == sorted(expected),
         "losses_finite": bool(losses) and all(_is_finite(loss) for loss in losses),
         "grad_norms_finite": bool(norms) and len(finite_norms) == len(norms),
+        "not_diverged": stopped is None,
         "grad_norms_bounded": largest is not None and median is not None and largest <= GRAD_NORM_BOUND * max(median, 1e-12),
         "model_saved": model_saved,
         "checkpoints_saved": bool(checkpoint_steps),
@@ -51,6 +55,7 @@ def health_of(
     return {
         "healthy": all(checks.values()),
         "checks": checks,
+        **({} if stopped is None else {"stopped": stopped}),
         "steps_done": steps_done,
         "steps_planned": num_steps_planned,
         "first_loss": losses[0] if losses else None,

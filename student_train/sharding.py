@@ -105,6 +105,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
     Every process must call it.
     """
+    _free_gathered(model)
     seen: set[int] = set()
     weights = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -118,12 +119,22 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Put whole weights into a sharded model, each process its own part; return names that the model does not have."""
+    _free_gathered(model)
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, weight in weights.items():
             if name in own:
                 own[name].copy_(as_shard(weight, own[name]))
     return [name for name in weights if name not in own]
+
+
+def _free_gathered(model: nn.Module) -> None:
+    """Let a model's parameters be its shards again, where an evaluation has left the root group whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def as_shard(value: Tensor, like: Tensor) -> Tensor:

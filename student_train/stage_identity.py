@@ -1,7 +1,7 @@
 """What a stage's result depends on, so that a finished stage is reused only where nothing of it changed.
 
-What does not change the result is left out: how often is saved, logged and reported, how many processes read, whether
-they hold shards. Cost: samples of the start model's weights.
+What does not change the result is left out: how often is saved, logged and reported, when it stops
+as diverged, how many processes read, whether they hold shards. Cost: samples of the start model's weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from student_train.stage_work import StageWork
 IDENTITY_FILE = "identity.json"
 DONE_FILE = "done.json"
 
-_WITHOUT_EFFECT = ("save_steps", "save_total_limit", "logging_steps", "dataloader_num_workers", "report_to", "seed", "fsdp")
+_WITHOUT_EFFECT = (
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "max_grad_norm_factor",
+    "dataloader_num_workers",
+    "report_to",
+    "seed",
+    "fsdp",
+)
 
 
 def stage_identity(work: StageWork) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from shared.recipe import Recipe, Stage
 from shared.recipe_file import dump_recipe
 from student_train.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, remove_incomplete, rotate_checkpoints
 from student_train.dataset import PackDataset
+from student_train.disk_space import check_disk_space
 from student_train.evaluation_run import EvaluationRun, evaluations_until
 from student_train.export import export_student
 from student_train.forward_patch import Objective, patch_forward, restore_forward
+from student_train.gradient_watch import DivergedError, GradientWatch
 from student_train.health import health_of
 from student_train.metrics_log import read_steps
 from student_train.operator_choice import operator_for
@@ -47,7 +49,7 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     """Train one stage, or reuse or continue what is there, and return its model's directory.
 
     Raises:
-        TrainingError: it cannot start, its directory holds another stage, or its loss is not finite.
+        TrainingError: it cannot start, its directory holds another stage, the disk is too small, or it has diverged.
         CacheError: a cache cannot be opened, or is of another tokenizer than the student.
     """
     work = resolve_stage(recipe, stage)
@@ -69,14 +71,17 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
     progress = display(phase, total, unit="steps", done=checkpoint.step if checkpoint else 0)
     progress.note(_description(work, checkpoint))
-    is_saved = False
+    is_saved, stopped = False, None
     try:
         with _deterministic(), _without_bars(), explained(stage.trainer):
             _train_and_export(work, args, checkpoint, progress, seconds)
         is_saved = True
+    except DivergedError as error:
+        stopped = str(error)
+        raise
     finally:
         if is_first():
-            _write_health(work, model_saved=is_saved)
+            _write_health(work, model_saved=is_saved, stopped=stopped)
             seconds.save()
         progress.close()
         gc.collect()
@@ -136,6 +141,8 @@ def _train_and_export(
 ) -> None:
     """Load the student, train it to the stage's last step and write its model's directory."""
     base, model, objective = _student(work, args)
+    adapted = work.student.adapter.kind != "none"
+    check_disk_space(model, work.stage, work.plan.num_steps, work.directory, adapted=adapted)
     done = checkpoint.step if checkpoint else 0
     trainer = DistilTrainer(
         model,
@@ -145,6 +152,7 @@ def _train_and_export(
         lambda step: terms_at(work.stage, step, work.plan.num_steps),
         belongs_to=work.belongs_to,
         keep_checkpoints=work.stage.trainer.save_total_limit,
+        watch=GradientWatch(work.stage.trainer.max_grad_norm_factor, scales_loss=work.stage.trainer.fp16),
         progress=progress,
         on_checkpoint=seconds.save if is_first() else lambda: None,
         callbacks=_callbacks(work, done) if is_first() else [],
@@ -206,7 +214,7 @@ def _callbacks(work: StageWork, done: int) -> list[Any]:
     return [TensorBoardCallback(SummaryWriter(str(work.directory / "tensorboard"), purge_step=done + 1 if done else None))]
 
 
-def _write_health(work: StageWork, *, model_saved: bool) -> None:
+def _write_health(work: StageWork, *, model_saved: bool, stopped: str | None) -> None:
     """Write health.json from what is on disk."""
     steps = read_steps(work.directory / "metrics.jsonl")
     verdict = _verdict(work, work.plan.num_steps)
@@ -216,6 +224,7 @@ def _write_health(work: StageWork, *, model_saved: bool) -> None:
         model_saved=model_saved,
         checkpoint_steps=[checkpoint.step for checkpoint in list_checkpoints(work.directory)],
         logging_steps=work.stage.trainer.logging_steps,
+        stopped=stopped,
     )
     if work.stage.evaluate is not None:
         best = verdict.best_step

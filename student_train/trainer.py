@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from shared.errors import TrainingError
 from shared.failpoints import failpoint
-from student_train.checkpoints import complete_checkpoint, rotate_checkpoints
+from student_train.checkpoints import complete_checkpoint, list_checkpoints, rotate_checkpoints
 from student_train.collate import collate
 from student_train.dataset import PackDataset
 from student_train.evaluation_run import EvaluationRun, evaluation_line, reported_figures, show_samples
 from student_train.forward_patch import Objective
+from student_train.gradient_watch import DivergedError, GradientWatch
 from student_train.heldout_measure import Processes
 from student_train.losses import LossTerm
-from student_train.metrics_log import StepLog
+from student_train.metrics_log import StepLog, read_steps
 from student_train.processes import wait_for_all
 from student_train.progress import StageProgress
+from student_train.read_ahead import ReadAhead
 from student_train.sharded_trainer import ShardedTrainer
 from student_train.training_problems import setting_explained, writing_explained
 
@@ -52,6 +53,7 @@ class DistilTrainer(ShardedTrainer):
         *,
         belongs_to: Mapping[str, str],
         keep_checkpoints: int | None,
+        watch: GradientWatch,
         progress: StageProgress,
         on_checkpoint: Callable[[], None],
         callbacks: Sequence[Any] = (),
@@ -67,17 +69,21 @@ class DistilTrainer(ShardedTrainer):
             terms_at: loss terms per step.
             belongs_to: what a checkpoint records and a resumed run must match.
             keep_checkpoints: complete checkpoints to keep; None keeps all.
+            watch: judges the norms of the gradients.
             progress: told of every step.
             on_checkpoint: called after each complete checkpoint.
             callbacks: further callbacks of the Trainer.
             evaluation: of the student while it trains.
         """
-        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collate, callbacks=list(callbacks))
+        self._ahead = None if args.dataloader_num_workers else ReadAhead(dataset, args.train_batch_size, args.world_size)
+        packs = self._ahead or dataset
+        super().__init__(model=model, args=args, train_dataset=packs, data_collator=collate, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
         self._objective = objective
         self._terms_at = terms_at
         self._belongs_to = belongs_to
         self._keep_checkpoints = keep_checkpoints
+        self._watch = watch
         self._progress = progress
         self._on_checkpoint = on_checkpoint
         self._evaluation = evaluation
@@ -88,6 +94,8 @@ class DistilTrainer(ShardedTrainer):
         self._num_positions = 0
         self._last_written = 0
         self._step_started = time.perf_counter()
+        self._waited = 0.0
+        self._seconds_of_run, self._waited_of_run = 0.0, 0.0
         self._metrics: StepLog | None = None
         self._timing: StepLog | None = None
 
@@ -95,7 +103,7 @@ class DistilTrainer(ShardedTrainer):
         """Train to the end, from a complete checkpoint of `step` steps or from the start.
 
         Raises:
-            TrainingError: a loss is not finite.
+            DivergedError: a loss or a gradient is not finite, or gradients explode.
         """
         directory = Path(self.args.output_dir)
         if self.is_world_process_zero():
@@ -103,6 +111,9 @@ class DistilTrainer(ShardedTrainer):
             self._timing = StepLog(directory / "timing.jsonl", step)
         if self._evaluation is not None:
             self._evaluation.open(directory, None if checkpoint is None else step, writes=self.is_world_process_zero())
+        for record in read_steps(directory / "metrics.jsonl"):
+            if record["step"] <= step:
+                self._watch.see(math.nan if record["grad_norm"] is None else record["grad_norm"])
         self._last_written = step
         self._step_started = time.perf_counter()
         try:
@@ -117,6 +128,23 @@ class DistilTrainer(ShardedTrainer):
                     log.close()
             if self._evaluation is not None:
                 self._evaluation.close()
+            if self._ahead is not None:
+                self._ahead.close()
+        if self._seconds_of_run:
+            self._progress.note(f"waited for data in {self._waited_of_run / self._seconds_of_run:.2%} of the steps' time")
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Fetch the batches of a step, and measure how long that takes."""
+        return super().get_batch_samples(self._timed(epoch_iterator), num_batches, device)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer that the recipe names."""
@@ -166,8 +194,9 @@ class DistilTrainer(ShardedTrainer):
         seconds = time.perf_counter() - self._step_started
         self._step_started += seconds
         self._progress.advance(1, tokens)
-        is_finite = math.isfinite(loss)
-        if self._metrics is not None and self._timing is not None and (self._is_logged(step) or not is_finite):
+        norm = None if grad_norm is None else float(grad_norm)
+        reason = self._divergence(loss, norm)
+        if self._metrics is not None and self._timing is not None and (self._is_logged(step) or reason is not None):
             self._metrics.write(
                 {
                     "step": step,
@@ -175,17 +204,18 @@ class DistilTrainer(ShardedTrainer):
                     "loss": loss,
                     "terms": values,
                     "learning_rate": learning_rate,
-                    "grad_norm": None if grad_norm is None else float(grad_norm),
+                    "grad_norm": norm,
                     "positions": int(self._num_positions),
                     "tokens": tokens,
                 }
             )
-            self._timing.write({"step": step, "seconds": seconds, "tokens_per_second": tokens / seconds})
-        if not is_finite:
-            raise TrainingError(
-                f"the loss of step {step} is {loss}; lower trainer.learning_rate or set max_grad_norm, "
-                f"remove {self.args.output_dir} and train the stage again"
-            )
+            waited = {"seconds": seconds, "waited_seconds": self._waited, "tokens_per_second": tokens / seconds}
+            self._timing.write({"step": step, **waited})
+        self._seconds_of_run += seconds
+        self._waited_of_run += self._waited
+        self._waited = 0.0
+        if reason is not None:
+            raise DivergedError(f"step {step}: {reason}, so the training has diverged; {self._what_is_left()}")
         failpoint("train_step.after_write")
 
     def _evaluate_when_due(self) -> None:
@@ -224,6 +254,20 @@ class DistilTrainer(ShardedTrainer):
             self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{step}"))
         return step
 
+    def _divergence(self, loss: float, norm: float | None) -> str | None:
+        """Return why the training has diverged with this step, or None."""
+        reason = None if norm is None else self._watch.see(norm)
+        return reason if math.isfinite(loss) else f"the loss is {loss}"
+
+    def _what_is_left(self) -> str:
+        directory = Path(self.args.output_dir)
+        kept = list_checkpoints(directory)
+        state = f"the state after step {kept[-1].step} is kept in {kept[-1].path}" if kept else "no checkpoint had been written yet"
+        return (
+            f"{state}; lower trainer.learning_rate, lengthen its warm-up or clip with trainer.max_grad_norm, then remove or rename "
+            f"{directory} and train the stage again"
+        )
+
     def _is_logged(self, step: int) -> bool:
         return step % int(self.args.logging_steps) == 0 or step == int(self.state.max_steps)
 
@@ -246,7 +290,11 @@ class DistilTrainer(ShardedTrainer):
             self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint, mark it complete, then remove older ones."""
+        """Save a checkpoint, mark it complete, then remove older ones; none while the gradients are suspicious."""
+        step = self.state.global_step
+        is_needed = step >= self.state.max_steps or self.control.should_training_stop or step == self._step_to_keep()
+        if self._watch.num_suspicious and not is_needed:
+            return
         for log in (self._metrics, self._timing):
             if log is not None:
                 log.sync()
@@ -257,7 +305,7 @@ class DistilTrainer(ShardedTrainer):
         wait_for_all()
         if self.args.should_save:
             directory = Path(self.args.output_dir)
-            complete_checkpoint(directory / f"checkpoint-{self.state.global_step}", self._belongs_to)
+            complete_checkpoint(directory / f"checkpoint-{step}", self._belongs_to)
             rotate_checkpoints(directory, self._keep_checkpoints, self._step_to_keep())
         wait_for_all()
         self._on_checkpoint()

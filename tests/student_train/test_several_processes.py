@@ -92,6 +92,21 @@ def test_two_processes_equal_one_of_the_same_global_batch(recipe_of, tiny, stude
 
 
 @pytest.mark.slow
+def test_evaluations_over_shards_are_those_of_one_process_and_the_best_is_loaded(recipe_of):
+    evaluate = {"every_steps": 1, "rows_per_source": 4, "samples": 1, "sample_tokens": 4, "keep_best": True}
+    common = {"max_steps": 3, "optim": "sgd", "learning_rate": 5.0, "save_steps": 50, "max_grad_norm": 1.0}
+    alone = recipe_of(trainer={**common, "per_device_train_batch_size": 2}, evaluate=evaluate)
+    alone = alone.model_copy(update={"output_dir": alone.output_dir.with_name("alone")})
+    run_stages(alone)
+    together = recipe_of(trainer={**common, "fsdp": "full_shard"}, evaluate=evaluate)
+    assert train_with_two(together) == [0, 0]
+    logs = [read_steps(recipe.output_dir / "train/kd/evaluations.jsonl") for recipe in (alone, together)]
+    assert [step["kl_nats"] for step in logs[0]] == pytest.approx([step["kl_nats"] for step in logs[1]], rel=1e-5)
+    assert min(logs[0], key=lambda step: step["kl_nats"])["step"] < 3, "the best is not the last, so that it has to be loaded"
+    assert_same_training(alone, together)
+
+
+@pytest.mark.slow
 def test_killed_run_over_shards_goes_on_to_the_same_bytes_with_whole_checkpoints(recipe_of):
     trainer = {"max_steps": 4, "save_steps": 2, "weight_decay": 0.01, "fsdp": "full_shard"}
     recipe = recipe_of(trainer=trainer)
