@@ -81,8 +81,7 @@ def test_disk_that_is_too_small_is_refused_before_the_first_step(recipe_of, monk
     assert not (recipe.output_dir / "train/kd/metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+@pytest.mark.parametrize(("adapter", "optim"), [("lora", "adamw_torch"), ("none", "sgd")])
 def test_bytes_needed_are_those_that_a_run_leaves_on_the_disk(recipe_of, tiny, adapter, optim):
     from student_train.student import add_adapter
 
