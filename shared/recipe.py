@@ -184,6 +184,8 @@ def _temperature_problems(recipe: Recipe) -> list[Problem]:
 def _evaluate_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
     side_by_side = recipe.evaluate.side_by_side
+    if recipe.evaluate.cost and recipe.heldout.fraction == 0 and not recipe.evaluate.tasks:
+        problems.append((("evaluate", "cost"), "there is nothing to ask: no prompt is held out and there are no `tasks`; add some"))
     if side_by_side is not None and "heldout" in side_by_side.prompts and recipe.heldout.fraction == 0:
         sentence = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
         problems.append((("evaluate", "side_by_side", "prompts"), sentence))

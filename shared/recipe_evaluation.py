@@ -102,6 +102,8 @@ class Evaluate(Section):
     """Held-out rows to measure on, at most; left out: all."""
     side_by_side: SideBySide | None = None
     """Sampled answers of every model beside each other; left out: none."""
+    cost: bool = False
+    """Measure parameters, memory, time to first token and tokens per second of every model, all in one run."""
 
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Evaluate:

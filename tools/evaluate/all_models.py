@@ -15,6 +15,7 @@ from shared.errors import EvaluationError
 from shared.recipe import Recipe
 from teacher_cache.seconds_file import add_seconds
 from tools.evaluate import sandbox
+from tools.evaluate.cost import measure_cost
 from tools.evaluate.model_process import run_in_process
 from tools.evaluate.models import model_under_test
 from tools.evaluate.questions import read_questions
@@ -63,6 +64,8 @@ def evaluate_all(recipe: Recipe, allow_unsafe_code: bool = False, say: Callable[
         if stale:
             say(f"{name}: {_figures(found, stale)} ({time.monotonic() - started:.0f} s)")
         results[name] = found
+    if recipe.evaluate.cost:
+        measure_cost(recipe, say)
     return results
 
 

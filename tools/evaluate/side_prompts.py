@@ -7,12 +7,15 @@ of plain text have no prompt and are left out. Questions of tasks and prompts of
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from shared.cache import Cache
 from shared.errors import EvaluationError
@@ -46,21 +49,21 @@ class SidePrompt:
     """Template settings of `question`."""
 
 
-def choose_prompts(recipe: Recipe) -> list[SidePrompt]:
-    """Return the prompts of a recipe's side-by-side; equal recipes and files give equal prompts.
+def choose_prompts(recipe: Recipe, settings: SideBySide | None = None) -> list[SidePrompt]:
+    """Return the prompts of a recipe's side-by-side (or of other settings); equal recipes and files give equal prompts.
 
     Raises:
         EvaluationError: there is none, or a file cannot be read.
         CacheError: a cache cannot be read.
     """
-    settings = recipe.evaluate.side_by_side
+    settings = settings or recipe.evaluate.side_by_side
     assert settings is not None
     pool: list[SidePrompt] = []
     for place in settings.prompts:
         pool += _heldout(recipe) if place == "heldout" else _tasks(recipe) if place == "tasks" else _file(recipe, Path(place))
     if not pool:
         raise EvaluationError(
-            f"evaluate.side_by_side: {', '.join(settings.prompts)} has no prompt; raise heldout.fraction, or name other prompts"
+            f"evaluate.side_by_side or cost: {', '.join(settings.prompts)} has no prompt; raise heldout.fraction, or name others"
         )
     return _chosen(pool, settings)
 
@@ -98,6 +101,15 @@ def prompt_ids(
             assert prompt.question is not None
             rendered += render(tokenizer, prompt.source, [prompt.question])
     return rendered
+
+
+def digest_of(prompts: Sequence[SidePrompt]) -> str:
+    """Return a hash of everything about prompts that answers depend on."""
+    digest = xxhash.xxh3_128()
+    for prompt in prompts:
+        settings = prompt.source.model_dump(mode="json", exclude={"path", "limit", "split"}) if prompt.source else None
+        digest.update(json.dumps([prompt.label, prompt.text, prompt.reference, prompt.token_ids, settings]).encode())
+    return digest.hexdigest()
 
 
 def cache_tokenizer(recipe: Recipe) -> str:

@@ -14,13 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from shared.recipe import Recipe
 from tools.evaluate.generate_answers import Answer
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.results import write_result
-from tools.evaluate.side_prompts import SidePrompt
+from tools.evaluate.side_prompts import SidePrompt, digest_of
 
 SIDE_FORMAT = 1
 """Raised whenever answers would come out differently for the same inputs."""
@@ -39,17 +37,13 @@ def side_identity(recipe: Recipe, model: ModelUnderTest, prompts: Sequence[SideP
     """
     settings = recipe.evaluate.side_by_side
     assert settings is not None
-    digest = xxhash.xxh3_128()
-    for prompt in prompts:
-        kwargs = prompt.source.model_dump(mode="json", exclude={"path", "limit", "split"}) if prompt.source else None
-        digest.update(json.dumps([prompt.label, prompt.text, prompt.reference, prompt.token_ids, kwargs]).encode())
     return {
         "format": SIDE_FORMAT,
         "weights": model.weights_id(),
         "dtype": model.dtype,
         "quantization": model.quantization,
         "engine": recipe.evaluate.engine,
-        "prompts": digest.hexdigest(),
+        "prompts": digest_of(prompts),
         "num_prompts": len(prompts),
         "temperatures": list(settings.temperatures),
         "seed": settings.seed,

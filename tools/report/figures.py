@@ -1,7 +1,7 @@
 """report.json: every figure of the report, from what a run left on disk. Nothing is drawn or formatted here.
 
 Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers, seconds,
-side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}}, cache.{rows, positions, bytes_per_position, mean_support, ...},
+side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}, cost}, cache.{rows, positions, bytes_per_position, mean_support, ...},
 seconds.PHASE, stages.NAME, layers, missing. With several runs, models and stages of the second and later ones are called RUN/NAME,
 and a model that several runs share (teacher, base) with equal figures appears once.
 """
@@ -27,7 +27,7 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
         prefix = f"{run.name}/" if index else ""
         side_by_side = side_by_side_figures(run.side_answers)
         for name, evaluation in run.evaluations.items():
-            figures = {**_model(run, name, evaluation), "side_by_side": side_by_side.get(name, {})}
+            figures = {**_model(run, name, evaluation), "side_by_side": side_by_side.get(name, {}), "cost": run.cost.get(name)}
             if not (
                 prefix
                 and name in models

@@ -9,12 +9,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tools.report.numbers import number, percent
+from tools.report.numbers import NONE, data_size, number, percent, times
 
 SIDE_LEGEND = (
     "Sampled answers to the same prompts. Same as teacher, same as base: share of answers that are identical. Length: characters "
     "over the teacher's. Terms, structure: share of the teacher's technical terms, and of its steps, list items, code blocks and "
     "headings, that the answers have too. Language: share of answers in a language that neither prompt nor teacher's answer uses."
+)
+COST_HEADER = (
+    *(
+        "model",
+        "parameters",
+        "smaller",
+        "weights",
+        "peak memory",
+        "first token",
+        "tokens/s",
+        "faster",
+        "tokens/s, batch",
+        "faster, batch",
+    ),
+)
+COST_LEGEND = (
+    "Measured on this machine in one run, three rounds by turns, medians. First token: a request for one token. Tokens/s: greedy "
+    "answers one after another, and ten prompts at once. Smaller, faster: against the teacher. Peak memory: {memory}."
 )
 SIDE_HEADER = (
     *("temperature", "model", "tokens each", "cut", "same as teacher", "same as base"),
@@ -36,7 +54,7 @@ class Table:
 
 def more_tables(report: Mapping[str, Any]) -> list[Table]:
     """Return every table that the run has figures for."""
-    makers: list[Callable[[Mapping[str, Any]], Table]] = [side_table]
+    makers: list[Callable[[Mapping[str, Any]], Table]] = [side_table, cost_table]
     return [table for maker in makers if (table := maker(report)).rows]
 
 
@@ -52,3 +70,18 @@ def side_table(report: Mapping[str, Any]) -> Table:
                 shares = [percent(figures.get(key), 0) for key in (*kept, "language_switched")]
                 rows.append([temperature, name, number(figures.get("mean_tokens"), 0), *shares])
     return Table("Side by side at sampling temperatures", SIDE_HEADER, rows, SIDE_LEGEND, 2)
+
+
+def cost_table(report: Mapping[str, Any]) -> Table:
+    """Return parameters, memory and speed, model by model."""
+    rows, memory = [], ""
+    for name, model in report["models"].items():
+        if figures := model.get("cost"):
+            memory = memory or str(figures.get("memory_of") or "")
+            first = figures["seconds_to_first_token"]
+            cells = [number(figures["parameters"], 0), times(figures["compression"]), data_size(figures["weights_bytes"])]
+            cells += [data_size(figures["memory_bytes"]), NONE if first is None else f"{1000 * first:,.0f} ms"]
+            for kind in ("", "_batched"):
+                cells += [number(figures[f"tokens_per_second{kind}"], 0), times(figures[f"speed_up{kind}"])]
+            rows.append([name, *cells])
+    return Table("Cost", COST_HEADER, rows, COST_LEGEND.format(memory=memory), 1)

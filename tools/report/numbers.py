@@ -23,3 +23,20 @@ def duration(seconds: float) -> str:
     return (
         f"{int(minutes)} min {int(seconds % 60):02d} s" if minutes < 100 else f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
     )
+
+
+def times(ratio: float | None) -> str:
+    """Return a ratio as `3.9x`; a dash where there is none."""
+    return NONE if ratio is None else f"{ratio:.3g}x" if ratio < 10 else f"{ratio:.0f}x"
+
+
+def data_size(num_bytes: float | None) -> str:
+    """Return a size in powers of ten with its unit; a dash where there is none."""
+    if num_bytes is None:
+        return NONE
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"

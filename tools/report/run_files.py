@@ -17,6 +17,7 @@ from shared.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.recipe import Recipe
 from shared.recipe_file import load_recipe
+from tools.evaluate.cost import COST_NUMBERS
 from tools.evaluate.results import heldout_layer
 from tools.evaluate.side_figures import Answers, read_side_answers
 
@@ -49,6 +50,8 @@ class RunFiles:
     """Model -> its answers file."""
     side_answers: dict[str, Answers]
     """Model -> its sampled answers, by temperature."""
+    cost: dict[str, Any]
+    """Model -> its cost figures; empty where they were not measured."""
     seconds: dict[str, float]
     cache: dict[str, Any]
     """Statistics of the caches, summed; empty where none could be read."""
@@ -85,6 +88,7 @@ def read_run(directory: Path) -> RunFiles:
         evaluations=evaluations,
         answers={name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()},
         side_answers=read_side_answers(directory, list(evaluations)),
+        cost=_cost(directory / "evaluate" / "cost" / "figures.json"),
         seconds=_seconds(directory / "seconds.json", stage_names, missing),
         cache=cache,
         layers=layers,
@@ -163,6 +167,16 @@ def _has_sound_details(heldout: Mapping[str, Any]) -> bool:
 
 
 _HELDOUT_NUMBERS = ("positions", "kl_nats", "top1_agreement", "top1_in_teacher_top5", "calibration_error", "perplexity")
+
+
+def _cost(path: Path) -> dict[str, Any]:
+    models = (_json(path) or {}).get("models")
+    found = models if isinstance(models, dict) else {}
+    return {
+        name: figures
+        for name, figures in found.items()
+        if isinstance(figures, dict) and all(figures.get(key) is None or _finite(figures[key]) for key in COST_NUMBERS)
+    }
 
 
 def _caches(recipe: Recipe | None, missing: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
