@@ -68,8 +68,11 @@ class Student(Section):
     """Attention implementation; packs stay separate in sdpa and flash_attention_2."""
     trust_remote_code: bool = False
     """Run Python that comes with the model."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    gradient_checkpointing: Literal["auto"] | bool = False
+    """Recompute activations in the backward pass: less memory, a third more time; auto: where a first, measured step would not fit
+    the GPU otherwise."""
+    liger: bool = False
+    """Use liger-kernel's norms, MLP and rotary embeddings; needs an NVIDIA GPU. Its losses stay off: the loss is Decant's own."""
 
 
 class Loss(Section):
@@ -160,7 +163,7 @@ class StageTrainer(Section):
     """Allow TF32 matrix products; left out: torch's default."""
     torch_compile: bool = False
     """Compile the model's body."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto"] | bool = False
     """Recompute activations in the backward pass, as in the student's section."""
     fsdp: Literal["none", "full_shard"] = "none"
     """What several processes hold: none: each the whole student; full_shard: a part of its weights and optimizer state each."""

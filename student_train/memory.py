@@ -106,6 +106,15 @@ def estimate_memory(
     return max(moments, key=lambda estimate: estimate.total)
 
 
+def bytes_of_step(shape: ModelShape, student: Student, trainer: StageTrainer, measured: int, *, recomputes: bool) -> int:
+    """Return the most bytes of tensors of a whole training step, of which forward and backward pass alone were `measured` to need
+    that many, with nothing else on the card than the weights.
+    """
+    step = _Step(shape, student, trainer, recomputes, True)
+    update = step.weights() + step.gradients + step.optimizer + step.update
+    return max(measured + step.optimizer + step.carried, update)
+
+
 class _Step:
     """One training step's sizes."""
 

@@ -23,9 +23,11 @@ from student_train.dataset import PackDataset
 from student_train.disk_space import check_disk_space
 from student_train.evaluation_run import EvaluationRun, evaluations_until
 from student_train.export import export_student
+from student_train.first_step import fit_first_step
 from student_train.forward_patch import Objective, patch_forward, restore_forward
 from student_train.gradient_watch import DivergedError, GradientWatch
 from student_train.health import health_of
+from student_train.liger import check_liger, liger_layers
 from student_train.metrics_log import read_steps
 from student_train.operator_choice import operator_for
 from student_train.processes import first_then_others, is_first, wait_for_all
@@ -110,13 +112,15 @@ def _verdict(work: StageWork, step: int) -> Verdict:
 def _arguments(work: StageWork) -> TrainingArguments:
     """Return the Trainer's arguments for a stage."""
     check_sharding(work.student, work.stage.trainer)
+    check_liger(wanted=work.student.liger)
     return training_arguments(
         work.stage.trainer, work.directory, work.seed, work.plan.num_steps, gradient_checkpointing=_recomputes(work)
     )
 
 
 def _recomputes(work: StageWork) -> bool:
-    return work.student.gradient_checkpointing or work.stage.trainer.gradient_checkpointing
+    """Tell whether the recipe says so; `auto` is decided once the student is on its card."""
+    return True in (work.student.gradient_checkpointing, work.stage.trainer.gradient_checkpointing)
 
 
 def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
@@ -140,7 +144,21 @@ def _train_and_export(
     seconds: SecondsLog,
 ) -> None:
     """Load the student, train it to the stage's last step and write its model's directory."""
-    base, model, objective = _student(work, args)
+    base = load_student(work.student, work.start, work.caches, seed=work.seed)
+    with liger_layers(base, wanted=work.student.liger):
+        _train_loaded(work, args, base, checkpoint, progress, seconds)
+
+
+def _train_loaded(
+    work: StageWork,
+    args: TrainingArguments,
+    base: Any,
+    checkpoint: Checkpoint | None,
+    progress: StageProgress,
+    seconds: SecondsLog,
+) -> None:
+    """Train a loaded student and write its model's directory."""
+    model, objective = _student(work, args, base)
     adapted = work.student.adapter.kind != "none"
     check_disk_space(model, work.stage, work.plan.num_steps, work.directory, adapted=adapted)
     done = checkpoint.step if checkpoint else 0
@@ -158,6 +176,9 @@ def _train_and_export(
         callbacks=_callbacks(work, done) if is_first() else [],
         evaluation=_evaluation(work, base, objective),
     )
+    first = fit_first_step(work, trainer, base, work.directory / "memory.json" if is_first() else None)
+    if first is not None:
+        progress.note(f"train {work.stage.name}: {first.text()}")
     trainer.run(checkpoint.path if checkpoint else None, done)
     best = trainer.load_best()
     if best is not None:
@@ -173,9 +194,8 @@ def _train_and_export(
     wait_for_all()
 
 
-def _student(work: StageWork, args: TrainingArguments) -> tuple[Any, Any, Objective]:
-    """Return the student's base model with its forward patched, the same with its adapter, and what it minimises."""
-    base = load_student(work.student, work.start, work.caches, seed=work.seed)
+def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, Objective]:
+    """Patch the forward of the student's base model; return it with its adapter, and what it minimises."""
     shards = work.stage.trainer.fsdp == "full_shard"
     if work.student.adapter.kind != "qlora" and not shards:
         base.to(args.device)
@@ -193,7 +213,7 @@ def _student(work: StageWork, args: TrainingArguments) -> tuple[Any, Any, Object
     patch_forward(base, objective)
     if shards:
         shard(model, base, args.device)
-    return base, model, objective
+    return model, objective
 
 
 def _evaluation(work: StageWork, base: Any, objective: Objective) -> EvaluationRun | None:

@@ -45,14 +45,26 @@ def load_student(student: Student, start: Path | None, cache: Any, *, seed: int 
     check_tokenizer(source, revision, cache, required=True)
     settings: dict[str, Any] = {"dtype": DTYPES[student.dtype], "attn_implementation": student.attention}
     if quantization is not None:
-        settings |= {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
+        settings |= {
+            "quantization_config": quantization,
+            "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        }
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, revision=revision, trust_remote_code=student.trust_remote_code, **settings
         )
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(source, error) from None
+    if quantization is not None:
+        _keep_gradients(model)
     return model.train()
+
+
+def _keep_gradients(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for CPUs after an evaluation: no gradient comes through the packed ones."""
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _fresh(student: Student, cache: Any, seed: int) -> Any:
@@ -135,15 +147,17 @@ def _quantization(student: Student) -> Any | None:
     """Return how weights are held in 4 bits, or None.
 
     Raises:
-        TrainingError: bitsandbytes or a GPU is missing.
+        TrainingError: bitsandbytes is missing, or there are no weights to hold.
     """
     if student.adapter.kind != "qlora":
         return None
-    if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
-        missing = "an NVIDIA GPU" if importlib.util.find_spec("bitsandbytes") else "the package bitsandbytes"
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise TrainingError(
-            f"student.adapter is qlora, which needs {missing}; install decant-kd[gpu] on a machine with an NVIDIA GPU, "
-            "or set it to lora"
+            "student.adapter is qlora, which needs the package bitsandbytes; install decant-kd[gpu], or set it to lora"
+        )
+    if student.init == "random":
+        raise TrainingError(
+            "student.adapter is qlora over fresh weights (init: random); set it to none, since all of them must learn"
         )
     from transformers import BitsAndBytesConfig
 

@@ -146,6 +146,22 @@ class DistilTrainer(ShardedTrainer):
                 return
             yield batch
 
+    def recompute_activations(self, base: Any) -> None:
+        """Recompute activations in the backward pass from now on; `base` is the model below any adapter."""
+        self.args.gradient_checkpointing = True
+        self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if self.model is not base:
+            base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs)
+
+    def forget_measured(self) -> None:
+        """Forget what a forward pass outside the training recorded; the next one has the terms of its step again."""
+        self._objective.take()
+
+    def prepare_terms(self) -> None:
+        """Set the loss terms of the step to come."""
+        self._objective.terms = self._terms_at(self.state.global_step)
+
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer that the recipe names."""
         with setting_explained("optim", str(self.args.optim)):

@@ -25,6 +25,10 @@ def check_installed(trainer: StageTrainer) -> None:
             f"trainer.optim is {trainer.optim}, which needs the package bitsandbytes; install decant-kd[gpu] on a machine "
             "with an NVIDIA GPU, or set it to adamw_torch"
         )
+    if "paged" in trainer.optim and not torch.cuda.is_available():
+        raise TrainingError(
+            f"trainer.optim is {trainer.optim}, whose pages need an NVIDIA GPU; use adamw_8bit, which needs none, or adamw_torch"
+        )
     for name in trainer.report_to:
         if name != "none" and importlib.util.find_spec(name) is None:
             raise TrainingError(f"trainer.report_to names {name}, which is not installed; install it, or leave it out")
@@ -38,7 +42,7 @@ def explained(trainer: StageTrainer) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise TrainingError(
             f"the GPU's memory is full with {trainer.per_device_train_batch_size} packs of {trainer.pack_tokens} tokens; lower "
-            "pack_tokens or per_device_train_batch_size, set gradient_checkpointing, or train an adapter"
+            "pack_tokens or per_device_train_batch_size, set gradient_checkpointing, or train an adapter (`decant plan --card`)"
         ) from None
 
 

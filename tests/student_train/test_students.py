@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -119,12 +118,6 @@ def test_all_linear_leaves_the_head_plain_and_covers_the_rest(caches, tiny):
     model = add_adapter(load_student(wanted, None, caches), wanted.adapter)
     adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A" in name}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_four_bit_student_without_bitsandbytes_is_refused(caches, tiny):
-    with pytest.raises(TrainingError, match="needs the package bitsandbytes"):
-        load_student(student(tiny.qwen3, adapter="qlora"), None, caches)
 
 
 def test_student_of_another_tokenizer_is_refused_with_both(caches, tiny, tmp_path):

@@ -1,0 +1,137 @@
+"""A stage is measured against its card before its first step, with measurements put in place of a GPU's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from shared.errors import TrainingError
+from shared.recipe import Stage, Student
+from student_train.first_step import check_first_step, longest_batch, measured_pass
+from student_train.memory import CONTEXT_BYTES, GIB, bytes_of_step, estimate_memory
+from student_train.model_shape import ModelShape
+
+SHAPE = ModelShape(
+    num_parameters=600_000_000,
+    num_embedding_parameters=155_000_000,
+    num_head_parameters=155_000_000,
+    num_linear_parameters=440_000_000,
+    largest_linear=3_000_000,
+    num_layers=28,
+    hidden_size=1024,
+    intermediate_size=3072,
+    query_size=2048,
+    key_size=1024,
+    num_heads=16,
+    lora_size=630_784,
+    is_tied=True,
+)
+
+
+def stage(checkpointing, **trainer):
+    arguments = {"pack_tokens": 8192, "bf16": True, "gradient_checkpointing": checkpointing, **trainer}
+    return Stage.model_validate({"name": "kd", "losses": [{"name": "forward_kl"}], "trainer": arguments})
+
+
+STUDENT = Student.model_validate({"model": "m"})
+
+
+def test_auto_recomputes_only_where_the_measurement_asks_for_it():
+    for kept, expected in ((5 * GIB, False), (30 * GIB, True), (None, True)):
+        asked = []
+
+        def measure(recomputes, kept=kept, asked=asked):
+            asked.append(recomputes)
+            return 4 * GIB if recomputes else kept
+
+        first = check_first_step(stage("auto"), STUDENT, SHAPE, 24 * GIB, measure)
+        assert first.gradient_checkpointing is expected
+        assert asked == [False, True][: 1 + expected]
+        assert first.measured_bytes == (4 * GIB if expected else kept)
+
+
+def test_bytes_of_a_step_add_the_state_that_comes_after_the_first():
+    trainer = stage(False).trainer
+    states = 600_000_000 * 8
+    assert bytes_of_step(SHAPE, STUDENT, trainer, 20 * GIB, recomputes=False) == 20 * GIB + states
+    accumulated = stage(False, gradient_accumulation_steps=2).trainer
+    assert bytes_of_step(SHAPE, STUDENT, accumulated, 20 * GIB, recomputes=False) == 20 * GIB + states + 600_000_000 * 4
+    assert bytes_of_step(SHAPE, STUDENT, trainer, 0, recomputes=False) == 600_000_000 * 4 * 5, "the update itself"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "auto"])
+def test_stage_that_does_not_fit_stops_with_terms_and_a_way_out(checkpointing):
+    with pytest.raises(
+        TrainingError, match=r"stage 'kd' at its longest packs needs \d+\.\d GiB where .* 24\.0 GiB .*weights"
+    ) as caught:
+        check_first_step(stage(checkpointing), STUDENT, SHAPE, 24 * GIB, lambda recomputes: 30 * GIB)
+    assert ("gradient_checkpointing: auto" in str(caught.value)) == (checkpointing is False)
+    assert "decant plan --card 24GiB" in str(caught.value)
+
+
+def test_stage_that_runs_out_of_memory_while_measured_stops_with_the_same_sentence():
+    with pytest.raises(TrainingError, match="needs more than fits where the GPU has 24"):
+        check_first_step(stage("auto"), STUDENT, SHAPE, 24 * GIB, lambda recomputes: None)
+
+
+def test_room_for_the_process_itself_is_kept():
+    measured = estimate_memory(SHAPE, STUDENT, stage(True).trainer).allocated
+    needed = bytes_of_step(SHAPE, STUDENT, stage(True).trainer, measured, recomputes=True)
+    check_first_step(stage(True), STUDENT, SHAPE, needed + CONTEXT_BYTES, lambda recomputes: measured)
+    with pytest.raises(TrainingError):
+        check_first_step(stage(True), STUDENT, SHAPE, needed + CONTEXT_BYTES - 1, lambda recomputes: measured)
+
+
+def test_longest_batch_is_one_that_training_makes():
+    tokens = [5, 9, 9, 1, 8, 8, 9]
+    trainer = stage(False, per_device_train_batch_size=2).trainer
+    assert list(longest_batch(7, tokens.__getitem__, trainer)) == [4, 5]
+    assert list(longest_batch(1, tokens.__getitem__, trainer)) == [0]
+
+
+def test_measured_pass_leaves_no_gradient_no_value_and_the_random_state(monkeypatch):
+    """The CPU stands in for the card; only its counters are replaced."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+    calls = []
+
+    def forward(**inputs):
+        return SimpleNamespace(loss=torch.nn.Sequential.forward(model, inputs["x"]).sum())
+
+    class Model:
+        def __call__(self, **inputs):
+            return forward(**inputs)
+
+        zero_grad = staticmethod(model.zero_grad)
+
+    for name, value in (("empty_cache", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 123)):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices, fork=torch.random.fork_rng: fork(devices=[]))
+    trainer = SimpleNamespace(
+        model=Model(),
+        args=SimpleNamespace(device=torch.device("cpu")),
+        accelerator=SimpleNamespace(autocast=lambda: torch.autocast("cpu", enabled=False)),
+        _prepare_inputs=lambda batch: batch,
+        forget_measured=lambda: calls.append("forgotten"),
+        recompute_activations=lambda base: calls.append("recomputes"),
+    )
+    before = torch.get_rng_state()
+    batch = {"x": torch.ones(2, 4), "labels": torch.zeros(2)}
+    assert measured_pass(trainer, None, batch, recomputes=True) == 123
+    assert calls == ["recomputes", "forgotten"]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", _out_of_memory)
+    assert measured_pass(trainer, None, batch, recomputes=False) is None
+
+
+def _out_of_memory(*args):
+    raise torch.OutOfMemoryError
+
+
+def test_auto_keeps_activations_on_a_cpu_and_trains(recipe_of):
+    from student_train.stages import run_stages
+
+    (model_dir,) = run_stages(recipe_of(trainer={"max_steps": 1, "gradient_checkpointing": "auto"}))
+    assert not (model_dir.parent / "memory.json").exists(), "nothing is measured where there is no card"
