@@ -115,6 +115,11 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
         problems.append((("generate",), "there are no `prompts` to answer; add some, or leave it out"))
     if recipe.teacher is not None and recipe.teacher.engine == "server":
         problems += capture_problems(recipe.capture)
+        if recipe.generate is not None and recipe.generate.model is not None:
+            why = (
+                "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then score them with servers"
+            )
+            problems.append((("generate", "model"), why))
     if recipe.prompts and len(recipe.cache) > 1:
         problems.append(
             (("cache",), f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out")

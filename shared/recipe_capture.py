@@ -145,14 +145,12 @@ class Generate(Section):
     """Longest answer in tokens."""
     keep_truncated: bool = True
     """Keep answers that were cut by length."""
-    model: str | None = None
-    """Let another model than the teacher answer."""
+    model: Text | None = None
+    """Let another model than the teacher answer, such as a student: a directory or a hub id with the teacher's tokenizer."""
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Generate:
         problems: list[Problem] = []
-        if self.model is not None:
-            problems.append((("model",), "this build lets only the teacher answer, it has no second engine yet; leave it out"))
         if self.temperature == 0 and self.samples_per_prompt > 1:
             problems.append(
                 (("samples_per_prompt",), "all answers at temperature 0 are the same; raise the temperature or leave it at 1")

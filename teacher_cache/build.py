@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from shared.cache_writer import CacheWriter, LayerWriter
@@ -19,6 +20,7 @@ from shared.layer_choice import serving_layer
 from shared.layout import list_layers, read_header
 from shared.recipe import Recipe, Teacher
 from teacher_cache import engines
+from teacher_cache.answerer import Answerer, know_answerer
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.feeding import Desk
 from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
@@ -64,6 +66,9 @@ class _Build:
     cache: CacheWriter
     layer: LayerWriter
     engine: LazyEngine
+    answerer: Answerer
+    answering: LazyEngine
+    """The engine of pass 1: the teacher's, or another model's."""
     stop: StopSignal
     summary: BuildSummary
 
@@ -96,8 +101,9 @@ def teach(
     """
     teacher, own_share = _checked(recipe, partition)
     known = know_teacher(teacher)
-    maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, known.max_model_len)
-    request = _request(recipe, known)
+    answerer = know_answerer(recipe.generate, teacher, known)
+    maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answerer.max_model_len)
+    request = _request(recipe, known, answerer)
     identity = sequences_identity(known, teacher, recipe.generate)
     if request is None:  # nothing is rendered, so the teacher's own template does not matter
         identity = replace(identity, template=read_header(recipe.cache[0]).identity.template)
@@ -114,11 +120,26 @@ def teach(
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
     with StopSignal() as stop:
         engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop), known.max_model_len)
+        answering = engine
+        if answerer.key is not None:
+            answering = LazyEngine(lambda: _open_answering(recipe, answerer, stop), answerer.max_model_len)
         build = _Build(
-            recipe, teacher, own_share, progress or NoProgress(), max_set_aside, known, cache, layer, engine, stop, summary
+            recipe,
+            teacher,
+            own_share,
+            progress or NoProgress(),
+            max_set_aside,
+            known,
+            cache,
+            layer,
+            engine,
+            answerer,
+            answering,
+            stop,
+            summary,
         )
         try:
-            with engine:
+            with engine, answering:
                 job = _plan(build, request) if request is not None else None
                 if job is not None:
                     _make_sequences(build, job, maker)
@@ -126,7 +147,7 @@ def teach(
             if hidden is not None:
                 _make_hidden(build, job, hidden)
         finally:
-            summary.seconds_starting = engine.seconds_starting
+            summary.seconds_starting = sum(one.seconds_starting for one in {engine, answering})
             if summary.computed:
                 add_seconds(recipe.output_dir, "teach", summary.seconds)
     return _finish(build, job)
@@ -155,18 +176,26 @@ def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: St
     return engines.open_engine(
         settings,
         recipe.capture,
-        for_generation=recipe.generate,
+        for_generation=recipe.generate if recipe.generate is None or recipe.generate.model is None else None,
         model_dir=known.files.directory,
         should_stop=lambda: stop.requested,
     )
 
 
-def _request(recipe: Recipe, known: KnownTeacher) -> dict[str, Any] | None:
+def _open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal) -> Engine:
+    """Start the engine of another model than the teacher, which only answers."""
+    directory = answerer.known.files.directory
+    return engines.open_engine(
+        answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested
+    )
+
+
+def _request(recipe: Recipe, known: KnownTeacher, answerer: Answerer) -> dict[str, Any] | None:
     """Return what names the job, or None without prompts; finds every prompt file before anything is written."""
     if not recipe.prompts:
         return None
-    generator = known.generator if recipe.generate else None
-    return request_of(recipe, generator, known.tokenizer_hash, known.max_model_len)
+    generator = answerer.generator if recipe.generate else None
+    return request_of(recipe, generator, known.tokenizer_hash, answerer.max_model_len)
 
 
 def _plan(build: _Build, request: dict[str, Any]) -> Job:
@@ -177,7 +206,8 @@ def _plan(build: _Build, request: dict[str, Any]) -> Job:
     def rows() -> Iterator[PlanRow]:
         build.progress.start("list", 0)
         conversations = read_prompts(recipe.prompts, problems)
-        for row in list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally):
+        answerer = build.answerer.key
+        for row in list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer):
             build.progress.advance(1, 0)
             _stop_if_asked(build)
             yield row
@@ -205,9 +235,12 @@ def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
         if recipe.generate is None:
             import_units(Pass1(build.cache, job, maker, software, build.summary), units, desk)
         else:
-            engine = build.engine.get()
-            work = Pass1(build.cache, job, maker, lambda: _ran(build), build.summary)
+            engine = build.answering.get()
+            ran = partial(_ran, build.answering, answers=build.answerer.name)
+            work = Pass1(build.cache, job, maker, ran, build.summary)
             generate_units(work, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk)
+            if build.answering is not build.engine:
+                build.answering.close()  # the teacher gets the machine to itself
     (build.summary.imported if recipe.generate is None else build.summary.generated).count_writer(writer)
     _stop_if_asked(build)
 
@@ -222,7 +255,7 @@ def _make_targets(build: _Build, job: Job | None) -> None:
     require_length(build.layer, records, build.known.max_model_len)
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
-        score_parts(build.layer, records, build.engine.get().score, lambda: _ran(build), desk, build.summary.scored)
+        score_parts(build.layer, records, build.engine.get().score, partial(_ran, build.engine), desk, build.summary.scored)
     build.summary.scored.count_writer(writer)
     _stop_if_asked(build)
 
@@ -242,9 +275,9 @@ def _own_stems(build: _Build, job: Job | None) -> frozenset[str]:
     return frozenset(job.part_stem(unit) for unit in range(job.num_units) if build.mine(unit)) if job else frozenset()
 
 
-def _ran(build: _Build) -> dict[str, Any]:
+def _ran(engine: LazyEngine, **more: str) -> dict[str, Any]:
     """Return what ran, for records."""
-    return {**software(), "engine": dict(build.engine.provenance())}
+    return {**software(), "engine": dict(engine.provenance()), **more}
 
 
 def _stop_if_asked(build: _Build) -> None:

@@ -46,10 +46,14 @@ class LazyEngine:
             self._provenance = dict(engine.provenance())
         return self._provenance
 
+    def close(self) -> None:
+        """Close the engine; the next use would open another."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     def __enter__(self) -> LazyEngine:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self.close()

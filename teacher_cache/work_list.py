@@ -51,6 +51,7 @@ def list_rows(
     seed: int,
     problems: Problems,
     tally: Tally,
+    answerer: str | None = None,
 ) -> Iterator[PlanRow]:
     """Yield the plan rows of conversations, each row_key once; what cannot be a row goes to `problems`.
 
@@ -61,12 +62,13 @@ def list_rows(
         seed: the recipe's seed, for answers whose section has none.
         problems: collects rows without a prompt or an answer.
         tally: counts rows and duplicates per source.
+        answerer: identity of the model that answers, where it is not the teacher.
     """
     seen: set[bytes] = set()
     renderings = [_rendering(source) for source in sources]
     for conversation in conversations:
         try:
-            rows = list(_rows_of(conversation, renderings[conversation.origin], generate, seed))
+            rows = list(_rows_of(conversation, renderings[conversation.origin], generate, seed, answerer))
         except ValueError as error:
             problems.add(conversation.path, conversation.line, str(error))
             continue
@@ -117,7 +119,9 @@ def request_of(recipe: Recipe, generator: Mapping[str, Any] | None, tokenizer_ha
     """
     generate = None
     if recipe.generate is not None:
-        generate = {**recipe.generate.model_dump(mode="json"), "seed": answer_seed(recipe.generate, recipe.seed)}
+        # The generator says which model answers, whatever its directory is called.
+        answers = {"seed": answer_seed(recipe.generate, recipe.seed), "model": None}
+        generate = {**recipe.generate.model_dump(mode="json"), **answers}
     return {
         "prompts": [
             {
@@ -148,7 +152,9 @@ def request_seed(key: bytes, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(key + canonical_json(seed)) >> (64 - SEED_BITS)
 
 
-def _rows_of(conversation: Conversation, rendering: Mapping[str, Any], generate: Generate | None, seed: int) -> Iterator[PlanRow]:
+def _rows_of(
+    conversation: Conversation, rendering: Mapping[str, Any], generate: Generate | None, seed: int, answerer: str | None
+) -> Iterator[PlanRow]:
     answered = conversation.messages if generate else _answered(conversation)
     prompt = group_text(answered, conversation.text)
     group = group_key(prompt)
@@ -167,6 +173,8 @@ def _rows_of(conversation: Conversation, rendering: Mapping[str, Any], generate:
             **rendering,
             "seed": answer_seed(generate, seed),
         }
+        if answerer is not None:
+            sampling["model"] = answerer
         keys = [row_key(group, sampling, index, None) for index in range(generate.samples_per_prompt)]
         content = {"messages": turns}
         reference = conversation.reference

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.errors import DecantError, PromptError
+from shared.errors import DecantError, EngineError, PromptError
 from shared.jobs import committed_keys
 from shared.layout import sequences_dir
 from shared.recipe import Recipe
@@ -72,7 +72,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     counter = _TokenCounter(recipe, result)
     committed = _committed(recipe.cache[0])
     current = _Current(read_prompts(recipe.prompts, problems))
-    for row in list_rows(current, recipe.prompts, recipe.generate, recipe.seed, problems, tally):
+    for row in list_rows(current, recipe.prompts, recipe.generate, recipe.seed, problems, tally, _answerer(recipe)):
         source = result.sources.setdefault(row.source, SourceCount())
         source.rows += 1
         source.rows_in_cache += row.row_key in committed
@@ -92,6 +92,16 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     result.set_aside = problems.total
     result.first_problem = problems.listed[0].sentence() if problems.listed else None
     return result
+
+
+def _answerer(recipe: Recipe) -> str | None:
+    """Return what of the answering model enters row_keys; one out of reach has no row in the cache that could be found."""
+    from teacher_cache.answerer import answerer_key
+
+    try:
+        return answerer_key(recipe.generate)
+    except EngineError:
+        return "out of reach"
 
 
 def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
