@@ -36,6 +36,7 @@ def run_cache_command(args: argparse.Namespace) -> int:
         "merge": _merge,
         "export": _export,
         "import": _import,
+        "audit": _audit,
     }
     return commands[args.cache_command](args)
 
@@ -244,6 +245,14 @@ def _import(args: argparse.Namespace) -> int:
         result = import_parquet(args.parquet, args.out, progress.advance)
     _print(args, result, import_text(result))
     return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from tools.audit.command import run_audit
+
+    found, text = run_audit(args)
+    _print(args, found, text)
+    return 1 if found["faithfulness"]["unfaithful"] else 0
 
 
 def size(num_bytes: int) -> str:

@@ -66,7 +66,7 @@ def build_parser() -> Parser:
     report = command("report", "write report.html, report.md, models.csv and report.json for one run or several")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
 
-    looks = "look into a cache or make another of it: ls, show, stats, verify, gc, merge, export, import"
+    looks = "look into a cache or make another of it: ls, show, stats, verify, gc, merge, export, import, audit"
     cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)
     _cache_commands(cache, command)
     command("doctor", "say what this machine can do, and the command that mends what it cannot")
@@ -110,6 +110,22 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     imports = command("import", "make a cache of what export wrote", within=within)
     imports.add_argument("parquet", type=Path, metavar="PARQUET_DIR", help="directory that `decant cache export` wrote")
     imports.add_argument("out", type=Path, metavar="OUT_CACHE", help="the new cache; must not exist")
+    audit = command(
+        "audit", "score rows again with the teacher: is it what is stored, and what does the capture lose", within=within
+    )
+    audit.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
+    audit.add_argument(
+        "--recipe", type=Path, help="take teacher, adapter and student from a recipe, and keep audit.json in its run"
+    )
+    audit.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
+    audit.add_argument("--teacher", metavar="DIR", help="where the teacher lies (default: where the layer says)")
+    audit.add_argument("--adapter", metavar="DIR", help="the adapter that the teacher had")
+    audit.add_argument("--student", metavar="DIR", help="completes tails (default: the mean of the teacher's distributions)")
+    audit.add_argument("--rows", type=_positive, metavar="N", help="rows to score again, at random (default: 32)")
+    audit.add_argument("--seed", type=_row_number, metavar="N", help="seed of the choice of rows (default: 0)")
+    audit.add_argument("--k", metavar="K,K", help="heads to compare (default: 8,16,32,64)")
+    audit.add_argument("--mass", metavar="M,M", help="masses to compare (default: 0.99,0.999,1)")
+    audit.add_argument("--temperatures", metavar="T,T", help="temperatures to compare, besides the layer's")
 
 
 def _recipe(parser: Parser) -> Parser:
@@ -136,6 +152,12 @@ def _share(text: str) -> float:
     if not re.fullmatch(r"0?\.\d+|[01]|1\.0*|0\.", text):
         raise argparse.ArgumentTypeError(f"'{text}' is no share; expected a number from 0 to 1")
     return float(text)
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d{0,17}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no count; expected a whole number from 1")
+    return int(text)
 
 
 def _row_number(text: str) -> int:

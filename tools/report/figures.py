@@ -2,8 +2,8 @@
 
 Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers, seconds,
 side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}, cost}, cache.{rows, positions, bytes_per_position, mean_support, ...},
-seconds.PHASE, stages.NAME, layers, missing. With several runs, models and stages of the second and later ones are called RUN/NAME,
-and a model that several runs share (teacher, base) with equal figures appears once.
+audit, seconds.PHASE, stages.NAME, layers, missing. With several runs, models and stages of the second and later ones are called
+RUN/NAME, and a model that several runs share (teacher, base) with equal figures appears once.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "runs": [str(run.directory) for run in runs],
         "models": models,
         "cache": first.cache,
+        "audit": first.audit,
         "seconds": first.seconds,
         "stages": stages,
         "layers": first.layers,

@@ -16,6 +16,8 @@ SIDE_LEGEND = (
     "over the teacher's. Terms, structure: share of the teacher's technical terms, and of its steps, list items, code blocks and "
     "headings, that the answers have too. Language: share of answers in a language that neither prompt nor teacher's answer uses."
 )
+AUDIT_HEADER = ("", "mean KL", "worst KL", "worst label", "worst tail", "top-1")
+TRUNCATION_HEADER = ("k", "draws", "mass", "T", "bytes/position", "KL lost", "gradient error", "of the mean")
 COST_HEADER = (
     *(
         "model",
@@ -54,7 +56,7 @@ class Table:
 
 def more_tables(report: Mapping[str, Any]) -> list[Table]:
     """Return every table that the run has figures for."""
-    makers: list[Callable[[Mapping[str, Any]], Table]] = [side_table, cost_table]
+    makers: list[Callable[[Mapping[str, Any]], Table]] = [side_table, cost_table, faithfulness_table, truncation_table]
     return [table for maker in makers if (table := maker(report)).rows]
 
 
@@ -85,3 +87,39 @@ def cost_table(report: Mapping[str, Any]) -> Table:
                 cells += [number(figures[f"tokens_per_second{kind}"], 0), times(figures[f"speed_up{kind}"])]
             rows.append([name, *cells])
     return Table("Cost", COST_HEADER, rows, COST_LEGEND.format(memory=memory), 1)
+
+
+def faithfulness_table(report: Mapping[str, Any]) -> Table:
+    """Return how far the stored distributions are from the teacher scored again."""
+    faith, rows = (report.get("audit") or {}).get("faithfulness", {}), []
+    for key, label in (("stored", "stored against live"), ("control", "live against live"), ("codec", "live against encoded")):
+        if part := faith.get(key):
+            cells = [f"{part[name]:.1e}" for name in ("mean_kl", "worst_kl", "worst_label", "worst_tail")]
+            rows.append([label, *cells, percent(part.get("top1_agreement"), 2)])
+    wrong = len(faith.get("unfaithful", ()))
+    verdict = f"{wrong} are not its own" if wrong else "all are its own"
+    legend = f"{faith.get('rows')} rows scored again by the teacher: {verdict}. KL and labels in nats, tails in probability."
+    return Table("Audit: is the cache the teacher's", AUDIT_HEADER, rows, legend, 1)
+
+
+def truncation_table(report: Mapping[str, Any]) -> Table:
+    """Return what captures lose, the layer's own marked with a star."""
+    audit = report.get("audit") or {}
+    rows = [
+        [
+            f"{one['k']}{' *' if one.get('own') else ''}",
+            f"{one['draws']}",
+            f"{one['mass']:g}",
+            f"{one['temperature']:g}",
+            number(one["bytes_per_position"], 1),
+            NONE if one.get("kl_lost") is None else f"{one['kl_lost']:.1e}",
+            f"{one['gradient_error']:.1e}",
+            f"{one['mean_gradient_error']:.1e}",
+        ]
+        for one in audit.get("truncation", ())
+    ]
+    legend = (
+        "* the layer's own. KL lost: nats per position. Gradient error: against the dense gradient, at each position and in the "
+        f"mean. Tails completed by {audit.get('completion')}."
+    )
+    return Table("Audit: what a capture loses", TRUNCATION_HEADER, rows, legend, 1)

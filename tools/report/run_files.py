@@ -52,6 +52,8 @@ class RunFiles:
     """Model -> its sampled answers, by temperature."""
     cost: dict[str, Any]
     """Model -> its cost figures; empty where they were not measured."""
+    audit: dict[str, Any]
+    """What `decant cache audit --recipe` found; empty where it was not asked."""
     seconds: dict[str, float]
     cache: dict[str, Any]
     """Statistics of the caches, summed; empty where none could be read."""
@@ -89,6 +91,7 @@ def read_run(directory: Path) -> RunFiles:
         answers={name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()},
         side_answers=read_side_answers(directory, list(evaluations)),
         cost=_cost(directory / "evaluate" / "cost" / "figures.json"),
+        audit=_audit(directory / "audit.json"),
         seconds=_seconds(directory / "seconds.json", stage_names, missing),
         cache=cache,
         layers=layers,
@@ -177,6 +180,22 @@ def _cost(path: Path) -> dict[str, Any]:
         for name, figures in found.items()
         if isinstance(figures, dict) and all(figures.get(key) is None or _finite(figures[key]) for key in COST_NUMBERS)
     }
+
+
+def _audit(path: Path) -> dict[str, Any]:
+    """Return a kept audit, or nothing where its tables could not be drawn."""
+    found = _json(path) or {}
+    faith, truncation = found.get("faithfulness"), found.get("truncation")
+    if not isinstance(faith, dict) or not isinstance(truncation, list) or not isinstance(faith.get("unfaithful"), list):
+        return {}
+    parts = [faith.get(key) for key in ("stored", "control", "codec")]
+    numbers = [part.get(key) if isinstance(part, dict) else None for part in parts for key in AUDIT_NUMBERS]
+    numbers += [one.get(key) if isinstance(one, dict) else None for one in truncation for key in TRUNCATION_NUMBERS]
+    return found if all(_finite(number) for number in numbers) else {}
+
+
+AUDIT_NUMBERS = ("mean_kl", "worst_kl", "worst_label", "worst_tail")
+TRUNCATION_NUMBERS = ("k", "draws", "mass", "temperature", "gradient_error", "mean_gradient_error", "bytes_per_position")
 
 
 def _caches(recipe: Recipe | None, missing: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,0 +1,106 @@
+"""Dense distributions of a model at a cached row's supervised positions, a few positions at a time; transformers, no cache of
+anything.
+
+Cost: one forward pass per row and at most `CHUNK_ENTRIES` numbers of logits at once.
+Shape letters: T tokens of a row, S supervised positions, C positions of a chunk, V entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.errors import IdentityError
+from shared.identity import LayerIdentity, weights_hash
+from shared.recipe import Teacher
+from shared.sequences import SequenceRow
+from teacher_cache.engines.sparse_columns import predicting_rows
+from teacher_cache.engines.transformers_model import CausalModel
+from teacher_cache.model_files import resolve_model
+
+CHUNK_ENTRIES = 2**22
+Chunk = tuple[slice, torch.Tensor]
+"""Which of a row's positions, and their log-probabilities [C, V] in float64 on the CPU"""
+
+
+def open_recorded_teacher(
+    identity: LayerIdentity, model: str | None, adapter: str | None, *, trust_remote_code: bool = False
+) -> CausalModel:
+    """Load the teacher that a layer records, in the types that it records.
+
+    Args:
+        identity: of the layer.
+        model: where the teacher lies now; None: where it lay.
+        adapter: where its adapter lies, if it had one.
+        trust_remote_code: run Python that comes with it.
+
+    Raises:
+        IdentityError: these are other weights, or transformers cannot run the teacher as it was run.
+        EngineError: it cannot be loaded.
+    """
+    if identity.quantization is not None:
+        raise IdentityError(
+            f"the teacher was quantised with {identity.quantization} when it was captured, which transformers does not do; "
+            "audit a layer of the unquantised teacher"
+        )
+    if (identity.adapter is None) != (adapter is None):
+        found = "has one" if identity.adapter else "has none"
+        raise IdentityError(f"the layer's teacher {found} where an adapter is concerned; name it with --recipe or --adapter DIR")
+    files = resolve_model(model or identity.teacher, None if model else identity.revision)
+    for name, directory, recorded in (
+        ("teacher", files.directory, identity.weights_hash),
+        ("adapter", Path(adapter or ""), identity.adapter),
+    ):
+        if recorded is not None and (found := weights_hash(directory)) != recorded:
+            raise IdentityError(
+                f"{directory} has weights {found} and the layer was captured with {recorded}; "
+                f"name the right {name} with --{name} DIR"
+            )
+    settings = {"dtype": identity.dtype, "head_dtype": identity.head_dtype, "adapter": adapter}
+    teacher = Teacher.model_validate(
+        {"model": str(files.directory), "engine": "transformers", "trust_remote_code": trust_remote_code, **settings}
+    )
+    return CausalModel.load(teacher, files.directory)
+
+
+def chunk_positions(*models: CausalModel) -> int:
+    """Return how many positions of any of these models are worked on at once."""
+    return max(1, CHUNK_ENTRIES // max(model.num_entries for model in models))
+
+
+def dense_logprobs(
+    model: CausalModel,
+    row: SequenceRow,
+    *,
+    beside: Sequence[SequenceRow] = (),
+    vocab_size: int | None = None,
+    step: int | None = None,
+) -> Iterator[Chunk]:
+    """Yield a row's log-probabilities [C, V] chunk by chunk.
+
+    Args:
+        model: body and head.
+        row: whose supervised positions.
+        beside: other rows in the same batch, padded with it to the longest: the same maths in other rounding.
+        vocab_size: entries that count (a softmax over these alone); None: all that the head has.
+        step: positions of a chunk; None: as many as keep logits within `CHUNK_ENTRIES`.
+    """
+    batch = [row, *beside]
+    longest = max(len(one.token_ids) for one in batch)
+    tokens = torch.zeros((len(batch), longest), dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for index, one in enumerate(batch):
+        tokens[index, : len(one.token_ids)] = torch.from_numpy(one.token_ids.astype(np.int64))
+        mask[index, : len(one.token_ids)] = 1
+    with torch.inference_mode():
+        hidden = model.hidden(tokens.to(model.device), mask.to(model.device))[0]
+        rows = torch.from_numpy(predicting_rows(row.spans)).to(model.device)
+        step = step or chunk_positions(model)
+        for start in range(0, len(rows), step):
+            where = slice(start, min(start + step, len(rows)))
+            logits: Any = model.logits(hidden[rows[where]])[:, :vocab_size]
+            yield where, logits.double().log_softmax(-1).cpu()
