@@ -8,7 +8,7 @@ Cost: two engine passes over the tokens; memory for a few units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -83,6 +83,7 @@ def teach(
     partition: tuple[int, int] | None = None,
     progress: Progress | None = None,
     max_set_aside: float = THRESHOLD,
+    open_engine: Callable[..., Engine] | None = None,
 ) -> BuildSummary:
     """Build or continue the cache that a recipe describes.
 
@@ -91,6 +92,7 @@ def teach(
         partition: this process's share of the plan, (index from 0, count); None for all of it.
         progress: receives rows and tokens as they are done.
         max_set_aside: largest share of unusable rows that is accepted.
+        open_engine: opens engines instead of `teacher_cache.engines.open_engine`.
 
     Raises:
         UsageError: the recipe has no teacher, several caches, or nothing to build from.
@@ -118,11 +120,12 @@ def teach(
     if hidden is not None:
         hidden.describe(summary)
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
+    opener = open_engine or engines.open_engine
     with StopSignal() as stop:
-        engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop), known.max_model_len)
+        engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop, opener), known.max_model_len)
         answering = engine
         if answerer.key is not None:
-            answering = LazyEngine(lambda: _open_answering(recipe, answerer, stop), answerer.max_model_len)
+            answering = LazyEngine(lambda: _open_answering(recipe, answerer, stop, opener), answerer.max_model_len)
         build = _Build(
             recipe,
             teacher,
@@ -170,10 +173,10 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
     return recipe.teacher, (index, count)
 
 
-def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal) -> Engine:
+def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal, opener: Callable[..., Engine]) -> Engine:
     """Start the engine, with the same settings whether or not pass 1 is done, so that a continued build scores alike."""
     settings = teacher.model_copy(update={"max_model_len": known.max_model_len})
-    return engines.open_engine(
+    return opener(
         settings,
         recipe.capture,
         for_generation=recipe.generate if recipe.generate is None or recipe.generate.model is None else None,
@@ -182,12 +185,10 @@ def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: St
     )
 
 
-def _open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal) -> Engine:
+def _open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal, opener: Callable[..., Engine]) -> Engine:
     """Start the engine of another model than the teacher, which only answers."""
     directory = answerer.known.files.directory
-    return engines.open_engine(
-        answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested
-    )
+    return opener(answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested)
 
 
 def _request(recipe: Recipe, known: KnownTeacher, answerer: Answerer) -> dict[str, Any] | None:

@@ -43,7 +43,18 @@ def _init(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from tools.planner import plan, plan_text
 
+    if args.card is not None and (args.calibrate is not None or args.price_per_hour is not None):
+        args.parser.error("--card is about training and --calibrate about the teacher; ask one at a time")
+    if args.price_per_hour is not None and args.calibrate is None:
+        args.parser.error("--price-per-hour needs --calibrate: without it no hours are known")
     recipe = _load(args)
+    if args.calibrate is not None:
+        from tools.phases import plan_calibrated
+
+        with _stdout_kept(args):
+            calibrated = plan_calibrated(recipe, args.calibrate, args.price_per_hour)
+        _result(args, *calibrated)
+        return 0
     if args.card is None:
         result = plan(recipe)
         _result(args, result, plan_text(result))

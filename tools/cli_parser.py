@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 PHASES = ("teach", "train", "eval", "report")
 EXIT_USAGE = 2
+SAMPLE_ROWS = 384
+"""Rows of `plan --calibrate`: more than an engine answers at once on a CPU, so that its full speed shows."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +48,16 @@ def build_parser() -> Parser:
 
     plan = _recipe(command("plan", "count rows, tokens and gigabytes before anything runs"))
     plan.add_argument("--card", metavar="SIZE", help="say how each stage's training fits a GPU of this memory, such as 24GiB")
+    plan.add_argument(
+        "--calibrate",
+        nargs="?",
+        type=_sample,
+        const=SAMPLE_ROWS,
+        metavar="ROWS",
+        help=f"build a sample (default: {SAMPLE_ROWS} rows) with the real engine and extrapolate hours, gigabytes, memory, money",
+    )
+    plan.set_defaults(parser=plan)
+    plan.add_argument("--price-per-hour", type=_price, metavar="PRICE", help="of one engine, for the money of --calibrate")
     teach = _recipe(command("teach", "phase 1: let the teacher answer and score; continues what is there"))
     teach.add_argument(
         "--max-set-aside", type=_share, metavar="SHARE", help="fail when more than this share of rows is unusable (default: 0.01)"
@@ -158,6 +170,18 @@ def _positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d{0,17}", text):
         raise argparse.ArgumentTypeError(f"'{text}' is no count; expected a whole number from 1")
     return int(text)
+
+
+def _sample(text: str) -> int:
+    if not re.fullmatch(r"\d{1,7}", text) or int(text) < 8:
+        raise argparse.ArgumentTypeError(f"'{text}' is no sample; expected a number of rows from 8")
+    return int(text)
+
+
+def _price(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?|\.\d+", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no price; expected a number such as 2.5")
+    return float(text)
 
 
 def _row_number(text: str) -> int:

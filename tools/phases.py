@@ -42,6 +42,35 @@ def teach(recipe: Recipe, partition: tuple[int, int] | None, max_set_aside: floa
     return {**asdict(summary), **derived}, "\n".join(summary.lines())
 
 
+def plan_calibrated(recipe: Recipe, num_rows: int, price_per_hour: float | None) -> Result:
+    """Plan a recipe with rates that a short real build measures.
+
+    Raises:
+        UsageError: there is nothing to sample, or nothing left to do.
+        DecantError: whatever stops a build.
+    """
+    from teacher_cache.calibration import calibrate
+    from tools.plan_calibrated import calibrated_figures, calibrated_text
+    from tools.planner import plan, plan_text
+
+    planned = plan(recipe)
+    if not planned.get("rows_to_do") and "rescore" not in planned:
+        raise UsageError("--calibrate has nothing to measure: every row of the recipe is in the cache, answered and scored")
+    progress = BuildProgress()
+    try:
+        found = calibrate(recipe, num_rows, progress)
+    finally:
+        progress.finish()
+    figures = calibrated_figures(recipe, planned, found, price_per_hour)
+    planned["assumptions"] = [text for text in planned["assumptions"] if not _is_measured(text)]
+    return {**planned, "calibrated": figures}, f"{plan_text(planned)}\n{calibrated_text(figures)}"
+
+
+def _is_measured(assumption: str) -> bool:
+    """Tell whether a calibration replaces an assumption of the plan."""
+    return assumption.startswith("hours are not given") or "bytes per position expected" in assumption
+
+
 def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Result:
     """Run phase 2 and name its models.
 

@@ -75,7 +75,7 @@ def measure(num_rows: int) -> None:
     """Print the figures of one size, as JSON."""
     from teacher_cache import build, engines
 
-    engines.open_engine = lambda *_, **__: ReplayEngine()  # type: ignore[assignment,return-value]
+    engines.open_engine = lambda *_, **__: ReplayEngine()
     with tempfile.TemporaryDirectory(prefix="decant-replay-") as directory:
         root = Path(directory)
         build.teach(_recipe(root / "warm", WARM_ROWS))
