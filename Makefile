@@ -23,7 +23,7 @@ help:
 	@echo "make demo           prompts -> teacher -> cache -> students -> report, about 8 minutes on 2 cores"
 	@echo "make test           every test    make test-fast   the quick ones"
 	@echo "make check          lint, types, import rules"
-	@echo "make bench          codec, operator, capture, reader -> runs/bench/bench.json"
+	@echo "make bench          codec, operator, capture, reader, teach -> runs/bench/bench.json"
 	@echo "make bench-quality  the demo for three student seeds, with intervals, into docs/benchmarks.md"
 
 setup: $(READY)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.growing_key_set import GrowingKeySet
 from shared.keys import KeySet, content_key, group_key, is_heldout, row_key, stack_keys
 
 
@@ -65,3 +66,22 @@ def test_key_set_contains_what_a_set_contains(members: list[bytes], others: list
     asked = members + near + others
     expected = [key in set(members) for key in asked]
     assert KeySet(stack_keys(members)).contains(stack_keys(asked)).tolist() == expected
+
+
+def test_growing_key_set_is_a_set_through_growth_and_collisions():
+    rng = np.random.default_rng(0)
+    keys = [rng.bytes(16) for _ in range(6000)]
+    keys += [b"\x01" * 8 + i.to_bytes(8, "big") for i in range(1, 300)]  # all want one slot
+    keys += [bytes(16), (2**12 - 1).to_bytes(8, "little") + bytes(8)]
+    order = [*keys, *keys[::3]]
+    rng.shuffle(order)
+    found, expected = GrowingKeySet(), set()
+    for key in order:
+        assert found.add(key) == (key not in expected)
+        expected.add(key)
+    assert len(found) == len(expected)
+
+
+def test_growing_key_set_refuses_other_lengths():
+    with pytest.raises(ValueError, match="16 bytes"):
+        GrowingKeySet().add(b"short")

@@ -19,6 +19,8 @@ BENCHES = {
     "codec": ("tools.bench.codec_bench", 900),
     "reader": ("tools.bench.reader_bench", 600),
     "capture": ("tools.bench.capture_bench", 900),
+    "teach": ("tools.bench.teach_bench", 1200),
+    "replay": ("tools.bench.replay_bench", 1800),
     "operator": ("tools.bench.operator_bench", 1800),
 }
 """Section of bench.json -> module with `run() -> dict`, and the most seconds that it may take."""
