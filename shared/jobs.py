@@ -103,6 +103,10 @@ class Job:
         """Return the name, without ending, of the part that a unit makes."""
         return f"part-{self.id8}-{unit:06d}"
 
+    def rows_of(self, unit: int) -> int:
+        """Return how many rows a unit has; all but the last have `rows_per_part`."""
+        return self.rows_per_part if unit < self.num_units - 1 else int(self._batch(unit)[0].num_rows)
+
     def unit(self, unit: int) -> list[PlanRow]:
         """Return the rows of a unit after comparing them with their checksum.
 

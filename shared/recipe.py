@@ -132,6 +132,9 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
                 f"'{recipe.teacher.quantization}' says; leave one of both out",
             )
         )
+    if recipe.teacher is not None and recipe.teacher.workers is not None and recipe.capture.hidden is not None:
+        sentence = "hidden states are captured by one engine; leave `teacher.workers` out and use `decant teach --partition i/n`"
+        problems.append((("capture", "hidden"), sentence))
     for i, cache in enumerate(recipe.cache):
         if cache in recipe.cache[:i]:
             problems.append((("cache", i), f"'{cache}' is listed twice"))

@@ -26,14 +26,14 @@ from shared.schema import MAX_DRAWS, MAX_GAP_STEP, MAX_K, MAX_TEMPERATURES, MIN_
 
 
 class Workers(Section):
-    """Many engines for one build."""
+    """Many engines for one build, each in a Ray actor of its own."""
 
     backend: Literal["ray"] = "ray"
     """What places and restarts the engines."""
     count: Count = 1
     """Engines at work."""
-    gpus_per_engine: Count = 1
-    """GPUs of one engine (one tensor-parallel group)."""
+    gpus_per_engine: CountOrZero = 1
+    """GPUs of one engine, its `tensor_parallel_size`; 0 for engines on CPUs."""
 
 
 class Teacher(Section):
@@ -78,9 +78,7 @@ class Teacher(Section):
     def _exists_in_this_build(self) -> Teacher:
         problems: list[Problem] = teacher_problems(self)
         if self.workers is not None:
-            problems.append(
-                (("workers",), "this build has no Ray engines yet; leave it out and use `decant teach --partition i/n`")
-            )
+            problems += _misplaced(self.workers, self.engine, self.tensor_parallel_size)
         if self.engine == "transformers":
             if self.tensor_parallel_size != 1:
                 problems.append(
@@ -91,6 +89,22 @@ class Teacher(Section):
         if problems:
             inconsistent(*problems)
         return self
+
+
+def _misplaced(workers: Workers, engine: str, tensor_parallel_size: int) -> list[Problem]:
+    """Return what of `workers` cannot be honoured."""
+    gpus = workers.gpus_per_engine
+    if engine == "server":
+        return [(("workers",), "servers are shared out by one process; leave it out and list them in `servers`")]
+    if gpus not in (0, tensor_parallel_size):
+        return [
+            (
+                ("workers", "gpus_per_engine"),
+                f"an engine uses tensor_parallel_size = {tensor_parallel_size} GPUs, so {gpus} cannot be; write "
+                f"{tensor_parallel_size}, or 0 for engines on CPUs",
+            )
+        ]
+    return []
 
 
 class PromptSource(Section):

@@ -18,7 +18,9 @@ from shared.errors import DecantError, PromptError, UsageError
 from shared.jobs import Job, PlanRow, create_job
 from shared.layer_choice import serving_layer
 from shared.layout import list_layers, read_header
+from shared.parts import PartRecord
 from shared.recipe import Recipe, Teacher
+from shared.recipe_capture import Workers
 from teacher_cache import engines
 from teacher_cache.answerer import Answerer, know_answerer
 from teacher_cache.engines.protocol import Engine
@@ -36,6 +38,7 @@ from teacher_cache.sequence_maker import SequenceMaker
 from teacher_cache.stop_signal import StopSignal
 from teacher_cache.summary import BuildSummary
 from teacher_cache.teacher_identity import KnownTeacher, know_teacher, layer_identity, sequences_identity, software
+from teacher_cache.unit_board import UnitsSetAsideError
 from teacher_cache.unit_writer import UnitWriter
 from teacher_cache.work_list import Tally, answer_seed, list_rows, request_of
 
@@ -98,6 +101,7 @@ def teach(
         UsageError: the recipe has no teacher, several caches, or nothing to build from.
         IdentityError: the cache was built with another tokenizer or template.
         SetAsideError: everything is done, but too many rows could not be used.
+        UnitsSetAsideError: everything is done, but for units that killed two of many engines each.
         BuildStoppedError: SIGTERM arrived.
         DecantError: anything else that stops a build, in one sentence.
     """
@@ -144,13 +148,16 @@ def teach(
         try:
             with engine, answering:
                 job = _plan(build, request) if request is not None else None
-                if job is not None:
-                    _make_sequences(build, job, maker)
-                _make_targets(build, job)
+                if teacher.workers is not None:
+                    _use_many_engines(build, job, teacher.workers)
+                else:
+                    if job is not None:
+                        _make_sequences(build, job, maker)
+                    _make_targets(build, job)
             if hidden is not None:
                 _make_hidden(build, job, hidden)
         finally:
-            summary.seconds_starting = sum(one.seconds_starting for one in {engine, answering})
+            summary.seconds_starting += sum(one.seconds_starting for one in {engine, answering})
             if summary.computed:
                 add_seconds(recipe.output_dir, "teach", summary.seconds)
     return _finish(build, job)
@@ -226,8 +233,7 @@ def _plan(build: _Build, request: dict[str, Any]) -> Job:
 def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
     """Pass 1 over this partition's units that have no part."""
     recipe = build.recipe
-    committed = {record.stem for record in build.cache.sequence_records()}
-    units = [unit for unit in range(job.num_units) if build.mine(unit) and job.part_stem(unit) not in committed]
+    units = _units_without_part(build, job)
     if not units:
         return
     _stop_if_asked(build)
@@ -246,14 +252,38 @@ def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
     _stop_if_asked(build)
 
 
-def _make_targets(build: _Build, job: Job | None) -> None:
-    """Pass 2 over this partition's parts that the layer lacks."""
+def _units_without_part(build: _Build, job: Job) -> list[int]:
+    """Return this partition's units of pass 1."""
+    committed = {record.stem for record in build.cache.sequence_records()}
+    return [unit for unit in range(job.num_units) if build.mine(unit) and job.part_stem(unit) not in committed]
+
+
+def _parts_without_targets(build: _Build, job: Job | None) -> list[PartRecord]:
+    """Return this partition's parts of pass 2 that are there, none of them longer than the teacher takes."""
     own = _own_stems(build, job)
     records = parts_to_score(build.layer, own, job.id8 if job else None, build.partition)
+    require_length(build.layer, records, build.known.max_model_len)
+    return records
+
+
+def _use_many_engines(build: _Build, job: Job | None, workers: Workers) -> None:
+    """Both passes over this partition's units, on the engines of `teacher.workers`."""
+    from teacher_cache.ray_workers import run_units, sequences_tasks, targets_tasks, work_order
+
+    order = work_order(build.recipe, build.layer.name, job.id if job else None, build.known.max_model_len)
+    units = _units_without_part(build, job) if job else []
+    first = sequences_tasks(job, units, build.recipe) if job else []
+    second = targets_tasks(_parts_without_targets(build, job), job)
+    run_units(order, workers, first, second, build.stop, build.progress, build.summary)
+    _stop_if_asked(build)
+
+
+def _make_targets(build: _Build, job: Job | None) -> None:
+    """Pass 2 over this partition's parts that the layer lacks."""
+    records = _parts_without_targets(build, job)
     if not records:
         return
     _stop_if_asked(build)
-    require_length(build.layer, records, build.known.max_model_len)
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
         score_parts(build.layer, records, build.engine.get().score, partial(_ran, build.engine), desk, build.summary.scored)
@@ -302,6 +332,12 @@ def _finish(build: _Build, job: Job | None) -> BuildSummary:
         raise SetAsideError(
             f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the {build.max_set_aside:.0%} that "
             f"are set aside; the other {summary.rows:,} rows are in the cache)",
+            summary,
+        )
+    if summary.units_set_aside:
+        raise UnitsSetAsideError(
+            f"{len(summary.units_set_aside):,} units were set aside, since each killed two engines, the first: "
+            f"{summary.units_set_aside[0]}; everything else is done, and the same command tries them again",
             summary,
         )
     return summary

@@ -86,12 +86,38 @@ class BuildSummary:
     """Supervised positions of the cache now."""
     unscored_parts: int = 0
     """Parts of sequences that the layer still lacks (other partitions' share)."""
+    engines: int = 1
+    """Engines at work."""
+    engine_restarts: int = 0
+    """Times that one of many engines died."""
+    units_set_aside: list[str] = field(default_factory=list)
+    """Units that killed two of many engines, each with its cause."""
 
     def add_problem(self, problem: Problem) -> None:
         """Count one row that was set aside, and list it while the list is short."""
         self.num_set_aside += 1
         if len(self.set_aside) < MAX_LISTED:
             self.set_aside.append(problem)
+
+    def absorb(self, other: BuildSummary, num_engines: int) -> None:
+        """Add what one of several engines did; time in it counts as its share, wall time is the caller's to measure."""
+        for mine, its in ((self.generated, other.generated), (self.imported, other.imported), (self.scored, other.scored)):
+            mine.rows += its.rows
+            mine.positions += its.positions
+            mine.tokens += its.tokens
+            mine.seconds_in_engine += its.seconds_in_engine / num_engines
+            mine.seconds_waiting += its.seconds_waiting / num_engines
+            mine.seconds_writing += its.seconds_writing
+        self.truncated += other.truncated
+        self.dropped += other.dropped
+        self.num_set_aside += other.num_set_aside - len(other.set_aside)
+        for problem in other.set_aside:
+            self.add_problem(problem)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all passes."""
+        return self.generated.tokens + self.imported.tokens + self.scored.tokens
 
     @property
     def computed(self) -> bool:
@@ -138,6 +164,9 @@ class BuildSummary:
                 f"engine start {self.seconds_starting:,.1f} s, encoding and writing {self.seconds_writing:,.1f} s beside it, "
                 f"of which the engine waited {self.seconds_waiting:,.1f} s"
             )
+        if self.engines > 1 or self.engine_restarts:
+            lines.append(f"{self.engines:,} engines, restarts: {self.engine_restarts:,}")
+        lines += [f"set aside: {unit}" for unit in self.units_set_aside]
         for source, count in sorted(self.duplicates.items()):
             lines.append(f"{source}: {count:,} rows repeat an earlier one and were left out")
         if self.truncated:

@@ -27,12 +27,13 @@ def teach(recipe: Recipe, partition: tuple[int, int] | None, max_set_aside: floa
     """
     from teacher_cache.build import SetAsideError
     from teacher_cache.build import teach as build
+    from teacher_cache.unit_board import UnitsSetAsideError
 
     progress = BuildProgress()
     settings: dict[str, Any] = {} if max_set_aside is None else {"max_set_aside": max_set_aside}
     try:
         summary = build(recipe, partition, progress, **settings)
-    except SetAsideError as error:
+    except (SetAsideError, UnitsSetAsideError) as error:
         progress.finish()
         print("\n".join(error.summary.lines()))
         raise

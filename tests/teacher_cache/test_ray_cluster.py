@@ -1,0 +1,57 @@
+"""What is refused before an engine is placed; a real Ray is tests/system/test_ray.py."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+
+from shared.errors import UsageError
+from shared.recipe_capture import Workers
+from teacher_cache import ray_cluster
+
+
+class FakeRay:
+    def __init__(self, *cpus: int) -> None:
+        self.cpus = cpus
+
+    def nodes(self) -> list[dict]:
+        return [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in self.cpus] + [{"Alive": False, "Resources": {}}]
+
+
+def test_too_few_gpus_on_this_machine_are_refused_and_in_a_cluster_only_said(caplog):
+    with pytest.raises(UsageError, match="asks for 2 engines of 4 GPUs and there are 7 GPUs here"):
+        ray_cluster._check_room({"GPU": 7.0}, Workers(count=2, gpus_per_engine=4), local=True)
+    ray_cluster._check_room({"GPU": 7.0}, Workers(count=2, gpus_per_engine=4), local=False)
+    assert "start as they get a place" in caplog.text
+    ray_cluster._check_room({}, Workers(count=2, gpus_per_engine=0), local=True)
+
+
+@pytest.mark.parametrize(
+    "nodes, count, gpus, cpus", [((8,), 2, 0, 4), ((8, 4), 3, 0, 4), ((2,), 3, 0, 1), ((8,), 2, 1, 1), ((7,), 2, 0, 3)]
+)
+def test_engines_on_cpus_share_the_cores_and_engines_on_gpus_take_one(nodes, count, gpus, cpus):
+    assert ray_cluster.cpus_per_engine(FakeRay(*nodes), Workers(count=count, gpus_per_engine=gpus)) == cpus
+
+
+def test_a_missing_ray_and_a_client_address_are_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(UsageError, match="names Ray's client port"), ray_cluster.ray_cluster(Workers(count=1)):
+        pass
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(UsageError, match="install the extra `cluster`"), ray_cluster.ray_cluster(Workers(count=1)):
+        pass
+
+
+def test_files_of_builds_that_were_killed_are_removed_and_those_of_living_ones_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_cluster.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(ray_cluster, "_LONGEST_SOCKET_DIRECTORY", 1000)
+    dead, alive = tmp_path / "decant-ray-999999999-x", tmp_path / "decant-ray-1-x"
+    for directory in (dead, alive):
+        (directory / "session").mkdir(parents=True)
+    made = ray_cluster._temporary_directory()
+    assert made.parent == tmp_path and made.is_dir() and alive.is_dir() and not dead.exists()
