@@ -49,7 +49,7 @@ def fill_atomic(path: Path, fill: Fill, what: str, expected_bytes: int) -> None:
         failpoint(f"{what}.before_rename")
         temporary.replace(path)
         failpoint(f"{what}.after_rename")
-        fsync_dir(path.parent)
+        _fsync_name(path, what)
 
 
 def link_exclusive(path: Path, data: bytes | memoryview, what: str, step: str = "link") -> bool:
@@ -87,8 +87,14 @@ def fill_exclusive(path: Path, fill: Fill, what: str, expected_bytes: int, step:
                 ) from None
             raise
         failpoint(f"{what}.after_{step}")
-        fsync_dir(path.parent)
+        _fsync_name(path, what)
         return created
+
+
+def _fsync_name(path: Path, what: str) -> None:
+    failpoint(f"{what}.before_fsync_dir")
+    fsync_dir(path.parent)
+    failpoint(f"{what}.after_fsync_dir")
 
 
 def fsync_dir(path: Path) -> None:
@@ -108,9 +114,13 @@ def make_dir(path: Path) -> None:
     """
     try:
         missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+        if missing:
+            failpoint("directory.before_mkdir")
         path.mkdir(parents=True, exist_ok=True)
+        if missing:
+            failpoint("directory.after_mkdir")
         for created in missing:
-            fsync_dir(created.parent)
+            _fsync_name(created, "directory")
     except OSError as error:
         raise CacheError(f"{path} cannot be created: {error.strerror}; check the path and its permissions") from None
 

@@ -13,15 +13,18 @@ import pytest
 
 from shared.atomic import TEMPORARY_MARK
 from shared.cache import Cache
-from shared.failpoints import failpoint_names
+from shared.failpoints import ATOMIC_STEPS, failpoint_names
 from shared.verify import verify_cache
 from tests.tiny_models import make_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
-REPEATED = ("sequences", "sequences_record", "targets", "targets_record", "tokenizer")
+REPEATED = ("directory", "sequences", "sequences_record", "targets", "targets_record", "tokenizer")
 """What a build writes several times: killed at the second time as well."""
 
-ONCE = failpoint_names()
+SECONDS = tuple(f"seconds.{when}_{step}" for step in ATOMIC_STEPS for when in ("before", "after"))
+"""Written to the run's directory at the end of a build."""
+
+ONCE = (*failpoint_names(), *SECONDS)
 TWICE = tuple(f"{name}@2" for name in ONCE if name.split(".")[0] in REPEATED)
 QUICK = ("plan.after_link", "sequences.before_rename@2", "sequences.after_rename@2", "targets_record.before_rename")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.cache import Cache, Row
+from shared.errors import CacheError
 from shared.layout import sequences_dir
 from shared.records import list_records
 from shared.verify import verify_cache
@@ -27,8 +28,13 @@ def differences(unbroken: Path, found: Path, tolerance_nats: float) -> list[str]
             engine that batches as requests come rounds differently each time.
     """
     problems = [f"damaged: {problem}" for problem in verify_cache(found)][:MAX_LISTED]
+    if problems:
+        return problems
     expected = {row.row_key: row for row in _rows(unbroken)}
-    rows = _rows(found)
+    try:
+        rows = _rows(found)
+    except CacheError as error:
+        return [f"missing: {error}"]
     keys = [row.row_key for row in rows]
     committed = sum(record.rows for record in list_records(sequences_dir(found)))
     if committed != len(keys) or len(set(keys)) != len(keys):

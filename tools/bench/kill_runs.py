@@ -106,9 +106,7 @@ class ProgramBuild:
             return False
         if what == "engine":
             engines = self._processes("ray::EngineWorker")
-            if engines:
-                os.kill(engines[0], signal.SIGKILL)
-            return bool(engines)
+            return bool(engines) and _kill(engines[0])
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         bound = time.monotonic() + SECONDS_TO_DIE
@@ -199,8 +197,10 @@ def _command(pid: int) -> str:
         return ""
 
 
-def _kill(pid: int) -> None:
+def _kill(pid: int) -> bool:
+    """Kill a process; False where it has ended already."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
-        return
+        return False
+    return True

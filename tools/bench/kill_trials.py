@@ -38,10 +38,16 @@ class Workload:
 
     engine: str
     ray: bool
-    rows: int
+    prompts: int
+    samples: int
     rows_per_part: int
     max_new_tokens: int
     tolerance_nats: float
+
+    @property
+    def num_records(self) -> int:
+        """Commit records of a whole cache: of sequences and of targets."""
+        return 2 * -(-self.prompts * self.samples // self.rows_per_part)
 
     def recipe(self, directory: Path) -> dict[str, Any]:
         """Return a recipe whose run and cache lie in `directory`."""
@@ -49,13 +55,13 @@ class Workload:
         teacher["max_model_len"] = 256
         if self.ray:
             teacher["workers"] = {"backend": "ray", "count": 2, "gpus_per_engine": 0}
-        prompts = {"source": "math", "path": str(ROOT / "data/demo/math.train.jsonl"), "format": "messages", "limit": self.rows}
+        prompts = {"source": "math", "path": str(ROOT / "data/demo/math.train.jsonl"), "format": "messages", "limit": self.prompts}
         return {
             "name": "trial",
             "output_dir": str(directory),
             "teacher": teacher,
             "prompts": [prompts],
-            "generate": {"max_new_tokens": self.max_new_tokens, "temperature": 1.0},
+            "generate": {"max_new_tokens": self.max_new_tokens, "temperature": 1.0, "samples_per_prompt": self.samples},
             "capture": {"mode": "top+sample", "k": 8, "draws": 2, "temperatures": [1.0, 2.0]},
             "cache": str(directory / "cache"),
             "rows_per_part": self.rows_per_part,
@@ -68,9 +74,9 @@ class Workload:
 
 
 WORKLOADS = {
-    "transformers": Workload("transformers", False, 48, 4, 12, 0.0),
-    "vllm": Workload("vllm", False, 400, 8, 64, 2e-3),
-    "ray": Workload("transformers", True, 120, 4, 12, 0.0),
+    "transformers": Workload("transformers", False, 48, 1, 4, 12, 0.0),
+    "vllm": Workload("vllm", False, 450, 2, 16, 48, 2e-3),
+    "ray": Workload("transformers", True, 160, 1, 4, 12, 0.0),
 }
 
 
@@ -88,9 +94,10 @@ class Trials:
     """By the pass in which the kill came."""
     caches: int = 0
     runs: int = 0
-    seconds_unbroken: float = 0.0
+    seconds_starting: float = 0.0
+    """From the start of the unbroken build to its first commit."""
     seconds_committing: float = 0.0
-    """From the first commit of the unbroken build to its end."""
+    """From its first commit to its last."""
     violations: list[str] = field(default_factory=list)
 
     @property
@@ -103,12 +110,12 @@ class Trials:
         started = time.monotonic()
         build = self.workload.start(self.root / "unbroken")
         first = self._wait(build, self.root / "unbroken", 1)
-        committed = time.monotonic()
+        self.seconds_starting = time.monotonic() - started
+        last = self._wait(build, self.root / "unbroken", self.workload.num_records)
+        self.seconds_committing = time.monotonic() - started - self.seconds_starting
         self._finish(build)
-        if not first or build.returncode() != 0:
+        if not first or not last or build.returncode() != 0:
             raise RuntimeError(f"the unbroken build ended with {build.returncode()}: {build.output()[-1000:]}")
-        self.seconds_unbroken = time.monotonic() - started
-        self.seconds_committing = time.monotonic() - committed
 
     def run(self) -> None:
         """Kill until there were enough, each cache to its end."""
@@ -147,14 +154,15 @@ class Trials:
         self._judge(directory, committed)
 
     def _wait_for_moment(self, build: Build, directory: Path, before: int) -> bool:
-        """Wait until it is time to kill; False where the build ended first.
+        """Wait until it is time to kill, somewhere in the work that is left; False where the build ended first.
 
         A build that starts quickly may be killed while it starts; one that takes long to start has to commit something first.
         """
         quick = isinstance(build, ForkedBuild)
-        if not self._wait(build, directory, 1 if quick else before + 1):
+        if not self._wait(build, directory, min(1 if quick else before + 1, self.workload.num_records)):
             return False
-        until = time.monotonic() + self.rng.uniform(0.0, self.seconds_unbroken if quick and before else self.seconds_committing)
+        left = self.seconds_committing * (1 - before / self.workload.num_records)
+        until = time.monotonic() + self.rng.uniform(0.0, left + (self.seconds_starting if quick and before else 0.0))
         while time.monotonic() < until:
             if build.returncode() is not None:
                 return False
@@ -205,8 +213,8 @@ def run_trials(name: str, kills: int, seed: int, root: Path) -> dict[str, Any]:
         "kills_in_pass": dict(trials.passes),
         "caches": trials.caches,
         "runs": trials.runs,
-        "rows_per_cache": workload.rows,
-        "parts_per_cache": 2 * -(-workload.rows // workload.rows_per_part),
+        "rows_per_cache": workload.prompts * workload.samples,
+        "parts_per_cache": workload.num_records,
         "seconds": round(time.monotonic() - started, 1),
         "violations": trials.violations,
     }
