@@ -132,6 +132,11 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
                 f"'{recipe.teacher.quantization}' says; leave one of both out",
             )
         )
+    if recipe.teacher is not None and recipe.teacher.workers is not None and recipe.generate and recipe.generate.model is not None:
+        sentence = (
+            "the engines of `teacher.workers` all run the teacher; leave `workers` out and use `decant teach --partition i/n`"
+        )
+        problems.append((("generate", "model"), sentence))
     if recipe.teacher is not None and recipe.teacher.workers is not None and recipe.capture.hidden is not None:
         sentence = "hidden states are captured by one engine; leave `teacher.workers` out and use `decant teach --partition i/n`"
         problems.append((("capture", "hidden"), sentence))

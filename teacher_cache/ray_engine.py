@@ -214,7 +214,7 @@ class EngineWorker:
     def _generate_unit(self, loaded: Loaded, waiting: _Waiting, reply: Reply) -> _Tracked:
         generate = loaded.recipe.generate
         assert generate is not None
-        work = _pass1(loaded, loaded.ran)
+        work = _pass1(loaded, lambda: {**loaded.ran(), "answers": loaded.teacher.model})
         unit = GenerateUnit(work, waiting.task.unit, generate, answer_seed(generate, loaded.recipe.seed))
         return _Tracked(unit, waiting, work.summary, reply)
 

@@ -16,7 +16,7 @@ from shared.errors import EngineError
 from shared.identity import difference
 from shared.jobs import Job
 from shared.layout import read_header, read_layer
-from shared.recipe import Recipe
+from shared.recipe import Recipe, Teacher
 from teacher_cache import engines
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.sequence_maker import SequenceMaker
@@ -48,7 +48,7 @@ class Loaded:
     job: Job | None
     maker: SequenceMaker
     engine: Engine
-    known: KnownTeacher
+    teacher: Teacher
 
     def ran(self) -> dict[str, Any]:
         """Return what ran, for records."""
@@ -96,7 +96,7 @@ def load_order(order: WorkOrder, should_stop: Callable[[], bool]) -> Loaded:
             f"`teacher.max_model_len: {engine.max_model_len}`"
         )
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, order.max_model_len)
-    return Loaded(recipe, cache, layer, job, maker, engine, known)
+    return Loaded(recipe, cache, layer, job, maker, engine, teacher)
 
 
 def _layer(cache: CacheWriter, name: str, recipe: Recipe, known: KnownTeacher, node: str) -> LayerWriter:
