@@ -154,15 +154,21 @@ class Trials:
         self._judge(directory, committed)
 
     def _wait_for_moment(self, build: Build, directory: Path, before: int) -> bool:
-        """Wait until it is time to kill, somewhere in the work that is left; False where the build ended first.
+        """Wait until it is time to kill: at a random part of those that are left, and a random time after it was committed.
 
-        A build that starts quickly may be killed while it starts; one that takes long to start has to commit something first.
+        Counting parts keeps the moments spread over the work whatever the machine's pace. One kill in four comes while the build
+        starts, where starting is quick and something is committed. False where the build ended first or only its end is left.
         """
-        quick = isinstance(build, ForkedBuild)
-        if not self._wait(build, directory, min(1 if quick else before + 1, self.workload.num_records)):
+        last = self.workload.num_records - 1
+        if before > last:
             return False
-        left = self.seconds_committing * (1 - before / self.workload.num_records)
-        until = time.monotonic() + self.rng.uniform(0.0, left + (self.seconds_starting if quick and before else 0.0))
+        started = time.monotonic()
+        if isinstance(build, ForkedBuild) and before and self.rng.random() < 0.25:
+            until = started + self.rng.uniform(0.0, self.seconds_starting)
+        else:
+            if not self._wait(build, directory, self.rng.randint(min(before + 1, last), last)):
+                return False
+            until = time.monotonic() + self.rng.uniform(0.0, 2.0 * self.seconds_committing / self.workload.num_records)
         while time.monotonic() < until:
             if build.returncode() is not None:
                 return False
