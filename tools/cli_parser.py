@@ -67,9 +67,10 @@ def build_parser() -> Parser:
     train.add_argument("--from-stage", metavar="STAGE", help="begin with this stage")
     train.add_argument("--to-stage", metavar="STAGE", help="end with this stage")
     unsafe = "run code that models wrote without a sandbox, on a machine that has nothing to lose"
-    _recipe(command("eval", "evaluate every model of the recipe side by side")).add_argument(
-        "--allow-unsafe-code", action="store_true", help=unsafe
-    )
+    evaluate = _recipe(command("eval", "evaluate every model of the recipe side by side"))
+    evaluate.add_argument("--allow-unsafe-code", action="store_true", help=unsafe)
+    tasks = "also run these tasks of lm-evaluation-harness: names or task files, with commas between them"
+    evaluate.add_argument("--lm-eval", metavar="TASKS", help=tasks)
     run = _recipe(command("run", "teach, train, eval and report, one process per phase"))
     run.add_argument("--from", dest="first", choices=PHASES, help="begin with this phase")
     run.add_argument("--to", dest="last", choices=PHASES, help="end with this phase")

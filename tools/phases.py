@@ -5,6 +5,7 @@ Heavy modules are imported by the phase that needs them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -90,18 +91,26 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Resul
     return {"models": trained}, "\n".join(f"{name}: {directory}" for name, directory in trained.items())
 
 
-def evaluate(recipe: Recipe, allow_unsafe_code: bool) -> Result:
-    """Evaluate every model of the recipe.
+def evaluate(recipe: Recipe, allow_unsafe_code: bool, lm_eval: str | None = None) -> Result:
+    """Evaluate every model of the recipe, with tasks of lm-evaluation-harness if asked.
 
     Raises:
         EvaluationError: a model or a task cannot be evaluated.
     """
     from tools.evaluate.all_models import evaluate_all
+    from tools.evaluate.lm_eval_tasks import parse_tasks, require_lm_eval, run_lm_eval
     from tools.report.figures import report_figures
     from tools.report.run_files import read_run
     from tools.report.tables import table_text
 
+    tasks = None
+    if lm_eval is not None:  # refused before any model runs
+        require_lm_eval()
+        tasks = parse_tasks(lm_eval)
     results = evaluate_all(recipe, allow_unsafe_code)
+    if tasks is not None:
+        for name, figures in run_lm_eval(recipe, tasks, lambda line: print(line, file=sys.stderr, flush=True)).items():
+            results[name] = {**results[name], "lm_eval": figures}
     return results, table_text(report_figures([read_run(recipe.output_dir)]))
 
 

@@ -88,4 +88,4 @@ def _figures(result: dict[str, Any], done: Mapping[str, Any]) -> str:
     parts = [f"{domain} {100 * task['score']:.1f} %" for domain, task in result["tasks"].items()]
     if result["heldout"]:
         parts.append(f"held-out KL {result['heldout']['kl_nats']:.4f} nats")
-    return ", ".join(parts)
+    return ", ".join(parts) or "no tasks, nothing held out"

@@ -1,9 +1,9 @@
 """report.json: every figure of the report, from what a run left on disk. Nothing is drawn or formatted here.
 
 Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers, seconds,
-side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}, cost}, cache.{rows, positions, bytes_per_position, mean_support, ...},
-audit, seconds.PHASE, stages.NAME, layers, missing. With several runs, models and stages of the second and later ones are called
-RUN/NAME, and a model that several runs share (teacher, base) with equal figures appears once.
+side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}, cost, lm_eval}, cache.{rows, positions, bytes_per_position,
+mean_support, ...}, audit, seconds.PHASE, stages.NAME, layers, missing. With several runs, models and stages of the second and
+later ones are called RUN/NAME, and a model that several runs share (teacher, base) with equal figures appears once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
         prefix = f"{run.name}/" if index else ""
         side_by_side = side_by_side_figures(run.side_answers)
         for name, evaluation in run.evaluations.items():
-            figures = {**_model(run, name, evaluation), "side_by_side": side_by_side.get(name, {}), "cost": run.cost.get(name)}
+            figures = _model(run, name, evaluation)
+            figures |= {
+                "side_by_side": side_by_side.get(name, {}),
+                "cost": run.cost.get(name),
+                "lm_eval": run.lm_eval.get(name, {}),
+            }
             if not (
                 prefix
                 and name in models

@@ -16,6 +16,7 @@ SIDE_LEGEND = (
     "over the teacher's. Terms, structure: share of the teacher's technical terms, and of its steps, list items, code blocks and "
     "headings, that the answers have too. Language: share of answers in a language that neither prompt nor teacher's answer uses."
 )
+LM_EVAL_LEGEND = "By lm-evaluation-harness, with its standard errors."
 AUDIT_HEADER = ("", "mean KL", "worst KL", "worst label", "worst tail", "top-1")
 TRUNCATION_HEADER = ("k", "draws", "mass", "T", "bytes/position", "KL lost", "gradient error", "of the mean")
 COST_HEADER = (
@@ -56,7 +57,13 @@ class Table:
 
 def more_tables(report: Mapping[str, Any]) -> list[Table]:
     """Return every table that the run has figures for."""
-    makers: list[Callable[[Mapping[str, Any]], Table]] = [side_table, cost_table, faithfulness_table, truncation_table]
+    makers: list[Callable[[Mapping[str, Any]], Table]] = [
+        side_table,
+        lm_eval_table,
+        cost_table,
+        faithfulness_table,
+        truncation_table,
+    ]
     return [table for maker in makers if (table := maker(report)).rows]
 
 
@@ -123,3 +130,18 @@ def truncation_table(report: Mapping[str, Any]) -> Table:
         f"mean. Tails completed by {audit.get('completion')}."
     )
     return Table("Audit: what a capture loses", TRUNCATION_HEADER, rows, legend, 1)
+
+
+def lm_eval_table(report: Mapping[str, Any]) -> Table:
+    """Return the harness's figures: a row per task and metric, a column per model."""
+    models = {name: model["lm_eval"] for name, model in report["models"].items() if model.get("lm_eval")}
+    measured = dict.fromkeys((task, metric) for tasks in models.values() for task, metrics in tasks.items() for metric in metrics)
+    rows = []
+    for task, metric in measured:
+        cells = []
+        for tasks in models.values():
+            found = tasks.get(task, {}).get(metric)
+            error = "" if found is None or found["stderr"] is None else f" ± {found['stderr']:.4f}"
+            cells.append(NONE if found is None else f"{found['value']:.4f}{error}")
+        rows.append([str(task), str(metric), *cells])
+    return Table("Published benchmarks", ("task", "metric", *models), rows, LM_EVAL_LEGEND, 2)

@@ -52,6 +52,8 @@ class RunFiles:
     """Model -> its sampled answers, by temperature."""
     cost: dict[str, Any]
     """Model -> its cost figures; empty where they were not measured."""
+    lm_eval: dict[str, dict[str, Any]]
+    """Model -> TASK -> METRIC -> value and stderr, of lm-evaluation-harness."""
     audit: dict[str, Any]
     """What `decant cache audit --recipe` found; empty where it was not asked."""
     seconds: dict[str, float]
@@ -91,6 +93,7 @@ def read_run(directory: Path) -> RunFiles:
         answers={name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()},
         side_answers=read_side_answers(directory, list(evaluations)),
         cost=_cost(directory / "evaluate" / "cost" / "figures.json"),
+        lm_eval={name: found for name in evaluations if (found := _lm_eval(directory / "evaluate" / "lm_eval" / f"{name}.json"))},
         audit=_audit(directory / "audit.json"),
         seconds=_seconds(directory / "seconds.json", stage_names, missing),
         cache=cache,
@@ -180,6 +183,17 @@ def _cost(path: Path) -> dict[str, Any]:
         for name, figures in found.items()
         if isinstance(figures, dict) and all(figures.get(key) is None or _finite(figures[key]) for key in COST_NUMBERS)
     }
+
+
+def _lm_eval(path: Path) -> dict[str, Any]:
+    tasks = (_json(path) or {}).get("tasks")
+    metrics = (
+        [m for t in tasks.values() for m in (t.values() if isinstance(t, dict) else [None])] if isinstance(tasks, dict) else []
+    )
+    sound = all(
+        isinstance(m, dict) and _finite(m.get("value")) and (m.get("stderr") is None or _finite(m["stderr"])) for m in metrics
+    )
+    return tasks if isinstance(tasks, dict) and sound else {}
 
 
 def _audit(path: Path) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""The process that hands one model to lm-evaluation-harness. Started by `lm_eval_tasks`, never by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shared.errors import EvaluationError
+from tools.evaluate.lm_eval_tasks import fold
+from tools.evaluate.model_process import leave, serve
+from tools.evaluate.results import write_result
+
+CPU_BATCH = 8
+
+
+def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
+    import torch
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    settings = {"pretrained": job["model"], "dtype": job["dtype"], "trust_remote_code": job["trust_remote_code"]}
+    settings |= {"peft": job["adapter"]} if job["adapter"] else {}
+    settings |= {"parallelize": True} if torch.cuda.device_count() > 1 else {}
+    say(f"lm-eval: {', '.join(job['names'])}")
+    try:
+        manager = TaskManager(include_path=job["directories"] or None, include_defaults=job["needs_defaults"])
+        found = simple_evaluate(
+            model="hf",
+            model_args=settings,
+            tasks=job["names"],
+            task_manager=manager,
+            batch_size="auto" if torch.cuda.is_available() else CPU_BATCH,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            log_samples=False,
+        )
+    except Exception as error:  # unknown tasks, data out of reach, models that do not load: the harness raises what it likes
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise EvaluationError(f"lm-evaluation-harness cannot run {', '.join(job['names'])}: {reason}") from error
+    tasks = fold(found["results"] if found else {})
+    if not tasks:
+        raise EvaluationError(f"lm-evaluation-harness returned no figure for {', '.join(job['names'])}")
+    write_result(Path(job["result"]), {"identity": job["identity"], "tasks": tasks})
+
+
+if __name__ == "__main__":
+    leave(serve(_work))

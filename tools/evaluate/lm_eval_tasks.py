@@ -1,0 +1,193 @@
+"""Published benchmarks through lm-evaluation-harness: every model of a recipe, one process each, folded into the run's report.
+
+    OUTPUT_DIR/evaluate/lm_eval/MODEL.json   identity, TASK -> METRIC -> value and standard error
+
+Tasks are the harness's names, or paths of task files in its YAML, whose own directory it then also searches; nothing here
+downloads, and with HF_HUB_OFFLINE=1 nothing there does either. A kept result of the same weights, tasks, files and version is
+used again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shared.errors import EvaluationError
+from shared.recipe import Recipe
+from teacher_cache.seconds_file import add_seconds
+from tools.evaluate.model_process import run_in_process
+from tools.evaluate.models import ModelUnderTest, model_under_test
+from tools.evaluate.results import read_result, same_identity
+
+LM_EVAL_FORMAT = 1
+"""Raised whenever figures would come out differently for the same inputs."""
+_LARGEST_TASK_FILE = 1 << 22
+_FILES = re.compile(r"[\w./~-]+\.(?:jsonl?|csv|parquet|arrow|py|ya?ml|txt)(?:\.gz)?")
+
+
+@dataclass(frozen=True, slots=True)
+class LmEvalTasks:
+    """What the harness is asked to do."""
+
+    names: tuple[str, ...]
+    directories: tuple[str, ...]
+    """Of task files, searched besides the harness's own tasks."""
+    needs_defaults: bool
+    """A task is not one of these files, so the harness's own tasks are read, too."""
+    files: Mapping[str, str]
+    """Hash of each task file and of each local file that it names."""
+
+
+def lm_eval_path(recipe: Recipe, name: str, ending: str = "json") -> Path:
+    """Return a file of one model's results."""
+    return recipe.output_dir / "evaluate" / "lm_eval" / f"{name}.{ending}"
+
+
+def parse_tasks(text: str) -> LmEvalTasks:
+    """Read the option `--lm-eval TASKS`: names and paths of task files, with commas between them.
+
+    Raises:
+        EvaluationError: a file cannot be read or names no task.
+    """
+    names: list[str] = []
+    files: dict[str, str] = {}
+    paths = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if not part.endswith((".yaml", ".yml")):
+            names.append(part)
+            continue
+        path = Path(part)
+        try:
+            if path.stat().st_size > _LARGEST_TASK_FILE:
+                raise EvaluationError(f"{path}: larger than {_LARGEST_TASK_FILE} bytes; expected a task of lm-evaluation-harness")
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"{path}: cannot be read as a task of lm-evaluation-harness: {error}") from error
+        found = re.search(r"^task:\s*['\"]?([\w./-]+)", content, re.MULTILINE)
+        if found is None:
+            raise EvaluationError(f"{path}: has no line `task: NAME`; expected a task of lm-evaluation-harness")
+        names.append(found.group(1))
+        paths.append(path)
+        files |= _hashes(path, content)
+    if not names:
+        raise EvaluationError(f"--lm-eval {text!r} names no task; write names or task files with commas between them")
+    directories = tuple(dict.fromkeys(str(path.resolve().parent) for path in paths))
+    return LmEvalTasks(tuple(names), directories, len(paths) < len(names), files)
+
+
+def run_lm_eval(recipe: Recipe, tasks: LmEvalTasks, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run the tasks for every model of the recipe, or take what is kept; return model -> TASK -> METRIC -> figures.
+
+    Raises:
+        EvaluationError: a model cannot be loaded, or the harness fails.
+    """
+    require_lm_eval()
+    found = {}
+    for name in recipe.evaluate.models:
+        model = model_under_test(recipe, name)
+        identity = lm_eval_identity(model, tasks)
+        kept = read_result(lm_eval_path(recipe, name))
+        if kept is not None and same_identity(kept["identity"], identity):
+            say(f"reused lm-eval of {name}")
+        else:
+            started = time.monotonic()
+            kept = _run(recipe, model, tasks, identity, say)
+            add_seconds(recipe.output_dir, "evaluate", time.monotonic() - started)
+            say(f"{name}: {', '.join(tasks.names)} ({time.monotonic() - started:.0f} s)")
+        found[name] = kept["tasks"]
+    return found
+
+
+def require_lm_eval() -> None:
+    """Refuse where the harness is not installed.
+
+    Raises:
+        EvaluationError: it is not.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluationError("--lm-eval needs lm-evaluation-harness, which is not installed: pip install 'decant-kd[eval]'")
+
+
+def lm_eval_identity(model: ModelUnderTest, tasks: LmEvalTasks) -> dict[str, Any]:
+    """Return everything that a model's results depend on.
+
+    Raises:
+        CacheError: the model's weights cannot be read.
+    """
+    return {
+        "format": LM_EVAL_FORMAT,
+        "weights": model.weights_id(),
+        "dtype": model.dtype,
+        "tasks": list(tasks.names),
+        "files": dict(tasks.files),
+        "lm_eval": metadata.version("lm_eval"),
+    }
+
+
+def fold(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return the harness's results as TASK -> METRIC -> value and stderr; a filter other than `none` is part of the metric's name.
+
+    >>> fold({"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1}})
+    {'t': {'acc': {'value': 0.5, 'stderr': 0.1}}}
+    """
+    folded: dict[str, dict[str, dict[str, float | None]]] = {}
+    for task, figures in results.items():
+        for key, value in figures.items():
+            metric, _, kind = str(key).partition(",")
+            if metric.endswith("_stderr") or not _is_number(value) or not kind:
+                continue
+            error = figures.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else f"{metric},{kind}"
+            folded.setdefault(task, {})[name] = {"value": float(value), "stderr": float(error) if _is_number(error) else None}
+    return folded
+
+
+def _run(
+    recipe: Recipe, model: ModelUnderTest, tasks: LmEvalTasks, identity: Mapping[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    if model.quantization is not None:
+        raise EvaluationError(f"'{model.name}' is quantised with {model.quantization} by vLLM alone; leave it out of --lm-eval")
+    path = lm_eval_path(recipe, model.name)
+    path.unlink(missing_ok=True)
+    job = {
+        "model": str(model.files.directory),
+        "adapter": model.adapter,
+        "dtype": model.dtype,
+        "trust_remote_code": model.trust_remote_code,
+        "names": list(tasks.names),
+        "directories": list(tasks.directories),
+        "needs_defaults": tasks.needs_defaults,
+        "identity": identity,
+        "result": str(path),
+    }
+    run_in_process("tools.evaluate.lm_eval_model", job, lm_eval_path(recipe, model.name, "log"), model.name, say)
+    result = read_result(path)
+    if result is None:
+        raise EvaluationError(f"lm-eval of '{model.name}' left no result; its log is {lm_eval_path(recipe, model.name, 'log')}")
+    return result
+
+
+def _hashes(path: Path, content: str) -> dict[str, str]:
+    """Return hashes of a task file and of the local files that it names, relative to it or to the current directory."""
+    named: Sequence[str] = sorted(set(_FILES.findall(content)))
+    places = [place for name in named for place in (Path(name), path.parent / name) if place.is_file()]
+    found = {str(path): xxhash.xxh3_128_hexdigest(content.encode())}
+    for place in places:
+        digest = xxhash.xxh3_128()
+        with place.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+        found[str(place)] = digest.hexdigest()
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
