@@ -140,6 +140,11 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
     if recipe.teacher is not None and recipe.teacher.workers is not None and recipe.capture.hidden is not None:
         sentence = "hidden states are captured by one engine; leave `teacher.workers` out and use `decant teach --partition i/n`"
         problems.append((("capture", "hidden"), sentence))
+    for i, source in enumerate(recipe.prompts):
+        if source.format == "cache" and recipe.generate is not None:
+            problems.append((("prompts", i, "format"), "rows of a cache are answered already; leave `generate` out"))
+        if source.format == "cache" and any(Path(source.path).resolve() == cache.resolve() for cache in recipe.cache):
+            problems.append((("prompts", i, "path"), "is the cache that this recipe builds; without `prompts` its rows are scored"))
     for i, cache in enumerate(recipe.cache):
         if cache in recipe.cache[:i]:
             problems.append((("cache", i), f"'{cache}' is listed twice"))

@@ -110,12 +110,12 @@ def _misplaced(workers: Workers, engine: str, tensor_parallel_size: int) -> list
 class PromptSource(Section):
     """One file, directory or hub data set of prompts or answered prompts."""
 
-    source: Text
-    """Label of these rows in the cache, in mixtures and in reports; two entries may share it."""
+    source: str = ""
+    """Label of these rows in the cache, in mixtures and in reports; two entries may share it; format cache may leave it out."""
     path: Text
-    """A jsonl, parquet or arrow file, a directory of them, or a hub id."""
-    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
-    """What the columns mean."""
+    """A jsonl, parquet or arrow file, a directory of them, or a hub id; for format cache, the directory of a cache."""
+    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "cache"]
+    """What the columns mean; cache: rows of another cache, token for token."""
     split: Text = "train"
     """Split of a hub data set."""
     limit: Count | None = None
@@ -131,6 +131,15 @@ class PromptSource(Section):
 
     @model_validator(mode="after")
     def _template_is_used(self) -> PromptSource:
+        if self.format == "cache":
+            names = ("split", "system", "template", "chat_template", "chat_template_kwargs")
+            fields = type(self).model_fields
+            changed = [name for name in names if getattr(self, name) != fields[name].get_default(call_default_factory=True)]
+            if changed:
+                inconsistent(*(((name,), "rows of a cache are taken as they are, so leave it out") for name in changed))
+            return self
+        if not self.source:
+            inconsistent((("source",), "label these rows (only rows of format 'cache' have labels of their own)"))
         plain = "'text' rows" if self.format == "text" else "rows with template 'none'" if self.template == "none" else None
         set_anyway = [name for name in ("chat_template", "chat_template_kwargs") if getattr(self, name)]
         if self.format == "text" and self.system is not None:

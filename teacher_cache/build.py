@@ -23,6 +23,7 @@ from shared.recipe import Recipe, Teacher
 from shared.recipe_capture import Workers
 from teacher_cache import engines
 from teacher_cache.answerer import Answerer, know_answerer
+from teacher_cache.cache_source import answers_of, require_tokenizer
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.feeding import Desk
 from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
@@ -107,6 +108,7 @@ def teach(
     """
     teacher, own_share = _checked(recipe, partition)
     known = know_teacher(teacher)
+    require_tokenizer(recipe.prompts, known.tokenizer_hash, teacher.model)
     answerer = know_answerer(recipe.generate, teacher, known)
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answerer.max_model_len)
     request = _request(recipe, known, answerer)
@@ -240,7 +242,8 @@ def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
         if recipe.generate is None:
-            import_units(Pass1(build.cache, job, maker, software, build.summary), units, desk)
+            ran = {**software(), **answers_of(recipe.prompts)}
+            import_units(Pass1(build.cache, job, maker, lambda: ran, build.summary), units, desk)
         else:
             engine = build.answering.get()
             ran = partial(_ran, build.answering, answers=build.answerer.name)

@@ -32,8 +32,21 @@ MAX_MESSAGES = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class GivenSequence:
+    """A row of another cache: an answered prompt that is tokens already."""
+
+    prompt: str
+    """As its group_key hashed it."""
+    group_key: bytes
+    token_ids: list[int]
+    spans: list[list[int]]
+    response: str
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row of a prompt source: either `messages` or `text`."""
+    """One row of a prompt source: `messages`, `text` or `sequence`."""
 
     source: str
     """The source's label in the recipe."""
@@ -48,6 +61,7 @@ class Conversation:
     """What a correct answer is checked against, where the row says."""
     origin: int = 0
     """Index of its entry under `prompts` in the recipe: its template settings."""
+    sequence: GivenSequence | None = None
 
     @property
     def place(self) -> str:

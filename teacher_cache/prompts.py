@@ -1,4 +1,4 @@
-"""Prompts: files or hub data sets in five formats, read one row at a time into conversations.
+"""Prompts: files or hub data sets in five formats, or another cache, read one row at a time into conversations.
 
 All reading goes through `datasets` in streaming mode, so compressed files, globs, parquet, arrow and hub data sets come from
 one library and no list of rows ever exists. JSON lines are read as text and parsed here, because only then does an error
@@ -16,6 +16,7 @@ from typing import Any
 
 from shared.errors import PromptError
 from shared.recipe import PromptSource
+from teacher_cache.cache_source import FORMAT, read_cache
 from teacher_cache.problems import THRESHOLD, Problem, Problems
 from teacher_cache.prompt_files import HubDataset, LocalFiles, locate
 from teacher_cache.prompt_formats import Conversation, group_text, parse_row, prompt_turns
@@ -40,6 +41,11 @@ def read_prompts(sources: Sequence[PromptSource], problems: Problems) -> Iterato
 
 
 def _read_source(source: PromptSource, origin: int, problems: Problems) -> Iterator[Conversation]:
+    if source.format == FORMAT:
+        for conversation in read_cache(source, origin):
+            problems.rows_read += 1
+            yield conversation
+        return
     for path, line, row in _rows(source):
         problems.rows_read += 1
         try:

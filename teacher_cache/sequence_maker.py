@@ -66,6 +66,8 @@ class SequenceMaker:
             token_ids, spans = self._templates[conversation.origin].complete(conversation)
         except PromptError as error:
             raise UnusableRowError(str(error).removeprefix(f"{conversation.place}: ")) from error
+        if conversation.sequence is not None:
+            return self._row(row, token_ids, spans, conversation.sequence.response, conversation.sequence.finish_reason)
         response = conversation.messages[-1]["content"] if conversation.messages else ""
         return self._row(row, token_ids, spans, response, "given")
 

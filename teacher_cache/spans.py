@@ -42,7 +42,9 @@ class Template:
         self._system = source.system
         self._special = special_ids(tokenizer)
         self._chat: ChatTemplate | None = None
-        if source.format == "text" or source.template == "none":
+        if source.format == "cache":
+            self.end_token_id = -1  # nothing is rendered
+        elif source.format == "text" or source.template == "none":
             if tokenizer.eos_token_id is None:
                 raise PromptError(
                     f"source {source.source!r}: the tokenizer has no eos token to end an answer with; use a chat template"
@@ -70,6 +72,8 @@ class Template:
         Raises:
             PromptError: with path:line, when there is no answer or the template cannot be split.
         """
+        if conversation.sequence is not None:
+            return _tokens(conversation.sequence.token_ids, [(start, end) for start, end in conversation.sequence.spans])
         if conversation.text is not None:
             ids = self._bos() + self._ids(conversation.text)
             if len(ids) < 2:

@@ -19,17 +19,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from shared.errors import PromptError
 from shared.growing_key_set import GrowingKeySet
 from shared.jobs import PlanRow
-from shared.keys import canonical_json, group_key, row_key
+from shared.keys import canonical_json, content_key, group_key, row_key
 from shared.recipe import Generate, PromptSource, Recipe
+from teacher_cache.cache_source import FORMAT, cache_content_hash
 from teacher_cache.chat_template import template_text
 from teacher_cache.problems import Problems
 from teacher_cache.prompt_files import content_hash
-from teacher_cache.prompt_formats import Conversation, Message, group_text, prompt_turns
+from teacher_cache.prompt_formats import Conversation, GivenSequence, Message, group_text, prompt_turns
 
 RENDERING_SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs")
 SEED_BITS = 63
@@ -89,6 +91,7 @@ def conversation_of(row: PlanRow) -> Conversation:
     """
     try:
         document = json.loads(row.messages)
+        taken = document.get("sequence")
         return Conversation(
             source=row.source,
             path=document["path"],
@@ -98,6 +101,7 @@ def conversation_of(row: PlanRow) -> Conversation:
             text=document.get("text"),
             reference=row.reference,
             origin=int(document["origin"]),
+            sequence=GivenSequence(prompt=row.prompt, group_key=row.group_key, **taken) if taken is not None else None,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise PromptError(
@@ -126,7 +130,7 @@ def request_of(recipe: Recipe, generator: Mapping[str, Any] | None, tokenizer_ha
         "prompts": [
             {
                 "source": source.source,
-                "content": content_hash(source),
+                "content": cache_content_hash(source) if source.format == FORMAT else content_hash(source),
                 "format": source.format,
                 "split": source.split,
                 "limit": source.limit,
@@ -155,6 +159,9 @@ def request_seed(key: bytes, seed: int) -> int:
 def _rows_of(
     conversation: Conversation, rendering: Mapping[str, Any], generate: Generate | None, seed: int, answerer: str | None
 ) -> Iterator[PlanRow]:
+    if conversation.sequence is not None:
+        yield _row_of_cache(conversation, conversation.sequence)
+        return
     answered = conversation.messages if generate else _answered(conversation)
     prompt = group_text(answered, conversation.text)
     group = group_key(prompt)
@@ -183,6 +190,16 @@ def _rows_of(
     messages = canonical_json({**content, **place}).decode()
     for index, key in enumerate(keys):
         yield PlanRow(group, key, conversation.source, conversation.line, index, prompt, messages, reference, conversation.format)
+
+
+def _row_of_cache(conversation: Conversation, sequence: GivenSequence) -> PlanRow:
+    """Return the row of a sequence that is taken over from another cache; its answer is its tokens and spans."""
+    content = content_key(np.asarray(sequence.token_ids, dtype=np.int32), np.asarray(sequence.spans, dtype=np.int32))
+    key = row_key(sequence.group_key, None, 0, f"tokens {content.hex()}")
+    taken = {name: getattr(sequence, name) for name in ("token_ids", "spans", "response", "finish_reason")}
+    messages = canonical_json({"sequence": taken, "origin": conversation.origin, "path": conversation.path}).decode()
+    place = conversation.source, conversation.line, 0
+    return PlanRow(sequence.group_key, key, *place, sequence.prompt, messages, conversation.reference, conversation.format)
 
 
 def _answered(conversation: Conversation) -> list[Message] | None:

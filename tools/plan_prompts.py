@@ -110,6 +110,8 @@ def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
 
     reasons: dict[str, PromptError] = {}
     for prompt in recipe.prompts:
+        if prompt.format == "cache":
+            continue  # a cache is on this machine
         try:
             locate(prompt)
         except PromptError as error:
@@ -167,6 +169,9 @@ class _TokenCounter:
         return self._last[1]
 
     def _count(self, conversation: Any) -> tuple[int, int]:
+        if conversation.sequence is not None:
+            supervised = sum(end - start for start, end in conversation.sequence.spans)
+            return len(conversation.sequence.token_ids) - supervised, supervised
         if not self._templates:
             return _estimate(conversation, self._given)
         template = self._templates[conversation.origin]

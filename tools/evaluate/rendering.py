@@ -20,7 +20,7 @@ def source_of(recipe: Recipe, task: Task) -> PromptSource:
     named = [source for source in recipe.prompts if source.source == task.domain]
     found = (named or list(recipe.prompts))[:1]
     plain = PromptSource(source=task.domain, path=task.path, format="messages")
-    return found[0] if found and found[0].format != "text" else plain
+    return found[0] if found and found[0].format not in ("text", "cache") else plain
 
 
 def render(tokenizer: Any, source: PromptSource, questions: Sequence[Question]) -> list[list[int]]:

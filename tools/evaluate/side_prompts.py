@@ -159,7 +159,7 @@ def _tasks(recipe: Recipe) -> Iterator[SidePrompt]:
 def _file(recipe: Recipe, path: Path) -> Iterator[SidePrompt]:
     label = path.name.split(".")[0]
     plain = PromptSource(source=label, path=str(path), format="messages")
-    named = [source for source in recipe.prompts if source.format != "text"]
+    named = [source for source in recipe.prompts if source.format not in ("text", "cache")]
     for place, row in read_rows(path):
         try:
             text = text_column(row, "prompt")
