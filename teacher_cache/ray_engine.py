@@ -25,6 +25,7 @@ from shared.errors import DecantError, EngineError
 from shared.failpoints import failpoint
 from shared.layout import sequences_dir
 from shared.records import read_record
+from teacher_cache.cache_source import answers_of
 from teacher_cache.feeding import Desk, Unit, feed_units
 from teacher_cache.generate import GenerateUnit, Pass1, import_units
 from teacher_cache.progress import NoProgress
@@ -227,7 +228,7 @@ class EngineWorker:
     def _import(self, loaded: Loaded, waiting: _Waiting, desk: Desk) -> None:
         """Take over given answers; no engine is asked."""
         failpoint(f"engine.unit_{waiting.task.unit}")
-        work = _pass1(loaded, software)
+        work = _pass1(loaded, lambda: {**software(), **answers_of(loaded.recipe.prompts)})
         with UnitWriter() as writer:
             import_units(work, [waiting.task.unit], Desk(writer, desk.stop, desk.progress))
         work.summary.imported.seconds_writing = writer.seconds
