@@ -1,7 +1,8 @@
 """Runs builds that are killed: imports torch and transformers once, then forks one child per build.
 
-Reads one JSON object per line, {"recipe": ..., "failpoint": name or null, "fake": bool}, and answers each with the child's
-exit status (negative: the signal that killed it). Nothing that starts threads runs in this process, so that its children may fork.
+Reads one JSON list per line of {"recipe": ..., "failpoint": name or null, "fake": bool, "partition": [i, n] or null}, runs those
+builds at the same time, and answers with the list of the children's exit statuses (negative: the signal that killed it). Nothing
+that starts threads runs in this process, so that its children may fork.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ def main() -> None:
 
     print("ready", flush=True)
     for line in sys.stdin:
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            os._exit(run(request))
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        children = []
+        for request in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                os._exit(run(request))
+            children.append(child)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 
 
 def run(request: dict) -> int:
@@ -46,7 +48,8 @@ def run(request: dict) -> int:
         engines.open_engine = lambda teacher, capture, **_: FakeEngine(teacher, capture)
         engines.refusal = lambda teacher, capture: None
     try:
-        teach(Recipe.model_validate(request["recipe"]))
+        partition = request.get("partition")
+        teach(Recipe.model_validate(request["recipe"]), tuple(partition) if partition else None)
     except DecantError as error:
         print(error)
         return 1

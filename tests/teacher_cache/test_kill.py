@@ -46,10 +46,14 @@ class Server:
         assert self.process.stdout.readline() == "ready\n"
 
     def build(self, recipe: dict, failpoint: str | None = None, fake: bool = False) -> int:
-        request = {"recipe": recipe, "failpoint": failpoint, "fake": fake}
-        self.process.stdin.write(json.dumps(request) + "\n")
+        (code,) = self.build_all([{"recipe": recipe, "failpoint": failpoint, "fake": fake}])
+        return code
+
+    def build_all(self, requests: list[dict]) -> list[int]:
+        """Run builds at the same time and return their exit codes."""
+        self.process.stdin.write(json.dumps(requests) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        return json.loads(self.process.stdout.readline())
 
 
 @pytest.fixture(scope="module")
