@@ -242,8 +242,8 @@ def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
         if recipe.generate is None:
-            ran = {**software(), **answers_of(recipe.prompts)}
-            import_units(Pass1(build.cache, job, maker, lambda: ran, build.summary), units, desk)
+            given = {**software(), **answers_of(recipe.prompts)}
+            import_units(Pass1(build.cache, job, maker, lambda: given, build.summary), units, desk)
         else:
             engine = build.answering.get()
             ran = partial(_ran, build.answering, answers=build.answerer.name)

@@ -39,7 +39,7 @@ teacher:
 
 prompts:                          # one entry per source; mixtures and reports use the source's name
   - {{source: main, path: {prompts_value}, format: {format}}}
-  # formats: messages | prompt_completion | alpaca | sharegpt | text; limit: 1000 takes the first rows only
+  # formats: messages | prompt_completion | alpaca | sharegpt | text | cache; limit: 1000 takes the first rows only
 
 generate:                         # leave this section out to score the answers that the data has
   temperature: 1.0
