@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shared.errors import UsageError
-from shared.hidden_identity import FINAL
+from shared.hidden_identity import FINAL, HiddenIdentity
+from shared.recipe_hidden import HiddenCapture
 
 
 def spread_evenly(count: int, num_layers: int) -> tuple[int, ...]:
@@ -45,3 +46,19 @@ def numbered(layers: int | Sequence[int | str], num_layers: int, key: str) -> tu
 def layer_name(layer: int) -> str:
     """Return how people write a layer's number."""
     return "final" if layer == FINAL else str(layer)
+
+
+def keeps(identity: HiddenIdentity, capture: HiddenCapture) -> bool:
+    """Tell whether a hidden layer is what a recipe would capture, as far as can be said without the teacher's weights."""
+    attention = capture.attention
+    try:
+        wanted = (
+            numbered(capture.layers, identity.num_layers, "capture.hidden.layers"),
+            numbered(attention.layers, identity.num_layers, "capture.hidden.attention.layers") if attention else (),
+            attention.strongest if attention else 0,
+        )
+    except UsageError:  # another teacher's
+        return False
+    same = (capture.projection, capture.projection_seed, capture.pooled)
+    found = (identity.projection, identity.projection_seed, identity.pooled)
+    return same == found and wanted == (identity.layers, identity.attention_layers, identity.strongest)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
+from shared.hidden_layers import keeps
 from shared.identity import LayerIdentity, difference
-from shared.layout import Layer, list_layers
+from shared.layout import Layer, list_hidden_layers, list_layers
 from shared.narrowing import LayerView, holds, narrowing_to
 from shared.recipe import Recipe
 
@@ -42,6 +44,18 @@ def layer_of_capture(recipe: Recipe) -> str | LayerView | None:
         return None
     narrowing = narrowing_to(holding[0].identity, capture)
     return holding[0].full_name if narrowing is None else LayerView(holding[0].full_name, narrowing)
+
+
+def hidden_layer_of(recipe: Recipe, path: Path) -> str | bool:
+    """Return the name of the one hidden layer that the recipe captures; True leaves it to the reader, who takes the only one."""
+    layers = list_hidden_layers(path)
+    capture = recipe.capture.hidden
+    if capture is None or len(layers) < 2:
+        return True
+    fitting = [name for name, layer in layers.items() if keeps(layer.identity, capture)]
+    if recipe.teacher is not None and len(fitting) > 1:
+        fitting = [name for name in fitting if layers[name].identity.teacher == recipe.teacher.model]
+    return fitting[0] if len(fitting) == 1 else True
 
 
 def _same_capture(identity: LayerIdentity, recipe: Recipe) -> bool:

@@ -21,7 +21,7 @@ from shared.recipe_evaluation import Evaluate, SideBySide, Task
 from shared.recipe_hidden import AttentionCapture, HiddenCapture
 from shared.recipe_schedule import Schedule
 from shared.recipe_servers import capture_problems
-from shared.recipe_training import Adapter, Loss, Stage, StageTrainer, Student
+from shared.recipe_training import LOSSES_ON_HIDDEN_LAYER, Adapter, Loss, Stage, StageTrainer, Student
 from shared.schema import MAX_ROWS_PER_PART
 
 __all__ = [
@@ -190,6 +190,8 @@ def _temperature_problems(recipe: Recipe) -> list[Problem]:
         if stage.targets is not None:
             continue
         for j, loss in enumerate(stage.losses):
+            if loss.name in LOSSES_ON_HIDDEN_LAYER:
+                continue
             missing = sorted({value for value in loss.temperature.extremes() if value not in captured})
             if missing:
                 wanted = ", ".join(f"{value:g}" for value in missing)

@@ -28,7 +28,20 @@ from shared.recipe_schedule import Schedule, constant
 RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
 """Names with a meaning of their own."""
 
-LossName = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"]
+LossName = Literal[
+    "cross_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "hidden",
+    "attention",
+    "contrastive",
+]
+LOSSES_ON_HIDDEN_LAYER = ("hidden", "attention", "contrastive")
+"""Losses that read a hidden layer of the cache instead of a targets layer."""
+StudentLayer = Annotated[int, Field(ge=1)] | Literal["final"]
 
 
 class Adapter(Section):
@@ -75,11 +88,22 @@ class Student(Section):
     """Use liger-kernel's norms, MLP and rotary embeddings; needs an NVIDIA GPU. Its losses stay off: the loss is Decant's own."""
 
 
+_TELL_TERMS_APART = {"temperature", "beta", "skew"}
+"""Options that make two entries of one divergence two terms."""
+
+
+def _layer_names(value: Any) -> Any:
+    """Let teacher layers be written as numbers."""
+    if isinstance(value, dict):
+        return {str(key) if isinstance(key, int) and not isinstance(key, bool) else key: entry for key, entry in value.items()}
+    return value
+
+
 class Loss(Section):
     """One term of the training loss, in nats per supervised position."""
 
     name: LossName
-    """Which divergence between teacher and student, or cross_entropy against the tokens of the text."""
+    """Which divergence between teacher and student, cross_entropy against the tokens of the text, or a loss on a hidden layer."""
     weight: Schedule = constant(1.0)
     """What the term is multiplied by: a number or a schedule."""
     temperature: Schedule = constant(1.0)
@@ -88,6 +112,15 @@ class Loss(Section):
     """Share of the teacher in the mixture of jsd."""
     skew: Share = 0.1
     """Share of the other side in skew_forward_kl and skew_reverse_kl."""
+    metric: Literal["mse", "cosine"] = "mse"
+    """Distance of hidden: mean squared error, or 1 minus the cosine."""
+    normalise: bool = True
+    """For hidden with mse: divide each teacher state by its root mean square, so that layers of large states weigh no more."""
+    layer_map: Annotated[dict[str, StudentLayer] | None, BeforeValidator(_layer_names)] = None
+    """For hidden and attention: teacher layer -> student layer, counted from 1, `final` for the state after the last norm; left
+    out: every stored teacher layer to the student layer at the same relative depth."""
+    tau: Positive = 0.07
+    """What cosines are divided by in contrastive."""
 
     @model_validator(mode="after")
     def _options_belong_to_it(self) -> Loss:
@@ -96,6 +129,7 @@ class Loss(Section):
             problems.append((("beta",), f"only jsd has a beta, '{self.name}' does not, so leave it out"))
         if not self.name.startswith("skew_") and self.skew != 0.1:
             problems.append((("skew",), f"only the skew_ losses have a skew, '{self.name}' does not, so leave it out"))
+        problems += self._hidden_problems()
         if self.name == "cross_entropy" and set(self.temperature.extremes()) != {1.0}:
             problems.append((("temperature",), "cross_entropy is taken at temperature 1, so leave it out"))
         if min(self.temperature.extremes()) <= 0:
@@ -106,6 +140,31 @@ class Loss(Section):
         if problems:
             inconsistent(*problems)
         return self
+
+    def _hidden_problems(self) -> list[Problem]:
+        """Say which options of losses on a hidden layer are set where they mean nothing."""
+        problems: list[Problem] = []
+        if self.name in LOSSES_ON_HIDDEN_LAYER and set(self.temperature.extremes()) != {1.0}:
+            hint = " (its own is `tau`)" if self.name == "contrastive" else ""
+            problems.append((("temperature",), f"'{self.name}' has none{hint}, so leave it out"))
+        if self.name != "hidden" and self.metric != "mse":
+            problems.append((("metric",), f"only hidden has a metric, '{self.name}' does not, so leave it out"))
+        if not self.normalise and (self.name != "hidden" or self.metric == "cosine"):
+            problems.append((("normalise",), "only hidden with metric mse can leave states unnormalised, so leave it out"))
+        if self.layer_map is not None and self.name not in ("hidden", "attention"):
+            problems.append((("layer_map",), f"only hidden and attention map layers, '{self.name}' does not, so leave it out"))
+        for teacher, student in (self.layer_map or {}).items():
+            is_number = teacher.isdecimal() and int(teacher) > 0
+            if not is_number and (teacher != "final" or self.name == "attention"):
+                expected = "a number from 1" if self.name == "attention" else "a number from 1, or 'final'"
+                problems.append((("layer_map",), f"'{teacher}' is no layer of a teacher; write {expected}"))
+            if student == "final" and self.name == "attention":
+                problems.append((("layer_map",), "'final' is a state and has no attention; write a number from 1"))
+        if self.layer_map is not None and not self.layer_map:
+            problems.append((("layer_map",), "maps no layer; leave it out to map every stored one"))
+        if self.name != "contrastive" and self.tau != 0.07:
+            problems.append((("tau",), f"only contrastive has a tau, '{self.name}' does not, so leave it out"))
+        return problems
 
 
 class StageTrainer(Section):
@@ -211,6 +270,8 @@ class Stage(Section):
     """Share of each source in the training tokens; left out: as they are in the cache."""
     targets: str | None = None
     """Targets layer of the cache, where it has more than one."""
+    hidden: str | None = None
+    """Hidden layer of the cache, where it has more than one and losses read it."""
     max_length: Count | None = None
     """Longest row in tokens; left out: pack_tokens."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"
@@ -229,10 +290,13 @@ class Stage(Section):
             problems.append((("losses",), "every weight is 0, so there is nothing to minimise"))
         seen: set[tuple[str, str]] = set()
         for i, loss in enumerate(self.losses):
-            identity = (loss.name, loss.model_dump_json(include={"temperature", "beta", "skew"}))
+            identity = (loss.name, "" if loss.name in LOSSES_ON_HIDDEN_LAYER else loss.model_dump_json(include=_TELL_TERMS_APART))
             if identity in seen:
                 problems.append((("losses", i, "name"), f"'{loss.name}' is listed twice; add up its weights in one entry"))
             seen.add(identity)
+        if self.hidden is not None and not any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in self.losses):
+            listed = ", ".join(LOSSES_ON_HIDDEN_LAYER)
+            problems.append((("hidden",), f"no loss of the stage reads a hidden layer ({listed} do), so leave it out"))
         if self.mixture is not None and not self.mixture:
             problems.append((("mixture",), "names no source; leave it out to take the rows as they are"))
         if self.max_length is not None and self.max_length > self.trainer.pack_tokens:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from student_train.hidden_batch import join_packs
+
 
 def collate(packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
     """Join packs into one batch.
 
     Returns `input_ids` and `position_ids` int64 [1, B]; `predictor_index`, `labels` and `shift_labels` (the same) int64 [S]; and
-    the arrays of `pack_targets` over all positions, where the packs have them. Draws, which are stored by temperature and then by
-    position, are joined temperature by temperature.
+    the arrays of `pack_targets` and of `HiddenReading.pack` over all positions, where the packs have them. Draws, which are stored
+    by temperature and then by position, are joined temperature by temperature.
     """
     starts = np.cumsum([0, *(len(pack["input_ids"]) for pack in packs)])
     arrays: dict[str, np.ndarray] = {
@@ -34,6 +36,7 @@ def collate(packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
         arrays["draw_counts"] = np.concatenate([pack["draw_counts"] for pack in packs], axis=1)
         for name in ("draw_ids", "draw_multiplicities"):
             arrays[name] = _joined_by_temperature(packs, name)
+    arrays |= join_packs(packs)
     batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     batch["shift_labels"] = batch["labels"]  # the Trainer counts positions by it: every label is supervised, none is shifted
     return batch

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from shared.cache import Cache, Row
 from shared.errors import CacheError, IdentityError, TrainingError
 from shared.keys import is_heldout
-from shared.layout import sequences_dir
 from shared.narrowing import LayerView
-from shared.records import list_records
+from student_train.hidden_batch import HiddenReading
 from student_train.row_targets import at_temperatures, first_positions, within_vocabulary
 from student_train.stage_plan import StagePlan
 from student_train.target_batch import pack_targets
@@ -52,14 +51,22 @@ class CacheList:
         self._ends = np.cumsum([len(cache) for cache in caches])
 
     @classmethod
-    def open(cls, paths: Sequence[Path], targets: str | LayerView | None, *, with_targets: bool = True) -> CacheList:
-        """Open caches with the named layer, their only one, or none at all.
+    def open(
+        cls,
+        paths: Sequence[Path],
+        targets: str | LayerView | None,
+        *,
+        with_targets: bool = True,
+        hidden: Sequence[str | bool] | None = None,
+    ) -> CacheList:
+        """Open caches with the named layer, their only one, or none at all, and each with a hidden layer where one is named.
 
         Raises:
             CacheError: one cannot be opened, or has no such layer.
         """
+        hidden = [False] * len(paths) if hidden is None else hidden
         if with_targets:
-            caches = [Cache.open(path, targets) for path in paths]
+            caches = [Cache.open(path, targets, hidden=name) for path, name in zip(paths, hidden, strict=True)]
             for cache in caches:
                 if cache.layer is None:
                     raise CacheError(
@@ -67,7 +74,7 @@ class CacheList:
                         "score it with 'decant teach', or train with cross_entropy alone"
                     )
         else:  # labels need no layer, however many there are; the rows are the same, so stages with and without one compare
-            caches = [Cache(path, None, list_records(sequences_dir(path)), ()) for path in paths]
+            caches = [Cache.open_sequences(path, hidden=name) for path, name in zip(paths, hidden, strict=True)]
         return cls(caches)
 
     def __len__(self) -> int:
@@ -126,8 +133,15 @@ class CacheList:
 class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
     """A stage's packs in training order."""
 
-    def __init__(self, caches: CacheList, plan: StagePlan, temperatures: Sequence[float] | None) -> None:
-        """Read packs of `plan` from `caches`, with targets at `temperatures`; None for labels alone."""
+    def __init__(
+        self,
+        caches: CacheList,
+        plan: StagePlan,
+        temperatures: Sequence[float] | None,
+        hidden: HiddenReading | None = None,
+    ) -> None:
+        """Read packs of `plan` from `caches`, with targets at `temperatures` (None for labels alone) and what `hidden` reads."""
+        self.hidden = hidden
         self.caches = caches
         self.plan = plan
         self.temperatures = temperatures
@@ -141,14 +155,21 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
 
         Keys: `input_ids` int64 [B]; `position_ids` int64 [B], from 0 in each row; `predictor_index` int64 [S], which hidden state
         predicts; `labels` int64 [S]; and what `pack_targets` returns, unless labels are all that is needed.
+        Where a hidden layer is read, also what `HiddenReading.pack` returns.
         """
         rows = [self.caches[int(row)] for row in self.plan.rows_of(index)]
-        return build_pack(rows, self.plan.limit, self.temperatures, self.caches.vocab_size)
+        return build_pack(rows, self.plan.limit, self.temperatures, self.caches.vocab_size, self.hidden)
 
 
-def build_pack(rows: Sequence[Row], limit: int, temperatures: Sequence[float] | None, vocab_size: int) -> dict[str, np.ndarray]:
+def build_pack(
+    rows: Sequence[Row],
+    limit: int,
+    temperatures: Sequence[float] | None,
+    vocab_size: int,
+    reading: HiddenReading | None = None,
+) -> dict[str, np.ndarray]:
     """Return one pack's arrays; a row above `limit` tokens loses its end, with the positions whose label falls there."""
-    tokens, positions, predictors, labels, targets = [], [], [], [], []
+    tokens, positions, predictors, labels, targets, hidden = [], [], [], [], [], []
     start = 0
     for row in rows:
         ids = row.token_ids[:limit]
@@ -161,6 +182,9 @@ def build_pack(rows: Sequence[Row], limit: int, temperatures: Sequence[float] | 
         if temperatures is not None:
             assert row.targets is not None, "the cache was opened without a layer"
             targets.append(within_vocabulary(first_positions(at_temperatures(row.targets, temperatures), len(index)), vocab_size))
+        if reading is not None:
+            assert row.hidden is not None, "the cache was opened without a hidden layer"
+            hidden.append((row.hidden, len(index)))
         start += len(ids)
     return {
         "input_ids": np.concatenate(tokens).astype(np.int64),
@@ -168,4 +192,5 @@ def build_pack(rows: Sequence[Row], limit: int, temperatures: Sequence[float] | 
         "predictor_index": np.concatenate(predictors),
         "labels": np.concatenate(labels).astype(np.int64),
         **(pack_targets(targets) if targets else {}),
+        **(reading.pack(hidden) if reading is not None else {}),
     }

@@ -10,6 +10,7 @@ Shape letters: B tokens of the packs, S supervised positions, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -19,7 +20,8 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from student_train.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss
-from student_train.losses import LossTerm
+from student_train.layer_losses import LayerLosses
+from student_train.losses import LossTerm, divergences, representations
 from student_train.operator_choice import faster_operator
 from student_train.student_head import StudentHead, body_of, run_body
 from student_train.target_batch import TargetBatch
@@ -30,6 +32,8 @@ class Objective:
     """What the patched forward minimises now, and what it measured since the last `take`."""
 
     head: StudentHead
+    layers: LayerLosses | None = None
+    """Losses on the cache's hidden layer, where the stage has some."""
     terms: Sequence[LossTerm] = ()
     """Loss terms at the current step; the trainer sets them."""
     chunk_bytes: int | None = None
@@ -42,8 +46,10 @@ class Objective:
     _scores: list[Tensor] = field(default_factory=list)
 
     def loss(self, hidden: Tensor, labels: Tensor, targets: TargetBatch | None, num_positions: Tensor | float) -> FusedLoss:
-        """Return the loss of hidden states [S, H]; the first one decides on the operator, where a measurement must."""
-        head = self.head
+        """Return the loss of the head's terms; the first one decides on the operator, where a measurement must."""
+        head, terms = self.head, [term for term in self.terms if term.name in divergences]
+        if not terms:  # the head takes no part, but every process must still have a gradient of it
+            return FusedLoss(hidden.new_zeros((), dtype=torch.float32) + head.weight[:1].float().sum() * 0.0, {})
 
         def fused(states: Tensor, operator: str) -> FusedLoss:
             return fused_sparse_loss(
@@ -51,7 +57,7 @@ class Objective:
                 head.weight,
                 labels,
                 targets,
-                self.terms,
+                terms,
                 num_positions,
                 head_bias=head.bias,
                 logit_scale=head.logit_scale,
@@ -120,7 +126,10 @@ def patch_forward(model: Any, objective: Objective) -> None:
         assert input_ids is not None
         assert position_ids is not None
         assert labels is not None
-        hidden = run_body(body, input_ids, position_ids)[0].index_select(0, kwargs["predictor_index"])
+        watches = objective.layers is not None and not objective.is_scoring
+        with objective.layers.watching() if objective.layers is not None and watches else nullcontext():
+            hidden = run_body(body, input_ids, position_ids)[0].index_select(0, kwargs["predictor_index"])
+        final = hidden
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
             hidden = hidden.to(torch.bfloat16)  # the last norm gives float32; the head's products are to be as narrow as the body's
@@ -130,8 +139,15 @@ def patch_forward(model: Any, objective: Objective) -> None:
         targets = TargetBatch.from_batch(kwargs) if "support_counts" in kwargs else None
         num_positions = _at_least_one(labels.numel() if num_items_in_batch is None else num_items_in_batch)
         fused = objective.loss(hidden, labels, targets, num_positions)
-        objective.record(fused.loss, fused.values, input_ids.numel())
-        return CausalLMOutput(loss=fused.loss)
+        loss, values = fused.loss, dict(fused.values)
+        if objective.layers is not None:
+            terms = [term for term in objective.terms if term.name in representations]
+            found = objective.layers.values(terms, final, position_ids, kwargs, num_positions)
+            for term, value in zip(terms, found, strict=True):
+                loss = loss + term.weight * value
+                values[term.name] = value.detach()
+        objective.record(loss, values, input_ids.numel())
+        return CausalLMOutput(loss=loss)
 
     model.forward = MethodType(forward, model)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shared.errors import TrainingError
-from student_train.losses import Divergence, LossTerm, registry
+from student_train.losses import Divergence, LossTerm, divergences
 from student_train.target_batch import TargetBatch
 
 
@@ -64,9 +64,9 @@ def group_terms(terms: Sequence[LossTerm], targets: TargetBatch | None, num_posi
     if not terms:
         raise TrainingError("a stage without losses has nothing to train; name at least one")
     groups: dict[tuple[float, bool], TermGroup] = {}
-    divergences = [_checked(term, targets) for term in terms]
-    for index in sorted(range(len(terms)), key=lambda i: divergences[i].on_labels):
-        term, divergence = terms[index], divergences[index]
+    checked = [_checked(term, targets) for term in terms]
+    for index in sorted(range(len(terms)), key=lambda i: checked[i].on_labels):
+        term, divergence = terms[index], checked[index]
         key = (term.temperature, divergence.linear_in_teacher and targets is not None and bool(targets.draws))
         if divergence.on_labels:
             key = next((existing for existing in groups if existing[0] == 1.0), key)
@@ -79,9 +79,9 @@ def group_terms(terms: Sequence[LossTerm], targets: TargetBatch | None, num_posi
 
 def _checked(term: LossTerm, targets: TargetBatch | None) -> Divergence:
     """Return the term's divergence, or raise TrainingError where the term cannot be honoured."""
-    divergence = registry.get(term.name)
+    divergence = divergences.get(term.name)
     if divergence is None:
-        raise TrainingError(f"loss '{term.name}' is unknown; use one of {', '.join(registry)}")
+        raise TrainingError(f"loss '{term.name}' is unknown; use one of {', '.join(divergences)}")
     unknown = set(term.options) - set(divergence.options)
     if unknown:
         takes = ", ".join(divergence.options) or "none"

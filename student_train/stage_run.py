@@ -27,6 +27,7 @@ from student_train.first_step import fit_first_step
 from student_train.forward_patch import Objective, patch_forward, restore_forward
 from student_train.gradient_watch import DivergedError, GradientWatch
 from student_train.health import health_of
+from student_train.layer_losses import LayerLosses, check_layer_losses
 from student_train.liger import check_liger, liger_layers
 from student_train.metrics_log import read_steps
 from student_train.operator_choice import operator_for
@@ -113,6 +114,7 @@ def _arguments(work: StageWork) -> TrainingArguments:
     """Return the Trainer's arguments for a stage."""
     check_sharding(work.student, work.stage.trainer)
     check_liger(wanted=work.student.liger)
+    check_layer_losses(work.stage, work.student)
     return training_arguments(
         work.stage.trainer, work.directory, work.seed, work.plan.num_steps, gradient_checkpointing=_recomputes(work)
     )
@@ -165,7 +167,7 @@ def _train_loaded(
     trainer = DistilTrainer(
         model,
         args,
-        PackDataset(work.caches, work.plan, work.temperatures),
+        PackDataset(work.caches, work.plan, work.temperatures, work.hidden),
         objective,
         lambda step: terms_at(work.stage, step, work.plan.num_steps),
         belongs_to=work.belongs_to,
@@ -185,6 +187,8 @@ def _train_loaded(
         progress.note(f"train {work.stage.name}: the model is that of step {best:,}, whose held-out KL is the lowest")
     gathered = trainer.whole_weights()
     restore_forward(base)
+    if objective.layers is not None:
+        objective.layers.remove()
     switch_attention(base, work.student.attention)
     if is_first():
         if gathered is not None:
@@ -210,6 +214,8 @@ def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, 
     trainer = work.stage.trainer
     operator = operator_for(trainer.operator, args.device.type)
     objective = Objective(head, chunk_bytes=trainer.operator_chunk_mib << 20, operator=operator)
+    if work.hidden is not None:
+        objective.layers = LayerLosses(base, work.stage.losses, work.hidden.identity, seed=work.seed)
     patch_forward(base, objective)
     if shards:
         shard(model, base, args.device)

@@ -7,18 +7,28 @@ from __future__ import annotations
 
 from shared.recipe import Stage
 from student_train import schedules
-from student_train.losses import LossTerm, registry
+from student_train.losses import LossTerm, divergences, registry, representations
+from student_train.losses.representation import Reads
 
 
 def needs_teacher(stage: Stage) -> bool:
     """Return whether any loss of a stage looks at the teacher's targets."""
-    return any(not registry[loss.name].on_labels for loss in stage.losses)
+    return any(_reads_targets(loss.name) for loss in stage.losses)
+
+
+def hidden_reads(stage: Stage) -> frozenset[Reads]:
+    """Return what the losses of a stage read of a hidden layer; nothing where none does."""
+    return frozenset(representations[loss.name].reads for loss in stage.losses if loss.name in representations)
+
+
+def _reads_targets(name: str) -> bool:
+    return name in divergences and not divergences[name].on_labels
 
 
 def training_temperatures(stage: Stage) -> tuple[float, ...]:
     """Return every temperature that a stage's divergences take, and 1, ascending."""
-    divergences = [loss for loss in stage.losses if not registry[loss.name].on_labels]
-    return tuple(sorted({1.0, *(value for loss in divergences for value in loss.temperature.extremes())}))
+    on_targets = [loss for loss in stage.losses if _reads_targets(loss.name)]
+    return tuple(sorted({1.0, *(value for loss in on_targets for value in loss.temperature.extremes())}))
 
 
 def terms_at(stage: Stage, step: int, num_steps: int) -> list[LossTerm]:

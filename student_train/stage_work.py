@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import TrainingError
-from shared.layer_choice import layer_of_capture
+from shared.hidden_identity import HiddenIdentity
+from shared.identity import difference
+from shared.layer_choice import hidden_layer_of, layer_of_capture
 from shared.narrowing import LayerView
 from shared.recipe import Recipe, Stage, Student
 from student_train.dataset import CacheList
 from student_train.heldout_measure import HeldoutSet
+from student_train.hidden_batch import HiddenReading
 from student_train.processes import num_processes
 from student_train.row_targets import temperature_column
 from student_train.stage_plan import StagePlan, plan_stage
-from student_train.stage_terms import needs_teacher, training_temperatures
+from student_train.stage_terms import hidden_reads, needs_teacher, training_temperatures
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class StageWork:
     """Temperatures of its targets; None where labels are all it needs."""
     heldout: HeldoutSet | None
     """Rows that it is evaluated on while it trains."""
+    hidden: HiddenReading | None = None
+    """What its losses read of a hidden layer; None where none does."""
 
     @property
     def belongs_to(self) -> dict[str, str]:
@@ -61,7 +66,9 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
     start = start_directory(recipe, stage)
     seed = recipe.seed if stage.trainer.seed is None else stage.trainer.seed
     layer = stage.targets or layer_of_capture(recipe)
-    caches = CacheList.open(recipe.cache, layer, with_targets=needs_teacher(stage))
+    reads = hidden_reads(stage)
+    hidden = [stage.hidden or hidden_layer_of(recipe, path) for path in recipe.cache] if reads else None
+    caches = CacheList.open(recipe.cache, layer, with_targets=needs_teacher(stage), hidden=hidden)
     temperatures = training_temperatures(stage) if needs_teacher(stage) else None
     for cache in caches.caches:
         for temperature in temperatures or ():
@@ -78,7 +85,27 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
     )
     heldout = _heldout(recipe, stage, caches, layer)
     directory = recipe.stage_dir(stage.name)
-    return StageWork(recipe, stage, recipe.student, directory, start, seed, caches, plan, temperatures, heldout)
+    reading = HiddenReading(_one_hidden_layer(caches), reads) if reads else None
+    return StageWork(recipe, stage, recipe.student, directory, start, seed, caches, plan, temperatures, heldout, reading)
+
+
+def _one_hidden_layer(caches: CacheList) -> HiddenIdentity:
+    """Return the identity of the hidden layer that all caches were opened with.
+
+    Raises:
+        TrainingError: their hidden layers differ.
+    """
+    first = caches.caches[0].hidden_layer
+    assert first is not None
+    for cache in caches.caches[1:]:
+        assert cache.hidden_layer is not None
+        problem = difference(first, cache.hidden_layer)
+        if problem:
+            raise TrainingError(
+                f"the hidden layers of {caches.path} and {cache.path} differ: {problem.replace('the request', 'the other')}; train "
+                "on caches whose hidden states were captured alike"
+            )
+    return first
 
 
 def _heldout(recipe: Recipe, stage: Stage, caches: CacheList, layer: str | LayerView | None) -> HeldoutSet | None:

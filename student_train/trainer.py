@@ -303,7 +303,19 @@ class DistilTrainer(ShardedTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights alone: no pickled arguments, no tokenizer in every checkpoint."""
         if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+            model, directory = self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir
+            layers = self._objective.layers
+            if layers is not None and state_dict is None:
+                state_dict = layers.student_weights(model.state_dict())
+            model.save_pretrained(directory, state_dict=state_dict)
+            if layers is not None:
+                layers.save(Path(directory))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights, and the learned projections of losses on a hidden layer."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._objective.layers is not None:
+            self._objective.layers.load(Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, mark it complete, then remove older ones; none while the gradients are suspicious."""

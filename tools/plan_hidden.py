@@ -11,8 +11,7 @@ from typing import Any
 
 from shared.errors import EngineError
 from shared.hidden_codec import HiddenCodec
-from shared.hidden_identity import HiddenIdentity
-from shared.hidden_layers import numbered
+from shared.hidden_layers import keeps, numbered
 from shared.layout import list_hidden_layers, sequences_dir
 from shared.recipe import HiddenCapture, Recipe
 from shared.records import list_records
@@ -46,7 +45,7 @@ def hidden_figures(recipe: Recipe, rows_to_do: int, positions_to_do: dict[str, i
     codec = HiddenCodec(len(layers), capture.projection or width, False, len(attention_layers), strongest)
     most = codec.max_content_bytes(1)
     per_row = codec.width + 4 if capture.pooled != "none" else 0
-    rows, positions, measured = _existing(recipe, capture, layers, attention_layers)
+    rows, positions, measured = _existing(recipe, capture)
     expected = most if measured is None else measured
     total = {name: positions + count for name, count in positions_to_do.items()}
     if measured is None:
@@ -91,16 +90,14 @@ def _teacher_shape(recipe: Recipe, assumptions: list[str]) -> tuple[int, int] | 
     return shape
 
 
-def _existing(
-    recipe: Recipe, capture: HiddenCapture, layers: tuple[int, ...], attention_layers: tuple[int, ...]
-) -> tuple[int, int, float | None]:
+def _existing(recipe: Recipe, capture: HiddenCapture) -> tuple[int, int, float | None]:
     """Return rows and positions that are in the cache without hidden states, and what a position takes where some have them."""
     rows = positions = 0
     measured: float | None = None
     for path in recipe.cache:
         if not (path / "cache.json").is_file():
             continue
-        found = [layer for layer in list_hidden_layers(path).values() if _alike(layer.identity, capture, layers, attention_layers)]
+        found = [layer for layer in list_hidden_layers(path).values() if keeps(layer.identity, capture)]
         records = list_records(found[0].directory) if found else []
         covered = {record.stem for record in records}
         for record in list_records(sequences_dir(path)):
@@ -109,20 +106,6 @@ def _existing(
         if sum(record.positions for record in records):
             measured = sum(record.bytes for record in records) / sum(record.positions for record in records)
     return rows, positions, measured
-
-
-def _alike(identity: HiddenIdentity, capture: HiddenCapture, layers: tuple[int, ...], attention_layers: tuple[int, ...]) -> bool:
-    """Tell whether a layer keeps what the recipe asks for, as far as can be said without the teacher's weights."""
-    strongest = capture.attention.strongest if capture.attention else 0
-    wanted = (layers, capture.projection, capture.projection_seed, capture.pooled, attention_layers, strongest)
-    return wanted == (
-        identity.layers,
-        identity.projection,
-        identity.projection_seed,
-        identity.pooled,
-        identity.attention_layers,
-        identity.strongest,
-    )
 
 
 def hidden_lines(figures: Figures, size: Any) -> list[str]:

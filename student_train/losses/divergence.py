@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -44,5 +45,5 @@ class LossTerm:
     """What its value is multiplied by."""
     temperature: float = 1.0
     """Temperature of both sides; its value and gradient are multiplied by the square."""
-    options: Mapping[str, float] = field(default_factory=dict)
-    """Keyword options of the divergence."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword options of the loss."""

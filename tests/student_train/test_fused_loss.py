@@ -7,11 +7,11 @@ import torch
 
 from student_train import head_chunks
 from student_train.fused_loss import fused_sparse_loss, term_keys
-from student_train.losses import LossTerm, registry
+from student_train.losses import LossTerm, divergences
 from student_train.target_batch import TargetBatch
 from tests.student_train.dense_loss import SHAPES, Case, dense_loss, make_case, outside, relative_error
 
-DIVERGENCES = [name for name in registry if name != "cross_entropy"]
+DIVERGENCES = [name for name in divergences if name != "cross_entropy"]
 OPTIONS = {"jsd": {"beta": 0.3}, "skew_forward_kl": {"skew": 0.2}, "skew_reverse_kl": {"skew": 0.2}}
 TERMS = {
     1.0: lambda name: [LossTerm(name, 0.7, 1.0, OPTIONS.get(name, {})), LossTerm("cross_entropy", 0.3)],
