@@ -111,6 +111,15 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from tools.export_run import export_run
+
+    with _stdout_kept(args):
+        result = export_run(args.run, args.stage, args.output, keep_adapter=args.keep_adapter)
+    _result(args, *result)
+    return 0
+
+
 def _cache(args: argparse.Namespace) -> int:
     if args.cache_command is None:
         args.parser.error("name what to do with the cache: ls, show, stats, verify, gc, merge, export, import or audit")
@@ -135,6 +144,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _eval,
     "run": _run,
     "report": _report,
+    "export": _export,
     "cache": _cache,
     "doctor": _doctor,
 }

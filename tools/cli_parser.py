@@ -78,6 +78,11 @@ def build_parser() -> Parser:
     run.add_argument("--allow-unsafe-code", action="store_true", help=unsafe)
     report = command("report", "write report.html, report.md, models.csv and report.json for one run or several")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
+    export = command("export", "write a trained student as a plain model directory with a model card")
+    export.add_argument("run", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
+    export.add_argument("--stage", metavar="NAME", help="whose model (default: the last stage that is finished)")
+    export.add_argument("--output", type=Path, metavar="DIR", help="the new directory (default: RUN/export/NAME)")
+    export.add_argument("--keep-adapter", action="store_true", help="put the adapter by itself into adapter/, too")
 
     looks = "look into a cache or make another of it: ls, show, stats, verify, gc, merge, export, import, audit"
     cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)

@@ -1,0 +1,111 @@
+"""`decant export`: a plain directory that loads: merged weights, the cache's tokenizer, a card with the figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from shared.recipe_file import dump_recipe
+from student_train.stages import run_stages
+from tools.cli import main
+
+PROBE = torch.arange(3, 40)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=PROBE).logits
+
+
+@pytest.fixture
+def trained(recipe_of, tiny):
+    """A run with a LoRA stage, trained, and an evaluation of it."""
+    losses = [{"name": "forward_kl", "weight": 0.9, "temperature": 2.0}, {"name": "cross_entropy", "weight": 0.1}]
+    student = {"adapter": "lora", "model": str(tiny.llama)}
+    recipe = recipe_of(student=student, trainer={"max_steps": 2, "learning_rate": 1e-2}, losses=losses)
+    run_stages(recipe)
+    (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe))
+    (recipe.output_dir / "evaluate").mkdir()
+    heldout = {"kl_nats": 0.4321, "kl_low": 0.4, "kl_high": 0.5, "top1_agreement": 0.625, "perplexity": 3.5, "positions": 100}
+    tasks = {"math": {"name": "gsm8k", "score": 0.625, "low": 0.5, "high": 0.7, "count": 8}}
+    (recipe.output_dir / "evaluate/kd.json").write_text(json.dumps({"model": "kd", "tasks": tasks, "heldout": heldout}))
+    return recipe
+
+
+def test_exported_model_loads_plainly_with_the_merged_weights_and_a_card(trained, tiny, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    run = trained.output_dir
+    assert main(["export", str(run), "--keep-adapter"]) == 0
+    text = capsys.readouterr().out
+    out = run / "export/kd"
+    assert f"vllm serve {out}" in text
+    assert f"convert_hf_to_gguf.py {out}" in text
+    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny.llama, dtype=torch.float32)
+    torch.testing.assert_close(logits(saved), logits(PeftModel.from_pretrained(base, str(out / "adapter"))), atol=1e-5, rtol=1e-5)
+    tokenizer, original = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(tiny.teacher)
+    assert (tokenizer.get_vocab(), tokenizer.chat_template) == (original.get_vocab(), original.chat_template)
+    assert GenerationConfig.from_pretrained(out).eos_token_id == original.eos_token_id
+    card = (out / "README.md").read_text()
+    for part in ("0.4321", "62.5", "0.9 x forward_kl at T 2 + 0.1 x cross_entropy", "rank 16", "2 steps", str(tiny.teacher)):
+        assert part in card, part
+    assert json.loads(card.split("---")[1].split("base_model: ")[1].splitlines()[0]) == str(tiny.llama)
+
+
+def test_same_export_is_reused_and_another_is_refused(trained, tmp_path, capsys):
+    run, out = trained.output_dir, tmp_path / "out"
+    assert main(["export", str(run), "--output", str(out), "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["reused"]
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    assert main(["export", str(run), "--output", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reused"]
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp
+    assert main(["export", str(run), "--output", str(out), "--keep-adapter"]) == 1
+    assert "is not an export of these weights" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_cannot_be_exported_is_refused_in_a_sentence(trained, tmp_path, capsys):
+    run = trained.output_dir
+
+    def refused(*words, code=1):
+        assert main(["export", *map(str, words)]) == code
+        error = capsys.readouterr().err
+        assert error.startswith("decant: error: ")
+        assert error.count("\n") == 1
+        return error
+
+    assert "did you mean 'kd'" in refused(run, "--stage", "kdd", code=2)
+    assert "no such directory" in refused(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "not a run" in refused(tmp_path / "empty")
+    (run / "train/kd/model/generation_config.json").unlink()
+    assert "has no generation_config.json" in refused(run)
+    (run / "train/kd/done.json").unlink()
+    assert "no finished stage" in refused(run)
+    assert "'kd'" in refused(run, "--stage", "kd")
+
+
+def test_adapter_of_a_fully_trained_student_is_refused(recipe_of, capsys):
+    recipe = recipe_of(trainer={"max_steps": 1})
+    run_stages(recipe)
+    (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert main(["export", str(recipe.output_dir), "--keep-adapter"]) == 2
+    assert "trained all of its weights" in capsys.readouterr().err
+    assert main(["export", str(recipe.output_dir)]) == 0
+    card = (recipe.output_dir / "export/kd/README.md").read_text()
+    assert "was not evaluated" in card
+    assert "all weights in float32" in card
+
+
+def test_card_cannot_be_broken_by_names(trained):
+    from tools.model_card import model_card
+
+    bad = trained.model_copy(update={"name": "a\n# b | `c` <img>"})
+    card = model_card(bad, bad.stages[0], {"models": {}, "stages": {}}, [], "w")
+    assert "\n# b" not in card
+    assert "<img>" not in card

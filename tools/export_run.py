@@ -1,0 +1,150 @@
+"""`decant export RUN`: a trained stage as a plain model directory, with its tokenizer, generation settings and a model card.
+
+The stage's model is merged and whole already (student_train/export.py); it is copied, never changed, into a directory that is whole
+or absent. The same command again finds it and copies nothing. No model is loaded.
+Cost: the size of the model, once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from shared.cache import Cache
+from shared.errors import DecantError, EvaluationError, UsageError
+from shared.recipe import Recipe, Stage
+from shared.recipe_base import closest, quoted
+from shared.weights_hash import weights_hash
+from tools.model_card import model_card
+from tools.report.figures import report_figures
+from tools.report.run_files import read_run
+from tools.staged_directory import publish, refuse_existing, staging_path
+
+PROOF = "decant-export.json"
+NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json")
+
+
+def export_run(run: Path, stage_name: str | None, output: Path | None, *, keep_adapter: bool) -> tuple[dict[str, Any], str]:
+    """Write one stage's model as a directory; return what programs read and what people read.
+
+    Args:
+        run: output_dir of a recipe.
+        stage_name: whose model; None: the last stage that is finished.
+        output: the new directory; None: RUN/export/STAGE.
+        keep_adapter: put the adapter by itself into `adapter/`.
+
+    Raises:
+        EvaluationError: it is no run, or its recipe cannot be read.
+        UsageError: there is no such stage, or it has no adapter.
+        DecantError: the model is not whole, or the output holds something else.
+    """
+    files = read_run(run)
+    if files.recipe is None or files.recipe.student is None:
+        raise EvaluationError(
+            f"{run}/recipe.yaml is missing, damaged or without a student; name the output_dir of a trained recipe"
+        )
+    recipe = files.recipe
+    stage = _stage(run, recipe, stage_name)
+    source = run / "train" / stage.name
+    _check_whole(source)
+    adapter = source / "adapter" if keep_adapter else None
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise UsageError(f"--keep-adapter: stage '{stage.name}' trained all of its weights, so there is no adapter; leave it out")
+    out = output or run / "export" / stage.name
+    weights = weights_hash(source / "model")
+    identity = {"weights": weights, "stage": stage.name, "keep_adapter": keep_adapter}
+    reused = _is_there(out, identity)
+    if not reused:
+        report = report_figures([files])
+        card = model_card(recipe, stage, report, cache_identities(recipe), weights)
+        _write(out, source / "model", adapter, card, identity, weights)
+    result = {"model": str(out), "stage": stage.name, "weights": weights, "reused": reused, **_commands(out)}
+    words = "is there already, with the same weights" if reused else "written"
+    text = f"{out}: {words}\n  serve it:    {result['serve']}\n  convert it:  {result['gguf']}"
+    return result, text
+
+
+def _stage(run: Path, recipe: Recipe, name: str | None) -> Stage:
+    """Return the stage to export."""
+    names = [stage.name for stage in recipe.stages]
+    if name is not None:
+        if name not in names:
+            raise UsageError(f"--stage {name}: the run has the stages {quoted(names)}{closest(name, names)}")
+        if not (run / "train" / name / "done.json").is_file():
+            raise EvaluationError(f"stage '{name}' of {run} is not finished; run `decant train` with its recipe, then export again")
+        return recipe.stages[names.index(name)]
+    for stage in reversed(recipe.stages):
+        if (run / "train" / stage.name / "done.json").is_file():
+            return stage
+    raise EvaluationError(f"{run} has no finished stage; run `decant train` with its recipe, then export again")
+
+
+def _check_whole(stage_dir: Path) -> None:
+    """Refuse a model directory that transformers or vLLM would not load."""
+    model = stage_dir / "model"
+    missing = [name for name in NEEDED if not (model / name).is_file()]
+    if not missing and not list(model.glob("*.safetensors")):
+        missing = ["*.safetensors"]
+    if missing:
+        raise EvaluationError(
+            f"{model} has no {' and no '.join(missing)}; remove {stage_dir} and run `decant train` with the run's recipe again"
+        )
+
+
+def cache_identities(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the identity of each cache of a recipe that can be read: of its sequences and, where there is one, its layer."""
+    from tools.evaluate.results import heldout_layer
+
+    found = []
+    for path in recipe.cache:
+        try:
+            cache = Cache.open(path, heldout_layer(recipe), allow_partial=True)
+        except DecantError:
+            continue  # the card names the caches that it could not read
+        layer = cache.layer.to_json() if cache.layer else {}
+        about = cache.sequences_identity.to_json()
+        found.append(
+            {"path": str(path), "cache_id": cache.cache_id, "licence": about["licence"], "answers": about["answers"], **layer}
+        )
+    return found
+
+
+def _is_there(out: Path, identity: dict[str, Any]) -> bool:
+    """Tell whether the same export stands there; refuse anything else."""
+    try:
+        found = json.loads((out / PROOF).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None  # not an export, or a damaged one: not this one in either case
+    if found != identity:
+        refuse_existing(out, "an export of these weights")
+    return bool(found == identity)
+
+
+def _write(out: Path, model: Path, adapter: Path | None, card: str, identity: dict[str, Any], weights: str) -> None:
+    """Copy a model to its place by way of a directory beside it, synced before it gets its name."""
+    from student_train.checkpoints import fsync_tree
+
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    staging = staging_path(out, "export", weights)
+    if staging.exists():
+        shutil.rmtree(staging)  # what a killed export left
+    shutil.copytree(model, staging, symlinks=False)
+    if adapter is not None:
+        shutil.copytree(adapter, staging / "adapter")
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    (staging / PROOF).write_text(json.dumps(identity, indent=1), encoding="utf-8")
+    fsync_tree(staging)
+    if out.is_dir():
+        out.rmdir()  # empty, as refuse_existing made sure
+    publish(staging, out, out / PROOF)
+
+
+def _commands(out: Path) -> dict[str, str]:
+    """Return the commands that serve and convert an exported model."""
+    name = out.name if out.name not in ("", ".") else "model"
+    return {
+        "serve": f"vllm serve {out}",
+        "gguf": f"python llama.cpp/convert_hf_to_gguf.py {out} --outfile {name}.gguf --outtype bf16",
+    }
