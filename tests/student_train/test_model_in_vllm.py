@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from shared.recipe_file import dump_recipe
 from student_train.stages import run_stages
+from tools.export_run import export_run
 
 pytest.importorskip("vllm")
 
@@ -19,7 +23,11 @@ def test_final_model_answers_in_vllm_as_in_transformers(recipe_of, tiny, monkeyp
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     student = {"model": str(getattr(tiny, family)), "adapter": adapter}
-    (model_dir,) = run_stages(recipe_of(student=student, trainer={"max_steps": 20, "learning_rate": 1e-2}))
+    recipe = recipe_of(student=student, trainer={"max_steps": 20, "learning_rate": 1e-2})
+    (model_dir,) = run_stages(recipe)
+    if adapter != "none":  # the same engine start serves for what `decant export` writes
+        (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe))
+        model_dir = Path(export_run(recipe.output_dir, None, None, keep_adapter=True)[0]["model"])
     engine = LLM(str(model_dir), dtype="float32", max_model_len=128, enforce_eager=True)
     conversation = [{"role": "user", "content": "math: what follows one and 8?"}]
     served = engine.chat(conversation, SamplingParams(temperature=0, max_tokens=12))[0]
