@@ -225,3 +225,28 @@ def test_tensorboard_gets_every_term(recipe_of):
     events = EventAccumulator(str(model_dir.parent / "tensorboard"))
     events.Reload()
     assert {"train/loss", "train/forward_kl", "train/cross_entropy", "train/grad_norm"} <= set(events.Tags()["scalars"])
+
+
+def _extended(source, target):
+    """Save a model whose tokenizer got two tokens more and whose embeddings and head got rows for them."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(source), load(source)
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_tokenizer_extended_after_training_leaves_what_was_learned(recipe_of, tiny, tmp_path, family):
+    (model_dir,) = run_stages(recipe_of(student={"model": str(getattr(tiny, family))}, trainer={"max_steps": 2}))
+    extended = load(_extended(model_dir, tmp_path / "extended"))
+    assert logits(extended).shape[-1] == 514
+    torch.testing.assert_close(logits(extended)[..., :512], logits(load(model_dir)), rtol=0, atol=0)
+
+
+def test_student_with_an_extended_tokenizer_is_refused_for_a_cache_of_the_plain_one(caches, tiny, tmp_path):
+    with pytest.raises(IdentityError, match=f"has tokenizer .* was built with {caches.tokenizer_hash}"):
+        load_student(student(_extended(tiny.llama, tmp_path / "extended")), None, caches)

@@ -16,11 +16,12 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MethodType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -62,15 +63,9 @@ def overrides(options: argparse.Namespace, capture: str | None, seed: int = 0) -
     return sets if options.steps is None else [*sets, f"stages.kd.trainer.max_steps={options.steps}"]
 
 
-@contextmanager
-def teacher_live(teacher: Any) -> Iterator[None]:
+def teacher_live(teacher: Any) -> AbstractContextManager[Any]:
     """Let stages train on a teacher in memory instead of the targets that their batches bring along."""
-    usual = stage_run.patch_forward
-    stage_run.patch_forward = lambda model, objective: patch_live(model, objective, teacher)
-    try:
-        yield
-    finally:
-        stage_run.patch_forward = usual
+    return mock.patch.object(stage_run, "patch_forward", lambda model, objective: patch_live(model, objective, teacher))
 
 
 def patch_live(model: Any, objective: Objective, teacher: Any) -> None:
@@ -100,7 +95,6 @@ def logprobs(body: Any, head: StudentHead, input_ids: Tensor, position_ids: Tens
     return head.logits(run_body(body, input_ids, position_ids)[0].index_select(0, index)).log_softmax(-1)
 
 
-@torch.no_grad()
 def dense_kl(teacher: Any, student: Any, cache: Cache, fraction: float) -> float:
     """Return the held-out KL in nats per position, over the full vocabulary, in float64; each row alone."""
     total, positions = 0.0, 0
@@ -109,8 +103,9 @@ def dense_kl(teacher: Any, student: Any, cache: Cache, fraction: float) -> float
         row = cache[number]
         ids = torch.from_numpy(row.token_ids.astype("int64"))[None]
         order, index = torch.arange(ids.shape[1])[None], torch.from_numpy(row.predictor_index().astype("int64"))
-        hidden = [run_body(body_of(model), ids, order)[0].index_select(0, index) for model in (teacher, student)]
-        p, q = (head.logits(states).double().log_softmax(-1) for head, states in zip(heads, hidden, strict=True))
+        with torch.no_grad():
+            hidden = [run_body(body_of(model), ids, order)[0].index_select(0, index) for model in (teacher, student)]
+            p, q = (head.logits(states).double().log_softmax(-1) for head, states in zip(heads, hidden, strict=True))
         total += float((p.exp() * (p - q)).sum())
         positions += len(index)
     if not positions:

@@ -1,10 +1,10 @@
 """`python -m tools.bench.train_kill_trials --kills 50`: kill trainings with SIGKILL, continue them, compare every byte.
 
 For each setting (all weights, LoRA with dropout, accumulation, a mixture of sources, data workers, two stages in a row, bfloat16,
-evaluation that keeps the best) one run is left alone. Others are killed from outside once a randomly drawn optimizer step has been
-logged and a random few milliseconds have passed, so that kills fall into steps, into checkpoints and between them; each is
-continued, up to three times killed, and at last left to finish. Its metrics, evaluations and final weights must be those of the
-run that was left alone, byte for byte.
+evaluation that keeps the best) one run is left alone. Others are killed from outside once a randomly drawn one of the optimizer
+steps that are left has been logged and up to 50 ms have passed, so that kills fall into steps, into checkpoints and between them;
+each is continued, up to three times killed, and at last left to finish. Its metrics, evaluations and final weights must be those of
+the run that was left alone, byte for byte.
 Cost: about two short trainings per kill, in processes forked from one that has imported everything.
 """
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import TrainingError, UsageError
+from student_train.checkpoints import list_checkpoints
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 
 STEPS = 12
@@ -106,9 +107,25 @@ def _train(document: dict[str, Any], log: str) -> None:
     run_stages(Recipe.model_validate(document))
 
 
-def steps_logged(output_dir: Path) -> int:
-    """Return how many steps all stages have logged."""
-    return sum(path.read_bytes().count(b"\n") for path in output_dir.glob("train/*/metrics.jsonl"))
+def steps_logged(output_dir: Path, stage: str = "*") -> int:
+    """Return how many steps a stage or all stages have logged."""
+    return sum(path.read_bytes().count(b"\n") for path in output_dir.glob(f"train/{stage}/metrics.jsonl"))
+
+
+def inodes(output_dir: Path) -> set[int]:
+    """Return which files the step logs are; a run writes its own, cut back to where it goes on, before its first step."""
+    return {path.stat().st_ino for path in output_dir.glob("train/*/metrics.jsonl")}
+
+
+def steps_kept(output_dir: Path) -> int:
+    """Return after how many steps of all stages a run would go on."""
+    total = 0
+    for stage in output_dir.glob("train/*"):
+        if (stage / "done.json").exists():
+            total += steps_logged(output_dir, stage.name)
+        else:
+            total += max((checkpoint.step for checkpoint in list_checkpoints(stage)), default=0)
+    return total
 
 
 def outcome(output_dir: Path) -> dict[str, bytes]:
@@ -164,11 +181,12 @@ class Trials:
 
     def _moment(self, out: Path) -> Callable[[], bool]:
         """Return a function that says, asked again and again, when to kill."""
-        wanted, delay = self._chance.randrange(STEPS), self._chance.uniform(0, 0.05)
+        wanted, delay = self._chance.randrange(min(steps_kept(out), STEPS - 1), STEPS), self._chance.uniform(0, 0.05)
         reached: list[float] = []
+        before = inodes(out)
 
         def is_now() -> bool:
-            if not reached and steps_logged(out) >= wanted:
+            if not reached and inodes(out) - before and steps_logged(out) >= wanted:
                 reached.append(time.monotonic())
             return bool(reached) and time.monotonic() >= reached[0] + delay
 
