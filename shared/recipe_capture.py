@@ -48,9 +48,9 @@ class Teacher(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights at run time."""
     quantization: str | None = None
-    """Quantisation scheme that the engine applies, such as fp8."""
+    """Quantisation scheme that the engine applies, such as fp8; a quantised checkpoint says its own."""
     adapter: str | None = None
-    """A LoRA directory applied to the teacher."""
+    """A LoRA directory applied to the teacher, folded into its weights before the engine starts."""
     tensor_parallel_size: Count = 1
     """GPUs that share one copy of the model."""
     max_model_len: Count | None = None
@@ -77,6 +77,9 @@ class Teacher(Section):
     @model_validator(mode="after")
     def _exists_in_this_build(self) -> Teacher:
         problems: list[Problem] = teacher_problems(self)
+        if self.adapter is not None and self.quantization is not None:
+            why = "it is folded into the weights, which `quantization` then changes; merge it beforehand and leave one of both out"
+            problems.append((("adapter",), why))
         if self.workers is not None:
             problems += _misplaced(self.workers, self.engine, self.tensor_parallel_size)
         if self.engine == "transformers":

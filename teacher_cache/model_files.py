@@ -47,6 +47,15 @@ class ModelFiles:
         return str(found)
 
     @property
+    def quantization(self) -> str | None:
+        """Scheme that the checkpoint itself is quantised with; None where its config says none."""
+        found = self.config.get("quantization_config") or self.text_config.get("quantization_config")
+        if not isinstance(found, dict) or not found:
+            return None
+        bits = found.get("bits")
+        return str(found.get("quant_method") or "unnamed") + (f"-{bits}bit" if isinstance(bits, int) else "")
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the output head, padding included."""
         return self._integer("vocab_size")

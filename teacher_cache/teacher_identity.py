@@ -60,6 +60,11 @@ def know_teacher(teacher: Teacher) -> KnownTeacher:
         directory = Path(teacher.adapter)
         if not (directory / "adapter_config.json").is_file():
             raise EngineError(f"{teacher.adapter}: no adapter_config.json there; expected a LoRA directory in `teacher.adapter`")
+        if files.quantization is not None and teacher.engine != "server":
+            raise EngineError(
+                f"{teacher.adapter}: an adapter is folded into the teacher's weights, and those of {teacher.model} are quantised "
+                f"({files.quantization}); merge it before quantising, or serve both with `vllm serve` and use teacher.engine server"
+            )
         adapter = weights_hash(directory)
     return KnownTeacher(
         files=files,
@@ -89,7 +94,7 @@ def layer_identity(known: KnownTeacher, teacher: Teacher, capture: Capture) -> L
         gap_step=capture.gap_step,
         dtype=known.files.dtype if teacher.dtype == "auto" else teacher.dtype,
         head_dtype=teacher.head_dtype,
-        quantization=teacher.quantization,
+        quantization=teacher.quantization or known.files.quantization,
         adapter=known.adapter_hash,
     )
 

@@ -177,6 +177,7 @@ def test_stage_that_cannot_be_trained_is_refused(stages, why):
         ({"teacher": {"model": "t", "engine": "transformers", "tensor_parallel_size": 2}}, "one process"),
         ({"teacher": SERVED, "generate": {"model": "other"}}, "serves the teacher only"),
         ({"generate": {"model": ""}}, "at least 1 character"),
+        ({"teacher": {"model": "t", "adapter": "polite", "quantization": "fp8"}}, "folded into the weights"),
         ({"generate": {"temperature": 0, "samples_per_prompt": 2}}, "are the same"),
         ({"teacher": {"model": "t", "workers": {}}, "generate": {"model": "s"}}, "all run the teacher"),
         ({"teacher": {"model": "t", "workers": {}}, "capture": {"hidden": {"layers": 2}}}, "by one engine"),

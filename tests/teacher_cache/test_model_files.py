@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from shared.errors import EngineError
-from shared.identity import tokenizer_hash
-from shared.recipe import Teacher
+from shared.identity import difference, tokenizer_hash
+from shared.recipe import Capture, Teacher
 from teacher_cache.model_files import load_tokenizer, resolve_model, tokenizer_files
-from teacher_cache.teacher_identity import know_teacher
+from teacher_cache.teacher_identity import know_teacher, layer_identity
 from tests.tiny_models import make_qwen3
 
 
@@ -64,3 +65,45 @@ def test_a_revision_of_a_directory_and_a_missing_adapter_are_refused(model, tmp_
     with pytest.raises(EngineError, match="the tokenizer cannot be loaded"):
         (tmp_path / "config.json").write_text("{}")
         load_tokenizer(resolve_model(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "config, asked, recorded",
+    [
+        ({}, None, None),
+        ({}, "fp8", "fp8"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, None, "gptq-4bit"),
+        ({"quantization_config": {"quant_method": "fp8"}}, None, "fp8"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq", "bits": 4}}}, None, "awq-4bit"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq_marlin", "gptq_marlin"),
+    ],
+)
+def test_layer_says_how_its_teacher_is_quantised(model, tmp_path, config, asked, recorded):
+    plain = know_teacher(Teacher(model=str(model)))
+    quantised = shutil.copytree(model, tmp_path / "quantised")
+    document = json.loads((quantised / "config.json").read_text())
+    if "text_config" in config:
+        config = {"text_config": {**document, **config["text_config"]}}
+    (quantised / "config.json").write_text(json.dumps({**document, **config}))
+    section = Teacher(model=str(quantised), quantization=asked)
+    known = know_teacher(section)
+    identity = layer_identity(known, section, Capture())
+    assert identity.quantization == recorded
+    before = layer_identity(plain, Teacher(model=str(model)), Capture())
+    assert (difference(before, identity) is None) == (not config and asked is None)
+    assert (known.weights_hash == plain.weights_hash) == (not config)
+
+
+def test_adapter_on_a_quantised_checkpoint_is_refused_before_any_engine_starts(model, tmp_path):
+    quantised = shutil.copytree(model, tmp_path / "quantised")
+    document = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**document, "quantization_config": {"quant_method": "fp8"}}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    shutil.copy(model / "model.safetensors", adapter / "adapter_model.safetensors")
+    know_teacher(Teacher(model=str(model), adapter=str(adapter)))
+    with pytest.raises(EngineError, match=r"are quantised \(fp8\); merge it before quantising"):
+        know_teacher(Teacher(model=str(quantised), adapter=str(adapter)))
+    served = Teacher(model=str(quantised), adapter=str(adapter), engine="server", servers=("http://a/v1",))
+    assert know_teacher(served).adapter_hash is not None
