@@ -16,11 +16,12 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup check test test-fast demo bench bench-quality doctor clean
+.PHONY: help setup check test test-fast demo demo-full bench bench-quality doctor clean
 
 help:
 	@echo "make setup          a virtual environment in .venv with everything, about 3 minutes"
 	@echo "make demo           prompts -> teacher -> cache -> students -> report, about 8 minutes on 2 cores"
+	@echo "make demo-full      the demo, then sampled answers at three temperatures, cost of each model, audits of the cache"
 	@echo "make test           every test    make test-fast   the quick ones"
 	@echo "make check          lint, types, import rules"
 	@echo "make bench          codec, operator, capture, reader, teach -> runs/bench/bench.json"
@@ -61,6 +62,13 @@ test: setup
 
 demo: setup
 	$(BIN)/decant run recipes/demo.yaml
+
+# The demo's own run and cache: what is there is reused, these figures join its report.
+demo-full: demo
+	$(BIN)/decant eval recipes/demo.yaml --set "evaluate.side_by_side={size: quick, temperatures: [0.1, 0.7, 1.2]}" \
+	  --set evaluate.cost=true
+	$(BIN)/decant cache audit runs/demo/cache --recipe recipes/demo.yaml
+	$(BIN)/decant report runs/demo
 
 bench: setup
 	$(BIN)/python -m tools.bench.run_bench

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import cache
 
 _SCRIPTS = {
-    "latin": r"A-Za-z\u00c0-\u024f", "greek": r"\u0370-\u03ff", "cyrillic": r"\u0400-\u052f", "hebrew": r"\u0590-\u05ff",
-    "arabic": r"\u0600-\u06ff\u0750-\u077f", "devanagari": r"\u0900-\u097f", "thai": r"\u0e00-\u0e7f",
-    "kana": r"\u3040-\u30ff", "hangul": r"\uac00-\ud7af\u1100-\u11ff", "han": r"\u3400-\u4dbf\u4e00-\u9fff",
+    "latin": ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F)), "greek": ((0x370, 0x3FF),), "cyrillic": ((0x400, 0x52F),),
+    "hebrew": ((0x590, 0x5FF),), "arabic": ((0x600, 0x6FF), (0x750, 0x77F)), "devanagari": ((0x900, 0x97F),),
+    "thai": ((0xE00, 0xE7F),), "kana": ((0x3040, 0x30FF),), "hangul": ((0x1100, 0x11FF), (0xAC00, 0xD7AF)),
+    "han": ((0x3400, 0x4DBF), (0x4E00, 0x9FFF)),
 }  # fmt: skip
-_COUNTERS = {name: re.compile(f"[{letters}]") for name, letters in _SCRIPTS.items()}
+"""Code points of each script, both ends included."""
 _WHOLE_WORDS = ("kana", "hangul", "han")
 _STOP_WORDS = {
     "en": "the of and to is that it was for on are with as they at be this have from or had by but what were when your which",
@@ -42,7 +44,11 @@ def languages_of(text: str) -> frozenset[str]:
     ['en', 'han']
     """
     prose = _CODE.sub(" ", text)
-    letters = {name: len(counter.findall(prose)) * (2 if name in _WHOLE_WORDS else 1) for name, counter in _COUNTERS.items()}
+    letters: Counter[str] = Counter()
+    for character, count in Counter(prose).items():
+        script = _script_of(character)
+        if script is not None:
+            letters[script] += count * (2 if script in _WHOLE_WORDS else 1)
     total = sum(letters.values())
     found = {name for name, count in letters.items() if count >= _FEWEST and count >= _LEAST_SHARE * total}
     if "latin" in found:
@@ -66,7 +72,13 @@ def has_switched(answer: str, expected: frozenset[str]) -> bool:
 
 
 def _latin_language(text: str) -> str | None:
-    words = re.findall(r"[^\W\d_]+", text.casefold())
-    counts = Counter({name: sum(word in stop_words for word in words) for name, stop_words in _WORD_SETS.items()})
+    words = Counter(re.findall(r"[^\W\d_]+", text.casefold()))
+    counts = Counter({name: sum(words[word] for word in stop_words) for name, stop_words in _WORD_SETS.items()})
     (first, most), (_, second) = counts.most_common(2)
-    return first if most > second and most >= _FEWEST and most >= _LEAST_SHARE * len(words) else None
+    return first if most > second and most >= _FEWEST and most >= _LEAST_SHARE * words.total() else None
+
+
+@cache
+def _script_of(character: str) -> str | None:
+    code = ord(character)
+    return next((name for name, ranges in _SCRIPTS.items() if any(low <= code <= high for low, high in ranges)), None)

@@ -154,6 +154,29 @@ def test_every_model_answers_every_prompt_at_every_temperature_and_what_is_kept_
     assert "same as teacher" in table_text(report)
 
 
+def test_identical_models_have_no_distance_and_equal_scores_and_a_second_evaluation_the_same_figures(
+    root: Path, here: list[tuple[str, list[str]]]
+) -> None:
+    def figures() -> dict[str, Any]:
+        shutil.rmtree(root / "out" / "evaluate", ignore_errors=True)
+        results = quiet(recipe(root, temperatures=[0.7]))
+        files = sorted((root / "out" / "evaluate").rglob("*.answers.jsonl"))
+        return {
+            "measured": {name: {part: result[part] for part in ("tasks", "heldout")} for name, result in results.items()},
+            "answers": [path.read_text() for path in files],
+            "side by side": side_by_side_figures(read_side_answers(root / "out", list(results))),
+        }
+
+    first = figures()
+    teacher, twin, base = (first["measured"][name] for name in ("teacher", "twin", "base"))
+    assert twin == teacher
+    assert abs(twin["heldout"]["kl_nats"]) < 3e-4  # what the codec rounds; base is a thousand times as far
+    assert twin["heldout"]["top1_agreement"] == twin["heldout"]["top1_in_teacher_top5"] == 1.0
+    assert base["heldout"]["kl_nats"] > 0.3
+    assert len(first["answers"]) == 6
+    assert figures() == first
+
+
 def test_a_model_with_another_tokenizer_is_not_asked_the_caches_tokens(
     root: Path, here: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
