@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ def fakes(tokenizer, model_dir):
 
 def teacher(model_dir: Path, *fakes: FakeVllmServer, **settings) -> Teacher:
     urls = [fake.url for fake in fakes]
-    settings = {"max_model_len": 128, "server_patience_seconds": 5, "server_requests": 4, **settings}
+    settings = {"max_model_len": 128, "server_patience_seconds": 60, "server_requests": 4, **settings}
     return Teacher.model_validate({"model": str(model_dir), "engine": "server", "servers": urls, **settings})
 
 
@@ -151,16 +151,19 @@ def test_server_that_is_down_is_left_out_and_used_again_when_it_is_back(model_di
     with_servers = engine(model_dir, tokenizer, *fakes)
     for fake in fakes:
         fake.seconds = 0.01
-    first = score_requests(120)
-    results = with_servers.score(iter(first))
+    requests, back = score_requests(5000), threading.Event()
+    results = with_servers.score(itertools.takewhile(lambda _: not back.is_set(), requests))
     done = [next(results)]
     fakes[0].stop()
     done += [next(results) for _ in range(60)]
     while_down = len(fakes[0].requests)
     fakes[0].start()
-    done += list(results)
-    check_scores(first, done)
-    assert len(fakes[0].requests) > while_down + 5
+    for result in results:
+        done.append(result)
+        if len(fakes[0].requests) > while_down + 5:
+            back.set()
+    assert back.is_set()
+    check_scores(requests[: len(done)], done)
 
 
 def test_whole_outage_is_waited_for(model_dir, tokenizer, fakes):
@@ -193,9 +196,7 @@ def test_stop_is_honoured_during_an_outage(model_dir, tokenizer, fakes):
     with_servers = ServerEngine(section, Capture(k=8), model_dir, tokenizer=tokenizer, should_stop=asked.is_set)
     fakes[0].always = respond(503, b"")
     threading.Timer(0.2, asked.set).start()
-    started = time.monotonic()
-    assert list(with_servers.score(score_requests(5))) == []
-    assert time.monotonic() - started < 30
+    assert list(with_servers.score(score_requests(5))) == []  # beyond the patience it would be an error
 
 
 def test_request_that_fails_everywhere_ends_the_job(model_dir, tokenizer, fakes):
