@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from shared.recipe_assumptions import Assume, AssumedModel, AssumedSource
 from shared.recipe_base import Count, Integer, Name, Problem, Section, closest, inconsistent, one_or_many, quoted
 from shared.recipe_capture import Capture, Generate, Heldout, PromptSource, Teacher, Workers
-from shared.recipe_curriculum import EarlyStopping, StageEvaluation
+from shared.recipe_curriculum import Balance, EarlyStopping, Sampling, StageEvaluation
 from shared.recipe_evaluation import Evaluate, SideBySide, Task
 from shared.recipe_hidden import AttentionCapture, HiddenCapture
 from shared.recipe_schedule import Schedule
@@ -30,6 +30,7 @@ __all__ = [
     "AssumedModel",
     "AssumedSource",
     "AttentionCapture",
+    "Balance",
     "Capture",
     "EarlyStopping",
     "Evaluate",
@@ -39,6 +40,7 @@ __all__ = [
     "Loss",
     "PromptSource",
     "Recipe",
+    "Sampling",
     "Schedule",
     "SideBySide",
     "Stage",
@@ -165,6 +167,13 @@ def _stage_problems(recipe: Recipe) -> list[Problem]:
         if stage.evaluate is not None and recipe.heldout.fraction == 0:
             sentence = "heldout.fraction is 0, so there is nothing to evaluate on; raise it, or leave this out"
             problems.append((("stages", i, "evaluate"), sentence))
+        stops = [other.name for other in recipe.stages if other.evaluate is not None and other.evaluate.early_stopping is not None]
+        if stage.goes_over_run and stops:
+            sentence = (
+                f"a schedule goes over the run, whose number of steps is unknown since stage '{stops[0]}' may stop early; "
+                "let it go over the stage, or leave early_stopping out"
+            )
+            problems.append((("stages", i), sentence))
     return problems
 
 

@@ -1,10 +1,12 @@
-"""What a recipe may say about the course of a stage: evaluation while it trains, when it stops, which weights it keeps."""
+"""What a recipe may say about the course of a stage: evaluation while it trains, when it stops, what is drawn more."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from pydantic import model_validator
 
-from shared.recipe_base import Count, CountOrZero, NonNegative, Section, inconsistent
+from shared.recipe_base import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section, inconsistent
 
 
 class EarlyStopping(Section):
@@ -44,4 +46,54 @@ class StageEvaluation(Section):
         return self.early_stopping is not None or self.keep_best
 
 
-__all__ = ["EarlyStopping", "StageEvaluation"]
+class Sampling(Section):
+    """Shares of the sources that follow their held-out KL: what evaluates worse is drawn more."""
+
+    kind: Literal["evaluation"]
+    """By the stage's evaluations."""
+    every_steps: Count | None = None
+    """Optimizer steps between changes, a multiple of evaluate.every_steps; left out: the same."""
+    floor: Fraction = 0.0
+    """Smallest share of a source."""
+    ceiling: Probability = 1.0
+    """Largest share of a source."""
+    smoothing: Fraction = 0.5
+    """How much of the shares before is kept at each change; 0 follows the last evaluation alone."""
+
+    @model_validator(mode="after")
+    def _can_move(self) -> Sampling:
+        if self.floor >= self.ceiling:
+            inconsistent((("floor",), f"the floor {self.floor:g} is not below the ceiling {self.ceiling:g}"))
+        if self.smoothing == 1:
+            inconsistent((("smoothing",), "1 keeps the shares as they are for ever; lower it, or leave `sampling` out"))
+        return self
+
+
+class Balance(Section):
+    """What moves the weights of a stage's losses against each other."""
+
+    kind: Literal["fixed", "grad_norm", "uncertainty"] = "fixed"
+    """fixed: nothing; grad_norm: by strength of gradients (GradNorm); uncertainty: by learned variances (Kendall)."""
+    every_steps: Count = 5
+    """Optimizer steps between measurements of gradient norms, for grad_norm."""
+    alpha: NonNegative = 1.5
+    """How much more a loss that falls slowly is pulled, for grad_norm; 0 makes all gradients equally strong."""
+    learning_rate: Positive = 0.025
+    """How fast weights move."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_is_kind(cls, data: Any) -> Any:
+        return {"kind": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _options_belong_to_it(self) -> Balance:
+        defaults = {"fixed": ("every_steps", "alpha", "learning_rate"), "uncertainty": ("every_steps", "alpha")}.get(self.kind, ())
+        fields = type(self).model_fields
+        foreign = [name for name in defaults if getattr(self, name) != fields[name].default]
+        if foreign:
+            inconsistent(*(((name,), f"'{self.kind}' does not use it, so leave it out") for name in foreign))
+        return self
+
+
+__all__ = ["Balance", "EarlyStopping", "Sampling", "StageEvaluation"]

@@ -1,7 +1,7 @@
-"""A number that may change while a stage trains: a weight or a temperature.
+"""A number that may change while a stage trains: a weight, a temperature or a source's share.
 
-Progress runs from 0 (first step) to 1 (last step), so that a schedule does not depend on the number of steps. A plain number in the
-recipe is a constant schedule and is written back as a number.
+Progress runs from 0 (first step) to 1 (last step) of the stage or, with `over: run`, of all the recipe's stages in order, so that
+a schedule does not depend on the number of steps. A plain number is a constant schedule and is written back as a number.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Schedule(Section):
     """Values one after another, for step."""
     at: tuple[Share, ...] = ()
     """Progress (0 to 1) at which each next value begins, for step; one fewer than values."""
+    over: Literal["stage", "run"] = "stage"
+    """What progress is measured over: the steps of this stage, or of all stages of the recipe, one after another."""
 
     @model_validator(mode="before")
     @classmethod
@@ -51,6 +53,8 @@ class Schedule(Section):
             problems.append(
                 (("at",), f"{len(self.values)} values need {len(self.values) - 1} places to change, not {len(self.at)}")
             )
+        if self.kind == "constant" and self.over != "stage":
+            problems.append((("over",), "a constant schedule does not use it, so leave it out"))
         if list(self.at) != sorted(set(self.at)):
             problems.append((("at",), "the places to change must ascend"))
         if problems:
@@ -80,7 +84,8 @@ class Schedule(Section):
     def _constant_is_number(self, handler: SerializerFunctionWrapHandler) -> Any:
         if self.kind == "constant":
             return self.start
-        return {name: value for name, value in handler(self).items() if value not in (None, (), [])}
+        named = {name: value for name, value in handler(self).items() if value not in (None, (), [])}
+        return named if self.over == "run" else {name: value for name, value in named.items() if name != "over"}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

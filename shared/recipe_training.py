@@ -22,7 +22,7 @@ from shared.recipe_base import (
     inconsistent,
     one_or_many,
 )
-from shared.recipe_curriculum import StageEvaluation
+from shared.recipe_curriculum import Balance, Sampling, StageEvaluation
 from shared.recipe_schedule import Schedule, constant
 
 RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
@@ -266,8 +266,12 @@ class Stage(Section):
     """base (the student's own weights), previous, the name of an earlier stage, or a model directory (with a '/')."""
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
     """Terms of the loss; they are added."""
-    mixture: dict[str, Positive] | None = None
-    """Share of each source in the training tokens; left out: as they are in the cache."""
+    balance: Balance = Balance()
+    """fixed, grad_norm or uncertainty, or a section with options: what moves the weights of the losses against each other."""
+    mixture: dict[str, Schedule] | None = None
+    """Share of each source in the training tokens, a number or a schedule; left out: as they are in the cache."""
+    sampling: Sampling | None = None
+    """Shares that follow the stage's evaluations, beginning with the mixture; left out: the mixture alone decides."""
     targets: str | None = None
     """Targets layer of the cache, where it has more than one."""
     hidden: str | None = None
@@ -297,8 +301,15 @@ class Stage(Section):
         if self.hidden is not None and not any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in self.losses):
             listed = ", ".join(LOSSES_ON_HIDDEN_LAYER)
             problems.append((("hidden",), f"no loss of the stage reads a hidden layer ({listed} do), so leave it out"))
+        if self.balance.kind != "fixed" and len(self.losses) < 2:
+            problems.append((("balance",), "there is one loss, and nothing to balance it against; leave it out"))
+        inside = [loss.name for loss in self.losses if loss.name in LOSSES_ON_HIDDEN_LAYER]
+        if self.balance.kind == "grad_norm" and inside:
+            sentence = f"gradient norms are taken at the last hidden states, where '{inside[0]}' has none; use uncertainty"
+            problems.append((("balance",), sentence))
         if self.mixture is not None and not self.mixture:
             problems.append((("mixture",), "names no source; leave it out to take the rows as they are"))
+        problems += self._mixture_problems()
         if self.max_length is not None and self.max_length > self.trainer.pack_tokens:
             pack = self.trainer.pack_tokens
             problems.append(
@@ -307,6 +318,39 @@ class Stage(Section):
         if problems:
             inconsistent(*problems)
         return self
+
+    @property
+    def goes_over_run(self) -> bool:
+        """Return whether one of its schedules goes over all stages."""
+        moving = [schedule for loss in self.losses for schedule in (loss.weight, loss.temperature)]
+        return any(schedule.over == "run" for schedule in (*moving, *(self.mixture or {}).values()))
+
+    def _mixture_problems(self) -> list[Problem]:
+        """Return what is wrong with shares and what moves them."""
+        mixture = self.mixture or {}
+        problems: list[Problem] = [
+            (("mixture", name), "this share is always 0; leave the source out")
+            for name, share in mixture.items()
+            if max(share.extremes()) == 0
+        ]
+        if self.sampling is None:
+            return problems
+        if self.evaluate is None:
+            problems.append((("sampling",), "shares follow the stage's evaluations and it has none; add an `evaluate` section"))
+        elif self.sampling.every_steps is not None and self.sampling.every_steps % self.evaluate.every_steps:
+            every = self.evaluate.every_steps
+            problems.append((("sampling", "every_steps"), f"must be a multiple of evaluate.every_steps, which is {every}"))
+        problems += [
+            (("mixture", name), "sampling moves the shares itself; give a number to begin with, or leave `sampling` out")
+            for name, share in mixture.items()
+            if share.kind != "constant"
+        ]
+        if mixture and not len(mixture) * self.sampling.floor <= 1 <= len(mixture) * self.sampling.ceiling:
+            problems.append((("sampling",), f"{len(mixture)} shares within floor and ceiling cannot sum to 1; move one of them"))
+        if self.trainer.dataloader_num_workers:
+            said = "packs are planned while the stage trains, which other processes would not see; set it to 0"
+            problems.append((("trainer", "dataloader_num_workers"), said))
+        return problems
 
 
 __all__ = ["RESERVED_STAGE_NAMES", "Adapter", "Loss", "LossName", "Stage", "StageTrainer", "Student"]

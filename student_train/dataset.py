@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from student_train.hidden_batch import HiddenReading
 from student_train.row_targets import at_temperatures, first_positions, within_vocabulary
 from student_train.stage_plan import StagePlan
 from student_train.target_batch import pack_targets
+
+Share = TypeVar("Share")
 
 
 class CacheList:
@@ -114,7 +117,7 @@ class CacheList:
         held = np.fromiter((is_heldout(key, heldout_fraction) for key in keys), bool, len(self))
         return np.flatnonzero(~held).astype(np.int32)
 
-    def mixture_codes(self, mixture: Mapping[str, float] | None) -> dict[int, float] | None:
+    def mixture_codes(self, mixture: Mapping[str, Share] | None) -> dict[int, Share] | None:
         """Return a mixture by source code.
 
         Raises:
@@ -159,6 +162,15 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         """
         rows = [self.caches[int(row)] for row in self.plan.rows_of(index)]
         return build_pack(rows, self.plan.limit, self.temperatures, self.caches.vocab_size, self.hidden)
+
+    def tokens_by_source(self, step: int) -> dict[str, int]:
+        """Return how many tokens of each source optimizer step `step`, counted from 1, trains on, on all devices together."""
+        plan, names = self.plan, self.caches.source_names
+        packs = range((step - 1) * plan.packs_per_step, min(step * plan.packs_per_step, plan.num_packs))
+        rows = np.concatenate([plan.rows_of(pack) for pack in packs])
+        lengths = np.minimum(self.caches.num_tokens[rows], plan.limit)
+        counts = np.bincount(self.caches.sources[rows], weights=lengths, minlength=len(names))
+        return {name: int(count) for name, count in zip(names, counts, strict=True)}
 
 
 def build_pack(

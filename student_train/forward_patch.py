@@ -9,9 +9,10 @@ Shape letters: B tokens of the packs, S supervised positions, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from student_train.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss
+from student_train.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss, term_keys
 from student_train.layer_losses import LayerLosses
 from student_train.losses import LossTerm, divergences, representations
 from student_train.operator_choice import faster_operator
 from student_train.student_head import StudentHead, body_of, run_body
 from student_train.target_batch import TargetBatch
+
+GRADIENT_SQUARE = "gradient_square/"
+"""What the names of squared gradient norms begin with among the measured values."""
 
 
 @dataclass(slots=True)
@@ -42,6 +46,8 @@ class Objective:
     """Forward passes score positions instead of computing a loss."""
     operator: str = "torch"
     """Kernels of the fused loss; `auto` until the first pack has decided."""
+    measures_gradients: bool = False
+    """Forward passes also measure how strong each term's gradient is."""
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _scores: list[Tensor] = field(default_factory=list)
 
@@ -51,15 +57,15 @@ class Objective:
         if not terms:  # the head takes no part, but every process must still have a gradient of it
             return FusedLoss(hidden.new_zeros((), dtype=torch.float32) + head.weight[:1].float().sum() * 0.0, {})
 
-        def fused(states: Tensor, operator: str) -> FusedLoss:
+        def fused(states: Tensor, operator: str, terms: Sequence[LossTerm] = terms, *, trains_head: bool = True) -> FusedLoss:
             return fused_sparse_loss(
                 states,
-                head.weight,
+                head.weight if trains_head else head.weight.detach(),
                 labels,
                 targets,
                 terms,
                 num_positions,
-                head_bias=head.bias,
+                head_bias=head.bias if trains_head or head.bias is None else head.bias.detach(),
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
                 vocab_size=head.vocab_size,
@@ -69,6 +75,9 @@ class Objective:
 
         if self.operator == "auto":
             self.operator = faster_operator(lambda operator: fused(hidden.detach().requires_grad_(hidden.requires_grad), operator))
+        if self.measures_gradients:
+            alone = functools.partial(fused, trains_head=False)
+            self.record_gradients(gradient_squares(hidden, terms, lambda states, terms: alone(states, self.operator, terms)))
         return fused(hidden, self.operator)
 
     def record(self, loss: Tensor, values: dict[str, Tensor], num_tokens: int) -> None:
@@ -84,6 +93,12 @@ class Objective:
         """Return the sums over the forward passes of one optimizer step, and start anew."""
         sums, self._sums = self._sums, {}
         return sums
+
+    def record_gradients(self, squares: dict[str, Tensor]) -> None:
+        """Add each term's squared gradient norm of one forward pass; passes are of different positions, so squares add up."""
+        for key, square in squares.items():
+            name = GRADIENT_SQUARE + key
+            self._sums[name] = self._sums.get(name, torch.zeros_like(square)) + square
 
     def score(self, hidden: Tensor, labels: Tensor, targets: TargetBatch) -> None:
         """Score the positions of one forward pass."""
@@ -106,6 +121,20 @@ class Objective:
         """Return [S, 4] of the passes since the last call, float64: KL in nats, top-1 equal, NLL of the label in nats, 1."""
         scores, self._scores = self._scores, []
         return torch.cat([torch.zeros(0, 4, dtype=torch.float64), *scores])
+
+
+def gradient_squares(hidden: Tensor, terms: Sequence[LossTerm], loss_of: Callable[..., FusedLoss]) -> dict[str, Tensor]:
+    """Return each term's squared gradient norm with respect to `hidden` [S, H], its weight left out, by `term_keys`.
+
+    Exact, by one pass of the operator per term without gradients of the head; `loss_of(hidden, terms)` makes the loss.
+    """
+    squares = {}
+    for key, term in zip(term_keys(terms), terms, strict=True):
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss_of(leaf, [replace(term, weight=1.0)]).loss, leaf)
+        squares[key] = gradient.double().square().sum()
+    return squares
 
 
 def patch_forward(model: Any, objective: Objective) -> None:

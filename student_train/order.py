@@ -96,18 +96,7 @@ def plan_epoch(
         TrainingError: nothing is left to train on, or a row is too long and `too_long` is `refuse`.
     """
     limit = length_limit(pack_tokens, max_length)
-    candidates = np.arange(len(num_tokens), dtype=np.int32) if eligible is None else eligible.astype(np.int32)
-    too_many = num_tokens[candidates] > limit
-    num_dropped = 0
-    if too_long == "refuse" and too_many.any():
-        row = int(candidates[np.argmax(too_many)])
-        raise TrainingError(
-            f"row {row} has {int(num_tokens[row])} tokens where max_length and pack_tokens allow {limit} "
-            f"({int(too_many.sum())} such rows); raise them, or set too_long to cut or drop"
-        )
-    if too_long == "drop":
-        num_dropped = int(too_many.sum())
-        candidates = candidates[~too_many]
+    candidates, num_dropped = usable_rows(num_tokens, limit, too_long, eligible)
     lengths = np.minimum(num_tokens, limit)
     drawn = _shuffled(seed, epoch, candidates) if mixture is None else _mixed(seed, epoch, candidates, lengths, sources, mixture)
     if len(drawn) == 0:
@@ -128,6 +117,32 @@ def plan_epoch(
     digest = xxhash.xxh3_128(rows.astype("<i4").tobytes())
     digest.update(offsets.astype("<i8").tobytes())
     return EpochPlan(rows, offsets, total, total / (num_packs * pack_tokens), num_cut, num_dropped, digest.hexdigest())
+
+
+def usable_rows(
+    num_tokens: NDArray[np.integer], limit: int, too_long: str, eligible: NDArray[np.integer] | None
+) -> tuple[NDArray[np.int32], int]:
+    """Return the rows that may be drawn, ascending, and how many are left out because they are too long.
+
+    Raises:
+        TrainingError: a row is too long and `too_long` is `refuse`.
+    """
+    candidates = np.arange(len(num_tokens), dtype=np.int32) if eligible is None else eligible.astype(np.int32)
+    too_many = num_tokens[candidates] > limit
+    if too_long == "refuse" and too_many.any():
+        row = int(candidates[np.argmax(too_many)])
+        raise TrainingError(
+            f"row {row} has {int(num_tokens[row])} tokens where max_length and pack_tokens allow {limit} "
+            f"({int(too_many.sum())} such rows); raise them, or set too_long to cut or drop"
+        )
+    if too_long == "drop":
+        return candidates[~too_many], int(too_many.sum())
+    return candidates, 0
+
+
+def source_pass(seed: int, code: int, pass_index: int, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the rows of source `code` in the order of one random pass over them."""
+    return rows[np.argsort(random_keys(seed, _FIRST_SOURCE + code, pass_index, len(rows)), kind="stable")]
 
 
 def _shuffled(seed: int, epoch: int, candidates: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -165,7 +180,7 @@ def _slice_of_source(
     first, end = epoch * budget, (epoch + 1) * budget
     pieces = [np.empty(0, np.int32)]
     for pass_index in range(first // pass_tokens, (end - 1) // pass_tokens + 1 if budget else 0):
-        order = rows[np.argsort(random_keys(seed, _FIRST_SOURCE + code, pass_index, len(rows)), kind="stable")]
+        order = source_pass(seed, code, pass_index, rows)
         ends = np.cumsum(lengths[order], dtype=np.int64)
         begins = ends - lengths[order] + pass_index * pass_tokens
         pieces.append(order[np.searchsorted(begins, first) : np.searchsorted(begins, end)])

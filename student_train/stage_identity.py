@@ -37,10 +37,23 @@ _WITHOUT_EFFECT = (
 
 def stage_identity(work: StageWork) -> dict[str, Any]:
     """Return everything that a stage's final weights depend on, as JSON values."""
-    not_trained_with: Any = {"name": True, "init_from": True, "evaluate": True, "trainer": set(_WITHOUT_EFFECT)}
+    not_trained_with: Any = {
+        "name": True,
+        "init_from": True,
+        "evaluate": True,
+        "sampling": True,
+        "balance": True,
+        "trainer": set(_WITHOUT_EFFECT),
+    }
     evaluate = work.stage.evaluate
-    course = {}
-    if evaluate is not None and evaluate.decides:
+    course: dict[str, Any] = {}
+    if work.run is not None:
+        course["run"] = {"steps_before": work.run.before, "steps": work.run.total}
+    if work.stage.balance.kind != "fixed":
+        course["balance"] = work.stage.balance.model_dump(mode="json")
+    if work.stage.sampling is not None:
+        course["sampling"] = work.stage.sampling.model_dump(mode="json")
+    if evaluate is not None and (evaluate.decides or work.stage.sampling is not None):
         course["evaluate"] = evaluate.model_dump(mode="json", exclude={"samples", "sample_tokens"})
     return {
         "stage": work.stage.model_dump(mode="json", exclude=not_trained_with) | course,

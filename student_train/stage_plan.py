@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -27,7 +27,8 @@ from student_train.order import EpochPlan, length_limit, plan_epoch
 class StagePlan:
     """The packs of one stage in training order."""
 
-    epochs: tuple[EpochPlan, ...]
+    epochs: Sequence[EpochPlan]
+    """Or rounds, where the mixture changes."""
     num_packs: int
     """Packs that are trained on; the last epoch may hold more."""
     num_steps: int
@@ -37,6 +38,8 @@ class StagePlan:
     limit: int
     """Longest row in tokens; a longer one is cut here."""
     seed: int
+    packs_per_epoch: int | None = None
+    """Packs that hold every row once, where the stage is planned in rounds."""
 
     @cached_property
     def hash(self) -> str:
@@ -47,26 +50,42 @@ class StagePlan:
         return digest.hexdigest()
 
     @cached_property
+    def _known_ends(self) -> list[int]:
+        return []
+
+    @property
     def _ends(self) -> list[int]:
-        return list(accumulate(epoch.num_packs for epoch in self.epochs))
+        if len(self._known_ends) != len(self.epochs):
+            self._known_ends[:] = accumulate(epoch.num_packs for epoch in self.epochs)
+        return self._known_ends
 
     def rows_of(self, index: int) -> NDArray[np.int32]:
         """Return the row indices of the stage's pack `index`."""
         if not 0 <= index < self.num_packs:
             raise IndexError(f"pack {index} of {self.num_packs}")
         epoch = bisect_right(self._ends, index)
+        assert epoch < len(self.epochs), f"pack {index} is read before its round is planned"
         return self.epochs[epoch].pack(index - (self._ends[epoch - 1] if epoch else 0))
 
     def epoch_at(self, num_steps: int) -> float:
         """Return how many epochs `num_steps` steps cover."""
         done = min(num_steps * self.packs_per_step, self.num_packs)
+        if self.packs_per_epoch is not None:
+            return done / self.packs_per_epoch
         epoch = min(bisect_right(self._ends, done), len(self.epochs) - 1)
         before = self._ends[epoch - 1] if epoch else 0
         return epoch + (done - before) / self.epochs[epoch].num_packs
 
     @property
+    def is_complete(self) -> bool:
+        """Say whether every pack is known already."""
+        return True
+
+    @property
     def fill(self) -> float:
         """Share of the packs' room that holds tokens, over all epochs."""
+        if not self.epochs:
+            return 0.0
         room = sum(epoch.num_tokens / epoch.fill for epoch in self.epochs)
         return sum(epoch.num_tokens for epoch in self.epochs) / room
 

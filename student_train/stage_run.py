@@ -19,6 +19,7 @@ from shared.atomic import write_atomic
 from shared.recipe import Recipe, Stage
 from shared.recipe_file import dump_recipe
 from student_train.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, remove_incomplete, rotate_checkpoints
+from student_train.course import Course
 from student_train.dataset import PackDataset
 from student_train.disk_space import check_disk_space
 from student_train.evaluation_run import EvaluationRun, evaluations_until
@@ -38,7 +39,6 @@ from student_train.row_separation import separate_rows
 from student_train.run_seconds import SecondsLog
 from student_train.sharding import check_sharding, load_weights, shard
 from student_train.stage_identity import claim_stage, mark_done, stage_identity
-from student_train.stage_terms import terms_at
 from student_train.stage_work import StageWork, resolve_stage
 from student_train.student import add_adapter, load_student
 from student_train.student_head import body_of, check_head, head_of
@@ -130,7 +130,8 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
     plan = work.plan
     cut = sum(epoch.num_cut for epoch in plan.epochs)
     dropped = sum(epoch.num_dropped for epoch in plan.epochs)
-    parts = [f"{plan.num_steps:,} steps of {plan.packs_per_step} packs, {plan.fill:.1%} full"]
+    parts = [f"{plan.num_steps:,} steps of {plan.packs_per_step} packs" + (f", {plan.fill:.1%} full" if plan.epochs else "")]
+    parts += ["mixture follows the evaluations"] if work.sampling else []
     parts += [f"{plan.epoch_at(plan.num_steps):.3g} epochs"]
     parts += [f"{cut:,} rows cut to {plan.limit} tokens"] if cut else []
     parts += [f"{dropped:,} rows above {plan.limit} tokens dropped"] if dropped else []
@@ -169,14 +170,13 @@ def _train_loaded(
         args,
         PackDataset(work.caches, work.plan, work.temperatures, work.hidden),
         objective,
-        lambda step: terms_at(work.stage, step, work.plan.num_steps),
+        Course(work.stage, work.plan.num_steps, work.run, _evaluation(work, base, objective), work.sampling),
         belongs_to=work.belongs_to,
         keep_checkpoints=work.stage.trainer.save_total_limit,
         watch=GradientWatch(work.stage.trainer.max_grad_norm_factor, scales_loss=work.stage.trainer.fp16),
         progress=progress,
         on_checkpoint=seconds.save if is_first() else lambda: None,
         callbacks=_callbacks(work, done) if is_first() else [],
-        evaluation=_evaluation(work, base, objective),
     )
     first = fit_first_step(work, trainer, base, work.directory / "memory.json" if is_first() else None)
     if first is not None:

@@ -9,6 +9,7 @@ from shared.recipe import Stage
 from student_train import schedules
 from student_train.losses import LossTerm, divergences, registry, representations
 from student_train.losses.representation import Reads
+from student_train.schedules import RunSteps
 
 
 def needs_teacher(stage: Stage) -> bool:
@@ -31,12 +32,12 @@ def training_temperatures(stage: Stage) -> tuple[float, ...]:
     return tuple(sorted({1.0, *(value for loss in on_targets for value in loss.temperature.extremes())}))
 
 
-def terms_at(stage: Stage, step: int, num_steps: int) -> list[LossTerm]:
-    """Return a stage's loss terms at an optimizer step, counted from 0."""
+def terms_at(stage: Stage, step: int, num_steps: int, run: RunSteps | None = None) -> list[LossTerm]:
+    """Return a stage's loss terms at an optimizer step, counted from 0; `run` where a schedule goes over all stages."""
     terms = []
     for loss in stage.losses:
         options = {name: getattr(loss, name) for name in registry[loss.name].options}
-        weight = schedules.value(loss.weight, step, num_steps)
-        temperature = schedules.value(loss.temperature, step, num_steps)
+        weight = schedules.value(loss.weight, step, num_steps, run)
+        temperature = schedules.value(loss.temperature, step, num_steps, run)
         terms.append(LossTerm(loss.name, weight, temperature, options))
     return terms

@@ -11,15 +11,16 @@ from pathlib import Path
 from shared.errors import TrainingError
 from shared.hidden_identity import HiddenIdentity
 from shared.identity import difference
-from shared.layer_choice import hidden_layer_of, layer_of_capture
-from shared.narrowing import LayerView
+from shared.layer_choice import layer_of_capture
 from shared.recipe import Recipe, Stage, Student
 from student_train.dataset import CacheList
+from student_train.evaluation_sampling import EvaluationSampling
 from student_train.heldout_measure import HeldoutSet
 from student_train.hidden_batch import HiddenReading
-from student_train.processes import num_processes
 from student_train.row_targets import temperature_column
-from student_train.stage_plan import StagePlan, plan_stage
+from student_train.schedules import RunSteps
+from student_train.stage_order import evaluation_sampling, open_caches, plan_order, run_steps, stage_seed
+from student_train.stage_plan import StagePlan
 from student_train.stage_terms import hidden_reads, needs_teacher, training_temperatures
 
 
@@ -41,6 +42,10 @@ class StageWork:
     """Temperatures of its targets; None where labels are all it needs."""
     heldout: HeldoutSet | None
     """Rows that it is evaluated on while it trains."""
+    run: RunSteps | None
+    """Where it lies in the run; None where no schedule of it asks."""
+    sampling: EvaluationSampling | None
+    """What moves its shares, where its evaluations do."""
     hidden: HiddenReading | None = None
     """What its losses read of a hidden layer; None where none does."""
 
@@ -64,29 +69,31 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
     """
     assert recipe.student is not None
     start = start_directory(recipe, stage)
-    seed = recipe.seed if stage.trainer.seed is None else stage.trainer.seed
-    layer = stage.targets or layer_of_capture(recipe)
-    reads = hidden_reads(stage)
-    hidden = [stage.hidden or hidden_layer_of(recipe, path) for path in recipe.cache] if reads else None
-    caches = CacheList.open(recipe.cache, layer, with_targets=needs_teacher(stage), hidden=hidden)
+    caches = open_caches(recipe, stage)
     temperatures = training_temperatures(stage) if needs_teacher(stage) else None
     for cache in caches.caches:
         for temperature in temperatures or ():
             assert cache.layer is not None
             temperature_column(cache.layer.temperatures, temperature)
-    plan = plan_stage(
-        stage,
-        seed,
-        caches.num_tokens,
-        caches.sources,
-        caches.mixture_codes(stage.mixture),
-        caches.training_rows(recipe.heldout.fraction),
-        num_devices=num_processes(),
+    run = run_steps(recipe, stage)
+    plan = plan_order(recipe, stage, caches, run)
+    heldout = _heldout(recipe, stage, caches)
+    reads = hidden_reads(stage)
+    return StageWork(
+        recipe=recipe,
+        stage=stage,
+        student=recipe.student,
+        directory=recipe.stage_dir(stage.name),
+        start=start,
+        seed=stage_seed(recipe, stage),
+        caches=caches,
+        plan=plan,
+        temperatures=temperatures,
+        heldout=heldout,
+        run=run,
+        sampling=evaluation_sampling(stage, plan, caches, heldout),
+        hidden=HiddenReading(_one_hidden_layer(caches), reads) if reads else None,
     )
-    heldout = _heldout(recipe, stage, caches, layer)
-    directory = recipe.stage_dir(stage.name)
-    reading = HiddenReading(_one_hidden_layer(caches), reads) if reads else None
-    return StageWork(recipe, stage, recipe.student, directory, start, seed, caches, plan, temperatures, heldout, reading)
 
 
 def _one_hidden_layer(caches: CacheList) -> HiddenIdentity:
@@ -108,10 +115,11 @@ def _one_hidden_layer(caches: CacheList) -> HiddenIdentity:
     return first
 
 
-def _heldout(recipe: Recipe, stage: Stage, caches: CacheList, layer: str | LayerView | None) -> HeldoutSet | None:
+def _heldout(recipe: Recipe, stage: Stage, caches: CacheList) -> HeldoutSet | None:
     """Return the rows that a stage is evaluated on; their distance to the teacher needs targets, even where the losses do not."""
     if stage.evaluate is None:
         return None
+    layer = stage.targets or layer_of_capture(recipe)
     scored = caches if needs_teacher(stage) else CacheList.open(recipe.cache, layer, with_targets=True)
     return HeldoutSet.choose(scored, recipe.heldout.fraction, stage.evaluate.rows_per_source)
 

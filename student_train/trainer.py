@@ -21,21 +21,19 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from shared.failpoints import failpoint
 from student_train.checkpoints import complete_checkpoint, list_checkpoints, rotate_checkpoints
 from student_train.collate import collate
+from student_train.course import Course
 from student_train.dataset import PackDataset
-from student_train.evaluation_run import EvaluationRun, evaluation_line, reported_figures, show_samples
-from student_train.forward_patch import Objective
+from student_train.evaluation_run import evaluation_line, reported_figures, show_samples
+from student_train.forward_patch import GRADIENT_SQUARE, Objective
 from student_train.gradient_watch import DivergedError, GradientWatch
 from student_train.heldout_measure import Processes
-from student_train.losses import LossTerm
-from student_train.metrics_log import StepLog, read_steps
+from student_train.loss_terms import term_keys
+from student_train.metrics_log import StepLog, flattened, read_steps
 from student_train.processes import wait_for_all
 from student_train.progress import StageProgress
 from student_train.read_ahead import ReadAhead
 from student_train.sharded_trainer import ShardedTrainer
 from student_train.training_problems import setting_explained, writing_explained
-
-TermsAt = Callable[[int], Sequence[LossTerm]]
-"""Loss terms at an optimizer step, counted from 0."""
 
 
 class DistilTrainer(ShardedTrainer):
@@ -49,7 +47,7 @@ class DistilTrainer(ShardedTrainer):
         args: TrainingArguments,
         dataset: PackDataset,
         objective: Objective,
-        terms_at: TermsAt,
+        course: Course,
         *,
         belongs_to: Mapping[str, str],
         keep_checkpoints: int | None,
@@ -57,7 +55,6 @@ class DistilTrainer(ShardedTrainer):
         progress: StageProgress,
         on_checkpoint: Callable[[], None],
         callbacks: Sequence[Any] = (),
-        evaluation: EvaluationRun | None = None,
     ) -> None:
         """Prepare training of a patched `model` on the packs of `dataset`.
 
@@ -66,29 +63,30 @@ class DistilTrainer(ShardedTrainer):
             args: from `training_arguments`.
             dataset: packs in order.
             objective: receives the terms of each step, returns its values.
-            terms_at: loss terms per step.
+            course: loss terms per step, evaluations, what moves the mixture.
             belongs_to: what a checkpoint records and a resumed run must match.
             keep_checkpoints: complete checkpoints to keep; None keeps all.
             watch: judges the norms of the gradients.
             progress: told of every step.
             on_checkpoint: called after each complete checkpoint.
             callbacks: further callbacks of the Trainer.
-            evaluation: of the student while it trains.
         """
-        self._ahead = None if args.dataloader_num_workers else ReadAhead(dataset, args.train_batch_size, args.world_size)
+        reads_ahead = args.dataloader_num_workers == 0 and dataset.plan.is_complete
+        self._ahead = None if not reads_ahead else ReadAhead(dataset, args.train_batch_size, args.world_size)
         packs = self._ahead or dataset
         super().__init__(model=model, args=args, train_dataset=packs, data_collator=collate, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
         self._objective = objective
-        self._terms_at = terms_at
+        self._course = course
         self._belongs_to = belongs_to
         self._keep_checkpoints = keep_checkpoints
         self._watch = watch
         self._progress = progress
         self._on_checkpoint = on_checkpoint
-        self._evaluation = evaluation
-        if evaluation is not None:
+        self._evaluation = course.evaluation
+        if self._evaluation is not None:
             self.add_callback(_EvaluateFirst(self._evaluate_student))
+        self._dataset = dataset
         self._plan = dataset.plan
         self._step_values: dict[str, float] = {}
         self._num_positions = 0
@@ -114,6 +112,8 @@ class DistilTrainer(ShardedTrainer):
         for record in read_steps(directory / "metrics.jsonl"):
             if record["step"] <= step:
                 self._watch.see(math.nan if record["grad_norm"] is None else record["grad_norm"])
+        if checkpoint is not None:
+            self._course.restore(checkpoint)
         self._last_written = step
         self._step_started = time.perf_counter()
         try:
@@ -179,7 +179,8 @@ class DistilTrainer(ShardedTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one forward and backward pass with the loss terms of the current step."""
-        self._objective.terms = self._terms_at(self.state.global_step)
+        self._objective.terms = self._course.terms_at(self.state.global_step)
+        self._objective.measures_gradients = self._course.wants_gradient_norms(self.state.global_step)
         self._num_positions = num_items_in_batch
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -205,7 +206,10 @@ class DistilTrainer(ShardedTrainer):
         step = self.state.global_step
         values = self._measured()
         loss, tokens = values.pop("loss"), int(values.pop("tokens"))
-        self._step_values = values
+        norms = {name.removeprefix(GRADIENT_SQUARE): values.pop(name) ** 0.5 for name in list(values) if GRADIENT_SQUARE in name}
+        course = self._course_of_step(step)
+        course |= self._course.observe(values, norms or None)
+        self._step_values = {**values, **flattened(course, tokens)}
         self._last_written = step
         seconds = time.perf_counter() - self._step_started
         self._step_started += seconds
@@ -223,6 +227,7 @@ class DistilTrainer(ShardedTrainer):
                     "grad_norm": norm,
                     "positions": int(self._num_positions),
                     "tokens": tokens,
+                    **course,
                 }
             )
             waited = {"seconds": seconds, "waited_seconds": self._waited, "tokens_per_second": tokens / seconds}
@@ -233,6 +238,16 @@ class DistilTrainer(ShardedTrainer):
         if reason is not None:
             raise DivergedError(f"step {step}: {reason}, so the training has diverged; {self._what_is_left()}")
         failpoint("train_step.after_write")
+
+    def _course_of_step(self, step: int) -> dict[str, Any]:
+        """Return weight and temperature of each term, and tokens by source, of an optimizer step counted from 1."""
+        terms = self._objective.terms
+        keys = term_keys(terms)
+        return {
+            "weights": {key: term.weight for key, term in zip(keys, terms, strict=True)},
+            "temperatures": {key: term.temperature for key, term in zip(keys, terms, strict=True)},
+            "tokens_by_source": self._dataset.tokens_by_source(step),
+        }
 
     def _evaluate_when_due(self) -> None:
         """Evaluate after the steps that the recipe names; save a new best, and stop when the patience is used up."""
@@ -251,6 +266,7 @@ class DistilTrainer(ShardedTrainer):
         share = Processes(self.args.process_index, self.args.world_size, self.args.device, self._summed)
         figures, samples = self._evaluation.evaluate(self.state.global_step, self.model, share)
         self._progress.note(evaluation_line(figures))
+        self._course.follow(figures)
         self.log(reported_figures(figures))
         show_samples(samples, self.callback_handler.callbacks)
         self._step_started = time.perf_counter()
@@ -333,6 +349,7 @@ class DistilTrainer(ShardedTrainer):
         wait_for_all()
         if self.args.should_save:
             directory = Path(self.args.output_dir)
+            self._course.save(directory / f"checkpoint-{step}")
             complete_checkpoint(directory / f"checkpoint-{step}", self._belongs_to)
             rotate_checkpoints(directory, self._keep_checkpoints, self._step_to_keep())
         wait_for_all()

@@ -1,0 +1,214 @@
+"""Rounds of a mixture that moves: shares hold all along, rows are drawn evenly, everything is a pure function of its inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.errors import TrainingError
+from shared.recipe import Sampling, Schedule, Stage
+from student_train.evaluation_sampling import next_shares, within_bounds
+from student_train.metrics_log import read_steps
+from student_train.round_order import RoundPlanner
+from student_train.scheduled_plan import GrowingPlan, StageSize, plan_scheduled, shares_at
+from student_train.schedules import RunSteps
+from student_train.stages import run_stages
+
+PACK = 400
+LINEAR = {0: Schedule(kind="linear", start=0.7, end=0.3), 1: Schedule(kind="linear", start=0.3, end=0.7)}
+
+
+def rows_of(seed, num_rows=600):
+    chance = np.random.default_rng(seed)
+    return chance.integers(20, 120, num_rows).astype(np.int32), (np.arange(num_rows) % 3).astype(np.int32)
+
+
+def planner_of(seed, lengths, sources, codes=(0, 1), too_long="cut"):
+    return RoundPlanner(seed, lengths, sources, codes, PACK, None, too_long, None)
+
+
+def plan_of(mixture, num_steps, packs_per_step, seed=0, run=None):
+    lengths, sources = rows_of(seed)
+    planner = planner_of(seed, lengths, sources, tuple(mixture))
+    size = StageSize(num_steps * packs_per_step, num_steps, packs_per_step)
+    return plan_scheduled(planner, size, mixture, run, PACK, seed), lengths, sources
+
+
+def tokens_by_step(plan, lengths, sources, code):
+    """Return [steps] tokens of one source and of all."""
+    steps = np.arange(plan.num_packs) // plan.packs_per_step
+    rows = [plan.rows_of(pack) for pack in range(plan.num_packs)]
+    assert all(lengths[row].sum() <= PACK for row in rows)
+    mine = [int(lengths[row][sources[row] == code].sum()) for row in rows]
+    return np.bincount(steps, mine), np.bincount(steps, [int(lengths[row].sum()) for row in rows])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.integers(8, 120),
+    st.integers(1, 6),
+    st.sampled_from(["linear", "cosine"]),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_share_of_every_interval_follows_the_schedule(seed, num_steps, packs_per_step, kind, start, end):
+    """Tokens up to any step are within a round's packs and a few rows of what the schedule asks for."""
+    mixture = {0: Schedule(kind=kind, start=start, end=end), 1: Schedule(kind=kind, start=1 - start, end=1 - end)}
+    plan, lengths, sources = plan_of(mixture, num_steps, packs_per_step, seed)
+    mine, all_tokens = tokens_by_step(plan, lengths, sources, 0)
+    wanted = np.array([shares_at(mixture, step, num_steps, None)[0] for step in range(num_steps)]) * all_tokens
+    drift = np.cumsum(mine - wanted)
+    longest_round = max(epoch.num_packs for epoch in plan.epochs)
+    change = abs(end - start) * longest_round / plan.num_packs  # the share moves within a round, the round's share does not
+    assert np.abs(drift).max() <= 2 * PACK + change * longest_round * PACK
+
+
+def test_long_stage_is_within_two_percent_in_each_tenth():
+    plan, lengths, sources = plan_of(LINEAR, 300, 2)
+    mine, all_tokens = tokens_by_step(plan, lengths, sources, 1)
+    for tenth in range(10):
+        where = slice(30 * tenth, 30 * tenth + 30)
+        wanted = np.mean([shares_at(LINEAR, step, 300, None)[1] for step in range(where.start, where.stop)])
+        assert mine[where].sum() / all_tokens[where].sum() == pytest.approx(wanted, abs=0.02)
+    assert plan.fill > 0.9
+
+
+def test_stepwise_share_changes_at_its_step():
+    mixture = {0: Schedule(kind="step", values=(1.0, 0.0), at=(0.5,)), 1: Schedule(kind="step", values=(0.0, 1.0), at=(0.5,))}
+    plan, lengths, sources = plan_of(mixture, 41, 3)
+    mine, all_tokens = tokens_by_step(plan, lengths, sources, 0)
+    assert (mine[:20] == all_tokens[:20]).all()
+    assert (mine[20:] == 0).all()
+
+
+def test_rows_of_a_source_are_drawn_equally_often():
+    plan, _, sources = plan_of(LINEAR, 200, 2)
+    counts = Counter(np.concatenate([plan.rows_of(pack) for pack in range(plan.num_packs)]).tolist())
+    for code in (0, 1):
+        drawn = [counts[row] for row in np.flatnonzero(sources == code)]
+        assert max(drawn) > 1
+        assert max(drawn) - min(drawn) <= 2, "passes follow one another, up to the rows that wait for room"
+    assert not any(sources[row] == 2 for row in counts)
+
+
+def test_plan_is_a_pure_function_and_depends_on_seed_and_schedule():
+    plans = [plan_of(LINEAR, 40, 2)[0] for _ in range(2)]
+    assert plans[0].hash == plans[1].hash
+    other = {**LINEAR, 1: Schedule(kind="linear", start=0.3, end=0.8)}
+    assert len({plan_of(mixture, 40, 2, seed)[0].hash for mixture in (LINEAR, other) for seed in (0, 1)}) == 4
+
+
+def test_schedule_over_the_run_goes_on_where_the_stage_before_ended():
+    share = {0: Schedule(kind="linear", start=0.0, end=1.0, over="run"), 1: Schedule(kind="constant", start=1.0)}
+    first = shares_at(share, 0, 30, RunSteps(before=70, total=101))
+    assert first[0] == pytest.approx(0.7 / 1.7)
+    with pytest.raises(ValueError, match="needs the steps of all stages"):
+        shares_at(share, 0, 30, None)
+
+
+def test_all_shares_zero_at_some_step_and_empty_source_are_refused():
+    fading = {0: Schedule(kind="step", values=(1.0, 0.0), at=(0.5,))}
+    with pytest.raises(TrainingError, match="every share of the mixture is 0 at some step"):
+        plan_of(fading, 20, 1)
+    lengths, sources = rows_of(0)
+    with pytest.raises(TrainingError, match="source number 7"):
+        planner_of(0, lengths, sources, (0, 7))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=6), st.floats(0, 0.16), st.floats(0.51, 1))
+def test_bounded_shares_sum_to_one_and_keep_their_order(values, floor, ceiling):
+    shares = within_bounds({str(i): value for i, value in enumerate(values)}, floor, ceiling)
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-9)
+    assert all(floor - 1e-12 <= share <= ceiling + 1e-12 for share in shares.values())
+    ordered = [shares[str(i)] for i in np.argsort(values, kind="stable")]
+    assert all(a <= b + 1e-9 for a, b in pairwise(ordered))
+    free = [
+        i for i, share in enumerate(shares.values()) if floor + 1e-9 < share < ceiling - 1e-9 and values[i] > 1e-3 * max(values)
+    ]
+    ratios = [shares[str(i)] / values[i] for i in free]
+    assert not ratios or max(ratios) == pytest.approx(min(ratios), rel=1e-6)
+
+
+def test_worse_source_is_drawn_more_with_floor_ceiling_and_smoothing():
+    base = {"a": 0.5, "b": 0.5}
+    kl = {"a": 0.9, "b": 0.1}
+    assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0)) == pytest.approx({"a": 0.9, "b": 0.1})
+    assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0.5)) == pytest.approx({"a": 0.7, "b": 0.3})
+    assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0, ceiling=0.8)) == pytest.approx({"a": 0.8, "b": 0.2})
+    assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0, floor=0.25)) == pytest.approx(
+        {"a": 0.75, "b": 0.25}
+    )
+    assert next_shares({"a": 0.2, "b": 0.8}, base, {"a": float("nan"), "b": 1}, Sampling(kind="evaluation")) == {"a": 0.2, "b": 0.8}
+
+
+def test_growing_plan_gives_each_round_its_packs_one_step_after_its_evaluation():
+    lengths, sources = rows_of(3)
+    plan = GrowingPlan([], 22, 11, 2, PACK, 3, packs_per_epoch=60, planner=planner_of(3, lengths, sources), every_steps=4)
+    with pytest.raises(AssertionError, match="read before its round is planned"):
+        plan.rows_of(0)
+    for shares, ends in (({0: 1.0, 1: 0.0}, 10), ({0: 0.0, 1: 1.0}, 18), ({0: 0.5, 1: 0.5}, 22)):
+        plan.add_round(shares)
+        plan.rows_of(ends - 1)
+    assert plan.is_complete
+    by_pack = [set(sources[plan.rows_of(pack)].tolist()) for pack in range(22)]
+    assert by_pack[:10] == [{0}] * 10
+    assert by_pack[10:18] == [{1}] * 8
+    assert set().union(*by_pack[18:]) == {0, 1}
+
+
+def test_shares_that_a_run_saw_are_in_its_metrics(recipe_of):
+    mixture = {"math": {"kind": "linear", "start": 0.9, "end": 0.1}, "ops": {"kind": "linear", "start": 0.1, "end": 0.9}}
+    recipe = recipe_of(mixture=mixture, trainer={"max_steps": 20, "per_device_train_batch_size": 2})
+    run_stages(recipe)
+    steps = read_steps(recipe.output_dir / "train/kd/metrics.jsonl")
+    assert all(sum(step["tokens_by_source"].values()) == step["tokens"] for step in steps)
+    for where, wanted in ((slice(0, 5), 0.8), (slice(15, 20), 0.2)):
+        math = sum(step["tokens_by_source"]["math"] for step in steps[where])
+        assert math / sum(step["tokens"] for step in steps[where]) == pytest.approx(wanted, abs=0.12)
+
+
+def stage(**settings):
+    return {"name": "kd", "losses": [{"name": "forward_kl"}], **settings}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mixture": {"a": 1.0, "b": 0.0}}, "always 0"),
+        ({"sampling": {"kind": "evaluation"}}, "add an `evaluate` section"),
+        (
+            {"sampling": {"kind": "evaluation", "every_steps": 5}, "evaluate": {"every_steps": 2}},
+            "a multiple of evaluate.every_steps",
+        ),
+        (
+            {
+                "sampling": {"kind": "evaluation"},
+                "evaluate": {"every_steps": 2},
+                "mixture": {"a": {"kind": "linear", "start": 1, "end": 2}},
+            },
+            "sampling moves the shares itself",
+        ),
+        (
+            {"sampling": {"kind": "evaluation", "floor": 0.4}, "evaluate": {"every_steps": 2}, "mixture": {"a": 1, "b": 1, "c": 1}},
+            "cannot sum to 1",
+        ),
+        (
+            {"sampling": {"kind": "evaluation"}, "evaluate": {"every_steps": 2}, "trainer": {"dataloader_num_workers": 1}},
+            "other processes would not see",
+        ),
+        (
+            {"sampling": {"kind": "evaluation", "floor": 0.5, "ceiling": 0.5}, "evaluate": {"every_steps": 2}},
+            "not below the ceiling",
+        ),
+    ],
+)
+def test_mixture_and_sampling_that_cannot_be_honoured_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Stage.model_validate(stage(**settings))
