@@ -182,8 +182,9 @@ def _init_from_problem(start: str, earlier: list[str], names: list[str]) -> str 
         return None
     if start == "previous":
         return "there is no stage before the first; start from 'base'"
-    if "/" in start:
-        return None if Path(start).is_dir() else f"there is no directory '{start}'"
+    if "/" in start:  # a directory, or RUN:STAGE
+        places = (start, start.rpartition(":")[0])
+        return None if any(place and Path(place).is_dir() for place in places) else f"there is no directory '{start}'"
     if start in names:
         return f"stage '{start}' does not come earlier; list it first"
     choices = ["base", *(["previous"] if earlier else []), *earlier]

@@ -263,7 +263,8 @@ class Stage(Section):
     name: Name
     """Directory of the stage below output_dir/train, and its name everywhere else."""
     init_from: Text = "base"
-    """base (the student's own weights), previous, the name of an earlier stage, or a model directory (with a '/')."""
+    """base (the student's own weights), previous, an earlier stage's name, a model directory (with a '/'), or another run's stage:
+    its directory, or RUN_DIRECTORY:STAGE."""
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
     """Terms of the loss; they are added."""
     balance: Balance = Balance()

@@ -25,6 +25,9 @@ from student_train.packing import pack_rows
 _SPARE = 8
 """A round is packed from an eighth more tokens than it holds, so that its last packs fill as well as its first."""
 
+_SMALLEST = 1e-9
+"""A share below it draws nothing."""
+
 
 class RowStream:
     """Endless random passes over the rows of one source."""
@@ -104,7 +107,7 @@ class RoundPlanner:
         total = sum(shares.values())
         if total <= 0:
             raise TrainingError("every share of the mixture is 0 at some step, so there is nothing to draw then; raise one of them")
-        wanted = {code: share / total for code, share in sorted(shares.items()) if share > 0}
+        wanted = {code: share / total for code, share in sorted(shares.items()) if share > _SMALLEST * total}
         budget = (num_packs + max(1, num_packs // _SPARE)) * self._pack_tokens
         drawn, codes, places = self._in_time_order(wanted, budget)
         packs = pack_rows(self._lengths[drawn], self._pack_tokens)

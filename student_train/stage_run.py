@@ -135,6 +135,7 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
     parts += [f"{plan.epoch_at(plan.num_steps):.3g} epochs"]
     parts += [f"{cut:,} rows cut to {plan.limit} tokens"] if cut else []
     parts += [f"{dropped:,} rows above {plan.limit} tokens dropped"] if dropped else []
+    parts += [f"started from {work.start}"] if work.start else []
     parts += [f"continued after step {checkpoint.step:,}"] if checkpoint else []
     return f"train {work.stage.name}: {', '.join(parts)}"
 

@@ -21,6 +21,7 @@ from student_train.row_targets import temperature_column
 from student_train.schedules import RunSteps
 from student_train.stage_order import evaluation_sampling, open_caches, plan_order, run_steps, stage_seed
 from student_train.stage_plan import StagePlan
+from student_train.stage_start import start_directory
 from student_train.stage_terms import hidden_reads, needs_teacher, training_temperatures
 
 
@@ -122,30 +123,3 @@ def _heldout(recipe: Recipe, stage: Stage, caches: CacheList) -> HeldoutSet | No
     layer = stage.targets or layer_of_capture(recipe)
     scored = caches if needs_teacher(stage) else CacheList.open(recipe.cache, layer, with_targets=True)
     return HeldoutSet.choose(scored, recipe.heldout.fraction, stage.evaluate.rows_per_source)
-
-
-def start_directory(recipe: Recipe, stage: Stage) -> Path | None:
-    """Return the model directory that a stage starts from, or None for the student's own weights.
-
-    Raises:
-        TrainingError: that stage has not been trained, or the directory holds no model.
-    """
-    start = stage.init_from
-    if start == "base":
-        return None
-    names = [other.name for other in recipe.stages]
-    if start == "previous":
-        start = names[names.index(stage.name) - 1]
-    if start in names:
-        directory = recipe.stage_dir(start) / "model"
-        if not directory.is_dir():
-            raise TrainingError(
-                f"stage '{stage.name}' starts from stage '{start}', which has no model in {directory}; train that one first"
-            )
-    else:
-        directory = Path(start)
-    if not (directory / "config.json").is_file():
-        raise TrainingError(
-            f"stage '{stage.name}' starts from {directory}, which holds no config.json; name the directory of a model"
-        )
-    return directory

@@ -182,3 +182,35 @@ def test_balance_that_cannot_be_honoured_is_refused(recipe_of):
         recipe_of(balance={"kind": "uncertainty", "alpha": 1.0})
     with pytest.raises(ValueError, match="'fixed' does not use it"):
         recipe_of(balance={"learning_rate": 1.0})
+
+
+def test_stage_starts_from_another_runs_stage_however_it_is_named(recipe_of, capfd):
+    first = elsewhere(recipe_of(name="sft", trainer={"max_steps": 1}), "other")
+    run_stages(first)
+    run = first.output_dir
+    names = [f"{run}:sft", f"{run}/train/sft", f"{run}/train/sft/model", str(run)]
+    works = [resolve_stage(recipe, recipe.stages[0]) for recipe in (recipe_of(init_from=name) for name in names)]
+    assert [work.start for work in works] == [run / "train/sft/model"] * 4
+    recipe = recipe_of(init_from=f"{run}:sft", trainer={"max_steps": 1})
+    run_stages(recipe)
+    assert f"started from {run}/train/sft/model" in capfd.readouterr().err
+    from_base = elsewhere(recipe_of(trainer={"max_steps": 1}), "base")
+    run_stages(from_base)
+    assert steps_of(recipe)[0]["loss"] != steps_of(from_base)[0]["loss"]
+
+
+def test_start_that_is_no_finished_stage_is_refused(recipe_of, tmp_path):
+    for name in ("a", "b"):
+        model = tmp_path / "two/train" / name / "model"
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+    for start, said in (
+        (f"{tmp_path}/two", r"does not say which of its stages \(finished: a, b\)"),
+        (f"{tmp_path}/two:c", r"has no finished stage 'c' \(finished: a, b\)"),
+        (f"{tmp_path}", "holds no config.json"),
+    ):
+        recipe = recipe_of(init_from=start)
+        with pytest.raises(TrainingError, match=said):
+            resolve_stage(recipe, recipe.stages[0])
+    with pytest.raises(ValueError, match="there is no directory"):
+        recipe_of(init_from=f"{tmp_path}/nowhere:a")

@@ -195,6 +195,8 @@ SHOWN = {
         "init_from": "test_students.py::test_next_stage_starts_from_the_merged_model",
         "losses": "test_training_steps.py::test_first_step_equals_dense_float64_on_rows_alone",
         "mixture": plan("hash", mixture={"math": 0.9, "ops": 0.1}),
+        "balance": "test_course.py::test_gradient_norms_balance_the_losses_of_a_stage",
+        "sampling": "test_course.py::test_shares_follow_the_evaluations_and_the_steps_follow_the_shares",
         "targets": shows_layer_by_name,
         "max_length": plan("limit", max_length=40),
         "too_long": shows_too_long,
