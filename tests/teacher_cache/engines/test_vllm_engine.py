@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -143,26 +144,57 @@ def test_heads_tails_and_draws_equal_the_oracle(float32, exact):
     assert np.mean(same_draws) > 0.999
 
 
+def pooled_z_scores(found: dict, full: dict, capture: Capture, j: int) -> np.ndarray:
+    """Return z-scores of each token's pooled count at one temperature, of tokens expected more than 5 times.
+
+    Args:
+        found: targets with draws by tag.
+        full: whole distributions by tag.
+        capture: what was captured.
+        j: index of the temperature.
+    """
+    expected, variance, counts = (np.zeros(VOCAB_SIZE) for _ in range(3))
+    for tag, targets in found.items():
+        rows = targets.num_positions
+        p = np.zeros((rows, VOCAB_SIZE))
+        logprobs = full[tag].logprobs.astype(np.float64) / capture.temperatures[j]
+        p[np.repeat(np.arange(rows), VOCAB_SIZE), full[tag].ids] = np.exp(logprobs)
+        p[np.repeat(np.arange(rows), capture.k), targets.ids] = 0.0
+        p /= p.sum(1, keepdims=True)
+        expected += capture.draws * p.sum(0)
+        variance += capture.draws * (p * (1 - p)).sum(0)
+        draws = targets.draws[j]
+        counts += np.bincount(draws.ids, draws.multiplicities, VOCAB_SIZE)
+    return ((counts - expected) / np.sqrt(variance))[expected > 5]
+
+
+def bonferroni_limit(comparisons: int) -> float:
+    """Return the z-score that one of so many honest comparisons exceeds once in a million runs, at most."""
+    return -NormalDist().inv_cdf(1e-6 / 2 / comparisons)
+
+
 def test_draws_are_unbiased_over_a_real_text(float32, exact):
-    """Pooled counts per token within 4.5 standard deviations of what the oracle's full rows expect, at each temperature."""
+    """Mode top+sample. Confidence: pooled counts within the Bonferroni limit, which honest draws exceed once in a million runs."""
     requests = sequences(30, seed=5)
-    found = scored(float32, requests)
+    found, full = scored(float32, requests), oracle(exact, Capture(k=VOCAB_SIZE), requests)
+    for j in range(len(HYBRID.temperatures)):
+        z = pooled_z_scores(found, full, HYBRID, j)
+        assert np.abs(z).max() < bonferroni_limit(len(HYBRID.temperatures) * VOCAB_SIZE)
+        assert 0.3 < z.std() < 1.2
+
+
+def test_draws_without_a_head_are_unbiased(model_dir, exact):
+    """Mode sample, 8 draws from the whole distribution at each temperature, with the same confidence."""
+    capture = Capture(mode="sample", draws=8, temperatures=(1.0, 2.0, 4.0))
+    requests = sequences(30, seed=6)
+    with opened(model_dir, capture, dtype="float32") as engine:
+        found = scored(engine, requests)
     full = oracle(exact, Capture(k=VOCAB_SIZE), requests)
-    for j, temperature in enumerate(HYBRID.temperatures):
-        expected, variance, counts = (np.zeros(VOCAB_SIZE) for _ in range(3))
-        for tag, targets in found.items():
-            rows = targets.num_positions
-            p = np.zeros((rows, VOCAB_SIZE))
-            p[np.repeat(np.arange(rows), VOCAB_SIZE), full[tag].ids] = np.exp(full[tag].logprobs.astype(np.float64) / temperature)
-            p[np.repeat(np.arange(rows), 8), targets.ids] = 0.0
-            p /= p.sum(1, keepdims=True)
-            expected += 4 * p.sum(0)
-            variance += 4 * (p * (1 - p)).sum(0)
-            draws = targets.draws[j]
-            counts += np.bincount(draws.ids, draws.multiplicities, VOCAB_SIZE)
-        z = (counts - expected) / np.sqrt(variance)
-        assert np.abs(z[expected > 5]).max() < 4.5
-        assert 0.3 < z[expected > 5].std() < 1.2
+    assert all((targets.counts == 0).all() and (targets.tail_logmass == 0).all() for targets in found.values())
+    for j in range(len(capture.temperatures)):
+        z = pooled_z_scores(found, full, capture, j)
+        assert np.abs(z).max() < bonferroni_limit(len(capture.temperatures) * VOCAB_SIZE)
+        assert 0.3 < z.std() < 1.2
 
 
 def test_scoring_and_answering_alternate(float32):
