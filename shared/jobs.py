@@ -1,14 +1,14 @@
 """The work list of one build on disk, and the rule that two builds at the same time share.
 
 A job is a request (canonical JSON, whose hash names it) and a plan: rows cut into units of `rows_per_part`, one Arrow record
-batch each, created once by exclusive link. Every worker, early or late, maps the same list, so unit i is the same rows for
+batch each, created once by exclusive link. Every worker, early or late, reads the same list, so unit i is the same rows for
 all, and its part's name follows from it.
 
 Rows that are committed when the plan is made are left out of it. A plan remembers which jobs were complete at that moment:
 of those it shares no row. Two jobs of which neither remembers the other may both hold a row; readers then show the row of
 the job with the lower id (shared/visible_rows.py).
 
-Cost: planning streams (one batch of rows in memory, 16 bytes per committed row); reading a unit touches its pages only.
+Cost: planning streams (one batch of rows in memory, 16 bytes per committed row); reading a unit reads its bytes only.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Job:
 
     @cached_property
     def _reader(self) -> pa.RecordBatchFileReader:
-        return pa.ipc.open_file(pa.memory_map(str(self.path)))  # stays mapped as long as the job lives
+        return pa.ipc.open_file(pa.OSFile(str(self.path)))  # not mapped: pages of a long plan would stay resident, unit after unit
 
     @property
     def id8(self) -> str:
