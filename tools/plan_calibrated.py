@@ -19,7 +19,6 @@ SEQUENCES_IN_CACHE = 64
 """Full-length sequences that the key-value cache is counted for."""
 LOGPROB_BYTES = 6
 """Per token of a forward pass and entry of the vocabulary: float32 log-probabilities and half of them again in between."""
-GIB = 2**30
 _WIDTH = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -152,11 +151,11 @@ def calibrated_text(figures: dict[str, Any]) -> str:
     lines.append(f"    time     {_duration(seconds['all'])} (seconds: {parts}), {figures['engine_hours']:,.3g} engine-hours")
     lines.append(f"    disk     {size(bytes_['all'])} (targets {size(bytes_['targets'])}, sequences {size(bytes_['sequences'])})")
     memory = figures["gpu_memory"]
-    gib = {name: f"{memory[name] / GIB:,.2f}" for name in ("all", "weights", "key_value_cache", "logprob_buffers")}
-    cached = f"{memory['sequences_in_cache']} sequences of {memory['max_model_len']:,} tokens {gib['key_value_cache']}"
-    detail = f"weights {gib['weights']}, {cached}"
+    told = {name: size(memory[name]) for name in ("all", "weights", "key_value_cache", "logprob_buffers")}
+    cached = f"{memory['sequences_in_cache']} sequences of {memory['max_model_len']:,} tokens {told['key_value_cache']}"
+    detail = f"weights {told['weights']}, {cached}"
     where = "; measured on a CPU, so arithmetic only" if memory["measured_on"] == "cpu" else ""
-    lines.append(f"    GPU      {gib['all']} GiB each ({detail}, log-probabilities {gib['logprob_buffers']}){where}")
+    lines.append(f"    GPU      {told['all']} each ({detail}, log-probabilities {told['logprob_buffers']}){where}")
     if figures["money"] is not None:
         lines.append(f"    money    {figures['money']:,.2f} at {figures['price_per_hour']:g} per engine and hour")
     return "\n".join(lines)
