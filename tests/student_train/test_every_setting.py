@@ -198,6 +198,7 @@ SHOWN = {
         "balance": "test_course.py::test_gradient_norms_balance_the_losses_of_a_stage",
         "sampling": "test_course.py::test_shares_follow_the_evaluations_and_the_steps_follow_the_shares",
         "targets": shows_layer_by_name,
+        "hidden": "test_hidden_training.py::test_recipes_own_hidden_layer_is_chosen_among_several",
         "max_length": plan("limit", max_length=40),
         "too_long": shows_too_long,
         "evaluate": "test_evaluation.py::test_figures_equal_those_of_the_evaluation_of_the_saved_model",
@@ -260,6 +261,10 @@ SHOWN = {
         "temperature": "test_training_steps.py::test_schedules_and_exact_values_reach_the_step_log",
         "beta": shows_option_of_loss("jsd", "beta"),
         "skew": shows_option_of_loss("skew_forward_kl", "skew"),
+        "metric": "test_layer_losses.py::test_hidden_distance_and_its_gradient_are_those_of_the_formula",
+        "normalise": "test_layer_losses.py::test_hidden_distance_and_its_gradient_are_those_of_the_formula",
+        "layer_map": "test_layer_losses.py::test_layers_are_paired_by_depth_or_as_given_and_wrong_ones_refused",
+        "tau": "test_layer_losses.py::test_info_nce_and_its_gradient_are_those_of_the_formula",
     },
 }
 EVERY = [(section, name) for section in CLASSES for name in section.model_fields]
