@@ -2,7 +2,8 @@
 
 Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers, seconds,
 side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}, cost, lm_eval}, cache.{rows, positions, bytes_per_position,
-mean_support, ...}, audit, seconds.PHASE, stages.NAME, layers, missing. With several runs, models and stages of the second and
+mean_support, ...}, audit, seconds.PHASE, stages.NAME, train.STAGE.{steps, weights, temperatures, shares, heldout_kl_nats,
+evaluations} (series of [step, value] by name, thinned), layers, missing. With several runs, models and stages of the second and
 later ones are called RUN/NAME, and a model that several runs share (teacher, base) with equal figures appears once.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from tools.evaluate.results import read_answers
 from tools.evaluate.side_figures import side_by_side_figures
+from tools.report.course_view import course_series
 from tools.report.run_files import RunFiles, StageFiles
 
 REPORT_FORMAT = 1
@@ -23,6 +25,7 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Return the report of one or several runs as plain JSON values."""
     models: dict[str, Any] = {}
     stages: dict[str, Any] = {}
+    train: dict[str, Any] = {}
     for index, run in enumerate(runs):
         prefix = f"{run.name}/" if index else ""
         side_by_side = side_by_side_figures(run.side_answers)
@@ -41,7 +44,9 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
             ):
                 models[_free(prefix + name, models)] = figures
         for name, stage in run.stages.items():
-            stages[_free(prefix + name, stages)] = _stage(stage)
+            free = _free(prefix + name, stages)
+            stages[free] = _stage(stage)
+            train[free] = _course(stage)
     _add_gaps(models)
     first = runs[0]
     return {
@@ -53,6 +58,7 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "audit": first.audit,
         "seconds": first.seconds,
         "stages": stages,
+        "train": train,
         "layers": first.layers,
         "identities": {name: evaluation.get("identity", {}) for name, evaluation in first.evaluations.items()},
         "missing": [sentence if len(runs) == 1 else f"{run.name}: {sentence}" for run in runs for sentence in run.missing],
@@ -108,6 +114,12 @@ def _stage(stage: StageFiles) -> dict[str, Any]:
         "last_loss": losses[-1] if losses else None,
         "health": stage.health,
     }
+
+
+def _course(stage: StageFiles) -> dict[str, Any]:
+    """Return what moved over a stage's steps."""
+    series = course_series(stage.steps, stage.evaluations)
+    return {"steps": stage.steps[-1]["step"], **series, "evaluations": stage.evaluations}
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from tools.report import confidence_plots, plots, tables
 from tools.report.answer_filter import SCRIPT, script_source
 from tools.report.answers_view import answers_section
+from tools.report.course_view import course_plots, course_series
 from tools.report.more_tables import Table, more_tables
 from tools.report.partings_view import partings_section
 from tools.report.run_files import RunFiles
@@ -164,6 +165,7 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
         for name, stage in run.stages.items():
             label = f"{run.name}/{name}" if index else name
             figures.append((f"Training loss of stage {label}", plots.loss_plot(label, stage.steps, stage.terms)))
+            figures += course_plots(label, course_series(stage.steps, stage.evaluations))
     if any(cache.get("entropy_histogram", ())):
         figures.append(("How sure the teacher is", plots.entropy_plot(cache["entropy_histogram"], cache["entropy_bin_nats"])))
     if any(cache.get("support_histogram", ())):

@@ -33,6 +33,8 @@ class StageFiles:
     terms: list[str]
     """Names of the loss terms."""
     health: dict[str, Any] | None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Records of evaluations.jsonl, oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,8 @@ def _stage(directory: Path, name: str, missing: list[str]) -> StageFiles | None:
         return None
     if health is None:
         missing.append(f"stage '{name}' has no health.json: it did not finish")
-    return StageFiles(steps, list(terms[-1]), health)
+    evaluations = [row for row in _json_lines(directory / "evaluations.jsonl") if isinstance(row.get("step"), int)]
+    return StageFiles(steps, list(terms[-1]), health, evaluations)
 
 
 def _evaluations(directory: Path, recipe: Recipe | None, missing: list[str]) -> dict[str, dict[str, Any]]:
