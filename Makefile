@@ -16,7 +16,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup check test test-fast demo demo-full bench bench-quality doctor clean
+.PHONY: help setup check test test-fast demo demo-full bench bench-quality gpu-check doctor clean
 
 help:
 	@echo "make setup          a virtual environment in .venv with everything, about 3 minutes"
@@ -25,6 +25,7 @@ help:
 	@echo "make test           every test    make test-fast   the quick ones"
 	@echo "make check          lint, types, import rules"
 	@echo "make bench          codec, operator, capture, reader, teach -> runs/bench/bench.json"
+	@echo "make gpu-check      what only a GPU can show, into docs/benchmarks.md, at most 10 minutes"
 	@echo "make bench-quality  the demo for three student seeds, with intervals, into docs/benchmarks.md"
 
 setup: $(READY)
@@ -72,6 +73,9 @@ demo-full: demo
 
 bench: setup
 	$(BIN)/python -m tools.bench.run_bench
+
+gpu-check: setup
+	$(BIN)/python -m tools.gpu_check
 
 bench-quality: setup
 	$(BIN)/python -m tools.bench.quality
