@@ -160,7 +160,7 @@ class DistilTrainer(ShardedTrainer):
 
     def prepare_terms(self) -> None:
         """Set the loss terms of the step to come."""
-        self._objective.terms = self._terms_at(self.state.global_step)
+        self._objective.terms = self._course.terms_at(self.state.global_step)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer that the recipe names."""

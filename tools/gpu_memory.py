@@ -74,6 +74,7 @@ def _train(student: Any, stage: Any, config: Any, directory: Path, *, dry_run: b
     import torch
     from transformers.trainer_utils import SaveStrategy
 
+    from student_train.course import Course
     from student_train.dataset import CacheList, PackDataset
     from student_train.forward_patch import Objective, patch_forward
     from student_train.gradient_watch import GradientWatch
@@ -83,7 +84,6 @@ def _train(student: Any, stage: Any, config: Any, directory: Path, *, dry_run: b
     from student_train.progress import SilentProgress
     from student_train.row_separation import separate_rows
     from student_train.stage_plan import plan_stage
-    from student_train.stage_terms import terms_at
     from student_train.student import add_adapter
     from student_train.student_head import head_of
     from student_train.trainer import DistilTrainer
@@ -111,7 +111,7 @@ def _train(student: Any, stage: Any, config: Any, directory: Path, *, dry_run: b
         args,
         PackDataset(caches, plan, (1.0,)),
         objective,
-        lambda step: terms_at(stage, step, plan.num_steps),
+        Course(stage, plan.num_steps),
         belongs_to={},
         keep_checkpoints=None,
         watch=GradientWatch(None),

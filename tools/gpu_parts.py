@@ -42,9 +42,8 @@ def _loss(inputs: dict[str, Any], *, teacher: bool = True, operator: str = "torc
 
     terms = [LossTerm("cross_entropy", 0.1)] + [LossTerm("forward_kl", 0.9)] * teacher
     targets = TargetBatch.from_batch(inputs["batch"]) if teacher else None
-    settings = {"operator": operator}
     count = len(inputs["labels"])
-    return fused_sparse_loss(inputs["hidden"], inputs["weight"], inputs["labels"], targets, terms, count, **settings).loss
+    return fused_sparse_loss(inputs["hidden"], inputs["weight"], inputs["labels"], targets, terms, count, operator=operator).loss
 
 
 def _gradients(inputs: dict[str, Any], **settings: Any) -> list[Any]:
