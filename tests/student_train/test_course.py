@@ -113,7 +113,12 @@ GRAD_NORM = {
             SAMPLING, ["train_step.after_write@2", "train_step.after_write@5", "checkpoint.before_marker@1"], id="sampling"
         ),
         pytest.param({**SAMPLING, **GRAD_NORM}, ["train_step.after_write@8"], id="sampling-grad-norm", marks=pytest.mark.slow),
-        pytest.param({"balance": "uncertainty"}, ["train_step.after_write@5"], id="uncertainty", marks=pytest.mark.slow),
+        pytest.param(
+            {"balance": "uncertainty", "evaluate": {"every_steps": 4}},
+            ["train_step.after_write@5"],
+            id="uncertainty",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_course_resumes_bitwise_equal_after_kills(recipe_of, run_apart, settings, places):
