@@ -70,14 +70,14 @@ def equal(a: HiddenStates, b: HiddenStates) -> bool:
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in pairs)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(rows())
 def test_row_comes_back_exactly(case: tuple[HiddenCodec, HiddenStates]) -> None:
     codec, hidden = case
     assert equal(pickle.loads(pickle.dumps(codec)).decode(codec.encode(hidden), hidden.num_positions), hidden)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([1e-35, 1e-6, 1.0, 1e4, 1e30]), st.integers(1, 40))
 def test_coordinates_are_within_half_a_step(seed: int, size: float, width: int) -> None:
     vectors = np.random.default_rng(seed).normal(size=(5, width)) * size
@@ -94,7 +94,7 @@ def test_gaussian_states_lose_less_than_a_hundredth_of_their_length() -> None:
     assert 0.004 < error.mean() < 0.01  # docs/format.md states 0.007
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 30))
 def test_attention_sums_to_one_and_is_within_a_step(seed: int, strongest: int) -> None:
     rng = np.random.default_rng(seed)
@@ -109,7 +109,7 @@ def test_attention_sums_to_one_and_is_within_a_step(seed: int, strongest: int) -
     np.testing.assert_array_equal(np.bincount(query, kept.mass_codes, 8) + kept.rest_codes, MASS_UNIT)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(rows(), st.data())
 def test_altered_blob_is_refused_or_still_a_valid_row(case: tuple[HiddenCodec, HiddenStates], data: st.DataObject) -> None:
     codec, hidden = case
@@ -123,7 +123,7 @@ def test_altered_blob_is_refused_or_still_a_valid_row(case: tuple[HiddenCodec, H
     assert equal(after, hidden)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows(), st.data())
 def test_altered_content_never_breaks_the_rules_of_a_row(case: tuple[HiddenCodec, HiddenStates], data: st.DataObject) -> None:
     codec, hidden = case

@@ -161,6 +161,20 @@ def shows_option_of_loss(name, option):
     return show
 
 
+def shows_option_of_hidden(option, choices):
+    def show(world):
+        from student_train.losses import registry
+
+        states = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[1.0, 5.0, 2.0]])
+        values = []
+        for choice in choices:
+            (term,) = world.terms({"name": "hidden", option: choice})
+            values.append(float(registry["hidden"].function(*states, **term.options)))
+        assert values[0] != pytest.approx(values[1], rel=1e-3)
+
+    return show
+
+
 def shows_name_of_stage(world):
     assert world.work(name="other").directory == world.work().directory.with_name("other")
 
@@ -261,10 +275,10 @@ SHOWN = {
         "temperature": "test_training_steps.py::test_schedules_and_exact_values_reach_the_step_log",
         "beta": shows_option_of_loss("jsd", "beta"),
         "skew": shows_option_of_loss("skew_forward_kl", "skew"),
-        "metric": "test_layer_losses.py::test_hidden_distance_and_its_gradient_are_those_of_the_formula",
-        "normalise": "test_layer_losses.py::test_hidden_distance_and_its_gradient_are_those_of_the_formula",
-        "layer_map": "test_layer_losses.py::test_layers_are_paired_by_depth_or_as_given_and_wrong_ones_refused",
-        "tau": "test_layer_losses.py::test_info_nce_and_its_gradient_are_those_of_the_formula",
+        "metric": shows_option_of_hidden("metric", ("mse", "cosine")),
+        "normalise": shows_option_of_hidden("normalise", (True, False)),
+        "layer_map": "test_layer_losses.py::test_values_and_gradients_through_a_pack_are_those_of_rows_alone",
+        "tau": "test_layer_losses.py::test_values_and_gradients_through_a_pack_are_those_of_rows_alone",
     },
 }
 EVERY = [(section, name) for section in CLASSES for name in section.model_fields]

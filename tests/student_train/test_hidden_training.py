@@ -90,7 +90,7 @@ def test_from_teacher_to_student_with_every_loss_on_a_hidden_layer(tmp_path):
     assert figures[1]["kl_nats"] < figures[0]["kl_nats"]
 
 
-@pytest.mark.parametrize("adapter", ["none", {"kind": "lora", "r": 4}])
+@pytest.mark.parametrize("adapter", ["none", pytest.param({"kind": "lora", "r": 4}, marks=pytest.mark.slow)])
 def test_kill_changes_no_byte_of_student_or_projections(recipe_of, run_apart, cache, adapter):
     settings = {"losses": ALL_THREE[1:], "student": {"adapter": adapter, "gradient_checkpointing": True}}
     recipe = recipe_of(cache=[cache], trainer={"gradient_accumulation_steps": 2}, **settings)
@@ -129,12 +129,22 @@ def test_two_processes_train_the_same_projections_as_one(recipe_of, cache, adapt
         torch.testing.assert_close(weight, saved[1][name], rtol=0, atol=1e-5)
 
 
+def test_stage_in_bfloat16_is_evaluated_while_it_trains(recipe_of, cache):
+    evaluate = {"every_steps": 2, "rows_per_source": 2, "samples": 1, "sample_tokens": 3}
+    recipe = recipe_of(cache=[cache], losses=ALL_THREE[1:], evaluate=evaluate, trainer={"max_steps": 4, "bf16": True})
+    run_stages(recipe)
+    directory = recipe.output_dir / "train/kd"
+    steps = read_steps(directory / "metrics.jsonl")
+    assert [step["step"] for step in read_steps(directory / "evaluations.jsonl")] == [0, 2, 4]
+    assert all(0 < step["terms"]["attention"] < 5 and 0 < step["terms"]["hidden"] < 50 for step in steps)
+
+
 def test_checkpoint_without_its_projections_is_refused(recipe_of, cache):
-    recipe = recipe_of(cache=[cache], losses=ALL_THREE[1:2], trainer={"max_steps": 6})
+    recipe = recipe_of(cache=[cache], losses=ALL_THREE[1:2], trainer={"max_steps": 2, "save_steps": 2})
     run_stages(recipe)
     directory = recipe.output_dir / "train/kd"
     (directory / "done.json").unlink()
-    (directory / "checkpoint-6" / FILE).unlink()
+    (directory / "checkpoint-2" / FILE).unlink()
     with pytest.raises(TrainingError, match=r"has no projections\.safetensors"):
         run_stages(recipe)
 
@@ -151,7 +161,7 @@ def test_stage_needs_a_hidden_layer_and_says_how_to_get_one(recipe_of, tiny, cac
 def test_recipes_own_hidden_layer_is_chosen_among_several(recipe_of, cache, tmp_path):
     from shared.layer_choice import hidden_layer_of
 
-    recipe = recipe_of(cache=[cache], losses=ALL_THREE[1:2])
+    recipe = recipe_of(cache=[cache], losses=ALL_THREE[1:2], trainer={"max_steps": 1})
     teacher = cache.parent / "teacher"
     add_hidden(cache, teacher, layers=[2])
     with pytest.raises(CacheError, match="has 2 hidden layers"):
@@ -159,7 +169,13 @@ def test_recipes_own_hidden_layer_is_chosen_among_several(recipe_of, cache, tmp_
     captured = Recipe.model_validate({**recipe.model_dump(mode="json"), "capture": {"hidden": {"layers": [2]}}})
     assert Cache.open(cache, hidden=hidden_layer_of(captured, cache)).hidden_layer.layers == (2,)
     run_stages(captured)
-    named = recipe_of(cache=[cache], losses=ALL_THREE[1:2], hidden=Cache.open(cache, hidden="layers1").hidden_name, name="other")
+    named = recipe_of(
+        cache=[cache],
+        losses=ALL_THREE[1:2],
+        trainer={"max_steps": 1},
+        hidden=Cache.open(cache, hidden="layers1").hidden_name,
+        name="other",
+    )
     run_stages(named)
 
 

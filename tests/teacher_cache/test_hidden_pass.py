@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from teacher_cache.engines.transformers_model import CausalModel
 from teacher_cache.hidden_pass import hidden_identity
 from teacher_cache.teacher_identity import know_teacher
 from tests.shared.small_cache import tree
+from tests.teacher_cache.test_build_end_to_end import ROOT, SCRIPT
 from tests.tiny_models import make_llama, make_qwen3
 from tools import cli
 from tools.planner import plan, plan_text
@@ -242,3 +246,24 @@ def test_attention_that_is_not_its_queries_and_keys_is_refused(tmp_path: Path) -
     attention.forward = sharpened.__get__(attention)
     with pytest.raises(EngineError, match="is not the softmax of its queries and keys"):
         HiddenEngine(model, identity, 100)
+
+
+@pytest.mark.slow
+def test_vllm_scores_and_transformers_captures_on_the_same_weights(tmp_path: Path, teacher: Path) -> None:
+    """Targets of vLLM and a hidden layer of transformers come of one build, in one process, one engine after the other."""
+    pytest.importorskip("vllm")
+    build = recipe(tmp_path, teacher, EVERYTHING, engine="vllm")
+    (tmp_path / "build.py").write_text(SCRIPT)
+    (tmp_path / "recipe.json").write_text(build.model_dump_json())
+    command = [sys.executable, str(tmp_path / "build.py"), str(tmp_path / "recipe.json")]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600
+    )
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert any("reused 0 rows, captured 7 with transformers on the same weights" in line for line in result["lines"])
+    cache = Cache.open(tmp_path / "cache", hidden=True, verify=True)
+    provenance = json.loads((next((tmp_path / "cache/hidden").iterdir()) / "layer.json").read_text())["provenance"]
+    assert (provenance["engine"], provenance["targets_engine"]) == ("transformers", "vllm")
+    states, _ = reference(teacher, cache[0].token_ids)
+    expected = states[4][cache[0].predictor_index().astype(np.int64)].numpy()
+    assert np.abs(cache[0].hidden.states.dense()[2] - expected).max() <= np.abs(expected).max() / 254 + 1e-3
