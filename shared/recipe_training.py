@@ -304,10 +304,6 @@ class Stage(Section):
             problems.append((("hidden",), f"no loss of the stage reads a hidden layer ({listed} do), so leave it out"))
         if self.balance.kind != "fixed" and len(self.losses) < 2:
             problems.append((("balance",), "there is one loss, and nothing to balance it against; leave it out"))
-        inside = [loss.name for loss in self.losses if loss.name in LOSSES_ON_HIDDEN_LAYER]
-        if self.balance.kind == "grad_norm" and inside:
-            sentence = f"gradient norms are taken at the last hidden states, where '{inside[0]}' has none; use uncertainty"
-            problems.append((("balance",), sentence))
         if self.mixture is not None and not self.mixture:
             problems.append((("mixture",), "names no source; leave it out to take the rows as they are"))
         problems += self._mixture_problems()

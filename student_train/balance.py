@@ -4,12 +4,13 @@
 G_i = b_i g_i, and r_i its value over its first one, relative to the mean of those ratios. The factors descend
 sum |G_i - mean(G) r_i^alpha|, the target held constant, by one step of `learning_rate` / mean(G) that ends at the target where it
 would pass it, and are scaled to sum to their number again. alpha = 0 makes all gradients equally strong; a larger one pulls more on
-losses that fall slowly.
+losses that fall slowly. A loss without a gradient in a step (g_i = 0, as `contrastive` where no pass has two rows) is left out of
+that measurement: its factor stays, and its first value is that of the first step that has a gradient.
 `uncertainty` (Kendall, Gal and Cipolla 2018, CVPR, 1705.07115): the loss is sum exp(-s_i) L_i + s_i with learned log-variances s_i
 (0 at first; twice the paper's form for regression). Their gradient 1 - exp(-s_i) L_i needs only the values of the global batch, so
 it is exact without autograd; a step is `learning_rate` x the gradient, cut at 1.
 The recipe's weight multiplies the factor of either kind: it says how strong a loss shall be once all are balanced.
-Cost: nothing here; gradient norms cost one more pass of the operator per loss on the steps that measure them.
+Cost: nothing here; what gradient norms are taken by and cost on the steps that measure them is in gradient_norms.py.
 """
 
 from __future__ import annotations
@@ -74,21 +75,22 @@ class GradNorm:
         """Move the factors by one step where norms were measured."""
         if gradient_norms is None:
             return {}
-        first = {name: self._first.setdefault(name, max(values[name], 1e-12)) for name in self._factors}
-        ratios = {name: max(values[name], 1e-12) / first[name] for name in self._factors}
-        mean_ratio = math.fsum(ratios.values()) / len(ratios)
-        strengths = {name: factor * gradient_norms[name] for name, factor in self._factors.items()}
-        mean_strength = math.fsum(strengths.values()) / len(strengths)
+        strengths = {name: factor * gradient_norms[name] for name, factor in self._factors.items() if gradient_norms[name] != 0}
+        mean_strength = math.fsum(strengths.values()) / max(len(strengths), 1)
         if not 0 < mean_strength < math.inf:
             return {"gradient_norms": dict(gradient_norms)}
+        first = {name: self._first.setdefault(name, max(values[name], 1e-12)) for name in strengths}
+        ratios = {name: max(values[name], 1e-12) / first[name] for name in strengths}
+        mean_ratio = math.fsum(ratios.values()) / len(ratios)
         moved = {}
-        for name, factor in self._factors.items():
+        for name, strength in strengths.items():
             target = mean_strength * (ratios[name] / mean_ratio) ** self._alpha
-            excess, norm = strengths[name] - target, gradient_norms[name]
-            step = min(self._learning_rate * norm / mean_strength, abs(excess) / norm if norm > 0 else 0.0)
-            moved[name] = max(factor - math.copysign(step, excess), _SMALLEST)
-        scale = len(moved) / math.fsum(moved.values())
-        self._factors = {name: factor * scale for name, factor in moved.items()}
+            excess, norm = strength - target, gradient_norms[name]
+            step = min(self._learning_rate * norm / mean_strength, abs(excess) / norm)
+            moved[name] = max(self._factors[name] - math.copysign(step, excess), _SMALLEST)
+        left_out = math.fsum(factor for name, factor in self._factors.items() if name not in moved)
+        scale = (len(self._factors) - left_out) / math.fsum(moved.values())
+        self._factors = self._factors | {name: factor * scale for name, factor in moved.items()}
         return {"gradient_norms": dict(gradient_norms)}
 
     def state(self) -> dict[str, Any]:

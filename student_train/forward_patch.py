@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from student_train.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss, term_keys
+from student_train.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss
+from student_train.gradient_norms import brought_down, head_squares, value_squares
 from student_train.layer_losses import LayerLosses
 from student_train.losses import LossTerm, divergences, representations
 from student_train.operator_choice import faster_operator
@@ -51,8 +52,18 @@ class Objective:
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _scores: list[Tensor] = field(default_factory=list)
 
-    def loss(self, hidden: Tensor, labels: Tensor, targets: TargetBatch | None, num_positions: Tensor | float) -> FusedLoss:
-        """Return the loss of the head's terms; the first one decides on the operator, where a measurement must."""
+    def loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        targets: TargetBatch | None,
+        num_positions: Tensor | float,
+        down: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+    ) -> FusedLoss:
+        """Return the loss of the head's terms; the first one decides on the operator, where a measurement must.
+
+        `down` turns a gradient by `hidden` into that by the states where gradients are measured.
+        """
         head, terms = self.head, [term for term in self.terms if term.name in divergences]
         if not terms:  # the head takes no part, but every process must still have a gradient of it
             return FusedLoss(hidden.new_zeros((), dtype=torch.float32) + head.weight[:1].float().sum() * 0.0, {})
@@ -77,7 +88,7 @@ class Objective:
             self.operator = faster_operator(lambda operator: fused(hidden.detach().requires_grad_(hidden.requires_grad), operator))
         if self.measures_gradients:
             alone = functools.partial(fused, trains_head=False)
-            self.record_gradients(gradient_squares(hidden, terms, lambda states, terms: alone(states, self.operator, terms)))
+            self.record_gradients(head_squares(hidden, terms, lambda states, terms: alone(states, self.operator, terms), down))
         return fused(hidden, self.operator)
 
     def record(self, loss: Tensor, values: dict[str, Tensor], num_tokens: int) -> None:
@@ -123,20 +134,6 @@ class Objective:
         return torch.cat([torch.zeros(0, 4, dtype=torch.float64), *scores])
 
 
-def gradient_squares(hidden: Tensor, terms: Sequence[LossTerm], loss_of: Callable[..., FusedLoss]) -> dict[str, Tensor]:
-    """Return each term's squared gradient norm with respect to `hidden` [S, H], its weight left out, by `term_keys`.
-
-    Exact, by one pass of the operator per term without gradients of the head; `loss_of(hidden, terms)` makes the loss.
-    """
-    squares = {}
-    for key, term in zip(term_keys(terms), terms, strict=True):
-        with torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss_of(leaf, [replace(term, weight=1.0)]).loss, leaf)
-        squares[key] = gradient.double().square().sum()
-    return squares
-
-
 def patch_forward(model: Any, objective: Objective) -> None:
     """Make `model`, the causal language model below any adapter, return the fused loss of a batch from `collate`."""
     original = model.forward
@@ -156,7 +153,8 @@ def patch_forward(model: Any, objective: Objective) -> None:
         assert position_ids is not None
         assert labels is not None
         watches = objective.layers is not None and not objective.is_scoring
-        with objective.layers.watching() if objective.layers is not None and watches else nullcontext():
+        measures = objective.measures_gradients
+        with objective.layers.watching(measures=measures) if objective.layers is not None and watches else nullcontext():
             hidden = run_body(body, input_ids, position_ids)[0].index_select(0, kwargs["predictor_index"])
         final = hidden
         device_type = hidden.device.type
@@ -167,11 +165,15 @@ def patch_forward(model: Any, objective: Objective) -> None:
             return CausalLMOutput()
         targets = TargetBatch.from_batch(kwargs) if "support_counts" in kwargs else None
         num_positions = _at_least_one(labels.numel() if num_items_in_batch is None else num_items_in_batch)
-        fused = objective.loss(hidden, labels, targets, num_positions)
+        shared = objective.layers.shared_states(final) if objective.layers is not None and measures else final
+        fused = objective.loss(hidden, labels, targets, num_positions, functools.partial(brought_down, final=final, shared=shared))
         loss, values = fused.loss, dict(fused.values)
         if objective.layers is not None:
             terms = [term for term in objective.terms if term.name in representations]
             found = objective.layers.values(terms, final, position_ids, kwargs, num_positions)
+            if measures:
+                by_name = {term.name: value for term, value in zip(terms, found, strict=True)}
+                objective.record_gradients(value_squares(by_name, shared))
             for term, value in zip(terms, found, strict=True):
                 loss = loss + term.weight * value
                 values[term.name] = value.detach()

@@ -53,7 +53,23 @@ def check_layer_losses(stage: Stage, student: Student) -> None:
             "it; set it to none, or leave the losses out"
         )
     if reads & {"states", "attention"}:
+        if stage.balance.kind == "grad_norm":
+            _check_measurable(fp16=stage.trainer.fp16, liger=student.liger)
         check_watchable(attention=student.attention, compiles=stage.trainer.torch_compile, reads_attention="attention" in reads)
+
+
+def _check_measurable(*, fp16: bool, liger: bool) -> None:
+    """Refuse settings under which gradients cannot be measured below the last hidden states."""
+    if fp16:
+        raise TrainingError(
+            "balance grad_norm measures gradients of the losses hidden and attention without a loss scale, so trainer.fp16 would "
+            "turn small ones into 0; set trainer.bf16 instead, or balance to uncertainty"
+        )
+    if liger:
+        raise TrainingError(
+            "balance grad_norm goes back through the layers several times with the losses hidden and attention, which the layers "
+            "of student.liger do not allow, since they overwrite what they keep; leave liger out, or set balance to uncertainty"
+        )
 
 
 class LayerLosses:
@@ -86,16 +102,22 @@ class LayerLosses:
                 "capture.hidden.pooled to mean or last and run 'decant teach'"
             )
         states = [pair.student for pair in self._pairs.get("hidden", ()) if pair.student != FINAL]
-        self._watch = StudentWatch(base, states, sorted({pair.student for pair in self._pairs.get("attention", ())}))
+        attention = sorted({pair.student for pair in self._pairs.get("attention", ())})
+        lowest = min([*states, *(layer - 1 for layer in attention)], default=None)  # queries and keys come from a layer's input
+        self._watch = StudentWatch(base, states, attention, lowest)
         names = [_projection_name(pair) for pair in self._pairs.get("hidden", ())]
         names += [POOLED] if "contrastive" in by_name else []
         add_projections(base, names, identity.stored_width, seed=seed)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch one forward pass of the student's body."""
-        with self._watch.on():
+    def watching(self, *, measures: bool = False) -> Iterator[None]:
+        """Watch one forward pass of the student's body; `measures`: keep the states where gradients are measured, too."""
+        with self._watch.on(shares=measures):
             yield
+
+    def shared_states(self, final: Tensor) -> Tensor:
+        """Return the states of a pass watched with `measures` that all terms share: [1, B, H], or `final` [S, H] itself."""
+        return final if self._watch.shared is None else self._watch.shared
 
     def remove(self) -> None:
         """Stop watching the student and take its projections off, so that nothing of them is exported."""

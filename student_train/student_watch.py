@@ -4,7 +4,8 @@ States come from hooks on the blocks. Queries and keys come from the attention f
 once per process: for a watched layer it keeps what the model attends with and goes on as before. Nothing is computed here, so a
 block that is recomputed in the backward pass (gradient checkpointing) does the same operations both times, and whatever wraps
 weights (adapters, several processes) stays in the path.
-Cost: memory for what is kept: [B, H] per state, queries and keys per attention layer.
+Cost: memory for what is kept: [B, H] per state, queries and keys per attention layer. The shared layer's output is in
+the graph anyway.
 
 Shape letters: B tokens of the packs, H hidden width, A heads, G key-value heads, D head width.
 """
@@ -40,13 +41,16 @@ class AttentionInputs:
 class StudentWatch:
     """Watches some layers of one student."""
 
-    def __init__(self, base: Any, state_layers: Sequence[int], attention_layers: Sequence[int]) -> None:
+    def __init__(
+        self, base: Any, state_layers: Sequence[int], attention_layers: Sequence[int], shared_layer: int | None = None
+    ) -> None:
         """Watch layers, counted from 1.
 
         Args:
             base: the causal language model below any adapter.
             state_layers: whose outputs are kept.
             attention_layers: whose queries and keys are kept.
+            shared_layer: whose output is kept where gradients are measured, 0 for the input of the first; None for none.
 
         Raises:
             TrainingError: the student's blocks or its attention cannot be watched.
@@ -54,30 +58,33 @@ class StudentWatch:
         self.states: dict[int, Tensor] = {}
         """Layer -> [B, H] output of its block in the last watched pass."""
         self.attention: dict[int, AttentionInputs] = {}
+        self.shared: Tensor | None = None
+        """[1, B, H] output of the shared layer in the last pass that was watched for it: what the layers above go on with."""
         self._base = base
         self._attention_layers = tuple(attention_layers)
-        self._is_on = False
+        self._is_on = self._shares = False
         blocks = blocks_of(base)
-        self._handles = [blocks[layer - 1].register_forward_hook(self._state_hook(layer)) for layer in set(state_layers)]
+        self._handles = self._share(blocks, shared_layer)
+        self._handles += [blocks[layer - 1].register_forward_hook(self._state_hook(layer)) for layer in set(state_layers)]
         self._marked = [module for layer in attention_layers for module in blocks[layer - 1].modules()]
         for layer in attention_layers:
             for module in blocks[layer - 1].modules():
                 module.__dict__[_MARK] = (self, layer)
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Keep what passes in here; what was kept is dropped by `clear`.
+    def on(self, *, shares: bool = False) -> Iterator[None]:
+        """Keep what passes in here, the shared layer's output where `shares`; what was kept is dropped by `clear`.
 
         Raises:
             TrainingError: a watched layer's attention was not seen.
         """
         if self._attention_layers:
             _wrap(self._base.config._attn_implementation)
-        self._is_on = True
+        self._is_on, self._shares = True, shares
         try:
             yield
         finally:
-            self._is_on = False
+            self._is_on = self._shares = False
         missing = [layer for layer in self._attention_layers if layer not in self.attention]
         if missing:
             raise TrainingError(
@@ -87,7 +94,7 @@ class StudentWatch:
 
     def clear(self) -> None:
         """Drop what was kept."""
-        self.states, self.attention = {}, {}
+        self.states, self.attention, self.shared = {}, {}, None
 
     def remove(self) -> None:
         """Stop watching."""
@@ -110,6 +117,26 @@ class StudentWatch:
             options.get("sliding_window"),
             options.get("softcap"),
         )
+
+    def _share(self, blocks: nn.ModuleList, layer: int | None) -> list[Any]:
+        """Return the hook that keeps the shared layer's output; it comes before others, which see the same tensor."""
+
+        def keep(states: Tensor) -> None:
+            if self._shares:
+                # under frozen layers, as with adapters, nothing would have a gradient by them
+                self.shared = states if states.requires_grad else states.requires_grad_()
+
+        def keep_input(module: Any, inputs: Any, options: dict[str, Any]) -> None:
+            keep(inputs[0] if inputs else options["hidden_states"])
+
+        def keep_output(module: Any, inputs: Any, output: Any) -> None:
+            keep(output[0] if isinstance(output, tuple) else output)
+
+        if layer is None:
+            return []
+        if layer == 0:
+            return [blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
+        return [blocks[layer - 1].register_forward_hook(keep_output)]
 
     def _state_hook(self, layer: int) -> Callable[..., None]:
         def keep(module: Any, inputs: Any, output: Any) -> None:

@@ -159,8 +159,9 @@ class DistilTrainer(ShardedTrainer):
         self._objective.take()
 
     def prepare_terms(self) -> None:
-        """Set the loss terms of the step to come."""
+        """Set the loss terms of the step to come; a pass with them costs what the dearest does, one that measures gradients."""
         self._objective.terms = self._course.terms_at(self.state.global_step)
+        self._objective.measures_gradients = self._course.wants_gradient_norms(0)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer that the recipe names."""

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.balance import GradNorm, Uncertainty
-from student_train.forward_patch import gradient_squares
 from student_train.fused_loss import LossTerm, fused_sparse_loss
+from student_train.gradient_norms import head_squares
 from tests.student_train.dense_loss import dense_loss, make_case
 
 POSITIVE = st.floats(1e-2, 1e2)
@@ -59,6 +59,21 @@ def test_slower_loss_is_pulled_more_with_alpha():
     assert balancers[1].factors["slow"] > 1.3 > 1.1 > balancers[0].factors["slow"]
 
 
+def test_loss_without_a_gradient_keeps_its_factor_and_starts_when_it_has_one():
+    balancer, pair = (GradNorm(names, alpha=1.5, learning_rate=0.05) for names in (["a", "b", "none"], ["a", "b"]))
+    for _ in range(3):
+        balancer.observe({"a": 1.0, "b": 1.0, "none": 0.0}, {"a": 3.0, "b": 1.0, "none": 0.0})
+        pair.observe({"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0})
+    assert balancer.factors == pytest.approx({**pair.factors, "none": 1.0})
+    assert balancer.factors["a"] < 0.95
+    balancer.observe({"a": 1.0, "b": 1.0, "none": 2.0}, {"a": 1.0, "b": 1.0, "none": 1.0})
+    assert balancer.state()["first_values"]["none"] == 2.0
+    assert all(0.5 < factor < 1.5 for factor in balancer.factors.values())
+    before = balancer.factors
+    balancer.observe(dict.fromkeys(before, 0.0), dict.fromkeys(before, 0.0))
+    assert balancer.factors == before
+
+
 def test_log_variances_descend_the_papers_loss_to_its_minimum():
     balancer = Uncertainty(["a", "b"], learning_rate=0.1)
     values = {"a": 3.0, "b": 0.2}
@@ -97,7 +112,7 @@ def test_gradient_norms_equal_dense_ones_and_add_up_over_passes():
     def loss_of(hidden, some):
         return fused_sparse_loss(hidden, case.weight, case.labels, case.targets, some, 11.0)
 
-    found = gradient_squares(case.hidden, terms, loss_of)
+    found = head_squares(case.hidden, terms, loss_of)
     for key, term in zip(("forward_kl", "cross_entropy", "reverse_kl"), terms, strict=True):
         hidden = case.hidden.clone().requires_grad_()
         alone = LossTerm(term.name, 1.0, term.temperature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -110,6 +111,29 @@ def test_kill_changes_no_byte_of_student_or_projections(recipe_of, run_apart, ca
     assert all(not torch.equal(projections[0][name], projections[1][name]) for name in projections[0])
     saved = load_file(next(path for path in (stages[0] / "checkpoint-3").glob("*model.safetensors")))
     assert not any("projections" in name for name in saved)
+
+
+def test_gradient_norms_balance_head_and_hidden_layers_and_a_resumed_run_changes_no_byte(recipe_of, cache):
+    balance = {"kind": "grad_norm", "every_steps": 2, "alpha": 0.0, "learning_rate": 0.2}
+    student = {"adapter": {"kind": "lora", "r": 4, "dropout": 0.1}, "gradient_checkpointing": True}
+    losses = [{"name": loss["name"]} for loss in ALL_THREE]
+    recipe = recipe_of(cache=[cache], losses=losses, balance=balance, student=student, trainer={"gradient_accumulation_steps": 2})
+    directory = recipe.output_dir / "train/kd"
+    names = ("metrics.jsonl", "model/model.safetensors", "checkpoint-6/course.json", f"checkpoint-6/{FILE}")
+    run_stages(recipe)
+    whole = [(directory / name).read_bytes() for name in names]
+    (directory / "done.json").unlink()
+    for name in ("model", "checkpoint-6"):
+        shutil.rmtree(directory / name)
+    run_stages(recipe)
+    assert [(directory / name).read_bytes() for name in names] == whole
+    steps = read_steps(directory / "metrics.jsonl")
+    assert [step["step"] for step in steps if "gradient_norms" in step] == [1, 3, 5]
+    for step, following in zip(steps[::2], steps[1::2], strict=True):
+        norms = step["gradient_norms"]
+        assert set(norms) == {loss["name"] for loss in ALL_THREE}
+        before, after = ([weights["weights"][name] * norms[name] for name in norms] for weights in (step, following))
+        assert max(after) / min(after) < 0.99 * max(before) / min(before)
 
 
 @pytest.mark.slow

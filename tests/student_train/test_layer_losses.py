@@ -204,7 +204,7 @@ class Run:
         return loss, values, grads
 
 
-def dense_values(run: Run, batch: dict, rows: list[int]) -> dict[str, torch.Tensor]:
+def dense_values(run: Run, rows: list[int], attention_layers: tuple[int, int] = (2, 3)) -> dict[str, torch.Tensor]:
     """The three values by plain loops over rows, with the model's own eager attention, in float32 with gradient."""
     eager = run.base
     body = eager.model
@@ -232,7 +232,7 @@ def dense_values(run: Run, batch: dict, rows: list[int]) -> dict[str, torch.Tens
             x = projections[f"teacher_{name}_student_{'final' if student is None else student}"](states)
             t = teacher[column] / teacher[column].square().mean(-1, keepdim=True).sqrt()
             hidden_sum = hidden_sum + (x - t).square().mean(-1).sum() / 3
-        for column, student in enumerate((2, 3)):
+        for column, student in enumerate(attention_layers):
             averaged = output.attentions[student - 1][0].mean(0)
             kept = row.hidden.attention[column]
             ends = np.cumsum(kept.counts)
@@ -264,7 +264,7 @@ def test_values_and_gradients_through_a_pack_are_those_of_rows_alone(tiny, atten
     batch = run.batch(rows)
     loss, values, got = run.gradients([batch])
     run.model.zero_grad()
-    dense = dense_values(run, batch, rows)
+    dense = dense_values(run, rows)
     for name, value in dense.items():
         assert values[name] == pytest.approx(float(value), rel=2e-4)
     total = 0.7 * dense["hidden"] + 1.3 * dense["attention"] + 0.4 * dense["contrastive"]
