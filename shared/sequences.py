@@ -112,7 +112,7 @@ def spans_problem(spans: NDArray[np.int32], num_tokens: int) -> str | None:
     if spans.ndim != 2 or spans.shape[1] != 2 or len(spans) > MAX_SPANS_PER_ROW:
         return f"spans must be [n, 2] with n <= {MAX_SPANS_PER_ROW}, got {spans.shape}"
     edges = spans.astype(np.int64).ravel()
-    if len(edges) and (edges[0] < 1 or edges[-1] > num_tokens or bool((np.diff(edges) < 0).any())):
+    if len(edges) and (edges[0] < 1 or edges[-1] > num_tokens or bool((edges[1:] < edges[:-1]).any())):
         return f"spans must ascend within [1, {num_tokens}] without overlap, got {spans[:4].tolist()}"
     return None
 

@@ -48,7 +48,7 @@ class ChatTemplate:
         Raises:
             PromptError: with `place`, when the template refuses the conversation.
         """
-        return self._tokenize(self._render(messages, place, prompt=prompt))
+        return self._tokenize(self.text(messages, place, prompt=prompt))
 
     def refuse_special_text(self, messages: list[Message], place: str) -> None:
         """Refuse turns that spell a special token, which tokenizing would turn into the token itself.
@@ -64,7 +64,12 @@ class ChatTemplate:
                         "the token itself; remove it, or use `template: none` for text that is rendered already"
                     )
 
-    def _render(self, messages: list[Message], place: str, *, prompt: bool) -> str:
+    def text(self, messages: list[Message], place: str, *, prompt: bool) -> str:
+        """Render turns, with the generation prompt where `prompt` says so.
+
+        Raises:
+            PromptError: with `place`, when the template refuses the conversation.
+        """
         settings = self._source.chat_template_kwargs
         try:
             text = self._tokenizer.apply_chat_template(
@@ -81,7 +86,7 @@ class ChatTemplate:
     def _derive_end_token(self) -> int:
         name = f"source {self._source.source!r}"
         turns = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
-        text = self._render(turns, name, prompt=False)
+        text = self.text(turns, name, prompt=False)
         _, found, after = text.rpartition(PROBE_ANSWER)
         if not found:
             raise PromptError(f"{name}: {self.origin} does not render an answer's text as it is; expected it in the rendering")

@@ -2,7 +2,8 @@
 
 No log-probabilities are asked for, so the engine decodes at full speed. Each answer has its own seed from its row_key, and a
 unit's rows are committed in the plan's order, so an interrupted build continues as it would have run (where the engine
-honours seeds; its provenance says so).
+honours seeds; its provenance says so). What is left to do with an answer (text, spans, keys) is done in the writer's thread, so
+that the engine's thread only renders prompts and keeps tokens.
 Cost: one unit of prompts and answers per unit in flight.
 """
 
@@ -12,7 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shared.cache_writer import CacheWriter
 from shared.jobs import Job, PlanRow
@@ -57,8 +61,8 @@ class _Sequences:
         path = conversation_of(row).path
         self.aside[index] = {"path": path, "line": row.line, "source": row.source, "reason": reason, "kind": kind}
 
-    def commit(self) -> Callable[[], object]:
-        """Count the unit and return the write that commits it."""
+    def commit(self, software: Mapping[str, Any]) -> None:
+        """Count the unit and commit it."""
         rows = [self.done[index] for index in sorted(self.done)]
         aside = [self.aside[index] for index in sorted(self.aside)]
         summary, work = self.work.summary, self.work
@@ -67,7 +71,16 @@ class _Sequences:
         for entry in aside:
             if entry["kind"] == PROBLEM:
                 summary.add_problem(Problem(entry["path"], entry["line"], entry["reason"]))
-        return partial(work.cache.write_sequences, work.job.part_stem(self.number), rows, work.software(), aside)
+        work.cache.write_sequences(work.job.part_stem(self.number), rows, software, aside)
+
+
+class _Answer(NamedTuple):
+    """What came back for one row; arrays, since a list of numbers takes ten times the memory."""
+
+    row: PlanRow
+    prompt_ids: NDArray[np.int32]
+    answer_ids: NDArray[np.int32]
+    finish_reason: str
 
 
 class GenerateUnit:
@@ -81,14 +94,14 @@ class GenerateUnit:
         self._work = work
         self._sequences = _Sequences(work, number)
         self._asked: dict[int, tuple[PlanRow, list[int]]] = {}
+        self._answers: dict[int, _Answer] = {}
 
     def requests(self) -> Iterator[GenerateRequest]:
         """Yield one request per usable row."""
-        for index, row in enumerate(self._work.job.unit(self.number)):
-            try:
-                prompt_ids = self._work.maker.prompt_ids(row)
-            except UnusableRowError as error:
-                self._sequences.set_aside(index, row, str(error))
+        rows = self._work.job.unit(self.number)
+        for index, (row, prompt_ids) in enumerate(zip(rows, self._work.maker.prompts(rows), strict=True)):
+            if isinstance(prompt_ids, UnusableRowError):
+                self._sequences.set_aside(index, row, str(prompt_ids))
                 continue
             self._asked[index] = row, prompt_ids
             yield GenerateRequest((self.number, index), self.number, prompt_ids, request_seed(row.row_key, self._seed))
@@ -96,25 +109,37 @@ class GenerateUnit:
     def take(self, index: int, result: Generated) -> int:
         """Keep one answer and return its tokens."""
         row, prompt_ids = self._asked.pop(index)
-        if result.finish_reason == "length":
+        ids = np.asarray(prompt_ids, dtype=np.int32), np.asarray(result.token_ids, dtype=np.int32)
+        self._answers[index] = _Answer(row, *ids, result.finish_reason)
+        return len(result.token_ids)
+
+    def commit(self) -> Callable[[], object]:
+        """Return the write that makes the unit's rows and commits them."""
+        return partial(self._write, self._work.software())
+
+    def _write(self, software: Mapping[str, Any]) -> None:
+        while self._answers:
+            self._make_row(*self._answers.popitem())
+        self._sequences.commit(software)
+
+    def _make_row(self, index: int, answer: _Answer) -> None:
+        """Make the sequences row of one answer, or set it aside."""
+        if answer.finish_reason == "length":
             self._sequences.cut += 1
             if not self._settings.keep_truncated:
-                reason = f"the answer was cut after {len(result.token_ids):,} tokens and keep_truncated is off"
-                self._sequences.set_aside(index, row, reason, TRUNCATED)
-                return len(result.token_ids)
+                reason = f"the answer was cut after {len(answer.answer_ids):,} tokens and keep_truncated is off"
+                self._sequences.set_aside(index, answer.row, reason, TRUNCATED)
+                return
         try:
-            made = self._work.maker.answered(row, prompt_ids, result.token_ids, result.finish_reason)
+            made = self._work.maker.answered(
+                answer.row, answer.prompt_ids.tolist(), answer.answer_ids.tolist(), answer.finish_reason
+            )
         except UnusableRowError as error:
-            self._sequences.set_aside(index, row, str(error))
+            self._sequences.set_aside(index, answer.row, str(error))
         else:
             self._sequences.done[index] = made
             self._work.summary.generated.rows += 1
             self._work.summary.generated.positions += made.num_positions
-        return len(result.token_ids)
-
-    def commit(self) -> Callable[[], object]:
-        """Return the write that commits the unit."""
-        return self._sequences.commit()
 
 
 def generate_units(
@@ -156,7 +181,7 @@ def import_units(work: Pass1, units: Sequence[int], desk: Desk) -> None:
             figures.positions += made.num_positions
             figures.tokens += len(made.token_ids)
             desk.progress.advance(1, len(made.token_ids))
-        desk.writer.submit(sequences.commit())
+        desk.writer.submit(partial(sequences.commit, work.software()))
     figures.seconds += time.monotonic() - started
     desk.progress.finish()
 

@@ -2,11 +2,13 @@
 
 Every reason that would keep a row from being scored is found here, before sequences are committed: too long, ids outside the
 vocabulary, an empty answer, a template that cannot be split.
+
+Cost: prompts are tokenized in batches, which the tokenizer does outside the interpreter's lock and on all cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ from shared.schema import MAX_TOKENS_PER_ROW
 from shared.sequences import SequenceRow, make_row
 from teacher_cache.spans import Template
 from teacher_cache.work_list import conversation_of
+
+TOKENIZED_AT_ONCE = 64
+"""Prompts of one batch: enough for the cost of a call to vanish, few enough that its bookkeeping of long prompts stays small."""
 
 
 class UnusableRowError(Exception):
@@ -34,26 +39,37 @@ class SequenceMaker:
         Raises:
             PromptError: a template that cannot be used at all.
         """
+        self._tokenizer = tokenizer
         self._templates = [Template(tokenizer, source) for source in sources]
         self._vocab_size = vocab_size
         self._max_model_len = min(max_model_len, MAX_TOKENS_PER_ROW)
 
-    def prompt_ids(self, row: PlanRow) -> list[int]:
-        """Return the tokens after which an answer is asked for.
+    def prompts(self, rows: Sequence[PlanRow]) -> Iterator[list[int] | UnusableRowError]:
+        """Yield for each row the tokens after which an answer is asked for.
 
-        Raises:
-            UnusableRowError: it cannot be rendered, or leaves no room for an answer.
+        Where a row cannot be rendered or leaves no room for an answer, the reason is yielded instead.
         """
-        conversation = conversation_of(row)
-        try:
-            ids = self._templates[conversation.origin].prompt_ids(conversation)
-        except PromptError as error:
-            raise UnusableRowError(str(error).removeprefix(f"{conversation.place}: ")) from error
+        for start in range(0, len(rows), TOKENIZED_AT_ONCE):
+            yield from self._prompts_at_once(rows[start : start + TOKENIZED_AT_ONCE])
+
+    def _prompts_at_once(self, rows: Sequence[PlanRow]) -> list[list[int] | UnusableRowError]:
+        rendered: list[tuple[list[int], str] | UnusableRowError] = []
+        for row in rows:
+            conversation = conversation_of(row)
+            try:
+                rendered.append(self._templates[conversation.origin].prompt_text(conversation))
+            except PromptError as error:
+                rendered.append(UnusableRowError(str(error).removeprefix(f"{conversation.place}: ")))
+        texts = [one[1] for one in rendered if not isinstance(one, UnusableRowError)]
+        tokenized = iter(self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+        return [one if isinstance(one, UnusableRowError) else self._checked_prompt(one[0] + next(tokenized)) for one in rendered]
+
+    def _checked_prompt(self, ids: list[int]) -> list[int] | UnusableRowError:
         if len(ids) > self._max_model_len - 1:
             room = f"no room for an answer within max_model_len = {self._max_model_len:,}"
-            raise UnusableRowError(f"the prompt has {len(ids):,} tokens, which leaves {room}")
-        self._require_vocabulary(np.asarray(ids, dtype=np.int64))
-        return ids
+            return UnusableRowError(f"the prompt has {len(ids):,} tokens, which leaves {room}")
+        highest = max(ids, default=0)
+        return ids if highest < self._vocab_size else UnusableRowError(self._outside(highest))
 
     def given(self, row: PlanRow) -> SequenceRow:
         """Return the row of an answer that came with the data.
@@ -105,4 +121,7 @@ class SequenceMaker:
 
     def _require_vocabulary(self, token_ids: NDArray[Any]) -> None:
         if len(token_ids) and int(token_ids.max()) >= self._vocab_size:
-            raise UnusableRowError(f"token id {int(token_ids.max())} lies outside the vocabulary of {self._vocab_size:,} entries")
+            raise UnusableRowError(self._outside(int(token_ids.max())))
+
+    def _outside(self, token_id: int) -> str:
+        return f"token id {token_id} lies outside the vocabulary of {self._vocab_size:,} entries"

@@ -13,6 +13,7 @@ Shape letters: T tokens of the row, n supervised spans.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,11 +61,20 @@ class Template:
         Raises:
             PromptError: with path:line, when the template cannot render the conversation.
         """
+        first_ids, text = self.prompt_text(conversation)
+        return first_ids + self._ids(text)
+
+    def prompt_text(self, conversation: Conversation) -> tuple[list[int], str]:
+        """Return what `prompt_ids` consists of: the ids that come first, and the text to tokenize after them.
+
+        Raises:
+            PromptError: with path:line, when the template cannot render the conversation.
+        """
         turns = self._with_system(_turns(conversation))
         if self._chat is None:
-            return self._bos() + self._ids(_plain_prompt(turns, conversation.place))
+            return self._bos, _plain_prompt(turns, conversation.place)
         self._chat.refuse_special_text(turns, conversation.place)
-        return self._chat.ids(turns, conversation.place, prompt=True)
+        return [], self._chat.text(turns, conversation.place, prompt=True)
 
     def complete(self, conversation: Conversation) -> Tokens:
         """Return token ids [T] and spans [n, 2] of a conversation whose answers are given.
@@ -75,7 +85,7 @@ class Template:
         if conversation.sequence is not None:
             return _tokens(conversation.sequence.token_ids, [(start, end) for start, end in conversation.sequence.spans])
         if conversation.text is not None:
-            ids = self._bos() + self._ids(conversation.text)
+            ids = self._bos + self._ids(conversation.text)
             if len(ids) < 2:
                 raise PromptError(f"{conversation.place}: the text has fewer than two tokens, so there is nothing to predict")
             return _tokens(ids, [(1, len(ids))])
@@ -150,7 +160,7 @@ class Template:
                 f"{place}: {NO_ANSWER}" if not rest else f"{place}: `template: none` takes one answer, found {len(rest)}"
             )
         prompt = _plain_prompt(self._with_system(turns), place)
-        bos, before, whole = self._bos(), self._ids(prompt), self._ids(prompt + rest[0]["content"])
+        bos, before, whole = self._bos, self._ids(prompt), self._ids(prompt + rest[0]["content"])
         if whole[: len(before)] != before or len(whole) == len(before):
             raise PromptError(f"{place}: a token spans the seam of prompt and answer; move white space there to the answer's start")
         start = len(bos) + len(before)
@@ -166,8 +176,9 @@ class Template:
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    @cached_property
     def _bos(self) -> list[int]:
-        """Return the BOS token as a list where the tokenizer starts plain text with one, else nothing."""
+        """The BOS token as a list where the tokenizer starts plain text with one, else nothing."""
         bos = self._tokenizer.bos_token_id
         return [bos] if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else []
 

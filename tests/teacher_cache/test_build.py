@@ -258,6 +258,15 @@ def test_a_failing_write_stops_the_build_at_once_with_its_cause(tmp_path, model,
     assert opened[0].closed == 1
 
 
+def test_a_failure_while_rows_are_made_in_the_writers_thread_stops_the_build_with_its_cause(tmp_path, model, opened, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the tokenizer broke")
+
+    monkeypatch.setattr("teacher_cache.sequence_maker.SequenceMaker.answered", fail)
+    with pytest.raises(RuntimeError, match="the tokenizer broke"):
+        teach(recipe(tmp_path, model))
+
+
 def test_an_engine_that_loses_rows_is_reported(tmp_path, model, opened, monkeypatch):
     monkeypatch.setattr(FakeEngine, "generate", lambda self, requests, settings: iter([*requests][:0]))
     with pytest.raises(EngineError, match="the engine ended with 20 rows unanswered"):
