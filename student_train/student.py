@@ -103,7 +103,7 @@ def check_tokenizer(source: str, revision: str | None, cache: Any, *, required: 
         IdentityError: the tokenizers differ.
         TrainingError: the student has none although one is `required`.
     """
-    found = student_tokenizer_hash(source, revision)
+    found = student_tokenizer_hash(source, revision, cache.tokenizer_hash)
     if found is None:
         if required:
             raise TrainingError(
@@ -118,9 +118,12 @@ def check_tokenizer(source: str, revision: str | None, cache: Any, *, required: 
         )
 
 
-def student_tokenizer_hash(source: str, revision: str | None = None) -> str | None:
-    """Return the hash of a model's tokenizer, or None where it has none."""
-    from transformers import AutoTokenizer
+def student_tokenizer_hash(source: str, revision: str | None = None, wanted: str | None = None) -> str | None:
+    """Return the hash of a model's tokenizer, or None where it has none.
+
+    For some types of models transformers puts the type's own normaliser and pre-tokeniser over those of the file, and a cache
+    holds tokenizers as loaded: `wanted` is returned where either the file or what is loaded from it has that hash.
+    """
     from transformers.utils import cached_file
 
     def find(name: str) -> str | None:
@@ -132,9 +135,17 @@ def student_tokenizer_hash(source: str, revision: str | None = None) -> str | No
 
     path = find("tokenizer.json")
     if path is not None:
-        return tokenizer_hash(Path(path).read_bytes())
+        found = tokenizer_hash(Path(path).read_bytes())
+        return found if wanted in (None, found) or _loaded_tokenizer_hash(source, revision) != wanted else wanted
     if not any(find(name) for name in _OTHER_TOKENIZERS):  # transformers would make an empty one up from the config
         return None
+    return _loaded_tokenizer_hash(source, revision)
+
+
+def _loaded_tokenizer_hash(source: str, revision: str | None) -> str | None:
+    """Return the hash of a tokenizer as transformers loads it, or None where it does not load."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, ImportError):

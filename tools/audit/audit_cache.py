@@ -140,7 +140,8 @@ def _student(settings: AuditSettings, cache: Cache) -> Any:
     from teacher_cache.model_files import resolve_model
 
     files = resolve_model(settings.student)
-    found, wanted = student_tokenizer_hash(str(files.directory)), cache.sequences_identity.tokenizer_hash
+    wanted = cache.sequences_identity.tokenizer_hash
+    found = student_tokenizer_hash(str(files.directory), None, wanted)
     if found is not None and found != wanted:
         raise IdentityError(
             f"{settings.student} has tokenizer {found} and {cache.path} has {wanted}; name another with --student DIR"
