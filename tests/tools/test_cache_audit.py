@@ -15,10 +15,13 @@ from shared.cache import Cache
 from shared.cache_writer import CacheWriter
 from shared.codec import Codec
 from shared.errors import CacheError, IdentityError
+from shared.recipe import Teacher
 from shared.targets import SparseTargets
 from teacher_cache.engines.column_layout import ColumnLayout
+from teacher_cache.engines.transformers_model import CausalModel
 from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
+from tools.audit import live
 from tools.audit.audit_cache import AuditSettings, audit_cache, audit_text
 from tools.audit.capturing import capture_chunk, join_columns
 from tools.audit.truncation import smaller_capture
@@ -267,3 +270,14 @@ def test_the_command_prints_tables_or_json_and_keeps_the_audit_in_the_recipes_ru
         assert f"{option[0]} {option[1]}: expected" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["cache", "audit", str(world["cache"]), "--rows", "0"])
+
+
+def test_a_pass_that_waits_for_its_reader_leaves_gradients_on_elsewhere(world: dict[str, Path]) -> None:
+    recorded = Teacher.model_validate({"model": str(world["teacher"]), "engine": "transformers", "dtype": "float32"})
+    model = CausalModel.load(recorded, world["teacher"])
+    row = Cache.open(world["cache"]).sequence(0)
+    passing = live.dense_logprobs(model, row, step=1)
+    next(passing)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    passing.close()

@@ -99,8 +99,10 @@ def dense_logprobs(
     with torch.inference_mode():
         hidden = model.hidden(tokens.to(model.device), mask.to(model.device))[0]
         rows = torch.from_numpy(predicting_rows(row.spans)).to(model.device)
-        step = step or chunk_positions(model)
-        for start in range(0, len(rows), step):
-            where = slice(start, min(start + step, len(rows)))
+    step = step or chunk_positions(model)
+    for start in range(0, len(rows), step):
+        where = slice(start, min(start + step, len(rows)))
+        with torch.inference_mode():  # left before each yield: a generator that waits would keep its caller in that mode
             logits: Any = model.logits(hidden[rows[where]])[:, :vocab_size]
-            yield where, logits.double().log_softmax(-1).cpu()
+            logprobs = logits.double().log_softmax(-1).cpu()
+        yield where, logprobs
