@@ -173,6 +173,7 @@ def _unknown_key(place: Path) -> str:
             for name, field in section.model_fields.items()
             if key in getattr(_section_in(field.annotation), "model_fields", {})
         ]
+        inside.sort(key=lambda name: name != "trainer")  # of equals the section where such keys usually stand
         hint = f"; did you mean '{inside[0]}.{key}'?" if inside else f"; known here: {', '.join(section.model_fields)}"
     return f"unknown key{hint}"
 

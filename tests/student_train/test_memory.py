@@ -97,7 +97,7 @@ def counted_step(student, trainer):
     )
     base = AutoModelForCausalLM.from_config(config, dtype=DTYPES[student.dtype]).train()
     switch_attention(base, NAME)
-    objective = Objective(head_of(base, vocab), [LossTerm("forward_kl"), LossTerm("cross_entropy")], chunk_bytes=MIB)
+    objective = Objective(head_of(base, vocab), terms=[LossTerm("forward_kl"), LossTerm("cross_entropy")], chunk_bytes=MIB)
     patch_forward(base, objective)
     model = add_adapter(base, student.adapter)
     if trainer.gradient_checkpointing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -213,11 +214,12 @@ def test_unknown_or_swapped_stage_names_are_refused(recipe_of):
 
 def test_loss_that_is_not_finite_stops_the_stage_and_its_health(recipe_of):
     recipe = recipe_of(trainer={"learning_rate": 1e30, "max_grad_norm": 0.0, "optim": "sgd"})
-    with pytest.raises(TrainingError, match=r"the loss of step \d is (nan|inf)"):
+    with pytest.raises(TrainingError, match=r"step \d: the (loss|gradient's norm) is (nan|inf)"):
         run_stages(recipe)
     health = json.loads((recipe.output_dir / "train/kd/health.json").read_text())
     assert not health["healthy"]
-    assert not health["checks"]["losses_finite"]
+    assert not health["checks"]["not_diverged"]
+    assert re.search("is (nan|inf)", health["stopped"])
     assert not health["checks"]["model_saved"]
 
 
