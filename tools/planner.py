@@ -109,7 +109,8 @@ def _build_figures(recipe: Recipe, counted: PromptCount, there: dict[str, Any], 
         assumptions.append(f"answers are expected at {half}, and at most all of it")
     if counted.tokenizer_note:
         assumptions.append(f"tokens are estimated at {CHARACTERS_PER_TOKEN:g} characters each: {counted.tokenizer_note}")
-    if any(source.rows > source.rows_counted for source in counted.sources.values()):
+    counted_rows = [source for source in counted.sources.values() if source.answer_tokens_assumed is None]
+    if any(source.rows > source.rows_counted for source in counted_rows):
         assumptions.append(f"tokens are counted for {ROWS_COUNTED:,} rows per source and scaled up for the rest")
     per_position = _bytes_per_position(recipe, there)
     if there["bytes_per_position"] is not None:
