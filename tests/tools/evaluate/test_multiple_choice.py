@@ -12,9 +12,11 @@ from transformers import AutoTokenizer
 
 from shared.errors import EvaluationError
 from shared.recipe import Recipe, Task
+from teacher_cache.engines import installed_vllm
 from tests.tiny_models import make_qwen3, make_tokenizer
 from tests.tools.evaluate.heldout_cache import dense_logprobs
 from tools.evaluate import multiple_choice
+from tools.evaluate.all_models import evaluate_all
 from tools.evaluate.models import model_under_test
 from tools.evaluate.one_model import evaluate_model
 from tools.evaluate.questions import Question, read_questions
@@ -205,3 +207,24 @@ def test_shots_of_every_task_stand_before_its_questions(root: Path, tmp_path: Pa
         places = [text.index(part) for part in ("Ask 0?", "Solved 0", "Ask 1?", "Solved 1", f"Ask {number}?")]
         assert places == sorted(places)
         assert "Solved 2" not in text
+
+
+@pytest.mark.slow
+def test_vllm_weighs_choices_as_transformers_does_and_answers_in_the_same_start(root: Path) -> None:
+    if installed_vllm() is None:
+        pytest.skip("vLLM is not installed")
+    plain = recipe(root)
+    sums = {"name": "gsm8k", "path": str(root / "sums.jsonl")}
+    write(root / "sums.jsonl", [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(3)])
+    tasks = [*plain.model_dump(mode="json")["evaluate"]["tasks"], sums]
+    weighed = {}
+    for engine in ("transformers", "vllm"):
+        settings = {"models": ["teacher"], "engine": engine, "max_new_tokens": 8, "tasks": tasks}
+        chosen = Recipe.model_validate({**plain.model_dump(mode="json"), "output_dir": str(root / engine), "evaluate": settings})
+        evaluate_all(chosen, say=lambda line: None)
+        rows = list(read_answers(root / engine / "evaluate" / "teacher.answers.jsonl"))
+        assert [row["domain"] for row in rows] == ["choice"] * 4 + ["sums"] * 3
+        weighed[engine] = [choice["logprob_nats"] for row in rows[:4] for choice in row["choices"]]
+        result = json.loads((root / engine / "evaluate" / "teacher.json").read_text())
+        assert result["provenance"]["engine"] == engine
+    assert weighed["vllm"] == pytest.approx(weighed["transformers"], rel=1e-3, abs=1e-2)
