@@ -110,7 +110,10 @@ GRAD_NORM = {
     ("settings", "places"),
     [
         pytest.param(
-            SAMPLING, ["train_step.after_write@2", "train_step.after_write@5", "checkpoint.before_marker@1"], id="sampling"
+            SAMPLING,
+            ["train_step.after_write@2", "train_step.after_write@5", "checkpoint.before_marker@1"],
+            id="sampling",
+            marks=pytest.mark.slow,
         ),
         pytest.param({**SAMPLING, **GRAD_NORM}, ["train_step.after_write@8"], id="sampling-grad-norm", marks=pytest.mark.slow),
         pytest.param(

@@ -36,7 +36,9 @@ def elsewhere(recipe, name):
     [
         pytest.param(PLAIN, ["train_step.after_write@5"], id="mixture-accumulation"),
         pytest.param(LORA, ["checkpoint.before_marker@2"], id="lora-dropout-in-a-checkpoint"),
-        pytest.param({}, ["train_step.after_write@2", "checkpoint.before_rename", "export.before_write"], id="thrice"),
+        pytest.param(
+            {}, ["train_step.after_write@2", "checkpoint.before_rename", "export.before_write"], id="thrice", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_resume_is_bitwise_equal_after_kill(recipe_of, run_apart, settings, places):
