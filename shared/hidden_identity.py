@@ -6,12 +6,15 @@ Layers count from 1 for the output of the first block; `FINAL` stands for the st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from pydantic import ConfigDict
+
 from shared.errors import DamagedError
+from shared.grown import identity_document, read_identity
 from shared.hidden_codec import HIDDEN_CODEC_NAME, HiddenCodec
-from shared.identity import checked_fields, hash8_of
+from shared.identity import STRICT, Size, hash8_of
 from shared.schema import MAX_HIDDEN_LAYERS, MAX_HIDDEN_WIDTH, MAX_STRONGEST_KEYS
 
 FINAL = -1
@@ -24,6 +27,7 @@ PROJECTION_NAME = "gaussian-philox-1"
 class HiddenIdentity:
     """Which teacher, which layers, kept how."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     what: ClassVar[str] = "hidden layer"
     provenance: ClassVar[frozenset[str]] = frozenset({"teacher"})
 
@@ -31,13 +35,13 @@ class HiddenIdentity:
     """Path or hub id as the recipe named it."""
     weights_hash: str
     tokenizer_hash: str
-    num_layers: int
+    num_layers: Size
     """Blocks of the teacher."""
-    width: int
+    width: Size
     """Hidden width of the teacher."""
     layers: tuple[int, ...]
     """Teacher layers whose states are kept, ascending, FINAL last; none where only others are kept."""
-    projection: int | None = None
+    projection: Size | None = None
     """Width after the random projection; None keeps the teacher's own."""
     projection_seed: int = 0
     """Seed of the projection; 0 without one."""
@@ -47,7 +51,7 @@ class HiddenIdentity:
     """none | mean | last: of the final state over the supervised positions."""
     attention_layers: tuple[int, ...] = ()
     """Teacher layers whose attention is kept, ascending."""
-    strongest: int = 0
+    strongest: Size = 0
     """Keys kept per query; 0 without attention."""
     codec: str = HIDDEN_CODEC_NAME
     dtype: str = "bfloat16"
@@ -97,13 +101,13 @@ class HiddenIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**asdict(self), "layers": list(self.layers), "attention_layers": list(self.attention_layers)}
+        return identity_document(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: str) -> HiddenIdentity:
         """Rebuild an identity; `where` names its file in errors.
 
         Raises:
-            DamagedError: a field is missing, unknown or of another type.
+            DamagedError: a field is missing, unknown, of another type or out of range.
         """
-        return cls(**checked_fields(cls, document, where))
+        return read_identity(cls, document, where)

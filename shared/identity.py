@@ -2,23 +2,31 @@
 
 Identity is what makes two targets layers, or two sets of sequences, the same thing; provenance (engine, library
 versions, machine) is recorded but never compared. A difference is explained in a sentence with both values, before any
-work.
+work. A field that is added is declared with `shared.grown.grown`, which keeps the hash of everything older.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, Protocol
 
 import xxhash
+from pydantic import ConfigDict, Field
 
 from shared.codec import CODEC_NAME, Codec
 from shared.errors import DamagedError
+from shared.grown import identity_document, read_identity
 from shared.keys import canonical_json
 from shared.weights_hash import tokenizer_hash, weights_hash
 
 __all__ = ["LayerIdentity", "SequencesIdentity", "difference", "tokenizer_hash", "weights_hash"]
+
+
+Size = Annotated[int, Field(ge=0, lt=2**31)]
+"""A number of entries, layers or components; no real one comes near the end."""
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How identities are read: no conversions, no unknown fields, finite numbers."""
 
 
 def hash8_of(identity: Any) -> str:
@@ -31,6 +39,7 @@ def hash8_of(identity: Any) -> str:
 class LayerIdentity:
     """Which teacher, captured how: the identity of one targets layer."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     what: ClassVar[str] = "targets layer"
     provenance: ClassVar[frozenset[str]] = frozenset({"teacher"})
     """Where the weights lie is not what they are: weights_hash says that."""
@@ -39,13 +48,13 @@ class LayerIdentity:
     """Path or hub id as the recipe named it."""
     weights_hash: str
     tokenizer_hash: str
-    vocab_size: int
+    vocab_size: Size
     """Entries of the teacher's head; every id lies below it."""
     mode: str
     """top, sample or top+sample."""
-    k: int
+    k: Size
     """Most head entries per position; 0 in mode sample."""
-    draws: int = 0
+    draws: Size = 0
     """Tokens drawn per position and temperature; 0 in mode top."""
     mass: float = 1.0
     temperatures: tuple[float, ...] = (1.0,)
@@ -84,27 +93,28 @@ class LayerIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**asdict(self), "temperatures": list(self.temperatures)}
+        return identity_document(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: str) -> LayerIdentity:
         """Rebuild an identity; `where` names its file in errors.
 
         Raises:
-            DamagedError: a field is missing, unknown or of another type.
+            DamagedError: a field is missing, unknown, of another type or out of range.
         """
-        return cls(**checked_fields(cls, document, where))
+        return read_identity(cls, document, where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequencesIdentity:
     """What all rows of a cache share. Licence and origin of the answers are provenance: recorded, not compared."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     what: ClassVar[str] = "cache"
     provenance: ClassVar[frozenset[str]] = frozenset({"licence", "answers", "tokenizer"})
 
     tokenizer_hash: str
-    vocab_size: int
+    vocab_size: Size
     """Ids lie below it."""
     template: str = ""
     """Hash of the default chat template."""
@@ -117,16 +127,16 @@ class SequencesIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        return identity_document(self)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: str) -> SequencesIdentity:
         """Rebuild an identity; `where` names its file in errors.
 
         Raises:
-            DamagedError: a field is missing, unknown or of another type.
+            DamagedError: a field is missing, unknown, of another type or out of range.
         """
-        return cls(**checked_fields(cls, document, where))
+        return read_identity(cls, document, where)
 
 
 class Identity(Protocol):
@@ -155,52 +165,3 @@ def difference(found: Identity, wanted: Identity) -> str | None:
         if a != b:
             return f"{name} is {a!r} in this {found.what} and {b!r} in the request"
     return None
-
-
-NUMBERS = {
-    "vocab_size": int,
-    "k": int,
-    "draws": int,
-    "mass": float,
-    "gap_step": float,
-    "num_layers": int,
-    "width": int,
-    "projection": int,
-    "projection_seed": int,
-    "strongest": int,
-}
-"""Fields of identities that are numbers, and of which kind."""
-_OPTIONAL = ("revision", "quantization", "adapter", "licence", "answers", "projection")
-_LISTS = ("temperatures", "layers", "attention_layers")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def checked_fields(cls: type[Any], document: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields of an identity after checking names and types; lists of numbers become tuples.
-
-    Raises:
-        DamagedError: a field is missing, unknown or of another type.
-    """
-    names = {f.name for f in fields(cls)}
-    if set(document) != names:
-        odd = ", ".join(sorted(names.symmetric_difference(document)))
-        raise DamagedError(f"{where} has missing or unknown fields ({odd}); it was altered or written by another version")
-    values = dict(document)
-    for name, value in document.items():
-        if name in _LISTS:
-            if not isinstance(value, list) or not all(_is_number(number) for number in value):
-                raise DamagedError(f"{where} says {name}: {value!r} where a list of numbers is expected")
-            values[name] = tuple(float(number) if name == "temperatures" else int(number) for number in value)
-            continue
-        if value is None:
-            fits = name in _OPTIONAL
-        elif name in NUMBERS:
-            fits = _is_number(value) and (NUMBERS[name] is float or isinstance(value, int))
-        else:
-            fits = isinstance(value, str)
-        if not fits:
-            raise DamagedError(f"{where} says {name}: {value!r}, which is of the wrong kind")
-    return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -154,6 +154,11 @@ class PromptSource(Section):
 
 class Generate(Section):
     """How the teacher answers the prompts; left out of the recipe: the data's own answers are scored."""
+
+    NAMES_THE_JOB: ClassVar[frozenset[str]] = frozenset(
+        ("temperature", "top_p", "top_k", "stop", "seed", "samples_per_prompt", "max_new_tokens", "keep_truncated", "model")
+    )
+    """Fields that a job's request has always held; a later one joins it where it is not at its default."""
 
     temperature: NonNegative = 1.0
     """Sampling temperature; 0 takes the most probable token."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -48,6 +48,9 @@ class StageEvaluation(Section):
 
 class Sampling(Section):
     """Shares of the sources that follow their held-out KL: what evaluates worse is drawn more."""
+
+    NAMES_THE_PLAN: ClassVar[frozenset[str]] = frozenset(("kind", "every_steps", "floor", "ceiling", "smoothing"))
+    """Fields that a plan's hash has always held; a later one joins it where it is not at its default."""
 
     kind: Literal["evaluation"]
     """By the stage's evaluations."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,11 @@ TaskName = Literal["gsm8k", "humaneval", "keywords", "multiple_choice"]
 
 class Task(Section):
     """One set of questions with a way to score answers."""
+
+    NAMES_THE_RESULT: ClassVar[frozenset[str]] = frozenset(
+        ("name", "path", "domain", "limit", "prompt_template", "temperature", "samples", "shots", "seed")
+    )
+    """Fields that an evaluation's identity has always held; a later one joins it where it is not at its default."""
 
     name: TaskName
     """How answers are scored: final number, unit tests, keywords, or the most probable choice."""

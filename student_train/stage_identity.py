@@ -15,9 +15,11 @@ import xxhash
 
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
+from shared.grown import first_difference
 from shared.identity import weights_hash
 from shared.keys import canonical_json
 from shared.recipe import Student
+from shared.recipe_base import Section
 from student_train.stage_work import StageWork
 
 IDENTITY_FILE = "identity.json"
@@ -35,8 +37,8 @@ _WITHOUT_EFFECT = (
 )
 
 
-def stage_identity(work: StageWork) -> dict[str, Any]:
-    """Return everything that a stage's final weights depend on, as JSON values."""
+def stage_identity(work: StageWork, *, only_moved: bool = False) -> dict[str, Any]:
+    """Return what a stage's final weights depend on, as JSON values; `only_moved` leaves out settings at their default."""
     not_trained_with: Any = {
         "name": True,
         "init_from": True,
@@ -45,19 +47,23 @@ def stage_identity(work: StageWork) -> dict[str, Any]:
         "balance": True,
         "trainer": set(_WITHOUT_EFFECT),
     }
+
+    def said(section: Section, **kept: Any) -> dict[str, Any]:
+        return section.model_dump(mode="json", exclude_defaults=only_moved, **kept)
+
     evaluate = work.stage.evaluate
     course: dict[str, Any] = {}
     if work.run is not None:
         course["run"] = {"steps_before": work.run.before, "steps": work.run.total}
     if work.stage.balance.kind != "fixed":
-        course["balance"] = work.stage.balance.model_dump(mode="json")
+        course["balance"] = said(work.stage.balance)
     if work.stage.sampling is not None:
-        course["sampling"] = work.stage.sampling.model_dump(mode="json")
+        course["sampling"] = said(work.stage.sampling)
     if evaluate is not None and (evaluate.decides or work.stage.sampling is not None):
-        course["evaluate"] = evaluate.model_dump(mode="json", exclude={"samples", "sample_tokens"})
+        course["evaluate"] = said(evaluate, exclude={"samples", "sample_tokens"})
     return {
-        "stage": work.stage.model_dump(mode="json", exclude=not_trained_with) | course,
-        "student": work.student.model_dump(mode="json", exclude={"model", "revision", "init", "trust_remote_code"}),
+        "stage": said(work.stage, exclude=not_trained_with) | course,
+        "student": said(work.student, exclude={"model", "revision", "init", "trust_remote_code"}),
         "start": start_identity(work.student, work.start, work.seed),
         "cache": work.caches.cache_id,
         "plan": work.plan.hash,
@@ -91,17 +97,21 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(canonical_json(dict(identity)))
 
 
-def claim_stage(stage_dir: Path, identity: Mapping[str, Any]) -> bool:
+def claim_stage(work: StageWork) -> bool:
     """Take a stage's directory for this identity; return whether the stage is finished already.
+
+    A setting that the recorded identity lacks, since it was written before the setting existed, means the setting's default.
 
     Raises:
         TrainingError: the directory holds a stage of another identity.
     """
-    path = stage_dir / IDENTITY_FILE
+    stage_dir, path = work.directory, work.directory / IDENTITY_FILE
+    wanted = json.loads(json.dumps(stage_identity(work)))
     if path.exists():
-        found = json.loads(path.read_text())
-        if found != json.loads(json.dumps(identity)):
-            name, old, new = first_difference(found, json.loads(json.dumps(identity)))
+        moved = json.loads(json.dumps(stage_identity(work, only_moved=True)))
+        other = first_difference(json.loads(path.read_text()), wanted, moved)
+        if other is not None:
+            name, old, new = other
             state = "a finished stage" if (stage_dir / DONE_FILE).exists() else "a begun stage"
             raise TrainingError(
                 f"{stage_dir} holds {state} with {name} {_short(old)} where the recipe now has {_short(new)}; "
@@ -109,21 +119,8 @@ def claim_stage(stage_dir: Path, identity: Mapping[str, Any]) -> bool:
             )
         return (stage_dir / DONE_FILE).exists() and (stage_dir / "model" / "config.json").is_file()
     stage_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(identity, indent=1).encode(), what="identity")
+    write_atomic(path, json.dumps(wanted, indent=1).encode(), what="identity")
     return False
-
-
-def first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any]:
-    """Return (dotted name, old value, new value) of the first difference between two JSON values."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in [*old, *(name for name in new if name not in old)]:
-            if old.get(name) != new.get(name):
-                return first_difference(old.get(name), new.get(name), f"{where}.{name}" if where else name)
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (left, right) in enumerate(zip(old, new, strict=True)):
-            if left != right:
-                return first_difference(left, right, f"{where}.{index}")
-    return where, old, new
 
 
 def _short(value: Any) -> str:
@@ -131,7 +128,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def mark_done(stage_dir: Path, identity: Mapping[str, Any], num_steps: int) -> None:
+def mark_done(work: StageWork, num_steps: int) -> None:
     """Mark a stage finished, after everything else of it is on disk."""
-    document = {"identity": identity_hash(identity), "steps": num_steps}
-    write_atomic(stage_dir / DONE_FILE, json.dumps(document, indent=1).encode(), what="done")
+    document = {"identity": identity_hash(stage_identity(work, only_moved=True)), "steps": num_steps}
+    write_atomic(work.directory / DONE_FILE, json.dumps(document, indent=1).encode(), what="done")

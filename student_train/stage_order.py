@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from shared.errors import TrainingError
+from shared.grown import unmoved
 from shared.layer_choice import hidden_layer_of, layer_of_capture
 from shared.recipe import Recipe, Sampling, Stage
 from student_train.dataset import CacheList
@@ -98,7 +99,7 @@ def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | 
         packs_per_epoch=planner.packs_per_epoch,
         planner=planner,
         every_steps=_every_steps(stage, stage.sampling),
-        settings=stage.sampling.model_dump_json(),
+        settings=stage.sampling.model_dump_json(exclude=unmoved(stage.sampling, Sampling.NAMES_THE_PLAN)),
     )
 
 

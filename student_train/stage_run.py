@@ -38,7 +38,7 @@ from student_train.row_attention import switch_attention
 from student_train.row_separation import separate_rows
 from student_train.run_seconds import SecondsLog
 from student_train.sharding import check_sharding, load_weights, shard
-from student_train.stage_identity import claim_stage, mark_done, stage_identity
+from student_train.stage_identity import claim_stage, mark_done
 from student_train.stage_work import StageWork, resolve_stage
 from student_train.student import add_adapter, load_student
 from student_train.student_head import body_of, check_head, head_of
@@ -58,9 +58,8 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     work = resolve_stage(recipe, stage)
     phase, total, model_dir = f"train {stage.name}", work.plan.num_steps, work.directory / "model"
     args = _arguments(work)  # joins the other processes, where there are any
-    identity = stage_identity(work)
     display = open_progress if is_first() else SilentProgress
-    if first_then_others(lambda: claim_stage(work.directory, identity)):
+    if first_then_others(lambda: claim_stage(work)):
         progress = display(phase, total, unit="steps", done=total)
         progress.note(f"{phase}: finished before with the same settings, {model_dir} is reused")
         progress.close()
@@ -91,7 +90,7 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if is_first():
-        mark_done(work.directory, identity, _verdict(work, total).stopped_at or total)
+        mark_done(work, _verdict(work, total).stopped_at or total)
     wait_for_all()
     return model_dir
 

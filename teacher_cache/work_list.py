@@ -24,6 +24,7 @@ import xxhash
 
 from shared.errors import PromptError
 from shared.growing_key_set import GrowingKeySet
+from shared.grown import unmoved
 from shared.jobs import PlanRow
 from shared.keys import canonical_json, content_key, group_key, row_key
 from shared.recipe import Generate, PromptSource, Recipe
@@ -125,7 +126,8 @@ def request_of(recipe: Recipe, generator: Mapping[str, Any] | None, tokenizer_ha
     if recipe.generate is not None:
         # The generator says which model answers, whatever its directory is called.
         answers = {"seed": answer_seed(recipe.generate, recipe.seed), "model": None}
-        generate = {**recipe.generate.model_dump(mode="json"), **answers}
+        later = unmoved(recipe.generate, Generate.NAMES_THE_JOB)
+        generate = {**recipe.generate.model_dump(mode="json", exclude=later), **answers}
     return {
         "prompts": [
             {

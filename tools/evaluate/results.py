@@ -21,9 +21,10 @@ import xxhash
 from shared.atomic import write_atomic
 from shared.cache import Cache
 from shared.errors import EvaluationError
+from shared.grown import unmoved
 from shared.layer_choice import layer_of_capture
 from shared.narrowing import LayerView
-from shared.recipe import Recipe
+from shared.recipe import Recipe, Task
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.rendering import source_of
 
@@ -47,7 +48,8 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
     for task in recipe.evaluate.tasks:
         source = source_of(recipe, task)
         rendering = source.model_dump(mode="json", include={"system", "template", "chat_template", "chat_template_kwargs"})
-        tasks.append({**task.model_dump(mode="json"), "file": _file_hash(Path(task.path)), "rendering": rendering})
+        asked = task.model_dump(mode="json", exclude=unmoved(task, Task.NAMES_THE_RESULT))
+        tasks.append({**asked, "file": _file_hash(Path(task.path)), "rendering": rendering})
     layer = heldout_layer(recipe)
     return {
         "format": RESULT_FORMAT,
