@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import xxhash
 from pydantic import ConfigDict, Field
 
 from shared.codec import CODEC_NAME, Codec
 from shared.errors import DamagedError
-from shared.grown import identity_document, read_identity
+from shared.grown import grown, identity_document, read_identity
 from shared.keys import canonical_json
 from shared.weights_hash import tokenizer_hash, weights_hash
 
@@ -124,6 +124,8 @@ class SequencesIdentity:
     """Licence under which the answers may be used."""
     answers: str | None = None
     """Who wrote the answers."""
+    groups: Literal["prompt", "first question"] = grown("prompt")
+    """Rule of the group keys (shared/groups.py); a cache keeps the rule that it began with."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

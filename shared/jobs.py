@@ -47,7 +47,7 @@ class PlanRow:
     """Line in the source's file, from 1."""
     sample_index: int
     prompt: str
-    """The prompt's text, as `group_key` hashed it."""
+    """The prompt's text, as `row_key` hashed it."""
     messages: str
     """JSON: the conversation as a list of messages, or {"text": ...}."""
     reference: str | None

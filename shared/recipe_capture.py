@@ -21,6 +21,7 @@ from shared.recipe_base import (
     inconsistent,
 )
 from shared.recipe_hidden import HiddenCapture
+from shared.recipe_prompts import PromptSource
 from shared.recipe_servers import teacher_problems
 from shared.schema import MAX_DRAWS, MAX_GAP_STEP, MAX_K, MAX_TEMPERATURES, MIN_GAP_STEP
 
@@ -108,48 +109,6 @@ def _misplaced(workers: Workers, engine: str, tensor_parallel_size: int) -> list
             )
         ]
     return []
-
-
-class PromptSource(Section):
-    """One file, directory or hub data set of prompts or answered prompts."""
-
-    source: str = ""
-    """Label of these rows in the cache, in mixtures and in reports; two entries may share it; format cache may leave it out."""
-    path: Text
-    """A jsonl, parquet or arrow file, a directory of them, or a hub id; for format cache, the directory of a cache."""
-    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "cache"]
-    """What the columns mean; cache: rows of another cache, token for token."""
-    split: Text = "train"
-    """Split of a hub data set."""
-    limit: Count | None = None
-    """Take at most this many rows from the start."""
-    system: str | None = None
-    """System message put before conversations that have none."""
-    template: Literal["chat", "none"] = "chat"
-    """Render with the tokenizer's chat template, or join the plain texts."""
-    chat_template: str | None = None
-    """A Jinja template (or the path of one) instead of the tokenizer's."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the template, such as enable_thinking."""
-
-    @model_validator(mode="after")
-    def _template_is_used(self) -> PromptSource:
-        if self.format == "cache":
-            names = ("split", "system", "template", "chat_template", "chat_template_kwargs")
-            fields = type(self).model_fields
-            changed = [name for name in names if getattr(self, name) != fields[name].get_default(call_default_factory=True)]
-            if changed:
-                inconsistent(*(((name,), "rows of a cache are taken as they are, so leave it out") for name in changed))
-            return self
-        if not self.source:
-            inconsistent((("source",), "label these rows (only rows of format 'cache' have labels of their own)"))
-        plain = "'text' rows" if self.format == "text" else "rows with template 'none'" if self.template == "none" else None
-        set_anyway = [name for name in ("chat_template", "chat_template_kwargs") if getattr(self, name)]
-        if self.format == "text" and self.system is not None:
-            set_anyway.append("system")
-        if plain and set_anyway:
-            inconsistent(*(((name,), f"{plain} are not rendered by a template, so leave it out") for name in set_anyway))
-        return self
 
 
 class Generate(Section):

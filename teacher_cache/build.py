@@ -23,7 +23,7 @@ from shared.recipe import Recipe, Teacher
 from shared.recipe_capture import Workers
 from teacher_cache import engines
 from teacher_cache.answerer import Answerer, know_answerer
-from teacher_cache.cache_source import answers_of, require_tokenizer
+from teacher_cache.cache_source import answers_of, group_rule, require_tokenizer
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.feeding import Desk
 from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
@@ -112,7 +112,7 @@ def teach(
     answerer = know_answerer(recipe.generate, teacher, known)
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answerer.max_model_len)
     request = _request(recipe, known, answerer)
-    identity = sequences_identity(known, teacher, recipe.generate)
+    identity = replace(sequences_identity(known, teacher, recipe.generate), groups=group_rule(recipe.cache[0], recipe.prompts))
     if request is None:  # nothing is rendered, so the teacher's own template does not matter
         identity = replace(identity, template=read_header(recipe.cache[0]).identity.template)
     cache = CacheWriter.create_or_open(recipe.cache[0], identity, known.tokenizer_files)
@@ -122,6 +122,7 @@ def teach(
     layer = cache.layer(None, serving.identity if serving else wanted, {"engine": teacher.engine, **software()})
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
+    summary.groups = cache.identity.groups
     hidden = HiddenPass.prepare(cache, known, teacher, recipe.capture.hidden) if recipe.capture.hidden is not None else None
     if hidden is not None:
         hidden.describe(summary)
@@ -217,7 +218,8 @@ def _plan(build: _Build, request: dict[str, Any]) -> Job:
         build.progress.start("list", 0)
         conversations = read_prompts(recipe.prompts, problems)
         answerer = build.answerer.key
-        for row in list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer):
+        groups = build.cache.identity.groups
+        for row in list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer, groups):
             build.progress.advance(1, 0)
             _stop_if_asked(build)
             yield row
@@ -229,6 +231,7 @@ def _plan(build: _Build, request: dict[str, Any]) -> Job:
     for problem in problems.listed:
         summary.add_problem(problem)
     summary.num_set_aside = problems.total
+    summary.notes = problems.notes()
     return job
 
 

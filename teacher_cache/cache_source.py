@@ -15,6 +15,7 @@ import xxhash
 
 from shared.cache import Cache
 from shared.errors import IdentityError
+from shared.groups import GroupRule
 from shared.layout import read_header, sequences_dir
 from shared.recipe import PromptSource
 from shared.records import list_records
@@ -73,6 +74,25 @@ def require_tokenizer(sources: Sequence[PromptSource], tokenizer_hash: str, teac
                 f"{source.path}: was written with another tokenizer (hash {found[:8]}) than the teacher {teacher} has "
                 f"({tokenizer_hash[:8]}), so its tokens cannot be scored; expected a cache of the same model family"
             )
+
+
+def group_rule(cache: Path, sources: Sequence[PromptSource]) -> GroupRule:
+    """Return the rule of a build's group keys: the one its cache began with; for a new cache, that of caches among its sources.
+
+    Raises:
+        IdentityError: a cache among the sources groups its rows by another rule than the cache that they would join.
+    """
+    rules = {source.path: read_header(Path(source.path)).identity.groups for source in sources if source.format == FORMAT}
+    if not (cache / "cache.json").is_file():
+        return "prompt" if "prompt" in rules.values() else "first question"
+    own = read_header(cache).identity.groups
+    for path, rule in rules.items():
+        if own == "first question" and rule != own:
+            raise IdentityError(
+                f"{path}: groups its rows by the {rule} and {cache} by the {own}, so the hold-out would not keep them apart; build "
+                "into a new cache, which then groups like the older one"
+            )
+    return own
 
 
 def answers_of(sources: Sequence[PromptSource]) -> dict[str, str]:

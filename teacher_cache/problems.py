@@ -42,6 +42,10 @@ class Problems:
     """Rows set aside per path."""
     rows_read: int = 0
     """Rows met, good and bad."""
+    unread: dict[str, Counter[str]] = field(default_factory=dict)
+    """Columns that the format does not read, per source, with the rows that have them."""
+    unread_files: list[str] = field(default_factory=list)
+    """A sentence for each source beside whose files others lie."""
 
     @property
     def total(self) -> int:
@@ -53,6 +57,13 @@ class Problems:
         self.counts[path] += 1
         if len(self.listed) < MAX_LISTED:
             self.listed.append(Problem(path, line, reason))
+
+    def notes(self) -> list[str]:
+        """Return a sentence for everything that lies in the sources and was not read."""
+        columns = [
+            f"source {source}: columns that are not read: {', '.join(sorted(counts))}" for source, counts in self.unread.items()
+        ]
+        return self.unread_files + [note for note, counts in zip(columns, self.unread.values(), strict=True) if counts]
 
     def check(self, threshold: float = THRESHOLD, total: int | None = None) -> None:
         """Fail when more than `threshold` of the rows (`total`, or all that were read) were set aside.

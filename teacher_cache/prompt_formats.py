@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shared.groups import normalised
+
 Message = dict[str, str]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -36,7 +38,7 @@ class GivenSequence:
     """A row of another cache: an answered prompt that is tokens already."""
 
     prompt: str
-    """As its group_key hashed it."""
+    """Its text."""
     group_key: bytes
     token_ids: list[int]
     spans: list[list[int]]
@@ -99,12 +101,12 @@ def prompt_turns(messages: list[Message]) -> list[Message]:
     return messages[: last + 1]
 
 
-def group_text(messages: list[Message] | None, text: str | None) -> str:
-    """Return the text whose hash says which rows belong together.
+def prompt_text(messages: list[Message] | None, text: str | None) -> str:
+    """Return a row's prompt as text, which its row_key hashes and the cache shows.
 
     A prompt of one user turn is that turn's text, whichever format it came in. Any other conversation is its turns up to the
     last user turn, each as role, newline, content, joined by blank lines. `text` is the whole text. Nothing of the template,
-    the recipe's system text, the tokenizer or the sampling enters, so the group survives a change of each.
+    the recipe's system text, the tokenizer or the sampling enters.
     """
     if messages is None:
         assert text is not None
@@ -113,6 +115,22 @@ def group_text(messages: list[Message] | None, text: str | None) -> str:
     if len(turns) == 1:
         return turns[0]["content"]
     return "\n\n".join(f"{turn['role']}\n{turn['content']}" for turn in turns)
+
+
+def group_text(messages: list[Message] | None, text: str | None, rule: str = "first question") -> str:
+    r"""Return the text whose hash says which rows belong together, by the cache's rule (shared/groups.py).
+
+    >>> ask = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two  and two? "}]
+    >>> group_text(ask, None), group_text(ask, None, "prompt")
+    ('Two and two?', 'system\nBe brief.\n\nuser\nTwo  and two? ')
+    """
+    if rule == "prompt":
+        return prompt_text(messages, text)
+    if messages is None:
+        assert text is not None
+        return normalised(text)
+    asked = prompt_turns(messages)
+    return normalised(next((turn for turn in asked if turn["role"] == "user"), asked[-1])["content"])
 
 
 def _parse_messages(row: Mapping[str, Any]) -> tuple[list[Message], None]:

@@ -57,6 +57,10 @@ class BuildSummary:
     reused_parts: int = 0
     reuse: str | None = None
     """Which layer serves the capture, or what a new layer shares with those that were there."""
+    groups: str = "first question"
+    """Rule by which rows belong together in the hold-out (shared/groups.py)."""
+    notes: list[str] = field(default_factory=list)
+    """What of the prompts' files was not read."""
     generated: PassFigures = field(default_factory=PassFigures)
     """Pass 1 by an engine."""
     imported: PassFigures = field(default_factory=PassFigures)
@@ -172,6 +176,12 @@ class BuildSummary:
         if self.truncated:
             fate = "dropped" if self.dropped else "kept without an end token"
             lines.append(f"{self.truncated:,} answers were cut by length and {fate}")
+        lines += self.notes
+        if self.groups == "prompt":
+            lines.append(
+                "rows belong together by their whole prompt, as this cache began: of a dialogue some may be held out and others "
+                "trained on; a new cache goes by the first question"
+            )
         if self.num_set_aside:
             lines.append(
                 f"{self.num_set_aside:,} rows cannot be used and were set aside, the first: {self.set_aside[0].sentence()}"

@@ -23,6 +23,7 @@ import numpy as np
 import xxhash
 
 from shared.errors import PromptError
+from shared.groups import GroupRule
 from shared.growing_key_set import GrowingKeySet
 from shared.grown import unmoved
 from shared.jobs import PlanRow
@@ -32,9 +33,11 @@ from teacher_cache.cache_source import FORMAT, cache_content_hash
 from teacher_cache.chat_template import template_text
 from teacher_cache.problems import Problems
 from teacher_cache.prompt_files import content_hash
-from teacher_cache.prompt_formats import Conversation, GivenSequence, Message, group_text, prompt_turns
+from teacher_cache.prompt_formats import Conversation, GivenSequence, Message, group_text, prompt_text, prompt_turns
 
-RENDERING_SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs")
+RENDERING_SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs", "supervise", "date")
+READING_SETTINGS = ("config", "columns", "ignore")
+"""Settings that decide which rows a source has; a request says them where they are not at their default."""
 SEED_BITS = 63
 
 
@@ -56,6 +59,7 @@ def list_rows(
     problems: Problems,
     tally: Tally,
     answerer: str | None = None,
+    groups: GroupRule = "first question",
 ) -> Iterator[PlanRow]:
     """Yield the plan rows of conversations, each row_key once; what cannot be a row goes to `problems`.
 
@@ -67,12 +71,13 @@ def list_rows(
         problems: collects rows without a prompt or an answer.
         tally: counts rows and duplicates per source.
         answerer: identity of the model that answers, where it is not the teacher.
+        groups: the cache's rule of which rows belong together.
     """
     seen = GrowingKeySet()
     renderings = [_rendering(source) for source in sources]
     for conversation in conversations:
         try:
-            rows = list(_rows_of(conversation, renderings[conversation.origin], generate, seed, answerer))
+            rows = list(_rows_of(conversation, renderings[conversation.origin], generate, seed, answerer, groups))
         except ValueError as error:
             problems.add(conversation.path, conversation.line, str(error))
             continue
@@ -136,6 +141,7 @@ def request_of(recipe: Recipe, generator: Mapping[str, Any] | None, tokenizer_ha
                 "format": source.format,
                 "split": source.split,
                 "limit": source.limit,
+                **source.model_dump(mode="json", include=set(READING_SETTINGS), exclude_defaults=True),
                 **_rendering(source),
             }
             for source in recipe.prompts
@@ -159,17 +165,23 @@ def request_seed(key: bytes, seed: int) -> int:
 
 
 def _rows_of(
-    conversation: Conversation, rendering: Mapping[str, Any], generate: Generate | None, seed: int, answerer: str | None
+    conversation: Conversation,
+    rendering: Mapping[str, Any],
+    generate: Generate | None,
+    seed: int,
+    answerer: str | None,
+    groups: GroupRule,
 ) -> Iterator[PlanRow]:
     if conversation.sequence is not None:
         yield _row_of_cache(conversation, conversation.sequence)
         return
     answered = conversation.messages if generate else _answered(conversation)
-    prompt = group_text(answered, conversation.text)
-    group = group_key(prompt)
+    prompt = prompt_text(answered, conversation.text)
+    group, asked = group_key(group_text(answered, conversation.text, groups)), group_key(prompt)
+    rendering = {**rendering, **_unsaid(answered, generate is None)}
     place = {"origin": conversation.origin, "path": conversation.path}
     if generate is None:
-        keys = [row_key(group, None, 0, _answer(answered) + _suffix(rendering))]
+        keys = [row_key(asked, None, 0, _answer(answered) + _suffix(rendering))]
         content: dict[str, Any] = {"text": conversation.text} if answered is None else {"messages": answered}
         reference = conversation.reference
     else:
@@ -184,7 +196,7 @@ def _rows_of(
         }
         if answerer is not None:
             sampling["model"] = answerer
-        keys = [row_key(group, sampling, index, None) for index in range(generate.samples_per_prompt)]
+        keys = [row_key(asked, sampling, index, None) for index in range(generate.samples_per_prompt)]
         content = {"messages": turns}
         reference = conversation.reference
         if reference is None and given:
@@ -224,11 +236,26 @@ def _answer(answered: list[Message] | None) -> str:
     return canonical_json(given).decode()
 
 
+def _unsaid(answered: list[Message] | None, given: bool) -> dict[str, Any]:
+    """Return what of the earlier turns a prompt's text does not say, such as tool calls, so that a row_key says it.
+
+    Earlier thoughts are left out, as they always were: templates drop them.
+    """
+    hidden = {"role", "content", "reasoning_content"} | (set() if given else {"train"})
+    said = [
+        [index, {name: value for name, value in turn.items() if name not in hidden}]
+        for index, turn in enumerate(prompt_turns(answered) if answered else ())
+    ]
+    context = [entry for entry in said if entry[1]]
+    return {"context": context} if context else {}
+
+
 def _rendering(source: PromptSource) -> dict[str, Any]:
     """Return the settings that decide how a source's turns become tokens, without those that are left at their default."""
-    settings = source.model_dump(mode="json", include=set(RENDERING_SETTINGS))
-    settings["chat_template"] = template_text(source.chat_template)
-    return {name: value for name, value in settings.items() if value not in (None, {}, "chat")}
+    settings = source.model_dump(mode="json", include=set(RENDERING_SETTINGS), exclude_defaults=True)
+    if source.chat_template is not None:
+        settings["chat_template"] = template_text(source.chat_template)
+    return settings
 
 
 def _suffix(rendering: Mapping[str, Any]) -> str:

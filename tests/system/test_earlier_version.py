@@ -15,6 +15,7 @@ from pydantic import create_model
 
 from shared.cache import Cache, verify_cache
 from shared.jobs import list_jobs
+from shared.keys import group_key
 from shared.recipe_file import load_recipe
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "run-1"
@@ -51,6 +52,20 @@ def test_more_prompts_make_only_their_own_rows(run: Path) -> None:
     summary = teach(load_recipe(Path("recipe.yaml")))
     assert (summary.reused_rows, summary.generated.rows, summary.scored.rows) == (24, 2, 2)
     assert list(verify_cache(run / "cache")) == []
+
+
+def test_a_cache_that_grows_keeps_the_rule_of_its_groups_and_says_so(run: Path) -> None:
+    from teacher_cache.build import teach
+
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ben has 9 pears.  How many?"}]
+    (run / "prompts.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    header = (run / "cache" / "cache.json").read_bytes()
+    summary = teach(load_recipe(Path("recipe.yaml")))
+    assert summary.generated.rows == 2
+    assert (run / "cache" / "cache.json").read_bytes() == header
+    keys = {key.tobytes() for key in Cache.open(run / "cache").group_keys}
+    assert group_key("system\nBe brief.\n\nuser\nBen has 9 pears.  How many?") in keys
+    assert any("rows belong together by their whole prompt" in line for line in summary.lines())
 
 
 def test_jobs_keep_their_names() -> None:

@@ -11,6 +11,7 @@ import pytest
 from shared.cache import Cache
 from shared.errors import DecantError, IdentityError
 from shared.jobs import list_jobs
+from shared.layout import read_header
 from shared.recipe import Recipe
 from shared.records import list_records
 from shared.verify import verify_cache
@@ -147,3 +148,20 @@ def test_setting_that_a_cache_cannot_honour_is_refused(tmp_path, source, setting
         source["path"] = str(tmp_path / "second")
     with pytest.raises(ValueError, match=why):
         recipe(tmp_path, tmp_path, "second", [source], **settings)
+
+
+def test_a_new_cache_groups_as_the_cache_that_it_takes_rows_from_and_an_older_rule_joins_no_newer_cache(tmp_path, models):
+    first = build_first(tmp_path, models[0])
+    prompts = [{"path": str(first), "format": "cache"}]
+    assert read_header(first).identity.groups == "first question"
+    teach(recipe(tmp_path, models[0], "second", prompts))
+    assert read_header(tmp_path / "second").identity.groups == "first question"
+    document = json.loads((first / "cache.json").read_text())
+    del document["identity"]["groups"]  # as earlier versions wrote it
+    (first / "cache.json").write_text(json.dumps(document))
+    teach(recipe(tmp_path, models[0], "third", prompts))
+    assert read_header(tmp_path / "third").identity.groups == "prompt"
+    with pytest.raises(
+        IdentityError, match=r"groups its rows by the prompt and .* by the first question, .* build into a new cache"
+    ):
+        teach(recipe(tmp_path, models[0], "second", prompts))

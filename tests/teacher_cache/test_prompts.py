@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shared.errors import PromptError
 from shared.recipe import PromptSource
 from teacher_cache.prompt_files import content_hash
-from teacher_cache.prompt_formats import group_text, parse_row
+from teacher_cache.prompt_formats import group_text, parse_row, prompt_text
 from teacher_cache.prompts import MAX_LINE_BYTES, Problems, read_prompts
 
 TURNS = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
@@ -208,11 +208,25 @@ def test_group_text_is_the_question_alone_whatever_the_format_or_answer():
     assert {group_text(*parse_row(row, row_format)[:2]) for row_format, row in rows} == {"Two and two?"}
 
 
-def test_group_text_of_a_long_conversation_ends_with_its_last_question():
+def test_a_dialogue_is_one_group_whatever_its_row_holds_of_it():
+    ask, again = TURNS[0], {"role": "user", "content": "And three?"}
+    rows = [
+        [ask],
+        [{"role": "system", "content": "Be brief."}, *TURNS],
+        [*TURNS, again],
+        [{"role": "user", "content": " Two and\r\ntwo?\n"}, *TURNS[1:], again, {"role": "assistant", "content": "Six."}],
+    ]
+    assert {group_text(turns, None) for turns in rows} == {"Two and two?"}
+    assert group_text([again], None) != "Two and two?"
+    assert group_text(None, "a  text\n") == "a text"
+
+
+def test_the_rule_of_older_caches_goes_by_everything_up_to_the_last_question():
     turns = [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "user", "content": "And three?"}]
     expected = "system\nBe brief.\n\nuser\nTwo and two?\n\nassistant\nFour.\n\nuser\nAnd three?"
-    assert group_text(turns, None) == expected
-    assert group_text([*turns, {"role": "assistant", "content": "Six."}], None) == expected
+    assert group_text(turns, None, "prompt") == prompt_text(turns, None) == expected
+    assert group_text([*turns, {"role": "assistant", "content": "Six."}], None, "prompt") == expected
+    assert group_text(None, "a  text\n", "prompt") == "a  text\n"
 
 
 def test_content_hash_follows_bytes_not_names(tmp_path):

@@ -67,7 +67,15 @@ def test_settings_that_do_not_change_an_answer_do_not_change_the_row():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"system": "Be brief."}, {"template": "none"}, {"chat_template": "{{ x }}"}, {"chat_template_kwargs": {"a": 1}}]
+    "settings",
+    [
+        {"system": "Be brief."},
+        {"template": "none"},
+        {"chat_template": "{{ x }}"},
+        {"chat_template_kwargs": {"a": 1}},
+        {"supervise": "last"},
+        {"date": "2026-01-31"},
+    ],
 )
 @pytest.mark.parametrize("generate", [None, Generate()])
 def test_another_rendering_makes_another_row_of_the_same_group(settings, generate):
@@ -76,6 +84,35 @@ def test_another_rendering_makes_another_row_of_the_same_group(settings, generat
     )
     assert plain[0].row_key != rendered[0].row_key
     assert plain[0].group_key == rendered[0].group_key
+
+
+def test_row_keys_are_those_of_the_whole_prompt_whatever_the_group_rule():
+    turns = [*talk("Two?", "2").messages, *talk("Three?", "3").messages]
+    long = Conversation("math", PATH, 1, "messages", turns, None, None)
+    for conversation in (talk("Two?  ", "2"), long):
+        for generate in (None, Generate()):
+            new, old = (
+                next(list_rows([conversation], [source()], generate, 0, Problems(), Tally(), None, rule))
+                for rule in ("first question", "prompt")
+            )
+            assert new.row_key == old.row_key
+            assert new.group_key == group_key("Two?")
+            assert old.group_key == group_key(old.prompt) != new.group_key
+
+
+def test_a_system_text_of_one_word_is_part_of_the_row_like_any_other():
+    plain, chat, none = (keys([talk("2?", "2")], [source(system=text)]) for text in (None, "chat", "none"))
+    assert len({*plain, *chat, *none}) == 3
+
+
+def test_what_earlier_turns_say_beside_their_text_is_part_of_the_row():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    found = set()
+    for extra in ({}, {"tool_calls": [call]}, {"train": False}, {"name": "Ben"}):
+        turns = [*talk("Two?", "2").messages, *talk("Three?", "3").messages]
+        turns[1] = {**turns[1], **extra}
+        found |= set(keys([Conversation("math", PATH, 1, "messages", turns, None, None)]))
+    assert len(found) == 4
 
 
 def test_a_given_answer_is_part_of_the_row_and_its_place_is_not():
