@@ -94,7 +94,8 @@ def _chunk(
         masses.scatter_(1, head_ids, head.where(~keep, 0.0))
         blocks = block_sums(masses[:, : layout.vocab_size], block)
         tail = blocks.sum(-1) + masses[:, layout.vocab_size :].sum(-1)
-        tails.append(tail.log() - (tail + head.where(keep, 0.0).sum(-1)).log())
+        # log(tail / (tail + head)) without the difference of two logarithms, which cancels where the tail is near 1
+        tails.append(-torch.log1p(head.where(keep, 0.0).sum(-1) / tail))
         if layout.num_draws:
             unit = uniforms(keys, temperature, layout.num_draws)
             draws.append(_draw(masses[:, : layout.vocab_size], blocks, block, unit))
