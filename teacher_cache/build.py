@@ -24,6 +24,7 @@ from shared.recipe_capture import Workers
 from teacher_cache import engines
 from teacher_cache.answerer import Answerer, know_answerer
 from teacher_cache.cache_source import answers_of, group_rule, require_tokenizer
+from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.feeding import Desk
 from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
@@ -111,7 +112,9 @@ def teach(
     require_tokenizer(recipe.prompts, known.tokenizer_hash, teacher.model)
     answerer = know_answerer(recipe.generate, teacher, known)
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answerer.max_model_len)
-    request = _request(recipe, known, answerer)
+    answers = answerer.known
+    ends = foreign_ends(maker.template_ends, answers.tokenizer, answers.files.directory, recipe.generate)
+    request = _request(recipe, known, answerer, ends)
     identity = replace(sequences_identity(known, teacher, recipe.generate), groups=group_rule(recipe.cache[0], recipe.prompts))
     if request is None:  # nothing is rendered, so the teacher's own template does not matter
         identity = replace(identity, template=read_header(recipe.cache[0]).identity.template)
@@ -150,7 +153,7 @@ def teach(
         )
         try:
             with engine, answering:
-                job = _plan(build, request) if request is not None else None
+                job = _plan(build, request, ends) if request is not None else None
                 if teacher.workers is not None:
                     _use_many_engines(build, job, teacher.workers)
                 else:
@@ -201,15 +204,15 @@ def _open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal, opener
     return opener(answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested)
 
 
-def _request(recipe: Recipe, known: KnownTeacher, answerer: Answerer) -> dict[str, Any] | None:
+def _request(recipe: Recipe, known: KnownTeacher, answerer: Answerer, ends: list[int | None]) -> dict[str, Any] | None:
     """Return what names the job, or None without prompts; finds every prompt file before anything is written."""
     if not recipe.prompts:
         return None
     generator = answerer.generator if recipe.generate else None
-    return request_of(recipe, generator, known.tokenizer_hash, answerer.max_model_len)
+    return request_of(recipe, generator, known.tokenizer_hash, answerer.max_model_len, ends)
 
 
-def _plan(build: _Build, request: dict[str, Any]) -> Job:
+def _plan(build: _Build, request: dict[str, Any], ends: list[int | None]) -> Job:
     """Return the job of the recipe's prompts, reading them only if it was never planned."""
     recipe, summary = build.recipe, build.summary
     problems, tally = Problems(), Tally()
@@ -219,7 +222,8 @@ def _plan(build: _Build, request: dict[str, Any]) -> Job:
         conversations = read_prompts(recipe.prompts, problems)
         answerer = build.answerer.key
         groups = build.cache.identity.groups
-        for row in list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer, groups):
+        listed = list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer, groups, ends)
+        for row in listed:
             build.progress.advance(1, 0)
             _stop_if_asked(build)
             yield row

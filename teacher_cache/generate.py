@@ -22,7 +22,7 @@ from shared.cache_writer import CacheWriter
 from shared.jobs import Job, PlanRow
 from shared.recipe import Generate
 from shared.sequences import SequenceRow
-from teacher_cache.engines.protocol import Generated, GenerateRequest
+from teacher_cache.engines.protocol import FINISHED, Generated, GenerateRequest
 from teacher_cache.feeding import Desk, feed_units
 from teacher_cache.problems import Problem
 from teacher_cache.sequence_maker import SequenceMaker, UnusableRowError
@@ -81,6 +81,7 @@ class _Answer(NamedTuple):
     prompt_ids: NDArray[np.int32]
     answer_ids: NDArray[np.int32]
     finish_reason: str
+    cut_at_stop: bool
 
 
 class GenerateUnit:
@@ -104,13 +105,14 @@ class GenerateUnit:
                 self._sequences.set_aside(index, row, str(prompt_ids))
                 continue
             self._asked[index] = row, prompt_ids
-            yield GenerateRequest((self.number, index), self.number, prompt_ids, request_seed(row.row_key, self._seed))
+            ends, seed = self._work.maker.end_token_ids(row), request_seed(row.row_key, self._seed)
+            yield GenerateRequest((self.number, index), self.number, prompt_ids, seed, ends)
 
     def take(self, index: int, result: Generated) -> int:
         """Keep one answer and return its tokens."""
         row, prompt_ids = self._asked.pop(index)
         ids = np.asarray(prompt_ids, dtype=np.int32), np.asarray(result.token_ids, dtype=np.int32)
-        self._answers[index] = _Answer(row, *ids, result.finish_reason)
+        self._answers[index] = _Answer(row, *ids, result.finish_reason, result.cut_at_stop)
         return len(result.token_ids)
 
     def commit(self) -> Callable[[], object]:
@@ -124,6 +126,10 @@ class GenerateUnit:
 
     def _make_row(self, index: int, answer: _Answer) -> None:
         """Make the sequences row of one answer, or set it aside."""
+        if answer.finish_reason not in FINISHED:
+            reason = f"the engine ended the answer with {answer.finish_reason[:60]!r}, so it is no whole answer"
+            self._sequences.set_aside(index, answer.row, reason)
+            return
         if answer.finish_reason == "length":
             self._sequences.cut += 1
             if not self._settings.keep_truncated:
@@ -132,7 +138,11 @@ class GenerateUnit:
                 return
         try:
             made = self._work.maker.answered(
-                answer.row, answer.prompt_ids.tolist(), answer.answer_ids.tolist(), answer.finish_reason
+                answer.row,
+                answer.prompt_ids.tolist(),
+                answer.answer_ids.tolist(),
+                answer.finish_reason,
+                cut_at_stop=answer.cut_at_stop,
             )
         except UnusableRowError as error:
             self._sequences.set_aside(index, answer.row, str(error))

@@ -44,6 +44,15 @@ class SequenceMaker:
         self._vocab_size = vocab_size
         self._max_model_len = min(max_model_len, MAX_TOKENS_PER_ROW)
 
+    def end_token_ids(self, row: PlanRow) -> tuple[int, ...]:
+        """Return the token that ends an answer to this row in its source's template."""
+        return (self._templates[conversation_of(row).origin].end_token_id,)
+
+    @property
+    def template_ends(self) -> list[int]:
+        """End token of each source's template; -1 where nothing is rendered."""
+        return [template.end_token_id for template in self._templates]
+
     def prompts(self, rows: Sequence[PlanRow]) -> Iterator[list[int] | UnusableRowError]:
         """Yield for each row the tokens after which an answer is asked for.
 
@@ -87,17 +96,25 @@ class SequenceMaker:
         response = conversation.messages[-1]["content"] if conversation.messages else ""
         return self._row(row, token_ids, spans, response, "given")
 
-    def answered(self, row: PlanRow, prompt_ids: list[int], answer_ids: list[int], finish_reason: str) -> SequenceRow:
-        """Return the row of an answer that an engine generated.
+    def answered(
+        self,
+        row: PlanRow,
+        prompt_ids: list[int],
+        answer_ids: list[int],
+        finish_reason: str,
+        *,
+        cut_at_stop: bool = False,
+    ) -> SequenceRow:
+        """Return the row of an answer that an engine generated; one that was cut at a stop text gets no end token.
 
         Raises:
             UnusableRowError: the answer is empty or cannot be scored.
         """
         template = self._templates[conversation_of(row).origin]
         try:
-            token_ids, spans = template.with_answer(prompt_ids, answer_ids, finish_reason)
+            token_ids, spans = template.with_answer(prompt_ids, answer_ids, "length" if cut_at_stop else finish_reason)
         except ValueError as error:
-            raise UnusableRowError(str(error)) from error
+            raise UnusableRowError(f"{error}{' before its stop text' if cut_at_stop else ''}") from error
         self._require_vocabulary(token_ids)
         return self._row(row, token_ids, spans, template.answer_text(token_ids, spans), finish_reason)
 

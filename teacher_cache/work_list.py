@@ -60,6 +60,7 @@ def list_rows(
     tally: Tally,
     answerer: str | None = None,
     groups: GroupRule = "first question",
+    foreign_ends: Sequence[int | None] = (),
 ) -> Iterator[PlanRow]:
     """Yield the plan rows of conversations, each row_key once; what cannot be a row goes to `problems`.
 
@@ -72,12 +73,15 @@ def list_rows(
         tally: counts rows and duplicates per source.
         answerer: identity of the model that answers, where it is not the teacher.
         groups: the cache's rule of which rows belong together.
+        foreign_ends: of each source, the end token that its template adds to those of the model that answers.
     """
     seen = GrowingKeySet()
     renderings = [_rendering(source) for source in sources]
+    ends = [_end(foreign_ends, origin) for origin in range(len(sources))]
     for conversation in conversations:
         try:
-            rows = list(_rows_of(conversation, renderings[conversation.origin], generate, seed, answerer, groups))
+            origin = conversation.origin
+            rows = list(_rows_of(conversation, renderings[origin], ends[origin], generate, seed, answerer, groups))
         except ValueError as error:
             problems.add(conversation.path, conversation.line, str(error))
             continue
@@ -115,7 +119,13 @@ def conversation_of(row: PlanRow) -> Conversation:
         ) from error
 
 
-def request_of(recipe: Recipe, generator: Mapping[str, Any] | None, tokenizer_hash: str, max_model_len: int) -> dict[str, Any]:
+def request_of(
+    recipe: Recipe,
+    generator: Mapping[str, Any] | None,
+    tokenizer_hash: str,
+    max_model_len: int,
+    foreign_ends: Sequence[int | None] = (),
+) -> dict[str, Any]:
     """Return what names a build's job.
 
     Args:
@@ -123,6 +133,7 @@ def request_of(recipe: Recipe, generator: Mapping[str, Any] | None, tokenizer_ha
         generator: identity of the model that answers; None where answers are given.
         tokenizer_hash: of the tokenizer that makes the sequences.
         max_model_len: longest sequence in tokens, which decides what is set aside.
+        foreign_ends: as for `list_rows`.
 
     Raises:
         PromptError: a source is missing or cannot be read.
@@ -143,8 +154,9 @@ def request_of(recipe: Recipe, generator: Mapping[str, Any] | None, tokenizer_ha
                 "limit": source.limit,
                 **source.model_dump(mode="json", include=set(READING_SETTINGS), exclude_defaults=True),
                 **_rendering(source),
+                **(_end(foreign_ends, origin) if generate else {}),
             }
-            for source in recipe.prompts
+            for origin, source in enumerate(recipe.prompts)
         ],
         "generate": generate,
         "generator": None if generator is None else dict(generator),
@@ -167,6 +179,7 @@ def request_seed(key: bytes, seed: int) -> int:
 def _rows_of(
     conversation: Conversation,
     rendering: Mapping[str, Any],
+    end: Mapping[str, int],
     generate: Generate | None,
     seed: int,
     answerer: str | None,
@@ -192,6 +205,7 @@ def _rows_of(
         sampling = {
             **generate.model_dump(mode="json", include={"temperature", "top_p", "top_k", "stop", "max_new_tokens"}),
             **rendering,
+            **end,
             "seed": answer_seed(generate, seed),
         }
         if answerer is not None:
@@ -256,6 +270,12 @@ def _rendering(source: PromptSource) -> dict[str, Any]:
     if source.chat_template is not None:
         settings["chat_template"] = template_text(source.chat_template)
     return settings
+
+
+def _end(foreign_ends: Sequence[int | None], origin: int) -> dict[str, int]:
+    """Return the end token that a source's template adds, as keys hash it; empty where the model ends there anyway."""
+    end = foreign_ends[origin] if foreign_ends else None
+    return {} if end is None else {"end_token": end}
 
 
 def _suffix(rendering: Mapping[str, Any]) -> str:

@@ -72,7 +72,10 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     counter = _TokenCounter(recipe, result)
     committed = _committed(recipe.cache[0])
     current = _Current(read_prompts(recipe.prompts, problems))
-    for row in list_rows(current, recipe.prompts, recipe.generate, recipe.seed, problems, tally, _answerer(recipe)):
+    ends = _foreign_ends(recipe, counter)
+    for row in list_rows(
+        current, recipe.prompts, recipe.generate, recipe.seed, problems, tally, _answerer(recipe), foreign_ends=ends
+    ):
         source = result.sources.setdefault(row.source, SourceCount())
         source.rows += 1
         source.rows_in_cache += row.row_key in committed
@@ -102,6 +105,21 @@ def _answerer(recipe: Recipe) -> str | None:
         return answerer_key(recipe.generate)
     except EngineError:
         return "out of reach"
+
+
+def _foreign_ends(recipe: Recipe, counter: _TokenCounter) -> list[int | None]:
+    """Return the end tokens that enter row_keys; without its tokenizer no row could be found in the cache anyway."""
+    from teacher_cache.engines.answer_ends import foreign_ends
+    from teacher_cache.model_files import resolve_model
+
+    if recipe.generate is None or recipe.teacher is None or not counter.template_ends:
+        return []
+    try:
+        other = recipe.generate.model
+        files = resolve_model(other) if other else resolve_model(recipe.teacher.model, recipe.teacher.revision)
+        return foreign_ends(counter.template_ends, counter.tokenizer, files.directory, recipe.generate)
+    except EngineError:
+        return []
 
 
 def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
@@ -153,10 +171,17 @@ class _TokenCounter:
         self._given = recipe.generate is None
         self._templates: list[Any] = []
         self._last: tuple[Any, tuple[int, int]] | None = None
+        self.tokenizer: Any = None
+        """The teacher's; None where it is out of reach."""
         try:
-            self._templates = _templates(recipe)
+            self.tokenizer, self._templates = _templates(recipe)
         except DecantError as error:
             result.tokenizer_note = str(error)
+
+    @property
+    def template_ends(self) -> list[int]:
+        """End token of each source's template."""
+        return [template.end_token_id for template in self._templates]
 
     def count(self, conversation: Any) -> tuple[int, int]:
         """Return tokens of the prompt and of the given answer (0 where it is to be generated).
@@ -182,8 +207,8 @@ class _TokenCounter:
         return len(token_ids) - supervised, supervised
 
 
-def _templates(recipe: Recipe) -> list[Any]:
-    """Load the teacher's tokenizer and return a template per source.
+def _templates(recipe: Recipe) -> tuple[Any, list[Any]]:
+    """Load the teacher's tokenizer; return it and a template per source.
 
     Raises:
         EngineError: the tokenizer cannot be loaded.
@@ -195,7 +220,7 @@ def _templates(recipe: Recipe) -> list[Any]:
     assert recipe.teacher is not None
     files = resolve_model(recipe.teacher.model, recipe.teacher.revision)
     tokenizer = load_tokenizer(files, trust_remote_code=recipe.teacher.trust_remote_code)
-    return [Template(tokenizer, source) for source in recipe.prompts]
+    return tokenizer, [Template(tokenizer, source) for source in recipe.prompts]
 
 
 def _estimate(conversation: Any, given: bool) -> tuple[int, int]:

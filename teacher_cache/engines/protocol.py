@@ -20,6 +20,9 @@ from shared.hidden import HiddenStates
 from shared.recipe import Generate
 from shared.targets import SparseTargets
 
+FINISHED = ("stop", "length")
+"""Ends of an answer that is one; engines know others (abort, error, repetition)."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
@@ -33,6 +36,8 @@ class GenerateRequest:
     """The rendered prompt, generation prompt included."""
     seed: int
     """Seed of this answer alone (63 bits), so that an interrupted build continues as it would have run."""
+    end_token_ids: tuple[int, ...] = ()
+    """End tokens of the prompt's chat template; those that the model's own files declare end it anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +46,11 @@ class Generated:
 
     tag: Any
     token_ids: list[int]
-    """The answer, end token included where `finish_reason` is stop and the model produced one."""
+    """The answer, end token included where one ended it, a stop text and what follows it cut off."""
     finish_reason: str
-    """stop | length"""
+    """stop | length, or what else made the engine give it up: then it is no answer."""
+    cut_at_stop: bool = False
+    """A stop text ended it, so the model wrote no end token."""
 
 
 @dataclass(frozen=True, slots=True)

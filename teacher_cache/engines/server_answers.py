@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from shared.errors import EngineError
 from shared.recipe import Generate
+from teacher_cache.engines.answer_ends import AnswerEnds
+from teacher_cache.engines.protocol import GenerateRequest
 from teacher_cache.engines.server_pool import MalformedError
 
 BASE_BYTES = 2**16
@@ -31,20 +33,18 @@ LARGEST_LOGPROB = 1e-3
 """Above this a number is no logarithm of a probability, whatever the rounding."""
 
 
-def generate_body(
-    model: str, token_ids: Sequence[int], seed: int, max_tokens: int, end_ids: Sequence[int], settings: Generate
-) -> bytes:
-    """Return the request for one answer."""
+def generate_body(model: str, request: GenerateRequest, max_tokens: int, ends: AnswerEnds, settings: Generate) -> bytes:
+    """Return the request for one answer of at most `max_tokens` tokens."""
     return _body(
         model,
-        token_ids,
+        request.token_ids,
         max_tokens=max_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
-        seed=seed,
-        stop=list(settings.stop),
-        stop_token_ids=list(end_ids),
+        seed=request.seed,
+        stop=list(ends.texts),
+        stop_token_ids=list(ends.with_template(request.end_token_ids)),
     )
 
 
@@ -63,8 +63,8 @@ def score_bytes(num_tokens: int, num_logprobs: int) -> int:
     return BASE_BYTES + num_tokens * (BYTES_PER_TOKEN + BYTES_PER_LOGPROB * (num_logprobs + 1))
 
 
-def read_answer(document: Any, token_ids: Sequence[int], max_tokens: int) -> tuple[list[int], str]:
-    """Return an answer's token ids and stop | length.
+def read_answer(document: Any, token_ids: Sequence[int], max_tokens: int) -> tuple[list[int], str, bool]:
+    """Return an answer's token ids, how the server calls its end, and whether a stop text ended it.
 
     Raises:
         MalformedError: the document holds no answer to these tokens.
@@ -72,14 +72,14 @@ def read_answer(document: Any, token_ids: Sequence[int], max_tokens: int) -> tup
     """
     choice = _choice(document, token_ids)
     answer, reason = _ids(choice.get("token_ids")), choice.get("finish_reason")
-    if reason not in ("stop", "length") or not 0 <= len(answer) <= max_tokens:
+    if not isinstance(reason, str) or not 0 <= len(answer) <= max_tokens:
         raise MalformedError(f"an answer of {len(answer)} tokens that ended with {str(reason)[:20]!r}")
     if reason == "length" and len(answer) < max_tokens:
         raise EngineError(
             f"a server cut an answer after {len(answer):,} tokens where up to {max_tokens:,} were asked for; start it with "
             "--generation-config vllm, so that it sets no limit of its own"
         )
-    return answer, str(reason)
+    return answer, reason, reason == "stop" and isinstance(choice.get("stop_reason"), str)
 
 
 def read_columns(document: Any, token_ids: Sequence[int], num_logprobs: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

@@ -8,7 +8,6 @@ Cost: a server turns every log-probability into JSON text, which limits it to so
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import queue
@@ -18,7 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.errors import DecantError, EngineError
+from shared.models.end_tokens import declared_end_ids
 from shared.recipe import Capture, Generate, Teacher
+from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.server_answers import (
@@ -31,7 +32,7 @@ from teacher_cache.engines.server_answers import (
 )
 from teacher_cache.engines.server_check import ServerCheck
 from teacher_cache.engines.server_http import Server, api_key
-from teacher_cache.engines.server_pool import ClosedError, ServerPool
+from teacher_cache.engines.server_pool import ClosedError, MalformedError, ServerPool
 from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_stock
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ logger = logging.getLogger(__name__)
 MAX_LOGPROBS_IN_FLIGHT = 2**23
 """About 600 MB of JSON; one request always goes."""
 MAX_THREADS = 1024
+PASSING_ENDS = ("abort", "error")
+"""Ends of an answer that another try may not have: the server was told to stop, or lost a piece of its cache."""
+TRIES_AGAIN = 2
 
 Request = TypeVar("Request", GenerateRequest, ScoreRequest)
 Result = TypeVar("Result", Generated, Scored)
@@ -73,7 +77,7 @@ class ServerEngine:
         self.tokenizer = tokenizer
         self.vocab_size: int = len(tokenizer)
         self._layout = None if capture is None else ColumnLayout.of(capture, self.vocab_size)
-        self._end_ids = _end_token_ids(model_dir, tokenizer)
+        self._declared_ends = declared_end_ids(model_dir)
         self._should_stop = should_stop
         key = api_key()
         servers = [Server.of(url, key) for url in teacher.servers]
@@ -105,6 +109,7 @@ class ServerEngine:
         Raises:
             EngineError: a prompt leaves no room for an answer, or no server answers.
         """
+        ends = AnswerEnds.of(self.tokenizer, self._declared_ends, settings)
 
         def answer(request: GenerateRequest) -> Generated:
             room = self.max_model_len - len(request.token_ids)
@@ -114,15 +119,21 @@ class ServerEngine:
                     f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
                 )
             most = min(settings.max_new_tokens, room)
-            token_ids, reason = self._pool.ask(
+            again = iter(range(TRIES_AGAIN))
+
+            def read(document: Any) -> tuple[list[int], str, bool]:
+                found = read_answer(document, request.token_ids, most)
+                if found[1] in PASSING_ENDS and next(again, None) is not None:
+                    raise MalformedError(f"an answer that ended with {found[1]!r}")
+                return found
+
+            token_ids, reason, by_text = self._pool.ask(
                 "/v1/completions",
-                lambda server: generate_body(
-                    self._check.model_ids[server], request.token_ids, request.seed, most, self._end_ids, settings
-                ),
+                lambda server: generate_body(self._check.model_ids[server], request, most, ends, settings),
                 generate_bytes(len(request.token_ids), most),
-                lambda document: read_answer(document, request.token_ids, most),
+                read,
             )
-            return Generated(request.tag, token_ids, reason)
+            return ends.answer(request.tag, token_ids, reason, by_text=by_text)
 
         return self._stream(requests, answer, lambda request: 0)
 
@@ -219,21 +230,3 @@ class ServerEngine:
         """Break off what is in flight; safe to call twice."""
         self._closed = True
         self._pool.close()
-
-
-def _end_token_ids(model_dir: Path, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: of the generation config, the config and the tokenizer.
-
-    Raises:
-        EngineError: a config cannot be read.
-    """
-    found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    for name in ("generation_config.json", "config.json"):
-        path = model_dir / name
-        try:
-            document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise EngineError(f"{path}: cannot be read ({error}); expected a model directory of transformers") from error
-        value = document.get("eos_token_id") if isinstance(document, dict) else None
-        found |= {token for token in (value if isinstance(value, list) else [value]) if type(token) is int}
-    return sorted(found)

@@ -25,6 +25,7 @@ import torch
 
 from shared.errors import EngineError
 from shared.recipe import Capture, Generate, Teacher
+from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.draw_keys import prefix_keys_of
 from teacher_cache.engines.length_batches import length_batches
@@ -88,6 +89,7 @@ class TransformersEngine:
         Raises:
             EngineError: a prompt leaves no room for an answer, or the engine is closed.
         """
+        ends = AnswerEnds.of(self.tokenizer, self._loaded().declared_end_ids(), settings)
         for batch in length_batches(requests, settings.max_new_tokens, self._batch_tokens):
             for request in batch:
                 if not 1 <= len(request.token_ids) < self.max_model_len:
@@ -96,10 +98,10 @@ class TransformersEngine:
                         f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
                     )
             with torch.inference_mode():
-                answered = self._answer(batch, settings)
+                answered = self._answer(batch, settings, ends)
             yield from answered
 
-    def _answer(self, batch: Sequence[GenerateRequest], settings: Generate) -> list[Generated]:
+    def _answer(self, batch: Sequence[GenerateRequest], settings: Generate, ends: AnswerEnds) -> list[Generated]:
         """Decode one batch, padded on the left, with a key-value cache."""
         from transformers import DynamicCache
 
@@ -112,7 +114,7 @@ class TransformersEngine:
             mask[row, longest - len(request.token_ids) :] = 1
         tokens, mask = tokens.to(model.device), mask.to(model.device)
         seeds = torch.tensor([request.seed for request in batch], dtype=torch.int64)
-        ends = model.end_token_ids()
+        end_ids = [set(ends.with_template(request.end_token_ids)) for request in batch]
         limits = [min(settings.max_new_tokens, self.max_model_len - len(request.token_ids)) for request in batch]
         answers: list[list[int]] = [[] for _ in batch]
         reasons: list[str | None] = [None] * len(batch)
@@ -123,22 +125,12 @@ class TransformersEngine:
             for row, token in enumerate(chosen.tolist()):
                 if reasons[row] is None:
                     answers[row].append(token)
-                    reasons[row] = self._reason(answers[row], ends, limits[row], settings.stop)
+                    reasons[row] = _reason(answers[row], end_ids[row], limits[row], ends)
             if all(reasons):
                 break
             tokens = chosen[:, None].to(model.device)
             mask = torch.cat([mask, mask.new_ones((len(batch), 1))], 1)
-        return [Generated(r.tag, a, reason or "length") for r, a, reason in zip(batch, answers, reasons, strict=True)]
-
-    def _reason(self, answer: list[int], ends: set[int], limit: int, stop: tuple[str, ...]) -> str | None:
-        """Return why an answer ends here, or None."""
-        if answer[-1] in ends:
-            return "stop"
-        if stop:
-            text = self.tokenizer.decode(answer, skip_special_tokens=True)
-            if any(wanted in text for wanted in stop):
-                return "stop"
-        return "length" if len(answer) >= limit else None
+        return [ends.answer(r.tag, a, reason or "length") for r, a, reason in zip(batch, answers, reasons, strict=True)]
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Scored]:
         """Score each request once, batch by batch.
@@ -223,3 +215,10 @@ class TransformersEngine:
         self._model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _reason(answer: list[int], end_ids: set[int], limit: int, ends: AnswerEnds) -> str | None:
+    """Return why an answer ends here, or None."""
+    if answer[-1] in end_ids or (ends.texts and ends.cut(answer) is not None):
+        return "stop"
+    return "length" if len(answer) >= limit else None

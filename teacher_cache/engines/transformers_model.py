@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from shared.errors import EngineError
+from shared.models.end_tokens import checked_ids
 from shared.recipe import Teacher
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,13 +118,13 @@ class CausalModel:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def end_token_ids(self) -> set[int]:
-        """Return the tokens that end an answer: of the generation config, the config and the tokenizer."""
-        found: set[int] = set()
-        for owner in (self.model.generation_config, self.config, self.tokenizer):
-            value = getattr(owner, "eos_token_id", None)
-            found |= {value} if isinstance(value, int) else set(value or ())
-        return found
+    def declared_end_ids(self) -> tuple[int, ...]:
+        """Return the end tokens of the model's generation config, or of its config where that has none."""
+        for owner in (self.model.generation_config, self.config):
+            found = checked_ids(getattr(owner, "eos_token_id", None), f"eos_token_id of {type(owner).__name__}")
+            if found:
+                return found
+        return ()
 
     def _check(self) -> None:
         probe = (torch.arange(1, 9, device=self.device)[None] * 97) % min(len(self.tokenizer), self.num_entries)

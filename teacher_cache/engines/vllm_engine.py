@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from shared.errors import DecantError, EngineError
+from shared.models.end_tokens import declared_end_ids
 from shared.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import installed_vllm, vllm_arrays, vllm_tail
 from teacher_cache.engines.adapters import fold_adapter
+from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
@@ -60,6 +62,7 @@ class VllmEngine:
             on_cpu = bool(current_platform.is_cpu())
             if teacher.adapter is not None:
                 model_dir = self._folded(teacher, model_dir)
+            self._declared_ends = declared_end_ids(model_dir)
             self._settings: VllmSettings = plan_settings(teacher, capture, for_generation, model_dir, on_cpu=on_cpu)
             self._restore = _hold_torch(self._settings.num_threads) if on_cpu else None
             self._llm = LLM(**self._settings.arguments)
@@ -95,13 +98,14 @@ class VllmEngine:
         Raises:
             EngineError: a prompt leaves no room for an answer, or the engine died.
         """
-        for request, output in self._run(requests, lambda request: self.answer_parameters(request, settings)):
+        ends = AnswerEnds.of(self.tokenizer, self._declared_ends, settings)
+        for request, output in self._run(requests, lambda request: self.answer_parameters(request, settings, ends)):
             answer = output.outputs[0]
-            reason = "length" if answer.finish_reason == "length" else "stop"
-            yield Generated(request.tag, list(answer.token_ids), reason)
+            by_text = isinstance(answer.stop_reason, str) and answer.finish_reason == "stop"
+            yield ends.answer(request.tag, list(answer.token_ids), str(answer.finish_reason), by_text=by_text)
 
-    def answer_parameters(self, request: GenerateRequest, settings: Generate) -> Any:
-        """Return vLLM's parameters of a request for an answer.
+    def answer_parameters(self, request: GenerateRequest, settings: Generate, ends: AnswerEnds) -> Any:
+        """Return vLLM's parameters of a request for an answer that `ends` end.
 
         Raises:
             EngineError: the prompt leaves no room for one.
@@ -121,8 +125,9 @@ class VllmEngine:
             top_p=settings.top_p,
             top_k=settings.top_k,
             seed=request.seed if self._settings.honours_seeds else None,
-            stop=list(settings.stop) or None,
-            detokenize=bool(settings.stop),
+            stop=list(ends.texts) or None,
+            stop_token_ids=list(ends.with_template(request.end_token_ids)),
+            detokenize=bool(ends.texts),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

@@ -259,7 +259,7 @@ def test_a_failing_write_stops_the_build_at_once_with_its_cause(tmp_path, model,
 
 
 def test_a_failure_while_rows_are_made_in_the_writers_thread_stops_the_build_with_its_cause(tmp_path, model, opened, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("the tokenizer broke")
 
     monkeypatch.setattr("teacher_cache.sequence_maker.SequenceMaker.answered", fail)

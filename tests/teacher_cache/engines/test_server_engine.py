@@ -97,14 +97,16 @@ def test_scores_are_the_distributions_that_the_servers_know(model_dir, tokenizer
 
 def test_answers_follow_their_seeds_and_limits(model_dir, tokenizer, fakes):
     requests = generate_requests(40)
-    results = list(engine(model_dir, tokenizer, *fakes).generate(requests, Generate(max_new_tokens=6, stop=("x",), top_k=7)))
+    results = list(
+        engine(model_dir, tokenizer, *fakes).generate(requests, Generate(max_new_tokens=6, stop=("never said",), top_k=7))
+    )
     assert len(results) == 40
     for result in results:
         answer = answer_of(requests[result.tag].token_ids, requests[result.tag].seed, VOCAB_SIZE)
         whole = len(answer) < 6
         assert (result.token_ids, result.finish_reason) == (([*answer, END], "stop") if whole else (answer[:6], "length"))
     sent = next(request for fake in fakes for request in fake.requests if "seed" in request)
-    assert (sent["stop"], sent["top_k"], sent["repetition_penalty"], sent["stop_token_ids"]) == (["x"], 7, 1.0, [END])
+    assert (sent["stop"], sent["top_k"], sent["repetition_penalty"], sent["stop_token_ids"]) == (["never said"], 7, 1.0, [END])
 
 
 def test_requests_are_pulled_only_while_there_is_room(model_dir, tokenizer, fakes):
