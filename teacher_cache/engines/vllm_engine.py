@@ -23,7 +23,7 @@ import numpy as np
 from shared.errors import DecantError, EngineError
 from shared.models.end_tokens import declared_end_ids
 from shared.recipe import Capture, Generate, Teacher
-from teacher_cache.engines import installed_vllm, vllm_arrays, vllm_tail
+from teacher_cache.engines import installed_vllm, parent_watch, vllm_arrays, vllm_tail
 from teacher_cache.engines.adapters import fold_adapter
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.column_layout import ColumnLayout
@@ -65,7 +65,8 @@ class VllmEngine:
             self._declared_ends = declared_end_ids(model_dir)
             self._settings: VllmSettings = plan_settings(teacher, capture, for_generation, model_dir, on_cpu=on_cpu)
             self._restore = _hold_torch(self._settings.num_threads) if on_cpu else None
-            self._llm = LLM(**self._settings.arguments)
+            with parent_watch.announced():
+                self._llm = LLM(**self._settings.arguments)
             self.tokenizer: Any = self._llm.get_tokenizer()
             self.vocab_size: int = len(self.tokenizer)
             self.max_model_len: int = self._settings.max_model_len or int(self._llm.model_config.max_model_len) - 1

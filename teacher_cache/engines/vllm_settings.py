@@ -104,11 +104,10 @@ def plan_settings(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "seed": 0,
+        "worker_extension_cls": "teacher_cache.engines.vllm_worker.TailWorker",
     }
     if head_dtype == "float32" and dtype != "float32":
         arguments["hf_overrides"] = {"head_dtype": "float32"}
-    if capture is not None:
-        arguments["worker_extension_cls"] = "teacher_cache.engines.vllm_tail.TailWorker"
     if on_cpu:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         arguments["enforce_eager"] = True
