@@ -31,6 +31,8 @@ BYTES_PER_LOGPROB = 1024
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "n": 1, "stream": False}
 LARGEST_LOGPROB = 1e-3
 """Above this a number is no logarithm of a probability, whatever the rounding."""
+LARGEST_MASS = 1.001
+"""Above this probabilities are none, whatever the rounding."""
 
 
 def generate_body(model: str, request: GenerateRequest, max_tokens: int, ends: AnswerEnds, settings: Generate) -> bytes:
@@ -93,12 +95,18 @@ def read_columns(document: Any, token_ids: Sequence[int], num_logprobs: int) -> 
         raise MalformedError(f"no log-probabilities for the {len(token_ids)} tokens of a prompt")
     ids = np.empty((len(token_ids) - 1, 1 + num_logprobs), dtype=np.int32)
     values = np.empty(ids.shape, dtype=np.float32)
-    for i, (row, label) in enumerate(zip(rows[1:], token_ids[1:], strict=True)):
-        _read_position(row, int(label), ids[i], values[i])
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        for i, (row, label) in enumerate(zip(rows[1:], token_ids[1:], strict=True)):
+            _read_position(row, int(label), ids[i], values[i])
+    if not bool(np.isfinite(values).all()):
+        raise MalformedError("a log-probability beyond float32")
     if not bool((values <= LARGEST_LOGPROB).all()):
         raise MalformedError(
             f"{float(values.max()):.3g} as a log-probability; expected none above 0 (--logprobs-mode raw_logprobs)"
         )
+    most = float(np.exp(values[:, 1:], dtype=np.float64).sum(-1).max(initial=0.0))
+    if most > LARGEST_MASS:
+        raise MalformedError(f"probabilities of one position that sum to {most:.3g} (--logprobs-mode raw_logprobs)")
     return ids, values
 
 
@@ -109,6 +117,10 @@ def _read_position(row: Any, label: int, ids: NDArray[np.int32], values: NDArray
         own = -float(row[str(label)]["logprob"])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise MalformedError(f"a position without the log-probability of its token ({type(error).__name__})") from error
+    if any(value != value for value, _ in found):  # NaN has no place in an order
+        raise MalformedError("a log-probability that is no number")
+    if any(str(token) != key for (_, token), key in zip(found, row, strict=True)):  # '07' would be a second 7
+        raise MalformedError("a token id that is not written as a decimal number")
     num_head = len(ids) - 1
     found.sort()
     if len(found) == num_head + 1:  # the actual token is not among the top K

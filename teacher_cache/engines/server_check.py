@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from shared.errors import EngineError
 from shared.recipe import Teacher
 from teacher_cache.engines.server_answers import read_columns, score_body, score_bytes
-from teacher_cache.engines.server_http import Answer, Server, ServerDownError
+from teacher_cache.engines.server_http import Answer, Server
 from teacher_cache.engines.server_pool import MalformedError, error_text
+from teacher_cache.engines.server_stream import ServerDownError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class ServerCheck:
     """K; None where nothing will be scored."""
     model_ids: dict[str, str] = field(default_factory=dict)
     """By server: what requests call the model."""
+    shown_ids: dict[str, str] = field(default_factory=dict)
+    """By server: the same as it may be kept."""
     versions: dict[str, str] = field(default_factory=dict)
     max_model_len: int | None = None
     """Of the server that takes the shortest sequences, one token left for sampling."""
@@ -66,20 +69,22 @@ class ServerCheck:
             EngineError: it must not be used.
         """
         with self._lock:
-            card = self._model_of(server)
+            cards = _cards(server)
+            card = self._model_of(server, cards)
             name = str(card["id"])
+            self.shown_ids[server.name] = server.shown(name)
             if self.model_ids.setdefault(server.name, name) != name:
-                raise EngineError(f"{server.name}: served {self.model_ids[server.name]!r} before and {name!r} now; serve one model")
-            self._check_length(server, card)
-            self.versions[server.name] = str(_document(server, server.get("/version", MAX_BYTES)).get("version", "unknown"))[:40]
+                before, now = (server.shown(text, 80) for text in (self.model_ids[server.name], name))
+                raise EngineError(f"{server.name}: served {before!r} before and {now!r} now; serve one model")
+            self._check_length(server, card, cards)
+            version = _document(server, server.get("/version", MAX_BYTES)).get("version", "unknown")
+            self.versions[server.name] = server.shown(version, 40)
             self._check_vocabulary(server, name)
             if self.num_logprobs is not None:
                 self._check_scores(server, name, self.num_logprobs)
 
-    def _model_of(self, server: Server) -> dict[str, Any]:
+    def _model_of(self, server: Server, cards: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the card of the teacher among the models that a server lists."""
-        listed = _document(server, server.get("/v1/models", MAX_BYTES)).get("data")
-        cards = [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
         wanted, key = self.teacher.model, "teacher.model"
         names = _names(self.teacher.model) | _names(str(self.model_dir))
         if self.teacher.adapter is not None:
@@ -88,17 +93,20 @@ class ServerCheck:
         for card in cards:
             if (card.get("parent") is not None) != (self.teacher.adapter is not None):
                 continue
-            if names & (_names(str(card.get("id"))) | _names(str(card.get("root")))):
+            if names & (_names(card["id"]) | _names(str(card.get("root")))):
                 return card
-        found = ", ".join(f"{str(card.get('id'))[:80]!r} from {str(card.get('root'))[:120]!r}" for card in cards[:4]) or "nothing"
+        told = [(server.shown(card["id"], 80), server.shown(card.get("root"), 120)) for card in cards[:4]]
+        found = ", ".join(f"{name!r} from {root!r}" for name, root in told) or "nothing"
         option = "--served-model-name" if self.teacher.adapter is None else "--lora-modules NAME=PATH"
         raise EngineError(
             f"{server.name}: serves {found} where {key} is {wanted!r}; start it with that model, or, if it is the same one, "
             f"let it say so with {option}"
         )
 
-    def _check_length(self, server: Server, card: dict[str, Any]) -> None:
-        length = card.get("max_model_len", self._base_length(server) if card.get("parent") else None)
+    def _check_length(self, server: Server, card: dict[str, Any], cards: list[dict[str, Any]]) -> None:
+        """Hold the longest sequence against the recipe's; the card of an adapter has none, so its base model's counts."""
+        base = next((other["max_model_len"] for other in cards if other.get("max_model_len")), None)
+        length = card.get("max_model_len", base if card.get("parent") else None)
         if isinstance(length, bool) or not isinstance(length, int) or length < 2:
             raise EngineError(
                 f"{server.name}: does not say how long its sequences may be; expected a server started by `vllm serve`"
@@ -110,11 +118,6 @@ class ServerCheck:
                 f"start it with --max-model-len {self.teacher.max_model_len + 1}, or set `teacher.max_model_len: {most}`"
             )
         self.max_model_len = most if self.max_model_len is None else min(most, self.max_model_len)
-
-    def _base_length(self, server: Server) -> Any:
-        """Return the length of a base model, for adapters, whose cards have none."""
-        cards = _document(server, server.get("/v1/models", MAX_BYTES)).get("data", [])
-        return next((card["max_model_len"] for card in cards if isinstance(card, dict) and card.get("max_model_len")), None)
 
     def _check_vocabulary(self, server: Server, model: str) -> None:
         """Compare token ids of a text, and texts of token ids, with the tokenizer of `teacher.model`."""
@@ -219,8 +222,17 @@ def _document(server: Server, answer: Answer) -> dict[str, Any]:
     return document
 
 
+def _cards(server: Server) -> list[dict[str, Any]]:
+    """Return the models that a server lists, those that have a name."""
+    listed = _document(server, server.get("/v1/models", MAX_BYTES)).get("data")
+    cards = listed if isinstance(listed, list) else []
+    return [card for card in cards if isinstance(card, dict) and isinstance(card.get("id"), str)]
+
+
 def _names(text: str) -> set[str]:
     """Return by what a model may go: as written, as a real path, and its last part."""
-    path = Path(text)
     names = {text, text.rstrip("/").rsplit("/", 1)[-1]}
-    return names | ({str(path.resolve())} if path.is_dir() else set())
+    try:
+        return names | ({str(Path(text).resolve())} if Path(text).is_dir() else set())
+    except (OSError, ValueError):  # too long for a path, or holding what no path can
+        return names

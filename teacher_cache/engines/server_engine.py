@@ -218,7 +218,7 @@ class ServerEngine:
         return {
             "engine": "server",
             "servers": self._pool.names(),
-            "served_models": sorted(set(self._check.model_ids.values())),
+            "served_models": sorted(set(self._check.shown_ids.values())),
             "vllm": sorted(set(self._check.versions.values())),
             "python": platform.python_version(),
             "max_model_len": self.max_model_len,

@@ -1,39 +1,38 @@
-"""One HTTP exchange with one vLLM server: bounded in bytes, bounded in silence, key never in a message.
+"""One HTTP exchange with one vLLM server: bounded in bytes, bounded in time as a whole, key never in a message.
 
-The standard library's client, one connection per exchange: a request carries a whole sequence, so a kept connection would save
-nothing and could be stale. While an answer is awaited, a silent server is asked for its health on a second connection, so a
-slow one is waited for and a hung one is not. Proxies of the environment are not used. Cost: a thread that waits.
+httpcore speaks HTTP; the connection below it is ours (server_stream), because only there every byte and every pause is seen. One
+connection per exchange: a request carries a whole sequence, so a kept connection would save nothing and could be stale. While an
+answer is awaited, a silent server is asked for its health on a second connection, so a slow one is waited for and a hung one is
+not. Proxies of the environment are not used. Cost: a thread that waits.
 """
 
 from __future__ import annotations
 
-import http.client
 import os
-import selectors
-import socket
 import ssl
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from urllib.parse import urlsplit
+
+import httpcore
 
 from shared.errors import EngineError
 from shared.recipe_servers import KEY_VARIABLE, address_problem
+from teacher_cache.engines.server_stream import BoundedBackend, Patience, ServerDownError
 
-CONNECT_SECONDS = 10.0
-READ_SECONDS = 60.0
-"""Longest pause within an answer that has begun."""
 SILENCE_SECONDS = 60.0
 """After this long without an answer a server is asked for its health."""
 ANSWER_SECONDS = 4 * 3600.0
-"""Longest wait for one answer, healthy server or not."""
-CHUNK_BYTES = 2**20
+"""Longest wait for an answer to begin, healthy server or not."""
+REST_SECONDS = 10.0
+BYTES_PER_SECOND = 10**6
+"""From the first byte to the last an answer may take `REST_SECONDS` and as long as its most bytes take at this rate."""
+HEALTH_SECONDS = 10.0
 MAX_ERROR_BYTES = 2**16
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-class ServerDownError(Exception):
-    """The server cannot be reached, broke off, or hangs; another may do better, and so may this one later."""
 
 
 class TooLargeError(Exception):
@@ -73,11 +72,13 @@ class Server:
     scheme: str
     host: str
     port: int | None
+    netloc: str
+    """Host and port as in the address."""
     root: str
     """Path before /v1."""
     key: str | None = field(default=None, repr=False)
     silence_seconds: float = SILENCE_SECONDS
-    _open: set[http.client.HTTPConnection] = field(default_factory=set)
+    _open: set[BoundedBackend] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _closed: bool = False
 
@@ -94,7 +95,8 @@ class Server:
         parts = urlsplit(url)
         root = parts.path.rstrip("/").removesuffix("/v1")
         host = str(parts.hostname)
-        return cls(f"{parts.scheme}://{parts.netloc}{root}/v1", parts.scheme, host, parts.port, root, key)
+        name = f"{parts.scheme}://{parts.netloc}{root}/v1"
+        return cls(name, parts.scheme, host, parts.port, parts.netloc, root, key)
 
     @property
     def sends_key_in_clear(self) -> bool:
@@ -118,90 +120,95 @@ class Server:
         """Break off every exchange; those waiting raise `ServerDownError`."""
         with self._lock:
             self._closed = True
-            connections = list(self._open)
-        for connection in connections:
-            if connection.sock is not None:
-                try:
-                    connection.sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    continue  # it broke off by itself
+            exchanges = list(self._open)
+        for exchange in exchanges:
+            exchange.break_off()
+
+    def shown(self, text: object, most: int = 300) -> str:
+        """Return what a server said as it may be kept and shown: key blotted out, one printable line of `most` characters."""
+        line = " ".join(self.without_key(str(text)).split())
+        return "".join(letter if letter.isprintable() else "?" for letter in line)[:most]
 
     def without_key(self, text: str) -> str:
         """Return a text of the server with the key blotted out."""
         return text.replace(self.key, "***") if self.key else text
 
     def _exchange(self, method: str, path: str, body: bytes | None, max_bytes: int) -> Answer:
-        connection = self._connection()
-        try:
-            with self._lock:
-                if self._closed:
-                    raise ServerDownError("the engine is closed")
-                self._open.add(connection)
-            headers = {"Accept": "application/json", "Connection": "close"}
-            if body is not None:
-                headers["Content-Type"] = "application/json"
-            if self.key is not None:
-                headers["Authorization"] = f"Bearer {self.key}"
-            connection.request(method, self.root + path, body, headers)
-            assert connection.sock is not None
-            self._await(connection.sock)
-            connection.sock.settimeout(READ_SECONDS)
-            return _read(connection.getresponse(), max_bytes)
-        except (OSError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ServerDownError(self.without_key(reason)) from error
-        finally:
-            with self._lock:
-                self._open.discard(connection)
-            connection.close()
-
-    def _connection(self) -> http.client.HTTPConnection:
-        if self.scheme == "https":
-            return http.client.HTTPSConnection(self.host, self.port, timeout=CONNECT_SECONDS, context=ssl.create_default_context())
-        return http.client.HTTPConnection(self.host, self.port, timeout=CONNECT_SECONDS)
-
-    def _await(self, sock: socket.socket) -> None:
-        """Wait until the answer begins, as long as the server says that it is healthy."""
-        deadline = time.monotonic() + ANSWER_SECONDS
-        with selectors.DefaultSelector() as selector:
-            selector.register(sock, selectors.EVENT_READ)
-            while not selector.select(self.silence_seconds):
-                if time.monotonic() > deadline:
-                    raise ServerDownError(f"no answer within {ANSWER_SECONDS:,.0f} seconds")
-                self._require_health()
+        rest = REST_SECONDS + max_bytes / BYTES_PER_SECOND
+        return self._ask(method, path, body, max_bytes, Patience(ANSWER_SECONDS, rest, self.silence_seconds, self._require_health))
 
     def _require_health(self) -> None:
         """Raise `ServerDownError` unless the server says within seconds that it is well."""
-        connection = self._connection()
-        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        patience = Patience(HEALTH_SECONDS, HEALTH_SECONDS, HEALTH_SECONDS, lambda: None)
         try:
-            connection.request("GET", f"{self.root}/health", headers=headers)
-            status = connection.getresponse().status
-        except (OSError, http.client.HTTPException) as error:
+            status = self._ask("GET", "/health", None, MAX_ERROR_BYTES, patience).status
+        except (ServerDownError, TooLargeError) as error:
             raise ServerDownError("it accepts requests and answers none") from error
-        finally:
-            connection.close()
         if status >= 500:
             raise ServerDownError(f"it says with status {status} that it is not well")
 
+    def _ask(self, method: str, path: str, body: bytes | None, max_bytes: int, patience: Patience) -> Answer:
+        url = httpcore.URL(scheme=self.scheme, host=self.host, port=self.port, target=self.root + path)
+        headers: dict[bytes | str, bytes | str] = {
+            "Host": self.netloc,
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        }
+        if body is not None:
+            headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        context = _tls() if self.scheme == "https" else None
+        backend = BoundedBackend(patience)
+        try:
+            with (
+                self._kept_open(backend),
+                httpcore.HTTPConnection(url.origin, ssl_context=context, network_backend=backend) as connection,
+                connection.stream(method, url, headers=headers, content=body) as response,
+            ):
+                return _read(response, max_bytes)
+        except (*_BROKEN, OSError, UnicodeError) as error:
+            raise ServerDownError(self.shown(error, 200) or type(error).__name__) from error
 
-def _read(response: http.client.HTTPResponse, max_bytes: int) -> Answer:
+    @contextmanager
+    def _kept_open(self, backend: BoundedBackend) -> Iterator[None]:
+        """Let `close` reach an exchange while it lasts."""
+        with self._lock:
+            if self._closed:
+                raise ServerDownError("the engine is closed")
+            self._open.add(backend)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.discard(backend)
+
+
+_BROKEN = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError)
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Return the settings of encrypted connections, with the certificates that the system trusts."""
+    return ssl.create_default_context()
+
+
+def _read(response: httpcore.Response, max_bytes: int) -> Answer:
     """Read an answer of at most `max_bytes`, of an error its beginning only."""
+    headers = {name.lower(): value.decode("latin-1") for name, value in response.headers}
     most = max_bytes if response.status == 200 else MAX_ERROR_BYTES
-    announced = response.length
-    if response.status == 200 and announced is not None and announced > most:
-        raise TooLargeError(f"an answer of {announced:,} bytes where at most {most:,} were expected")
+    announced = headers.get(b"content-length", "")
+    if response.status == 200 and announced.isdecimal() and int(announced[:20]) > most:
+        raise TooLargeError(f"an answer of {int(announced[:20]):,} bytes where at most {most:,} were expected")
     body = bytearray()
-    while len(body) <= most:
-        chunk = response.read(min(CHUNK_BYTES, most + 1 - len(body)))
-        if not chunk:
+    for piece in response.iter_stream():
+        body += piece
+        if len(body) > most:
             break
-        body += chunk
     if len(body) > most and response.status == 200:
         raise TooLargeError(f"an answer of more than {most:,} bytes")
-    if response.status == 200 and announced is not None and len(body) < announced:
-        raise ServerDownError(f"it broke off after {len(body):,} of {announced:,} bytes")
-    return Answer(response.status, bytes(body[:most]), _retry_after(response.getheader("Retry-After")))
+    return Answer(response.status, bytes(body[:most]), _retry_after(headers.get(b"retry-after")))
 
 
 def _retry_after(value: str | None) -> float:

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 from shared.errors import EngineError
 from shared.recipe_servers import KEY_VARIABLE
-from teacher_cache.engines.server_http import Answer, Server, ServerDownError, TooLargeError
+from teacher_cache.engines.server_http import Answer, Server, TooLargeError
+from teacher_cache.engines.server_stream import ServerDownError
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ class ServerPool:
                 reason = str(error)
                 self._failed(state, reason)
             except (MalformedError, TooLargeError) as error:
-                reason = f"it sent {error}"
+                reason = f"it sent {state.server.shown(error)}"
                 pause = self._backoff(failures)
             finally:
                 self._give_back(state)
@@ -270,7 +271,7 @@ def error_text(server: Server, answer: Answer) -> str:
         text = str(error.get("message", text) if isinstance(error, dict) else error)
     except (ValueError, AttributeError, RecursionError):
         text = text or "no reason given"
-    return server.without_key(" ".join(text.split()))[:300]
+    return server.shown(text)
 
 
 def _json(body: bytes) -> Any:

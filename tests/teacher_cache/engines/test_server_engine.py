@@ -17,8 +17,9 @@ from teacher_cache.engines import open_engine, refusal, server_http
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
 from teacher_cache.engines.server_answers import read_columns, score_body
 from teacher_cache.engines.server_engine import ServerEngine
-from teacher_cache.engines.server_http import Server, ServerDownError
+from teacher_cache.engines.server_http import Server
 from teacher_cache.engines.server_pool import MalformedError
+from teacher_cache.engines.server_stream import ServerDownError
 from tests.teacher_cache.engines.fake_vllm_server import FakeVllmServer, answer_of, dense_logprobs, drop, respond
 from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 
