@@ -1,6 +1,6 @@
 """`decant export RUN`: a trained stage as a plain model directory, with its tokenizer, generation settings and a model card.
 
-The stage's model is merged and whole already (student_train/export.py); it is copied, never changed, into a directory that is whole
+The stage's model is merged and whole already (student_train/stage/export.py); it is copied, never changed, into a directory that is whole
 or absent. The same command again finds it and copies nothing. No model is loaded.
 Cost: the size of the model, once.
 """
@@ -124,7 +124,7 @@ def _is_there(out: Path, identity: dict[str, Any]) -> bool:
 
 def _write(out: Path, model: Path, adapter: Path | None, card: str, identity: dict[str, Any], weights: str) -> None:
     """Copy a model to its place by way of a directory beside it, synced before it gets its name."""
-    from student_train.checkpoints import fsync_tree
+    from student_train.records.checkpoints import fsync_tree
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     staging = staging_path(out, "export", weights)

@@ -74,20 +74,20 @@ def _train(student: Any, stage: Any, config: Any, directory: Path, *, dry_run: b
     import torch
     from transformers.trainer_utils import SaveStrategy
 
-    from student_train.course import Course
-    from student_train.dataset import CacheList, PackDataset
-    from student_train.forward_patch import Objective, patch_forward
-    from student_train.gradient_watch import GradientWatch
-    from student_train.memory import estimate_memory
-    from student_train.model_shape import shape_of
-    from student_train.operator_choice import operator_for
-    from student_train.progress import SilentProgress
-    from student_train.row_separation import separate_rows
-    from student_train.stage_plan import plan_stage
-    from student_train.student import add_adapter
-    from student_train.student_head import head_of
-    from student_train.trainer import DistilTrainer
-    from student_train.training_arguments import training_arguments
+    from student_train.batch.dataset import CacheList, PackDataset
+    from student_train.fit.memory import estimate_memory
+    from student_train.fit.model_shape import shape_of
+    from student_train.operator.operator_choice import operator_for
+    from student_train.order.stage_plan import plan_stage
+    from student_train.records.progress import SilentProgress
+    from student_train.student.forward_patch import Objective, patch_forward
+    from student_train.student.row_separation import separate_rows
+    from student_train.student.student import add_adapter
+    from student_train.student.student_head import head_of
+    from student_train.train.course import Course
+    from student_train.train.gradient_watch import GradientWatch
+    from student_train.train.trainer import DistilTrainer
+    from student_train.train.training_arguments import training_arguments
     from tools.bench.reader_bench import build
 
     trainer = stage.trainer
@@ -140,7 +140,7 @@ def random_student(config: Any, student: Any, device: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from student_train.student import DTYPES
+    from student_train.student.student import DTYPES
 
     dtype = DTYPES[student.dtype]
     if student.adapter.kind != "qlora":

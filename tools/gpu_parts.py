@@ -36,9 +36,9 @@ def _inputs(num_positions: int, width: int, vocab: int, k: int, dtype: Any, devi
 
 
 def _loss(inputs: dict[str, Any], *, teacher: bool = True, operator: str = "torch") -> Any:
-    from student_train.fused_loss import fused_sparse_loss
+    from student_train.batch.target_batch import TargetBatch
     from student_train.losses import LossTerm
-    from student_train.target_batch import TargetBatch
+    from student_train.operator.fused_loss import fused_sparse_loss
 
     terms = [LossTerm("cross_entropy", 0.1)] + [LossTerm("forward_kl", 0.9)] * teacher
     targets = TargetBatch.from_batch(inputs["batch"]) if teacher else None
@@ -145,8 +145,8 @@ def measure_kernels(*, dry_run: bool) -> dict[str, Any]:
     """Check wide matrix products, rows that keep to themselves in a pack, 4-bit weights, and liger-kernel's layers."""
     import torch
 
-    from student_train.head_chunks import _has_wide_products
-    from student_train.row_separation import separate_rows
+    from student_train.operator.head_chunks import _has_wide_products
+    from student_train.student.row_separation import separate_rows
     from tools.gpu_memory import qwen3, random_student
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,7 +163,7 @@ def measure_kernels(*, dry_run: bool) -> dict[str, Any]:
         figures["rows_apart_flash_attention_2"] = "skipped: flash-attention or a GPU is missing"
     figures["nf4_error"] = _nf4_error(device)
     from shared.recipe import Student
-    from student_train.liger import liger_layers
+    from student_train.student.liger import liger_layers
 
     if device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
         figures["liger_error"] = "skipped: liger-kernel or a GPU is missing"

@@ -84,7 +84,7 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Resul
     for option, name in (("--from-stage", from_stage), ("--to-stage", to_stage)):
         if name is not None and name not in names:
             raise UsageError(f"{option} {name}: the recipe has the stages {quoted(names) or 'none'}{closest(name, names)}")
-    from student_train.stages import run_stages
+    from student_train.stage.stages import run_stages
 
     directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage, open_progress=Progress)]
     trained = {directory.parent.name: str(directory) for directory in directories}

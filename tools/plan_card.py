@@ -3,7 +3,7 @@
 For each stage the settings that keep its arithmetic are searched, fastest first: activations kept before recomputed, large forward
 passes before small ones (packs per forward pass times accumulation stays what the recipe says), a large chunk of the loss before a
 small one. What fits is given as `--set` options; what cannot fit is refused with the smallest change that would. Bytes are those of
-student_train/memory.py.
+student_train/fit/memory.py.
 Cost: building the student's shape without weights, then a few hundred multiplications per stage.
 """
 
@@ -48,7 +48,7 @@ def plan_card(recipe: Recipe, card: int) -> dict[str, Any]:
     Raises:
         TrainingError: the recipe trains nothing, the student's sizes are unknown, or a stage cannot fit.
     """
-    from student_train.model_shape import shape_of
+    from student_train.fit.model_shape import shape_of
 
     if recipe.student is None or not recipe.stages:
         raise TrainingError("the recipe has no student with stages to train, so nothing is to fit on a card; leave --card out")
@@ -102,7 +102,7 @@ def student_config(recipe: Recipe, source: str) -> tuple[Any, str | None]:
 
 def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, Any]:
     """Return what fits, or raise with the smallest change that would."""
-    from student_train.memory import estimate_memory
+    from student_train.fit.memory import estimate_memory
 
     as_written = estimate_memory(shape, student, stage.trainer)
     chosen = _first_fit(shape, student, stage, card)
@@ -136,7 +136,7 @@ def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, A
 
 def _first_fit(shape: Any, student: Student, stage: Stage, card: int) -> tuple[StageTrainer, bool, Any] | None:
     """Return the fastest settings that fit: arguments, whether activations are recomputed, bytes."""
-    from student_train.memory import estimate_memory
+    from student_train.fit.memory import estimate_memory
 
     for trainer, recomputes in _candidates(student, stage):
         estimate = estimate_memory(shape, student, trainer, recomputes=recomputes)
@@ -192,7 +192,7 @@ def _refusal(shape: Any, student: Student, stage: Stage, card: int) -> DecantErr
 
 
 def _estimate(shape: Any, student: Student, trainer: StageTrainer, recomputes: bool) -> Any:
-    from student_train.memory import estimate_memory
+    from student_train.fit.memory import estimate_memory
 
     return estimate_memory(shape, student, trainer, recomputes=recomputes)
 

@@ -81,7 +81,7 @@ def _train(recipe: dict, failpoint: str | None) -> None:
     import torch
 
     from shared.recipe import Recipe
-    from student_train.stages import run_stages
+    from student_train.stage.stages import run_stages
 
     torch.set_num_threads(1)
     if failpoint:

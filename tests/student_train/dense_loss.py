@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from student_train.batch.target_batch import TargetBatch
 from student_train.losses import LossTerm
-from student_train.target_batch import TargetBatch
 
 SHAPES = ("fixed", "ragged", "whole", "hybrid", "sample")
 TEMPERATURES = (1.0, 2.0)

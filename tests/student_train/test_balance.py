@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.balance import GradNorm, Uncertainty
-from student_train.fused_loss import LossTerm, fused_sparse_loss
-from student_train.gradient_norms import head_squares
+from student_train.operator.fused_loss import LossTerm, fused_sparse_loss
+from student_train.operator.gradient_norms import head_squares
+from student_train.train.balance import GradNorm, Uncertainty
 from tests.student_train.dense_loss import dense_loss, make_case
 
 POSITIVE = st.floats(1e-2, 1e2)

@@ -10,8 +10,8 @@ import torch
 
 from shared.errors import TrainingError
 from shared.recipe import Student
-from student_train import liger
-from student_train.stages import run_stages
+from student_train.stage.stages import run_stages
+from student_train.student import liger
 
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without a GPU")
@@ -44,8 +44,8 @@ def test_four_bit_student_trains_its_adapter_alone_and_exports_the_unquantised_s
 def test_weights_of_a_four_bit_student_are_held_in_four_bits(tiny):
     from bitsandbytes.nn import Linear4bit
 
-    from student_train.dataset import CacheList
-    from student_train.student import load_student
+    from student_train.batch.dataset import CacheList
+    from student_train.student.student import load_student
 
     wanted = Student.model_validate({"model": str(tiny.llama), "adapter": "qlora"})
     model = load_student(wanted, None, CacheList.open([tiny.cache], None))
@@ -64,8 +64,8 @@ def test_gradients_over_four_bit_weights_are_those_over_the_same_weights_unpacke
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM
 
-    from student_train.dataset import CacheList
-    from student_train.student import add_adapter, load_student
+    from student_train.batch.dataset import CacheList
+    from student_train.student.student import add_adapter, load_student
 
     wanted = Student.model_validate({"model": str(tiny.llama), "adapter": "qlora"})
     packed = load_student(wanted, None, CacheList.open([tiny.cache], None))
@@ -93,7 +93,7 @@ def test_gradients_over_four_bit_weights_are_those_over_the_same_weights_unpacke
 
 @needs_bitsandbytes
 def test_8_bit_optimizer_keeps_8_bit_state(recipe_of, monkeypatch):
-    from student_train.trainer import DistilTrainer
+    from student_train.train.trainer import DistilTrainer
 
     made = []
     original = DistilTrainer.create_optimizer

@@ -10,11 +10,11 @@ import pytest
 
 from shared.errors import TrainingError
 from shared.recipe import Recipe, Sampling
-from student_train.checkpoints import list_checkpoints
-from student_train.evaluation_sampling import next_shares, within_bounds
-from student_train.metrics_log import read_steps
-from student_train.stage_work import resolve_stage
-from student_train.stages import run_stages
+from student_train.order.evaluation_sampling import next_shares, within_bounds
+from student_train.records.checkpoints import list_checkpoints
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stage_work import resolve_stage
+from student_train.stage.stages import run_stages
 
 SAMPLING = {
     "evaluate": {"every_steps": 2},

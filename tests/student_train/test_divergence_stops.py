@@ -8,12 +8,12 @@ import math
 import pytest
 
 from shared.errors import TrainingError
-from student_train import disk_space
-from student_train.checkpoints import list_checkpoints
-from student_train.disk_space import bytes_needed
-from student_train.gradient_watch import PATIENCE, PATIENCE_FP16, GradientWatch
-from student_train.metrics_log import read_steps
-from student_train.stages import run_stages
+from student_train.fit import disk_space
+from student_train.fit.disk_space import bytes_needed
+from student_train.records.checkpoints import list_checkpoints
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
+from student_train.train.gradient_watch import PATIENCE, PATIENCE_FP16, GradientWatch
 from tools.cli import main
 
 HUGE = {"optim": "adamw_torch", "learning_rate": 100.0, "lr_scheduler_type": "constant", "max_steps": 8, "save_steps": 1}
@@ -83,7 +83,7 @@ def test_disk_that_is_too_small_is_refused_before_the_first_step(recipe_of, monk
 
 @pytest.mark.parametrize(("adapter", "optim"), [("lora", "adamw_torch"), ("none", "sgd")])
 def test_bytes_needed_are_those_that_a_run_leaves_on_the_disk(recipe_of, tiny, adapter, optim):
-    from student_train.student import add_adapter
+    from student_train.student.student import add_adapter
 
     recipe = recipe_of(
         student={"adapter": adapter}, trainer={"optim": optim, "max_steps": 4, "save_steps": 2, "save_total_limit": 1}

@@ -8,10 +8,10 @@ import signal
 import pytest
 
 from shared.errors import RecipeError, TrainingError
-from student_train.checkpoints import list_checkpoints
-from student_train.metrics_log import read_steps
-from student_train.stages import run_stages
-from student_train.verdict import judge
+from student_train.evaluate.verdict import judge
+from student_train.records.checkpoints import list_checkpoints
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
 
 LORA = {"adapter": {"kind": "lora", "r": 4, "dropout": 0.2}}
 

@@ -14,13 +14,13 @@ import torch
 
 from shared.errors import TrainingError
 from shared.recipe import Adapter, Loss, Stage, StageTrainer, Student
-from student_train.dataset import CacheList
-from student_train.stage_identity import stage_identity
-from student_train.stage_run import _arguments, _student
-from student_train.stage_terms import terms_at
-from student_train.stage_work import resolve_stage
-from student_train.student import add_adapter, load_student
-from student_train.student_head import body_of
+from student_train.batch.dataset import CacheList
+from student_train.batch.stage_terms import terms_at
+from student_train.stage.stage_identity import stage_identity
+from student_train.stage.stage_run import _arguments, _student
+from student_train.stage.stage_work import resolve_stage
+from student_train.student.student import add_adapter, load_student
+from student_train.student.student_head import body_of
 
 HERE = Path(__file__).parent
 CLASSES = (Stage, StageTrainer, Student, Adapter, Loss)

@@ -11,10 +11,10 @@ import pytest
 POSITIONS, WIDTH, VOCAB = 2048, 32, 60_000
 SCRIPT = f"""
 import resource, torch
-import student_train.head_chunks as head_chunks
-from student_train.fused_loss import fused_sparse_loss
+import student_train.operator.head_chunks as head_chunks
+from student_train.operator.fused_loss import fused_sparse_loss
 from student_train.losses import LossTerm
-from student_train.target_batch import TargetBatch
+from student_train.batch.target_batch import TargetBatch
 torch.set_num_threads(1)
 head_chunks.CHUNK_BYTES = 16 * 2**20
 def run(positions):

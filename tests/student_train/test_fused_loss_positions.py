@@ -8,9 +8,9 @@ import torch
 
 from shared.errors import TrainingError
 from shared.targets import Draws, SparseTargets
-from student_train.fused_loss import evaluate_positions
+from student_train.batch.target_batch import TargetBatch, pack_targets
 from student_train.losses import LossTerm
-from student_train.target_batch import TargetBatch, pack_targets
+from student_train.operator.fused_loss import evaluate_positions
 from tests.student_train.dense_loss import SHAPES, divergence_of_masses, make_case, masses
 
 

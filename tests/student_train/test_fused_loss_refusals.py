@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from student_train.fused_loss import fused_sparse_loss
 from student_train.losses import LossTerm
+from student_train.operator.fused_loss import fused_sparse_loss
 from tests.student_train.dense_loss import make_case
 
 

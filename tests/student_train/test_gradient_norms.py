@@ -8,10 +8,10 @@ import torch
 
 from shared.errors import TrainingError
 from shared.recipe import Stage, Student
-from student_train.forward_patch import GRADIENT_SQUARE
-from student_train.layer_losses import check_layer_losses
+from student_train.layers.layer_losses import check_layer_losses
+from student_train.layers.projections import MODULE
 from student_train.losses import LossTerm
-from student_train.projections import MODULE
+from student_train.student.forward_patch import GRADIENT_SQUARE
 from tests.student_train.test_layer_losses import LOSSES, Run, dense_values
 from tests.student_train.test_layer_losses import tiny as tiny  # the fixture
 

@@ -14,9 +14,9 @@ from shared.cache import Cache
 from shared.errors import CacheError, RecipeError, TrainingError
 from shared.recipe import Loss, Recipe
 from shared.recipe_file import dump_recipe, load_recipe
-from student_train.metrics_log import read_steps
-from student_train.projections import FILE
-from student_train.stages import run_stages
+from student_train.layers.projections import FILE
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
 from teacher_cache.build import teach
 from tests.student_train.hidden_caches import add_hidden
 from tests.student_train.test_several_processes import assert_same_training, train_with_two

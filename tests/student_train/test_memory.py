@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shared.recipe import StageTrainer, Student
-from student_train.memory import GIB, MIB, estimate_memory
-from student_train.model_shape import shape_of
+from student_train.fit.memory import GIB, MIB, estimate_memory
+from student_train.fit.model_shape import shape_of
 
 SIZES = {
     "0.6B": (1024, 3072, 28, 16, True),
@@ -77,11 +77,11 @@ def counted_step(student, trainer):
     """Return the most bytes alive during a second step of a small Qwen3, and its shape."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from student_train.forward_patch import Objective, patch_forward
     from student_train.losses import LossTerm
-    from student_train.row_attention import NAME, switch_attention
-    from student_train.student import DTYPES, add_adapter
-    from student_train.student_head import head_of
+    from student_train.student.forward_patch import Objective, patch_forward
+    from student_train.student.row_attention import NAME, switch_attention
+    from student_train.student.student import DTYPES, add_adapter
+    from student_train.student.student_head import head_of
     from tests.student_train.counted_bytes import CountedBytes
 
     vocab, tokens, entries = 4096, trainer.pack_tokens, 64

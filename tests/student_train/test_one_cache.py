@@ -6,7 +6,7 @@ import multiprocessing
 
 import pytest
 
-from student_train.stages import run_stages
+from student_train.stage.stages import run_stages
 from tests.student_train.conftest import _train
 
 

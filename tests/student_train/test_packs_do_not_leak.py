@@ -8,12 +8,12 @@ import torch
 
 from shared.errors import TrainingError
 from shared.targets_at import head_logprobs_at
-from student_train.collate import collate
-from student_train.dataset import CacheList, PackDataset, build_pack
-from student_train.row_separation import separate_rows
-from student_train.row_targets import at_temperatures, first_positions, within_vocabulary
-from student_train.stage_plan import plan_stage
-from student_train.student_head import body_of, run_body
+from student_train.batch.collate import collate
+from student_train.batch.dataset import CacheList, PackDataset, build_pack
+from student_train.batch.row_targets import at_temperatures, first_positions, within_vocabulary
+from student_train.order.stage_plan import plan_stage
+from student_train.student.row_separation import separate_rows
+from student_train.student.student_head import body_of, run_body
 
 
 def load(path, attention="sdpa"):

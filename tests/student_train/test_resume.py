@@ -10,9 +10,9 @@ import signal
 import pytest
 
 from shared.errors import TrainingError
-from student_train.checkpoints import MARKER, list_checkpoints, newest_checkpoint, remove_incomplete
-from student_train.metrics_log import StepLog, read_steps
-from student_train.stages import run_stages
+from student_train.records.checkpoints import MARKER, list_checkpoints, newest_checkpoint, remove_incomplete
+from student_train.records.metrics_log import StepLog, read_steps
+from student_train.stage.stages import run_stages
 
 PLAIN = {"trainer": {"gradient_accumulation_steps": 2, "max_steps": 8}, "mixture": {"math": 0.75, "ops": 0.25}}
 LORA = {

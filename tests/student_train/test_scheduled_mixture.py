@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from shared.errors import TrainingError
 from shared.recipe import Sampling, Schedule, Stage
-from student_train.evaluation_sampling import next_shares, within_bounds
-from student_train.metrics_log import read_steps
-from student_train.round_order import RoundPlanner
-from student_train.scheduled_plan import GrowingPlan, StageSize, plan_scheduled, shares_at
-from student_train.schedules import RunSteps
-from student_train.stages import run_stages
+from student_train.order.evaluation_sampling import next_shares, within_bounds
+from student_train.order.round_order import RoundPlanner
+from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled, shares_at
+from student_train.order.schedules import RunSteps
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
 
 PACK = 400
 LINEAR = {0: Schedule(kind="linear", start=0.7, end=0.3), 1: Schedule(kind="linear", start=0.3, end=0.7)}

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from shared.recipe_schedule import Schedule
-from student_train.schedules import value
+from student_train.order.schedules import value
 
 
 def test_linear_and_cosine_reach_both_ends_exactly():

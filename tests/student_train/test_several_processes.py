@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from student_train.metrics_log import read_steps
-from student_train.stages import run_stages
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
 
 
 def _train_as(rank: int, port: int, settings: dict[str, str], recipe: dict) -> None:
@@ -140,7 +140,7 @@ def load_whole(path):
     ids=["alone", "optimizer", "qlora", "compile", "launcher"],
 )
 def test_what_cannot_be_sharded_is_refused(recipe_of, monkeypatch, trainer, student, said):
-    from student_train.sharding import check_sharding
+    from student_train.train.sharding import check_sharding
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", student.pop("env", "false"))
     recipe = recipe_of(student=student, trainer={"fsdp": "full_shard", **trainer})

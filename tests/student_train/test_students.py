@@ -9,11 +9,11 @@ import torch
 
 from shared.errors import IdentityError, TrainingError
 from shared.recipe import Recipe, Student
-from student_train.dataset import CacheList
-from student_train.export import set_generation
-from student_train.stages import run_stages
-from student_train.student import add_adapter, load_student
-from student_train.student_head import check_head, head_of
+from student_train.batch.dataset import CacheList
+from student_train.stage.export import set_generation
+from student_train.stage.stages import run_stages
+from student_train.student.student import add_adapter, load_student
+from student_train.student.student_head import check_head, head_of
 
 PROBE = torch.arange(3, 40)[None]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from shared.errors import IdentityError, TrainingError, UsageError
-from student_train.dataset import CacheList
-from student_train.metrics_log import read_steps
-from student_train.stage_terms import terms_at
-from student_train.stage_work import resolve_stage
-from student_train.stages import run_stages
+from student_train.batch.dataset import CacheList
+from student_train.batch.stage_terms import terms_at
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stage_work import resolve_stage
+from student_train.stage.stages import run_stages
 
 
 def metrics(recipe, name="kd"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from student_train.fused_loss import LossTerm, fused_sparse_loss
+from student_train.operator.fused_loss import LossTerm, fused_sparse_loss
 from tests.student_train.dense_loss import dense_loss, make_case, relative_error
 
 
@@ -19,7 +19,7 @@ def _interpreted(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="triton is not installed")
-    import student_train.tiled_loss as tiled_loss
+    import student_train.operator.tiled_loss as tiled_loss
 
     monkeypatch.setattr(tiled_loss, "MIN_TILE", 16)  # two tiles of the tiny vocabulary
 
@@ -96,7 +96,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from student_train import triton_kernels as kernels
+from student_train.operator import triton_kernels as kernels
 number, pointer, target = "fp32", "*fp32", GPUTarget("cuda", 89, 32)
 def binary(kernel, types, **constants):
     signature = {**types, **dict.fromkeys(constants, "constexpr")}

@@ -74,8 +74,8 @@ def test_jobs_keep_their_names() -> None:
 
 
 def test_finished_stages_are_reused(run: Path) -> None:
-    from student_train.progress import SilentProgress
-    from student_train.stages import run_stages
+    from student_train.records.progress import SilentProgress
+    from student_train.stage.stages import run_stages
 
     before = files_of(run / "run" / "train")
     run_stages(load_recipe(Path("recipe.yaml")), open_progress=SilentProgress)
@@ -84,8 +84,8 @@ def test_finished_stages_are_reused(run: Path) -> None:
 
 def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shared.recipe import Stage, StageTrainer
-    from student_train.stage_identity import claim_stage
-    from student_train.stage_work import resolve_stage
+    from student_train.stage.stage_identity import claim_stage
+    from student_train.stage.stage_work import resolve_stage
 
     recipe = load_recipe(Path("recipe.yaml"))
     grown_trainer = create_model("LaterTrainer", __base__=StageTrainer, fused=(bool, False))
@@ -102,8 +102,8 @@ def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(run: P
 
 
 def test_a_begun_stage_is_continued_from_its_checkpoint(run: Path) -> None:
-    from student_train.progress import SilentProgress
-    from student_train.stages import run_stages
+    from student_train.records.progress import SilentProgress
+    from student_train.stage.stages import run_stages
 
     directory = run / "run" / "train" / "kd"
     finished = (directory / "model" / "model.safetensors").read_bytes()

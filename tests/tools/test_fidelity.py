@@ -7,9 +7,9 @@ import torch
 
 from shared.cache import Cache
 from shared.recipe import Recipe
-from student_train import stage_run
-from student_train.metrics_log import read_steps
-from student_train.row_separation import separate_rows
+from student_train.records.metrics_log import read_steps
+from student_train.stage import stage_run
+from student_train.student.row_separation import separate_rows
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_llama, make_qwen3
 from tools.bench.fidelity import LIVE, dense_kl, load, summary, train
@@ -47,7 +47,7 @@ def test_dense_divergence_is_zero_from_itself_and_that_of_float64_maths_otherwis
     teacher_dir, path, student_dir = tiny
     teacher, student, cache = load(teacher_dir), load(student_dir), Cache.open(path)
     assert dense_kl(teacher, teacher, cache, 0.5) == pytest.approx(0, abs=1e-12)
-    from student_train.heldout_rows import heldout_rows
+    from student_train.evaluate.heldout_rows import heldout_rows
 
     values = []
     for _, number in heldout_rows([cache], 0.5, None):

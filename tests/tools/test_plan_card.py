@@ -8,8 +8,8 @@ import pytest
 
 from shared.errors import TrainingError, UsageError
 from shared.recipe import Recipe
-from student_train.memory import GIB, estimate_memory
-from student_train.model_shape import ModelShape
+from student_train.fit.memory import GIB, estimate_memory
+from student_train.fit.model_shape import ModelShape
 from tools.cli import main
 from tools.plan_card import card_bytes, card_text, plan_card
 

@@ -135,7 +135,7 @@ def audit_text(found: Mapping[str, Any]) -> str:
 def _student(settings: AuditSettings, cache: Cache) -> Any:
     if settings.student is None:
         return None
-    from student_train.student import student_tokenizer_hash
+    from student_train.student.student import student_tokenizer_hash
     from teacher_cache.engines.transformers_model import CausalModel
     from teacher_cache.model_files import resolve_model
 

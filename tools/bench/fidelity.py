@@ -32,12 +32,12 @@ from shared.cache import Cache
 from shared.errors import EvaluationError, UsageError
 from shared.recipe import Recipe
 from shared.recipe_file import load_recipe
-from student_train import stage_run
-from student_train.forward_patch import Objective
-from student_train.heldout_rows import heldout_rows
-from student_train.row_separation import separate_rows
-from student_train.stages import run_stages
-from student_train.student_head import StudentHead, body_of, head_of, run_body
+from student_train.evaluate.heldout_rows import heldout_rows
+from student_train.stage import stage_run
+from student_train.stage.stages import run_stages
+from student_train.student.forward_patch import Objective
+from student_train.student.row_separation import separate_rows
+from student_train.student.student_head import StudentHead, body_of, head_of, run_body
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 from tools.bench.quality import decant
 from tools.progress import Progress

@@ -61,9 +61,9 @@ def plain_loss(inputs: dict[str, Any]) -> Any:
 
 def fused_loss(inputs: dict[str, Any], *, with_teacher: bool = True) -> Any:
     """Return the same loss by the fused operator, or its cross-entropy alone."""
-    from student_train.fused_loss import fused_sparse_loss
+    from student_train.batch.target_batch import TargetBatch
     from student_train.losses import LossTerm
-    from student_train.target_batch import TargetBatch
+    from student_train.operator.fused_loss import fused_sparse_loss
 
     targets = TargetBatch.from_batch(inputs["batch"]) if with_teacher else None
     terms = [LossTerm("cross_entropy", CE_WEIGHT)] + [LossTerm("forward_kl", KD_WEIGHT)] * with_teacher

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import TrainingError, UsageError
-from student_train.checkpoints import list_checkpoints
+from student_train.records.checkpoints import list_checkpoints
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 
 STEPS = 12
@@ -69,7 +69,7 @@ class Trainings:
     def __init__(self) -> None:
         """Start the process that imports everything and forks."""
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["peft", "torch._dynamo", "transformers.trainer", "student_train.stages"])
+        self._context.set_forkserver_preload(["peft", "torch._dynamo", "transformers.trainer", "student_train.stage.stages"])
 
     def run(self, recipe: Mapping[str, Any], kill_when: Callable[[], bool] | None) -> bool:
         """Train until it ends, or until `kill_when` says so; return whether it was killed.
@@ -101,7 +101,7 @@ def _train(document: dict[str, Any], log: str) -> None:
     import torch
 
     from shared.recipe import Recipe
-    from student_train.stages import run_stages
+    from student_train.stage.stages import run_stages
 
     torch.set_num_threads(1)
     run_stages(Recipe.model_validate(document))

@@ -24,10 +24,10 @@ import torch
 from shared.cache import Cache
 from shared.errors import EvaluationError
 from shared.narrowing import LayerView
-from student_train.fused_loss import PositionScores, evaluate_positions
-from student_train.heldout_rows import heldout_rows
-from student_train.student_head import body_of, check_head, head_of
-from student_train.target_batch import TargetBatch
+from student_train.batch.target_batch import TargetBatch
+from student_train.evaluate.heldout_rows import heldout_rows
+from student_train.operator.fused_loss import PositionScores, evaluate_positions
+from student_train.student.student_head import body_of, check_head, head_of
 from tools.evaluate.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout_sums import HeldoutSums, RowMeasure
 from tools.evaluate.partings import Partings, largest_of_row

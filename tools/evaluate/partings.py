@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from shared.cache import Cache
-from student_train.student_head import body_of, head_of
+from student_train.student.student_head import body_of, head_of
 
 MOST_PARTINGS = 12
 MOST_PER_ROW = 2

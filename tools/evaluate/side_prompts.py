@@ -83,7 +83,7 @@ def prompt_ids(
         EvaluationError: prompts of a cache with another tokenizer than the model's.
         PromptError: the model's template cannot render a prompt.
     """
-    from student_train.student import student_tokenizer_hash
+    from student_train.student.student import student_tokenizer_hash
 
     if any(prompt.token_ids is not None for prompt in prompts):
         found = student_tokenizer_hash(str(model.files.directory), None, cache_tokenizer)

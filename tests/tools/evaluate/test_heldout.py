@@ -11,7 +11,7 @@ import pytest
 from shared.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.keys import is_heldout
-from student_train.heldout_rows import heldout_rows
+from student_train.evaluate.heldout_rows import heldout_rows
 from tests.tiny_models import make_llama, make_qwen3, training_text
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
 from tools.evaluate.bootstrap import ratio_interval
