@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.keys import KeySet, group_key, stack_keys
 
 GroupRule = Literal["prompt", "first question"]

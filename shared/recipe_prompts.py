@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from shared.recipe_base import Count, Problem, Section, Text, closest, inconsistent, quoted
+from shared.recipe.base import Count, Problem, Section, Text, closest, inconsistent, quoted
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "prompt", "chosen", "system", "tools", "reference"),

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import EngineError, IdentityError
-from shared.identity import weights_hash
-from shared.recipe import Generate, Teacher
+from shared.identity.identity import weights_hash
+from shared.recipe.recipe import Generate, Teacher
 from teacher_cache.model_files import resolve_model
 from teacher_cache.teacher_identity import KnownTeacher, know_teacher
 

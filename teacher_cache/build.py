@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from shared.cache_writer import CacheWriter, LayerWriter
+from shared.cache.cache_writer import CacheWriter, LayerWriter
+from shared.cache.layer_choice import serving_layer
+from shared.cache.layout import list_layers, read_header
 from shared.errors import DecantError, PromptError, UsageError
-from shared.jobs import Job, PlanRow, create_job
-from shared.layer_choice import serving_layer
-from shared.layout import list_layers, read_header
-from shared.parts import PartRecord
-from shared.recipe import Recipe, Teacher
-from shared.recipe_capture import Workers
+from shared.parts.jobs import Job, PlanRow, create_job
+from shared.parts.parts import PartRecord
+from shared.recipe.capture import Workers
+from shared.recipe.recipe import Recipe, Teacher
 from teacher_cache import engines
 from teacher_cache.answerer import Answerer, know_answerer
 from teacher_cache.cache_source import answers_of, group_rule, require_tokenizer

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import xxhash
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.layout import read_header, sequences_dir
 from shared.errors import IdentityError
 from shared.groups import GroupRule
-from shared.layout import read_header, sequences_dir
-from shared.recipe import PromptSource
-from shared.records import list_records
+from shared.parts.records import list_records
+from shared.recipe.recipe import PromptSource
 from teacher_cache.prompt_formats import Conversation, GivenSequence
 
 FORMAT = "cache"

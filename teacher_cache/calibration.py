@@ -21,13 +21,13 @@ from typing import Any
 
 import xxhash
 
-from shared.cache_writer import CacheWriter
+from shared.cache.cache_writer import CacheWriter
+from shared.cache.layout import list_layers, read_header, sequences_dir
 from shared.errors import UsageError
-from shared.layout import list_layers, read_header, sequences_dir
-from shared.mapped_part import MappedSequences
-from shared.recipe import PromptSource, Recipe
-from shared.records import PartRecord, list_records
-from shared.sequences import SequenceRow
+from shared.parts.mapped_part import MappedSequences
+from shared.parts.records import PartRecord, list_records
+from shared.parts.sequences import SequenceRow
+from shared.recipe.recipe import PromptSource, Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
 from teacher_cache.engines.protocol import Engine

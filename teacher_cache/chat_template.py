@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import PromptError
-from shared.recipe import PromptSource
+from shared.recipe.recipe import PromptSource
 from teacher_cache.prompt_formats import Message
 
 PROBE_QUESTION, PROBE_ANSWER = "decant probe question", "decant probe answer"

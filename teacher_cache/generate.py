@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.cache_writer import CacheWriter
-from shared.jobs import Job, PlanRow
-from shared.recipe import Generate
-from shared.sequences import SequenceRow
+from shared.cache.cache_writer import CacheWriter
+from shared.parts.jobs import Job, PlanRow
+from shared.parts.sequences import SequenceRow
+from shared.recipe.recipe import Generate
 from teacher_cache.engines.protocol import FINISHED, Generated, GenerateRequest
 from teacher_cache.feeding import Desk, feed_units
 from teacher_cache.problems import Problem

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.cache_writer import CacheWriter
-from shared.hidden_identity import PROJECTION_NAME, HiddenIdentity
-from shared.hidden_layers import numbered
-from shared.hidden_writer import HiddenWriter
-from shared.recipe import HiddenCapture, Teacher
-from shared.records import list_records
+from shared.cache.cache_writer import CacheWriter
+from shared.cache.hidden_writer import HiddenWriter
+from shared.identity.hidden_identity import PROJECTION_NAME, HiddenIdentity
+from shared.identity.hidden_layers import numbered
+from shared.parts.records import list_records
+from shared.recipe.recipe import HiddenCapture, Teacher
 from teacher_cache.feeding import Desk
 from teacher_cache.score import parts_to_score, require_length, score_parts
 from teacher_cache.summary import BuildSummary

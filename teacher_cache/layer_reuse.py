@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shared.identity import LayerIdentity, difference
-from shared.layout import Layer
-from shared.recipe import Capture
+from shared.cache.layout import Layer
+from shared.identity.identity import LayerIdentity, difference
+from shared.recipe.recipe import Capture
 
 
 def capture_of(capture: Capture, identity: LayerIdentity) -> Capture:

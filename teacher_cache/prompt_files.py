@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from shared.errors import PromptError
-from shared.recipe import PromptSource
+from shared.recipe.recipe import PromptSource
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 KINDS = {".jsonl": "text", ".ndjson": "text", ".json": "text", ".parquet": "parquet", ".arrow": "arrow"}

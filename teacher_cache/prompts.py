@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import PromptError
-from shared.recipe import PromptSource
+from shared.recipe.recipe import PromptSource
 from teacher_cache.cache_source import FORMAT, read_cache
 from teacher_cache.problems import THRESHOLD, Problem, Problems
 from teacher_cache.prompt_files import HubDataset, LocalFiles, locate

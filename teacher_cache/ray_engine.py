@@ -21,10 +21,10 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+from shared.cache.layout import sequences_dir
 from shared.errors import DecantError, EngineError
 from shared.failpoints import failpoint
-from shared.layout import sequences_dir
-from shared.records import read_record
+from shared.parts.records import read_record
 from teacher_cache.cache_source import answers_of
 from teacher_cache.feeding import Desk, Unit, feed_units
 from teacher_cache.generate import GenerateUnit, Pass1, import_units

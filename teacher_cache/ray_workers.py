@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EngineError
-from shared.jobs import Job
-from shared.parts import PartRecord
-from shared.recipe import Recipe
-from shared.recipe_capture import Workers
+from shared.parts.jobs import Job
+from shared.parts.parts import PartRecord
+from shared.recipe.capture import Workers
+from shared.recipe.recipe import Recipe
 from teacher_cache.pace import Pace
 from teacher_cache.progress import Progress
 from teacher_cache.ray_cluster import cpus_per_engine, ray_cluster

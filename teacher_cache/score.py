@@ -15,13 +15,13 @@ from typing import Any
 import pyarrow.compute as pc
 import xxhash
 
-from shared.cache_writer import LayerWriter
+from shared.cache.cache_writer import LayerWriter
+from shared.cache.hidden_writer import HiddenWriter
+from shared.cache.layer_writer import RowsWriter
+from shared.cache.layout import sequences_dir
 from shared.errors import EngineError
-from shared.hidden_writer import HiddenWriter
-from shared.layer_writer import RowsWriter
-from shared.layout import sequences_dir
-from shared.parts import PartRecord, open_part
-from shared.sequences import SequenceRow
+from shared.parts.parts import PartRecord, open_part
+from shared.parts.sequences import SequenceRow
 from teacher_cache.engines.protocol import Captured, Scored, ScoreRequest
 from teacher_cache.feeding import Desk, feed_units
 from teacher_cache.summary import PassFigures

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import PromptError
-from shared.jobs import PlanRow
-from shared.recipe import PromptSource
+from shared.parts.jobs import PlanRow
+from shared.parts.sequences import SequenceRow, make_row
+from shared.recipe.recipe import PromptSource
 from shared.schema import MAX_TOKENS_PER_ROW
-from shared.sequences import SequenceRow, make_row
 from teacher_cache.spans import Template
 from teacher_cache.work_list import conversation_of
 

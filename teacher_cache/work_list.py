@@ -3,7 +3,7 @@
 A row is a prompt with a sample index (to be answered), or a prompt with its given answer (to be taken over). Only equal
 row_keys are duplicates; the first source listed wins. What the recipe says about rendering and sampling is part of a row_key, so a
 changed `system` or `temperature` makes new rows instead of silently keeping old ones. Rows that the cache holds already are left
-out by `shared.jobs.create_job`.
+out by `shared.parts.jobs.create_job`.
 
 The request names the job: everything that decides which rows exist and what their sequences are, with files by content, so that
 moving a file changes nothing and changing it does.
@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from shared.cache.growing_key_set import GrowingKeySet
 from shared.errors import PromptError
 from shared.groups import GroupRule
-from shared.growing_key_set import GrowingKeySet
-from shared.grown import unmoved
-from shared.jobs import PlanRow
+from shared.identity.grown import unmoved
 from shared.keys import canonical_json, content_key, group_key, row_key
-from shared.recipe import Generate, PromptSource, Recipe
+from shared.parts.jobs import PlanRow
+from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.cache_source import FORMAT, cache_content_hash
 from teacher_cache.chat_template import template_text
 from teacher_cache.problems import Problems

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shared.cache_writer import CacheWriter, LayerWriter
+from shared.cache.cache_writer import CacheWriter, LayerWriter
+from shared.cache.layout import read_header, read_layer
 from shared.errors import EngineError
-from shared.identity import difference
-from shared.jobs import Job
-from shared.layout import read_header, read_layer
-from shared.recipe import Recipe, Teacher
+from shared.identity.identity import difference
+from shared.parts.jobs import Job
+from shared.recipe.recipe import Recipe, Teacher
 from teacher_cache import engines
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.sequence_maker import SequenceMaker

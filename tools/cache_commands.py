@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache, collect_garbage, verify_cache
-from shared.hidden_layers import layer_name
-from shared.jobs import list_jobs
-from shared.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir
-from shared.part_stats import ENTROPY_BIN_NATS
-from shared.records import list_records
+from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir
+from shared.identity.hidden_layers import layer_name
+from shared.parts.jobs import list_jobs
+from shared.parts.part_stats import ENTROPY_BIN_NATS
+from shared.parts.records import list_records
 from tools.cache_show import row_document, row_text
 from tools.progress import Progress
 

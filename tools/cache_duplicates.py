@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.jobs import key_column
-from shared.parts import open_part
-from shared.records import PartRecord
+from shared.parts.jobs import key_column
+from shared.parts.parts import open_part
+from shared.parts.records import PartRecord
 
 MOST_KEYS = 2**23
 _ROW_BITS = 17

@@ -22,10 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.atomic import link_exclusive, make_dir, write_atomic
-from shared.errors import CacheError, DamagedError, IdentityError, UsageError
-from shared.identity import difference
-from shared.jobs import create_job, job_id
-from shared.layout import (
+from shared.cache.layout import (
     CacheHeader,
     Layer,
     choose_layer,
@@ -35,8 +32,11 @@ from shared.layout import (
     sequences_dir,
     tokenizer_path,
 )
-from shared.parts import hash_file
-from shared.records import PartRecord, json_bytes, list_records
+from shared.errors import CacheError, DamagedError, IdentityError, UsageError
+from shared.identity.identity import difference
+from shared.parts.jobs import create_job, job_id
+from shared.parts.parts import hash_file
+from shared.parts.records import PartRecord, json_bytes, list_records
 from shared.schema import FORMAT_VERSION
 from tools.cache_duplicates import repeated_rows
 from tools.part_takeover import TakeOver, rewrite_part

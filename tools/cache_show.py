@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import CacheError
-from shared.targets import SparseTargets
+from shared.payload.targets import SparseTargets
 
 MOST_TEXT = 400
 """Characters shown of a prompt."""

@@ -152,7 +152,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def _load(args: argparse.Namespace, *, save: bool = False) -> Any:
     """Load the recipe; remember its run directory for a traceback, and save what runs there."""
-    from shared.recipe_file import dump_recipe, load_recipe
+    from shared.recipe.file import dump_recipe, load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     args.run_dir = recipe.output_dir

@@ -12,11 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError, UsageError
-from shared.recipe import Recipe, Stage
-from shared.recipe_base import closest, quoted
-from shared.weights_hash import weights_hash
+from shared.identity.weights_hash import weights_hash
+from shared.recipe.base import closest, quoted
+from shared.recipe.recipe import Recipe, Stage
 from tools.model_card import model_card
 from tools.report.figures import report_figures
 from tools.report.run_files import read_run

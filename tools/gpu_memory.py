@@ -51,7 +51,7 @@ def measure_memory(name: str, *, dry_run: bool, num_tokens: int = 4096) -> dict[
     """Train one of `STUDENTS` for three steps and return planned and allocated bytes; a dry run is tiny and counts nothing."""
     import torch
 
-    from shared.recipe import Stage, Student
+    from shared.recipe.recipe import Stage, Student
 
     size, student_settings, trainer_settings = STUDENTS[name]
     needs_bitsandbytes = "8bit" in trainer_settings.get("optim", "") or student_settings.get("adapter") == "qlora"

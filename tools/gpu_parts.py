@@ -162,7 +162,7 @@ def measure_kernels(*, dry_run: bool) -> dict[str, Any]:
     if not has_flash:
         figures["rows_apart_flash_attention_2"] = "skipped: flash-attention or a GPU is missing"
     figures["nf4_error"] = _nf4_error(device)
-    from shared.recipe import Student
+    from shared.recipe.recipe import Student
     from student_train.student.liger import liger_layers
 
     if device != "cuda" or importlib.util.find_spec("liger_kernel") is None:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from shared.errors import UsageError
-from shared.recipe_base import SLUG
+from shared.recipe.base import SLUG
 
 _TEMPLATE = """\
 # {name}: {teacher} into {student}.

@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from shared.recipe import Loss, Recipe, Stage
-from shared.recipe_schedule import Schedule
+from shared.recipe.recipe import Loss, Recipe, Stage
+from shared.recipe.schedule import Schedule
 from tools.report.tables import model_header, model_rows
 
 FORMULA_PAGE = "docs/losses.md"

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from shared.payload.targets import Draws, SparseTargets
 from shared.schema import SEQUENCES
-from shared.targets import Draws, SparseTargets
 
 METADATA_FILE = "decant-export.json"
 RECORD_KEY = b"decant"

@@ -18,14 +18,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.atomic import fill_exclusive, make_dir, write_atomic
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.layout import Layer, choose_layer, list_hidden_layers, list_layers, read_header, sequences_dir, tokenizer_path
+from shared.cache.visible_rows import hidden_rows
 from shared.errors import CacheError, DamagedError
-from shared.layout import Layer, choose_layer, list_hidden_layers, list_layers, read_header, sequences_dir, tokenizer_path
-from shared.mapped_part import MappedSequences, MappedTargets
-from shared.parts import hash_file
-from shared.records import PartRecord, json_bytes, list_records, read_json, read_record
+from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.parts import hash_file
+from shared.parts.records import PartRecord, json_bytes, list_records, read_json, read_record
 from shared.schema import SEQUENCES
-from shared.visible_rows import hidden_rows
 from tools.parquet_columns import EXPORT_FORMAT, METADATA_FILE, PLAIN, RECORD_KEY, export_schema, flat, targets_columns
 from tools.staged_directory import publish, refuse_existing, staging_path
 

@@ -17,17 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from shared.cache_writer import CacheWriter
-from shared.codec import Codec
+from shared.cache.cache_writer import CacheWriter
+from shared.cache.layout import sequences_dir, tokenizer_path
 from shared.errors import CacheError, DamagedError, first_line
-from shared.identity import LayerIdentity, SequencesIdentity
-from shared.jobs import create_job, job_id
-from shared.layout import sequences_dir, tokenizer_path
-from shared.part_stats import targets_stats
-from shared.parts import commit_part, hash_file
-from shared.records import list_records, read_json
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.parts.jobs import create_job, job_id
+from shared.parts.part_stats import targets_stats
+from shared.parts.parts import commit_part, hash_file
+from shared.parts.records import list_records, read_json
+from shared.parts.sequences import SequenceRow, make_row
+from shared.payload.codec import Codec
 from shared.schema import MAX_ROWS_PER_PART, MAX_TOKENIZER_FILE_BYTES, STEM_PATTERN, TARGETS
-from shared.sequences import SequenceRow, make_row
 from tools.cache_duplicates import repeated_rows
 from tools.parquet_columns import EXPORT_FORMAT, METADATA_FILE, PLAIN, RECORD_KEY, Lists, export_schema, read_targets
 from tools.staged_directory import publish, refuse_existing, staging_path

@@ -19,14 +19,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.atomic import fill_exclusive, fsync_dir, write_atomic
+from shared.cache.layout import Layer
 from shared.errors import CacheError, DamagedError
-from shared.layout import Layer
-from shared.mapped_part import MappedSequences, MappedTargets
-from shared.part_stats import sequences_stats, targets_stats
-from shared.parts import check_file, commit_part, hash_file
-from shared.records import PartRecord, json_bytes, read_json, read_record
+from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.part_stats import sequences_stats, targets_stats
+from shared.parts.parts import check_file, commit_part, hash_file
+from shared.parts.records import PartRecord, json_bytes, read_json, read_record
+from shared.parts.sequences import SequenceRow, rows_to_table
 from shared.schema import TARGETS
-from shared.sequences import SequenceRow, rows_to_table
 
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _COPY_BYTES = 2**20

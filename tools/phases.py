@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError, UsageError
-from shared.recipe import Recipe
-from shared.recipe_base import closest, quoted
+from shared.recipe.base import closest, quoted
+from shared.recipe.recipe import Recipe
 from tools.progress import BuildProgress, Progress
 
 Result = tuple[Any, str]

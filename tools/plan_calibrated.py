@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration
 from teacher_cache.model_files import ModelFiles, resolve_model
 from tools.cache_commands import size

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DecantError, TrainingError, UsageError
-from shared.recipe import Recipe, Stage, StageTrainer, Student
+from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student
 
 GIB = 2**30
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.cache.layout import list_hidden_layers, sequences_dir
 from shared.errors import EngineError
-from shared.hidden_codec import HiddenCodec
-from shared.hidden_layers import keeps, numbered
-from shared.layout import list_hidden_layers, sequences_dir
-from shared.recipe import HiddenCapture, Recipe
-from shared.records import list_records
+from shared.identity.hidden_layers import keeps, numbered
+from shared.parts.records import list_records
+from shared.payload.hidden_codec import HiddenCodec
+from shared.recipe.recipe import HiddenCapture, Recipe
 
 Figures = dict[str, Any]
 

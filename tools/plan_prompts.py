@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shared.cache.layout import sequences_dir
 from shared.errors import DecantError, EngineError, PromptError
-from shared.jobs import committed_keys
-from shared.layout import sequences_dir
-from shared.recipe import Recipe
-from shared.records import list_records
+from shared.parts.jobs import committed_keys
+from shared.parts.records import list_records
+from shared.recipe.recipe import Recipe
 
 ROWS_COUNTED = 2000
 """Rows per source whose tokens are counted one by one."""

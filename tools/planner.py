@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.layout import Layer, list_layers, sequences_dir
-from shared.narrowing import holds
-from shared.recipe import Capture, Recipe, Stage
-from shared.records import list_records
+from shared.cache.layout import Layer, list_layers, sequences_dir
+from shared.parts.records import list_records
+from shared.payload.narrowing import holds
+from shared.recipe.recipe import Capture, Recipe, Stage
 from tools.cache_commands import size
 from tools.plan_hidden import hidden_figures, hidden_lines
 from tools.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts

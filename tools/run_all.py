@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import DecantError, UsageError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tools.cli_parser import PHASES
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.cache import Cache, Row
+from shared.cache.cache import Cache, Row
 from shared.errors import CacheError, IdentityError, TrainingError
 from shared.keys import is_heldout
-from shared.narrowing import LayerView
+from shared.payload.narrowing import LayerView
 from student_train.batch.hidden_batch import HiddenReading
 from student_train.batch.row_targets import at_temperatures, first_positions, within_vocabulary
 from student_train.batch.target_batch import pack_targets

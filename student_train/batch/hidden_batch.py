@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.hidden import MASS_UNIT, Attention, HiddenStates
-from shared.hidden_identity import HiddenIdentity
+from shared.identity.hidden_identity import HiddenIdentity
+from shared.payload.hidden import MASS_UNIT, Attention, HiddenStates
 from student_train.losses.representation import Reads
 
 PER_POSITION = ("states_integers", "states_scales", "attention_distances", "attention_codes")

@@ -13,9 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from shared.errors import TrainingError
-from shared.narrowing import keep_entries
-from shared.ragged import segment_sum
-from shared.targets import Draws, SparseTargets
+from shared.payload.narrowing import keep_entries
+from shared.payload.ragged import segment_sum
+from shared.payload.targets import Draws, SparseTargets
 
 
 def first_positions(targets: SparseTargets, num_positions: int) -> SparseTargets:

@@ -5,7 +5,7 @@ Cost: nothing.
 
 from __future__ import annotations
 
-from shared.recipe import Stage
+from shared.recipe.recipe import Stage
 from student_train.losses import LossTerm, divergences, registry, representations
 from student_train.losses.representation import Reads
 from student_train.order import schedules

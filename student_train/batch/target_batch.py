@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import TrainingError
-from shared.targets import SparseTargets
+from shared.payload.targets import SparseTargets
 
 
 def pack_targets(rows: Sequence[SparseTargets]) -> dict[str, np.ndarray]:

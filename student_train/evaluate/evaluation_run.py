@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.recipe import StageEvaluation
+from shared.recipe.recipe import StageEvaluation
 from student_train.evaluate.heldout_measure import HeldoutSet, Processes, measure_heldout
 from student_train.evaluate.quality_samples import choose_samples, load_tokenizer, student_answers
 from student_train.evaluate.verdict import Verdict, judge

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.keys import is_heldout
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shared.recipe import EarlyStopping
+from shared.recipe.recipe import EarlyStopping
 
 
 @dataclass(frozen=True, slots=True)

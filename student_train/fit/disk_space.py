@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import TrainingError
-from shared.recipe import Stage
+from shared.recipe.recipe import Stage
 
 _OTHER_BYTES = 1 << 20
 """Random states, configs, logs."""

@@ -19,7 +19,7 @@ import torch
 
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
-from shared.recipe import Stage, StageTrainer, Student
+from shared.recipe.recipe import Stage, StageTrainer, Student
 from student_train.batch.collate import collate
 from student_train.fit.memory import CONTEXT_BYTES, GIB, bytes_of_step, estimate_memory
 from student_train.fit.model_shape import ModelShape, shape_of

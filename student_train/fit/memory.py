@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.recipe import StageTrainer, Student
+from shared.recipe.recipe import StageTrainer, Student
 from student_train.fit.model_shape import ModelShape
 
 GIB, MIB = 2**30, 2**20

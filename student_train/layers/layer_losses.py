@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from shared.errors import TrainingError
-from shared.hidden_identity import FINAL, HiddenIdentity
-from shared.hidden_layers import layer_name
-from shared.recipe import Loss, Stage, Student
+from shared.identity.hidden_identity import FINAL, HiddenIdentity
+from shared.identity.hidden_layers import layer_name
+from shared.recipe.recipe import Loss, Stage, Student
 from student_train.batch.hidden_batch import teacher_masses, teacher_pooled, teacher_states
 from student_train.layers.layer_map import LayerPair, pair_layers
 from student_train.layers.projections import (

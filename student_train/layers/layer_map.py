@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shared.errors import TrainingError
-from shared.hidden_identity import FINAL
-from shared.hidden_layers import layer_name
+from shared.identity.hidden_identity import FINAL
+from shared.identity.hidden_layers import layer_name
 
 
 @dataclass(frozen=True, slots=True)

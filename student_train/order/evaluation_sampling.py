@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.errors import TrainingError
-from shared.recipe import Sampling
+from shared.recipe.recipe import Sampling
 from student_train.order.scheduled_plan import GrowingPlan
 
 Shares = dict[str, float]

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import xxhash
 
-from shared.recipe import Schedule, Stage
+from shared.recipe.recipe import Schedule, Stage
 from student_train.order import schedules
 from student_train.order.order import EpochPlan
 from student_train.order.round_order import RoundPlanner

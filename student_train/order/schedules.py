@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.recipe_schedule import Schedule
+from shared.recipe.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.recipe import Stage
+from shared.recipe.recipe import Stage
 from student_train.order.order import EpochPlan, length_limit, plan_epoch
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from shared.atomic import fsync_dir
 from shared.failpoints import failpoint
-from shared.recipe import Student
+from shared.recipe.recipe import Student
 from student_train.records.checkpoints import fsync_tree
 
 TOKENIZER_FILES = (

@@ -15,11 +15,11 @@ import xxhash
 
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
-from shared.grown import first_difference
-from shared.identity import weights_hash
+from shared.identity.grown import first_difference
+from shared.identity.identity import weights_hash
 from shared.keys import canonical_json
-from shared.recipe import Student
-from shared.recipe_base import Section
+from shared.recipe.base import Section
+from shared.recipe.recipe import Student
 from student_train.stage.stage_work import StageWork
 
 IDENTITY_FILE = "identity.json"

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from shared.cache.layer_choice import hidden_layer_of, layer_of_capture
 from shared.errors import TrainingError
-from shared.grown import unmoved
-from shared.layer_choice import hidden_layer_of, layer_of_capture
-from shared.recipe import Recipe, Sampling, Stage
+from shared.identity.grown import unmoved
+from shared.recipe.recipe import Recipe, Sampling, Stage
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import hidden_reads, needs_teacher
 from student_train.evaluate.heldout_measure import HeldoutSet

@@ -16,8 +16,8 @@ import torch
 from transformers import TrainingArguments
 
 from shared.atomic import write_atomic
-from shared.recipe import Recipe, Stage
-from shared.recipe_file import dump_recipe
+from shared.recipe.file import dump_recipe
+from shared.recipe.recipe import Recipe, Stage
 from student_train.batch.dataset import PackDataset
 from student_train.evaluate.evaluation_run import EvaluationRun, evaluations_until
 from student_train.evaluate.verdict import Verdict, judge

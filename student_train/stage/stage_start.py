@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.errors import TrainingError
-from shared.recipe import Recipe, Stage
+from shared.recipe.recipe import Recipe, Stage
 
 
 def start_directory(recipe: Recipe, stage: Stage) -> Path | None:

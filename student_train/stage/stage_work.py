@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.cache.layer_choice import layer_of_capture
 from shared.errors import TrainingError
-from shared.hidden_identity import HiddenIdentity
-from shared.identity import difference
-from shared.layer_choice import layer_of_capture
-from shared.recipe import Recipe, Stage, Student
+from shared.identity.hidden_identity import HiddenIdentity
+from shared.identity.identity import difference
+from shared.recipe.recipe import Recipe, Stage, Student
 from student_train.batch.dataset import CacheList
 from student_train.batch.hidden_batch import HiddenReading
 from student_train.batch.row_targets import temperature_column

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import UsageError
-from shared.recipe import Recipe, Stage
+from shared.recipe.recipe import Recipe, Stage
 from student_train.records.progress import OpenProgress, PlainProgress
 from student_train.stage.stage_run import run_stage
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from shared.errors import IdentityError, TrainingError
-from shared.identity import tokenizer_hash
-from shared.recipe import Adapter, Student
+from shared.identity.identity import tokenizer_hash
+from shared.recipe.recipe import Adapter, Student
 
 _OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Files that older tokenizers come as."""

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from shared.errors import TrainingError
-from shared.recipe import Balance
+from shared.recipe.recipe import Balance
 
 _SMALLEST = 1e-4
 """Factors stay above it, so that no loss is switched off for good."""

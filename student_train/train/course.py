@@ -14,7 +14,7 @@ from typing import Any
 
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
-from shared.recipe import Stage
+from shared.recipe.recipe import Stage
 from student_train.batch.stage_terms import terms_at
 from student_train.evaluate.evaluation_run import EvaluationRun
 from student_train.losses import LossTerm

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import TrainingError
-from shared.recipe import StageTrainer, Student
+from shared.recipe.recipe import StageTrainer, Student
 from student_train.records.processes import is_first, num_processes
 
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from shared.errors import TrainingError
-from shared.recipe import StageTrainer
+from shared.recipe.recipe import StageTrainer
 from student_train.train.training_problems import check_installed
 
 _AS_WRITTEN = (

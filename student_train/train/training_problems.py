@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe import StageTrainer
+from shared.recipe.recipe import StageTrainer
 
 _BITSANDBYTES = ("8bit", "4bit", "paged", "bnb")
 

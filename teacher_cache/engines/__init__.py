@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
-from shared.recipe_servers import capture_problems
+from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.servers import capture_problems
 from teacher_cache.engines.protocol import Engine, Generated, GenerateRequest, Scored, ScoreRequest
 
 OLDEST_VLLM = (0, 32)

@@ -19,7 +19,7 @@ from typing import Any
 
 from shared.errors import UsageError
 from shared.models.end_tokens import declared_end_ids, end_token_ids
-from shared.recipe import Generate
+from shared.recipe.recipe import Generate
 from teacher_cache.engines.protocol import FINISHED, Generated
 
 

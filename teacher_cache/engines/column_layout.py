@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shared.recipe import Capture
+from shared.recipe.recipe import Capture
 
 NOTHING = -1
 """Id of an empty head or draw column."""

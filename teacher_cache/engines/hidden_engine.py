@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from shared.errors import EngineError
-from shared.hidden import Attention, HiddenStates, Vectors
-from shared.hidden_identity import FINAL, HiddenIdentity
-from shared.projection import projection_matrix
-from shared.recipe import Teacher
+from shared.identity.hidden_identity import FINAL, HiddenIdentity
+from shared.payload.hidden import Attention, HiddenStates, Vectors
+from shared.payload.projection import projection_matrix
+from shared.recipe.recipe import Teacher
 from teacher_cache.engines.attention_watch import AttentionWatch, blocks_of
 from teacher_cache.engines.length_batches import length_batches
 from teacher_cache.engines.protocol import Captured, ScoreRequest

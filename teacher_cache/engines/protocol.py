@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.hidden import HiddenStates
-from shared.recipe import Generate
-from shared.targets import SparseTargets
+from shared.payload.hidden import HiddenStates
+from shared.payload.targets import SparseTargets
+from shared.recipe.recipe import Generate
 
 FINISHED = ("stop", "length")
 """Ends of an answer that is one; engines know others (abort, error, repetition)."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import EngineError
-from shared.recipe import Generate
+from shared.recipe.recipe import Generate
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.protocol import GenerateRequest
 from teacher_cache.engines.server_pool import MalformedError

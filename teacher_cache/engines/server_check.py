@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import EngineError
-from shared.recipe import Teacher
+from shared.recipe.recipe import Teacher
 from teacher_cache.engines.server_answers import read_columns, score_body, score_bytes
 from teacher_cache.engines.server_http import Answer, Server
 from teacher_cache.engines.server_pool import MalformedError, error_text

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from shared.errors import DecantError, EngineError
 from shared.models.end_tokens import declared_end_ids
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest

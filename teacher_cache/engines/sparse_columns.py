@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import EngineError
-from shared.targets import Draws, SparseTargets
+from shared.payload.targets import Draws, SparseTargets
 from teacher_cache.engines.column_layout import ColumnLayout
 
 Ids = NDArray[np.int32]

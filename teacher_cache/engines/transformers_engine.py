@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.draw_keys import prefix_keys_of

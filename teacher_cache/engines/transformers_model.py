@@ -16,7 +16,7 @@ import torch
 
 from shared.errors import EngineError
 from shared.models.end_tokens import checked_ids
-from shared.recipe import Teacher
+from shared.recipe.recipe import Teacher
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from shared.recipe import Generate
+from shared.recipe.recipe import Generate
 from teacher_cache.engines.draw_keys import uniforms
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from shared.errors import DecantError, EngineError
 from shared.models.end_tokens import declared_end_ids
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import installed_vllm, parent_watch, vllm_arrays, vllm_tail
 from teacher_cache.engines.adapters import fold_adapter
 from teacher_cache.engines.answer_ends import AnswerEnds

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 
 MIN_CACHE_BYTES = 2**28
 MAX_CACHE_BYTES = 2**35

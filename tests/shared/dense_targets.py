@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.targets import Draws, SparseTargets
+from shared.payload.targets import Draws, SparseTargets
 
 
 @dataclass

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache_writer import CacheWriter, LayerWriter
-from shared.identity import LayerIdentity, SequencesIdentity
-from shared.jobs import Job, PlanRow, create_job
+from shared.cache.cache_writer import CacheWriter, LayerWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
-from shared.sequences import SequenceRow, make_row
-from shared.targets import SparseTargets
+from shared.parts.jobs import Job, PlanRow, create_job
+from shared.parts.sequences import SequenceRow, make_row
+from shared.payload.targets import SparseTargets
 from tests.shared.dense_targets import cut
 
 VOCAB = 50

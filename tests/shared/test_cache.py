@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shared.cache import Cache, collect_garbage, verify_cache
-from shared.cache_writer import CacheWriter
+from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache_writer import CacheWriter
 from shared.errors import CacheError, DamagedError, IdentityError
-from shared.part_stats import position_entropy_nats
+from shared.parts.part_stats import position_entropy_nats
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import (
     HYBRID,
@@ -86,8 +86,8 @@ def test_position_rule() -> None:
 
 
 def test_lengths_and_groups_are_known_without_reading_tokens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.parts.hash_file", lambda *_: pytest.fail("a part was read as a whole"))
-    monkeypatch.setattr("shared.mapped_part.MappedSequences.row", lambda *_: pytest.fail("a row was read"))
+    monkeypatch.setattr("shared.parts.parts.hash_file", lambda *_: pytest.fail("a part was read as a whole"))
+    monkeypatch.setattr("shared.parts.mapped_part.MappedSequences.row", lambda *_: pytest.fail("a row was read"))
     cache = opened(path)
     assert cache.num_tokens.dtype == cache.sources.dtype == np.int32
     assert cache.group_keys.dtype == np.dtype("V16")
@@ -289,7 +289,7 @@ def test_forked_child_does_not_wait_for_its_parents_threads(path: Path) -> None:
 
 
 def test_threads_share_a_cache_with_few_open_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.cache.MOST_OPEN_PARTS", 1)
+    monkeypatch.setattr("shared.cache.cache.MOST_OPEN_PARTS", 1)
     cache = opened(path)
     keys = [row.key for row in cache]
     order = np.random.default_rng(0).integers(0, len(cache), 400)
@@ -328,7 +328,7 @@ def test_verify_names_every_damaged_file(copy: Path) -> None:
 
 
 def test_verify_finds_targets_that_are_well_formed_but_of_other_content(copy: Path) -> None:
-    from shared.parts import commit_part, list_records, open_part
+    from shared.parts.parts import commit_part, list_records, open_part
 
     layer = copy / "targets" / f"top6-{TOP.hash8}"
     record = list_records(layer)[0]

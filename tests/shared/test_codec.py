@@ -12,11 +12,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared import row_batches
-from shared.codec import Codec
 from shared.errors import DamagedError, UsageError
-from shared.targets import Draws, SparseTargets
-from shared.targets_at import head_logprobs_at
+from shared.payload import row_batches
+from shared.payload.codec import Codec
+from shared.payload.targets import Draws, SparseTargets
+from shared.payload.targets_at import head_logprobs_at
 from tests.shared.dense_targets import Dense, cut, equal_targets, log_softmax
 
 LARGEST_ID = 2**24 - 1

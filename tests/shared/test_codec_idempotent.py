@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.codec import Codec
-from shared.quantise import TAIL_ALL, label_codes, label_table, tail_codes, tail_tables
-from shared.targets import SparseTargets
+from shared.payload.codec import Codec
+from shared.payload.quantise import TAIL_ALL, label_codes, label_table, tail_codes, tail_tables
+from shared.payload.targets import SparseTargets
 from tests.shared.dense_targets import cut, equal_targets
 
 CODES = np.arange(65_536)

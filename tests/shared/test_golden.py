@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import zstandard
 
-from shared.cache import Cache, verify_cache
+from shared.cache.cache import Cache, verify_cache
 from tests.shared.make_golden import GOLDEN, arrays_of, texts_of
 from tests.shared.small_cache import HYBRID, TOP
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
-from shared.cache_writer import CacheWriter
+from shared.cache.cache import Cache
+from shared.cache.cache_writer import CacheWriter
 from shared.errors import DamagedError
 from shared.groups import question_key, questions_among
-from shared.identity import SequencesIdentity
-from shared.sequences import make_row
+from shared.identity.identity import SequencesIdentity
+from shared.parts.sequences import make_row
 from teacher_cache.prompt_formats import group_text
 
 IDENTITY = SequencesIdentity(tokenizer_hash="t", vocab_size=16)

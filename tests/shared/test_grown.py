@@ -10,10 +10,10 @@ import pytest
 from pydantic import BaseModel, create_model
 
 from shared.errors import DamagedError
-from shared.grown import first_difference, grown, unmoved
-from shared.hidden_identity import HiddenIdentity
-from shared.identity import LayerIdentity, SequencesIdentity, difference, hash8_of
-from shared.recipe import Generate, Sampling, Task
+from shared.identity.grown import first_difference, grown, unmoved
+from shared.identity.hidden_identity import HiddenIdentity
+from shared.identity.identity import LayerIdentity, SequencesIdentity, difference, hash8_of
+from shared.recipe.recipe import Generate, Sampling, Task
 from tests.shared.small_cache import HYBRID, SEQUENCES, TOP
 
 HIDDEN = HiddenIdentity(
@@ -140,7 +140,7 @@ def test_a_setting_that_an_old_document_lacks_means_its_default(old: Any, new: A
 
 def test_layers_of_the_golden_cache_keep_their_names() -> None:
     root = Path(__file__).resolve().parents[2] / "data" / "golden" / "run-1" / "cache"
-    from shared.layout import list_hidden_layers, list_layers
+    from shared.cache.layout import list_hidden_layers, list_layers
 
     assert list(list_layers(root)) == ["top6-sample3-2c488e40"]
     assert list(list_hidden_layers(root)) == ["layers2-mean-d1547944"]

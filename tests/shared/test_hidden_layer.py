@@ -17,14 +17,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.hidden_writer import HiddenWriter
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
-from shared.hidden import MASS_UNIT, Attention, HiddenStates, Vectors
-from shared.hidden_codec import HiddenCodec
-from shared.hidden_identity import FINAL, HiddenIdentity
-from shared.hidden_layers import numbered, spread_evenly
-from shared.hidden_writer import HiddenWriter
-from shared.projection import projection_matrix
+from shared.identity.hidden_identity import FINAL, HiddenIdentity
+from shared.identity.hidden_layers import numbered, spread_evenly
+from shared.payload.hidden import MASS_UNIT, Attention, HiddenStates, Vectors
+from shared.payload.hidden_codec import HiddenCodec
+from shared.payload.projection import projection_matrix
 from tests.shared.small_cache import build, tree
 
 STATES = HiddenIdentity(

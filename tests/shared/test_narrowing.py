@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shared.cache import Cache
-from shared.codec import Codec
+from shared.cache.cache import Cache
 from shared.errors import CacheError
-from shared.narrowing import LayerView, Narrowing, narrow
+from shared.payload.codec import Codec
+from shared.payload.narrowing import LayerView, Narrowing, narrow
 from tests.shared.dense_targets import cut, equal_targets, log_softmax
 from tests.shared.small_cache import TOP, build
 

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shared.cache import Cache, Row, verify_cache
+from shared.cache.cache import Cache, Row, verify_cache
 from shared.errors import CacheError, DamagedError
-from shared.mapped_part import MappedSequences, MappedTargets
-from shared.part_stats import sequences_stats
-from shared.parts import commit_part, list_records, open_part
+from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.part_stats import sequences_stats
+from shared.parts.parts import commit_part, list_records, open_part
+from shared.parts.sequences import rows_to_table
 from shared.schema import SEQUENCES
-from shared.sequences import rows_to_table
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import TOP, build, plan_rows, sequence
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from shared.recipe import Capture, Loss, Recipe, Schedule, Stage, StageTrainer, Task
-from shared.recipe_servers import address_problem
+from shared.recipe.recipe import Capture, Loss, Recipe, Schedule, Stage, StageTrainer, Task
+from shared.recipe.servers import address_problem
 
 KL = {"name": "forward_kl"}
 SERVED = {"model": "t", "engine": "server", "servers": ["http://a:8000/v1"]}

@@ -10,9 +10,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import RecipeError
-from shared.recipe import Recipe
-from shared.recipe_file import dump_recipe, load_recipe, recipe_json_schema
-from shared.recipe_yaml import MAX_BYTES, YamlProblem, parse_yaml
+from shared.recipe.file import dump_recipe, load_recipe, recipe_json_schema
+from shared.recipe.recipe import Recipe
+from shared.recipe.yaml import MAX_BYTES, YamlProblem, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 

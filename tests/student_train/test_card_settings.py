@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe import Student
+from shared.recipe.recipe import Student
 from student_train.stage.stages import run_stages
 from student_train.student import liger
 

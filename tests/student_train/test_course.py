@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from shared.errors import TrainingError
-from shared.recipe import Recipe, Sampling
+from shared.recipe.recipe import Recipe, Sampling
 from student_train.order.evaluation_sampling import next_shares, within_bounds
 from student_train.records.checkpoints import list_checkpoints
 from student_train.records.metrics_log import read_steps

@@ -45,7 +45,7 @@ def test_exploding_gradients_stop_with_the_newest_state_from_before(recipe_of):
 
 
 def test_weights_that_are_no_longer_finite_stop_the_stage_and_the_command(recipe_of, tmp_path, capsys):
-    from shared.recipe_file import dump_recipe
+    from shared.recipe.file import dump_recipe
 
     trainer = {"learning_rate": 10.0, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "max_steps": 20}
     path = tmp_path / "recipe.yaml"

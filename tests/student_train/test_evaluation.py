@@ -96,7 +96,7 @@ def test_rows_per_source_and_fraction_bound_what_is_measured(recipe_of):
     run_stages(recipe)
     assert [part["rows"] for part in evaluations(recipe)[0]["by_source"].values()] == [1, 1]
     with pytest.raises(TrainingError, match=r"no row is held out at heldout.fraction 1e-12"):
-        from shared.recipe import Recipe
+        from shared.recipe.recipe import Recipe
 
         run_stages(Recipe.model_validate({**recipe.model_dump(mode="json"), "heldout": {"fraction": 1e-12}}))
 
@@ -145,7 +145,7 @@ def test_stopped_stage_resumes_bitwise_equal_after_kills(recipe_of, run_apart, s
 
 
 def test_verdict_takes_the_lowest_and_counts_what_is_not_better_by_the_delta():
-    from shared.recipe import EarlyStopping
+    from shared.recipe.recipe import EarlyStopping
 
     def of(*kls, patience=2, delta=0.0):
         evaluations = [{"step": 10 * i, "kl_nats": kl} for i, kl in enumerate(kls)]
@@ -170,7 +170,7 @@ def test_settings_that_decide_the_weights_belong_to_the_stage_and_the_others_do_
 
 
 def test_evaluation_without_held_out_rows_or_useless_options_is_refused(tmp_path):
-    from shared.recipe_file import load_recipe
+    from shared.recipe.file import load_recipe
 
     base = "name: t\noutput_dir: r\ncache: c\nstudent: {model: m}\n"
     stage = "stages:\n  - name: kd\n    losses: [{name: forward_kl}]\n    evaluate: "

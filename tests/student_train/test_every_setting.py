@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe import Adapter, Loss, Stage, StageTrainer, Student
+from shared.recipe.recipe import Adapter, Loss, Stage, StageTrainer, Student
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import terms_at
 from student_train.stage.stage_identity import stage_identity

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe import Stage, Student
+from shared.recipe.recipe import Stage, Student
 from student_train.fit.first_step import check_first_step, longest_batch, measured_pass
 from student_train.fit.memory import CONTEXT_BYTES, GIB, bytes_of_step, estimate_memory
 from student_train.fit.model_shape import ModelShape

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.targets import Draws, SparseTargets
+from shared.payload.targets import Draws, SparseTargets
 from student_train.batch.target_batch import TargetBatch, pack_targets
 from student_train.losses import LossTerm
 from student_train.operator.fused_loss import evaluate_positions

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe import Stage, Student
+from shared.recipe.recipe import Stage, Student
 from student_train.layers.layer_losses import check_layer_losses
 from student_train.layers.projections import MODULE
 from student_train.losses import LossTerm

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import CacheError, RecipeError, TrainingError
-from shared.recipe import Loss, Recipe
-from shared.recipe_file import dump_recipe, load_recipe
+from shared.recipe.file import dump_recipe, load_recipe
+from shared.recipe.recipe import Loss, Recipe
 from student_train.layers.projections import FILE
 from student_train.records.metrics_log import read_steps
 from student_train.stage.stages import run_stages
@@ -183,7 +183,7 @@ def test_stage_needs_a_hidden_layer_and_says_how_to_get_one(recipe_of, tiny, cac
 
 
 def test_recipes_own_hidden_layer_is_chosen_among_several(recipe_of, cache, tmp_path):
-    from shared.layer_choice import hidden_layer_of
+    from shared.cache.layer_choice import hidden_layer_of
 
     recipe = recipe_of(cache=[cache], losses=ALL_THREE[1:2], trainer={"max_steps": 1})
     teacher = cache.parent / "teacher"

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.errors import TrainingError
-from shared.hidden_identity import FINAL
-from shared.recipe import Adapter, Loss
+from shared.identity.hidden_identity import FINAL
+from shared.recipe.recipe import Adapter, Loss
 from student_train.batch.collate import collate
 from student_train.batch.dataset import CacheList, build_pack
 from student_train.batch.hidden_batch import HiddenReading

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.recipe import StageTrainer, Student
+from shared.recipe.recipe import StageTrainer, Student
 from student_train.fit.memory import GIB, MIB, estimate_memory
 from student_train.fit.model_shape import shape_of
 

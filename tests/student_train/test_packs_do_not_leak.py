@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.targets_at import head_logprobs_at
+from shared.payload.targets_at import head_logprobs_at
 from student_train.batch.collate import collate
 from student_train.batch.dataset import CacheList, PackDataset, build_pack
 from student_train.batch.row_targets import at_temperatures, first_positions, within_vocabulary
@@ -84,7 +84,7 @@ def test_labels_follow_their_predictor_within_one_row(tiny):
 
 
 def _stage():
-    from shared.recipe import Stage
+    from shared.recipe.recipe import Stage
 
     return Stage.model_validate({"name": "s", "losses": [{"name": "cross_entropy"}], "trainer": {"pack_tokens": 128}})
 

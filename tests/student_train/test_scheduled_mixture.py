@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import TrainingError
-from shared.recipe import Sampling, Schedule, Stage
+from shared.recipe.recipe import Sampling, Schedule, Stage
 from student_train.order.evaluation_sampling import next_shares, within_bounds
 from student_train.order.round_order import RoundPlanner
 from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled, shares_at

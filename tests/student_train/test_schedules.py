@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from shared.recipe_schedule import Schedule
+from shared.recipe.schedule import Schedule
 from student_train.order.schedules import value
 
 

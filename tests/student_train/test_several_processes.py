@@ -16,7 +16,7 @@ from student_train.stage.stages import run_stages
 
 
 def _train_as(rank: int, port: int, settings: dict[str, str], recipe: dict) -> None:
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
 
     os.environ |= {
         "RANK": str(rank),

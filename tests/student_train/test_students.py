@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shared.errors import IdentityError, TrainingError
-from shared.recipe import Recipe, Student
+from shared.recipe.recipe import Recipe, Student
 from student_train.batch.dataset import CacheList
 from student_train.stage.export import set_generation
 from student_train.stage.stages import run_stages

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.cache_writer import CacheWriter
-from shared.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
+from shared.cache.cache_writer import CacheWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.keys import group_key, row_key
-from shared.sequences import SequenceRow, make_row
-from shared.targets import Draws, SparseTargets
+from shared.parts.sequences import SequenceRow, make_row
+from shared.payload.targets import Draws, SparseTargets
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from tests.system.program import ROOT, decant, write_lines
 from tests.tiny_models import CHATML, TURN_END, make_llama, make_qwen3
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from pydantic import create_model
 
-from shared.cache import Cache, verify_cache
-from shared.jobs import list_jobs
+from shared.cache.cache import Cache, verify_cache
 from shared.keys import group_key
-from shared.recipe_file import load_recipe
+from shared.parts.jobs import list_jobs
+from shared.recipe.file import load_recipe
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "run-1"
 
@@ -83,7 +83,7 @@ def test_finished_stages_are_reused(run: Path) -> None:
 
 
 def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shared.recipe import Stage, StageTrainer
+    from shared.recipe.recipe import Stage, StageTrainer
     from student_train.stage.stage_identity import claim_stage
     from student_train.stage.stage_work import resolve_stage
 

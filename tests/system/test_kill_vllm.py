@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from tests.system.program import ROOT, decant, write_lines
 from tests.tiny_models import make_qwen3
 

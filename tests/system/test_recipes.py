@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
 from tests.system.program import ROOT, decant
 from tests.system.recipe_twins import EVERY, STEPS, report_of, write_twin
 from tools.plan_card import plan_card

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import CacheError
 from tests.system.program import write_lines
 from tests.tiny_models import make_qwen3

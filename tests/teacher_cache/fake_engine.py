@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from shared.recipe import Capture, Teacher
-from shared.targets import SparseTargets
+from shared.payload.targets import SparseTargets
+from shared.recipe.recipe import Capture, Teacher
 from teacher_cache.engines.protocol import Generated, Scored
 from tests.tiny_models import VOCAB_SIZE
 

@@ -37,7 +37,7 @@ def main() -> None:
 def run(request: dict) -> int:
     import teacher_cache.engines as engines
     from shared.errors import DecantError
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
     from teacher_cache.build import teach
 
     os.environ["DECANT_FAILPOINT"] = request["failpoint"] or ""

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import teacher_cache.engines as engines
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import CacheError, EngineError, IdentityError, PromptError, UsageError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.build import BuildStoppedError, SetAsideError, teach
 from tests.teacher_cache.fake_engine import END_ID, FakeEngine, fake_targets
 from tests.tiny_models import make_qwen3
@@ -250,7 +250,7 @@ def test_a_failing_write_stops_the_build_at_once_with_its_cause(tmp_path, model,
     def full(*args, **kwargs):
         raise CacheError("the disk is full")
 
-    monkeypatch.setattr("shared.cache_writer.CacheWriter.write_sequences", full)
+    monkeypatch.setattr("shared.cache.cache_writer.CacheWriter.write_sequences", full)
     prompts = write_prompts(tmp_path / "many.jsonl", 400)
     with pytest.raises(CacheError, match="the disk is full"):
         teach(recipe(tmp_path, model, prompts=[{"source": "m", "path": str(prompts), "format": "prompt_completion"}]))

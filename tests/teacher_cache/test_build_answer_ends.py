@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import teacher_cache.engines as engines
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import UsageError
-from shared.jobs import job_id, list_jobs
-from shared.recipe import Generate, PromptSource, Recipe
+from shared.parts.jobs import job_id, list_jobs
+from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.build import teach
 from teacher_cache.problems import Problems
 from teacher_cache.prompts import read_prompts

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache import Cache
-from shared.recipe import Recipe
-from shared.verify import verify_cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
+from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
 from tests.tiny_models import make_qwen3
 
@@ -125,7 +125,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     from shared.errors import DecantError
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
     from teacher_cache.build import teach
 
     try:

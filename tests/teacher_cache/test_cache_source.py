@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.layout import read_header
+from shared.cache.verify import verify_cache
 from shared.errors import DecantError, IdentityError
-from shared.jobs import list_jobs
-from shared.layout import read_header
-from shared.recipe import Recipe
-from shared.records import list_records
-from shared.verify import verify_cache
+from shared.parts.jobs import list_jobs
+from shared.parts.records import list_records
+from shared.recipe.recipe import Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
 from tests.teacher_cache.fake_engine import FakeEngine

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import UsageError
 from teacher_cache.build import teach
 from teacher_cache.calibration import calibrate, line_through, sample_conversations

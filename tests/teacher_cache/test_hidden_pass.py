@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
 from shared.errors import EngineError, RecipeError, UsageError
-from shared.hidden_identity import FINAL
-from shared.projection import projection_matrix
-from shared.recipe import Recipe
-from shared.verify import verify_cache
+from shared.identity.hidden_identity import FINAL
+from shared.payload.projection import projection_matrix
+from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
 from teacher_cache.engines.hidden_engine import HiddenEngine
 from teacher_cache.engines.transformers_model import CausalModel

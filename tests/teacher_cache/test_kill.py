@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from shared.atomic import TEMPORARY_MARK
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
 from shared.failpoints import ATOMIC_STEPS, failpoint_names
-from shared.verify import verify_cache
 from tests.tiny_models import make_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shared.cache import Cache
-from shared.layer_choice import layer_of_capture
+from shared.cache.cache import Cache
+from shared.cache.layer_choice import layer_of_capture
 from teacher_cache.build import teach
 from tests.teacher_cache.test_build import model, opened, recipe, tree, write_prompts  # noqa: F401 - fixtures
 from tests.tiny_models import make_qwen3

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
-from shared.verify import verify_cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
 from tests.teacher_cache.test_kill import Server, tree
 from tests.tiny_models import make_qwen3
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
 from shared.errors import DecantError, EngineError, IdentityError
-from shared.recipe import Recipe
-from shared.records import list_records
-from shared.verify import verify_cache
+from shared.parts.records import list_records
+from shared.recipe.recipe import Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
 from tests.tiny_models import make_qwen3

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import PromptError
-from shared.recipe import PromptSource
+from shared.recipe.recipe import PromptSource
 from teacher_cache.prompt_files import content_hash
 from teacher_cache.prompt_formats import group_text, parse_row, prompt_text
 from teacher_cache.prompts import MAX_LINE_BYTES, Problems, read_prompts

@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 
 from shared.errors import UsageError
-from shared.recipe_capture import Workers
+from shared.recipe.capture import Workers
 from teacher_cache import ray_cluster
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from shared.jobs import PlanRow
-from shared.recipe import PromptSource
+from shared.parts.jobs import PlanRow
+from shared.recipe.recipe import PromptSource
 from teacher_cache.prompt_formats import Conversation
 from teacher_cache.sequence_maker import TOKENIZED_AT_ONCE, SequenceMaker, UnusableRowError
 from teacher_cache.spans import Template

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import PromptError
-from shared.recipe import PromptSource
+from shared.recipe.recipe import PromptSource
 from teacher_cache.prompt_formats import Conversation
 from teacher_cache.spans import Template
 from tests.tiny_models import make_tokenizer

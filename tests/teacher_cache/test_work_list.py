@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from shared.keys import group_key
-from shared.recipe import Generate, PromptSource, Recipe
+from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.problems import Problems
 from teacher_cache.prompt_formats import Conversation
 from teacher_cache.work_list import Tally, conversation_of, list_rows, request_of, request_seed

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache import Cache
-from shared.cache_writer import CacheWriter
-from shared.codec import Codec
+from shared.cache.cache import Cache
+from shared.cache.cache_writer import CacheWriter
 from shared.errors import CacheError, IdentityError
-from shared.recipe import Teacher
-from shared.targets import SparseTargets
+from shared.payload.codec import Codec
+from shared.payload.targets import SparseTargets
+from shared.recipe.recipe import Teacher
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.transformers_model import CausalModel
 from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache, verify_cache
-from shared.cache_writer import CacheWriter
+from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache_writer import CacheWriter
+from shared.cache.layout import sequences_dir
 from shared.errors import CacheError, DamagedError, IdentityError
-from shared.layout import sequences_dir
-from shared.records import list_records
+from shared.parts.records import list_records
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import HYBRID, SEQUENCES, TOKENIZER, TOP, build, plan_rows, score, sequence, targets_of, tree
 from tools import cli

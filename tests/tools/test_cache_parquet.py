@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared.cache import Cache, Row, verify_cache
+from shared.cache.cache import Cache, Row, verify_cache
 from shared.errors import CacheError, DamagedError
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import HYBRID, TOP, build, tree

@@ -216,7 +216,7 @@ sys.exit(cli.main(["train", {str(recipe)!r}, "--json"]))
 
 
 def test_resolved_recipe_is_saved_with_the_run(recipe, tmp_path, monkeypatch):
-    from shared.recipe_file import load_recipe
+    from shared.recipe.file import load_recipe
     from tools import phases
 
     monkeypatch.setattr(phases, "train", lambda recipe, first, last: ({}, ""))

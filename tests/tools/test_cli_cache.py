@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from tests.shared.small_cache import HYBRID, TOP, build
 from tools import cli
 from tools.cache_commands import size
@@ -70,9 +70,9 @@ def test_show_text_has_a_line_per_token_with_probabilities(both, capsys):
 
 
 def test_show_writes_tokens_with_the_tokenizer_of_the_cache(tmp_path, capsys):
-    from shared.cache_writer import CacheWriter
-    from shared.identity import SequencesIdentity
-    from shared.sequences import make_row
+    from shared.cache.cache_writer import CacheWriter
+    from shared.identity.identity import SequencesIdentity
+    from shared.parts.sequences import make_row
     from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 
     tokenizer = make_tokenizer(tmp_path / "tokenizer")

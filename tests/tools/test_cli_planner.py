@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from shared.cache import Cache
-from shared.codec import Codec
+from shared.cache.cache import Cache
 from shared.errors import PromptError
-from shared.recipe import Recipe
+from shared.payload.codec import Codec
+from shared.recipe.recipe import Recipe
 from tests.shared.dense_targets import cut
 from tests.shared.small_cache import TOP, build
 from tests.tiny_models import make_tokenizer

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import UsageError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tools import run_all
 from tools.run_all import PhaseFailedError, chosen_phases, nothing_to_do, phase_command
 

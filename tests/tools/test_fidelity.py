@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.cache import Cache
-from shared.recipe import Recipe
+from shared.cache.cache import Cache
+from shared.recipe.recipe import Recipe
 from student_train.records.metrics_log import read_steps
 from student_train.stage import stage_run
 from student_train.student.row_separation import separate_rows

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration, PassRate
 from tests.tiny_models import make_qwen3
 from tools.cli import main

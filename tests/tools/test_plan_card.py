@@ -7,7 +7,7 @@ import json
 import pytest
 
 from shared.errors import TrainingError, UsageError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from student_train.fit.memory import GIB, estimate_memory
 from student_train.fit.model_shape import ModelShape
 from tools.cli import main
@@ -66,7 +66,7 @@ def test_common_students_fit_24_gib_with_the_same_tokens_per_step(size, student,
 
 
 def test_advice_given_as_options_makes_the_recipe_fit_as_written():
-    from shared.recipe_override import apply_override
+    from shared.recipe.override import apply_override
 
     wanted = recipe("8B", QLORA, {"bf16": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1})
     stage = plan_card(wanted, 16 * GIB)["stages"]["kd"]
@@ -165,7 +165,7 @@ def test_size_of_a_card_is_read_with_its_unit_or_refused():
 
 
 def test_command_prints_a_table_or_json_and_refuses_in_a_sentence(tmp_path, capsys):
-    from shared.recipe_file import dump_recipe
+    from shared.recipe.file import dump_recipe
 
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe("0.6B", {}, {"bf16": True})))

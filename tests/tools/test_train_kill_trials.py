@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_qwen3
 from tools.bench import train_kill_trials

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import CacheError, IdentityError
-from shared.recipe import Recipe, Teacher
+from shared.recipe.recipe import Recipe, Teacher
 
 HYBRIDS = ((8, 4),)
 """Captures of the top k with m draws in the grid."""

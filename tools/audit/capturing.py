@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from shared.sequences import SequenceRow
-from shared.targets import SparseTargets
+from shared.parts.sequences import SequenceRow
+from shared.payload.targets import SparseTargets
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.draw_keys import prefix_keys_of
 from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin

@@ -19,7 +19,7 @@ def run_audit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         UsageError: an option makes no sense.
         DecantError: the cache cannot be audited.
     """
-    from shared.recipe_file import load_recipe
+    from shared.recipe.file import load_recipe
 
     recipe = load_recipe(args.recipe, []) if args.recipe is not None else None
     given = {name: getattr(args, name) for name in ("targets", "teacher", "adapter", "student", "rows", "seed")}

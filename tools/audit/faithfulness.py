@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.cache import Cache
-from shared.targets import SparseTargets
+from shared.cache.cache import Cache
+from shared.payload.targets import SparseTargets
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.transformers_model import CausalModel
 from tools.audit.capturing import capture_chunk, join_columns

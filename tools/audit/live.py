@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from shared.errors import IdentityError
-from shared.identity import LayerIdentity, weights_hash
-from shared.recipe import Teacher
-from shared.sequences import SequenceRow
+from shared.identity.identity import LayerIdentity, weights_hash
+from shared.parts.sequences import SequenceRow
+from shared.recipe.recipe import Teacher
 from teacher_cache.engines.sparse_columns import predicting_rows
 from teacher_cache.engines.transformers_model import CausalModel
 from teacher_cache.model_files import resolve_model

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from shared.cache import Cache
-from shared.codec import Codec
+from shared.cache.cache import Cache
+from shared.payload.codec import Codec
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.transformers_model import CausalModel
 from tools.audit.capturing import Columns, capture_chunk, join_columns

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache import Cache, Row
+from shared.cache.cache import Cache, Row
+from shared.cache.layout import sequences_dir
+from shared.cache.verify import verify_cache
 from shared.errors import CacheError
-from shared.layout import sequences_dir
-from shared.records import list_records
-from shared.verify import verify_cache
+from shared.parts.records import list_records
 
 MAX_LISTED = 20
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.recipe import Capture
-from shared.targets import SparseTargets
+from shared.payload.targets import SparseTargets
+from shared.recipe.recipe import Capture
 from teacher_cache.engines.column_layout import NOTHING, ColumnLayout
 from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
 from teacher_cache.engines.vllm_arrays import PromptArrays, columns_of

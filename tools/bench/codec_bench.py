@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from shared.codec import Codec
-from shared.ragged import segment_sum
-from shared.targets import SparseTargets
+from shared.payload.codec import Codec
+from shared.payload.ragged import segment_sum
+from shared.payload.targets import SparseTargets
 from tools.bench import ngram_teacher, synthetic_teacher
 
 ROW_POSITIONS = 512

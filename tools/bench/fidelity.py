@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import EvaluationError, UsageError
-from shared.recipe import Recipe
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
+from shared.recipe.recipe import Recipe
 from student_train.evaluate.heldout_rows import heldout_rows
 from student_train.stage import stage_run
 from student_train.stage.stages import run_stages
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bytes_per_position(recipe: Recipe) -> float:
     """Return what the targets of a recipe's capture take."""
-    from shared.layer_choice import layer_of_capture
+    from shared.cache.layer_choice import layer_of_capture
 
     return float(Cache.open(recipe.cache[0], layer_of_capture(recipe)).stats()["bytes_per_position"])
 

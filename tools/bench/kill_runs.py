@@ -176,7 +176,7 @@ def import_everything() -> None:
 
 def _teach(recipe: dict[str, Any]) -> int:
     from shared.errors import DecantError
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
     from teacher_cache.build import teach
 
     try:

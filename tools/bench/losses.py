@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 from tools.bench.quality import decant, figures_of, interval
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.targets import Draws, SparseTargets
+from shared.payload.targets import Draws, SparseTargets
 
 VOCAB_SIZE = 151_936
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from shared.errors import EvaluationError
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 
 STUDENT_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}

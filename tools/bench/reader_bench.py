@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from shared.cache import Cache
-from shared.cache_writer import CacheWriter
-from shared.identity import LayerIdentity, SequencesIdentity
+from shared.cache.cache import Cache
+from shared.cache.cache_writer import CacheWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
-from shared.sequences import SequenceRow, make_row
+from shared.parts.sequences import SequenceRow, make_row
 from tools.bench.codec_bench import best_cpu_seconds
 from tools.bench.synthetic_teacher import VOCAB_SIZE, make_targets
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from tools.bench import synthetic_teacher
 

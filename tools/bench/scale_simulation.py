@@ -20,12 +20,12 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
-from shared.identity import LayerIdentity, SequencesIdentity
-from shared.jobs import create_job
-from shared.layout import sequences_dir
-from shared.part_stats import ENTROPY_BINS, SUPPORT_BINS
-from shared.records import json_bytes, list_records
+from shared.cache.cache import Cache
+from shared.cache.layout import sequences_dir
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.parts.jobs import create_job
+from shared.parts.part_stats import ENTROPY_BINS, SUPPORT_BINS
+from shared.parts.records import json_bytes, list_records
 from shared.schema import FORMAT_VERSION
 
 ROWS_PER_PART = 1024

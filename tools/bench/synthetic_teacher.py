@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.targets import SparseTargets
+from shared.payload.targets import SparseTargets
 
 VOCAB_SIZE = 151_936
 RANKED_ENTRIES = 4000

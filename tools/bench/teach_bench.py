@@ -25,8 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shared.recipe import Recipe
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache import build, engines
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
 from teacher_cache.summary import BuildSummary

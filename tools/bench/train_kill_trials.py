@@ -100,7 +100,7 @@ def _train(document: dict[str, Any], log: str) -> None:
     os.dup2(output, 2)
     import torch
 
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
     from student_train.stage.stages import run_stages
 
     torch.set_num_threads(1)

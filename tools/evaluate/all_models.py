@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shared.errors import EvaluationError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.seconds_file import add_seconds
 from tools.evaluate import sandbox
 from tools.evaluate.cost import measure_cost

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
-from shared.recipe import Recipe, SideBySide
+from shared.recipe.recipe import Recipe, SideBySide
 from teacher_cache.seconds_file import add_seconds
 from tools.evaluate.model_process import run_in_process
 from tools.evaluate.models import ModelUnderTest, model_under_test

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.recipe import Generate, Recipe
+from shared.recipe.recipe import Generate, Recipe
 from teacher_cache.engines.protocol import GenerateRequest
 from teacher_cache.model_files import load_tokenizer
 from tools.evaluate.cost import cost_prompts

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from shared.errors import EvaluationError
-from shared.recipe import Capture, Generate, Recipe
+from shared.recipe.recipe import Capture, Generate, Recipe
 from teacher_cache.engines.protocol import GenerateRequest
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.multiple_choice import Choice

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import EvaluationError
-from shared.narrowing import LayerView
+from shared.payload.narrowing import LayerView
 from student_train.batch.target_batch import TargetBatch
 from student_train.evaluate.heldout_rows import heldout_rows
 from student_train.operator.fused_loss import PositionScores, evaluate_positions

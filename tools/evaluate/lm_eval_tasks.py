@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from shared.errors import EvaluationError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.seconds_file import add_seconds
 from tools.evaluate.model_process import run_in_process
 from tools.evaluate.models import ModelUnderTest, model_under_test

@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from shared.errors import EvaluationError
-from shared.identity import weights_hash
-from shared.recipe import Recipe, Teacher
+from shared.identity.identity import weights_hash
+from shared.recipe.recipe import Recipe, Teacher
 from teacher_cache.model_files import ModelFiles, resolve_model
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tools.evaluate import sandbox
 from tools.evaluate.asking import Asked, ask_model
 from tools.evaluate.generate_answers import Answer

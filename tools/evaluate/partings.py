@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from student_train.student.student_head import body_of, head_of
 
 MOST_PARTINGS = 12

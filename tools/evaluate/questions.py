@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shared.errors import EvaluationError
-from shared.recipe import Task
+from shared.recipe.recipe import Task
 from tools.evaluate.question_files import read_rows
 
 

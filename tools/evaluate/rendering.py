@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shared.recipe import PromptSource, Recipe, Task
+from shared.recipe.recipe import PromptSource, Recipe, Task
 from teacher_cache.prompts import Conversation
 from teacher_cache.spans import Template
 from tools.evaluate.questions import Question

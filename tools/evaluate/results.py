@@ -19,12 +19,12 @@ from typing import Any
 import xxhash
 
 from shared.atomic import write_atomic
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.layer_choice import layer_of_capture
 from shared.errors import EvaluationError
-from shared.grown import unmoved
-from shared.layer_choice import layer_of_capture
-from shared.narrowing import LayerView
-from shared.recipe import Recipe, Task
+from shared.identity.grown import unmoved
+from shared.payload.narrowing import LayerView
+from shared.recipe.recipe import Recipe, Task
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.rendering import source_of
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import xxhash
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import EvaluationError
 from shared.keys import is_heldout
-from shared.recipe import PromptSource, Recipe, SideBySide
+from shared.recipe.recipe import PromptSource, Recipe, SideBySide
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.question_files import read_rows
 from tools.evaluate.questions import Question, read_questions, text_column

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tools.evaluate.generate_answers import Answer
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.results import write_result

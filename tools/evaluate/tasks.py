@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import cast
 
-from shared.recipe import Task
+from shared.recipe.recipe import Task
 from tools.evaluate import gsm8k, humaneval, keywords, multiple_choice
 from tools.evaluate.questions import Question, Score, TaskKind, TaskScore
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
-from shared.recipe import Recipe
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
+from shared.recipe.recipe import Recipe
 from tools.evaluate.cost import COST_NUMBERS
 from tools.evaluate.results import heldout_layer
 from tools.evaluate.side_figures import Answers, read_side_answers

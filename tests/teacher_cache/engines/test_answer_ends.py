@@ -9,7 +9,7 @@ import pytest
 
 from shared.errors import EngineError, UsageError
 from shared.models.end_tokens import checked_ids, declared_end_ids, end_token_ids
-from shared.recipe import Generate, Teacher
+from shared.recipe.recipe import Generate, Teacher
 from teacher_cache.engines import GenerateRequest, open_engine
 from teacher_cache.engines.answer_ends import AnswerEnds, foreign_ends, split_stops
 from tests.tiny_models import END_OF_TEXT, TURN_END, TURN_START, make_qwen3, make_tokenizer

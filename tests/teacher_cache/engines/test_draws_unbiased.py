@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from shared.codec import Codec
-from shared.ragged import position_of
-from shared.targets import SparseTargets
-from shared.targets_at import head_logprobs_at
+from shared.payload.codec import Codec
+from shared.payload.ragged import position_of
+from shared.payload.targets import SparseTargets
+from shared.payload.targets_at import head_logprobs_at
 from teacher_cache.engines.column_layout import ColumnLayout
 from teacher_cache.engines.sparse_columns import targets_from_plugin
 from teacher_cache.engines.tail_columns import extend_columns

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Teacher
+from shared.recipe.recipe import Capture, Teacher
 from teacher_cache.engines import server_http, server_stream
 from teacher_cache.engines.protocol import ScoreRequest
 from teacher_cache.engines.server_answers import read_columns

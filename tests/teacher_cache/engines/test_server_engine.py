@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import open_engine, refusal, server_http
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
 from teacher_cache.engines.server_answers import read_columns, score_body

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
 from teacher_cache.engines.length_batches import length_batches
 from teacher_cache.engines.transformers_engine import TransformersEngine

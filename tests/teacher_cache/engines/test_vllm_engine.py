@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine, vllm_arrays, vllm_tail
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.engines.transformers_model import CausalModel

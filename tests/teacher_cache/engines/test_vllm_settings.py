@@ -7,7 +7,7 @@ import json
 import pytest
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache import engines
 from teacher_cache.engines import refusal
 from teacher_cache.engines.vllm_arrays import PromptArrays, columns_of

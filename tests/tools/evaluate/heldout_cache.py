@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.cache_writer import CacheWriter
-from shared.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
+from shared.cache.cache_writer import CacheWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
 from shared.keys import group_key, row_key
-from shared.sequences import SequenceRow, make_row
-from shared.targets import SparseTargets
+from shared.parts.sequences import SequenceRow, make_row
+from shared.payload.targets import SparseTargets
 from tests.tiny_models import VOCAB_SIZE, training_text
 
 K = 16

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shared.errors import DecantError, EvaluationError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.engines.protocol import Generated
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
@@ -224,7 +224,7 @@ def test_a_models_process_dies_with_its_parent(root: Path, tmp_path: Path) -> No
     chosen = recipe(root, models=["kd"], max_new_tokens=400)
     (tmp_path / "recipe.json").write_text(chosen.model_dump_json())
     code = (
-        "import sys; from shared.recipe import Recipe; from tools.evaluate.all_models import evaluate_all\n"
+        "import sys; from shared.recipe.recipe import Recipe; from tools.evaluate.all_models import evaluate_all\n"
         "evaluate_all(Recipe.model_validate_json(open(sys.argv[1]).read()))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.json")], cwd=Path(all_models.__file__).parents[2])

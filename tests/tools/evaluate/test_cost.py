@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_llama, make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
 from tools.evaluate import cost

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.keys import is_heldout
 from student_train.evaluate.heldout_rows import heldout_rows

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shared.errors import EvaluationError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_qwen3
 from tools.cli import main
 from tools.evaluate import lm_eval_tasks

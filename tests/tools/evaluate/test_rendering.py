@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_tokenizer
 from tools.evaluate.questions import Question
 from tools.evaluate.rendering import render, source_of

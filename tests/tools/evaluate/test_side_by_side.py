@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import EvaluationError
 from shared.keys import is_heldout
-from shared.recipe import Recipe, SideBySide
+from shared.recipe.recipe import Recipe, SideBySide
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
 from tools.evaluate import all_models

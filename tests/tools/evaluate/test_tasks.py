@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import EvaluationError
-from shared.recipe import Task
+from shared.recipe.recipe import Task
 from tools.evaluate import gsm8k, humaneval, keywords, sandbox
 from tools.evaluate.code_answer import program_of
 from tools.evaluate.questions import Question, Score, read_questions

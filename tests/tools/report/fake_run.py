@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache_writer import CacheWriter
-from shared.identity import LayerIdentity, SequencesIdentity
+from shared.cache.cache_writer import CacheWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
-from shared.sequences import make_row
-from shared.targets import SparseTargets
+from shared.parts.sequences import make_row
+from shared.payload.targets import SparseTargets
 
 RECIPE = """name: {name}
 output_dir: {root}

@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
 from tests.tools.report.fake_run import SCORES, make_run
 from tools.report.build import build_report
 
