@@ -22,27 +22,27 @@ from shared.parts.parts import PartRecord
 from shared.recipe.capture import Workers
 from shared.recipe.recipe import Recipe, Teacher
 from teacher_cache import engines
-from teacher_cache.answerer import Answerer, know_answerer
-from teacher_cache.cache_source import answers_of, group_rule, require_tokenizer
+from teacher_cache.cluster.unit_board import UnitsSetAsideError
 from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.engines.protocol import Engine
-from teacher_cache.feeding import Desk
-from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
-from teacher_cache.hidden_pass import HiddenPass
-from teacher_cache.layer_reuse import capture_of, reuse_line
-from teacher_cache.lazy_engine import LazyEngine
-from teacher_cache.problems import THRESHOLD, Problem, Problems
-from teacher_cache.progress import NoProgress, Progress
-from teacher_cache.prompts import read_prompts
-from teacher_cache.score import parts_to_score, require_length, score_parts
-from teacher_cache.seconds_file import add_seconds
-from teacher_cache.sequence_maker import SequenceMaker
-from teacher_cache.stop_signal import StopSignal
-from teacher_cache.summary import BuildSummary
-from teacher_cache.teacher_identity import KnownTeacher, know_teacher, layer_identity, sequences_identity, software
-from teacher_cache.unit_board import UnitsSetAsideError
-from teacher_cache.unit_writer import UnitWriter
-from teacher_cache.work_list import Tally, answer_seed, list_rows, request_of
+from teacher_cache.passes.feeding import Desk
+from teacher_cache.passes.generate import PROBLEM, Pass1, generate_units, import_units
+from teacher_cache.passes.hidden_pass import HiddenPass
+from teacher_cache.passes.lazy_engine import LazyEngine
+from teacher_cache.passes.progress import NoProgress, Progress
+from teacher_cache.passes.score import parts_to_score, require_length, score_parts
+from teacher_cache.passes.stop_signal import StopSignal
+from teacher_cache.passes.summary import BuildSummary
+from teacher_cache.passes.unit_writer import UnitWriter
+from teacher_cache.prompts.cache_source import answers_of, group_rule, require_tokenizer
+from teacher_cache.prompts.problems import THRESHOLD, Problem, Problems
+from teacher_cache.prompts.prompts import read_prompts
+from teacher_cache.prompts.sequence_maker import SequenceMaker
+from teacher_cache.prompts.work_list import Tally, answer_seed, list_rows, request_of
+from teacher_cache.teacher.answerer import Answerer, know_answerer
+from teacher_cache.teacher.layer_reuse import capture_of, reuse_line
+from teacher_cache.teacher.seconds_file import add_seconds
+from teacher_cache.teacher.teacher_identity import KnownTeacher, know_teacher, layer_identity, sequences_identity, software
 
 
 class BuildStoppedError(DecantError):
@@ -278,7 +278,7 @@ def _parts_without_targets(build: _Build, job: Job | None) -> list[PartRecord]:
 
 def _use_many_engines(build: _Build, job: Job | None, workers: Workers) -> None:
     """Both passes over this partition's units, on the engines of `teacher.workers`."""
-    from teacher_cache.ray_workers import run_units, sequences_tasks, targets_tasks, work_order
+    from teacher_cache.cluster.ray_workers import run_units, sequences_tasks, targets_tasks, work_order
 
     order = work_order(build.recipe, build.layer.name, job.id if job else None, build.known.max_model_len)
     units = _units_without_part(build, job) if job else []

@@ -31,11 +31,11 @@ from shared.recipe.recipe import PromptSource, Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
 from teacher_cache.engines.protocol import Engine
-from teacher_cache.problems import Problems
-from teacher_cache.progress import Progress
-from teacher_cache.prompt_formats import Conversation
-from teacher_cache.prompts import read_prompts
-from teacher_cache.summary import PassFigures
+from teacher_cache.passes.progress import Progress
+from teacher_cache.passes.summary import PassFigures
+from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.prompt_formats import Conversation
+from teacher_cache.prompts.prompts import read_prompts
 
 FIRST_SHARE = 0.25
 """Of the sample goes to the first build."""

@@ -28,7 +28,7 @@ def teach(recipe: Recipe, partition: tuple[int, int] | None, max_set_aside: floa
     """
     from teacher_cache.build import SetAsideError
     from teacher_cache.build import teach as build
-    from teacher_cache.unit_board import UnitsSetAsideError
+    from teacher_cache.cluster.unit_board import UnitsSetAsideError
 
     progress = BuildProgress()
     settings: dict[str, Any] = {} if max_set_aside is None else {"max_set_aside": max_set_aside}

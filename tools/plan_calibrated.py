@@ -12,7 +12,7 @@ from typing import Any
 
 from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration
-from teacher_cache.model_files import ModelFiles, resolve_model
+from teacher_cache.teacher.model_files import ModelFiles, resolve_model
 from tools.cache_commands import size
 
 SEQUENCES_IN_CACHE = 64

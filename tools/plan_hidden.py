@@ -68,7 +68,7 @@ def hidden_figures(recipe: Recipe, rows_to_do: int, positions_to_do: dict[str, i
 
 def _teacher_shape(recipe: Recipe, assumptions: list[str]) -> tuple[int, int] | None:
     """Return blocks and width of the teacher, from its files or from what the recipe assumes; None where neither says."""
-    from teacher_cache.model_files import ModelFiles, resolve_model
+    from teacher_cache.teacher.model_files import ModelFiles, resolve_model
 
     assert recipe.teacher is not None
     try:

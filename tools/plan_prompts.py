@@ -62,8 +62,8 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     Raises:
         PromptError: a source is missing, cannot be read or has no row, and the recipe states no size for it.
     """
-    from teacher_cache.prompts import Problems, read_prompts
-    from teacher_cache.work_list import Tally, list_rows
+    from teacher_cache.prompts.prompts import Problems, read_prompts
+    from teacher_cache.prompts.work_list import Tally, list_rows
 
     problems, tally, result = Problems(), Tally(), PromptCount()
     recipe = _reachable(recipe, result)
@@ -99,7 +99,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
 
 def _answerer(recipe: Recipe) -> str | None:
     """Return what of the answering model enters row_keys; one out of reach has no row in the cache that could be found."""
-    from teacher_cache.answerer import answerer_key
+    from teacher_cache.teacher.answerer import answerer_key
 
     try:
         return answerer_key(recipe.generate)
@@ -110,7 +110,7 @@ def _answerer(recipe: Recipe) -> str | None:
 def _foreign_ends(recipe: Recipe, counter: _TokenCounter) -> list[int | None]:
     """Return the end tokens that enter row_keys; without its tokenizer no row could be found in the cache anyway."""
     from teacher_cache.engines.answer_ends import foreign_ends
-    from teacher_cache.model_files import resolve_model
+    from teacher_cache.teacher.model_files import resolve_model
 
     if recipe.generate is None or recipe.teacher is None or not counter.template_ends:
         return []
@@ -124,7 +124,7 @@ def _foreign_ends(recipe: Recipe, counter: _TokenCounter) -> list[int | None]:
 
 def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
     """Enter the sources of which something is out of reach with their stated sizes, and return the recipe with the others alone."""
-    from teacher_cache.prompt_files import locate
+    from teacher_cache.prompts.prompt_files import locate
 
     reasons: dict[str, PromptError] = {}
     for prompt in recipe.prompts:
@@ -214,8 +214,8 @@ def _templates(recipe: Recipe) -> tuple[Any, list[Any]]:
         EngineError: the tokenizer cannot be loaded.
         PromptError: it has no template that renders.
     """
-    from teacher_cache.model_files import load_tokenizer, resolve_model
-    from teacher_cache.spans import Template
+    from teacher_cache.prompts.spans import Template
+    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 
     assert recipe.teacher is not None
     files = resolve_model(recipe.teacher.model, recipe.teacher.revision)
@@ -225,7 +225,7 @@ def _templates(recipe: Recipe) -> tuple[Any, list[Any]]:
 
 def _estimate(conversation: Any, given: bool) -> tuple[int, int]:
     """Estimate tokens from characters."""
-    from teacher_cache.prompts import group_text
+    from teacher_cache.prompts.prompts import group_text
 
     prompt = group_text(conversation.messages, conversation.text)
     if conversation.text is not None:

@@ -76,19 +76,19 @@ def open_engine(
     if reason is not None:
         raise EngineError(reason)
     if teacher.engine == "server":
-        from teacher_cache.engines.server_engine import ServerEngine
-        from teacher_cache.model_files import load_tokenizer, resolve_model
+        from teacher_cache.engines.server.server_engine import ServerEngine
+        from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 
         tokenizer = load_tokenizer(resolve_model(str(model_dir)), trust_remote_code=teacher.trust_remote_code)
         return ServerEngine(teacher, capture, model_dir, tokenizer=tokenizer, should_stop=should_stop)
     if teacher.engine == "transformers":
-        from teacher_cache.engines.transformers_engine import TransformersEngine
+        from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
 
         return TransformersEngine.open(teacher, capture, model_dir)
-    from teacher_cache.engines.vllm_settings import set_environment
+    from teacher_cache.engines.vllm.vllm_settings import set_environment
 
     set_environment()
-    from teacher_cache.engines.vllm_engine import VllmEngine
+    from teacher_cache.engines.vllm.vllm_engine import VllmEngine
 
     return VllmEngine(teacher, capture, for_generation=for_generation, model_dir=model_dir)
 

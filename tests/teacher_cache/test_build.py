@@ -262,7 +262,7 @@ def test_a_failure_while_rows_are_made_in_the_writers_thread_stops_the_build_wit
     def fail(*_, **__):
         raise RuntimeError("the tokenizer broke")
 
-    monkeypatch.setattr("teacher_cache.sequence_maker.SequenceMaker.answered", fail)
+    monkeypatch.setattr("teacher_cache.prompts.sequence_maker.SequenceMaker.answered", fail)
     with pytest.raises(RuntimeError, match="the tokenizer broke"):
         teach(recipe(tmp_path, model))
 

@@ -13,9 +13,9 @@ from shared.errors import UsageError
 from shared.parts.jobs import job_id, list_jobs
 from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.build import teach
-from teacher_cache.problems import Problems
-from teacher_cache.prompts import read_prompts
-from teacher_cache.work_list import Tally, list_rows, request_of
+from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.prompts import read_prompts
+from teacher_cache.prompts.work_list import Tally, list_rows, request_of
 from tests.teacher_cache.engines.test_answer_ends import with_base_eos
 from tests.teacher_cache.fake_engine import END_ID, FakeEngine
 from tests.tiny_models import TURN_END, make_qwen3

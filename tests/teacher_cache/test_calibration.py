@@ -13,7 +13,7 @@ from shared.cache.cache import Cache
 from shared.errors import UsageError
 from teacher_cache.build import teach
 from teacher_cache.calibration import calibrate, line_through, sample_conversations
-from teacher_cache.summary import PassFigures
+from teacher_cache.passes.summary import PassFigures
 from tests.teacher_cache.test_build import model, opened, recipe, write_prompts  # noqa: F401 - fixtures
 
 

@@ -19,10 +19,10 @@ from shared.identity.hidden_identity import FINAL
 from shared.payload.projection import projection_matrix
 from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
-from teacher_cache.engines.hidden_engine import HiddenEngine
-from teacher_cache.engines.transformers_model import CausalModel
-from teacher_cache.hidden_pass import hidden_identity
-from teacher_cache.teacher_identity import know_teacher
+from teacher_cache.engines.transformers.hidden_engine import HiddenEngine
+from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.passes.hidden_pass import hidden_identity
+from teacher_cache.teacher.teacher_identity import know_teacher
 from tests.shared.small_cache import tree
 from tests.teacher_cache.test_build_end_to_end import ROOT, SCRIPT
 from tests.tiny_models import make_llama, make_qwen3

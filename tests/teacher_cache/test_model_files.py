@@ -10,8 +10,8 @@ import pytest
 from shared.errors import EngineError
 from shared.identity.identity import difference, tokenizer_hash
 from shared.recipe.recipe import Capture, Teacher
-from teacher_cache.model_files import load_tokenizer, resolve_model, tokenizer_files
-from teacher_cache.teacher_identity import know_teacher, layer_identity
+from teacher_cache.teacher.model_files import load_tokenizer, resolve_model, tokenizer_files
+from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity
 from tests.tiny_models import make_qwen3
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompt_files import content_hash
-from teacher_cache.prompt_formats import group_text, parse_row, prompt_text
-from teacher_cache.prompts import MAX_LINE_BYTES, Problems, read_prompts
+from teacher_cache.prompts.prompt_files import content_hash
+from teacher_cache.prompts.prompt_formats import group_text, parse_row, prompt_text
+from teacher_cache.prompts.prompts import MAX_LINE_BYTES, Problems, read_prompts
 
 TURNS = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
 

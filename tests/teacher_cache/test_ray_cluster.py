@@ -8,7 +8,7 @@ import pytest
 
 from shared.errors import UsageError
 from shared.recipe.capture import Workers
-from teacher_cache import ray_cluster
+from teacher_cache.cluster import ray_cluster
 
 
 class FakeRay:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from teacher_cache.unit_board import GENERATE, MIN_HELD, SCORE, UnitBoard, UnitTask
+from teacher_cache.cluster.unit_board import GENERATE, MIN_HELD, SCORE, UnitBoard, UnitTask
 
 
 def units(count: int, kind: str = GENERATE, rows: int = 1024) -> list[UnitTask]:

@@ -17,8 +17,8 @@ from shared.errors import CacheError, IdentityError
 from shared.payload.codec import Codec
 from shared.payload.targets import SparseTargets
 from shared.recipe.recipe import Teacher
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.transformers_model import CausalModel
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.transformers.transformers_model import CausalModel
 from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
 from tools.audit import live

@@ -136,8 +136,8 @@ def _student(settings: AuditSettings, cache: Cache) -> Any:
     if settings.student is None:
         return None
     from student_train.student.student import student_tokenizer_hash
-    from teacher_cache.engines.transformers_model import CausalModel
-    from teacher_cache.model_files import resolve_model
+    from teacher_cache.engines.transformers.transformers_model import CausalModel
+    from teacher_cache.teacher.model_files import resolve_model
 
     files = resolve_model(settings.student)
     wanted = cache.sequences_identity.tokenizer_hash

@@ -12,10 +12,10 @@ import torch
 
 from shared.parts.sequences import SequenceRow
 from shared.payload.targets import SparseTargets
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.draw_keys import prefix_keys_of
-from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin
-from teacher_cache.engines.tail_columns import extend_columns
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of
+from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin
+from teacher_cache.engines.columns.tail_columns import extend_columns
 
 Columns = tuple[torch.Tensor, torch.Tensor]
 """ids int64 and values float64, both [C, 1 + layout.num_extra]"""

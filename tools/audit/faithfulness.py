@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from shared.cache.cache import Cache
 from shared.payload.targets import SparseTargets
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.transformers_model import CausalModel
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.transformers.transformers_model import CausalModel
 from tools.audit.capturing import capture_chunk, join_columns
 from tools.audit.live import dense_logprobs
 

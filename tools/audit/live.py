@@ -18,9 +18,9 @@ from shared.errors import IdentityError
 from shared.identity.identity import LayerIdentity, weights_hash
 from shared.parts.sequences import SequenceRow
 from shared.recipe.recipe import Teacher
-from teacher_cache.engines.sparse_columns import predicting_rows
-from teacher_cache.engines.transformers_model import CausalModel
-from teacher_cache.model_files import resolve_model
+from teacher_cache.engines.columns.sparse_columns import predicting_rows
+from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.teacher.model_files import resolve_model
 
 CHUNK_ENTRIES = 2**22
 Chunk = tuple[slice, torch.Tensor]

@@ -28,8 +28,8 @@ import torch
 
 from shared.cache.cache import Cache
 from shared.payload.codec import Codec
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.transformers_model import CausalModel
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.transformers.transformers_model import CausalModel
 from tools.audit.capturing import Columns, capture_chunk, join_columns
 from tools.audit.live import chunk_positions, dense_logprobs
 

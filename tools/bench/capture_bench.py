@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from shared.payload.targets import SparseTargets
 from shared.recipe.recipe import Capture
-from teacher_cache.engines.column_layout import NOTHING, ColumnLayout
-from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
-from teacher_cache.engines.vllm_arrays import PromptArrays, columns_of
+from teacher_cache.engines.columns.column_layout import NOTHING, ColumnLayout
+from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
+from teacher_cache.engines.vllm.vllm_arrays import PromptArrays, columns_of
 from tools.bench import synthetic_teacher
 
 ROW_TOKENS = 512

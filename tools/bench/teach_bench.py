@@ -29,7 +29,7 @@ from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
 from teacher_cache import build, engines
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
-from teacher_cache.summary import BuildSummary
+from teacher_cache.passes.summary import BuildSummary
 
 RECIPE = Path("recipes/demo.yaml")
 ROUNDS = 3
@@ -146,7 +146,7 @@ def _measured(engine: Kept, recipe: Recipe, scratch: Path, rounds: int) -> dict[
 
 
 def _open(recipe: Recipe) -> Any:
-    from teacher_cache.teacher_identity import know_teacher
+    from teacher_cache.teacher.teacher_identity import know_teacher
 
     assert recipe.teacher is not None
     known = know_teacher(recipe.teacher)
@@ -161,7 +161,7 @@ def _teach(engine: Kept, recipe: Recipe, cache: Path) -> BuildSummary:
 
 def _straight(inner: Any, kind: str, requests: list[Any], recipe: Recipe) -> tuple[float, float]:
     """Return seconds and CPU seconds of vLLM alone with these requests, as many in flight as a build keeps there."""
-    from teacher_cache.engines import vllm_engine
+    from teacher_cache.engines.vllm import vllm_engine
 
     gc.collect()
     core = inner._llm.llm_engine

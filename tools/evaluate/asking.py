@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shared.recipe.recipe import Recipe, Task
-from teacher_cache.model_files import load_tokenizer
+from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.choose_answers import choice_ids, choose_answers
 from tools.evaluate.generate_answers import Answer, Ask, generate_answers, open_for
 from tools.evaluate.models import ModelUnderTest

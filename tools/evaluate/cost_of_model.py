@@ -19,7 +19,7 @@ from typing import Any
 
 from shared.recipe.recipe import Generate, Recipe
 from teacher_cache.engines.protocol import GenerateRequest
-from teacher_cache.model_files import load_tokenizer
+from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.cost import cost_prompts
 from tools.evaluate.generate_answers import Ask, open_for
 from tools.evaluate.model_process import leave, serve

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from shared.errors import EvaluationError
 from shared.identity.identity import weights_hash
 from shared.recipe.recipe import Recipe, Teacher
-from teacher_cache.model_files import ModelFiles, resolve_model
+from teacher_cache.teacher.model_files import ModelFiles, resolve_model
 
 
 @dataclass(frozen=True, slots=True)

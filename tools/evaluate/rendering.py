@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from shared.recipe.recipe import PromptSource, Recipe, Task
-from teacher_cache.prompts import Conversation
-from teacher_cache.spans import Template
+from teacher_cache.prompts.prompts import Conversation
+from teacher_cache.prompts.spans import Template
 from tools.evaluate.questions import Question
 
 

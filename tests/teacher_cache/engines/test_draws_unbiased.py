@@ -20,9 +20,9 @@ from shared.payload.codec import Codec
 from shared.payload.ragged import position_of
 from shared.payload.targets import SparseTargets
 from shared.payload.targets_at import head_logprobs_at
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.sparse_columns import targets_from_plugin
-from teacher_cache.engines.tail_columns import extend_columns
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.sparse_columns import targets_from_plugin
+from teacher_cache.engines.columns.tail_columns import extend_columns
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 VOCAB, DRAWS, ROWS = 32, 8, 16_384

@@ -13,12 +13,13 @@ import pytest
 
 from shared.errors import EngineError
 from shared.recipe.recipe import Capture, Generate, Teacher
-from teacher_cache.engines import open_engine, refusal, server_http
+from teacher_cache.engines import open_engine, refusal
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
-from teacher_cache.engines.server_answers import read_columns, score_body
-from teacher_cache.engines.server_engine import ServerEngine
-from teacher_cache.engines.server_http import Server
-from teacher_cache.engines.server_pool import MalformedError
+from teacher_cache.engines.server import server_http
+from teacher_cache.engines.server.server_answers import read_columns, score_body
+from teacher_cache.engines.server.server_engine import ServerEngine
+from teacher_cache.engines.server.server_http import Server
+from teacher_cache.engines.server.server_pool import MalformedError
 from teacher_cache.engines.server_stream import ServerDownError
 from tests.teacher_cache.engines.fake_vllm_server import FakeVllmServer, answer_of, dense_logprobs, drop, respond
 from tests.tiny_models import VOCAB_SIZE, make_tokenizer
@@ -37,7 +38,7 @@ def model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(model_dir):
-    from teacher_cache.model_files import load_tokenizer, resolve_model
+    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 
     return load_tokenizer(resolve_model(str(model_dir)))
 

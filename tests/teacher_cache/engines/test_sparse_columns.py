@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from shared.errors import EngineError
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.sparse_columns import count_draws, predicting_rows, targets_from_plugin, targets_from_stock
-from teacher_cache.engines.tail_columns import extend_columns
-from teacher_cache.engines.vllm_self_test import plugin_problem
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.sparse_columns import count_draws, predicting_rows, targets_from_plugin, targets_from_stock
+from teacher_cache.engines.columns.tail_columns import extend_columns
+from teacher_cache.engines.vllm.vllm_self_test import plugin_problem
 
 
 def full_rows(seed: int = 0, rows: int = 30, vocab: int = 60) -> torch.Tensor:

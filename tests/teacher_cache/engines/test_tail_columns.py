@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.engines import tail_columns
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.draw_keys import prefix_keys_of, uniforms
-from teacher_cache.engines.tail_columns import extend_columns
+from teacher_cache.engines.columns import tail_columns
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of, uniforms
+from teacher_cache.engines.columns.tail_columns import extend_columns
 
 
 def columns(logits: np.ndarray, layout: ColumnLayout, keys: torch.Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:

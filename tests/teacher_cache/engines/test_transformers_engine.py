@@ -9,10 +9,10 @@ import torch
 from shared.errors import EngineError
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
-from teacher_cache.engines.length_batches import length_batches
-from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.engines.transformers_model import CausalModel
-from teacher_cache.engines.transformers_sampling import next_tokens
+from teacher_cache.engines.transformers.length_batches import length_batches
+from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
+from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.engines.transformers.transformers_sampling import next_tokens
 from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3
 
 PADDED = VOCAB_SIZE + 32

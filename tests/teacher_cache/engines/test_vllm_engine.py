@@ -15,9 +15,10 @@ import torch
 
 from shared.errors import EngineError
 from shared.recipe.recipe import Capture, Generate, Teacher
-from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine, vllm_arrays, vllm_tail
-from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.engines.transformers_model import CausalModel
+from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
+from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
+from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
 from tests.tiny_models import VOCAB_SIZE, make_qwen3
 
 pytest.importorskip("vllm")
@@ -271,7 +272,7 @@ def test_abandoned_results_leave_the_engine_usable(float32):
 
 
 def test_requests_are_pulled_only_as_far_as_they_fit_in_flight(float32, monkeypatch):
-    monkeypatch.setattr("teacher_cache.engines.vllm_engine.MAX_IN_FLIGHT", 3)
+    monkeypatch.setattr("teacher_cache.engines.vllm.vllm_engine.MAX_IN_FLIGHT", 3)
     pulled = []
 
     def source():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_cache.engines import vllm_arrays, vllm_tail
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.draw_keys import prefix_keys_of
-from teacher_cache.engines.sparse_columns import targets_from_plugin
-from teacher_cache.engines.tail_columns import extend_columns
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of
+from teacher_cache.engines.columns.sparse_columns import targets_from_plugin
+from teacher_cache.engines.columns.tail_columns import extend_columns
+from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ from shared.errors import EngineError
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache import engines
 from teacher_cache.engines import refusal
-from teacher_cache.engines.vllm_arrays import PromptArrays, columns_of
-from teacher_cache.engines.vllm_settings import cache_bytes, plan_settings
+from teacher_cache.engines.vllm.vllm_arrays import PromptArrays, columns_of
+from teacher_cache.engines.vllm.vllm_settings import cache_bytes, plan_settings
 
 CONFIG = {
     "max_position_embeddings": 512,
