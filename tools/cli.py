@@ -41,7 +41,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from tools.planner import plan, plan_text
+    from tools.plan.planner import plan, plan_text
 
     if args.card is not None and (args.calibrate is not None or args.price_per_hour is not None):
         args.parser.error("--card is about training and --calibrate about the teacher; ask one at a time")
@@ -59,7 +59,7 @@ def _plan(args: argparse.Namespace) -> int:
         result = plan(recipe)
         _result(args, result, plan_text(result))
         return 0
-    from tools.plan_card import card_bytes, card_text, plan_card
+    from tools.plan.plan_card import card_bytes, card_text, plan_card
 
     card = card_bytes(args.card)
     with _stdout_kept(args):
@@ -123,7 +123,7 @@ def _export(args: argparse.Namespace) -> int:
 def _cache(args: argparse.Namespace) -> int:
     if args.cache_command is None:
         args.parser.error("name what to do with the cache: ls, show, stats, verify, gc, merge, export, import or audit")
-    from tools.cache_commands import run_cache_command
+    from tools.cache.cache_commands import run_cache_command
 
     return run_cache_command(args)
 

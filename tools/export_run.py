@@ -17,10 +17,10 @@ from shared.errors import DecantError, EvaluationError, UsageError
 from shared.identity.weights_hash import weights_hash
 from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe, Stage
+from tools.cache.staged_directory import publish, refuse_existing, staging_path
 from tools.model_card import model_card
 from tools.report.figures import report_figures
 from tools.report.run_files import read_run
-from tools.staged_directory import publish, refuse_existing, staging_path
 
 PROOF = "decant-export.json"
 NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json")

@@ -26,8 +26,8 @@ SECTION = "gpu"
 
 def run_part(name: str, *, dry_run: bool) -> dict[str, Any]:
     """Return the figures of one part, measured in this process."""
-    from tools.gpu_memory import STUDENTS, measure_memory
-    from tools.gpu_parts import measure_kernels, measure_operator
+    from tools.gpu.gpu_memory import STUDENTS, measure_memory
+    from tools.gpu.gpu_parts import measure_kernels, measure_operator
 
     if name in STUDENTS:
         return measure_memory(name, dry_run=dry_run)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError, UsageError
+from shared.progress import BuildProgress, Progress
 from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe
-from tools.progress import BuildProgress, Progress
 
 Result = tuple[Any, str]
 """What --json prints, and what people see."""
@@ -52,8 +52,8 @@ def plan_calibrated(recipe: Recipe, num_rows: int, price_per_hour: float | None)
         DecantError: whatever stops a build.
     """
     from teacher_cache.calibration import calibrate
-    from tools.plan_calibrated import calibrated_figures, calibrated_text
-    from tools.planner import plan, plan_text
+    from tools.plan.plan_calibrated import calibrated_figures, calibrated_text
+    from tools.plan.planner import plan, plan_text
 
     planned = plan(recipe)
     if not planned.get("rows_to_do") and "rescore" not in planned:

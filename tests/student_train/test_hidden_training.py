@@ -23,7 +23,7 @@ from tests.student_train.test_several_processes import assert_same_training, tra
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_qwen3
 from tools.evaluate.heldout import evaluate_heldout
-from tools.planner import plan
+from tools.plan.planner import plan
 
 ALL_THREE = [
     {"name": "forward_kl"},

@@ -11,8 +11,8 @@ import pytest
 from shared.recipe.file import load_recipe
 from tests.system.program import ROOT, decant
 from tests.system.recipe_twins import EVERY, STEPS, report_of, write_twin
-from tools.plan_card import plan_card
-from tools.planner import plan
+from tools.plan.plan_card import plan_card
+from tools.plan.planner import plan
 
 NOT_RECIPES = ROOT / "recipes" / "cluster"
 """What is there is for a cluster's own tools."""

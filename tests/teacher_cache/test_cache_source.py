@@ -19,7 +19,7 @@ from teacher_cache import engines
 from teacher_cache.build import teach
 from tests.teacher_cache.fake_engine import FakeEngine
 from tests.tiny_models import make_qwen3
-from tools.plan_prompts import count_prompts
+from tools.plan.plan_prompts import count_prompts
 
 
 @pytest.fixture(scope="module")

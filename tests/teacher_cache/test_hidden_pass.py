@@ -27,7 +27,7 @@ from tests.shared.small_cache import tree
 from tests.teacher_cache.test_build_end_to_end import ROOT, SCRIPT
 from tests.tiny_models import make_llama, make_qwen3
 from tools import cli
-from tools.planner import plan, plan_text
+from tools.plan.planner import plan, plan_text
 
 EVERYTHING = {"layers": [1, 3, "final"], "pooled": "mean", "attention": {"layers": [2, 3], "strongest": 5}}
 

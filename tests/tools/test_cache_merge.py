@@ -21,8 +21,8 @@ from shared.parts.records import list_records
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import HYBRID, SEQUENCES, TOKENIZER, TOP, build, plan_rows, score, sequence, targets_of, tree
 from tools import cli
-from tools.cache_duplicates import repeated_rows
-from tools.cache_merge import merge_caches
+from tools.cache.cache_duplicates import repeated_rows
+from tools.cache.cache_merge import merge_caches
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,8 +20,8 @@ from shared.errors import CacheError, DamagedError
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import HYBRID, TOP, build, tree
 from tools import cli
-from tools.parquet_export import export_cache
-from tools.parquet_import import import_parquet
+from tools.cache.parquet_export import export_cache
+from tools.cache.parquet_import import import_parquet
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "format-1" / "cache"
 

@@ -12,7 +12,7 @@ import pytest
 from shared.cache.cache import Cache
 from tests.shared.small_cache import HYBRID, TOP, build
 from tools import cli
-from tools.cache_commands import size
+from tools.cache.cache_commands import size
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from shared.recipe.recipe import Recipe
 from tests.shared.dense_targets import cut
 from tests.shared.small_cache import TOP, build
 from tests.tiny_models import make_tokenizer
-from tools.planner import assumed_bytes_per_position, plan, plan_text
+from tools.plan.planner import assumed_bytes_per_position, plan, plan_text
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 512, "max_position_embeddings": 512, "architectures": ["Qwen3ForCausalLM"]}
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from tools.progress import BuildProgress, Progress, duration
+from shared.progress import BuildProgress, Progress, duration
 
 
 class Clock:

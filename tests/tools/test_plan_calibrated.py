@@ -10,7 +10,7 @@ from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration, PassRate
 from tests.tiny_models import make_qwen3
 from tools.cli import main
-from tools.plan_calibrated import calibrated_figures, calibrated_text
+from tools.plan.plan_calibrated import calibrated_figures, calibrated_text
 
 FOUND = Calibration(
     rows=100,

@@ -11,7 +11,7 @@ from shared.recipe.recipe import Recipe
 from student_train.fit.memory import GIB, estimate_memory
 from student_train.fit.model_shape import ModelShape
 from tools.cli import main
-from tools.plan_card import card_bytes, card_text, plan_card
+from tools.plan.plan_card import card_bytes, card_text, plan_card
 
 SIZES = {"0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True), "8B": (4096, 12288, 36, 32, False)}
 

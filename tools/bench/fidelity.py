@@ -30,6 +30,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from shared.cache.cache import Cache
 from shared.errors import EvaluationError, UsageError
+from shared.progress import Progress
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
 from student_train.evaluate.heldout_rows import heldout_rows
@@ -40,7 +41,6 @@ from student_train.student.row_separation import separate_rows
 from student_train.student.student_head import StudentHead, body_of, head_of, run_body
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 from tools.bench.quality import decant
-from tools.progress import Progress
 
 LIVE = "live, full vocabulary"
 CAPTURES: dict[str, dict[str, Any]] = {

@@ -16,9 +16,9 @@ from shared.cache.layout import Layer, list_layers, sequences_dir
 from shared.parts.records import list_records
 from shared.payload.narrowing import holds
 from shared.recipe.recipe import Capture, Recipe, Stage
-from tools.cache_commands import size
-from tools.plan_hidden import hidden_figures, hidden_lines
-from tools.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
+from tools.cache.cache_commands import size
+from tools.plan.plan_hidden import hidden_figures, hidden_lines
+from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
 
 EXPECTED_SHARE_OF_MAX_NEW_TOKENS = 0.5
 BYTES_PER_ENTRY_EXPECTED, BYTES_PER_ENTRY_AT_MOST = 1.1, 2.44

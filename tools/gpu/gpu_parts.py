@@ -147,7 +147,7 @@ def measure_kernels(*, dry_run: bool) -> dict[str, Any]:
 
     from student_train.operator.head_chunks import _has_wide_products
     from student_train.student.row_separation import separate_rows
-    from tools.gpu_memory import qwen3, random_student
+    from tools.gpu.gpu_memory import qwen3, random_student
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     figures: dict[str, Any] = {"bfloat16_products_in_float32": _has_wide_products(device)}

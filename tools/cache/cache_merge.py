@@ -7,7 +7,7 @@ readers need not look for repeats in the result, and later builds list that job 
 
 Everything is written into `.OUT.merging-JOB8` beside OUT, cache.json last, and renamed to OUT in one step. JOB hashes the contents
 of the inputs, so a killed merge is continued by the same command, and by no other. Cost: each byte is read once, or copied; memory:
-the commit records, one part that is written again, and what shared keys take (tools/cache_duplicates.py).
+the commit records, one part that is written again, and what shared keys take (tools/cache/cache_duplicates.py).
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from shared.parts.jobs import create_job, job_id
 from shared.parts.parts import hash_file
 from shared.parts.records import PartRecord, json_bytes, list_records
 from shared.schema import FORMAT_VERSION
-from tools.cache_duplicates import repeated_rows
-from tools.part_takeover import TakeOver, rewrite_part
-from tools.staged_directory import publish, refuse_existing, staging_path, unfinished
+from tools.cache.cache_duplicates import repeated_rows
+from tools.cache.part_takeover import TakeOver, rewrite_part
+from tools.cache.staged_directory import publish, refuse_existing, staging_path, unfinished
 
 
 @dataclass(slots=True)

@@ -28,9 +28,9 @@ from shared.parts.records import list_records, read_json
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.codec import Codec
 from shared.schema import MAX_ROWS_PER_PART, MAX_TOKENIZER_FILE_BYTES, STEM_PATTERN, TARGETS
-from tools.cache_duplicates import repeated_rows
-from tools.parquet_columns import EXPORT_FORMAT, METADATA_FILE, PLAIN, RECORD_KEY, Lists, export_schema, read_targets
-from tools.staged_directory import publish, refuse_existing, staging_path
+from tools.cache.cache_duplicates import repeated_rows
+from tools.cache.parquet_columns import EXPORT_FORMAT, METADATA_FILE, PLAIN, RECORD_KEY, Lists, export_schema, read_targets
+from tools.cache.staged_directory import publish, refuse_existing, staging_path
 
 ROWS_PER_BATCH = 64
 

@@ -17,8 +17,8 @@ from shared.identity.hidden_layers import layer_name
 from shared.parts.jobs import list_jobs
 from shared.parts.part_stats import ENTROPY_BIN_NATS
 from shared.parts.records import list_records
-from tools.cache_show import row_document, row_text
-from tools.progress import Progress
+from shared.progress import Progress
+from tools.cache.cache_show import row_document, row_text
 
 
 def run_cache_command(args: argparse.Namespace) -> int:
@@ -219,7 +219,7 @@ def _gc(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from tools.cache_merge import merge_caches, merge_text
+    from tools.cache.cache_merge import merge_caches, merge_text
 
     total = sum(record.rows for path in args.caches for record in list_records(sequences_dir(path)))
     with Progress("merge", total) as progress:
@@ -229,7 +229,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from tools.parquet_export import export_cache, export_text
+    from tools.cache.parquet_export import export_cache, export_text
 
     total = sum(record.rows for record in list_records(sequences_dir(args.cache)))
     with Progress("export", total) as progress:
@@ -239,7 +239,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from tools.parquet_import import import_parquet, import_text
+    from tools.cache.parquet_import import import_parquet, import_text
 
     with Progress("import", None) as progress:
         result = import_parquet(args.parquet, args.out, progress.advance)

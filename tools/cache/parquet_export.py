@@ -26,8 +26,8 @@ from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.parts import hash_file
 from shared.parts.records import PartRecord, json_bytes, list_records, read_json, read_record
 from shared.schema import SEQUENCES
-from tools.parquet_columns import EXPORT_FORMAT, METADATA_FILE, PLAIN, RECORD_KEY, export_schema, flat, targets_columns
-from tools.staged_directory import publish, refuse_existing, staging_path
+from tools.cache.parquet_columns import EXPORT_FORMAT, METADATA_FILE, PLAIN, RECORD_KEY, export_schema, flat, targets_columns
+from tools.cache.staged_directory import publish, refuse_existing, staging_path
 
 MOST_POSITIONS_PER_BATCH = 2**15
 MOST_ROWS_PER_BATCH = 256

@@ -13,7 +13,7 @@ from typing import Any
 from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration
 from teacher_cache.teacher.model_files import ModelFiles, resolve_model
-from tools.cache_commands import size
+from tools.cache.cache_commands import size
 
 SEQUENCES_IN_CACHE = 64
 """Full-length sequences that the key-value cache is counted for."""
@@ -27,7 +27,7 @@ def calibrated_figures(recipe: Recipe, planned: dict[str, Any], found: Calibrati
 
     Args:
         recipe: the recipe.
-        planned: what `tools.planner.plan` said of it.
+        planned: what `tools.plan.planner.plan` said of it.
         found: what a sample of it measured.
         price_per_hour: of one engine (all GPUs of its tensor-parallel group); None leaves money out.
     """
