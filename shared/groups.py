@@ -1,8 +1,8 @@
 """Which rows belong together: the rule by which a cache's group keys were made, and which questions are among them.
 
-Rule `first question` (caches made from now on): the first user turn, white space normalised, so that every row of a dialogue,
-with or without a system turn, falls on one side of the hold-out. Rule `prompt` (older caches, which keep it as long as they
-grow): everything up to the last user turn, so that two rows of one dialogue are two groups.
+Rule `first question` (caches made from now on): the first user turn, white space normalised, so that every row of a
+dialogue, with or without a system turn, falls on one side of the hold-out. Rule `prompt` (older caches, which keep it
+as long as they grow): everything up to the last user turn, so that two rows of one dialogue are two groups.
 Cost: one hash per question; 16 bytes per row of the caches.
 """
 

@@ -1,6 +1,7 @@
 """How far a phase is: a bar on a terminal, a plain line every few seconds elsewhere, always on standard error.
 
-Both say units done, tokens per second and the time left, each over the whole phase, so that a slow start is not forgotten.
+Both say units done, tokens per second and the time left, each over the whole phase, so that a slow start is not
+forgotten.
 Cost: one clock reading per call.
 """
 
@@ -78,7 +79,9 @@ class Progress:
     def line(self) -> str:
         """Return the plain line."""
         seconds = self._clock() - self._start
-        parts = [f"{self.done:,} of {self.total:,} {self.unit}" if self.total is not None else f"{self.done:,} {self.unit}"]
+        parts = [
+            f"{self.done:,} of {self.total:,} {self.unit}" if self.total is not None else f"{self.done:,} {self.unit}"
+        ]
         if self.tokens:
             parts.append(f"{self.tokens_per_second():,.0f} tokens/s")
         made = self.done - self._done_before
@@ -95,7 +98,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

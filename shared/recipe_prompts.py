@@ -26,9 +26,13 @@ class PromptSource(Section):
     """One file, directory or hub data set of prompts or answered prompts."""
 
     source: str = ""
-    """Label of these rows in the cache, in mixtures and in reports; two entries may share it; format cache may leave it out."""
+    """Label of these rows in the cache, in mixtures and in reports; two entries may share it; format cache may leave it
+    out.
+    """
     path: Text
-    """A jsonl, json, csv, txt, parquet or arrow file, a directory of them, or a hub id; for format cache, a cache's directory."""
+    """A jsonl, json, csv, txt, parquet or arrow file, a directory of them, or a hub id; for format cache, a cache's
+    directory.
+    """
     format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "cache"]
     """What the columns mean; cache: rows of another cache, token for token."""
     split: Text = "train"
@@ -59,10 +63,14 @@ class PromptSource(Section):
         problems: list[Problem] = [(("columns", name), sentence) for name, sentence in _unread_columns(self)]
         if self.format == "cache":
             kept = {"source", "path", "format", "limit"}
-            problems = [((name,), "rows of a cache are taken as they are, so leave it out") for name in _moved(self) - kept]
+            problems = [
+                ((name,), "rows of a cache are taken as they are, so leave it out") for name in _moved(self) - kept
+            ]
         else:
             if not self.source:
-                problems.append((("source",), "label these rows (only rows of format 'cache' have labels of their own)"))
+                problems.append(
+                    (("source",), "label these rows (only rows of format 'cache' have labels of their own)")
+                )
             problems += [((name,), sentence) for name, sentence in _without_template(self)]
         if problems:
             inconsistent(*sorted(problems, key=str))

@@ -12,7 +12,9 @@ import re
 import pyarrow as pa
 
 FORMAT_VERSION = 1
-"""Version of the directory, of both schemas and of the codec; it grows with every change that an older reader cannot read."""
+"""Version of the directory, of both schemas and of the codec; it grows with every change that an older reader cannot
+read.
+"""
 
 MAX_TOKENS_PER_ROW = 2**20
 MAX_SPANS_PER_ROW = 2**16
@@ -55,7 +57,8 @@ SEQUENCES: pa.Schema = pa.schema(
         pa.field("finish_reason", pa.string(), nullable=False),
     ]
 )
-"""One row: a prompt with its answer. `spans` are (start, end) pairs, end exclusive, of supervised tokens; start >= 1."""
+"""One row: a prompt with its answer. `spans` are (start, end) pairs, end exclusive, of supervised tokens; start >= 1.
+"""
 
 TARGETS: pa.Schema = pa.schema(
     [

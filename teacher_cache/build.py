@@ -1,8 +1,9 @@
 """Phase 1 as one job: plan, generate (or take over) answers, score them, commit everything as it is done.
 
-Order: read the teacher's files; compare identities with the cache; plan the job; pass 1 over units without a part; pass 2 over
-parts without targets. An engine is opened when the first pass needs one, so a build with nothing to do starts none. Every
-part is committed alone, so the same command after any interruption does what is missing and nothing twice.
+Order: read the teacher's files; compare identities with the cache; plan the job; pass 1 over units without a part; pass
+    2 over
+parts without targets. An engine is opened when the first pass needs one, so a build with nothing to do starts none.
+Every part is committed alone, so the same command after any interruption does what is missing and nothing twice.
 Cost: two engine passes over the tokens; memory for a few units.
 """
 
@@ -42,7 +43,13 @@ from teacher_cache.prompts.work_list import Tally, answer_seed, list_rows, reque
 from teacher_cache.teacher.answerer import Answerer, know_answerer
 from teacher_cache.teacher.layer_reuse import capture_of, reuse_line
 from teacher_cache.teacher.seconds_file import add_seconds
-from teacher_cache.teacher.teacher_identity import KnownTeacher, know_teacher, layer_identity, sequences_identity, software
+from teacher_cache.teacher.teacher_identity import (
+    KnownTeacher,
+    know_teacher,
+    layer_identity,
+    sequences_identity,
+    software,
+)
 
 
 class BuildStoppedError(DecantError):
@@ -115,7 +122,9 @@ def teach(
     answers = answerer.known
     ends = foreign_ends(maker.template_ends, answers.tokenizer, answers.files.directory, recipe.generate)
     request = _request(recipe, known, answerer, ends)
-    identity = replace(sequences_identity(known, teacher, recipe.generate), groups=group_rule(recipe.cache[0], recipe.prompts))
+    identity = replace(
+        sequences_identity(known, teacher, recipe.generate), groups=group_rule(recipe.cache[0], recipe.prompts)
+    )
     if request is None:  # nothing is rendered, so the teacher's own template does not matter
         identity = replace(identity, template=read_header(recipe.cache[0]).identity.template)
     cache = CacheWriter.create_or_open(recipe.cache[0], identity, known.tokenizer_files)
@@ -126,7 +135,9 @@ def teach(
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
     summary.groups = cache.identity.groups
-    hidden = HiddenPass.prepare(cache, known, teacher, recipe.capture.hidden) if recipe.capture.hidden is not None else None
+    hidden = (
+        HiddenPass.prepare(cache, known, teacher, recipe.capture.hidden) if recipe.capture.hidden is not None else None
+    )
     if hidden is not None:
         hidden.describe(summary)
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
@@ -186,7 +197,9 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
     return recipe.teacher, (index, count)
 
 
-def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal, opener: Callable[..., Engine]) -> Engine:
+def _open_engine(
+    recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal, opener: Callable[..., Engine]
+) -> Engine:
     """Start the engine, with the same settings whether or not pass 1 is done, so that a continued build scores alike."""
     settings = teacher.model_copy(update={"max_model_len": known.max_model_len})
     return opener(
@@ -201,7 +214,9 @@ def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: St
 def _open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal, opener: Callable[..., Engine]) -> Engine:
     """Start the engine of another model than the teacher, which only answers."""
     directory = answerer.known.files.directory
-    return opener(answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested)
+    return opener(
+        answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested
+    )
 
 
 def _request(recipe: Recipe, known: KnownTeacher, answerer: Answerer, ends: list[int | None]) -> dict[str, Any] | None:
@@ -222,7 +237,9 @@ def _plan(build: _Build, request: dict[str, Any], ends: list[int | None]) -> Job
         conversations = read_prompts(recipe.prompts, problems)
         answerer = build.answerer.key
         groups = build.cache.identity.groups
-        listed = list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer, groups, ends)
+        listed = list_rows(
+            conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer, groups, ends
+        )
         for row in listed:
             build.progress.advance(1, 0)
             _stop_if_asked(build)
@@ -255,7 +272,9 @@ def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
             engine = build.answering.get()
             ran = partial(_ran, build.answering, answers=build.answerer.name)
             work = Pass1(build.cache, job, maker, ran, build.summary)
-            generate_units(work, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk)
+            generate_units(
+                work, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk
+            )
             if build.answering is not build.engine:
                 build.answering.close()  # the teacher gets the machine to itself
     (build.summary.imported if recipe.generate is None else build.summary.generated).count_writer(writer)
@@ -296,7 +315,9 @@ def _make_targets(build: _Build, job: Job | None) -> None:
     _stop_if_asked(build)
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
-        score_parts(build.layer, records, build.engine.get().score, partial(_ran, build.engine), desk, build.summary.scored)
+        score_parts(
+            build.layer, records, build.engine.get().score, partial(_ran, build.engine), desk, build.summary.scored
+        )
     build.summary.scored.count_writer(writer)
     _stop_if_asked(build)
 
@@ -340,7 +361,8 @@ def _finish(build: _Build, job: Job | None) -> BuildSummary:
     if len(unusable) > build.max_set_aside * total:
         first = Problem(str(unusable[0]["path"]), int(unusable[0]["line"]), str(unusable[0]["reason"]))
         raise SetAsideError(
-            f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the {build.max_set_aside:.0%} that "
+            f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the "
+            f"{build.max_set_aside:.0%} that "
             f"are set aside; the other {summary.rows:,} rows are in the cache)",
             summary,
         )

@@ -1,10 +1,10 @@
 """A short real build that measures what a long one will take: the recipe's prompts, its engine, a temporary cache.
 
-One started engine does two builds, a quarter of the sample and then the rest (where another model answers, each build starts both
-in turn, since one memory seldom holds two). A straight line through the two gives each pass a
-fixed time (the first wave of answers that fills the engine, the last ones that leave it half empty) and a rate; the engine's start
-is a term of its own. So a sample that is mostly ramp still extrapolates. The sample is spread over the prompts by a hash, in
-proportion to each entry's rows, and the second build shares no prompt with the first.
+One started engine does two builds, a quarter of the sample and then the rest (where another model answers, each build
+starts both in turn, since one memory seldom holds two). A straight line through the two gives each pass a fixed time
+(the first wave of answers that fills the engine, the last ones that leave it half empty) and a rate; the engine's start
+is a term of its own. So a sample that is mostly ramp still extrapolates. The sample is spread over the prompts by a
+hash, in proportion to each entry's rows, and the second build shares no prompt with the first.
 Cost: an engine start and the sample's rows; the temporary cache is removed.
 """
 
@@ -160,7 +160,9 @@ def line_through(figures: Sequence[PassFigures]) -> PassRate:
     """
     tokens, seconds = sum(f.tokens for f in figures), sum(f.seconds for f in figures)
     if not tokens or not seconds:
-        raise UsageError("no row of the sample could be used; look at what `decant plan` without --calibrate says of the prompts")
+        raise UsageError(
+            "no row of the sample could be used; look at what `decant plan` without --calibrate says of the prompts"
+        )
     first, last = figures[0], figures[-1]
     more, longer = last.tokens - first.tokens, last.seconds - first.seconds
     if more > 0 and longer > 0 and first.tokens:
@@ -188,7 +190,8 @@ def _prompt_samples(recipe: Recipe, root: Path, num_rows: int) -> list[Recipe]:
 
 
 def sample_conversations(recipe: Recipe, num_rows: int) -> list[Conversation]:
-    """Return about `num_rows` conversations, each entry of `prompts` in proportion to its rows, chosen by a hash of the place.
+    """Return about `num_rows` conversations, each entry of `prompts` in proportion to its rows, chosen by a hash of the
+    place.
 
     Memory: `num_rows` conversations per entry.
 

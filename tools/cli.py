@@ -1,8 +1,9 @@
 """The command line: options in, one function per command, exit codes out; nothing but wiring.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted, 143 terminated. An error that a user can meet is one line
-without a traceback; anything else is a bug of Decant, named as such, with its traceback in a file. Everything heavy is imported by
-the command that needs it, so that `decant --help` loads neither torch nor vllm, transformers or datasets.
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted, 143 terminated. An error that a user can meet is
+one line without a traceback; anything else is a bug of Decant, named as such, with its traceback in a file. Everything
+heavy is imported by the command that needs it, so that `decant --help` loads neither torch nor vllm, transformers or
+datasets.
 """
 
 from __future__ import annotations

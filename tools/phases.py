@@ -57,7 +57,9 @@ def plan_calibrated(recipe: Recipe, num_rows: int, price_per_hour: float | None)
 
     planned = plan(recipe)
     if not planned.get("rows_to_do") and "rescore" not in planned:
-        raise UsageError("--calibrate has nothing to measure: every row of the recipe is in the cache, answered and scored")
+        raise UsageError(
+            "--calibrate has nothing to measure: every row of the recipe is in the cache, answered and scored"
+        )
     progress = BuildProgress()
     try:
         found = calibrate(recipe, num_rows, progress)
@@ -83,7 +85,9 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Resul
     names = [stage.name for stage in recipe.stages]
     for option, name in (("--from-stage", from_stage), ("--to-stage", to_stage)):
         if name is not None and name not in names:
-            raise UsageError(f"{option} {name}: the recipe has the stages {quoted(names) or 'none'}{closest(name, names)}")
+            raise UsageError(
+                f"{option} {name}: the recipe has the stages {quoted(names) or 'none'}{closest(name, names)}"
+            )
     from student_train.stage.stages import run_stages
 
     directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage, open_progress=Progress)]

@@ -1,12 +1,12 @@
 """Read a cache: random access to rows and their targets, memory-mapped, checked at every read.
 
-What is checked when a row is read: once per process the checksum of its sequences part; its content against its key; its
-targets' key and number of positions against the sequence; the targets' frame by its checksum. `verify=True` checks every part
-as a whole before the first row.
+What is checked when a row is read: once per process the checksum of its sequences part; its content against its key;
+its targets' key and number of positions against the sequence; the targets' frame by its checksum. `verify=True` checks
+every part as a whole before the first row.
 
 Memory: a few hundred bytes per part and at most 64 open parts of each kind, whatever the cache's size; `num_tokens`,
-`group_keys` and `sources` take 24 bytes per row once one of them is asked for, and read no token. A cache pickles as its
-path, layer and parts, so every process reads the same rows, also when the cache has grown in between.
+`group_keys` and `sources` take 24 bytes per row once one of them is asked for, and read no token. A cache pickles as
+its path, layer and parts, so every process reads the same rows, also when the cache has grown in between.
 
 Shape letters: R rows shown, T tokens of a row, S its supervised positions.
 """
@@ -105,7 +105,8 @@ class Cache:
             hidden: NAME or NAME-HASH8 of a hidden layer, True for the only one, False to read no hidden states.
 
         Raises:
-            CacheError: no cache, no such layer, several layers and none named, or rows without targets or hidden states.
+            CacheError: no cache, no such layer, several layers and none named, or rows without targets or hidden
+                states.
             DamagedError: something on disk contradicts the format.
         """
         path = Path(path)
@@ -113,14 +114,17 @@ class Cache:
         narrowing = targets.narrowing if isinstance(targets, LayerView) else None
         layer = choose_layer(list_layers(path), targets.name if isinstance(targets, LayerView) else targets, path)
         if layer is not None and narrowing is not None and not can_narrow(layer.identity, narrowing):
-            raise CacheError(f"{path}: layer {layer.full_name} does not hold what is asked for ({targets}); score another layer")
+            raise CacheError(
+                f"{path}: layer {layer.full_name} does not hold what is asked for ({targets}); score another layer"
+            )
         records = list_records(sequences_dir(path))
         if layer is not None:
             scored = {record.stem: record for record in list_records(layer.directory)}
             missing = [record for record in records if record.stem not in scored]
             if missing and not allow_partial:
                 raise CacheError(
-                    f"{path} has {sum(r.rows for r in missing)} rows in {len(missing)} parts that layer {layer.full_name} has not "
+                    f"{path} has {sum(r.rows for r in missing)} rows in {len(missing)} parts that layer "
+                    f"{layer.full_name} has not "
                     "scored; finish it with 'decant teach' or choose another layer"
                 )
             records = [record for record in records if record.stem in scored]
@@ -150,7 +154,8 @@ class Cache:
         for record, scored in zip(records, targets, strict=False):
             if (record.rows, record.positions) != (scored.rows, scored.positions):
                 raise DamagedError(
-                    f"{path}: targets of {record.stem} have {scored.rows} rows and {scored.positions} positions where its "
+                    f"{path}: targets of {record.stem} have {scored.rows} rows and {scored.positions} positions "
+                    "where its "
                     f"sequences have {record.rows} and {record.positions}; delete the targets part and score it again"
                 )
         if verify:
@@ -184,7 +189,9 @@ class Cache:
                 targets = self._codec.decode(part.blob(local, row), row.num_positions)
             except DamagedError as error:
                 message = str(error)
-                raise DamagedError(message if str(part.path) in message else f"{part.path}:{local}: {message}") from None
+                raise DamagedError(
+                    message if str(part.path) in message else f"{part.path}:{local}: {message}"
+                ) from None
             if self._narrowing is not None:
                 targets = narrow(targets, self._narrowing)
         return Row(
@@ -214,7 +221,9 @@ class Cache:
 
     @property
     def layer(self) -> LayerIdentity | None:
-        """Identity of the targets as they are read, narrowed where they are; None where the cache was opened without a layer."""
+        """Identity of the targets as they are read, narrowed where they are; None where the cache was opened without a
+        layer.
+        """
         if self._layer is None or self._narrowing is None:
             return self._layer.identity if self._layer else None
         return replace(self._layer.identity, k=self._narrowing.k, mass=self._narrowing.mass)
@@ -311,7 +320,9 @@ class Cache:
         for number, record in enumerate(self._records):
             if record.stem in self._masks:
                 part = self._sequences.get(number)
-                hidden_positions += sum(part.row(int(i)).num_positions for i in (~self._masks[record.stem]).nonzero()[0])
+                hidden_positions += sum(
+                    part.row(int(i)).num_positions for i in (~self._masks[record.stem]).nonzero()[0]
+                )
         hidden = sum(record.rows for record in self._records) - len(self)
         stats = summed_stats(self._records, self._target_records, hidden, hidden_positions)
         return stats if self._hidden is None else stats | self._hidden.stats()
@@ -349,7 +360,8 @@ def _hidden_reader(path: Path, hidden: str | bool, records: Sequence[PartRecord]
     layer = choose_layer(list_hidden_layers(path), None if hidden is True else hidden, path, "hidden")
     if layer is None:
         raise CacheError(
-            f"{path} has no hidden layer; add `capture.hidden` to the recipe that built it and run 'decant teach' again: it "
+            f"{path} has no hidden layer; add `capture.hidden` to the recipe that built it and run 'decant teach' "
+            "again: it "
             "generates and scores nothing a second time"
         )
     return HiddenReader(layer, records, verify)
@@ -375,7 +387,11 @@ def _reopen(
     if any(stem not in sequences or (layer_name and stem not in targets) for stem in stems):
         raise CacheError(f"{path} lost parts while it was in use; restore them and start again")
     chosen = [targets[stem] for stem in stems] if layer else []
-    cache = Cache._assemble(root, layer, [sequences[stem] for stem in stems], chosen, False, narrowing, hidden_name or False)
+    cache = Cache._assemble(
+        root, layer, [sequences[stem] for stem in stems], chosen, False, narrowing, hidden_name or False
+    )
     if cache.cache_id != cache_id:
-        raise CacheError(f"{path} was altered while it was in use (it is {cache.cache_id} and was {cache_id}); start again")
+        raise CacheError(
+            f"{path} was altered while it was in use (it is {cache.cache_id} and was {cache_id}); start again"
+        )
     return cache

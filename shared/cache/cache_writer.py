@@ -1,7 +1,8 @@
 """Write a cache: its identity, its sequences, its targets layers. Reading is shared/cache/cache.py.
 
-Nothing here needs a lock: cache.json and layer.json are created by exclusive link and compared afterwards, parts are committed
-by shared/parts/parts.py. Cost: encoding runs at about half a million positions of 64 entries per second and core.
+Nothing here needs a lock: cache.json and layer.json are created by exclusive link and compared afterwards, parts are
+committed by shared/parts/parts.py. Cost: encoding runs at about half a million positions of 64 entries per second and
+core.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class CacheWriter:
         self.identity = identity
 
     @classmethod
-    def create_or_open(cls, path: Path, sequences: SequencesIdentity, tokenizer_files: Mapping[str, bytes]) -> CacheWriter:
+    def create_or_open(
+        cls, path: Path, sequences: SequencesIdentity, tokenizer_files: Mapping[str, bytes]
+    ) -> CacheWriter:
         """Create a cache, or open one whose identity is the same.
 
         Args:
@@ -51,7 +54,10 @@ class CacheWriter:
             CacheError: it cannot be written.
         """
         make_dir(path)
-        described = {name: {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)} for name, data in tokenizer_files.items()}
+        described = {
+            name: {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}
+            for name, data in tokenizer_files.items()
+        }
         for name in described:
             tokenizer_path(path, name)
         document = {"format": FORMAT_VERSION, "identity": sequences.to_json(), "tokenizer_files": described}
@@ -60,7 +66,9 @@ class CacheWriter:
         header = read_header(path)
         differing = difference(header.identity, sequences)
         if differing:
-            raise IdentityError(f"{path} cannot be extended: {differing}; use another cache directory or the same setting")
+            raise IdentityError(
+                f"{path} cannot be extended: {differing}; use another cache directory or the same setting"
+            )
         for name, entry in header.tokenizer_files.items():
             _restore_tokenizer_file(path, name, entry, tokenizer_files.get(name))
         for directory in (path / "jobs", sequences_dir(path), path / "targets"):
@@ -79,7 +87,9 @@ class CacheWriter:
             IdentityError: its tokenizer is not the cache's, or `name` belongs to a layer of another identity.
             CacheError: a name that cannot be one.
         """
-        return LayerWriter(self, create_or_open_layer(self, list_layers(self.path), name, identity, provenance, read_layer))
+        return LayerWriter(
+            self, create_or_open_layer(self, list_layers(self.path), name, identity, provenance, read_layer)
+        )
 
     def sequence_records(self) -> list[PartRecord]:
         """Return the records of committed sequences parts, by stem."""
@@ -136,7 +146,9 @@ class LayerWriter(RowsWriter):
         self.identity = layer.identity
         self._codec = layer.identity.make_codec()
 
-    def write(self, stem: str, keys: Sequence[bytes], targets: Sequence[SparseTargets], software: Mapping[str, Any]) -> PartRecord:
+    def write(
+        self, stem: str, keys: Sequence[bytes], targets: Sequence[SparseTargets], software: Mapping[str, Any]
+    ) -> PartRecord:
         """Commit the targets of one sequences part; a part that is committed already is left as it is.
 
         Args:
@@ -167,9 +179,13 @@ def _restore_tokenizer_file(path: Path, name: str, entry: Mapping[str, Any], dat
     target = tokenizer_path(path, name)
     if target.exists():
         if hash_file(target)[0] != entry["xxh3"]:
-            raise DamagedError(f"{target} was altered after it was written; restore it or delete it to have it written again")
+            raise DamagedError(
+                f"{target} was altered after it was written; restore it or delete it to have it written again"
+            )
         return
     if data is None or xxhash.xxh3_128_hexdigest(data) != entry["xxh3"]:
-        raise IdentityError(f"{target} is missing and the tokenizer given has another file of that name; restore it from a copy")
+        raise IdentityError(
+            f"{target} is missing and the tokenizer given has another file of that name; restore it from a copy"
+        )
     make_dir(target.parent)
     write_atomic(target, data, "tokenizer")

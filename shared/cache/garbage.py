@@ -1,6 +1,7 @@
 """Remove what killed writers left behind: temporary files and parts without a record.
 
-A writer at work has such files too, so only those that nobody touched for an hour count. Nothing that a reader sees is touched.
+A writer at work has such files too, so only those that nobody touched for an hour count. Nothing that a reader sees is
+touched.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A set of 16-byte keys that grows one by one at 20 to 60 bytes each, where a Python set of bytes takes more than 100.
 
-Open addressing with linear probing in one bytearray (Knuth, The Art of Computer Programming, vol. 3, 6.4): the keys are hashes
-already, so their first 8 bytes choose the slot. The table doubles when it is 80 % full; an empty slot is all zeros, and the one key
-that looks so is kept aside.
+Open addressing with linear probing in one bytearray (Knuth, The Art of Computer Programming, vol. 3, 6.4): the keys are
+hashes already, so their first 8 bytes choose the slot. The table doubles when it is 80 % full; an empty slot is all
+zeros, and the one key that looks so is kept aside.
 Cost: a few microseconds per key.
 """
 

@@ -40,7 +40,8 @@ class HiddenReader:
         missing = [record for record in sequences if record.stem not in covered]
         if missing:
             raise CacheError(
-                f"{layer.directory} lacks hidden states of {sum(record.rows for record in missing):,} rows in {len(missing):,} "
+                f"{layer.directory} lacks hidden states of {sum(record.rows for record in missing):,} rows in "
+                f"{len(missing):,} "
                 "parts; finish it with 'decant teach' or choose another layer"
             )
         self.layer = layer
@@ -48,8 +49,10 @@ class HiddenReader:
         for record, hidden in zip(sequences, self.records, strict=True):
             if (record.rows, record.positions) != (hidden.rows, hidden.positions):
                 raise DamagedError(
-                    f"{layer.directory / hidden.stem}.arrow has {hidden.rows} rows and {hidden.positions} positions where its "
-                    f"sequences have {record.rows} and {record.positions}; delete the part with its record and teach again"
+                    f"{layer.directory / hidden.stem}.arrow has {hidden.rows} rows and {hidden.positions} positions "
+                    "where its "
+                    f"sequences have {record.rows} and {record.positions}; delete the part with its record and teach "
+                    "again"
                 )
             if verify:
                 check_file(layer.directory, hidden)

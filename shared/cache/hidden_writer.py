@@ -36,7 +36,9 @@ class HiddenWriter(RowsWriter):
         layers = list_hidden_layers(cache.path)
         return cls(cache, create_or_open_layer(cache, layers, name, identity, provenance, read_hidden_layer))
 
-    def write(self, stem: str, keys: Sequence[bytes], hidden: Sequence[HiddenStates], software: Mapping[str, Any]) -> PartRecord:
+    def write(
+        self, stem: str, keys: Sequence[bytes], hidden: Sequence[HiddenStates], software: Mapping[str, Any]
+    ) -> PartRecord:
         """Commit the hidden states of one sequences part; a part that is committed already is left as it is.
 
         Args:
@@ -52,7 +54,9 @@ class HiddenWriter(RowsWriter):
         positions = [row.num_positions for row in hidden]
         self.check_rows(stem, keys, positions)
         blobs = [self._codec.encode(row) for row in hidden]
-        return commit_part(self.directory, stem, hidden_table(keys, positions, blobs), hidden_stats(positions, blobs), software, ())
+        return commit_part(
+            self.directory, stem, hidden_table(keys, positions, blobs), hidden_stats(positions, blobs), software, ()
+        )
 
 
 def hidden_table(keys: Sequence[bytes], num_positions: Sequence[int], blobs: Sequence[bytes]) -> pa.Table:

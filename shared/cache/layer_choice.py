@@ -1,8 +1,10 @@
-"""Which targets layer a capture means: the one that was captured so, else one that holds more and is cut when it is read.
+"""Which targets layer a capture means: the one that was captured so, else one that holds more and is cut when it is
+read.
 
-A build and the training after it choose alike: the capture's own layer first; else, of the layers of the same teacher that hold
-everything the capture asks for (`shared.payload.narrowing`), the one with the least more. A recipe names no weights, so where layers of
-two teachers would fit, the choice is left to the reader, who asks for a name; so it is where the recipe has no `capture` section.
+A build and the training after it choose alike: the capture's own layer first; else, of the layers of the same teacher
+that hold everything the capture asks for (`shared.payload.narrowing`), the one with the least more. A recipe names no
+weights, so where layers of two teachers would fit, the choice is left to the reader, who asks for a name; so it is
+where the recipe has no `capture` section.
 Cost: one small file per layer.
 """
 
@@ -29,7 +31,9 @@ def serving_layer(layers: Mapping[str, Layer], wanted: LayerIdentity) -> Layer |
 
 
 def layer_of_capture(recipe: Recipe) -> str | LayerView | None:
-    """Return the layer that the recipe's teacher and capture mean, narrowed where it holds more; None leaves it to the reader."""
+    """Return the layer that the recipe's teacher and capture mean, narrowed where it holds more; None leaves it to the
+    reader.
+    """
     if recipe.teacher is None or len(recipe.cache) != 1:
         return None
     teacher, capture = recipe.teacher, recipe.capture
@@ -47,7 +51,9 @@ def layer_of_capture(recipe: Recipe) -> str | LayerView | None:
 
 
 def hidden_layer_of(recipe: Recipe, path: Path) -> str | bool:
-    """Return the name of the one hidden layer that the recipe captures; True leaves it to the reader, who takes the only one."""
+    """Return the name of the one hidden layer that the recipe captures; True leaves it to the reader, who takes the
+    only one.
+    """
     layers = list_hidden_layers(path)
     capture = recipe.capture.hidden
     if capture is None or len(layers) < 2:

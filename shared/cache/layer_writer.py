@@ -1,6 +1,8 @@
-"""What writers of targets and of hidden layers share: where the directory comes from, which parts are missing, whose rows they are.
+"""What writers of targets and of hidden layers share: where the directory comes from, which parts are missing, whose
+rows they are.
 
-Nothing here needs a lock: layer.json is created by exclusive link and compared afterwards, parts are committed by shared/parts/parts.py.
+Nothing here needs a lock: layer.json is created by exclusive link and compared afterwards, parts are committed by
+shared/parts/parts.py.
 """
 
 from __future__ import annotations
@@ -72,11 +74,15 @@ def create_or_open_layer(
     for layer in layers.values():
         if layer.identity.hash8 == identity.hash8:
             if name not in (None, layer.short_name, layer.full_name):
-                raise CacheError(f"{cache.path} holds this capture as layer {layer.full_name} already; leave out {name!r}")
+                raise CacheError(
+                    f"{cache.path} holds this capture as layer {layer.full_name} already; leave out {name!r}"
+                )
             return layer
     taken = next((layer for layer in layers.values() if layer.short_name == name), None)
     if taken is not None:
-        raise IdentityError(f"layer {taken.full_name} of {cache.path} cannot be extended: {difference(taken.identity, identity)}")
+        raise IdentityError(
+            f"layer {taken.full_name} of {cache.path} cannot be extended: {difference(taken.identity, identity)}"
+        )
     kind = "hidden" if isinstance(identity, HiddenIdentity) else "targets"
     directory = cache.path / kind / f"{name or re.sub(r'[^a-z0-9._+-]', '-', identity.name)}-{identity.hash8}"
     make_dir(directory.parent)
@@ -112,10 +118,14 @@ class RowsWriter:
         """
         record_path = sequences_dir(self.cache.path) / f"{stem}.json"
         if not STEM_PATTERN.fullmatch(stem) or not record_path.exists() or len(keys) != len(num_positions):
-            raise ValueError(f"{stem} is not a committed sequences part, or {len(keys)} keys came with {len(num_positions)} rows")
+            raise ValueError(
+                f"{stem} is not a committed sequences part, or {len(keys)} keys came with {len(num_positions)} rows"
+            )
         record = read_record(record_path)
         part = MappedSequences(sequences_dir(self.cache.path), record, verify=False)
         if not np.array_equal(part.keys, stack_keys(list(keys))):
             raise ValueError(f"the keys for {stem} are not those of its {len(part)} rows in order")
         if sum(num_positions) != record.positions:
-            raise ValueError(f"what is given for {stem} has {sum(num_positions)} positions where its rows have {record.positions}")
+            raise ValueError(
+                f"what is given for {stem} has {sum(num_positions)} positions where its rows have {record.positions}"
+            )

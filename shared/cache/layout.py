@@ -73,7 +73,9 @@ def tokenizer_path(cache_dir: Path, name: str) -> Path:
         DamagedError: the name would leave the directory or is no plain file name.
     """
     if not TOKENIZER_FILE_PATTERN.fullmatch(name):
-        raise DamagedError(f"{name!r} is not the name of a tokenizer file; expected letters, digits, '.', '_', '+', '-'")
+        raise DamagedError(
+            f"{name!r} is not the name of a tokenizer file; expected letters, digits, '.', '_', '+', '-'"
+        )
     return cache_dir / "tokenizer" / name
 
 
@@ -99,7 +101,9 @@ def read_header(cache_dir: Path) -> CacheHeader:
     """
     path = cache_dir / "cache.json"
     if not path.is_file():
-        raise CacheError(f"{cache_dir} is not a cache (it has no cache.json); build one with 'decant teach' or correct the path")
+        raise CacheError(
+            f"{cache_dir} is not a cache (it has no cache.json); build one with 'decant teach' or correct the path"
+        )
     document = read_json(path)
     check_version(document, path)
     files = document.get("tokenizer_files")
@@ -149,7 +153,9 @@ def read_layer(directory: Path) -> Layer:
 def read_hidden_layer(directory: Path) -> HiddenLayer:
     """Read the layer.json of a hidden layer; errors as for `read_layer`."""
     identity, provenance = _read_layer_json(directory)
-    layer = HiddenLayer(directory, provenance, HiddenIdentity.from_json(identity, f"{directory / 'layer.json'}: identity"))
+    layer = HiddenLayer(
+        directory, provenance, HiddenIdentity.from_json(identity, f"{directory / 'layer.json'}: identity")
+    )
     return _named_by_its_hash(layer)
 
 
@@ -170,8 +176,11 @@ def _named_by_its_hash(layer: AnyLayer) -> AnyLayer:
     return layer
 
 
-def choose_layer(layers: Mapping[str, AnyLayer], wanted: str | None, cache_dir: Path, kind: str = "targets") -> AnyLayer | None:
-    """Return the layer that a name means: NAME or NAME-HASH8, or the only one; None where there is none and none is wanted.
+def choose_layer(
+    layers: Mapping[str, AnyLayer], wanted: str | None, cache_dir: Path, kind: str = "targets"
+) -> AnyLayer | None:
+    """Return the layer that a name means: NAME or NAME-HASH8, or the only one; None where there is none and none is
+    wanted.
 
     Args:
         layers: by full name.
@@ -190,5 +199,7 @@ def choose_layer(layers: Mapping[str, AnyLayer], wanted: str | None, cache_dir: 
     fitting = [layer for layer in layers.values() if wanted in (layer.full_name, layer.short_name)]
     if len(fitting) != 1:
         found = f"no {kind} layer" if not fitting else f"{len(fitting)} {kind} layers"
-        raise CacheError(f"{cache_dir} has {found} named {wanted!r} (there are: {listed}); give one of these names in full")
+        raise CacheError(
+            f"{cache_dir} has {found} named {wanted!r} (there are: {listed}); give one of these names in full"
+        )
     return fitting[0]

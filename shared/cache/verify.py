@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir, tokenizer_path
+from shared.cache.layout import (
+    HiddenLayer,
+    Layer,
+    list_hidden_layers,
+    list_layers,
+    read_header,
+    sequences_dir,
+    tokenizer_path,
+)
 from shared.cache.visible_rows import hidden_rows
 from shared.errors import CacheError
 from shared.parts.jobs import list_jobs

@@ -1,8 +1,8 @@
 """Which rows of the committed parts a reader shows: every row_key once, also after two builds at the same time.
 
-A plan leaves out what was committed when it was made, so only jobs of which neither plan remembers the other as complete can
-share a row. For those alone the row_key columns are read, and of equal keys the row of the lowest job id, then part, is shown.
-Everywhere else this costs nothing.
+A plan leaves out what was committed when it was made, so only jobs of which neither plan remembers the other as
+complete can share a row. For those alone the row_key columns are read, and of equal keys the row of the lowest job id,
+then part, is shown. Everywhere else this costs nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Identities may grow: what an older file could not say means the default, and a default that came later is never hashed.
+"""Identities may grow: what an older file could not say means the default, and a default that came later is never
+hashed.
 
 Three kinds of identity share the rule. Dataclasses (layers, hidden layers, sequences) declare a later field with
-`grown(default)`: it is written, and so hashed, only where it differs from the default. Recipe sections that name a job or
-an evaluation list the fields that have always been written; `unmoved` names the others that still have their default, which
-a dump leaves out. Two documents of which one was written before a setting existed are compared by `first_difference`.
+`grown(default)`: it is written, and so hashed, only where it differs from the default. Recipe sections that name a job
+or an evaluation list the fields that have always been written; `unmoved` names the others that still have their
+default, which a dump leaves out. Two documents of which one was written before a setting existed are compared by
+`first_difference`.
 
 The default of a grown field means "as before it existed" and never changes.
 
@@ -30,7 +32,8 @@ def grown(default: Any) -> Any:
 def identity_document(identity: Any) -> dict[str, Any]:
     """Return an identity as JSON values, without grown fields at their default.
 
-    A layer of mode top whose grown `draw_key` is still "context" gives the document, and the hash, that it had before the field.
+    A layer of mode top whose grown `draw_key` is still "context" gives the document, and the hash, that it had before
+    the field.
     """
     values = {f.name: (getattr(identity, f.name), f) for f in fields(identity)}
     return {
@@ -60,15 +63,19 @@ def read_identity(kind: type[Any], document: Mapping[str, Any], where: str) -> A
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] in ("missing", "unexpected_keyword_argument"):
             raise DamagedError(
-                f"{where} has missing or unknown fields ({name}); it was altered or written by a later version, which reads it"
+                f"{where} has missing or unknown fields ({name}); it was altered or written by a later version, "
+                "which reads it"
             ) from None
-        raise DamagedError(f"{where} says {name}: {str(first['input'])[:80]!r}, which does not fit: {first['msg']}") from None
+        raise DamagedError(
+            f"{where} says {name}: {str(first['input'])[:80]!r}, which does not fit: {first['msg']}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where} is no identity ({str(error)[:80]}); it was altered after it was written") from None
 
 
 def unmoved(section: BaseModel, always: Collection[str]) -> set[str]:
-    """Return the fields of a section that came after `always` and still have their default: what a dump for hashing excludes.
+    """Return the fields of a section that came after `always` and still have their default: what a dump for hashing
+    excludes.
 
     >>> class Answers(BaseModel):
     ...     top_k: int = 0
@@ -81,7 +88,8 @@ def unmoved(section: BaseModel, always: Collection[str]) -> set[str]:
 
 
 def first_difference(old: Any, new: Any, moved: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """Return (dotted name, old value, new value) of the first real difference between two JSON documents; None where they agree.
+    """Return (dotted name, old value, new value) of the first real difference between two JSON documents; None where
+    they agree.
 
     Args:
         old: what was written, perhaps before some settings existed.

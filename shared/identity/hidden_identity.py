@@ -1,6 +1,7 @@
 """Which teacher's hidden states, of which layers, kept how: the identity of one hidden layer of a cache.
 
-Layers count from 1 for the output of the first block; `FINAL` stands for the state after the last norm, which the head reads.
+Layers count from 1 for the output of the first block; `FINAL` stands for the state after the last norm, which the head
+reads.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class HiddenIdentity:
             DamagedError: another codec, or settings out of range.
         """
         if self.codec != HIDDEN_CODEC_NAME:
-            raise DamagedError(f"the layer's codec is {self.codec!r} and this version of Decant knows {HIDDEN_CODEC_NAME!r}")
+            raise DamagedError(
+                f"the layer's codec is {self.codec!r} and this version of Decant knows {HIDDEN_CODEC_NAME!r}"
+            )
         fits = (
             0 < self.stored_width <= MAX_HIDDEN_WIDTH
             and max(len(self.layers), len(self.attention_layers)) <= MAX_HIDDEN_LAYERS
@@ -96,8 +99,12 @@ class HiddenIdentity:
             and all(1 <= layer <= self.num_layers for layer in self.attention_layers)
         )
         if not fits:
-            raise DamagedError("the hidden layer's identity is impossible: a width, layer or number of keys is out of range")
-        return HiddenCodec(len(self.layers), self.stored_width, self.pooled != "none", len(self.attention_layers), self.strongest)
+            raise DamagedError(
+                "the hidden layer's identity is impossible: a width, layer or number of keys is out of range"
+            )
+        return HiddenCodec(
+            len(self.layers), self.stored_width, self.pooled != "none", len(self.attention_layers), self.strongest
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -31,7 +31,9 @@ def numbered(layers: int | Sequence[int | str], num_layers: int, key: str) -> tu
     """
     if isinstance(layers, int):
         if layers > num_layers:
-            raise UsageError(f"`{key}` asks for {layers} layers of a teacher that has {num_layers}; ask for at most {num_layers}")
+            raise UsageError(
+                f"`{key}` asks for {layers} layers of a teacher that has {num_layers}; ask for at most {num_layers}"
+            )
         return spread_evenly(layers, num_layers)
     for layer in layers:
         if isinstance(layer, int) and layer > num_layers:

@@ -75,7 +75,11 @@ class LayerIdentity:
     @property
     def name(self) -> str:
         """Short default name: top64, sample12 or top8-sample4."""
-        parts = {"top": f"top{self.k}", "sample": f"sample{self.draws}", "top+sample": f"top{self.k}-sample{self.draws}"}
+        parts = {
+            "top": f"top{self.k}",
+            "sample": f"sample{self.draws}",
+            "top+sample": f"top{self.k}-sample{self.draws}",
+        }
         return parts.get(self.mode, self.mode)
 
     def make_codec(self) -> Codec:
@@ -151,7 +155,8 @@ class Identity(Protocol):
 
 
 def difference(found: Identity, wanted: Identity) -> str | None:
-    """Return a clause that names the first field in which two identities differ, with both values; None where they agree.
+    """Return a clause that names the first field in which two identities differ, with both values; None where they
+    agree.
 
     Args:
         found: what is on disk.

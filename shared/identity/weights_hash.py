@@ -1,7 +1,9 @@
 """Fingerprints of a model's weights and of a tokenizer.
 
-Weights: sizes, safetensors headers and 4 KiB samples of every tensor, so that 150 GB do not stall a start: any retraining touches
-every tensor, and a changed shape, name or dtype is in the headers. Cost: some 16 KiB per tensor, a second for 8B parameters.
+Weights: sizes, safetensors headers and 4 KiB samples of every tensor, so that 150 GB do not stall a start: any
+    retraining touches
+every tensor, and a changed shape, name or dtype is in the headers. Cost: some 16 KiB per tensor, a second for 8B
+parameters.
 Tokenizer: what decides which ids a text gets: vocabulary, merges, normaliser, pre-tokeniser and added tokens.
 """
 
@@ -56,7 +58,9 @@ def weights_hash(model_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def _safetensors_regions(file: BinaryIO, size: int, digest: xxhash.xxh3_128, path: Path) -> Iterable[tuple[int, int, int]]:
+def _safetensors_regions(
+    file: BinaryIO, size: int, digest: xxhash.xxh3_128, path: Path
+) -> Iterable[tuple[int, int, int]]:
     """Hash the header and return (start, end, samples) of each tensor's bytes."""
     header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > min(_MAX_HEADER_BYTES, size):

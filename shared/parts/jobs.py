@@ -1,12 +1,12 @@
 """The work list of one build on disk, and the rule that two builds at the same time share.
 
-A job is a request (canonical JSON, whose hash names it) and a plan: rows cut into units of `rows_per_part`, one Arrow record
-batch each, created once by exclusive link. Every worker, early or late, reads the same list, so unit i is the same rows for
-all, and its part's name follows from it.
+A job is a request (canonical JSON, whose hash names it) and a plan: rows cut into units of `rows_per_part`, one Arrow
+record batch each, created once by exclusive link. Every worker, early or late, reads the same list, so unit i is the
+same rows for all, and its part's name follows from it.
 
-Rows that are committed when the plan is made are left out of it. A plan remembers which jobs were complete at that moment:
-of those it shares no row. Two jobs of which neither remembers the other may both hold a row; readers then show the row of
-the job with the lower id (shared/cache/visible_rows.py).
+Rows that are committed when the plan is made are left out of it. A plan remembers which jobs were complete at that
+moment: of those it shares no row. Two jobs of which neither remembers the other may both hold a row; readers then show
+the row of the job with the lower id (shared/cache/visible_rows.py).
 
 Cost: planning streams (one batch of rows in memory, 16 bytes per committed row); reading a unit reads its bytes only.
 """
@@ -70,7 +70,9 @@ class Job:
         try:
             metadata = self._reader.schema.metadata or {}
             if not self._reader.schema.equals(PLAN):
-                raise DamagedError(f"{self.path} has not the columns {', '.join(PLAN.names)}; it is no plan or was altered")
+                raise DamagedError(
+                    f"{self.path} has not the columns {', '.join(PLAN.names)}; it is no plan or was altered"
+                )
             if metadata[_CHECKSUM_KEY] != xxhash.xxh3_128_hexdigest(metadata[_METADATA_KEY]).encode():
                 raise DamagedError(f"{self.path} was altered after it was planned; restore it from a copy")
             document = json.loads(metadata[_METADATA_KEY])
@@ -82,7 +84,9 @@ class Job:
 
     @cached_property
     def _reader(self) -> pa.RecordBatchFileReader:
-        return pa.ipc.open_file(pa.OSFile(str(self.path)))  # not mapped: pages of a long plan would stay resident, unit after unit
+        return pa.ipc.open_file(
+            pa.OSFile(str(self.path))
+        )  # not mapped: pages of a long plan would stay resident, unit after unit
 
     @property
     def id8(self) -> str:
@@ -117,7 +121,9 @@ class Job:
         columns = [batch.column(field.name).to_pylist() for field in fields(PlanRow)]
         rows = [PlanRow(*values) for values in zip(*columns, strict=True)]
         if metadata.get(_CHECKSUM_KEY) != _checksum(rows):
-            raise DamagedError(f"{self.path} unit {unit} was altered after it was planned; restore the plan from a copy")
+            raise DamagedError(
+                f"{self.path} unit {unit} was altered after it was planned; restore the plan from a copy"
+            )
         return rows
 
     def is_complete(self, committed: frozenset[str]) -> bool:
@@ -170,8 +176,12 @@ def create_job(cache_dir: Path, request: Mapping[str, Any], rows: Iterable[PlanR
     path = directory / "plan.arrow"
     if not path.exists():
         jobs = list_jobs(cache_dir)
-        if any(job.id8 == directory.name[:8] and job.id != directory.name for job in jobs):  # our own: another planner was first
-            raise CacheError(f"{cache_dir} holds another job whose id starts with {directory.name[:8]}; change the seed")
+        if any(
+            job.id8 == directory.name[:8] and job.id != directory.name for job in jobs
+        ):  # our own: another planner was first
+            raise CacheError(
+                f"{cache_dir} holds another job whose id starts with {directory.name[:8]}; change the seed"
+            )
         records = list_records(cache_dir / "sequences")
         stems = frozenset(record.stem for record in records)
         document = {
@@ -241,7 +251,9 @@ def _filtered(pending: list[PlanRow], committed: KeySet) -> list[PlanRow]:
 
 def _checksum(rows: list[PlanRow]) -> bytes:
     """Return 32 hexadecimal digits over the values of a unit's rows."""
-    values = [[v.hex() if isinstance(v, bytes) else v for v in (getattr(row, f.name) for f in fields(row))] for row in rows]
+    values = [
+        [v.hex() if isinstance(v, bytes) else v for v in (getattr(row, f.name) for f in fields(row))] for row in rows
+    ]
     return xxhash.xxh3_128_hexdigest(canonical_json(values)).encode()
 
 

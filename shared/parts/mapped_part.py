@@ -59,7 +59,9 @@ class _Ragged:
         """Return the bytes of row i."""
         start, end = int(self.offsets[i]), int(self.offsets[i + 1])
         if not 0 <= start <= end <= len(self._data) // self._itemsize or end - start > self._most:
-            raise DamagedError(f"{self._where}:{i} lies at [{start}, {end}) of {len(self._data) // self._itemsize} items")
+            raise DamagedError(
+                f"{self._where}:{i} lies at [{start}, {end}) of {len(self._data) // self._itemsize} items"
+            )
         return self._data[start * self._itemsize : end * self._itemsize]
 
     def text(self, i: int) -> str:
@@ -118,7 +120,9 @@ class MappedSequences:
         """
         lengths = np.diff(self._tokens.offsets)
         if len(lengths) and (int(lengths.min()) < 0 or int(lengths.max()) > MAX_TOKENS_PER_ROW):
-            raise DamagedError(f"{self.path} has rows of {int(lengths.min())} to {int(lengths.max())} tokens; it was altered")
+            raise DamagedError(
+                f"{self.path} has rows of {int(lengths.min())} to {int(lengths.max())} tokens; it was altered"
+            )
         return lengths.astype(np.int32)
 
     def sources(self) -> tuple[NDArray[np.int32], list[str]]:
@@ -147,7 +151,9 @@ class MappedSequences:
         spans = np.frombuffer(self._spans.slice(i), dtype="<i4").astype(np.int32).reshape(-1, 2)
         key = self.keys[i].tobytes()
         if content_key(token_ids, spans) != key:
-            raise DamagedError(f"{self.path}:{i} has content that does not fit its key {key.hex()}; restore the part from a copy")
+            raise DamagedError(
+                f"{self.path}:{i} has content that does not fit its key {key.hex()}; restore the part from a copy"
+            )
         problem = spans_problem(spans, len(token_ids))
         if problem:
             raise DamagedError(f"{self.path}:{i}: {problem}")
@@ -198,7 +204,8 @@ class MappedBlobs:
             raise DamagedError(f"{self.path}:{i} scores content {key.hex()} where the sequence has {row.key.hex()}")
         if int(self.num_positions[i]) != row.num_positions:
             raise DamagedError(
-                f"{self.path}:{i} has {int(self.num_positions[i])} positions where the sequence supervises {row.num_positions}"
+                f"{self.path}:{i} has {int(self.num_positions[i])} positions where the sequence supervises "
+                f"{row.num_positions}"
             )
         return self._blobs.slice(i)
 
@@ -211,4 +218,6 @@ class MappedTargets(MappedBlobs):
         super().__init__(directory, record, verify)
         with _damage_named(self.path):
             filled = self._table.num_rows > 0
-            self.teacher_nll_nats = self._table.column("teacher_nll_nats").to_numpy() if filled else np.zeros(0, np.float64)
+            self.teacher_nll_nats = (
+                self._table.column("teacher_nll_nats").to_numpy() if filled else np.zeros(0, np.float64)
+            )

@@ -1,7 +1,7 @@
 """A bounded set of mapped parts, the first opened out first; safe between threads and across fork.
 
-A look-up of an open part takes no lock. Opening takes one, which a forked child replaces, since another thread of its parent may
-have held it. Evicted parts are unmapped when the last array cut from them is gone.
+A look-up of an open part takes no lock. Opening takes one, which a forked child replaces, since another thread of its
+parent may have held it. Evicted parts are unmapped when the last array cut from them is gone.
 """
 
 from __future__ import annotations

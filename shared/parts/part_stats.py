@@ -1,7 +1,8 @@
 """Figures of a part that its record keeps, so that statistics of a cache need no part opened.
 
 Entropy is that of head entries with the tail as one bucket, a lower bound of the distribution's own; it and the label's
-negative log-probability are in nats at temperature 1. Histograms are lists of counts. Cost: one pass over the head entries.
+negative log-probability are in nats at temperature 1. Histograms are lists of counts. Cost: one pass over the head
+entries.
 
 Shape letters: S positions, N head entries.
 """

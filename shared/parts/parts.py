@@ -1,11 +1,13 @@
 """One committed part: an Arrow IPC file and its commit record. A part without a record does not exist.
 
-Commit: the Arrow file, which carries the content of its record in its schema's metadata, is created by exclusive link, so it
-never changes afterwards; the record, which adds size and checksum, is a pure function of that file. So a crash between the
-two loses nothing (the next writer of the same unit adopts the file), and two writers of one unit cannot leave a record
-that does not fit its file, whatever their order.
+Commit: the Arrow file, which carries the content of its record in its schema's metadata, is created by exclusive link,
+    so it
+never changes afterwards; the record, which adds size and checksum, is a pure function of that file. So a crash between
+the two loses nothing (the next writer of the same unit adopts the file), and two writers of one unit cannot leave a
+record that does not fit its file, whatever their order.
 
-Cost: writing streams through the checksum once; listing reads one small JSON per part; opening maps the file and reads only
+Cost: writing streams through the checksum once; listing reads one small JSON per part; opening maps the file and reads
+    only
 its footer.
 """
 
@@ -151,8 +153,10 @@ def check_file(directory: Path, record: PartRecord) -> None:
     xxh3, num_bytes = hash_file(path)
     if (xxh3, num_bytes) != (record.xxh3, record.bytes):
         raise DamagedError(
-            f"{path} has {num_bytes} bytes with checksum {xxh3} where its record says {record.bytes} bytes with {record.xxh3}; "
-            "it was truncated or altered after it was committed: restore it, or delete it with its record and build again"
+            f"{path} has {num_bytes} bytes with checksum {xxh3} where its record says {record.bytes} bytes with "
+            f"{record.xxh3}; "
+            "it was truncated or altered after it was committed: restore it, or delete it with its record and build "
+            "again"
         )
 
 
@@ -160,7 +164,8 @@ def map_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Map an Arrow file into memory; nothing but its metadata is read.
 
     Raises:
-        DamagedError: it cannot be read, is not an Arrow file of these columns, has more than one batch, or is compressed inside.
+        DamagedError: it cannot be read, is not an Arrow file of these columns, has more than one batch, or is
+            compressed inside.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -168,9 +173,13 @@ def map_table(path: Path, schema: pa.Schema) -> pa.Table:
             high = low + source.size()
             reader = pa.ipc.open_file(source)
             if not reader.schema.equals(schema):
-                raise DamagedError(f"{path} has not the columns {', '.join(schema.names)}; it is another file or was altered")
+                raise DamagedError(
+                    f"{path} has not the columns {', '.join(schema.names)}; it is another file or was altered"
+                )
             if reader.num_record_batches > 1:
-                raise DamagedError(f"{path} has {reader.num_record_batches} record batches where a part has at most one")
+                raise DamagedError(
+                    f"{path} has {reader.num_record_batches} record batches where a part has at most one"
+                )
             table = reader.read_all()
         table.validate()
         inside = all(_lies_within(chunk, low, high) for column in table.columns for chunk in column.chunks)

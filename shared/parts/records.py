@@ -1,7 +1,9 @@
 """Commit records: the small JSON beside each part, whose presence is the part's commit.
 
-Cost: one file of a few kilobytes per part, read once. What a reader needs of a record is kept as it is, its figures and versions as
-the text they came in, zlib-compressed, and parsed when they are asked for: a record takes half a kilobyte instead of several.
+Cost: one file of a few kilobytes per part, read once. What a reader needs of a record is kept as it is, its figures and
+    versions as
+the text they came in, zlib-compressed, and parsed when they are asked for: a record takes half a kilobyte instead of
+several.
 """
 
 from __future__ import annotations
@@ -104,7 +106,9 @@ def read_record(path: Path) -> PartRecord:
     if not isinstance(set_aside, list) or not all(isinstance(item, dict) for item in set_aside):
         raise DamagedError(f"{path} says set_aside: where a list of objects is expected")
     if document["stem"] != path.stem or not 0 <= document["rows"] <= MAX_ROWS_PER_PART or document["positions"] < 0:
-        raise DamagedError(f"{path} describes {document['stem']} with {document['rows']} rows; it is another part's record")
+        raise DamagedError(
+            f"{path} describes {document['stem']} with {document['rows']} rows; it is another part's record"
+        )
     details = json.dumps(
         {"stats": document["stats"], "software": document["software"], "set_aside": set_aside}, separators=(",", ":")
     )

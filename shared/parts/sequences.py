@@ -1,7 +1,7 @@
 """A prompt with its answer, before and after the disk.
 
-The position rule lives here as two methods: position s of a row is predicted by the hidden state of the token before the
-s-th token of the concatenated spans (`predictor_index`), and that token is its label (`labels`). Cost: vectorised.
+The position rule lives here as two methods: position s of a row is predicted by the hidden state of the token before
+the s-th token of the concatenated spans (`predictor_index`), and that token is its label (`labels`). Cost: vectorised.
 
 Shape letters: T tokens of a row, n spans, S supervised positions.
 """
@@ -84,7 +84,16 @@ def make_row(
     tokens = np.asarray(token_ids, dtype=np.int32)
     pairs = np.asarray(spans, dtype=np.int32).reshape(-1, 2)
     row = SequenceRow(
-        content_key(tokens, pairs), row_key, group_key, source, prompt, response, reference, tokens, pairs, finish_reason
+        content_key(tokens, pairs),
+        row_key,
+        group_key,
+        source,
+        prompt,
+        response,
+        reference,
+        tokens,
+        pairs,
+        finish_reason,
     )
     problem = row_problem(row)
     if problem:
@@ -136,7 +145,9 @@ def rows_to_table(rows: Sequence[SequenceRow]) -> pa.Table:
     flat = np.concatenate([row.token_ids for row in rows]) if rows else np.zeros(0, np.int32)
     columns["token_ids"] = _lists(pa.array(flat, pa.int32()), lengths, "token_ids")
     edges = np.concatenate([row.spans.ravel() for row in rows]) if rows else np.zeros(0, np.int32)
-    pairs = pa.FixedSizeListArray.from_arrays(pa.array(edges, pa.int32()), type=SEQUENCES.field("spans").type.value_type)
+    pairs = pa.FixedSizeListArray.from_arrays(
+        pa.array(edges, pa.int32()), type=SEQUENCES.field("spans").type.value_type
+    )
     columns["spans"] = _lists(pairs, [len(row.spans) for row in rows], "spans")
     return pa.Table.from_arrays([columns[name] for name in SEQUENCES.names], schema=SEQUENCES)
 

@@ -8,8 +8,8 @@ and tails: shared/payload/quantise.py. Layout byte by byte: docs/format.md.
 
 Error bounds: distance to the first entry gap_step / 2 (codes are capped at 65535: 4096 nats at 1/16); level: what a
 distance error and a tail error of 1/2048 log-odds make of it; label 1/1024 nat; ids, counts and draws exact. Cost: no
-Python loop over positions; about 1 microsecond per position of 64 entries either way, and 50 per row (rows are quantised
-in batches).
+Python loop over positions; about 1 microsecond per position of 64 entries either way, and 50 per row (rows are
+quantised in batches).
 
 Shape letters: S positions, N head entries (sum of counts), J temperatures, D draws of one temperature.
 """
@@ -77,7 +77,12 @@ class Codec:
         if not MIN_GAP_STEP <= gap_step <= MAX_GAP_STEP:
             raise ValueError(f"gap_step must be within [{MIN_GAP_STEP}, {MAX_GAP_STEP}] nats, got {gap_step}")
         ascending = all(a < b for a, b in pairwise(temperatures))
-        if not ascending or 1.0 not in temperatures or not 0 < len(temperatures) <= MAX_TEMPERATURES or temperatures[0] <= 0:
+        if (
+            not ascending
+            or 1.0 not in temperatures
+            or not 0 < len(temperatures) <= MAX_TEMPERATURES
+            or temperatures[0] <= 0
+        ):
             raise ValueError(f"temperatures must ascend, be positive and hold 1.0, got {temperatures}")
         if not 0 <= draws <= MAX_DRAWS or not 0 < vocab_size <= MAX_VOCAB_SIZE or not 0 <= max_k <= MAX_K:
             raise ValueError(f"out of range: draws {draws}, vocab_size {vocab_size} or max_k {max_k}")
@@ -119,7 +124,9 @@ class Codec:
             yield compress_planes([plane[ends[kind][i] : ends[kind][i + 1]] for plane, kind in planes])
 
     def _columns(self, targets: SparseTargets) -> list[tuple[NDArray[Any], int, str]]:
-        """Return the integers to store, in order, with bytes per integer and what there is one of: position, entry, gap or draw."""
+        """Return the integers to store, in order, with bytes per integer and what there is one of: position, entry, gap
+        or draw.
+        """
         counts, ids = targets.counts, targets.ids
         self._check_ids(ids, "head")
         tails = tail_codes(targets.tail_logmass, counts > 0)
@@ -136,7 +143,11 @@ class Codec:
             problem = self._draws_problem(drawn, counts)
             if problem:
                 raise ValueError(problem)
-            columns += [(drawn.counts, 2, "position"), (drawn.ids, 3, f"draw {j}"), (drawn.multiplicities, 2, f"draw {j}")]
+            columns += [
+                (drawn.counts, 2, "position"),
+                (drawn.ids, 3, f"draw {j}"),
+                (drawn.multiplicities, 2, f"draw {j}"),
+            ]
         if has_repeated_id(counts, ids, targets.draws):
             raise ValueError("a position names a token id twice")
         return columns
@@ -151,7 +162,9 @@ class Codec:
         counts = reader.take(num_positions, 2)
         num_entries = int(counts.sum(dtype=np.int64))
         if num_entries > MAX_ENTRIES_PER_ROW or (num_positions and int(counts.max()) > self.max_k):
-            raise DamagedError(f"a position claims {int(counts.max())} head entries where at most {self.max_k} are possible")
+            raise DamagedError(
+                f"a position claims {int(counts.max())} head entries where at most {self.max_k} are possible"
+            )
         ids = reader.take(num_entries, 3)
         gaps = reader.take(num_entries - int(np.count_nonzero(counts)), 2)
         label_logprobs = label_table()[reader.take(num_positions, 2)]
@@ -172,7 +185,9 @@ class Codec:
     def max_content_bytes(self, num_positions: int) -> int:
         """Return the most bytes that a row's planes can take before compression."""
         if not 0 <= num_positions <= MAX_TOKENS_PER_ROW:
-            raise DamagedError(f"a row claims {num_positions} positions where at most {MAX_TOKENS_PER_ROW} are possible")
+            raise DamagedError(
+                f"a row claims {num_positions} positions where at most {MAX_TOKENS_PER_ROW} are possible"
+            )
         entries = min(num_positions * self.max_k, MAX_ENTRIES_PER_ROW)
         drawn = min(num_positions * self.draws, MAX_ENTRIES_PER_ROW)
         per_temperature = 2 * num_positions + ((2 * num_positions + 5 * drawn) if self.draws else 0)
@@ -197,7 +212,9 @@ class Codec:
             raise ValueError("a head is not sorted by descending log-probability")
         return gaps
 
-    def _logprobs(self, gaps: NDArray[np.int32], counts: NDArray[np.int32], log_head: NDArray[np.float64]) -> NDArray[np.float32]:
+    def _logprobs(
+        self, gaps: NDArray[np.int32], counts: NDArray[np.int32], log_head: NDArray[np.float64]
+    ) -> NDArray[np.float32]:
         """Return [N] log-probabilities of heads whose masses are exp(`log_head`) [S]."""
         count = uniform_count(counts)
         filled = counts > 0
@@ -254,12 +271,18 @@ class Codec:
         if targets.label_logprobs.shape != (num_positions,):
             raise ValueError(f"label_logprobs must be [{num_positions}], got {targets.label_logprobs.shape}")
         if targets.tail_logmass.shape != (num_positions, len(self.temperatures)):
-            raise ValueError(f"tail_logmass must be [{num_positions}, {len(self.temperatures)}], got {targets.tail_logmass.shape}")
+            raise ValueError(
+                f"tail_logmass must be [{num_positions}, {len(self.temperatures)}], got {targets.tail_logmass.shape}"
+            )
         if targets.logprobs.shape != targets.ids.shape or targets.ids.ndim != 1:
-            raise ValueError(f"ids {targets.ids.shape} and logprobs {targets.logprobs.shape} must be flat and equally long")
+            raise ValueError(
+                f"ids {targets.ids.shape} and logprobs {targets.logprobs.shape} must be flat and equally long"
+            )
         _check_counts(targets.counts, self.max_k, len(targets.ids))
         if len(targets.draws) != (len(self.temperatures) if self.draws else 0):
-            raise ValueError(f"draws of {len(targets.draws)} temperatures do not fit {self.draws} draws at {self.temperatures}")
+            raise ValueError(
+                f"draws of {len(targets.draws)} temperatures do not fit {self.draws} draws at {self.temperatures}"
+            )
         for drawn in targets.draws:
             if drawn.counts.shape != (num_positions,) or drawn.ids.shape != drawn.multiplicities.shape:
                 raise ValueError("the arrays of draws do not fit each other")
@@ -291,6 +314,8 @@ def _not_first(counts: NDArray[np.int32]) -> NDArray[np.bool_]:
 def _check_counts(counts: NDArray[np.int32], most: int, total: int) -> None:
     """Refuse counts that are negative, too large or do not add up."""
     if int(counts.sum(dtype=np.int64)) != total or total > MAX_ENTRIES_PER_ROW:
-        raise ValueError(f"counts add up to {int(counts.sum(dtype=np.int64))} for {total} entries (most: {MAX_ENTRIES_PER_ROW})")
+        raise ValueError(
+            f"counts add up to {int(counts.sum(dtype=np.int64))} for {total} entries (most: {MAX_ENTRIES_PER_ROW})"
+        )
     if len(counts) and not 0 <= int(counts.min()) <= int(counts.max()) <= most:
         raise ValueError(f"counts must lie in [0, {most}], got [{int(counts.min())}, {int(counts.max())}]")

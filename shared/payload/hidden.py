@@ -1,12 +1,13 @@
 """A row's hidden states, pooled state and attention as arrays, quantised: what a `hidden/` layer keeps of a teacher.
 
-A vector is 8-bit integers with one float32 scale, absmax / 127, so each coordinate is within scale / 2 = absmax / 254 of the
-true one. Attention is head-averaged; of each query the strongest keys keep their masses in units of 1 / 65535, rounded down, and
-a key whose mass rounds to nothing is dropped. So the rest, which is derived, is never negative and every query sums to 1.
+A vector is 8-bit integers with one float32 scale, absmax / 127, so each coordinate is within scale / 2 = absmax / 254
+of the true one. Attention is head-averaged; of each query the strongest keys keep their masses in units of 1 / 65535,
+rounded down, and a key whose mass rounds to nothing is dropped. So the rest, which is derived, is never negative and
+every query sums to 1.
 Cost: one pass.
 
-Shape letters: S supervised positions of a row, L hidden layers, D width of a vector, A attention layers, N kept keys of one
-attention layer (sum of counts).
+Shape letters: S supervised positions of a row, L hidden layers, D width of a vector, A attention layers, N kept keys of
+one attention layer (sum of counts).
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """A row's hidden states as bytes and back, without loss: byte planes in one zstandard frame.
 
-Order: scales [L, S] as float32 in four planes; integers [L, S, D]; the pooled scale and its D integers; per attention layer
+Order: scales [L, S] as float32 in four planes; integers [L, S, D]; the pooled scale and its D integers; per attention
+    layer
 counts [S] and then distances and mass codes [N]. Integers are stored plus 128. Layout byte by byte: docs/format.md.
 Cost: one pass and zstandard's.
 
-Shape letters: S positions, L hidden layers, D width, A attention layers, m most kept keys, N kept keys of one attention layer.
+Shape letters: S positions, L hidden layers, D width, A attention layers, m most kept keys, N kept keys of one attention
+layer.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class HiddenCodec:
         """Return the blob of one row.
 
         Raises:
-            ValueError: the arrays contradict each other or the codec: a programming error of the caller, or a row too large.
+            ValueError: the arrays contradict each other or the codec: a programming error of the caller, or a row too
+                large.
         """
         states, num_positions = hidden.states, hidden.num_positions
         self._check(hidden)
@@ -82,7 +85,9 @@ class HiddenCodec:
             DamagedError: more positions or bytes than a row may have.
         """
         if not 0 <= num_positions <= MAX_TOKENS_PER_ROW:
-            raise DamagedError(f"a row claims {num_positions} positions where at most {MAX_TOKENS_PER_ROW} are possible")
+            raise DamagedError(
+                f"a row claims {num_positions} positions where at most {MAX_TOKENS_PER_ROW} are possible"
+            )
         vectors = (self.num_layers * num_positions + self.has_pooled) * (self.width + 4)
         total = vectors + self.num_attention_layers * num_positions * (2 + 5 * self.strongest)
         if total > MAX_HIDDEN_BYTES_PER_ROW:
@@ -105,7 +110,9 @@ class HiddenCodec:
             if vectors is not None and (vectors.values.dtype != np.int8 or _vectors_problem(vectors)):
                 raise ValueError(_vectors_problem(vectors) or f"integers must be int8, got {vectors.values.dtype}")
         for attention in hidden.attention:
-            fits = attention.counts.shape == (num_positions,) and attention.distances.shape == attention.mass_codes.shape
+            fits = (
+                attention.counts.shape == (num_positions,) and attention.distances.shape == attention.mass_codes.shape
+            )
             if not fits or int(attention.counts.sum(dtype=np.int64)) != len(attention.distances):
                 raise ValueError("the arrays of an attention layer do not fit each other")
 
@@ -134,7 +141,10 @@ class HiddenCodec:
 
     def _attention_problem(self, attention: Attention) -> str | None:
         """Say what is wrong with one attention layer, if anything."""
-        if len(attention.counts) and not 0 <= int(attention.counts.min()) <= int(attention.counts.max()) <= self.strongest:
+        if (
+            len(attention.counts)
+            and not 0 <= int(attention.counts.min()) <= int(attention.counts.max()) <= self.strongest
+        ):
             return f"a query keeps {int(attention.counts.max())} keys where at most {self.strongest} are kept"
         if len(attention.mass_codes) == 0:
             return None

@@ -1,9 +1,11 @@
 """A layer that holds more than a request asks for serves it: its heads are cut when a row is read, exactly.
 
-Mode `top`: a smaller k, a smaller mass or fewer temperatures. What is cut joins the tail: the mass of each entry at T follows from
-the stored tail at T (`shared.payload.targets_at`), so the narrowed row is what a capture of its own would have stored, up to quantisation
-(the quantised head decides where `mass` is reached, so a position may keep one entry more or less than it would have).
-Modes with draws: fewer temperatures only, since the tail of another head has other draws; where `mass` cuts the head, the highest
+Mode `top`: a smaller k, a smaller mass or fewer temperatures. What is cut joins the tail: the mass of each entry at T
+follows from the stored tail at T (`shared.payload.targets_at`), so the narrowed row is what a capture of its own would
+have stored, up to quantisation (the quantised head decides where `mass` is reached, so a position may keep one entry
+more or less than it would have).
+Modes with draws: fewer temperatures only, since the tail of another head has other draws; where `mass` cuts the head,
+the highest
 temperature must stay, because it decides the cut. Temperatures that were not asked for stay: they change no other.
 
 Cost: one pass over the head entries of a row that is narrowed; nothing otherwise.
@@ -131,7 +133,9 @@ def kept_entries(targets: SparseTargets, narrowing: Narrowing) -> NDArray[np.boo
 
 
 def keep_entries(targets: SparseTargets, kept: NDArray[np.bool_], draws: tuple[Draws, ...]) -> SparseTargets:
-    """Return targets with the head entries [N] that are `kept`, the mass of the others moved into the tail at every temperature."""
+    """Return targets with the head entries [N] that are `kept`, the mass of the others moved into the tail at every
+    temperature.
+    """
     tails = []
     for j, temperature in enumerate(targets.temperatures):
         masses = np.where(kept, 0.0, np.exp(head_logprobs_at(targets, temperature).astype(np.float64)))
@@ -141,5 +145,11 @@ def keep_entries(targets: SparseTargets, kept: NDArray[np.bool_], draws: tuple[D
     counts = segment_sum(kept.astype(np.int32), targets.counts).astype(np.int32)
     logprobs = targets.logprobs[kept]
     return SparseTargets(
-        counts, targets.ids[kept], logprobs, targets.label_logprobs, np.stack(tails, axis=1), targets.temperatures, draws
+        counts,
+        targets.ids[kept],
+        logprobs,
+        targets.label_logprobs,
+        np.stack(tails, axis=1),
+        targets.temperatures,
+        draws,
     )

@@ -1,9 +1,9 @@
 """A fixed random projection of hidden states, drawn from a seed and never stored.
 
-Entries are Gaussian with variance 1 / D, so squared lengths and distances are kept on average, within a factor of 1 +- e for
-nearly all pairs of n vectors at D of about 8 ln(n) / e^2 (Johnson and Lindenstrauss, 1984). The bits come from Philox, a
-counter-based generator whose stream is fixed by its paper, and become Gaussian by Box and Muller's formula in float64; so any
-machine draws the same matrix up to the last bit of its logarithm and cosine.
+Entries are Gaussian with variance 1 / D, so squared lengths and distances are kept on average, within a factor of 1 +-
+e for nearly all pairs of n vectors at D of about 8 ln(n) / e^2 (Johnson and Lindenstrauss, 1984). The bits come from
+Philox, a counter-based generator whose stream is fixed by its paper, and become Gaussian by Box and Muller's formula in
+float64; so any machine draws the same matrix up to the last bit of its logarithm and cosine.
 Cost: W x D numbers, once per process; one matrix product per state.
 
 Shape letters: W teacher width, D projected width.

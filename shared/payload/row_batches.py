@@ -1,4 +1,5 @@
-"""Rows of targets joined into batches, so that numpy is called per batch and not per row, which short rows would pay for.
+"""Rows of targets joined into batches, so that numpy is called per batch and not per row, which short rows would pay
+for.
 
 Cost: one copy of the arrays; a batch holds at most `BATCH_ENTRIES` head entries and positions, or one row.
 

@@ -1,9 +1,11 @@
 """A row's sparse next-token distributions as arrays, before and after the disk.
 
-Entry s describes the distribution that *predicts* the s-th token of the row's concatenated spans. All log-probabilities are
-natural logs under the full-vocabulary softmax at temperature 1. Ragged supports are flat arrays with a count per position.
+Entry s describes the distribution that *predicts* the s-th token of the row's concatenated spans. All log-probabilities
+are natural logs under the full-vocabulary softmax at temperature 1. Ragged supports are flat arrays with a count per
+position.
 
-Shape letters: S supervised positions, N head entries (sum of counts), J captured temperatures, D distinct draws of one temperature.
+Shape letters: S supervised positions, N head entries (sum of counts), J captured temperatures, D distinct draws of one
+temperature.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ class SparseTargets:
     label_logprobs: FloatArray
     """[S] log-probability of the token that follows, inside the head or not."""
     tail_logmass: FloatArray
-    """[S, J] log of the mass outside the head at each captured temperature; -inf where the head is the whole vocabulary,
-    0 without a head."""
+    """[S, J] log of the mass outside the head at each captured temperature; -inf where the head is the whole
+    vocabulary, 0 without a head."""
     temperatures: tuple[float, ...] = (1.0,)
     """J captured temperatures, ascending, 1.0 among them."""
     draws: tuple[Draws, ...] = ()

@@ -1,8 +1,8 @@
 """What `decant plan` may reckon with where a model or a data set cannot be reached: sizes that the recipe states.
 
-A recipe at true size names models and data on a hub. On a machine that reaches none, its price can still be worked out from what
-its author knows. Nothing but the plan reads this section; what can be reached is counted instead; every figure that rests on it
-says so.
+A recipe at true size names models and data on a hub. On a machine that reaches none, its price can still be worked out
+from what its author knows. Nothing but the plan reads this section; what can be reached is counted instead; every
+figure that rests on it says so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What every section of a recipe has in common: no unknown keys, no changes after loading, plain numbers, named problems.
+"""What every section of a recipe has in common: no unknown keys, no changes after loading, plain numbers, named
+problems.
 
-A field's docstring is its help (`recipe_json_schema` carries it). Numbers are numbers: `true` and `"3"` are refused where a number
-belongs, `1e3` is accepted for a count. A check over several fields raises `inconsistent`, which names the field to blame.
+A field's docstring is its help (`recipe_json_schema` carries it). Numbers are numbers: `true` and `"3"` are refused
+where a number belongs, `1e3` is accepted for a count. A check over several fields raises `inconsistent`, which names
+the field to blame.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ class Teacher(Section):
                     (("tensor_parallel_size",), "the transformers engine runs in one process; leave it out or use vllm")
                 )
             if self.quantization is not None:
-                problems.append((("quantization",), "the transformers engine does not quantise; leave it out or use vllm"))
+                problems.append(
+                    (("quantization",), "the transformers engine does not quantise; leave it out or use vllm")
+                )
         if problems:
             inconsistent(*problems)
         return self
@@ -115,7 +117,17 @@ class Generate(Section):
     """How the teacher answers the prompts; left out of the recipe: the data's own answers are scored."""
 
     NAMES_THE_JOB: ClassVar[frozenset[str]] = frozenset(
-        ("temperature", "top_p", "top_k", "stop", "seed", "samples_per_prompt", "max_new_tokens", "keep_truncated", "model")
+        (
+            "temperature",
+            "top_p",
+            "top_k",
+            "stop",
+            "seed",
+            "samples_per_prompt",
+            "max_new_tokens",
+            "keep_truncated",
+            "model",
+        )
     )
     """Fields that a job's request has always held; a later one joins it where it is not at its default."""
 
@@ -136,14 +148,19 @@ class Generate(Section):
     keep_truncated: bool = True
     """Keep answers that were cut by length."""
     model: Text | None = None
-    """Let another model than the teacher answer, such as a student: a directory or a hub id with the teacher's tokenizer."""
+    """Let another model than the teacher answer, such as a student: a directory or a hub id with the teacher's
+    tokenizer.
+    """
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Generate:
         problems: list[Problem] = []
         if self.temperature == 0 and self.samples_per_prompt > 1:
             problems.append(
-                (("samples_per_prompt",), "all answers at temperature 0 are the same; raise the temperature or leave it at 1")
+                (
+                    ("samples_per_prompt",),
+                    "all answers at temperature 0 are the same; raise the temperature or leave it at 1",
+                )
             )
         if problems:
             inconsistent(*problems)
@@ -165,7 +182,9 @@ class Capture(Section):
     """Tokens drawn per position and temperature, from the rest (top+sample) or from everything (sample)."""
     mass: Probability = 1.0
     """Stop before k once this much probability is covered, at the highest declared temperature."""
-    temperatures: Annotated[tuple[Positive, ...], AfterValidator(_with_one), Field(max_length=MAX_TEMPERATURES)] = (1.0,)
+    temperatures: Annotated[tuple[Positive, ...], AfterValidator(_with_one), Field(max_length=MAX_TEMPERATURES)] = (
+        1.0,
+    )
     """Temperatures at which the mass of the rest is stored exactly; 1 is always among them."""
     gap_step: Annotated[Number, Field(ge=MIN_GAP_STEP, le=MAX_GAP_STEP)] = 0.0625
     """Quantisation step of log-probabilities, in nats."""
@@ -183,15 +202,21 @@ class Capture(Section):
     def _mode_has_what_it_needs(self) -> Capture:
         problems: list[Problem] = []
         if "top" in self.mode and self.k < 1:
-            problems.append((("k",), f"mode '{self.mode}' keeps the most probable tokens and needs k of at least 1, not {self.k}"))
+            problems.append(
+                (("k",), f"mode '{self.mode}' keeps the most probable tokens and needs k of at least 1, not {self.k}")
+            )
         if "sample" in self.mode and self.draws < 1:
-            problems.append((("draws",), f"mode '{self.mode}' draws tokens and needs draws of at least 1, not {self.draws}"))
+            problems.append(
+                (("draws",), f"mode '{self.mode}' draws tokens and needs draws of at least 1, not {self.draws}")
+            )
         if self.mode == "top" and self.draws:
             problems.append((("draws",), f"mode 'top' draws nothing, so draws: {self.draws} needs mode 'top+sample'"))
         if self.mode == "sample" and self.k:
             problems.append((("k",), f"mode 'sample' keeps no exact tokens, so k: {self.k} needs mode 'top+sample'"))
         if self.mode == "sample" and self.mass != 1.0:
-            problems.append((("mass",), f"mode 'sample' has no head to stop, so mass: {self.mass:g} needs mode 'top+sample'"))
+            problems.append(
+                (("mass",), f"mode 'sample' has no head to stop, so mass: {self.mass:g} needs mode 'top+sample'")
+            )
         if problems:
             inconsistent(*problems)
         return self

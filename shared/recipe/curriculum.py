@@ -76,8 +76,8 @@ class Balance(Section):
     """What moves the weights of a stage's losses against each other."""
 
     kind: Literal["fixed", "grad_norm", "uncertainty"] = "fixed"
-    """fixed: nothing; grad_norm: by strength of gradients (GradNorm) at the states that all losses share, the last hidden ones or
-    below the lowest layer that hidden or attention read; uncertainty: by learned variances (Kendall)."""
+    """fixed: nothing; grad_norm: by strength of gradients (GradNorm) at the states that all losses share, the last
+    hidden ones or below the lowest layer that hidden or attention read; uncertainty: by learned variances (Kendall)."""
     every_steps: Count = 5
     """Optimizer steps between measurements of gradient norms, for grad_norm."""
     alpha: NonNegative = 1.5
@@ -92,7 +92,9 @@ class Balance(Section):
 
     @model_validator(mode="after")
     def _options_belong_to_it(self) -> Balance:
-        defaults = {"fixed": ("every_steps", "alpha", "learning_rate"), "uncertainty": ("every_steps", "alpha")}.get(self.kind, ())
+        defaults = {"fixed": ("every_steps", "alpha", "learning_rate"), "uncertainty": ("every_steps", "alpha")}.get(
+            self.kind, ()
+        )
         fields = type(self).model_fields
         foreign = [name for name in defaults if getattr(self, name) != fields[name].default]
         if foreign:

@@ -58,7 +58,9 @@ class Task(Section):
             if problems:
                 inconsistent(*problems)
         if self.temperature == 0 and self.samples > 1:
-            inconsistent((("samples",), "all answers at temperature 0 are the same; raise the temperature or leave it at 1"))
+            inconsistent(
+                (("samples",), "all answers at temperature 0 are the same; raise the temperature or leave it at 1")
+            )
         return self
 
 
@@ -66,7 +68,9 @@ class SideBySide(Section):
     """Every model's sampled answers to the same prompts, compared with the teacher's and with the student's before."""
 
     size: Literal["quick", "medium", "full"] = "quick"
-    """quick: 10 prompts, evenly from every source; medium: 50 at random; full: 350 at random. Fewer where there are no more."""
+    """quick: 10 prompts, evenly from every source; medium: 50 at random; full: 350 at random. Fewer where there are no
+    more.
+    """
     temperatures: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (0.1, 0.7, 1.2)
     """Sampling temperatures; every prompt is answered once at each."""
     seed: Integer = 0
@@ -74,14 +78,18 @@ class SideBySide(Section):
     max_new_tokens: Count | None = None
     """Longest answer in tokens; left out: `evaluate.max_new_tokens`."""
     prompts: Annotated[tuple[Text, ...], Field(min_length=1)] = ("heldout",)
-    """Where prompts come from: heldout (the cache's held-out rows), tasks (the tasks' questions), jsonl files with a `prompt`."""
+    """Where prompts come from: heldout (the cache's held-out rows), tasks (the tasks' questions), jsonl files with a
+    `prompt`.
+    """
 
     @model_validator(mode="after")
     def _values_are_known(self) -> SideBySide:
         problems: list[Problem] = []
         for name in ("temperatures", "prompts"):
             values = getattr(self, name)
-            problems += [((name, i), f"{value} is listed twice") for i, value in enumerate(values) if value in values[:i]]
+            problems += [
+                ((name, i), f"{value} is listed twice") for i, value in enumerate(values) if value in values[:i]
+            ]
         problems += [
             (("prompts", i), f"'{place}' is neither 'heldout' nor 'tasks' nor a .jsonl file")
             for i, place in enumerate(self.prompts)
@@ -114,10 +122,14 @@ class Evaluate(Section):
     def _labels_are_unique(self) -> Evaluate:
         problems: list[Problem] = []
         problems += [
-            (("models", i), f"'{model}' is listed twice") for i, model in enumerate(self.models) if model in self.models[:i]
+            (("models", i), f"'{model}' is listed twice")
+            for i, model in enumerate(self.models)
+            if model in self.models[:i]
         ]
         if self.side_by_side is not None and "tasks" in self.side_by_side.prompts and not self.tasks:
-            problems.append((("side_by_side", "prompts"), "there are no `tasks` whose questions could be asked; add some"))
+            problems.append(
+                (("side_by_side", "prompts"), "there are no `tasks` whose questions could be asked; add some")
+            )
         domains = [task.domain for task in self.tasks]
         problems += [
             (("tasks", i, "domain"), f"another task has the domain '{domain}'; give each its own")

@@ -1,7 +1,8 @@
 """Recipe files: load with every problem listed by line, override, write back, describe.
 
-Loading parses YAML 1.2 with lines, applies `--set` overrides, validates, and turns each problem into `file:line: path: problem`,
-with the nearest known word where one is close. `dump_recipe` writes all defaults out, so that a saved run says what ran.
+Loading parses YAML 1.2 with lines, applies `--set` overrides, validates, and turns each problem into `file:line: path:
+problem`, with the nearest known word where one is close. `dump_recipe` writes all defaults out, so that a saved run
+says what ran.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def _read(path: FilePath) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"{path}:{line}: byte {raw[error.start]:#04x} is not UTF-8; save the recipe as UTF-8") from error
+        raise RecipeError(
+            f"{path}:{line}: byte {raw[error.start]:#04x} is not UTF-8; save the recipe as UTF-8"
+        ) from error
 
 
 def _validate(data: dict[str, Any], where: Where) -> Recipe:
@@ -98,7 +101,10 @@ def _validate(data: dict[str, Any], where: Where) -> Recipe:
         found = _without_consequences(error.errors(include_url=False), data)
     lines = sorted((*_source(place, where), ".".join(map(str, place)), sentence) for place, sentence in found.items())
     raise RecipeError(
-        "\n".join(f"{label}: {dotted}: {sentence}" if dotted else f"{label}: {sentence}" for _, label, dotted, sentence in lines)
+        "\n".join(
+            f"{label}: {dotted}: {sentence}" if dotted else f"{label}: {sentence}"
+            for _, label, dotted, sentence in lines
+        )
     )
 
 
@@ -118,7 +124,9 @@ def _without_consequences(errors: Sequence[Any], data: Any) -> dict[Path, str]:
         misspelt = [
             other
             for other in kinds
-            if kinds[other] == "extra_forbidden" and other[:-1] == place[:-1] and closest(str(other[-1]), [str(place[-1])])
+            if kinds[other] == "extra_forbidden"
+            and other[:-1] == place[:-1]
+            and closest(str(other[-1]), [str(place[-1])])
         ]
         if (kind == "too_short" and inside) or (kind == "missing" and misspelt):
             del found[place]

@@ -1,4 +1,5 @@
-"""What a recipe may say about the hidden layer of a cache: which states and which attention of the teacher are kept, and how.
+"""What a recipe may say about the hidden layer of a cache: which states and which attention of the teacher are kept,
+and how.
 
 Layers count from 1 for the output of the first block to the number of blocks; `final` is the state after the last norm.
 """
@@ -50,8 +51,8 @@ class HiddenCapture(Section):
     """What a hidden layer of the cache keeps of the teacher at each supervised position."""
 
     layers: Annotated[int | tuple[StateLayer, ...], BeforeValidator(_state_layers)] = ()
-    """Teacher layers whose states are kept, counted from 1, `final` for the state after the last norm; or how many to spread
-    evenly with the last among them."""
+    """Teacher layers whose states are kept, counted from 1, `final` for the state after the last norm; or how many to
+    spread evenly with the last among them."""
     projection: Annotated[Count, Field(le=MAX_HIDDEN_WIDTH)] | None = None
     """Width of a fixed random projection of every state; left out: the teacher's own width."""
     projection_seed: CountOrZero = 0

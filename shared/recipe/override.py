@@ -1,7 +1,7 @@
 """`--set a.b=c`: change a recipe's data before it is validated.
 
-A path goes through keys, list indices, and list entries by their `name` or `source`: `stages.kd.trainer.max_steps=10`. The value is
-YAML 1.2. Sections that the file left out are created; a list grows only by writing it whole.
+A path goes through keys, list indices, and list entries by their `name` or `source`: `stages.kd.trainer.max_steps=10`.
+The value is YAML 1.2. Sections that the file left out are created; a list grows only by writing it whole.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ def _step(here: Any, part: str, label: str, where: str) -> str | int:
     if names.count(part) == 1:
         return names.index(part)
     if names.count(part) > 1:
-        raise RecipeError(f"{label}: '{where}' has {names.count(part)} entries called '{part}'; use an index, counted from 0")
+        raise RecipeError(
+            f"{label}: '{where}' has {names.count(part)} entries called '{part}'; use an index, counted from 0"
+        )
     known = [name for name in names if name]
-    raise RecipeError(f"{label}: '{where}' has no entry '{part}', only {quoted(known) or 'unnamed ones'}{closest(part, known)}")
+    raise RecipeError(
+        f"{label}: '{where}' has no entry '{part}', only {quoted(known) or 'unnamed ones'}{closest(part, known)}"
+    )

@@ -1,9 +1,9 @@
 """The recipe: everything that one experiment may say, validated before any work.
 
-Sections are defined in `recipe_capture` (phase 1), `recipe_training` (phase 2), `recipe_evaluation` and `recipe_assumptions`
-(sizes for the plan); this module puts them together and checks what involves more than one of them. What depends on a cache's
-content (its temperatures, sources, layers) is checked against the cache when it is opened. Paths are relative to the current
-directory.
+Sections are defined in `recipe_capture` (phase 1), `recipe_training` (phase 2), `recipe_evaluation` and
+`recipe_assumptions` (sizes for the plan); this module puts them together and checks what involves more than one of
+them. What depends on a cache's content (its temperatures, sources, layers) is checked against the cache when it is
+opened. Paths are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -112,19 +112,22 @@ class Recipe(Section):
 def _phase1_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
     if recipe.prompts and recipe.teacher is None:
-        problems.append((("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out"))
+        problems.append(
+            (("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out")
+        )
     if recipe.generate is not None and not recipe.prompts:
         problems.append((("generate",), "there are no `prompts` to answer; add some, or leave it out"))
     if recipe.teacher is not None and recipe.teacher.engine == "server":
         problems += capture_problems(recipe.capture)
         if recipe.generate is not None and recipe.generate.model is not None:
-            why = (
-                "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then score them with servers"
-            )
+            why = "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then score them with servers"
             problems.append((("generate", "model"), why))
     if recipe.prompts and len(recipe.cache) > 1:
         problems.append(
-            (("cache",), f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out")
+            (
+                ("cache",),
+                f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out",
+            )
         )
     if recipe.teacher is not None and recipe.teacher.quantization is not None and recipe.capture.hidden is not None:
         problems.append(
@@ -134,10 +137,13 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
                 f"'{recipe.teacher.quantization}' says; leave one of both out",
             )
         )
-    if recipe.teacher is not None and recipe.teacher.workers is not None and recipe.generate and recipe.generate.model is not None:
-        sentence = (
-            "the engines of `teacher.workers` all run the teacher; leave `workers` out and use `decant teach --partition i/n`"
-        )
+    if (
+        recipe.teacher is not None
+        and recipe.teacher.workers is not None
+        and recipe.generate
+        and recipe.generate.model is not None
+    ):
+        sentence = "the engines of `teacher.workers` all run the teacher; leave `workers` out and use `decant teach --partition i/n`"
         problems.append((("generate", "model"), sentence))
     if recipe.teacher is not None and recipe.teacher.workers is not None and recipe.capture.hidden is not None:
         sentence = "hidden states are captured by one engine; leave `teacher.workers` out and use `decant teach --partition i/n`"
@@ -146,7 +152,9 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
         if source.format == "cache" and recipe.generate is not None:
             problems.append((("prompts", i, "format"), "rows of a cache are answered already; leave `generate` out"))
         if source.format == "cache" and any(Path(source.path).resolve() == cache.resolve() for cache in recipe.cache):
-            problems.append((("prompts", i, "path"), "is the cache that this recipe builds; without `prompts` its rows are scored"))
+            problems.append(
+                (("prompts", i, "path"), "is the cache that this recipe builds; without `prompts` its rows are scored")
+            )
     for i, cache in enumerate(recipe.cache):
         if cache in recipe.cache[:i]:
             problems.append((("cache", i), f"'{cache}' is listed twice"))
@@ -167,10 +175,15 @@ def _stage_problems(recipe: Recipe) -> list[Problem]:
         if stage.evaluate is not None and recipe.heldout.fraction == 0:
             sentence = "heldout.fraction is 0, so there is nothing to evaluate on; raise it, or leave this out"
             problems.append((("stages", i, "evaluate"), sentence))
-        stops = [other.name for other in recipe.stages if other.evaluate is not None and other.evaluate.early_stopping is not None]
+        stops = [
+            other.name
+            for other in recipe.stages
+            if other.evaluate is not None and other.evaluate.early_stopping is not None
+        ]
         if stage.goes_over_run and stops:
             sentence = (
-                f"a schedule goes over the run, whose number of steps is unknown since stage '{stops[0]}' may stop early; "
+                f"a schedule goes over the run, whose number of steps is unknown since stage '{stops[0]}' may stop "
+                "early; "
                 "let it go over the stage, or leave early_stopping out"
             )
             problems.append((("stages", i), sentence))
@@ -215,7 +228,9 @@ def _evaluate_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
     side_by_side = recipe.evaluate.side_by_side
     if recipe.evaluate.cost and recipe.heldout.fraction == 0 and not recipe.evaluate.tasks:
-        problems.append((("evaluate", "cost"), "there is nothing to ask: no prompt is held out and there are no `tasks`; add some"))
+        problems.append(
+            (("evaluate", "cost"), "there is nothing to ask: no prompt is held out and there are no `tasks`; add some")
+        )
     if side_by_side is not None and "heldout" in side_by_side.prompts and recipe.heldout.fraction == 0:
         sentence = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
         problems.append((("evaluate", "side_by_side", "prompts"), sentence))

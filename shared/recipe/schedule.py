@@ -1,7 +1,8 @@
 """A number that may change while a stage trains: a weight, a temperature or a source's share.
 
-Progress runs from 0 (first step) to 1 (last step) of the stage or, with `over: run`, of all the recipe's stages in order, so that
-a schedule does not depend on the number of steps. A plain number is a constant schedule and is written back as a number.
+Progress runs from 0 (first step) to 1 (last step) of the stage or, with `over: run`, of all the recipe's stages in
+order, so that a schedule does not depend on the number of steps. A plain number is a constant schedule and is written
+back as a number.
 """
 
 from __future__ import annotations
@@ -39,12 +40,16 @@ class Schedule(Section):
         if isinstance(data, int | float) and not isinstance(data, bool):
             return {"kind": "constant", "start": data}
         if not isinstance(data, dict | Schedule):
-            raise PydanticCustomError("not_a_schedule", "expected a number or a section such as {kind: linear, start: 1, end: 0}")
+            raise PydanticCustomError(
+                "not_a_schedule", "expected a number or a section such as {kind: linear, start: 1, end: 0}"
+            )
         return data
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> Schedule:
-        needed = {"constant": {"start"}, "linear": {"start", "end"}, "cosine": {"start", "end"}, "step": {"values"}}[self.kind]
+        needed = {"constant": {"start"}, "linear": {"start", "end"}, "cosine": {"start", "end"}, "step": {"values"}}[
+            self.kind
+        ]
         given = {name for name in ("start", "end", "values", "at") if getattr(self, name) not in (None, ())}
         problems: list[Problem] = [((name,), f"a {self.kind} schedule needs it") for name in sorted(needed - given)]
         foreign = given - needed - ({"at"} if self.kind == "step" else set())

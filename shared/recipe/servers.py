@@ -1,7 +1,8 @@
 """What a recipe may say about running vLLM servers (`teacher.engine: server`), and what it may not.
 
-A server was started by somebody else: what decides how it runs is said there, so settings of Decant's own vLLM are refused
-here instead of being ignored. An address must not carry a password, because recipes are written into run directories.
+A server was started by somebody else: what decides how it runs is said there, so settings of Decant's own vLLM are
+refused here instead of being ignored. An address must not carry a password, because recipes are written into run
+directories.
 Cost: nothing.
 """
 
@@ -26,13 +27,18 @@ def teacher_problems(teacher: Teacher) -> list[Problem]:
     """Return what a `teacher` section says about servers and cannot be honoured."""
     if teacher.engine != "server":
         return [
-            ((name,), f"only the engine 'server' asks servers and this teacher's engine is '{teacher.engine}'; leave it out")
+            (
+                (name,),
+                f"only the engine 'server' asks servers and this teacher's engine is '{teacher.engine}'; leave it out",
+            )
             for name in _OF_THIS_ENGINE
             if _is_set(teacher, name)
         ]
     problems: list[Problem] = []
     if not teacher.servers:
-        problems.append((("servers",), "the engine 'server' needs at least one address, such as http://127.0.0.1:8000/v1"))
+        problems.append(
+            (("servers",), "the engine 'server' needs at least one address, such as http://127.0.0.1:8000/v1")
+        )
     names = [url.rstrip("/").removesuffix("/v1") for url in teacher.servers]
     for i, url in enumerate(teacher.servers):
         problem = address_problem(url) or ("the same server is listed twice" if names[i] in names[:i] else None)
@@ -45,12 +51,15 @@ def teacher_problems(teacher: Teacher) -> list[Problem]:
         problems.append(
             (
                 ("quantization",),
-                "a server does not tell how it quantises, so a layer could not say it either; leave it out and let `model` be "
+                "a server does not tell how it quantises, so a layer could not say it either; leave it out and let "
+                "`model` be "
                 "a quantised checkpoint, or use vllm",
             )
         )
     if teacher.workers is not None:
-        problems.append((("workers",), "servers are engines already, so list them all under `servers` and leave it out"))
+        problems.append(
+            (("workers",), "servers are engines already, so list them all under `servers` and leave it out")
+        )
     return problems
 
 
@@ -58,10 +67,15 @@ def capture_problems(capture: Capture) -> list[Problem]:
     """Return what a `capture` section asks for that no server returns."""
     problems: list[Problem] = []
     if capture.mode != "top":
-        problems.append((("capture", "mode"), f"a server returns no drawn tokens, so '{capture.mode}' needs teacher.engine 'vllm'"))
+        problems.append(
+            (("capture", "mode"), f"a server returns no drawn tokens, so '{capture.mode}' needs teacher.engine 'vllm'")
+        )
     if capture.temperatures != (1.0,):
         problems.append(
-            (("capture", "temperatures"), "a server returns no tails at other temperatures than 1; use teacher.engine 'vllm'")
+            (
+                ("capture", "temperatures"),
+                "a server returns no tails at other temperatures than 1; use teacher.engine 'vllm'",
+            )
         )
     return problems
 

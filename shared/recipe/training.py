@@ -82,10 +82,12 @@ class Student(Section):
     trust_remote_code: bool = False
     """Run Python that comes with the model."""
     gradient_checkpointing: Literal["auto"] | bool = False
-    """Recompute activations in the backward pass: less memory, a third more time; auto: where a first, measured step would not fit
-    the GPU otherwise."""
+    """Recompute activations in the backward pass: less memory, a third more time; auto: where a first, measured step
+    would not fit the GPU otherwise."""
     liger: bool = False
-    """Use liger-kernel's norms, MLP and rotary embeddings; needs an NVIDIA GPU. Its losses stay off: the loss is Decant's own."""
+    """Use liger-kernel's norms, MLP and rotary embeddings; needs an NVIDIA GPU. Its losses stay off: the loss is
+    Decant's own.
+    """
 
 
 _TELL_TERMS_APART = {"temperature", "beta", "skew"}
@@ -95,7 +97,10 @@ _TELL_TERMS_APART = {"temperature", "beta", "skew"}
 def _layer_names(value: Any) -> Any:
     """Let teacher layers be written as numbers."""
     if isinstance(value, dict):
-        return {str(key) if isinstance(key, int) and not isinstance(key, bool) else key: entry for key, entry in value.items()}
+        return {
+            str(key) if isinstance(key, int) and not isinstance(key, bool) else key: entry
+            for key, entry in value.items()
+        }
     return value
 
 
@@ -103,7 +108,9 @@ class Loss(Section):
     """One term of the training loss, in nats per supervised position."""
 
     name: LossName
-    """Which divergence between teacher and student, cross_entropy against the tokens of the text, or a loss on a hidden layer."""
+    """Which divergence between teacher and student, cross_entropy against the tokens of the text, or a loss on a hidden
+    layer.
+    """
     weight: Schedule = constant(1.0)
     """What the term is multiplied by: a number or a schedule."""
     temperature: Schedule = constant(1.0)
@@ -115,9 +122,12 @@ class Loss(Section):
     metric: Literal["mse", "cosine"] = "mse"
     """Distance of hidden: mean squared error, or 1 minus the cosine."""
     normalise: bool = True
-    """For hidden with mse: divide each teacher state by its root mean square, so that layers of large states weigh no more."""
+    """For hidden with mse: divide each teacher state by its root mean square, so that layers of large states weigh no
+    more.
+    """
     layer_map: Annotated[dict[str, StudentLayer] | None, BeforeValidator(_layer_names)] = None
-    """For hidden and attention: teacher layer -> student layer, counted from 1, `final` for the state after the last norm; left
+    """For hidden and attention: teacher layer -> student layer, counted from 1, `final` for the state after the last
+    norm; left
     out: every stored teacher layer to the student layer at the same relative depth."""
     tau: Positive = 0.07
     """What cosines are divided by in contrastive."""
@@ -136,7 +146,9 @@ class Loss(Section):
             problems.append((("temperature",), "a temperature must be above 0"))
         if self.temperature.kind in ("linear", "cosine"):
             moves = f"a {self.temperature.kind} schedule passes through temperatures that were not captured"
-            problems.append((("temperature", "kind"), f"{moves}; use a number, or kind 'step' with captured temperatures"))
+            problems.append(
+                (("temperature", "kind"), f"{moves}; use a number, or kind 'step' with captured temperatures")
+            )
         if problems:
             inconsistent(*problems)
         return self
@@ -150,9 +162,13 @@ class Loss(Section):
         if self.name != "hidden" and self.metric != "mse":
             problems.append((("metric",), f"only hidden has a metric, '{self.name}' does not, so leave it out"))
         if not self.normalise and (self.name != "hidden" or self.metric == "cosine"):
-            problems.append((("normalise",), "only hidden with metric mse can leave states unnormalised, so leave it out"))
+            problems.append(
+                (("normalise",), "only hidden with metric mse can leave states unnormalised, so leave it out")
+            )
         if self.layer_map is not None and self.name not in ("hidden", "attention"):
-            problems.append((("layer_map",), f"only hidden and attention map layers, '{self.name}' does not, so leave it out"))
+            problems.append(
+                (("layer_map",), f"only hidden and attention map layers, '{self.name}' does not, so leave it out")
+            )
         for teacher, student in (self.layer_map or {}).items():
             is_number = teacher.isdecimal() and int(teacher) > 0
             if not is_number and (teacher != "final" or self.name == "attention"):
@@ -211,7 +227,9 @@ class StageTrainer(Section):
     max_grad_norm: NonNegative = 1.0
     """Clip gradients to this norm; 0 does not clip."""
     max_grad_norm_factor: Annotated[Number, Field(gt=1)] | None = 100.0
-    """Stop when the gradient's norm before clipping exceeds its running median by this factor in 5 steps in a row; null: never."""
+    """Stop when the gradient's norm before clipping exceeds its running median by this factor in 5 steps in a row;
+    null: never.
+    """
     optim: Text = "adamw_torch"
     """Optimizer, by its name in transformers."""
     bf16: bool = False
@@ -225,7 +243,9 @@ class StageTrainer(Section):
     gradient_checkpointing: Literal["auto"] | bool = False
     """Recompute activations in the backward pass, as in the student's section."""
     fsdp: Literal["none", "full_shard"] = "none"
-    """What several processes hold: none: each the whole student; full_shard: a part of its weights and optimizer state each."""
+    """What several processes hold: none: each the whole student; full_shard: a part of its weights and optimizer state
+    each.
+    """
     operator: Literal["auto", "torch", "triton"] = "auto"
     """Kernels of the fused loss; auto: on a GPU whichever is faster on the first pack, elsewhere torch."""
     operator_chunk_mib: Annotated[Count, Field(le=16384)] = 256
@@ -238,7 +258,9 @@ class StageTrainer(Section):
     """Steps between lines in metrics.jsonl."""
     dataloader_num_workers: CountOrZero = 0
     """Processes that read the cache."""
-    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "none"], ...], BeforeValidator(one_or_many)] = ("tensorboard",)
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "none"], ...], BeforeValidator(one_or_many)] = (
+        "tensorboard",
+    )
     """Where metrics go besides metrics.jsonl."""
     seed: Integer | None = None
     """Seed of order, dropout and fresh weights; left out: the recipe's."""
@@ -263,12 +285,14 @@ class Stage(Section):
     name: Name
     """Directory of the stage below output_dir/train, and its name everywhere else."""
     init_from: Text = "base"
-    """base (the student's own weights), previous, an earlier stage's name, a model directory (with a '/'), or another run's stage:
-    its directory, or RUN_DIRECTORY:STAGE."""
+    """base (the student's own weights), previous, an earlier stage's name, a model directory (with a '/'), or another
+    run's stage: its directory, or RUN_DIRECTORY:STAGE."""
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
     """Terms of the loss; they are added."""
     balance: Balance = Balance()
-    """fixed, grad_norm or uncertainty, or a section with options: what moves the weights of the losses against each other."""
+    """fixed, grad_norm or uncertainty, or a section with options: what moves the weights of the losses against each
+    other.
+    """
     mixture: dict[str, Schedule] | None = None
     """Share of each source in the training tokens, a number or a schedule; left out: as they are in the cache."""
     sampling: Sampling | None = None
@@ -295,9 +319,14 @@ class Stage(Section):
             problems.append((("losses",), "every weight is 0, so there is nothing to minimise"))
         seen: set[tuple[str, str]] = set()
         for i, loss in enumerate(self.losses):
-            identity = (loss.name, "" if loss.name in LOSSES_ON_HIDDEN_LAYER else loss.model_dump_json(include=_TELL_TERMS_APART))
+            identity = (
+                loss.name,
+                "" if loss.name in LOSSES_ON_HIDDEN_LAYER else loss.model_dump_json(include=_TELL_TERMS_APART),
+            )
             if identity in seen:
-                problems.append((("losses", i, "name"), f"'{loss.name}' is listed twice; add up its weights in one entry"))
+                problems.append(
+                    (("losses", i, "name"), f"'{loss.name}' is listed twice; add up its weights in one entry")
+                )
             seen.add(identity)
         if self.hidden is not None and not any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in self.losses):
             listed = ", ".join(LOSSES_ON_HIDDEN_LAYER)
@@ -310,7 +339,10 @@ class Stage(Section):
         if self.max_length is not None and self.max_length > self.trainer.pack_tokens:
             pack = self.trainer.pack_tokens
             problems.append(
-                (("max_length",), f"a row of {self.max_length} tokens does not fit a pack of {pack}; raise trainer.pack_tokens")
+                (
+                    ("max_length",),
+                    f"a row of {self.max_length} tokens does not fit a pack of {pack}; raise trainer.pack_tokens",
+                )
             )
         if problems:
             inconsistent(*problems)
@@ -333,17 +365,26 @@ class Stage(Section):
         if self.sampling is None:
             return problems
         if self.evaluate is None:
-            problems.append((("sampling",), "shares follow the stage's evaluations and it has none; add an `evaluate` section"))
+            problems.append(
+                (("sampling",), "shares follow the stage's evaluations and it has none; add an `evaluate` section")
+            )
         elif self.sampling.every_steps is not None and self.sampling.every_steps % self.evaluate.every_steps:
             every = self.evaluate.every_steps
-            problems.append((("sampling", "every_steps"), f"must be a multiple of evaluate.every_steps, which is {every}"))
+            problems.append(
+                (("sampling", "every_steps"), f"must be a multiple of evaluate.every_steps, which is {every}")
+            )
         problems += [
-            (("mixture", name), "sampling moves the shares itself; give a number to begin with, or leave `sampling` out")
+            (
+                ("mixture", name),
+                "sampling moves the shares itself; give a number to begin with, or leave `sampling` out",
+            )
             for name, share in mixture.items()
             if share.kind != "constant"
         ]
         if mixture and not len(mixture) * self.sampling.floor <= 1 <= len(mixture) * self.sampling.ceiling:
-            problems.append((("sampling",), f"{len(mixture)} shares within floor and ceiling cannot sum to 1; move one of them"))
+            problems.append(
+                (("sampling",), f"{len(mixture)} shares within floor and ceiling cannot sum to 1; move one of them")
+            )
         if self.trainer.dataloader_num_workers:
             said = "packs are planned while the stage trains, which other processes would not see; set it to 0"
             problems.append((("trainer", "dataloader_num_workers"), said))

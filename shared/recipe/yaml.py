@@ -1,8 +1,11 @@
 """YAML 1.2 text to plain data that remembers where every value was written.
 
-The text is composed to nodes by ruamel.yaml's pure parser and turned into dicts, lists and scalars here, so that nothing in it
-can construct an object: other tags, duplicate keys and YAML 1.1 are refused, aliases are copied within a budget. Scalars follow
-YAML 1.2: `1e-5` is a number, `no` is a string; a date stays a string. Cost: milliseconds for a recipe; its size is bounded.
+The text is composed to nodes by ruamel.yaml's pure parser and turned into dicts, lists and scalars here, so that
+nothing in it
+can construct an object: other tags, duplicate keys and YAML 1.1 are refused, aliases are copied within a budget.
+Scalars follow
+YAML 1.2: `1e-5` is a number, `no` is a string; a date stays a string. Cost: milliseconds for a recipe; its size is
+bounded.
 """
 
 from __future__ import annotations
@@ -57,12 +60,16 @@ def parse_yaml(text: str) -> Document:
     directive = re.search(r"^%.*$", text, re.MULTILINE)
     if directive:
         line = text.count("\n", 0, directive.start()) + 1
-        raise YamlProblem(line, f"directive '{directive.group()[:40]}' is not supported, recipes are YAML 1.2; remove it")
+        raise YamlProblem(
+            line, f"directive '{directive.group()[:40]}' is not supported, recipes are YAML 1.2; remove it"
+        )
     try:
         root = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise YamlProblem(mark.line + 1 if mark else 1, f"no valid YAML: {_first_line(error.problem or error.context)}") from error
+        raise YamlProblem(
+            mark.line + 1 if mark else 1, f"no valid YAML: {_first_line(error.problem or error.context)}"
+        ) from error
     except (YAMLError, ValueError) as error:
         raise YamlProblem(1, f"no valid YAML: {_first_line(str(error))}") from error
     except RecursionError as error:

@@ -1,6 +1,7 @@
 """Packs to one batch of tensors: concatenated, since `position_ids` keep rows of one pack and of several apart alike.
 
-Cost: one copy. Shape letters: B tokens of all packs, S supervised positions, N head entries, J temperatures, D drawn tokens.
+Cost: one copy. Shape letters: B tokens of all packs, S supervised positions, N head entries, J temperatures, D drawn
+    tokens.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from student_train.batch.hidden_batch import join_packs
 def collate(packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
     """Join packs into one batch.
 
-    Returns `input_ids` and `position_ids` int64 [1, B]; `predictor_index`, `labels` and `shift_labels` (the same) int64 [S]; and
-    the arrays of `pack_targets` and of `HiddenReading.pack` over all positions, where the packs have them. Draws, which are stored
-    by temperature and then by position, are joined temperature by temperature.
+    Returns `input_ids` and `position_ids` int64 [1, B]; `predictor_index`, `labels` and `shift_labels` (the same) int64
+    [S]; and the arrays of `pack_targets` and of `HiddenReading.pack` over all positions, where the packs have them.
+    Draws, which are stored by temperature and then by position, are joined temperature by temperature.
     """
     starts = np.cumsum([0, *(len(pack["input_ids"]) for pack in packs)])
     arrays: dict[str, np.ndarray] = {
         "input_ids": np.concatenate([pack["input_ids"] for pack in packs])[None],
         "position_ids": np.concatenate([pack["position_ids"] for pack in packs])[None],
-        "predictor_index": np.concatenate([pack["predictor_index"] + start for pack, start in zip(packs, starts, strict=False)]),
+        "predictor_index": np.concatenate(
+            [pack["predictor_index"] + start for pack, start in zip(packs, starts, strict=False)]
+        ),
         "labels": np.concatenate([pack["labels"] for pack in packs]),
     }
     if "temperatures" in packs[0]:
@@ -38,7 +41,9 @@ def collate(packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
             arrays[name] = _joined_by_temperature(packs, name)
     arrays |= join_packs(packs)
     batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    batch["shift_labels"] = batch["labels"]  # the Trainer counts positions by it: every label is supervised, none is shifted
+    batch["shift_labels"] = batch[
+        "labels"
+    ]  # the Trainer counts positions by it: every label is supervised, none is shifted
     return batch
 
 

@@ -1,8 +1,9 @@
 """The packs of a stage as arrays, read from one or several caches.
 
-Map-style: item i is the stage's i-th pack, whoever asks and whenever, so a resumed run starts at its position and reads nothing
-before it. Several caches follow one another as one list of rows; sources of the same name are one source. Cost: one row's decode
-per row of the pack (microseconds); memory independent of the caches' size beyond 24 bytes per row and 4 per row and epoch.
+Map-style: item i is the stage's i-th pack, whoever asks and whenever, so a resumed run starts at its position and reads
+nothing before it. Several caches follow one another as one list of rows; sources of the same name are one source. Cost:
+one row's decode per row of the pack (microseconds); memory independent of the caches' size beyond 24 bytes per row and
+4 per row and epoch.
 
 Shape letters: R rows of all caches, B tokens of a pack, S its supervised positions, N its head entries.
 """
@@ -62,7 +63,8 @@ class CacheList:
         with_targets: bool = True,
         hidden: Sequence[str | bool] | None = None,
     ) -> CacheList:
-        """Open caches with the named layer, their only one, or none at all, and each with a hidden layer where one is named.
+        """Open caches with the named layer, their only one, or none at all, and each with a hidden layer where one is
+        named.
 
         Raises:
             CacheError: one cannot be opened, or has no such layer.
@@ -108,7 +110,9 @@ class CacheList:
     def sources(self) -> NDArray[np.int32]:
         """[R] index into `source_names` per row."""
         codes = {name: code for code, name in enumerate(self.source_names)}
-        parts = [np.array([codes[name] for name in cache.source_names], np.int32)[cache.sources] for cache in self.caches]
+        parts = [
+            np.array([codes[name] for name in cache.source_names], np.int32)[cache.sources] for cache in self.caches
+        ]
         return np.concatenate(parts)
 
     def training_rows(self, heldout_fraction: float) -> NDArray[np.int32]:
@@ -128,7 +132,8 @@ class CacheList:
         unknown = sorted(set(mixture) - set(self.source_names))
         if unknown:
             raise TrainingError(
-                f"the mixture names source '{unknown[0]}', which no cache has (they have {', '.join(self.source_names)}); correct"
+                f"the mixture names source '{unknown[0]}', which no cache has (they have "
+                f"{', '.join(self.source_names)}); correct"
             )
         return {self.source_names.index(name): share for name, share in mixture.items()}
 
@@ -143,7 +148,9 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         temperatures: Sequence[float] | None,
         hidden: HiddenReading | None = None,
     ) -> None:
-        """Read packs of `plan` from `caches`, with targets at `temperatures` (None for labels alone) and what `hidden` reads."""
+        """Read packs of `plan` from `caches`, with targets at `temperatures` (None for labels alone) and what `hidden`
+        reads.
+        """
         self.hidden = hidden
         self.caches = caches
         self.plan = plan
@@ -156,7 +163,8 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Return one pack.
 
-        Keys: `input_ids` int64 [B]; `position_ids` int64 [B], from 0 in each row; `predictor_index` int64 [S], which hidden state
+        Keys: `input_ids` int64 [B]; `position_ids` int64 [B], from 0 in each row; `predictor_index` int64 [S], which
+            hidden state
         predicts; `labels` int64 [S]; and what `pack_targets` returns, unless labels are all that is needed.
         Where a hidden layer is read, also what `HiddenReading.pack` returns.
         """
@@ -164,7 +172,9 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         return build_pack(rows, self.plan.limit, self.temperatures, self.caches.vocab_size, self.hidden)
 
     def tokens_by_source(self, step: int) -> dict[str, int]:
-        """Return how many tokens of each source optimizer step `step`, counted from 1, trains on, on all devices together."""
+        """Return how many tokens of each source optimizer step `step`, counted from 1, trains on, on all devices
+        together.
+        """
         plan, names = self.plan, self.caches.source_names
         packs = range((step - 1) * plan.packs_per_step, min(step * plan.packs_per_step, plan.num_packs))
         rows = np.concatenate([plan.rows_of(pack) for pack in packs])
@@ -193,7 +203,9 @@ def build_pack(
         labels.append(ids[index + 1])
         if temperatures is not None:
             assert row.targets is not None, "the cache was opened without a layer"
-            targets.append(within_vocabulary(first_positions(at_temperatures(row.targets, temperatures), len(index)), vocab_size))
+            targets.append(
+                within_vocabulary(first_positions(at_temperatures(row.targets, temperatures), len(index)), vocab_size)
+            )
         if reading is not None:
             assert row.hidden is not None, "the cache was opened without a hidden layer"
             hidden.append((row.hidden, len(index)))

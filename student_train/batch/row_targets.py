@@ -70,7 +70,8 @@ def temperature_column(captured: Sequence[float], temperature: float) -> int:
             return j
     listed = ", ".join(f"{value:g}" for value in captured)
     raise TrainingError(
-        f"the stage trains at temperature {temperature:g}, which was not captured (captured: {listed}), so the teacher's tail "
+        f"the stage trains at temperature {temperature:g}, which was not captured (captured: {listed}), so the "
+        "teacher's tail "
         "at it is unknown; train at a captured one, or add it to capture.temperatures and score another layer"
     )
 

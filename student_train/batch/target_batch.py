@@ -1,14 +1,15 @@
 """A pack's sparse teacher distributions as tensors, and their members at one temperature, chunk by chunk.
 
 A *member* is a token whose teacher mass is known by itself: an entry of the head, or a drawn token, which stands for
-`tail mass x multiplicity / draws`. What no member holds is the *bucket*: all other tokens together. Where a position has draws
-they carry the tail's mass and its bucket is empty; otherwise the bucket carries it. A padded slot points at column V, one beyond
-the vocabulary, which the operator keeps as a dump: it reads as -inf, and what is written there is never used. At T != 1 the
-head's ratios are those of logprobs / T and its mass is what the captured tail at T leaves: exact.
+`tail mass x multiplicity / draws`. What no member holds is the *bucket*: all other tokens together. Where a position
+has draws they carry the tail's mass and its bucket is empty; otherwise the bucket carries it. A padded slot points at
+column V, one beyond
+the vocabulary, which the operator keeps as a dump: it reads as -inf, and what is written there is never used. At T != 1
+the head's ratios are those of logprobs / T and its mass is what the captured tail at T leaves: exact.
 Cost: linear in the entries; where every position has as many entries as the next, views instead of gathers.
 
-Shape letters: S positions, N head entries, D drawn tokens of one temperature, J captured temperatures, C positions of a chunk, K
-members of the chunk's longest position, V vocabulary.
+Shape letters: S positions, N head entries, D drawn tokens of one temperature, J captured temperatures, C positions of a
+chunk, K members of the chunk's longest position, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def pack_targets(rows: Sequence[SparseTargets]) -> dict[str, np.ndarray]:
     """Concatenate rows' targets into the arrays of one pack, ready to become tensors.
 
     Returns `support_counts` int32 [S], `support_ids` int64 [N], `support_logprobs` f32 [N], `label_logprobs` f32 [S],
-    `tail_logmass` f32 [S, J], `temperatures` f64 [J]; where draws were made also `draw_counts` int32 [J, S], `draw_ids` int64 and
-    `draw_multiplicities` int32, both flat by temperature, then position.
+    `tail_logmass` f32 [S, J], `temperatures` f64 [J]; where draws were made also `draw_counts` int32 [J, S], `draw_ids`
+    int64 and `draw_multiplicities` int32, both flat by temperature, then position.
 
     Raises:
         TrainingError: the rows were captured at different temperatures, or only some with draws.
@@ -41,8 +42,10 @@ def pack_targets(rows: Sequence[SparseTargets]) -> dict[str, np.ndarray]:
     for row in rows:
         if row.temperatures != temperatures or len(row.draws) != len(rows[0].draws):
             raise TrainingError(
-                f"one pack mixes targets captured at temperatures {list(temperatures)} with {len(rows[0].draws)} sets of draws "
-                f"and at {list(row.temperatures)} with {len(row.draws)}; train on caches whose targets were captured alike"
+                f"one pack mixes targets captured at temperatures {list(temperatures)} with {len(rows[0].draws)} "
+                "sets of draws "
+                f"and at {list(row.temperatures)} with {len(row.draws)}; train on caches whose targets were captured "
+                "alike"
             )
     arrays: dict[str, np.ndarray] = {
         "support_counts": np.concatenate([row.counts for row in rows]).astype(np.int32, copy=False),
@@ -54,9 +57,9 @@ def pack_targets(rows: Sequence[SparseTargets]) -> dict[str, np.ndarray]:
     }
     if rows[0].draws:
         by_temperature = range(len(temperatures))
-        arrays["draw_counts"] = np.stack([np.concatenate([row.draws[j].counts for row in rows]) for j in by_temperature]).astype(
-            np.int32
-        )
+        arrays["draw_counts"] = np.stack(
+            [np.concatenate([row.draws[j].counts for row in rows]) for j in by_temperature]
+        ).astype(np.int32)
         arrays["draw_ids"] = np.concatenate([row.draws[j].ids for j in by_temperature for row in rows]).astype(np.int64)
         arrays["draw_multiplicities"] = np.concatenate(
             [row.draws[j].multiplicities for j in by_temperature for row in rows]
@@ -71,12 +74,15 @@ class Members:
     ids: Tensor
     """[C, K] int64 token ids; V in padded slots."""
     log_p: Tensor
-    """[C, K + 1] natural logs of the members' masses and, last, the bucket's; -inf in padded slots and empty buckets."""
+    """[C, K + 1] natural logs of the members' masses and, last, the bucket's; -inf in padded slots and empty buckets.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ragged:
-    """Token ids with one number each, flat, a count per position. `counts_host` stays on the CPU: shapes are decided there."""
+    """Token ids with one number each, flat, a count per position. `counts_host` stays on the CPU: shapes are decided
+    there.
+    """
 
     counts: Tensor
     counts_host: Tensor
@@ -88,9 +94,13 @@ class _Ragged:
     def of(counts: Tensor, ids: Tensor, numbers: Tensor) -> _Ragged:
         counts_host = counts.to("cpu", torch.int64)
         if int(counts_host.sum()) != len(ids) or len(ids) != len(numbers):
-            raise ValueError(f"{int(counts_host.sum())} entries counted, {len(ids)} ids and {len(numbers)} numbers given")
+            raise ValueError(
+                f"{int(counts_host.sum())} entries counted, {len(ids)} ids and {len(numbers)} numbers given"
+            )
         starts_host = counts_host.cumsum(0) - counts_host
-        return _Ragged(counts_host.to(ids.device), counts_host, starts_host.to(ids.device), ids.to(torch.int64), numbers)
+        return _Ragged(
+            counts_host.to(ids.device), counts_host, starts_host.to(ids.device), ids.to(torch.int64), numbers
+        )
 
     def to(self, device: torch.device | str) -> _Ragged:
         moved = [tensor.to(device, non_blocking=True) for tensor in (self.counts, self.starts, self.ids, self.numbers)]
@@ -156,7 +166,9 @@ class TargetBatch:
     def to(self, device: torch.device | str) -> TargetBatch:
         """Return the same batch with its tensors on a device."""
         draws = tuple(drawn.to(device) for drawn in self.draws)
-        return TargetBatch(self.head.to(device), self.tail_logmass.to(device), self.temperatures, draws, self.max_token_id)
+        return TargetBatch(
+            self.head.to(device), self.tail_logmass.to(device), self.temperatures, draws, self.max_token_id
+        )
 
     def temperature_index(self, temperature: float) -> int:
         """Return the column of a captured temperature.
@@ -169,7 +181,8 @@ class TargetBatch:
                 return j
         listed = ", ".join(f"{captured:g}" for captured in self.temperatures)
         raise TrainingError(
-            f"temperature {temperature:g} was not captured (captured: {listed}), so the teacher's tail at it is unknown; "
+            f"temperature {temperature:g} was not captured (captured: {listed}), so the teacher's tail at it is "
+            "unknown; "
             "train at a captured temperature or score another layer with it"
         )
 
@@ -178,8 +191,11 @@ class TargetBatch:
         """Say whether there is no head at all, as in mode `sample`."""
         return bool(self.draws) and self.num_positions > 0 and len(self.head.ids) == 0
 
-    def members(self, where: slice, temperature: float, vocab_size: int, dtype: torch.dtype, *, with_draws: bool) -> Members:
-        """Return the members of the positions `where` at a captured temperature; without draws the tail stays in the bucket.
+    def members(
+        self, where: slice, temperature: float, vocab_size: int, dtype: torch.dtype, *, with_draws: bool
+    ) -> Members:
+        """Return the members of the positions `where` at a captured temperature; without draws the tail stays in the
+        bucket.
 
         Raises:
             TrainingError: the temperature was not captured.

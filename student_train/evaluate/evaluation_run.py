@@ -1,7 +1,9 @@
 """Evaluations of one stage while it trains: measured, logged, judged; cut back to the checkpoint's step on resume.
 
-`evaluations.jsonl` and `samples.jsonl` hold nothing that depends on the machine's speed; like metrics.jsonl, an interrupted and
-resumed stage writes the same bytes as one that was never interrupted. Cost: see heldout_measure.py and quality_samples.py.
+`evaluations.jsonl` and `samples.jsonl` hold nothing that depends on the machine's speed; like metrics.jsonl, an
+interrupted and
+resumed stage writes the same bytes as one that was never interrupted. Cost: see heldout_measure.py and
+quality_samples.py.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ class EvaluationRun:
     """Evaluates a stage's student on the same held-out rows again and again."""
 
     def __init__(
-        self, settings: StageEvaluation, heldout: HeldoutSet, base: Any, objective: Objective, pack_tokens: int, attention: str
+        self,
+        settings: StageEvaluation,
+        heldout: HeldoutSet,
+        base: Any,
+        objective: Objective,
+        pack_tokens: int,
+        attention: str,
     ) -> None:
         """Prepare evaluations.
 
@@ -97,9 +105,17 @@ class EvaluationRun:
         if not self._samples:
             return []
         settings = self.settings
-        answers = student_answers(model, self._base, self._samples, self._tokenizer, self._attention, settings.sample_tokens)
+        answers = student_answers(
+            model, self._base, self._samples, self._tokenizer, self._attention, settings.sample_tokens
+        )
         return [
-            {"step": step, "source": sample.source, "prompt": sample.prompt, "student": answer, "teacher": sample.teacher}
+            {
+                "step": step,
+                "source": sample.source,
+                "prompt": sample.prompt,
+                "student": answer,
+                "teacher": sample.teacher,
+            }
             for sample, answer in zip(self._samples, answers, strict=True)
         ]
 
@@ -153,5 +169,7 @@ def show_samples(samples: Sequence[Mapping[str, Any]], callbacks: Sequence[Any])
                 writer.add_text(f"samples/{number}-{sample['source']}", sample_text(sample), sample["step"])
         if kind == "WandbCallback" and getattr(callback, "_wandb", None) is not None and samples:
             columns = list(samples[0])
-            table = callback._wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])
+            table = callback._wandb.Table(
+                columns=columns, data=[[sample[name] for name in columns] for sample in samples]
+            )
             callback._wandb.log({"samples": table, "train/global_step": samples[0]["step"]})

@@ -1,9 +1,9 @@
 """Held-out figures of the student as it is now: KL from the teacher, agreement and perplexity, by source.
 
-The rows are packed like training packs and go through the same patched forward, so that whatever wraps the model (adapters,
-autocast, several processes, shards) stays in the path; only that the forward scores positions (position_scores.py) instead of
-computing a loss. Rows are measured whole. No random number is drawn and no state of the training is touched.
-Each process measures every n-th pack and sums are added up, so that all hold the same figures.
+The rows are packed like training packs and go through the same patched forward, so that whatever wraps the model
+(adapters, autocast, several processes, shards) stays in the path; only that the forward scores positions
+(position_scores.py) instead of computing a loss. Rows are measured whole. No random number is drawn and no state of the
+training is touched. Each process measures every n-th pack and sums are added up, so that all hold the same figures.
 Cost: one forward pass over the rows.
 
 Shape letters: S supervised positions of a pack.
@@ -51,10 +51,13 @@ class HeldoutSet:
         chosen = heldout_rows_per_source(caches.caches, fraction, rows_per_source)
         if not chosen:
             raise TrainingError(
-                f"{caches.path}: no row is held out at heldout.fraction {fraction:g}, so there is nothing to evaluate on; raise it "
+                f"{caches.path}: no row is held out at heldout.fraction {fraction:g}, so there is nothing to "
+                "evaluate on; raise it "
                 "or leave the stage's `evaluate` out"
             )
-        return cls(caches, {name: [int(starts[cache]) + row for cache, row in places] for name, places in chosen.items()})
+        return cls(
+            caches, {name: [int(starts[cache]) + row for cache, row in places] for name, places in chosen.items()}
+        )
 
     def within(self, longest: float) -> HeldoutSet:
         """Return the rows of at most `longest` tokens.
@@ -62,16 +65,21 @@ class HeldoutSet:
         Raises:
             TrainingError: there is none.
         """
-        fitting = {name: [row for row in rows if self.caches.num_tokens[row] <= longest] for name, rows in self.rows.items()}
+        fitting = {
+            name: [row for row in rows if self.caches.num_tokens[row] <= longest] for name, rows in self.rows.items()
+        }
         if not any(fitting.values()):
             raise TrainingError(
-                f"{self.caches.path}: every held-out row is longer than the {longest:g} tokens that the student reads; leave the "
+                f"{self.caches.path}: every held-out row is longer than the {longest:g} tokens that the student "
+                "reads; leave the "
                 "stage's `evaluate` out, or choose another student"
             )
         return HeldoutSet(self.caches, {name: rows for name, rows in fitting.items() if rows})
 
     def packs(self, pack_tokens: int) -> list[list[int]]:
-        """Return row indices pack by pack, rows whole: a pack is as long as the longest row where that is above `pack_tokens`."""
+        """Return row indices pack by pack, rows whole: a pack is as long as the longest row where that is above
+        `pack_tokens`.
+        """
         together = [row for rows in self.rows.values() for row in rows]
         lengths = self.caches.num_tokens[np.array(together)]
         packed = pack_rows(lengths, max(pack_tokens, int(lengths.max())))

@@ -1,7 +1,7 @@
 """Quality samples: the same held-out prompts, answered by the student as it is now, beside the answer in the cache.
 
-Answers are greedy, by the stock `generate` under the model's own forward and attention, one prompt at a time: nothing is
-random, and the training's state is not touched. The prompt is everything before the row's last supervised span.
+Answers are greedy, by the stock `generate` under the model's own forward and attention, one prompt at a time: nothing
+is random, and the training's state is not touched. The prompt is everything before the row's last supervised span.
 Cost: one short generation per sample.
 """
 
@@ -47,7 +47,9 @@ def choose_samples(heldout: HeldoutSet, count: int, tokenizer: Any) -> list[Samp
     return samples
 
 
-def student_answers(model: Any, base: Any, samples: Sequence[Sample], tokenizer: Any, attention: str, max_tokens: int) -> list[str]:
+def student_answers(
+    model: Any, base: Any, samples: Sequence[Sample], tokenizer: Any, attention: str, max_tokens: int
+) -> list[str]:
     """Return the student's greedy answers, at most `max_tokens` tokens each.
 
     Args:
@@ -95,10 +97,14 @@ def _end_tokens(base: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _plain(model: Any, base: Any, attention: str) -> Iterator[None]:
-    """Give the model its own forward and attention, evaluating and not compiled; restore all of it, random state included."""
+    """Give the model its own forward and attention, evaluating and not compiled; restore all of it, random state
+    included.
+    """
     was_training, training_attention = model.training, base.config._attn_implementation
     patched = {name: base.__dict__.pop(name) for name in ("forward", "_original_forward") if name in base.__dict__}
-    compiled = [(module, module._compiled_call_impl) for module in base.modules() if module._compiled_call_impl is not None]
+    compiled = [
+        (module, module._compiled_call_impl) for module in base.modules() if module._compiled_call_impl is not None
+    ]
     for module, _ in compiled:
         module._compiled_call_impl = None
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -1,6 +1,8 @@
-"""What a stage's evaluations so far say: which step is the best, and whether it is time to stop. A pure function of them.
+"""What a stage's evaluations so far say: which step is the best, and whether it is time to stop. A pure function of
+them.
 
-So nothing of it needs to be stored: a resumed stage reads its evaluations again and decides as the unbroken one would. The
+So nothing of it needs to be stored: a resumed stage reads its evaluations again and decides as the unbroken one would.
+The
 evaluation before the first step takes no part: no checkpoint holds those weights. Cost: one pass over the evaluations.
 """
 
@@ -21,7 +23,8 @@ class Verdict:
     """Step of the lowest held-out KL, the earliest of equals; None before the first."""
     best_kl_nats: float | None = None
     num_stale: int = 0
-    """Evaluations in a row, the last one included, that were not better than the best before them by `min_delta_nats`."""
+    """Evaluations in a row, the last one included, that were not better than the best before them by `min_delta_nats`.
+    """
     stopped_at: int | None = None
     """Step of the last evaluation, where the patience is used up by then."""
 
@@ -45,4 +48,6 @@ def judge(evaluations: Sequence[Mapping[str, Any]], early_stopping: EarlyStoppin
         num_stale = 0 if is_better else num_stale + 1
         reference = kl if is_better else reference
     stops = early_stopping is not None and num_stale >= early_stopping.patience
-    return Verdict(best_step, None if best_step is None else best, num_stale, evaluations[-1]["step"] if stops else None)
+    return Verdict(
+        best_step, None if best_step is None else best, num_stale, evaluations[-1]["step"] if stops else None
+    )

@@ -1,7 +1,9 @@
-"""Is there room on the disk for what a stage will write? Asked before the first step instead of failing at the last checkpoint.
+"""Is there room on the disk for what a stage will write? Asked before the first step instead of failing at the last
+checkpoint.
 
-A checkpoint holds what is trained and the optimizer's state of it; while one is written, those that are kept exist beside it.
-Then comes the final model, with the adapter where there is one. What earlier checkpoints of the stage take is counted as there.
+A checkpoint holds what is trained and the optimizer's state of it; while one is written, those that are kept exist
+beside it. Then comes the final model, with the adapter where there is one. What earlier checkpoints of the stage take
+is counted as there.
 Cost: a look at the directory.
 """
 
@@ -38,7 +40,9 @@ def bytes_needed(model: Any, stage: Stage, num_steps: int, *, adapted: bool) -> 
     saved = {id(parameter): parameter for parameter in model.parameters()}.values()
     trained = [parameter for parameter in saved if parameter.requires_grad]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in (trained if adapted else saved))
-    state = sum(parameter.numel() * _state_bytes(stage.trainer.optim, parameter.element_size()) for parameter in trained)
+    state = sum(
+        parameter.numel() * _state_bytes(stage.trainer.optim, parameter.element_size()) for parameter in trained
+    )
     keep = stage.trainer.save_total_limit
     num_checkpoints = math.ceil(num_steps / stage.trainer.save_steps)
     if keep is not None:
@@ -58,8 +62,10 @@ def check_disk_space(model: Any, stage: Stage, num_steps: int, directory: Path, 
     needed, free = num_checkpoints * checkpoint + final - there, free_bytes(directory)
     if needed > free:
         raise TrainingError(
-            f"stage '{stage.name}' needs {_gib(needed)} in {directory} ({num_checkpoints} checkpoints of {_gib(checkpoint)} "
-            f"and the model of {_gib(final)}), {_gib(free)} are free; make room, lower trainer.save_total_limit, or set "
+            f"stage '{stage.name}' needs {_gib(needed)} in {directory} ({num_checkpoints} checkpoints of "
+            f"{_gib(checkpoint)} "
+            f"and the model of {_gib(final)}), {_gib(free)} are free; make room, lower trainer.save_total_limit, or "
+            "set "
             "output_dir to a larger disk"
         )
 

@@ -1,8 +1,9 @@
 """Before the first step: does a step at the longest packs fit the card? Measured, not believed.
 
-Forward and backward pass of the stage's longest batch run once on the GPU without an update; the optimizer's state, which is not
-there yet, is added by arithmetic (memory.py). Where that is more than the card has, `gradient_checkpointing: auto` turns on
-recomputation and measures again; otherwise the stage stops with a sentence that names the terms, instead of dying hours later.
+Forward and backward pass of the stage's longest batch run once on the GPU without an update; the optimizer's state,
+which is not there yet, is added by arithmetic (memory.py). Where that is more than the card has,
+`gradient_checkpointing: auto` turns on recomputation and measures again; otherwise the stage stops with a sentence that
+names the terms, instead of dying hours later.
 Cost: one or two forward and backward passes. A CPU has no card to overfill, so nothing is measured there.
 """
 
@@ -27,7 +28,8 @@ from student_train.records.processes import num_processes
 
 MOST_PACKS_LOOKED_AT = 4096
 Measure = Callable[[bool], int | None]
-"""Whether activations are recomputed -> most bytes of tensors during forward and backward pass; None: they did not fit."""
+"""Whether activations are recomputed -> most bytes of tensors during forward and backward pass; None: they did not fit.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ def _too_large(
     needs = "more than fits" if least is None else f"{(least + CONTEXT_BYTES) / GIB:.1f} GiB"
     change = "" if recomputes else "set gradient_checkpointing: auto, or "
     return TrainingError(
-        f"a step of stage '{stage.name}' at its longest packs needs {needs} where the GPU has {card_bytes / GIB:.1f} GiB "
+        f"a step of stage '{stage.name}' at its longest packs needs {needs} where the GPU has {card_bytes / GIB:.1f} "
+        "GiB "
         f"(planned, in GiB: {terms}); {change}take what `decant plan --card {int(card_bytes / GIB)}GiB` proposes"
     )
 
@@ -126,7 +129,8 @@ def longest_batch(num_packs: int, tokens_of: Callable[[int], int], trainer: Stag
 def measured_pass(trainer: Any, base: Any, batch: dict[str, Any], *, recomputes: bool) -> int | None:
     """Run one forward and backward pass and return the most bytes of tensors on the GPU; None where they did not fit.
 
-    Turns recomputation on for good where `recomputes`. Leaves no gradient, no recorded value and the random state as it was.
+    Turns recomputation on for good where `recomputes`. Leaves no gradient, no recorded value and the random state as it
+    was.
     """
     model, device = trainer.model, trainer.args.device
     if recomputes:

@@ -1,11 +1,13 @@
-"""What a stage needs on a training card, by arithmetic: bytes of each term at the moment when the sum of all is largest.
+"""What a stage needs on a training card, by arithmetic: bytes of each term at the moment when the sum of all is
+largest.
 
-A step has four such moments: the end of the forward pass, where the loss makes its gradients; the beginning of the backward pass,
-where every kept activation is still there; its end, where every gradient is; and the optimizer's update. They are not added up:
-they never meet. Counted at each: weights (and what autocast casts of them), gradients, optimizer state, activations (kept, or
-recomputed layer by layer), the loss operator's chunk, and the head's copy and gradient. Logits are not counted, never held.
-Bytes of a layer are sums over what torch keeps for one Qwen3 layer, counted storage by storage while it ran; other families
-with the same parts differ by a few percent.
+A step has four such moments: the end of the forward pass, where the loss makes its gradients; the beginning of the
+backward pass, where every kept activation is still there; its end, where every gradient is; and the optimizer's update.
+They are not added up:
+they never meet. Counted at each: weights (and what autocast casts of them), gradients, optimizer state, activations
+(kept, or recomputed layer by layer), the loss operator's chunk, and the head's copy and gradient. Logits are not
+counted, never held. Bytes of a layer are sums over what torch keeps for one Qwen3 layer, counted storage by storage
+while it ran; other families with the same parts differ by a few percent.
 Cost: a few multiplications; the model's shape is read from its config, without weights (model_shape.py).
 
 Shape letters: H hidden width, I width of the MLP, B tokens of a forward pass, V vocabulary.
@@ -33,7 +35,9 @@ _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class _LayerBytes:
-    """Bytes per token that a layer keeps, and that it has alive in its backward pass, per unit of (H, I, queries, keys)."""
+    """Bytes per token that a layer keeps, and that it has alive in its backward pass, per unit of (H, I, queries,
+    keys).
+    """
 
     kept: tuple[float, float, float, float]
     working: tuple[float, float, float, float]
@@ -50,8 +54,8 @@ _LAYERS = {
     ("narrow", "narrow", "lora"): _LayerBytes((28.9, 10.5, 12.9, 8.4), (41.8, 14.5, 13.0, 8.5), 8),
     ("narrow", "autocast", "lora"): _LayerBytes((18.5, 8.2, 10.5, 8.3), (29.1, 14.4, 10.8, 8.4), 8),
 }
-"""By width of weights, width of products, and whether weights or additions to them are trained. Additions are float32; over narrow
-weights without autocast each keeps a float32 copy of its input."""
+"""By width of weights, width of products, and whether weights or additions to them are trained. Additions are float32;
+over narrow weights without autocast each keeps a float32 copy of its input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    shape: ModelShape, student: Student, trainer: StageTrainer, *, recomputes: bool | None = None, has_wide_products: bool = True
+    shape: ModelShape,
+    student: Student,
+    trainer: StageTrainer,
+    *,
+    recomputes: bool | None = None,
+    has_wide_products: bool = True,
 ) -> MemoryEstimate:
     """Return what a training step of a student of a shape needs on one device that holds all of its weights.
 
@@ -106,9 +115,11 @@ def estimate_memory(
     return max(moments, key=lambda estimate: estimate.total)
 
 
-def bytes_of_step(shape: ModelShape, student: Student, trainer: StageTrainer, measured: int, *, recomputes: bool) -> int:
-    """Return the most bytes of tensors of a whole training step, of which forward and backward pass alone were `measured` to need
-    that many, with nothing else on the card than the weights.
+def bytes_of_step(
+    shape: ModelShape, student: Student, trainer: StageTrainer, measured: int, *, recomputes: bool
+) -> int:
+    """Return the most bytes of tensors of a whole training step, of which forward and backward pass alone were
+    `measured` to need that many, with nothing else on the card than the weights.
     """
     step = _Step(shape, student, trainer, recomputes, True)
     update = step.weights() + step.gradients + step.optimizer + step.update
@@ -200,7 +211,9 @@ class _Step:
         of_ties = embeddings if shape.is_tied else 0
         forward, begins, ends = (self.activations(moment) for moment in ("forward", "backward begins", "backward ends"))
         return [
-            self._at("the loss", weights + self.copies(in_forward=True), self.carried, 0, forward, narrow_chunk, loss_head),
+            self._at(
+                "the loss", weights + self.copies(in_forward=True), self.carried, 0, forward, narrow_chunk, loss_head
+            ),
             self._at("the backward pass", weights + self.copies(in_forward=False), self.carried, 0, begins, 0, handed),
             self._at("the end of the backward pass", weights, last, 0, ends, 0, 0),
             self._at("the end of the backward pass", weights, self.gradients, 0, 0, 0, of_ties),

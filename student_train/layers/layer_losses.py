@@ -1,11 +1,14 @@
-"""The losses of a stage on the cache's hidden layer: which layers they pair, what they watch, and their values for a batch.
+"""The losses of a stage on the cache's hidden layer: which layers they pair, what they watch, and their values for a
+batch.
 
-Values are per supervised position of the global batch, as for the head's losses: `hidden` and `attention` are sums over positions
-divided by that number, averaged over their pairs of layers. `contrastive` is the mean over the rows of a forward pass, times the
-pass's share of the global batch's positions, so that passes add up to a mean; its negatives are the rows of the same pass.
+Values are per supervised position of the global batch, as for the head's losses: `hidden` and `attention` are sums over
+positions divided by that number, averaged over their pairs of layers. `contrastive` is the mean over the rows of a
+forward pass, times the pass's share of the global batch's positions, so that passes add up to a mean; its negatives are
+the rows of the same pass.
 Cost: the projections, and what student_attention.py says.
 
-Shape letters: B tokens of the packs, S supervised positions, R rows with a pooled state, H student width, D stored width.
+Shape letters: B tokens of the packs, S supervised positions, R rows with a pooled state, H student width, D stored
+width.
 """
 
 from __future__ import annotations
@@ -49,26 +52,32 @@ def check_layer_losses(stage: Stage, student: Student) -> None:
     reads = {representations[loss.name].reads for loss in stage.losses if loss.name in representations}
     if reads and stage.trainer.fsdp != "none":
         raise TrainingError(
-            "the losses hidden, attention and contrastive need the student whole, which trainer.fsdp: full_shard does not leave "
+            "the losses hidden, attention and contrastive need the student whole, which trainer.fsdp: full_shard "
+            "does not leave "
             "it; set it to none, or leave the losses out"
         )
     if reads & {"states", "attention"}:
         if stage.balance.kind == "grad_norm":
             _check_measurable(fp16=stage.trainer.fp16, liger=student.liger)
-        check_watchable(attention=student.attention, compiles=stage.trainer.torch_compile, reads_attention="attention" in reads)
+        check_watchable(
+            attention=student.attention, compiles=stage.trainer.torch_compile, reads_attention="attention" in reads
+        )
 
 
 def _check_measurable(*, fp16: bool, liger: bool) -> None:
     """Refuse settings under which gradients cannot be measured below the last hidden states."""
     if fp16:
         raise TrainingError(
-            "balance grad_norm measures gradients of the losses hidden and attention without a loss scale, so trainer.fp16 would "
+            "balance grad_norm measures gradients of the losses hidden and attention without a loss scale, so "
+            "trainer.fp16 would "
             "turn small ones into 0; set trainer.bf16 instead, or balance to uncertainty"
         )
     if liger:
         raise TrainingError(
-            "balance grad_norm goes back through the layers several times with the losses hidden and attention, which the layers "
-            "of student.liger do not allow, since they overwrite what they keep; leave liger out, or set balance to uncertainty"
+            "balance grad_norm goes back through the layers several times with the losses hidden and attention, "
+            "which the layers "
+            "of student.liger do not allow, since they overwrite what they keep; leave liger out, or set balance to "
+            "uncertainty"
         )
 
 
@@ -103,7 +112,9 @@ class LayerLosses:
             )
         states = [pair.student for pair in self._pairs.get("hidden", ()) if pair.student != FINAL]
         attention = sorted({pair.student for pair in self._pairs.get("attention", ())})
-        lowest = min([*states, *(layer - 1 for layer in attention)], default=None)  # queries and keys come from a layer's input
+        lowest = min(
+            [*states, *(layer - 1 for layer in attention)], default=None
+        )  # queries and keys come from a layer's input
         self._watch = StudentWatch(base, states, attention, lowest)
         names = [_projection_name(pair) for pair in self._pairs.get("hidden", ())]
         names += [POOLED] if "contrastive" in by_name else []
@@ -116,7 +127,9 @@ class LayerLosses:
             yield
 
     def shared_states(self, final: Tensor) -> Tensor:
-        """Return the states of a pass watched with `measures` that all terms share: [1, B, H], or `final` [S, H] itself."""
+        """Return the states of a pass watched with `measures` that all terms share: [1, B, H], or `final` [S, H]
+        itself.
+        """
         return final if self._watch.shared is None else self._watch.shared
 
     def remove(self) -> None:

@@ -39,7 +39,8 @@ def pair_layers(
         stored: teacher layers of the cache's hidden layer.
         num_teacher_layers: blocks of the teacher.
         num_student_layers: blocks of the student.
-        given: teacher layer -> student layer as the recipe says; None takes every stored layer to the same relative depth.
+        given: teacher layer -> student layer as the recipe says; None takes every stored layer to the same relative
+            depth.
 
     Raises:
         TrainingError: a teacher layer is not stored, or the student has no such layer.
@@ -48,7 +49,9 @@ def pair_layers(
     [4, 8, 12, -1]
     """
     if not stored:
-        raise TrainingError(f"the hidden layer of the cache keeps nothing that loss '{loss}' needs; capture it with 'decant teach'")
+        raise TrainingError(
+            f"the hidden layer of the cache keeps nothing that loss '{loss}' needs; capture it with 'decant teach'"
+        )
     if given is None:
         depths = [FINAL if t == FINAL else max(1, round(t * num_student_layers / num_teacher_layers)) for t in stored]
         return tuple(LayerPair(t, s, column) for column, (t, s) in enumerate(zip(stored, depths, strict=True)))
@@ -63,7 +66,8 @@ def pair_layers(
         number = FINAL if student == "final" else int(student)
         if number > num_student_layers:
             raise TrainingError(
-                f"loss '{loss}' maps to layer {number} of a student that has {num_student_layers}; name 1 to {num_student_layers}"
+                f"loss '{loss}' maps to layer {number} of a student that has {num_student_layers}; name 1 to "
+                f"{num_student_layers}"
             )
         pairs.append(LayerPair(teacher, number, list(stored).index(teacher)))
     return tuple(pairs)

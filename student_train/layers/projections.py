@@ -1,8 +1,9 @@
-"""Learned projections from the student's width to the stored one: trained with the stage, saved in its checkpoints, never exported.
+"""Learned projections from the student's width to the stored one: trained with the stage, saved in its checkpoints,
+never exported.
 
-They are a module of the student while it trains, so that the optimizer, clipping, data parallelism and mixed precision treat them
-as any weight; they are float32 whatever the student is. Saved weights of the student leave them out: a checkpoint has them in a
-file of their own.
+They are a module of the student while it trains, so that the optimizer, clipping, data parallelism and mixed precision
+treat them as any weight; they are float32 whatever the student is. Saved weights of the student leave them out: a
+checkpoint has them in a file of their own.
 Cost: H x D weights each.
 
 Shape letters: H student width, D stored width.
@@ -66,7 +67,9 @@ def save_projections(base: Any, directory: Path) -> None:
     from safetensors.torch import save_file
 
     if has_projections(base):
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in getattr(base, MODULE).state_dict().items()}
+        weights = {
+            name: weight.detach().cpu().contiguous() for name, weight in getattr(base, MODULE).state_dict().items()
+        }
         save_file(weights, directory / FILE)
 
 
@@ -82,7 +85,9 @@ def load_projections(base: Any, directory: Path) -> None:
         return
     path = directory / FILE
     if not path.is_file():
-        raise TrainingError(f"{directory} has no {FILE}, so it cannot be continued with its losses; remove the stage's directory")
+        raise TrainingError(
+            f"{directory} has no {FILE}, so it cannot be continued with its losses; remove the stage's directory"
+        )
     try:
         getattr(base, MODULE).load_state_dict(load_file(path))
     except RuntimeError as error:

@@ -1,12 +1,13 @@
-"""The student's attention, averaged over heads, at the keys that the cache stored, with gradients; row by row of a pack.
+"""The student's attention, averaged over heads, at the keys that the cache stored, with gradients; row by row of a
+pack.
 
-softmax(q k) is computed again from the queries and keys of a layer, for supervised queries only and only over their own row, in
-float32; the mass of all other keys is summed from what is left, not taken as 1 minus the stored ones, so nothing cancels. Scores
-are recomputed in the backward pass instead of kept.
+softmax(q k) is computed again from the queries and keys of a layer, for supervised queries only and only over their own
+row, in float32; the mass of all other keys is summed from what is left, not taken as 1 minus the stored ones, so
+nothing cancels. Scores are recomputed in the backward pass instead of kept.
 Cost: A S L scores per row of L tokens, twice; memory: one chunk of them.
 
-Shape letters: B tokens of the packs, S supervised positions, C of them in a chunk, L tokens of a row, A heads, G key-value heads, D
-head width, M stored keys of the longest query.
+Shape letters: B tokens of the packs, S supervised positions, C of them in a chunk, L tokens of a row, A heads, G
+key-value heads, D head width, M stored keys of the longest query.
 """
 
 from __future__ import annotations
@@ -47,12 +48,18 @@ def stored_masses(
         rests.append(rest)
     if not masses:
         nothing = inputs.query.float().sum() * 0.0 + inputs.key.float().sum() * 0.0
-        return nothing + torch.zeros_like(distances, dtype=torch.float32), nothing + distances.new_zeros(0, dtype=torch.float32)
+        return nothing + torch.zeros_like(distances, dtype=torch.float32), nothing + distances.new_zeros(
+            0, dtype=torch.float32
+        )
     return torch.cat(masses), torch.cat(rests)
 
 
-def _masses(query: Tensor, key: Tensor, queries: Tensor, distances: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """Return masses [C, M] and [C] of queries [A, C, D] over keys [G, L, D] of their row; `queries` [C] are their places in it."""
+def _masses(
+    query: Tensor, key: Tensor, queries: Tensor, distances: Tensor, inputs: AttentionInputs
+) -> tuple[Tensor, Tensor]:
+    """Return masses [C, M] and [C] of queries [A, C, D] over keys [G, L, D] of their row; `queries` [C] are their
+    places in it.
+    """
     num_keys = key.shape[1]
     averaged = averaged_attention(query, key, queries, inputs)
     padded = torch.nn.functional.pad(averaged, (0, 1))  # a padded slot points at the column beyond, which is 0
@@ -75,7 +82,9 @@ def averaged_attention(query: Tensor, key: Tensor, queries: Tensor, inputs: Atte
 
 
 def _row_chunks(predictor_index: Tensor, position_ids: Tensor, num_heads: int) -> Iterator[tuple[int, slice]]:
-    """Yield the start of a row in the pack and which supervised positions are its next chunk; reads the rows back to the host."""
+    """Yield the start of a row in the pack and which supervised positions are its next chunk; reads the rows back to
+    the host.
+    """
     if not len(predictor_index):
         return
     starts = predictor_index - position_ids[predictor_index]

@@ -1,9 +1,10 @@
 """Shows states and attention inputs of chosen student layers during a training forward pass.
 
-States come from hooks on the blocks. Queries and keys come from the attention function that transformers looks up by name, wrapped
-once per process: for a watched layer it keeps what the model attends with and goes on as before. Nothing is computed here, so a
-block that is recomputed in the backward pass (gradient checkpointing) does the same operations both times, and whatever wraps
-weights (adapters, several processes) stays in the path.
+States come from hooks on the blocks. Queries and keys come from the attention function that transformers looks up by
+name, wrapped
+once per process: for a watched layer it keeps what the model attends with and goes on as before. Nothing is computed
+here, so a block that is recomputed in the backward pass (gradient checkpointing) does the same operations both times,
+and whatever wraps weights (adapters, several processes) stays in the path.
 Cost: memory for what is kept: [B, H] per state, queries and keys per attention layer. The shared layer's output is in
 the graph anyway.
 
@@ -50,7 +51,8 @@ class StudentWatch:
             base: the causal language model below any adapter.
             state_layers: whose outputs are kept.
             attention_layers: whose queries and keys are kept.
-            shared_layer: whose output is kept where gradients are measured, 0 for the input of the first; None for none.
+            shared_layer: whose output is kept where gradients are measured, 0 for the input of the first; None for
+                none.
 
         Raises:
             TrainingError: the student's blocks or its attention cannot be watched.
@@ -59,13 +61,17 @@ class StudentWatch:
         """Layer -> [B, H] output of its block in the last watched pass."""
         self.attention: dict[int, AttentionInputs] = {}
         self.shared: Tensor | None = None
-        """[1, B, H] output of the shared layer in the last pass that was watched for it: what the layers above go on with."""
+        """[1, B, H] output of the shared layer in the last pass that was watched for it: what the layers above go on
+        with.
+        """
         self._base = base
         self._attention_layers = tuple(attention_layers)
         self._is_on = self._shares = False
         blocks = blocks_of(base)
         self._handles = self._share(blocks, shared_layer)
-        self._handles += [blocks[layer - 1].register_forward_hook(self._state_hook(layer)) for layer in set(state_layers)]
+        self._handles += [
+            blocks[layer - 1].register_forward_hook(self._state_hook(layer)) for layer in set(state_layers)
+        ]
         self._marked = [module for layer in attention_layers for module in blocks[layer - 1].modules()]
         for layer in attention_layers:
             for module in blocks[layer - 1].modules():
@@ -88,7 +94,8 @@ class StudentWatch:
         missing = [layer for layer in self._attention_layers if layer not in self.attention]
         if missing:
             raise TrainingError(
-                f"the attention of student layer {missing[0]} does not pass through transformers' attention functions, so the loss "
+                f"the attention of student layer {missing[0]} does not pass through transformers' attention "
+                "functions, so the loss "
                 "'attention' cannot see it; leave the loss out, or map it to other layers"
             )
 
@@ -108,7 +115,9 @@ class StudentWatch:
         if not self._is_on:
             return
         if options.get("s_aux") is not None:
-            raise TrainingError("the student's attention has sinks, which the loss 'attention' does not know; leave the loss out")
+            raise TrainingError(
+                "the student's attention has sinks, which the loss 'attention' does not know; leave the loss out"
+            )
         scaling = options.get("scaling")
         self.attention[layer] = AttentionInputs(
             query[0],
@@ -157,7 +166,8 @@ def blocks_of(base: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise TrainingError(
-        f"{type(base).__name__} has no list of {count} blocks, so the losses 'hidden' and 'attention' cannot see its layers; "
+        f"{type(base).__name__} has no list of {count} blocks, so the losses 'hidden' and 'attention' cannot see its "
+        "layers; "
         "leave them out"
     )
 
@@ -175,7 +185,9 @@ def _wrap(name: str) -> None:
     if getattr(plain, "shows_watched_students", False):
         return
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Any:
         watched = module.__dict__.get(_MARK)
         if watched is not None:
             watch, layer = watched
@@ -194,7 +206,8 @@ def check_watchable(*, attention: str, compiles: bool, reads_attention: bool) ->
     """
     if compiles:
         raise TrainingError(
-            "the losses 'hidden' and 'attention' watch layers while they run, which trainer.torch_compile does not allow; set it "
+            "the losses 'hidden' and 'attention' watch layers while they run, which trainer.torch_compile does not "
+            "allow; set it "
             "to false, or leave the losses out"
         )
     if reads_attention and attention == "eager":

@@ -1,10 +1,10 @@
 """Losses of a student's head against labels and sparse targets, with gradients, never holding [positions, vocabulary].
 
-Chunk by chunk: logits of a chunk into a buffer, values and gradients of all terms in place (softmax_group.py), gradients straight
-through the head (head_chunks.py). Since the gradient is made in the forward pass, nothing of vocabulary size waits for the
-backward pass, which only multiplies by the incoming scalar. Terms of one temperature share one softmax; each other temperature
-adds one. Cost at V = 151,936: the three products of a plain head and about 3 passes over the logits; memory: the chunk and W's
-gradient.
+Chunk by chunk: logits of a chunk into a buffer, values and gradients of all terms in place (softmax_group.py),
+gradients straight through the head (head_chunks.py). Since the gradient is made in the forward pass, nothing of
+vocabulary size waits for the backward pass, which only multiplies by the incoming scalar. Terms of one temperature
+share one softmax; each other temperature adds one. Cost at V = 151,936: the three products of a plain head and about 3
+passes over the logits; memory: the chunk and W's gradient.
 
 Shape letters: S positions, H hidden width, V vocabulary, C positions of a chunk, W width of a buffer.
 """
@@ -57,13 +57,14 @@ def fused_sparse_loss(
 ) -> FusedLoss:
     """Return the weighted sum of divergences in nats per position, and each term's value.
 
-    `hidden` [S, H] predicts `labels` [S] int64 and `targets`; `head_weight` [rows, H], of which the first `vocab_size` (default:
-    all) are the vocabulary; `num_positions` counts the global batch's supervised positions. `targets` may be None where every
-    term is on labels. Chunks are as long as `chunk_bytes` of buffers allow, or `chunk_positions`. `operator`
-    "triton" streams over tiles of the vocabulary instead (tiled_loss.py); it has no chunks of positions.
+    `hidden` [S, H] predicts `labels` [S] int64 and `targets`; `head_weight` [rows, H], of which the first `vocab_size`
+    (default: all) are the vocabulary; `num_positions` counts the global batch's supervised positions. `targets` may be
+    None where every term is on labels. Chunks are as long as `chunk_bytes` of buffers allow, or `chunk_positions`.
+    `operator` "triton" streams over tiles of the vocabulary instead (tiled_loss.py); it has no chunks of positions.
 
     Raises:
-        TrainingError: a term is unknown, its temperature was not captured or it cannot be had from drawn tokens; or ids lie
+        TrainingError: a term is unknown, its temperature was not captured or it cannot be had from drawn tokens; or ids
+            lie
         outside the vocabulary.
     """
     head = Head.of(hidden, head_weight, head_bias, logit_scale, softcap, vocab_size)
@@ -73,7 +74,9 @@ def fused_sparse_loss(
     elif num_positions <= 0:
         raise TrainingError(f"the global batch has {num_positions:g} supervised positions; it needs at least one")
     groups = group_terms(terms, targets, num_positions)
-    call = _Call(head, labels, targets, groups, len(terms), chunk_positions, chunk_bytes, operator, torch.is_grad_enabled())
+    call = _Call(
+        head, labels, targets, groups, len(terms), chunk_positions, chunk_bytes, operator, torch.is_grad_enabled()
+    )
     loss, sums = _FusedSparseLoss.apply(hidden, head_weight, head_bias, call)
     scaled = [sums[i] * (term.temperature**2) / num_positions for i, term in enumerate(terms)]
     return FusedLoss(loss, dict(zip(term_keys(terms), scaled, strict=True)))
@@ -109,7 +112,15 @@ class _FusedSparseLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
 
                 sums = hidden.new_zeros(call.num_terms, dtype=call.head.dtype)
                 run_tiles(
-                    call.head, hidden, call.labels, call.targets, call.groups, sums, gradients, call.chunk_bytes, want=any(wanted)
+                    call.head,
+                    hidden,
+                    call.labels,
+                    call.targets,
+                    call.groups,
+                    sums,
+                    gradients,
+                    call.chunk_bytes,
+                    want=any(wanted),
                 )
             else:
                 sums = _run_chunks(call, hidden, gradients, want_gradient=any(wanted))
@@ -121,10 +132,14 @@ class _FusedSparseLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
         return loss, sums
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, loss_gradient: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         """Scale the gradients in place and hand them over, once."""
         if ctx.gradients is None:
-            raise RuntimeError("the fused loss hands its gradients over, so its backward pass runs once; call the loss again")
+            raise RuntimeError(
+                "the fused loss hands its gradients over, so its backward pass runs once; call the loss again"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
             if gradient is not None:
@@ -156,7 +171,9 @@ def _run_chunks(call: _Call, hidden: Tensor, gradients: HeadGradients, *, want_g
     return sums
 
 
-def _run_groups(call: _Call, where: slice, logits: Tensor, spare: list[Tensor], sums: Tensor, *, want_gradient: bool) -> Tensor:
+def _run_groups(
+    call: _Call, where: slice, logits: Tensor, spare: list[Tensor], sums: Tensor, *, want_gradient: bool
+) -> Tensor:
     """Return the buffer that holds the gradient by logits, all temperatures added up.
 
     The last group works on the logits themselves.

@@ -1,19 +1,21 @@
 """How strong each term's gradient is, at the states of a forward pass that all terms of the stage share.
 
-GradNorm (Chen et al. 2018, 1711.02257) takes gradients by the weights of the last layer that its tasks share, for which the states
-that leave the layer stand in here: their gradient is what each term asks of everything below, it needs no gradient of a weight (so
-adapters, frozen and quantised layers are alike), and it lies in the graph that the step builds anyway. Those states are
+GradNorm (Chen et al. 2018, 1711.02257) takes gradients by the weights of the last layer that its tasks share, for which
+the states
+that leave the layer stand in here: their gradient is what each term asks of everything below, it needs no gradient of a
+weight (so adapters, frozen and quantised layers are alike), and it lies in the graph that the step builds anyway. Those
+states are
 
-- the last hidden states [S, H], which the head reads, where all terms read them: losses of the head, `contrastive`, and `hidden` on
-  `final` alone;
-- otherwise the output [1, B, H] of the lowest student layer that any term reads: the layer itself for `hidden`, the one below for
-  `attention`, whose queries and keys come from the layer's input (the embeddings, below layer 1).
+- the last hidden states [S, H], which the head reads, where all terms read them: losses of the head, `contrastive`, and
+  `hidden` on `final` alone;
+- otherwise the output [1, B, H] of the lowest student layer that any term reads: the layer itself for `hidden`, the one
+  below for `attention`, whose queries and keys come from the layer's input (the embeddings, below layer 1).
 
 Norms at different states could not be compared: what a term asks of the last states changes its length on the way down.
 Nothing of the step changes: every gradient is by autograd on its own, retaining the graph, and no weight's is touched.
-Cost, on steps that measure: one pass of the fused operator per loss of the head, without the head's gradient; and per loss one
-backward pass from what it reads to the shared states, without gradients of weights. With gradient checkpointing each recomputes
-the blocks that it passes through.
+Cost, on steps that measure: one pass of the fused operator per loss of the head, without the head's gradient; and per
+loss one backward pass from what it reads to the shared states, without gradients of weights. With gradient
+checkpointing each recomputes the blocks that it passes through.
 
 Shape letters: S positions, H hidden width, B tokens of the packs.
 """

@@ -1,12 +1,16 @@
-"""The student's head over chunks of positions: logits into one reused buffer, and gradients of logits back through the head.
+"""The student's head over chunks of positions: logits into one reused buffer, and gradients of logits back through the
+head.
 
-Logits are softcap(scale (h W^T + b)), in float32 even where h and W are bfloat16 (`torch.mm` with a wide output where the device
-has one, else products of float32 copies), in float64 where the inputs are. Buffers are a little wider than the vocabulary: what
-lies beyond column V reads as -inf and serves as the dump of padded slots. The gradient of W is accumulated in float32.
-Cost: one matrix product forward, one per gradient asked for; memory: the chunk's buffers, W's gradient once, and, where the type
+Logits are softcap(scale (h W^T + b)), in float32 even where h and W are bfloat16 (`torch.mm` with a wide output where
+the device has one, else products of float32 copies), in float64 where the inputs are. Buffers are a little wider than
+the vocabulary: what lies beyond column V reads as -inf and serves as the dump of padded slots. The gradient of W is
+accumulated in float32.
+Cost: one matrix product forward, one per gradient asked for; memory: the chunk's buffers, W's gradient once, and, where
+    the type
 of W must change, one copy of W. [positions, vocabulary] is never held.
 
-Shape letters: S positions, C positions of a chunk, H hidden width, V vocabulary, W width of a buffer (above V, a multiple of 16).
+Shape letters: S positions, C positions of a chunk, H hidden width, V vocabulary, W width of a buffer (above V, a
+multiple of 16).
 """
 
 from __future__ import annotations
@@ -59,7 +63,12 @@ class Head:
 
     @staticmethod
     def of(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab_size: int | None = None
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        vocab_size: int | None = None,
     ) -> Head:
         """Prepare a head for the given hidden states; the first `vocab_size` rows of the weight are the vocabulary.
 
@@ -73,7 +82,9 @@ class Head:
                 "use a student of the same tokenizer"
             )
         if softcap is not None and softcap <= 0:
-            raise TrainingError(f"the student's logits have a soft cap of {softcap:g}; it must be above 0, or None for no cap")
+            raise TrainingError(
+                f"the student's logits have a soft cap of {softcap:g}; it must be above 0, or None for no cap"
+            )
         types = {hidden.dtype, weight.dtype}
         dtype = torch.float64 if torch.float64 in types else torch.float32
         narrow = hidden.dtype == torch.bfloat16 and dtype == torch.float32 and _has_wide_products(hidden.device.type)
@@ -102,7 +113,9 @@ class Head:
         for start in range(0, num_positions, size):
             yield slice(start, min(start + size, num_positions))
 
-    def chunk_size(self, num_positions: int, num_buffers: int, chunk_positions: int | None, chunk_bytes: int | None = None) -> int:
+    def chunk_size(
+        self, num_positions: int, num_buffers: int, chunk_positions: int | None, chunk_bytes: int | None = None
+    ) -> int:
         """Return how many positions a chunk has at most; at least 1. The budget is `chunk_bytes`, or `CHUNK_BYTES`.
 
         Raises:
@@ -110,7 +123,8 @@ class Head:
         """
         if chunk_positions is not None and chunk_positions < 1:
             raise TrainingError(
-                f"chunk_positions is {chunk_positions}; it must be at least 1, or None for what fits {CHUNK_BYTES} bytes"
+                f"chunk_positions is {chunk_positions}; it must be at least 1, or None for what fits {CHUNK_BYTES} "
+                "bytes"
             )
         by_budget = (chunk_bytes or CHUNK_BYTES) // (self.buffer_width * self.dtype.itemsize * num_buffers)
         size: int = max(by_budget, MIN_CHUNK_POSITIONS) if chunk_positions is None else chunk_positions
@@ -177,7 +191,9 @@ class HeadGradients:
     def zeros(head: Head, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> HeadGradients:
         """Allocate accumulators for those inputs that are given."""
         inputs = (hidden, weight, bias)
-        return HeadGradients(*(None if x is None else torch.zeros(x.shape, dtype=head.dtype, device=x.device) for x in inputs))
+        return HeadGradients(
+            *(None if x is None else torch.zeros(x.shape, dtype=head.dtype, device=x.device) for x in inputs)
+        )
 
     def add(self, head: Head, where: slice, hidden: Tensor, logits_gradient: Tensor) -> None:
         """Add a chunk: `hidden` [C, H] from `input_of`, `logits_gradient` [C, W] by uncapped logits."""

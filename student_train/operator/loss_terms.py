@@ -1,8 +1,9 @@
 """Loss terms of one step, checked and grouped: terms of a group share one softmax over the vocabulary.
 
-A group is a temperature and a way to see the tail. Divergences that are linear in the teacher take the tail from drawn tokens
-where there are any: right on average. The others would take a token that was not drawn for an impossible one, so they see head
-and bucket, as on a layer without draws; where there is no head either (mode `sample`), they are refused.
+A group is a temperature and a way to see the tail. Divergences that are linear in the teacher take the tail from drawn
+tokens
+where there are any: right on average. The others would take a token that was not drawn for an impossible one, so they
+see head and bucket, as on a layer without draws; where there is no head either (mode `sample`), they are refused.
 """
 
 from __future__ import annotations
@@ -54,12 +55,14 @@ def term_keys(terms: Sequence[LossTerm]) -> list[str]:
     return [name if name not in names[:i] else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
 
-def group_terms(terms: Sequence[LossTerm], targets: TargetBatch | None, num_positions: float | Tensor) -> list[TermGroup]:
+def group_terms(
+    terms: Sequence[LossTerm], targets: TargetBatch | None, num_positions: float | Tensor
+) -> list[TermGroup]:
     """Return the terms in groups that share a softmax; cross-entropy joins any group at temperature 1.
 
     Raises:
-        TrainingError: there is no term, or one cannot be honoured: unknown name or option, a temperature that was not captured, a
-            divergence that these targets cannot give.
+        TrainingError: there is no term, or one cannot be honoured: unknown name or option, a temperature that was not
+            captured, a divergence that these targets cannot give.
     """
     if not terms:
         raise TrainingError("a stage without losses has nothing to train; name at least one")
@@ -85,17 +88,24 @@ def _checked(term: LossTerm, targets: TargetBatch | None) -> Divergence:
     unknown = set(term.options) - set(divergence.options)
     if unknown:
         takes = ", ".join(divergence.options) or "none"
-        raise TrainingError(f"loss '{term.name}' was given the option '{min(unknown)}', which it does not have; it takes {takes}")
+        raise TrainingError(
+            f"loss '{term.name}' was given the option '{min(unknown)}', which it does not have; it takes {takes}"
+        )
     if divergence.on_labels:
         if term.temperature != 1.0:
-            raise TrainingError(f"{term.name} was asked for at temperature {term.temperature:g}; it is taken at 1, so leave it out")
+            raise TrainingError(
+                f"{term.name} was asked for at temperature {term.temperature:g}; it is taken at 1, so leave it out"
+            )
         return divergence
     if targets is None:
-        raise TrainingError(f"loss '{term.name}' needs the teacher's targets and the batch has none; name a targets layer")
+        raise TrainingError(
+            f"loss '{term.name}' needs the teacher's targets and the batch has none; name a targets layer"
+        )
     targets.temperature_index(term.temperature)
     if targets.has_only_draws and not divergence.linear_in_teacher:
         raise TrainingError(
-            f"loss '{term.name}' was asked for on targets of mode 'sample', where it is biased, since a token that was not "
+            f"loss '{term.name}' was asked for on targets of mode 'sample', where it is biased, since a token that "
+            "was not "
             "drawn would count as impossible; use forward_kl, or a layer captured in mode 'top' or 'top+sample'"
         )
     return divergence

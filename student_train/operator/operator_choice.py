@@ -1,7 +1,7 @@
 """Which kernels the fused loss uses: torch's by chunks of positions, or Triton's by tiles of the vocabulary.
 
-`auto` measures both on the first pack of a run on a GPU, twice to warm up and three times to count, and keeps the faster; it costs
-ten losses, once. What cannot run here is refused, or for `auto` not considered.
+`auto` measures both on the first pack of a run on a GPU, twice to warm up and three times to count, and keeps the
+faster; it costs ten losses, once. What cannot run here is refused, or for `auto` not considered.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ def operator_for(setting: str, device_type: str) -> str:
     return "torch" if missing else setting
 
 
-def faster_operator(loss: Callable[[str], object], seconds_of: Callable[[Callable[[], object]], float] | None = None) -> str:
-    """Return the operator whose `loss(operator)` takes less time; `torch` where Triton's cannot be compiled or does not fit.
+def faster_operator(
+    loss: Callable[[str], object], seconds_of: Callable[[Callable[[], object]], float] | None = None
+) -> str:
+    """Return the operator whose `loss(operator)` takes less time; `torch` where Triton's cannot be compiled or does not
+    fit.
 
     Args:
         loss: makes one loss with its gradients.
@@ -51,7 +54,10 @@ def faster_operator(loss: Callable[[str], object], seconds_of: Callable[[Callabl
             if operator == "torch":
                 raise
             reason = " ".join(str(error).split())[:120]
-            print(f"the loss's Triton kernels cannot run here ({type(error).__name__}: {reason}), so torch's are used", flush=True)
+            print(
+                f"the loss's Triton kernels cannot run here ({type(error).__name__}: {reason}), so torch's are used",
+                flush=True,
+            )
     return min(medians, key=lambda operator: medians[operator])
 
 

@@ -1,10 +1,11 @@
-"""What the student gives to held-out positions: divergence from the teacher, agreement and likelihood, position by position, no
-gradient.
+"""What the student gives to held-out positions: divergence from the teacher, agreement and likelihood, position by
+position, no gradient.
 
-KL(teacher || student) at T = 1 in nats over the head and the tail's bucket: a lower bound on the full KL, exact on the head. Only
-where there is no head (mode `sample`) the drawn tokens take its place; the value is then the KL of their empirical distribution,
-which exceeds the true one by an amount that does not depend on the student: good for comparing students on one cache, not across
-caches.
+KL(teacher || student) at T = 1 in nats over the head and the tail's bucket: a lower bound on the full KL, exact on the
+head. Only where there is no head (mode `sample`) the drawn tokens take its place; the value is then the KL of their
+empirical distribution,
+which exceeds the true one by an amount that does not depend on the student: good for comparing students on one cache,
+not across caches.
 Cost: one matrix product and four passes over each chunk's logits.
 
 Shape letters: S positions, H hidden width, V vocabulary, C positions of a chunk, K members.
@@ -34,7 +35,9 @@ class PositionScores:
     label_nll_nats: Tensor
     """[S] float32 negative log-likelihood of the label."""
     top1_in_teacher_top5: Tensor
-    """[S] bool: the student's most likely token is among the teacher's five most likely members (all where it has fewer)."""
+    """[S] bool: the student's most likely token is among the teacher's five most likely members (all where it has
+    fewer).
+    """
     top1_is_label: Tensor
     """[S] bool: the student's most likely token is the label."""
     top1_logprob: Tensor
@@ -73,7 +76,9 @@ def evaluate_positions(
     return scores
 
 
-def _score_chunk(logits: Tensor, labels: Tensor, targets: TargetBatch, where: slice, head: Head, scores: PositionScores) -> None:
+def _score_chunk(
+    logits: Tensor, labels: Tensor, targets: TargetBatch, where: slice, head: Head, scores: PositionScores
+) -> None:
     """Write the scores of the positions `where`; the logits [C, W] are used up."""
     with_draws = targets.has_only_draws
     members = targets.members(where, 1.0, head.vocab_size, head.dtype, with_draws=with_draws)

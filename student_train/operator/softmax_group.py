@@ -1,15 +1,17 @@
 """All terms of one temperature on one chunk: values, and the gradient by logits written over the logits.
 
-With z the logits at T and M the members' columns: read z at M, write -inf there, so that the rest has an exact log-sum-exp l (a
-tail of 1 - sum of members would lose half of its gradient at 2e-8); the masses q are the members' and the bucket's. Divergences
-see log p and log q alone; with u = dD/dlog q, U = sum(u) - a and a the weight of cross-entropy, the gradient by z is
+With z the logits at T and M the members' columns: read z at M, write -inf there, so that the rest has an exact
+log-sum-exp l (a tail of 1 - sum of members would lose half of its gradient at 2e-8); the masses q are the members' and
+the bucket's. Divergences see log p and log q alone; with u = dD/dlog q, U = sum(u) - a and a the weight of
+cross-entropy, the gradient by z is
     u - q U                                    at members (overwritten, so nothing of size p/q is ever added and cancelled)
     exp(z - l) (u_bucket - q_bucket U)         elsewhere
     and - a at the label.
-Cost: four passes over [C, W] (maximum, exp, sum, scale), one exp per logit however many terms there are; the rest is [C, K].
+Cost: four passes over [C, W] (maximum, exp, sum, scale), one exp per logit however many terms there are; the rest is
+    [C, K].
 
-Shape letters: C positions of the chunk, K members, V vocabulary, W width of the buffer (above V; column V is the dump of padded
-slots).
+Shape letters: C positions of the chunk, K members, V vocabulary, W width of the buffer (above V; column V is the dump
+of padded slots).
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def group_values_and_gradient(
     *,
     want_gradient: bool,
 ) -> None:
-    """Add each term's sum over the chunk to `values` [terms]; turn `logits` [C, W], plain ones, into their gradient in place.
+    """Add each term's sum over the chunk to `values` [terms]; turn `logits` [C, W], plain ones, into their gradient in
+    place.
 
     `members` is None where no term needs the teacher. Without `want_gradient` the buffer is left with rubbish.
     """
@@ -66,8 +69,9 @@ def mass_gradients(
 ) -> tuple[Tensor, Tensor | float | None]:
     """Add each term's sum over the positions to `values`; return [C, K + 1] gradients and what to subtract at labels.
 
-    `log_q` [C, K + 1] and `label_logprobs` [C, 1] are the student's at the temperature. A member's gradient is by its logit; the
-    last one is shared out over all other tokens by their share of the rest. The second is None without a term on labels.
+    `log_q` [C, K + 1] and `label_logprobs` [C, 1] are the student's at the temperature. A member's gradient is by its
+    logit; the last one is shared out over all other tokens by their share of the rest. The second is None without a
+    term on labels.
     """
     on_members = [term for term in terms if not term.on_labels]
     on_labels = [term for term in terms if term.on_labels]
@@ -88,11 +92,11 @@ def finite(log_masses: Tensor) -> Tensor:
 
 
 def student_masses(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a softmax into members `ids` [C, K] and the rest; `logits` [C, W] become exp(logits - row maximum) of the rest, 0 at
-    members.
+    """Split a softmax into members `ids` [C, K] and the rest; `logits` [C, W] become exp(logits - row maximum) of the
+    rest, 0 at members.
 
-    Returns finite natural logs of the masses [C, K + 1], the rest last; the log-sum-exp [C, 1] of all logits; and the row sums
-    [C, 1] of what the buffer holds now (1 where there is no rest, so that nothing is divided by 0).
+    Returns finite natural logs of the masses [C, K + 1], the rest last; the log-sum-exp [C, 1] of all logits; and the
+    row sums [C, 1] of what the buffer holds now (1 where there is no rest, so that nothing is divided by 0).
     """
     at_members = logits.gather(1, ids)
     logits.scatter_(1, ids, -torch.inf)
@@ -105,7 +109,9 @@ def student_masses(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return finite(unnormalised - log_total), log_total, rest_sum.masked_fill(rest_sum == 0, 1.0)
 
 
-def _slopes(log_p: Tensor, log_q: Tensor, terms: Sequence[WeightedDivergence], values: Tensor, *, want_gradient: bool) -> Tensor:
+def _slopes(
+    log_p: Tensor, log_q: Tensor, terms: Sequence[WeightedDivergence], values: Tensor, *, want_gradient: bool
+) -> Tensor:
     """Return [C, K + 1] the derivative of the weighted divergences by log q; add their sums to `values`."""
     with torch.set_grad_enabled(want_gradient):
         leaf = log_q.detach().requires_grad_(want_gradient)

@@ -1,10 +1,12 @@
-"""The fused loss by tiles of the vocabulary instead of chunks of positions: no buffer [chunk, vocabulary], for GPUs with Triton.
+"""The fused loss by tiles of the vocabulary instead of chunks of positions: no buffer [chunk, vocabulary], for GPUs
+with Triton.
 
-First pass over the tiles: logits of all positions and one tile; the members' and the label's are read out, the rest goes into an
-online log-sum-exp per temperature. Then the same masses, divergences and slopes as in softmax_group.py. Second pass: the tile's
-logits again, turned into their gradient, and through the head; a row of the head belongs to one tile, so its gradient is written
-once. Against the chunks: a matrix product more (the logits twice), and three passes over the logits fewer. Buffers: [S, tile], one,
-or two where terms have several temperatures; tiles are as wide as the budget allows.
+First pass over the tiles: logits of all positions and one tile; the members' and the label's are read out, the rest
+goes into an online log-sum-exp per temperature. Then the same masses, divergences and slopes as in softmax_group.py.
+Second pass: the tile's logits again, turned into their gradient, and through the head; a row of the head belongs to one
+tile, so its gradient is written
+once. Against the chunks: a matrix product more (the logits twice), and three passes over the logits fewer. Buffers: [S,
+tile], one, or two where terms have several temperatures; tiles are as wide as the budget allows.
 
 Shape letters: S positions, K members, V vocabulary, W width of a tile.
 """
@@ -85,7 +87,9 @@ def _start(head: Head, labels: Tensor, targets: TargetBatch | None, group: TermG
     members = None
     if targets is not None and group.needs_members:
         everything = slice(0, len(labels))
-        members = targets.members(everything, group.temperature, head.vocab_size, head.dtype, with_draws=group.with_draws)
+        members = targets.members(
+            everything, group.temperature, head.vocab_size, head.dtype, with_draws=group.with_draws
+        )
     ids = labels.new_empty(len(labels), 0) if members is None else members.ids
     nothing = torch.full(ids.shape, -torch.inf, dtype=head.dtype, device=ids.device)
     row = torch.zeros(len(labels), dtype=head.dtype, device=ids.device)
@@ -100,14 +104,20 @@ def _tile_width(head: Head, num_positions: int, num_groups: int, budget_bytes: i
     return width
 
 
-def _tiles(head: Head, inputs: Tensor, width: int, *, with_slope: bool) -> Iterator[tuple[int, Head, Tensor, Tensor | None]]:
-    """Yield the first token of each tile, its part of the head, its plain logits [S, W], and their slope under a soft cap.
+def _tiles(
+    head: Head, inputs: Tensor, width: int, *, with_slope: bool
+) -> Iterator[tuple[int, Head, Tensor, Tensor | None]]:
+    """Yield the first token of each tile, its part of the head, its plain logits [S, W], and their slope under a soft
+    cap.
 
     Buffers are reused, and end in columns that read as -inf.
     """
     width = min(width, head.vocab_size)
     whole = Head(head.weight[:width], None, head.scale, head.softcap, head.dtype)
-    buffer, slope = whole.buffer(len(inputs)), whole.buffer(len(inputs)) if with_slope and head.softcap is not None else None
+    buffer, slope = (
+        whole.buffer(len(inputs)),
+        whole.buffer(len(inputs)) if with_slope and head.softcap is not None else None,
+    )
     for first in range(0, head.vocab_size, width):
         rows = slice(first, min(first + width, head.vocab_size))
         bias = None if head.bias is None else head.bias[rows]
@@ -147,7 +157,13 @@ def _finish(state: _Group, label_logits: Tensor, values: Tensor, *, want_gradien
 
 
 def _second_pass(
-    head: Head, hidden: Tensor, inputs: Tensor, labels: Tensor, states: Sequence[_Group], gradients: HeadGradients, width: int
+    head: Head,
+    hidden: Tensor,
+    inputs: Tensor,
+    labels: Tensor,
+    states: Sequence[_Group],
+    gradients: HeadGradients,
+    width: int,
 ) -> None:
     """Fill the gradients of hidden states, weight and bias, tile by tile."""
     from student_train.operator.triton_kernels import write_rest_gradient

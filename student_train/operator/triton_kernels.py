@@ -1,8 +1,8 @@
 """Two passes over a tile of logits in Triton: an online log-sum-exp, and the gradient of what no member holds.
 
-The first reads a tile once where torch reads or writes it four times (maximum, difference, exp, sum); the second reads and writes
-it once. A row belongs to one program in the first kernel, so nothing is added up in an order that may change.
-A kernel may name no type but constexpr.
+The first reads a tile once where torch reads or writes it four times (maximum, difference, exp, sum); the second reads
+and writes it once. A row belongs to one program in the first kernel, so nothing is added up in an order that may
+change. A kernel may name no type but constexpr.
 
 Shape letters: S positions, W width of a tile.
 """
@@ -70,7 +70,9 @@ def add_to_logsumexp(tile: Tensor, temperature: float, row_max: Tensor, row_sum:
     _online_logsumexp[(len(tile),)](tile, tile.stride(0), tile.shape[1], temperature, row_max, row_sum, BLOCK=BLOCK)
 
 
-def write_rest_gradient(tile: Tensor, out: Tensor, temperature: float, log_rest: Tensor, coefficient: Tensor, *, add: bool) -> None:
+def write_rest_gradient(
+    tile: Tensor, out: Tensor, temperature: float, log_rest: Tensor, coefficient: Tensor, *, add: bool
+) -> None:
     """Write exp(logits / T - log_rest) x coefficient of a tile [S, W] to `out` [S, W], or add it; -inf gives 0.
 
     `out` may be the tile. `log_rest` and `coefficient` are [S]; `log_rest` must be finite.

@@ -1,8 +1,9 @@
 """Evaluation-driven sampling: a source's share follows its held-out KL, so that what evaluates worse is drawn more.
 
-With m the shares that the recipe begins with and KL_s the held-out KL of source s, what is asked for is a_s = m_s KL_s / sum(m KL);
-the shares drawn are `smoothing` x the shares before + (1 - smoothing) x a, moved into [floor, ceiling] at the least change of their
-proportions. A pure function of the shares before and the evaluation; the checkpoint stores the shares so far.
+With m the shares that the recipe begins with and KL_s the held-out KL of source s, what is asked for is a_s = m_s KL_s
+/ sum(m KL); the shares drawn are `smoothing` x the shares before + (1 - smoothing) x a, moved into [floor, ceiling] at
+the least change of their proportions. A pure function of the shares before and the evaluation; the checkpoint stores
+the shares so far.
 Cost: nothing beside the evaluation.
 """
 
@@ -23,8 +24,8 @@ Shares = dict[str, float]
 def within_bounds(shares: Mapping[str, float], floor: float, ceiling: float) -> Shares:
     """Return shares that sum to 1, each within floor and ceiling, and in the given proportions wherever neither binds.
 
-    They are clip(c x share, floor, ceiling) with the one c that makes them sum to 1, found by bisection (200 halvings reach the
-    last bit).
+    They are clip(c x share, floor, ceiling) with the one c that makes them sum to 1, found by bisection (200 halvings
+    reach the last bit).
     """
     largest = max(shares.values())
     given = {name: share / largest for name, share in shares.items()} if largest > 0 else dict.fromkeys(shares, 1.0)
@@ -39,7 +40,9 @@ def within_bounds(shares: Mapping[str, float], floor: float, ceiling: float) -> 
     return {name: min(max(high * share, floor), ceiling) for name, share in given.items()}
 
 
-def next_shares(before: Mapping[str, float], base: Mapping[str, float], kl_nats: Mapping[str, float], rule: Sampling) -> Shares:
+def next_shares(
+    before: Mapping[str, float], base: Mapping[str, float], kl_nats: Mapping[str, float], rule: Sampling
+) -> Shares:
     """Return the shares that follow from an evaluation.
 
     Args:
@@ -61,7 +64,9 @@ class EvaluationSampling:
     """Plans a stage's rounds as its evaluations come."""
 
     def __init__(self, rule: Sampling, plan: GrowingPlan, base: Mapping[str, float], codes: Mapping[str, int]) -> None:
-        """Prepare to plan rounds of `plan`, beginning with the shares `base` by source; `codes` are the sources' numbers."""
+        """Prepare to plan rounds of `plan`, beginning with the shares `base` by source; `codes` are the sources'
+        numbers.
+        """
         self._rule, self._plan, self._codes = rule, plan, codes
         self._base = within_bounds(base, rule.floor, rule.ceiling)
         self.history: list[Shares] = []

@@ -1,12 +1,14 @@
 """Order of training packs: a pure function of seed, epoch, mixture and row lengths.
 
-Every rank and every resumed run computes the same list, so the only state to save is a position in it. Rows are sorted by
-random keys from a counter-based generator (Philox, whose raw stream numpy guarantees), packed, and the packs sorted by keys again.
+Every rank and every resumed run computes the same list, so the only state to save is a position in it. Rows are sorted
+by random keys from a counter-based generator (Philox, whose raw stream numpy guarantees), packed, and the packs sorted
+by keys again.
 
-A mixture gives each source a share of the *tokens drawn*. An epoch then draws as many tokens as the named sources have together. A
-source's draws run through one random pass over its rows after another, each row once per pass; they form one endless stream of
-tokens, and epoch e takes the rows that begin in the e-th slice of it. So a source below its share repeats rows evenly, one above it
-is sub-sampled without neglecting any row, and shares are exact to one row. A source that the mixture does not name is not drawn.
+A mixture gives each source a share of the *tokens drawn*. An epoch then draws as many tokens as the named sources have
+together. A source's draws run through one random pass over its rows after another, each row once per pass; they form
+one endless stream of tokens, and epoch e takes the rows that begin in the e-th slice of it. So a source below its share
+repeats rows evenly, one above it is sub-sampled without neglecting any row, and shares are exact to one row. A source
+that the mixture does not name is not drawn.
 Cost: O(rows log rows) once per epoch, 12 bytes per row at its peak and 4 afterwards; no sequence is read.
 
 Shape letters: R rows in the caches, D rows drawn in the epoch, P packs in the epoch.
@@ -98,10 +100,15 @@ def plan_epoch(
     limit = length_limit(pack_tokens, max_length)
     candidates, num_dropped = usable_rows(num_tokens, limit, too_long, eligible)
     lengths = np.minimum(num_tokens, limit)
-    drawn = _shuffled(seed, epoch, candidates) if mixture is None else _mixed(seed, epoch, candidates, lengths, sources, mixture)
+    drawn = (
+        _shuffled(seed, epoch, candidates)
+        if mixture is None
+        else _mixed(seed, epoch, candidates, lengths, sources, mixture)
+    )
     if len(drawn) == 0:
         raise TrainingError(
-            f"no row is left to train on: {num_dropped} are longer than {limit} tokens, and the rest are held out or not in the "
+            f"no row is left to train on: {num_dropped} are longer than {limit} tokens, and the rest are held out or "
+            "not in the "
             "mixture; raise max_length, lower heldout.fraction or name another source"
         )
     packs = pack_rows(lengths[drawn], pack_tokens)
@@ -164,18 +171,24 @@ def _mixed(
     empty = [code for code, rows in members.items() if len(rows) == 0]
     if empty:
         raise TrainingError(
-            f"the mixture asks for source number {empty[0]}, which has no row to train on; leave it out of the mixture or add rows"
+            f"the mixture asks for source number {empty[0]}, which has no row to train on; leave it out of the "
+            "mixture or add rows"
         )
     total = sum(int(lengths[rows].sum(dtype=np.int64)) for rows in members.values())
     scale = total / sum(mixture[code] for code in members)
-    streams = [_slice_of_source(seed, epoch, code, rows, lengths, round(mixture[code] * scale)) for code, rows in members.items()]
+    streams = [
+        _slice_of_source(seed, epoch, code, rows, lengths, round(mixture[code] * scale))
+        for code, rows in members.items()
+    ]
     return _shuffled(seed, epoch, np.concatenate([np.empty(0, np.int32), *streams]))
 
 
 def _slice_of_source(
     seed: int, epoch: int, code: int, rows: NDArray[np.int32], lengths: NDArray[np.integer], budget: int
 ) -> NDArray[np.int32]:
-    """Return the rows that begin within tokens `epoch * budget` to `(epoch + 1) * budget` of endless random passes over `rows`."""
+    """Return the rows that begin within tokens `epoch * budget` to `(epoch + 1) * budget` of endless random passes over
+    `rows`.
+    """
     pass_tokens = int(lengths[rows].sum(dtype=np.int64))
     first, end = epoch * budget, (epoch + 1) * budget
     pieces = [np.empty(0, np.int32)]

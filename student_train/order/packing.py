@@ -1,8 +1,8 @@
 """Rows into packs: best fit over a window of open packs, in the order in which the rows come.
 
-Each row goes into the fullest open pack that still holds it; where none does, a pack is opened, and the fullest one is closed once
-`window` packs are open. A pack too full for the shortest row is closed at once. Rows are never sorted by length, so what
-stands together in a pack is as random as the order of the rows.
+Each row goes into the fullest open pack that still holds it; where none does, a pack is opened, and the fullest one is
+closed once `window` packs are open. A pack too full for the shortest row is closed at once. Rows are never sorted by
+length, so what stands together in a pack is as random as the order of the rows.
 Cost: O(log window) per row, about 1 microsecond; 4 bytes per row.
 
 Shape letters: R rows, P packs.

@@ -1,10 +1,11 @@
 """Order of training packs where the mixture changes: planned in rounds, each pure given the shares so far.
 
-A round is a number of packs with one share of the tokens per source. Each source is an endless stream of random passes over its
-rows, each row once per pass, as in `order`. A row of a source with share a, before which the round drew b tokens of that source, is
-due at time (b + half of its own tokens) / a; rows are taken in the order of their times, so that shares hold not only on
-average but all along. They are packed, the first packs make the round, and rows of the others go back to the front of their
-streams. What a source got too little of in a round is added to what it is due in the next.
+A round is a number of packs with one share of the tokens per source. Each source is an endless stream of random passes
+over its rows, each row once per pass, as in `order`. A row of a source with share a, before which the round drew b
+tokens of that source, is due at time (b + half of its own tokens) / a; rows are taken in the order of their times, so
+that shares hold not only on average but all along. They are packed, the first packs make the round, and rows of the
+others go back to the front of their streams. What a source got too little of in a round is added to what it is due in
+the next.
 Cost: O(rows log rows) once; 4 bytes per row that is drawn.
 
 Shape letters: R rows in the caches, P packs of a round.
@@ -89,7 +90,9 @@ class RoundPlanner:
         self.tokens_per_source = {code: int(self._lengths[own].sum(dtype=np.int64)) for code, own in members.items()}
         """Tokens of one pass over each source."""
         together = np.concatenate(list(members.values()))
-        epoch = pack_rows(self._lengths[together[np.argsort(random_keys(seed, 0, 0, len(together)), kind="stable")]], pack_tokens)
+        epoch = pack_rows(
+            self._lengths[together[np.argsort(random_keys(seed, 0, 0, len(together)), kind="stable")]], pack_tokens
+        )
         self.packs_per_epoch = len(epoch.offsets) - 1
         """Packs that hold every row of the sources once."""
         digest = xxhash.xxh3_128(f"{seed} {pack_tokens} {self._limit} {sorted(codes)}".encode())
@@ -106,7 +109,9 @@ class RoundPlanner:
         """
         total = sum(shares.values())
         if total <= 0:
-            raise TrainingError("every share of the mixture is 0 at some step, so there is nothing to draw then; raise one of them")
+            raise TrainingError(
+                "every share of the mixture is 0 at some step, so there is nothing to draw then; raise one of them"
+            )
         wanted = {code: share / total for code, share in sorted(shares.items()) if share > _SMALLEST * total}
         budget = (num_packs + max(1, num_packs // _SPARE)) * self._pack_tokens
         drawn, codes, places = self._in_time_order(wanted, budget)
@@ -130,7 +135,9 @@ class RoundPlanner:
     def _in_time_order(
         self, wanted: Mapping[int, float], budget: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-        """Return at least `budget` tokens of rows in the order in which they are due, each one's source, and its place there."""
+        """Return at least `budget` tokens of rows in the order in which they are due, each one's source, and its place
+        there.
+        """
         rows, times, codes, places = [], [], [], []
         for code, share in wanted.items():
             own = self._streams[code].peek(max(share * budget + self._credit[code], 0.0) + 2 * self._limit)

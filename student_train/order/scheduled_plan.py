@@ -1,7 +1,10 @@
-"""The packs of a stage whose mixture moves: by a schedule, planned at once, or by its evaluations, planned round by round.
+"""The packs of a stage whose mixture moves: by a schedule, planned at once, or by its evaluations, planned round by
+round.
 
-By a schedule: shares are constant within a round, which is as long as 1/64 of the stage or what fills packs well, and ends wherever
-a stepwise share changes. By evaluations: round k begins one step after evaluation k, since the first packs of the step that follows
+By a schedule: shares are constant within a round, which is as long as 1/64 of the stage or what fills packs well, and
+ends wherever
+a stepwise share changes. By evaluations: round k begins one step after evaluation k, since the first packs of the step
+that follows
 an evaluation are read before it is made. Cost: see round_order.py.
 """
 
@@ -73,7 +76,13 @@ def plan_scheduled(
         shares = {code: math.fsum(shares[code] for shares in by_step) / len(by_step) for code in mixture}
         rounds.append(planner.next_round(shares, size.packs_between(start, end)))
     return StagePlan(
-        tuple(rounds), size.num_packs, size.num_steps, size.packs_per_step, limit, seed, packs_per_epoch=planner.packs_per_epoch
+        tuple(rounds),
+        size.num_packs,
+        size.num_steps,
+        size.packs_per_step,
+        limit,
+        seed,
+        packs_per_epoch=planner.packs_per_epoch,
     )
 
 

@@ -1,7 +1,9 @@
-"""The value of a weight or a temperature at an optimizer step: a pure function, so that a resumed run sees the same values.
+"""The value of a weight or a temperature at an optimizer step: a pure function, so that a resumed run sees the same
+values.
 
-The first step has progress 0 and the last one progress 1; a stage of one step stays at its start. Over a run, the first step of the
-recipe's first stage has progress 0 and the last step of its last stage progress 1, whichever stages are trained now.
+The first step has progress 0 and the last one progress 1; a stage of one step stays at its start. Over a run, the first
+step of the recipe's first stage has progress 0 and the last step of its last stage progress 1, whichever stages are
+trained now.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ class RunSteps:
 
 
 def value(schedule: Schedule | float, step: int, total_steps: int, run: RunSteps | None = None) -> float:
-    """Return a schedule's value at optimizer step `step`, counted from 0, of `total_steps`; beyond the last step, the last value.
+    """Return a schedule's value at optimizer step `step`, counted from 0, of `total_steps`; beyond the last step, the
+    last value.
 
     Raises:
         ValueError: the step is negative, there are no steps, or it goes over the run and no `run` is given.

@@ -1,6 +1,7 @@
 """All packs of one stage: as many epochs of `order` as its steps need, and one hash for them.
 
-A stage's order depends on the seed and the data and never on the stage's name or losses, so that two stages with the same trainer
+A stage's order depends on the seed and the data and never on the stage's name or losses, so that two stages with the
+same trainer
 arguments see the same packs at the same steps. Cost: that of planning the epochs; 4 bytes per row and epoch afterwards.
 
 Shape letters: R rows in the caches, P packs in an epoch.
@@ -44,7 +45,9 @@ class StagePlan:
     @cached_property
     def hash(self) -> str:
         """Hex xxh3-128 of every pack, in order, and of how they form steps."""
-        digest = xxhash.xxh3_128(f"{self.num_packs} {self.num_steps} {self.packs_per_step} {self.limit} {self.seed}".encode())
+        digest = xxhash.xxh3_128(
+            f"{self.num_packs} {self.num_steps} {self.packs_per_step} {self.limit} {self.seed}".encode()
+        )
         for epoch in self.epochs:
             digest.update(epoch.hash.encode())
         return digest.hexdigest()
@@ -135,4 +138,6 @@ def plan_stage(
         epochs.append(epoch)
     num_packs = num_packs if wanted_packs is None else wanted_packs
     num_steps = math.ceil(num_packs / packs_per_step)
-    return StagePlan(tuple(epochs), num_packs, num_steps, packs_per_step, length_limit(trainer.pack_tokens, stage.max_length), seed)
+    return StagePlan(
+        tuple(epochs), num_packs, num_steps, packs_per_step, length_limit(trainer.pack_tokens, stage.max_length), seed
+    )

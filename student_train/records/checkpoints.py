@@ -2,7 +2,8 @@
 
 A checkpoint is a directory of many files; killed half-way through, it looks like one. So the marker `complete.json` is
 written after everything else is on disk, and it is removed first when the checkpoint is: a directory without it is no
-checkpoint, is removed on resume, and the one before is taken. The marker also says which plan and caches the checkpoint belongs to.
+checkpoint, is removed on resume, and the one before is taken. The marker also says which plan and caches the checkpoint
+belongs to.
 Cost: one fsync per file of the checkpoint.
 """
 
@@ -96,7 +97,8 @@ def newest_checkpoint(stage_dir: Path, belongs_to: Mapping[str, str]) -> Checkpo
         found = newest.belongs_to.get(name)
         if found != wanted:
             raise TrainingError(
-                f"{newest.path} was made with {name} {found} where this run has {name} {wanted}, so it cannot be continued; "
+                f"{newest.path} was made with {name} {found} where this run has {name} {wanted}, so it cannot be "
+                "continued; "
                 f"remove or rename {stage_dir} to train the stage again, or go back to what it was made with"
             )
     return newest

@@ -1,6 +1,7 @@
 """Is a training run sound? A falling loss proves nothing, so say what was checked.
 
-Checks: every planned step done, every loss finite, gradient norms present, finite and bounded, the training did not stop itself,
+Checks: every planned step done, every loss finite, gradient norms present, finite and bounded, the training did not
+    stop itself,
 final model and checkpoints saved.
 Cost: one pass over the step log.
 """
@@ -48,7 +49,9 @@ def health_of(
         "losses_finite": bool(losses) and all(_is_finite(loss) for loss in losses),
         "grad_norms_finite": bool(norms) and len(finite_norms) == len(norms),
         "not_diverged": stopped is None,
-        "grad_norms_bounded": largest is not None and median is not None and largest <= GRAD_NORM_BOUND * max(median, 1e-12),
+        "grad_norms_bounded": largest is not None
+        and median is not None
+        and largest <= GRAD_NORM_BOUND * max(median, 1e-12),
         "model_saved": model_saved,
         "checkpoints_saved": bool(checkpoint_steps),
     }

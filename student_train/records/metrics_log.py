@@ -1,8 +1,8 @@
 """One JSON line per optimizer step, exactly as computed, cut back to the checkpoint's step on resume.
 
-`metrics.jsonl` holds nothing that depends on the machine's speed, so that an interrupted and resumed run writes the same bytes as
-one that was never interrupted; seconds go to `timing.jsonl` beside it. A line is one write; a checkpoint syncs the file
-first, so that even a power cut leaves every line up to the checkpoint.
+`metrics.jsonl` holds nothing that depends on the machine's speed, so that an interrupted and resumed run writes the
+same bytes as one that was never interrupted; seconds go to `timing.jsonl` beside it. A line is one write; a checkpoint
+syncs the file first, so that even a power cut leaves every line up to the checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class StepLog:
 
 
 def flattened(course: Mapping[str, Any], num_tokens: int) -> dict[str, float]:
-    """Return the course of a step under flat names: `weight/TERM`, `temperature/TERM`, `share/SOURCE` and what balances losses.
+    """Return the course of a step under flat names: `weight/TERM`, `temperature/TERM`, `share/SOURCE` and what balances
+    losses.
 
     >>> flattened({"weights": {"forward_kl": 0.5}, "tokens_by_source": {"math": 30, "code": 10}}, 40)
     {'weight/forward_kl': 0.5, 'share/math': 0.75, 'share/code': 0.25}

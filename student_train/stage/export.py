@@ -1,8 +1,8 @@
 """A trained student as a plain model directory that transformers and vLLM load.
 
-Adapters are merged and also kept by themselves. The directory is written under a temporary name, synced and renamed, so it is
-whole or absent. Tokenizer and chat template are those of the cache, since the student was trained on them; the end token of
-generation is theirs.
+Adapters are merged and also kept by themselves. The directory is written under a temporary name, synced and renamed, so
+it is whole or absent. Tokenizer and chat template are those of the cache, since the student was trained on them; the
+end token of generation is theirs.
 Cost: the size of the model, once.
 """
 
@@ -82,7 +82,9 @@ def _merged_from_disk(student: Student, start: str, adapter_dir: Path) -> Any:
 
 
 def set_generation(model: Any, tokenizer_dir: Path) -> None:
-    """Give a model the end and padding tokens of the cache's tokenizer, and its cache back, which training switched off."""
+    """Give a model the end and padding tokens of the cache's tokenizer, and its cache back, which training switched
+    off.
+    """
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))

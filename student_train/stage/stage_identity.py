@@ -77,7 +77,9 @@ def start_identity(student: Student, start: Path | None, seed: int) -> str:
     if start is None and student.init == "random":
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
         volatile = ("transformers_version", "_name_or_path")
         document = {name: value for name, value in config.to_dict().items() if name not in volatile}
         text = json.dumps(document, sort_keys=True, default=str)
@@ -100,7 +102,8 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 def claim_stage(work: StageWork) -> bool:
     """Take a stage's directory for this identity; return whether the stage is finished already.
 
-    A setting that the recorded identity lacks, since it was written before the setting existed, means the setting's default.
+    A setting that the recorded identity lacks, since it was written before the setting existed, means the setting's
+    default.
 
     Raises:
         TrainingError: the directory holds a stage of another identity.

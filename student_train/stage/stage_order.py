@@ -1,6 +1,8 @@
-"""Which plan a stage's packs follow: epochs of a fixed mixture, rounds of a scheduled one, or rounds that follow evaluations.
+"""Which plan a stage's packs follow: epochs of a fixed mixture, rounds of a scheduled one, or rounds that follow
+evaluations.
 
-Also where a stage lies in its run, for schedules that go over all stages: their steps are planned without loading a model.
+Also where a stage lies in its run, for schedules that go over all stages: their steps are planned without loading a
+model.
 Cost: columns of the caches without their tokens, and the plans.
 """
 
@@ -103,7 +105,9 @@ def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | 
     )
 
 
-def evaluation_sampling(stage: Stage, plan: StagePlan, caches: CacheList, heldout: HeldoutSet | None) -> EvaluationSampling | None:
+def evaluation_sampling(
+    stage: Stage, plan: StagePlan, caches: CacheList, heldout: HeldoutSet | None
+) -> EvaluationSampling | None:
     """Return what moves a stage's shares, where its evaluations do.
 
     Raises:
@@ -119,12 +123,14 @@ def evaluation_sampling(stage: Stage, plan: StagePlan, caches: CacheList, heldou
     unseen = sorted(set(codes) - set(heldout.rows))
     if unseen:
         raise TrainingError(
-            f"stage '{stage.name}' samples by evaluation and source '{unseen[0]}' has no held-out row; raise heldout.fraction, "
+            f"stage '{stage.name}' samples by evaluation and source '{unseen[0]}' has no held-out row; raise "
+            "heldout.fraction, "
             "or leave the source out of the mixture"
         )
     if not len(codes) * rule.floor <= 1 <= len(codes) * rule.ceiling:
         raise TrainingError(
-            f"stage '{stage.name}' draws from {len(codes)} sources, whose shares cannot sum to 1 between sampling.floor "
+            f"stage '{stage.name}' draws from {len(codes)} sources, whose shares cannot sum to 1 between "
+            "sampling.floor "
             f"{rule.floor:g} and sampling.ceiling {rule.ceiling:g}; lower the floor or raise the ceiling"
         )
     if stage.mixture is None:

@@ -1,4 +1,5 @@
-"""Train one stage: reuse it where it is finished, continue it where it was killed, refuse it where the recipe has changed.
+"""Train one stage: reuse it where it is finished, continue it where it was killed, refuse it where the recipe has
+changed.
 
 Cost: the training.
 """
@@ -25,7 +26,13 @@ from student_train.fit.disk_space import check_disk_space
 from student_train.fit.first_step import fit_first_step
 from student_train.layers.layer_losses import LayerLosses, check_layer_losses
 from student_train.operator.operator_choice import operator_for
-from student_train.records.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, remove_incomplete, rotate_checkpoints
+from student_train.records.checkpoints import (
+    Checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    remove_incomplete,
+    rotate_checkpoints,
+)
 from student_train.records.health import health_of
 from student_train.records.metrics_log import read_steps
 from student_train.records.processes import first_then_others, is_first, wait_for_all
@@ -129,7 +136,9 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
     plan = work.plan
     cut = sum(epoch.num_cut for epoch in plan.epochs)
     dropped = sum(epoch.num_dropped for epoch in plan.epochs)
-    parts = [f"{plan.num_steps:,} steps of {plan.packs_per_step} packs" + (f", {plan.fill:.1%} full" if plan.epochs else "")]
+    parts = [
+        f"{plan.num_steps:,} steps of {plan.packs_per_step} packs" + (f", {plan.fill:.1%} full" if plan.epochs else "")
+    ]
     parts += ["mixture follows the evaluations"] if work.sampling else []
     parts += [f"{plan.epoch_at(plan.num_steps):.3g} epochs"]
     parts += [f"{cut:,} rows cut to {plan.limit} tokens"] if cut else []
@@ -192,7 +201,9 @@ def _train_loaded(
     switch_attention(base, work.student.attention)
     if is_first():
         if gathered is not None:
-            model = add_adapter(load_student(work.student, work.start, work.caches, seed=work.seed), work.student.adapter)
+            model = add_adapter(
+                load_student(work.student, work.start, work.caches, seed=work.seed), work.student.adapter
+            )
             load_weights(model, gathered)
         export_student(model, work.student, work.origin, work.caches.caches[0].tokenizer_dir, work.directory)
     wait_for_all()
@@ -237,7 +248,9 @@ def _callbacks(work: StageWork, done: int) -> list[Any]:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    return [TensorBoardCallback(SummaryWriter(str(work.directory / "tensorboard"), purge_step=done + 1 if done else None))]
+    return [
+        TensorBoardCallback(SummaryWriter(str(work.directory / "tensorboard"), purge_step=done + 1 if done else None))
+    ]
 
 
 def _write_health(work: StageWork, *, model_saved: bool, stopped: str | None) -> None:

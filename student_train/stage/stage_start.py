@@ -1,6 +1,8 @@
-"""Which model directory a stage starts from: the student's own weights, another stage of the recipe, or anything on disk.
+"""Which model directory a stage starts from: the student's own weights, another stage of the recipe, or anything on
+disk.
 
-On disk: a model directory, the directory of another run's stage, `RUN:STAGE`, or a run that has one stage. Cost: nothing.
+On disk: a model directory, the directory of another run's stage, `RUN:STAGE`, or a run that has one stage. Cost:
+nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def start_directory(recipe: Recipe, stage: Stage) -> Path | None:
         directory = recipe.stage_dir(start) / "model"
         if not directory.is_dir():
             raise TrainingError(
-                f"stage '{stage.name}' starts from stage '{start}', which has no model in {directory}; train that one first"
+                f"stage '{stage.name}' starts from stage '{start}', which has no model in {directory}; train that "
+                "one first"
             )
     else:
         directory = model_directory(stage.name, start)

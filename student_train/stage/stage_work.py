@@ -65,7 +65,8 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
     """Resolve a stage of a recipe that has a student.
 
     Raises:
-        TrainingError: a temperature was not captured, a source is unknown, its start is not there, or nothing is left to train on.
+        TrainingError: a temperature was not captured, a source is unknown, its start is not there, or nothing is left
+            to train on.
         CacheError: a cache cannot be opened or lacks the layer.
     """
     assert recipe.student is not None
@@ -110,14 +111,17 @@ def _one_hidden_layer(caches: CacheList) -> HiddenIdentity:
         problem = difference(first, cache.hidden_layer)
         if problem:
             raise TrainingError(
-                f"the hidden layers of {caches.path} and {cache.path} differ: {problem.replace('the request', 'the other')}; train "
+                f"the hidden layers of {caches.path} and {cache.path} differ: "
+                f"{problem.replace('the request', 'the other')}; train "
                 "on caches whose hidden states were captured alike"
             )
     return first
 
 
 def _heldout(recipe: Recipe, stage: Stage, caches: CacheList) -> HeldoutSet | None:
-    """Return the rows that a stage is evaluated on; their distance to the teacher needs targets, even where the losses do not."""
+    """Return the rows that a stage is evaluated on; their distance to the teacher needs targets, even where the losses
+    do not.
+    """
     if stage.evaluate is None:
         return None
     layer = stage.targets or layer_of_capture(recipe)

@@ -12,7 +12,11 @@ from student_train.stage.stage_run import run_stage
 
 
 def run_stages(
-    recipe: Recipe, from_stage: str | None = None, to_stage: str | None = None, *, open_progress: OpenProgress = PlainProgress
+    recipe: Recipe,
+    from_stage: str | None = None,
+    to_stage: str | None = None,
+    *,
+    open_progress: OpenProgress = PlainProgress,
 ) -> list[Path]:
     """Train a recipe's stages, from one to another or all, and return the directories of their models.
 

@@ -1,8 +1,8 @@
 """The student's forward in training: body, then loss and head in one operator; logits are never held.
 
 The base model's own `forward` is replaced, so everything that wraps a model (data parallel, FSDP, autocast, adapters)
-stays in the path and the stock `compute_loss` of the Trainer works. Without `predictor_index` among the inputs the original
-forward runs, so `generate` and evaluation are untouched.
+stays in the path and the stock `compute_loss` of the Trainer works. Without `predictor_index` among the inputs the
+original forward runs, so `generate` and evaluation are untouched.
 
 Shape letters: B tokens of the packs, S supervised positions, H hidden width.
 """
@@ -68,7 +68,9 @@ class Objective:
         if not terms:  # the head takes no part, but every process must still have a gradient of it
             return FusedLoss(hidden.new_zeros((), dtype=torch.float32) + head.weight[:1].float().sum() * 0.0, {})
 
-        def fused(states: Tensor, operator: str, terms: Sequence[LossTerm] = terms, *, trains_head: bool = True) -> FusedLoss:
+        def fused(
+            states: Tensor, operator: str, terms: Sequence[LossTerm] = terms, *, trains_head: bool = True
+        ) -> FusedLoss:
             return fused_sparse_loss(
                 states,
                 head.weight if trains_head else head.weight.detach(),
@@ -85,10 +87,14 @@ class Objective:
             )
 
         if self.operator == "auto":
-            self.operator = faster_operator(lambda operator: fused(hidden.detach().requires_grad_(hidden.requires_grad), operator))
+            self.operator = faster_operator(
+                lambda operator: fused(hidden.detach().requires_grad_(hidden.requires_grad), operator)
+            )
         if self.measures_gradients:
             alone = functools.partial(fused, trains_head=False)
-            self.record_gradients(head_squares(hidden, terms, lambda states, terms: alone(states, self.operator, terms), down))
+            self.record_gradients(
+                head_squares(hidden, terms, lambda states, terms: alone(states, self.operator, terms), down)
+            )
         return fused(hidden, self.operator)
 
     def record(self, loss: Tensor, values: dict[str, Tensor], num_tokens: int) -> None:
@@ -106,7 +112,9 @@ class Objective:
         return sums
 
     def record_gradients(self, squares: dict[str, Tensor]) -> None:
-        """Add each term's squared gradient norm of one forward pass; passes are of different positions, so squares add up."""
+        """Add each term's squared gradient norm of one forward pass; passes are of different positions, so squares add
+        up.
+        """
         for key, square in squares.items():
             name = GRADIENT_SQUARE + key
             self._sums[name] = self._sums.get(name, torch.zeros_like(square)) + square
@@ -129,7 +137,9 @@ class Objective:
         self._scores.append(torch.stack([column.double() for column in columns], dim=1).cpu())
 
     def take_scores(self) -> Tensor:
-        """Return [S, 4] of the passes since the last call, float64: KL in nats, top-1 equal, NLL of the label in nats, 1."""
+        """Return [S, 4] of the passes since the last call, float64: KL in nats, top-1 equal, NLL of the label in nats,
+        1.
+        """
         scores, self._scores = self._scores, []
         return torch.cat([torch.zeros(0, 4, dtype=torch.float64), *scores])
 
@@ -154,19 +164,25 @@ def patch_forward(model: Any, objective: Objective) -> None:
         assert labels is not None
         watches = objective.layers is not None and not objective.is_scoring
         measures = objective.measures_gradients
-        with objective.layers.watching(measures=measures) if objective.layers is not None and watches else nullcontext():
+        with (
+            objective.layers.watching(measures=measures) if objective.layers is not None and watches else nullcontext()
+        ):
             hidden = run_body(body, input_ids, position_ids)[0].index_select(0, kwargs["predictor_index"])
         final = hidden
         device_type = hidden.device.type
         if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
-            hidden = hidden.to(torch.bfloat16)  # the last norm gives float32; the head's products are to be as narrow as the body's
+            hidden = hidden.to(
+                torch.bfloat16
+            )  # the last norm gives float32; the head's products are to be as narrow as the body's
         if objective.is_scoring:
             objective.score(hidden, labels, TargetBatch.from_batch(kwargs))
             return CausalLMOutput()
         targets = TargetBatch.from_batch(kwargs) if "support_counts" in kwargs else None
         num_positions = _at_least_one(labels.numel() if num_items_in_batch is None else num_items_in_batch)
         shared = objective.layers.shared_states(final) if objective.layers is not None and measures else final
-        fused = objective.loss(hidden, labels, targets, num_positions, functools.partial(brought_down, final=final, shared=shared))
+        fused = objective.loss(
+            hidden, labels, targets, num_positions, functools.partial(brought_down, final=final, shared=shared)
+        )
         loss, values = fused.loss, dict(fused.values)
         if objective.layers is not None:
             terms = [term for term in objective.terms if term.name in representations]

@@ -1,8 +1,8 @@
 """liger-kernel's norms, MLP and rotary embeddings in a student, and in it alone.
 
-Its losses stay off: the loss reads the head itself (fused_loss.py). liger-kernel replaces layers of the instance, and functions and
-classes of the model's module in transformers; those of the module are put back when the training is over, so that a later stage
-without it does without it.
+Its losses stay off: the loss reads the head itself (fused_loss.py). liger-kernel replaces layers of the instance, and
+functions and classes of the model's module in transformers; those of the module are put back when the training is over,
+so that a later stage without it does without it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def check_liger(*, wanted: bool) -> None:
     missing = [] if importlib.util.find_spec("liger_kernel") else ["the package liger-kernel (decant-kd[gpu])"]
     missing += [] if torch.cuda.is_available() else ["an NVIDIA GPU"]
     if missing:
-        raise TrainingError(f"student.liger is on, which needs {' and '.join(missing)}; add what is missing, or leave it out")
+        raise TrainingError(
+            f"student.liger is on, which needs {' and '.join(missing)}; add what is missing, or leave it out"
+        )
 
 
 @contextmanager
@@ -49,7 +51,9 @@ def liger_layers(model: Any, *, wanted: bool) -> Iterator[None]:
 
     kind = model.config.model_type
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise TrainingError(f"student.liger is on, but liger-kernel knows no layers of a model of type {kind}; leave it out")
+        raise TrainingError(
+            f"student.liger is on, but liger-kernel knows no layers of a model of type {kind}; leave it out"
+        )
     module = sys.modules[type(model).__module__]
     before, forward = dict(vars(module)), type(model).forward
     try:

@@ -1,12 +1,15 @@
 """Attention over a pack, row by row: the same numbers as scaled dot products under a mask, without the mask.
 
-A pack's mask is B x B although a row sees itself alone, so most of that work is thrown away. Here the rows of a pack are gathered
-into rectangles of similar length (within a factor of two), each rectangle is one causal attention without a mask, for which every
-device has its fastest kernel, and the results are put back in order.
-Cost: for rows of length L, at most 4 L^2 instead of B^2; memory B instead of B^2. *Measured*, training a Qwen3 of 0.36 M parameters
-on packs of 2,048 tokens with 35 rows each, one core: 17,700 tokens per second of processor time, 6,100 with the stock mask.
+A pack's mask is B x B although a row sees itself alone, so most of that work is thrown away. Here the rows of a pack
+are gathered into rectangles of similar length (within a factor of two), each rectangle is one causal attention without
+a mask, for which every device has its fastest kernel, and the results are put back in order.
+Cost: for rows of length L, at most 4 L^2 instead of B^2; memory B instead of B^2. *Measured*, training a Qwen3 of 0.36
+    M parameters
+on packs of 2,048 tokens with 35 rows each, one core: 17,700 tokens per second of processor time, 6,100 with the stock
+mask.
 
-Shape letters: B tokens of a pack, R rows of a rectangle, L their longest, A attention heads, G key-value heads, D head width.
+Shape letters: B tokens of a pack, R rows of a rectangle, L their longest, A attention heads, G key-value heads, D head
+width.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ class Rectangle:
     """Rows of similar length."""
 
     tokens: Tensor
-    """[R * L] index in the pack of each slot; a padded slot repeats its row's last token, and no slot before it sees it."""
+    """[R * L] index in the pack of each slot; a padded slot repeats its row's last token, and no slot before it sees
+    it.
+    """
     num_rows: int
     length: int
 
@@ -43,7 +48,9 @@ class RowLayout:
 
 
 def layout_of(position_ids: Tensor) -> RowLayout:
-    """Return the layout of a pack [1, B] whose rows begin where `position_ids` is 0; reads the beginnings back to the host."""
+    """Return the layout of a pack [1, B] whose rows begin where `position_ids` is 0; reads the beginnings back to the
+    host.
+    """
     device, num_tokens = position_ids.device, position_ids.shape[1]
     starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
     lengths = [end - start for start, end in zip(starts, [*starts[1:], num_tokens], strict=True)]
@@ -95,7 +102,14 @@ def attend_rows(
         rows = [_gathered(tensor, rectangle) for tensor in (query, key, value)]
         mask = _window_mask(rectangle.length, sliding_window, query.device)
         attended = scaled_dot_product_attention(
-            rows[0], rows[1], rows[2], attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=shares
+            rows[0],
+            rows[1],
+            rows[2],
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=shares,
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     slots = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

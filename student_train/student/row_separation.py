@@ -19,7 +19,8 @@ from student_train.student.student_head import PROBE_TOKENS, body_of, probe_toke
 
 
 def separate_rows(model: Any, vocab_size: int, *, tolerance: float = 2e-2) -> None:
-    """Give a model with stock attention the row by row kind where that changes nothing, and check that packed rows stay apart.
+    """Give a model with stock attention the row by row kind where that changes nothing, and check that packed rows stay
+    apart.
 
     Both are judged by hidden states of a pack of two rows against those of each row alone.
 

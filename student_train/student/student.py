@@ -1,6 +1,7 @@
 """The student: weights from a directory, a hub or a seed, its tokenizer checked, an adapter where one is asked for.
 
-Cost: loading. A random student's vocabulary is its tokenizer's, without padded rows: nothing would ever train those down, and what
+Cost: loading. A random student's vocabulary is its tokenizer's, without padded rows: nothing would ever train those
+    down, and what
 samples from the student would meet them.
 """
 
@@ -61,7 +62,9 @@ def load_student(student: Student, start: Path | None, cache: Any, *, seed: int 
 
 
 def _keep_gradients(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for CPUs after an evaluation: no gradient comes through the packed ones."""
+    """Keep bitsandbytes from repacking 4-bit weights for CPUs after an evaluation: no gradient comes through the packed
+    ones.
+    """
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False
@@ -73,7 +76,9 @@ def _fresh(student: Student, cache: Any, seed: int) -> Any:
 
     check_tokenizer(student.model, student.revision, cache, required=False)
     try:
-        config = AutoConfig.from_pretrained(student.model, revision=student.revision, trust_remote_code=student.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise _cannot_load(student.model, error) from None
     config.get_text_config().vocab_size = cache.vocab_size
@@ -93,7 +98,9 @@ def _fresh(student: Student, cache: Any, seed: int) -> Any:
 
 def _cannot_load(source: str, error: Exception) -> TrainingError:
     reason = " ".join(str(error).split())[:300]
-    return TrainingError(f"the student '{source}' cannot be loaded as a language model: {reason}; correct the student section")
+    return TrainingError(
+        f"the student '{source}' cannot be loaded as a language model: {reason}; correct the student section"
+    )
 
 
 def check_tokenizer(source: str, revision: str | None, cache: Any, *, required: bool) -> None:
@@ -107,7 +114,8 @@ def check_tokenizer(source: str, revision: str | None, cache: Any, *, required: 
     if found is None:
         if required:
             raise TrainingError(
-                f"the student '{source}' comes without tokenizer.json, so nothing says that its tokens are those of {cache.path}; "
+                f"the student '{source}' comes without tokenizer.json, so nothing says that its tokens are those of "
+                f"{cache.path}; "
                 f"add the tokenizer to it (the cache's is in {cache.path}/tokenizer)"
             )
         return
@@ -121,14 +129,17 @@ def check_tokenizer(source: str, revision: str | None, cache: Any, *, required: 
 def student_tokenizer_hash(source: str, revision: str | None = None, wanted: str | None = None) -> str | None:
     """Return the hash of a model's tokenizer, or None where it has none.
 
-    For some types of models transformers puts the type's own normaliser and pre-tokeniser over those of the file, and a cache
+    For some types of models transformers puts the type's own normaliser and pre-tokeniser over those of the file, and a
+    cache
     holds tokenizers as loaded: `wanted` is returned where either the file or what is loaded from it has that hash.
     """
     from transformers.utils import cached_file
 
     def find(name: str) -> str | None:
         try:
-            found: str | None = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+            found: str | None = cached_file(
+                source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
         except OSError:
             return None
         return found
@@ -179,10 +190,12 @@ def _quantization(student: Student) -> Any | None:
 
 
 def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
-    """Wrap a model with low-rank additions to every linear layer but the head; `model` itself where the adapter is none.
+    """Wrap a model with low-rank additions to every linear layer but the head; `model` itself where the adapter is
+    none.
 
     Raises:
-        TrainingError: the adapter would touch head or embeddings, which the fused loss reads directly, or matches no layer.
+        TrainingError: the adapter would touch head or embeddings, which the fused loss reads directly, or matches no
+            layer.
     """
     if adapter.kind == "none":
         return model
@@ -203,7 +216,8 @@ def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise TrainingError(
-            f"student.adapter.target_modules {json.dumps(modules)} cannot be adapted: {' '.join(str(error).split())[:200]}; "
+            f"student.adapter.target_modules {json.dumps(modules)} cannot be adapted: "
+            f"{' '.join(str(error).split())[:200]}; "
             "set it to all-linear or to names of the student's linear layers"
         ) from None
     _refuse_adapted_head(wrapped, model)

@@ -1,8 +1,8 @@
 """How a model turns its body's hidden states into logits: weight, bias, scale, soft cap, and which rows are tokens.
 
-The fused loss reads the head's weight itself, so it must know everything that the model does after it. What the config declares
-is honoured, and the result is compared with the model's own logits on a short probe before training: a model with a twist of its
-own is refused instead of trained on wrong logits.
+The fused loss reads the head's weight itself, so it must know everything that the model does after it. What the config
+declares is honoured, and the result is compared with the model's own logits on a short probe before training: a model
+with a twist of its own is refused instead of trained on wrong logits.
 
 Shape letters: B tokens of a pack, V rows of the head, H hidden width.
 """
@@ -48,7 +48,9 @@ class StudentHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the plain logits [..., vocabulary] of hidden states [..., H]; for probes."""
-        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)[..., : self.vocab_size].float()
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)[
+            ..., : self.vocab_size
+        ].float()
         logits *= self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
@@ -62,7 +64,9 @@ def head_of(model: Any, vocab_size: int) -> StudentHead:
     module = model.get_output_embeddings()
     name = type(model).__name__
     if module is None or getattr(module, "weight", None) is None:
-        raise TrainingError(f"{name} has no output layer to train a language model with; choose a causal language model as student")
+        raise TrainingError(
+            f"{name} has no output layer to train a language model with; choose a causal language model as student"
+        )
     rows = module.weight.shape[0]
     if rows < vocab_size:
         raise TrainingError(
@@ -84,14 +88,17 @@ def body_of(model: Any) -> nn.Module:
     """
     body = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
     if body is None or body is model:
-        raise TrainingError(f"{type(model).__name__} does not say where its body ends and its head begins; choose another student")
+        raise TrainingError(
+            f"{type(model).__name__} does not say where its body ends and its head begins; choose another student"
+        )
     return body
 
 
 def run_body(body: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Return the hidden states [1, B, H] of a pack [1, B] whose rows are separated by `position_ids` alone.
 
-    Attention keeps rows apart only without a mask and without a cache; with either they leak into each other in silence.
+    Attention keeps rows apart only without a mask and without a cache; with either they leak into each other in
+    silence.
     """
     layout = {"row_layout": layout_of(position_ids)} if body.config._attn_implementation == ROW_ATTENTION else {}
     output = body(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False, **layout)
@@ -109,13 +116,17 @@ def check_head(model: Any, head: StudentHead, *, tolerance: float = 2e-2) -> Non
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        expected = model(input_ids=probe, position_ids=positions, use_cache=False).logits[..., : head.vocab_size].float()
+        expected = (
+            model(input_ids=probe, position_ids=positions, use_cache=False).logits[..., : head.vocab_size].float()
+        )
         got = head.logits(run_body(body_of(model), probe, positions))
     model.train(was_training)
     if relative_distance(got, expected) > tolerance:
         raise TrainingError(
-            f"{type(model).__name__} computes its logits in a way that its config does not declare (the probe differs by "
-            f"{relative_distance(got, expected):.1%}), so a loss fused with its head would be wrong; choose another student"
+            f"{type(model).__name__} computes its logits in a way that its config does not declare (the probe "
+            "differs by "
+            f"{relative_distance(got, expected):.1%}), so a loss fused with its head would be wrong; choose another "
+            "student"
         )
 
 

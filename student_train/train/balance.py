@@ -1,15 +1,17 @@
-"""Balance between a stage's losses, by gradient norms or by uncertainty, from named values and norms, wherever they come from.
+"""Balance between a stage's losses, by gradient norms or by uncertainty, from named values and norms, wherever they
+come from.
 
-`grad_norm` (GradNorm, Chen et al. 2018, ICML, 1711.02257): g_i is the norm of the gradient of loss i, b_i its factor (1 at first),
-G_i = b_i g_i, and r_i its value over its first one, relative to the mean of those ratios. The factors descend
-sum |G_i - mean(G) r_i^alpha|, the target held constant, by one step of `learning_rate` / mean(G) that ends at the target where it
-would pass it, and are scaled to sum to their number again. alpha = 0 makes all gradients equally strong; a larger one pulls more on
-losses that fall slowly. A loss without a gradient in a step (g_i = 0, as `contrastive` where no pass has two rows) is left out of
+`grad_norm` (GradNorm, Chen et al. 2018, ICML, 1711.02257): g_i is the norm of the gradient of loss i, b_i its factor (1
+at first), G_i = b_i g_i, and r_i its value over its first one, relative to the mean of those ratios. The factors
+descend sum |G_i - mean(G) r_i^alpha|, the target held constant, by one step of `learning_rate` / mean(G) that ends at
+the target where it would pass it, and are scaled to sum to their number again. alpha = 0 makes all gradients equally
+strong; a larger one pulls more on losses that fall slowly. A loss without a gradient in a step (g_i = 0, as
+`contrastive` where no pass has two rows) is left out of
 that measurement: its factor stays, and its first value is that of the first step that has a gradient.
-`uncertainty` (Kendall, Gal and Cipolla 2018, CVPR, 1705.07115): the loss is sum exp(-s_i) L_i + s_i with learned log-variances s_i
-(0 at first; twice the paper's form for regression). Their gradient 1 - exp(-s_i) L_i needs only the values of the global batch, so
-it is exact without autograd; a step is `learning_rate` x the gradient, cut at 1.
-The recipe's weight multiplies the factor of either kind: it says how strong a loss shall be once all are balanced.
+`uncertainty` (Kendall, Gal and Cipolla 2018, CVPR, 1705.07115): the loss is sum exp(-s_i) L_i + s_i with learned
+log-variances s_i (0 at first; twice the paper's form for regression). Their gradient 1 - exp(-s_i) L_i needs only the
+values of the global batch, so it is exact without autograd; a step is `learning_rate` x the gradient, cut at 1. The
+recipe's weight multiplies the factor of either kind: it says how strong a loss shall be once all are balanced.
 Cost: nothing here; what gradient norms are taken by and cost on the steps that measure them is in gradient_norms.py.
 """
 
@@ -75,7 +77,9 @@ class GradNorm:
         """Move the factors by one step where norms were measured."""
         if gradient_norms is None:
             return {}
-        strengths = {name: factor * gradient_norms[name] for name, factor in self._factors.items() if gradient_norms[name] != 0}
+        strengths = {
+            name: factor * gradient_norms[name] for name, factor in self._factors.items() if gradient_norms[name] != 0
+        }
         mean_strength = math.fsum(strengths.values()) / max(len(strengths), 1)
         if not 0 < mean_strength < math.inf:
             return {"gradient_norms": dict(gradient_norms)}
@@ -142,6 +146,7 @@ class Uncertainty:
 def _check_names(names: Mapping[str, float], found: Mapping[str, Any]) -> None:
     if set(names) != set(found):
         raise TrainingError(
-            f"the checkpoint balances the losses {', '.join(sorted(found))} where the stage has {', '.join(sorted(names))}; "
+            f"the checkpoint balances the losses {', '.join(sorted(found))} where the stage has "
+            f"{', '.join(sorted(names))}; "
             "remove the stage's directory to train it again"
         )

@@ -1,7 +1,7 @@
 """The course of a stage over its steps: which loss terms with which weights, from which sources, evaluated when.
 
-What of it depends on the training so far (shares, balanced weights) is small, and every checkpoint stores it as JSON, whose numbers
-come back to the last bit; the rest is a pure function of the step. Cost: nothing beside the evaluations.
+What of it depends on the training so far (shares, balanced weights) is small, and every checkpoint stores it as JSON,
+whose numbers come back to the last bit; the rest is a pure function of the step. Cost: nothing beside the evaluations.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class Course:
                 self._balancer.restore(state["balance"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrainingError(
-                f"{path} does not hold the shares or weights of the stage so far ({type(error).__name__}); remove {checkpoint} to "
+                f"{path} does not hold the shares or weights of the stage so far ({type(error).__name__}); remove "
+                f"{checkpoint} to "
                 "go on from the checkpoint before it"
             ) from None

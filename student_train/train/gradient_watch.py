@@ -1,9 +1,11 @@
-"""Has the training diverged? Judged from the norm of the gradient before clipping, against what it was in the steps before.
+"""Has the training diverged? Judged from the norm of the gradient before clipping, against what it was in the steps
+before.
 
-A norm that is not finite stops the training at once. A norm above `factor` times the median of the last 64 norms is suspicious,
-and the 5th suspicious step in a row stops it. Clipping hides an explosion from the weights for a while, never from this norm.
-Suspicious norms do not enter the median. While a step is suspicious no checkpoint is written, so that the newest one is from
-before. With fp16, where the loss scale is found by overflowing, 20 norms in a row that are not finite stop it.
+A norm that is not finite stops the training at once. A norm above `factor` times the median of the last 64 norms is
+suspicious, and the 5th suspicious step in a row stops it. Clipping hides an explosion from the weights for a while,
+never from this norm. Suspicious norms do not enter the median. While a step is suspicious no checkpoint is written, so
+that the newest one is from before. With fp16, where the loss scale is found by overflowing, 20 norms in a row that are
+not finite stop it.
 Cost: a median of 64 numbers per step.
 """
 
@@ -59,6 +61,7 @@ class GradientWatch:
         if self.num_suspicious < PATIENCE:
             return None
         return (
-            f"the gradient's norm is {norm:.3g}, in the {self.num_suspicious}th step in a row above {self._factor:g} times the "
+            f"the gradient's norm is {norm:.3g}, in the {self.num_suspicious}th step in a row above {self._factor:g} "
+            "times the "
             f"median of the steps before, {median:.3g} (trainer.max_grad_norm_factor)"
         )

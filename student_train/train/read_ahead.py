@@ -1,8 +1,9 @@
 """Packs read before they are asked for, in a thread, while the step before is computed.
 
-Reading is a pure function of the pack's number, so that reading ahead changes nothing but the time: no random state, no position.
-The next numbers follow from the order in which a process gets its batches; a number that was not expected is read at once.
-Workers of the data loader (`dataloader_num_workers`) do the same in processes of their own and need no thread.
+Reading is a pure function of the pack's number, so that reading ahead changes nothing but the time: no random state, no
+position. The next numbers follow from the order in which a process gets its batches; a number that was not expected is
+read at once. Workers of the data loader (`dataloader_num_workers`) do the same in processes of their own and need no
+thread.
 Cost: `NUM_AHEAD` packs in memory.
 """
 

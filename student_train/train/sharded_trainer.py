@@ -1,8 +1,8 @@
 """transformers.Trainer for a model that may have been sharded before it is given: saving, loading, norms of gradients.
 
-Where the model is whole, everything is the stock Trainer. Where it is sharded, the stock Trainer is told that the model looks
-after itself (as for models that transformers shards while loading), and weights and optimizer state are gathered and saved in the
-files of one process, so that a run may go on with shards or without.
+Where the model is whole, everything is the stock Trainer. Where it is sharded, the stock Trainer is told that the model
+looks after itself (as for models that transformers shards while loading), and weights and optimizer state are gathered
+and saved in the files of one process, so that a run may go on with shards or without.
 Cost: a gather of weights and state per checkpoint, in the first process's memory.
 """
 
@@ -15,7 +15,14 @@ import torch
 from transformers import Trainer
 
 from shared.errors import TrainingError
-from student_train.train.sharding import is_sharded, load_optimizer_state, load_weights, whole, whole_optimizer_state, whole_weights
+from student_train.train.sharding import (
+    is_sharded,
+    load_optimizer_state,
+    load_weights,
+    whole,
+    whole_optimizer_state,
+    whole_weights,
+)
 
 _OPTIMIZER = "optimizer.pt"
 
@@ -33,7 +40,9 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         super().__init__(model, *args, **settings)
         if self.holds_shards:
             if not hasattr(self, "is_distributed_loading_by_transformers"):
-                raise TrainingError("trainer.fsdp needs transformers 5.19 or newer; upgrade it, or set trainer.fsdp to none")
+                raise TrainingError(
+                    "trainer.fsdp needs transformers 5.19 or newer; upgrade it, or set trainer.fsdp to none"
+                )
             self.is_distributed_loading_by_transformers = True
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
@@ -81,7 +90,9 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]
         if not self.holds_shards or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_optimizer_state(self.optimizer, torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True))
+        load_optimizer_state(
+            self.optimizer, torch.load(Path(checkpoint) / _OPTIMIZER, map_location="cpu", weights_only=True)
+        )
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
 

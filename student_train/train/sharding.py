@@ -1,10 +1,11 @@
 """Weights, gradients and optimizer state in shards over processes (FSDP2): for students that no single card holds.
 
-Each decoder layer is a group of `torch.distributed.fsdp.fully_shard`, gathered before it runs and freed after; embeddings, last
-norm and head form the root group, which stays whole from the forward pass to the end of the backward pass, since the fused loss
-reads the head's weight itself. The same code runs on GPUs (nccl) and on CPUs (gloo), where accelerate's own FSDP does not.
-Checkpoints hold whole tensors, as those of one process do.
-Cost: memory of the weights and their state divided by the processes, plus the root group and one layer whole; two gathers and one
+Each decoder layer is a group of `torch.distributed.fsdp.fully_shard`, gathered before it runs and freed after;
+embeddings, last norm and head form the root group, which stays whole from the forward pass to the end of the backward
+pass, since the fused loss reads the head's weight itself. The same code runs on GPUs (nccl) and on CPUs (gloo), where
+accelerate's own FSDP does not. Checkpoints hold whole tensors, as those of one process do.
+Cost: memory of the weights and their state divided by the processes, plus the root group and one layer whole; two
+    gathers and one
 reduction of the weights per step.
 """
 
@@ -39,12 +40,14 @@ def check_sharding(student: Student, trainer: StageTrainer) -> None:
         return
     if num_processes() < 2:
         raise TrainingError(
-            "trainer.fsdp is full_shard in a single process, where there is nothing to shard over; start the training with "
+            "trainer.fsdp is full_shard in a single process, where there is nothing to shard over; start the "
+            "training with "
             "torchrun --nproc_per_node 2 or more, or set it to none"
         )
     if trainer.optim not in ELEMENTWISE:
         raise TrainingError(
-            f"trainer.optim {trainer.optim} does not work on shards of weights (trainer.fsdp: full_shard); choose one of "
+            f"trainer.optim {trainer.optim} does not work on shards of weights (trainer.fsdp: full_shard); choose "
+            "one of "
             f"{', '.join(ELEMENTWISE)}"
         )
     if student.adapter.kind == "qlora":
@@ -53,7 +56,9 @@ def check_sharding(student: Student, trainer: StageTrainer) -> None:
         )
     if trainer.torch_compile or trainer.fp16:
         name = "torch_compile" if trainer.torch_compile else "fp16"
-        raise TrainingError(f"trainer.{name} is not supported together with trainer.fsdp: full_shard; set one of the two back")
+        raise TrainingError(
+            f"trainer.{name} is not supported together with trainer.fsdp: full_shard; set one of the two back"
+        )
 
 
 def shard(model: Any, base: Any, device: torch.device) -> None:
@@ -96,7 +101,9 @@ def _is_shard(value: Any) -> bool:
 
 
 def whole(value: Any) -> Any:
-    """Return a tensor gathered from all processes, on the CPU; what is no shard comes back as it is. Every process must call it."""
+    """Return a tensor gathered from all processes, on the CPU; what is no shard comes back as it is. Every process must
+    call it.
+    """
     return value.detach().full_tensor().cpu() if _is_shard(value) else value
 
 
@@ -155,7 +162,8 @@ def as_shard(value: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Return an optimizer's state dict with every tensor gathered, as one process saves it; without them beside the first process.
+    """Return an optimizer's state dict with every tensor gathered, as one process saves it; without them beside the
+    first process.
 
     Every process must call it.
     """

@@ -1,8 +1,8 @@
 """transformers.Trainer with planned packs, exact step metrics and checkpoints that are whole or absent.
 
 What is added: packs come in planned order; loss terms are set per step from their schedules; each optimizer step's
-values go to metrics.jsonl as computed, not as a running average; a checkpoint counts once its marker is written. Everything else is
-the stock Trainer, including its loop, optimizer, precision, accumulation and random state.
+values go to metrics.jsonl as computed, not as a running average; a checkpoint counts once its marker is written.
+Everything else is the stock Trainer, including its loop, optimizer, precision, accumulation and random state.
 Cost over the stock Trainer: one small transfer from the device per logged step.
 """
 
@@ -131,7 +131,9 @@ class DistilTrainer(ShardedTrainer):
             if self._ahead is not None:
                 self._ahead.close()
         if self._seconds_of_run:
-            self._progress.note(f"waited for data in {self._waited_of_run / self._seconds_of_run:.2%} of the steps' time")
+            self._progress.note(
+                f"waited for data in {self._waited_of_run / self._seconds_of_run:.2%} of the steps' time"
+            )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Fetch the batches of a step, and measure how long that takes."""
@@ -159,7 +161,9 @@ class DistilTrainer(ShardedTrainer):
         self._objective.take()
 
     def prepare_terms(self) -> None:
-        """Set the loss terms of the step to come; a pass with them costs what the dearest does, one that measures gradients."""
+        """Set the loss terms of the step to come; a pass with them costs what the dearest does, one that measures
+        gradients.
+        """
         self._objective.terms = self._course.terms_at(self.state.global_step)
         self._objective.measures_gradients = self._course.wants_gradient_norms(0)
 
@@ -200,14 +204,20 @@ class DistilTrainer(ShardedTrainer):
         if self.state.global_step > self._last_written:
             self._write_step(grad_norm, learning_rate)
             self._evaluate_when_due()
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+        )
 
     def _write_step(self, grad_norm: Any, learning_rate: float | None) -> None:
         """Append the lines of the optimizer step that has just been made."""
         step = self.state.global_step
         values = self._measured()
         loss, tokens = values.pop("loss"), int(values.pop("tokens"))
-        norms = {name.removeprefix(GRADIENT_SQUARE): values.pop(name) ** 0.5 for name in list(values) if GRADIENT_SQUARE in name}
+        norms = {
+            name.removeprefix(GRADIENT_SQUARE): values.pop(name) ** 0.5
+            for name in list(values)
+            if GRADIENT_SQUARE in name
+        }
         course = self._course_of_step(step)
         course |= self._course.observe(values, norms or None)
         self._step_values = {**values, **flattened(course, tokens)}
@@ -295,9 +305,14 @@ class DistilTrainer(ShardedTrainer):
     def _what_is_left(self) -> str:
         directory = Path(self.args.output_dir)
         kept = list_checkpoints(directory)
-        state = f"the state after step {kept[-1].step} is kept in {kept[-1].path}" if kept else "no checkpoint had been written yet"
+        state = (
+            f"the state after step {kept[-1].step} is kept in {kept[-1].path}"
+            if kept
+            else "no checkpoint had been written yet"
+        )
         return (
-            f"{state}; lower trainer.learning_rate, lengthen its warm-up or clip with trainer.max_grad_norm, then remove or rename "
+            f"{state}; lower trainer.learning_rate, lengthen its warm-up or clip with trainer.max_grad_norm, then "
+            "remove or rename "
             f"{directory} and train the stage again"
         )
 

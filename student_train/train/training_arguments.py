@@ -39,8 +39,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """Return the arguments of one stage of `num_steps` optimizer steps.
 
-    The dataset is one epoch of planned packs, so steps alone decide; old checkpoints are removed by this project's own rule,
-    after the new one's marker; losses are never filtered.
+    The dataset is one epoch of planned packs, so steps alone decide; old checkpoints are removed by this project's own
+    rule, after the new one's marker; losses are never filtered.
 
     Raises:
         TrainingError: transformers or this machine cannot honour an argument.
@@ -78,7 +78,10 @@ def training_arguments(
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise TrainingError(
-            f"the trainer section cannot be honoured here: {' '.join(str(error).split())[:300]}; correct or leave out the argument"
+            f"the trainer section cannot be honoured here: {' '.join(str(error).split())[:300]}; correct or leave "
+            "out the argument"
         ) from None
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs in one process would mean replicas that split flat packs; use torchrun
+    args._n_gpu = min(
+        args.n_gpu, 1
+    )  # several GPUs in one process would mean replicas that split flat packs; use torchrun
     return args

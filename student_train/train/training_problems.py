@@ -22,12 +22,14 @@ def check_installed(trainer: StageTrainer) -> None:
     """
     if any(mark in trainer.optim for mark in _BITSANDBYTES) and importlib.util.find_spec("bitsandbytes") is None:
         raise TrainingError(
-            f"trainer.optim is {trainer.optim}, which needs the package bitsandbytes; install decant-kd[gpu] on a machine "
+            f"trainer.optim is {trainer.optim}, which needs the package bitsandbytes; install decant-kd[gpu] on a "
+            "machine "
             "with an NVIDIA GPU, or set it to adamw_torch"
         )
     if "paged" in trainer.optim and not torch.cuda.is_available():
         raise TrainingError(
-            f"trainer.optim is {trainer.optim}, whose pages need an NVIDIA GPU; use adamw_8bit, which needs none, or adamw_torch"
+            f"trainer.optim is {trainer.optim}, whose pages need an NVIDIA GPU; use adamw_8bit, which needs none, or "
+            "adamw_torch"
         )
     for name in trainer.report_to:
         if name != "none" and importlib.util.find_spec(name) is None:
@@ -41,8 +43,10 @@ def explained(trainer: StageTrainer) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise TrainingError(
-            f"the GPU's memory is full with {trainer.per_device_train_batch_size} packs of {trainer.pack_tokens} tokens; lower "
-            "pack_tokens or per_device_train_batch_size, set gradient_checkpointing, or train an adapter (`decant plan --card`)"
+            f"the GPU's memory is full with {trainer.per_device_train_batch_size} packs of {trainer.pack_tokens} "
+            "tokens; lower "
+            "pack_tokens or per_device_train_batch_size, set gradient_checkpointing, or train an adapter (`decant "
+            "plan --card`)"
         ) from None
 
 
@@ -53,7 +57,9 @@ def setting_explained(name: str, value: str) -> Iterator[None]:
         yield
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise TrainingError(f"trainer.{name} {value} cannot be used: {reason}; choose another, or correct its options") from None
+        raise TrainingError(
+            f"trainer.{name} {value} cannot be used: {reason}; choose another, or correct its options"
+        ) from None
 
 
 @contextmanager

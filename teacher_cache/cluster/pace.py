@@ -1,4 +1,5 @@
-"""Wall time, progress and figures of a build on many engines, whose passes overlap: answering ends with the last answered unit.
+"""Wall time, progress and figures of a build on many engines, whose passes overlap: answering ends with the last
+answered unit.
 
 Rows that are scored before that count for the pass that follows. Cost: a few additions per unit.
 """

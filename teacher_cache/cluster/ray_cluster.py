@@ -1,8 +1,9 @@
-"""The Ray cluster of a build: the running one that RAY_ADDRESS names, or one of this machine's own that ends with the build.
+"""The Ray cluster of a build: the running one that RAY_ADDRESS names, or one of this machine's own that ends with the
+build.
 
-The local cluster listens on this machine for this build only (a random token), keeps its files in a temporary directory that is
-removed at the end, and dies with this process, even after `kill -9`: the kernel ends its processes with their parent. Of a
-running cluster, only this build's engines end with it. Cost: 3-7 s and 0.4 GB for a local start.
+The local cluster listens on this machine for this build only (a random token), keeps its files in a temporary directory
+that is removed at the end, and dies with this process, even after `kill -9`: the kernel ends its processes with their
+parent. Of a running cluster, only this build's engines end with it. Cost: 3-7 s and 0.4 GB for a local start.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def require_ray() -> None:
         metadata.version("ray")
     except metadata.PackageNotFoundError:
         raise UsageError(
-            "Ray is not installed and `teacher.workers` needs it; install the extra `cluster` (pip install -e '.[cluster]'), or "
+            "Ray is not installed and `teacher.workers` needs it; install the extra `cluster` (pip install -e "
+            "'.[cluster]'), or "
             "leave `workers` out and start `decant teach --partition i/n` once per engine"
         ) from None
 
@@ -58,7 +60,8 @@ def ray_cluster(workers: Workers) -> Iterator[Any]:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise UsageError(
-            f"RAY_ADDRESS={address} names Ray's client port, which engines cannot be driven through; run the same command on a "
+            f"RAY_ADDRESS={address} names Ray's client port, which engines cannot be driven through; run the same "
+            "command on a "
             "node of the cluster (`ray exec`, `ray job submit`), or give host:port"
         )
     _quieten(local=not address)
@@ -73,7 +76,9 @@ def ray_cluster(workers: Workers) -> Iterator[Any]:
         except Exception as error:
             place = f"the cluster at RAY_ADDRESS={address} cannot be reached" if address else "Ray cannot start here"
             reason = " ".join(str(error).split())[:300]
-            raise EngineError(f"{place} ({type(error).__name__}: {reason}); check `ray status`, or leave `workers` out") from error
+            raise EngineError(
+                f"{place} ({type(error).__name__}: {reason}); check `ray status`, or leave `workers` out"
+            ) from error
     try:
         _check_room(ray.cluster_resources(), workers, local=not address)
         yield ray
@@ -135,7 +140,8 @@ def _check_room(resources: dict[str, float], workers: Workers, *, local: bool) -
     sentence = f"`teacher.workers` asks for {workers.count} engines of {workers.gpus_per_engine} GPUs and there are {found} GPUs"
     if local:
         raise UsageError(
-            f"{sentence} here; lower `count`, set `gpus_per_engine: 0` for engines on CPUs, or set RAY_ADDRESS to a running cluster"
+            f"{sentence} here; lower `count`, set `gpus_per_engine: 0` for engines on CPUs, or set RAY_ADDRESS to a "
+            "running cluster"
         )
     logging.getLogger(__name__).warning("%s in the cluster now; engines start as they get a place", sentence)
 

@@ -1,11 +1,12 @@
 """One engine of many: what runs inside a Ray actor, one call per unit, any number of calls at a time.
 
-Calls put their unit into a queue and wait. One thread owns the engine: it feeds units of one kind continuously, as a build in
-one process does, ends the stream where the queue is empty or the kind changes, and begins another. Each unit is committed by
-the ordinary rule and reported with its own figures. Ray itself is not imported here.
+Calls put their unit into a queue and wait. One thread owns the engine: it feeds units of one kind continuously, as a
+build in one process does, ends the stream where the queue is empty or the kind changes, and begins another. Each unit
+is committed by the ordinary rule and reported with its own figures. Ray itself is not imported here.
 
-What goes wrong: an error of the engine leaves it unfit, so everything that it held comes back as failed and the caller has it
-restarted; an error of the cache (a full disk, a damaged part) stops the job. Anything else is a defect and is raised.
+What goes wrong: an error of the engine leaves it unfit, so everything that it held comes back as failed and the caller
+has it restarted; an error of the cache (a full disk, a damaged part) stops the job. Anything else is a defect and is
+raised.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""A build on many engines: Ray core actors, one engine each, one call per unit; Ray places and restarts, the commit rule counts.
+"""A build on many engines: Ray core actors, one engine each, one call per unit; Ray places and restarts, the commit
+rule counts.
 
-The driver plans as a build in one process does, keeps several units in the hands of every engine (teacher_cache/cluster/unit_board.py),
-and adds up what comes back. Rows never pass through it: an engine reads its unit from the plan and commits it to the cache, so two
-engines that do the same unit still commit it once. A dead actor is restarted by Ray (`max_restarts=-1`) and told to load
-again; an engine that fails at work is ended and restarted the same way.
+The driver plans as a build in one process does, keeps several units in the hands of every engine
+(teacher_cache/cluster/unit_board.py),
+and adds up what comes back. Rows never pass through it: an engine reads its unit from the plan and commits it to the
+cache, so two engines that do the same unit still commit it once. A dead actor is restarted by Ray (`max_restarts=-1`)
+and told to load again; an engine that fails at work is ended and restarted the same way.
 
-Stops with a sentence: an engine that cannot load (its settings would fail anywhere), a cache that cannot be written, and engines
-that die one after the other without finishing anything.
+Stops with a sentence: an engine that cannot load (its settings would fail anywhere), a cache that cannot be written,
+and engines that die one after the other without finishing anything.
 Cost: a few messages per unit.
 """
 
@@ -52,7 +54,9 @@ GAP_SECONDS = 5.0
 def work_order(recipe: Recipe, layer: str, job_id: str | None, max_model_len: int) -> WorkOrder:
     """Return what engines anywhere in the cluster must know to join this build."""
     environment = {
-        name: value for name, value in os.environ.items() if name.startswith(HANDED_OVER) and not name.endswith(("_KEY", "_TOKEN"))
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(HANDED_OVER) and not name.endswith(("_KEY", "_TOKEN"))
     }
     return WorkOrder(recipe.model_dump(mode="json"), str(Path.cwd()), environment, layer, job_id, max_model_len)
 
@@ -215,7 +219,9 @@ class _Driver:
                 self._start(call.engine)
                 return
             first = (str(error).strip().splitlines() or ["no more is known"])[0]
-            self._died(call.engine, f"the engine's process died (killed, crashed or out of memory; Ray says: {first[:200]})")
+            self._died(
+                call.engine, f"the engine's process died (killed, crashed or out of memory; Ray says: {first[:200]})"
+            )
             return
         if call.task is None:
             self._started(call.engine, outcome)
@@ -236,7 +242,9 @@ class _Driver:
             raise outcome.error
         if self._engines.lives.get(engine) == outcome.life:
             self._polls[engine] += 1
-            if self._polls[engine] % POLLS_PER_RESTART == 0:  # it was out of reach for a while, but lives on with units taken back
+            if (
+                self._polls[engine] % POLLS_PER_RESTART == 0
+            ):  # it was out of reach for a while, but lives on with units taken back
                 self._engines.restart(engine)
             time.sleep(POLL_SECONDS)
             self._start(engine)
@@ -259,7 +267,8 @@ class _Driver:
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row > MAX_DEATHS_IN_A_ROW + 2 * len(self._engines):
             raise EngineError(
-                f"engines died {self._deaths_in_a_row} times without finishing a unit, the last one because {cause}; see to that, "
+                f"engines died {self._deaths_in_a_row} times without finishing a unit, the last one because {cause}; "
+                "see to that, "
                 "then run the same command again to continue"
             )
         self._fell(engine)

@@ -1,12 +1,12 @@
 """Which engine works on which unit, and what becomes of a unit whose engine dies: the plan of a build on many engines.
 
-Pure bookkeeping, without Ray. Each engine holds several units at once, so that it is never drained between two: at least two,
-more where parts are small, fewer each towards the end, so that no engine hoards the rest. Answering goes before scoring; a unit can
-be scored as soon as its answers are committed.
+Pure bookkeeping, without Ray. Each engine holds several units at once, so that it is never drained between two: at
+least two, more where parts are small, fewer each towards the end, so that no engine hoards the rest. Answering goes
+before scoring; a unit can be scored as soon as its answers are committed.
 
-An engine that dies does not say which of its units killed it. All that it held are suspects: they are handed out again after
-everything else, each alone on an engine. The one whose engine dies again has killed two and is set aside; the others were
-bystanders.
+An engine that dies does not say which of its units killed it. All that it held are suspects: they are handed out again
+after everything else, each alone on an engine. The one whose engine dies again has killed two and is set aside; the
+others were bystanders.
 Cost: a few dictionaries of the units that are not done.
 """
 

@@ -1,7 +1,8 @@
 """What an engine on any node of a cluster must know to join a build, and what it opens there.
 
-A node may see other files than the one that planned the build, so everything is looked up again and compared: the working
-directory, the cache, the teacher's weights (by the same samples that name the layer). Cost: what opening a teacher costs.
+A node may see other files than the one that planned the build, so everything is looked up again and compared: the
+working directory, the cache, the teacher's weights (by the same samples that name the layer). Cost: what opening a
+teacher costs.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def load_order(order: WorkOrder, should_stop: Callable[[], bool]) -> Loaded:
         os.chdir(order.directory)
     except OSError as error:
         raise EngineError(
-            f"{node}: {order.directory} cannot be entered ({error.strerror}); run `decant teach` in a directory that every node "
+            f"{node}: {order.directory} cannot be entered ({error.strerror}); run `decant teach` in a directory that "
+            "every node "
             "of the cluster has under the same path"
         ) from None
     recipe = Recipe.model_validate(order.recipe)

@@ -46,7 +46,8 @@ def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
         return f"vLLM {found} is installed; expected at least {'.'.join(map(str, OLDEST_VLLM))}, so upgrade it"
     if version >= NEWEST_VLLM and capture is not None and (capture.temperatures != (1.0,) or capture.draws):
         return (
-            f"vLLM {found} is installed and its inner log-probability path is not known to this version of Decant, so tails at "
+            f"vLLM {found} is installed and its inner log-probability path is not known to this version of Decant, "
+            "so tails at "
             f"other temperatures and draws cannot be captured; expected below {'.'.join(map(str, NEWEST_VLLM))}"
         )
     return None
@@ -93,4 +94,13 @@ def open_engine(
     return VllmEngine(teacher, capture, for_generation=for_generation, model_dir=model_dir)
 
 
-__all__ = ["Engine", "GenerateRequest", "Generated", "ScoreRequest", "Scored", "installed_vllm", "open_engine", "refusal"]
+__all__ = [
+    "Engine",
+    "GenerateRequest",
+    "Generated",
+    "ScoreRequest",
+    "Scored",
+    "installed_vllm",
+    "open_engine",
+    "refusal",
+]

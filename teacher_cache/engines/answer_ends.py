@@ -1,8 +1,9 @@
 """What ends an answer, and what of it is kept: the same rule for every engine.
 
 An answer ends at one of its end tokens (kept, the last token), at a stop text (cut off), at its length, or because the
-engine gave it up. A stop text is no part of the answer: tokens that lie before it stay as the model wrote them; of a token
-that reaches into it the text before is tokenized again (" seven" with the stop text "e" leaves " s"), or dropped where it
+engine gave it up. A stop text is no part of the answer: tokens that lie before it stay as the model wrote them; of a
+token that reaches into it the text before is tokenized again (" seven" with the stop text "e" leaves " s"), or dropped
+where it
 would not read back as that text. Nothing is put in its place: the model wrote no end there.
 
 A stop text that is exactly a special token's (`<|eot_id|>`) is an end token; decoded text leaves special tokens out, so
@@ -86,7 +87,9 @@ class AnswerEnds:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def foreign_ends(template_ends: Sequence[int], tokenizer: Any, model_dir: Path, generate: Generate | None) -> list[int | None]:
+def foreign_ends(
+    template_ends: Sequence[int], tokenizer: Any, model_dir: Path, generate: Generate | None
+) -> list[int | None]:
     """Return each source's end token where the model that answers would not end there by itself, else None.
 
     Where eos is 0 and templates end with 2, 0 and nothing (-1), that is [2, None, None].
@@ -112,7 +115,8 @@ def split_stops(tokenizer: Any, stops: Sequence[str]) -> tuple[tuple[int, ...], 
         inside = next((content for content in special if content in stop), None)
         if stop not in special and inside is not None:
             raise UsageError(
-                f"generate.stop: {stop!r} contains the special token {inside!r}, which an answer's text never shows; write "
+                f"generate.stop: {stop!r} contains the special token {inside!r}, which an answer's text never shows; "
+                "write "
                 f"{inside!r} alone, which ends answers as a token, or leave it out"
             )
     texts = tuple(stop for stop in stops if stop not in special)

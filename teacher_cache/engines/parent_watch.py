@@ -1,9 +1,10 @@
 """End a vLLM core process with the process that started it, however that one ended.
 
-vLLM's core has no watch on its parent: after `kill -9` it would wait for requests for ever and hold the GPU, so the same command
-could not start again. The starter writes its process id and start time into the environment that its children inherit; each
-worker process, when it is set up, starts a thread that looks twice a second whether that very process still lives. An id that was
-given to another process since has another start time, and a process that ended without being waited for counts as ended.
+vLLM's core has no watch on its parent: after `kill -9` it would wait for requests for ever and hold the GPU, so the
+same command could not start again. The starter writes its process id and start time into the environment that its
+children inherit; each worker process, when it is set up, starts a thread that looks twice a second whether that very
+process still lives. An id that was given to another process since has another start time, and a process that ended
+without being waited for counts as ended.
 Cost: one read of /proc per half second and worker process.
 """
 
@@ -39,7 +40,9 @@ def announced() -> Iterator[None]:
 def end_with_parent() -> threading.Thread | None:
     """Start the watch, where a parent was announced that is not this process itself."""
     pid, ticks = (int(word) for word in os.environ.get(VARIABLE, "0 0").split())
-    if ticks == 0 or pid == os.getpid():  # nothing announced, no /proc here, or a core inside the process that started it
+    if (
+        ticks == 0 or pid == os.getpid()
+    ):  # nothing announced, no /proc here, or a core inside the process that started it
         return None
     above = multiprocessing.parent_process()
     core = None

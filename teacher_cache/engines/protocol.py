@@ -1,8 +1,9 @@
 """What phase 1 asks of an engine: answer prompts, score sequences. Streams in, streams out, any order.
 
-An engine pulls requests lazily from an iterator, keeps as many in flight as it likes (bounded), and yields each result as
-soon as it is done, in any order, with the request's `tag` untouched. So the builder can feed requests of the next unit while
-the last of this one finish, and an engine that needs fixed batches (transformers) cuts them wherever `unit` changes.
+An engine pulls requests lazily from an iterator, keeps as many in flight as it likes (bounded), and yields each result
+as soon as it is done, in any order, with the request's `tag` untouched. So the builder can feed requests of the next
+unit while the last of this one finish, and an engine that needs fixed batches (transformers) cuts them wherever `unit`
+changes.
 
 Shape letters: T tokens of a sequence, S supervised positions.
 """
@@ -100,7 +101,9 @@ class Engine(Protocol):
         ...
 
     def provenance(self) -> Mapping[str, Any]:
-        """Say what ran: engine and library versions, device, head dtype, whether seeds were honoured, which capture path."""
+        """Say what ran: engine and library versions, device, head dtype, whether seeds were honoured, which capture
+        path.
+        """
         ...
 
     def close(self) -> None:

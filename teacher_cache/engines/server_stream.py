@@ -3,8 +3,9 @@
     connect, handshake, send: CONNECT_SECONDS each | silence: as long as the server is well, at most `silent_seconds` |
     from the first byte of the answer to its last: `rest_seconds`
 
-An answer is silent until a byte of it has been decrypted, so what TLS sends on its own account (session tickets) counts as
-nothing. Every read looks at the clock, so that headers, interim answers, trailers and bodies that drip all end in time.
+An answer is silent until a byte of it has been decrypted, so what TLS sends on its own account (session tickets) counts
+as nothing. Every read looks at the clock, so that headers, interim answers, trailers and bodies that drip all end in
+time.
 Cost: a clock per read.
 """
 

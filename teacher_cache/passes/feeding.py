@@ -1,8 +1,8 @@
 """Feed an engine continuously across units, and hand each unit on once all its rows are back.
 
-The engine pulls requests lazily, so requests of the next unit enter while the last of this one finish. A unit is complete when
-all its requests were pulled and all its results came; a unit without a request is complete at once. What is complete goes to
-the writer thread, whose failure stops the feeding at the next result.
+The engine pulls requests lazily, so requests of the next unit enter while the last of this one finish. A unit is
+complete when all its requests were pulled and all its results came; a unit without a request is complete at once. What
+is complete goes to the writer thread, whose failure stops the feeding at the next result.
 Cost: bookkeeping only; at most the engine's rows in flight plus one unit are open.
 """
 
@@ -100,7 +100,9 @@ class _Feed:
             self.complete.append(self.open.pop(entry.unit.number))
 
 
-def feed_units(units: Iterable[Unit], serve: Callable[[Iterator[Any]], Iterator[Any]], desk: Desk, figures: PassFigures) -> None:
+def feed_units(
+    units: Iterable[Unit], serve: Callable[[Iterator[Any]], Iterator[Any]], desk: Desk, figures: PassFigures
+) -> None:
     """Run every unit through an engine and queue its commit; return early once a stop is requested.
 
     Args:

@@ -1,9 +1,9 @@
 """Pass 1: every unit of the plan becomes a part of sequences, by asking an engine or by taking over given answers.
 
-No log-probabilities are asked for, so the engine decodes at full speed. Each answer has its own seed from its row_key, and a
-unit's rows are committed in the plan's order, so an interrupted build continues as it would have run (where the engine
-honours seeds; its provenance says so). What is left to do with an answer (text, spans, keys) is done in the writer's thread, so
-that the engine's thread only renders prompts and keeps tokens.
+No log-probabilities are asked for, so the engine decodes at full speed. Each answer has its own seed from its row_key,
+and a unit's rows are committed in the plan's order, so an interrupted build continues as it would have run (where the
+engine honours seeds; its provenance says so). What is left to do with an answer (text, spans, keys) is done in the
+writer's thread, so that the engine's thread only renders prompts and keeps tokens.
 Cost: one unit of prompts and answers per unit in flight.
 """
 

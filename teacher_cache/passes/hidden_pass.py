@@ -1,7 +1,7 @@
 """Pass 3, where the recipe asks for it: hidden states of every sequences part that a hidden layer lacks.
 
-It runs in transformers whatever engine scored the targets, on the same weights, after that engine was closed; rows and targets that
-are there are neither generated nor scored again. A part is held in memory until it is committed.
+It runs in transformers whatever engine scored the targets, on the same weights, after that engine was closed; rows and
+targets that are there are neither generated nor scored again. A part is held in memory until it is committed.
 Cost: one prefill of every sequence, and the bytes of the layer.
 """
 

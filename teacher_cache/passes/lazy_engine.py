@@ -34,7 +34,8 @@ class LazyEngine:
             self.seconds_starting += time.monotonic() - started
             if self._engine.max_model_len < self._max_model_len:
                 raise EngineError(
-                    f"the engine takes {self._engine.max_model_len:,} tokens where {self._max_model_len:,} were planned; set "
+                    f"the engine takes {self._engine.max_model_len:,} tokens where {self._max_model_len:,} were "
+                    "planned; set "
                     f"`teacher.max_model_len: {self._engine.max_model_len}`"
                 )
         return self._engine

@@ -1,7 +1,7 @@
 """How far a build is: what phase 1 tells whoever shows it.
 
-The builder calls these from its own thread, `advance` for every row; showing it (bar, rate, time left) at a readable pace is
-the display's work.
+The builder calls these from its own thread, `advance` for every row; showing it (bar, rate, time left) at a readable
+pace is the display's work.
 """
 
 from __future__ import annotations

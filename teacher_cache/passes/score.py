@@ -78,7 +78,9 @@ class ScoreUnit:
         return partial(self._layer.write, self._record.stem, keys, kept, self._software())
 
 
-def parts_to_score(layer: RowsWriter, own_stems: frozenset[str], id8: str | None, partition: tuple[int, int]) -> list[PartRecord]:
+def parts_to_score(
+    layer: RowsWriter, own_stems: frozenset[str], id8: str | None, partition: tuple[int, int]
+) -> list[PartRecord]:
     """Return the parts that this process scores: of its own job by unit, of older jobs by a hash of the name.
 
     Args:

@@ -24,7 +24,8 @@ class PassFigures:
     seconds_in_engine: float = 0.0
     """Part of it in which this process waited for the engine."""
     seconds_waiting: float = 0.0
-    """Part of it in which the engine stood still for the writer: its queue was full, or only the last writes were left."""
+    """Part of it in which the engine stood still for the writer: its queue was full, or only the last writes were left.
+    """
     seconds_writing: float = 0.0
     """Encoding and writing, in a thread beside the engine."""
 
@@ -41,7 +42,9 @@ class PassFigures:
 
     @property
     def idle_share(self) -> float:
-        """Share of the wall time in which the engine had nothing asked of it, at most (it may work on while we do not wait)."""
+        """Share of the wall time in which the engine had nothing asked of it, at most (it may work on while we do not
+        wait).
+        """
         return max(0.0, 1.0 - self.seconds_in_engine / self.seconds) if self.seconds else 0.0
 
 
@@ -105,7 +108,11 @@ class BuildSummary:
 
     def absorb(self, other: BuildSummary, num_engines: int) -> None:
         """Add what one of several engines did; time in it counts as its share, wall time is the caller's to measure."""
-        for mine, its in ((self.generated, other.generated), (self.imported, other.imported), (self.scored, other.scored)):
+        for mine, its in (
+            (self.generated, other.generated),
+            (self.imported, other.imported),
+            (self.scored, other.scored),
+        ):
             mine.rows += its.rows
             mine.positions += its.positions
             mine.tokens += its.tokens
@@ -131,7 +138,13 @@ class BuildSummary:
     @property
     def seconds(self) -> float:
         """Wall time of both passes and the engine's start."""
-        return self.seconds_starting + self.generated.seconds + self.imported.seconds + self.scored.seconds + self.hidden.seconds
+        return (
+            self.seconds_starting
+            + self.generated.seconds
+            + self.imported.seconds
+            + self.scored.seconds
+            + self.hidden.seconds
+        )
 
     @property
     def seconds_writing(self) -> float:
@@ -154,18 +167,21 @@ class BuildSummary:
             lines.append(self.reuse)
         if self.hidden_layer:
             lines.append(
-                f"hidden layer {self.hidden_layer}: reused {self.hidden_reused_rows:,} rows, captured {self.hidden.rows:,} "
+                f"hidden layer {self.hidden_layer}: reused {self.hidden_reused_rows:,} rows, captured "
+                f"{self.hidden.rows:,} "
                 "with transformers on the same weights"
             )
         for name, figures in (("generate", self.generated), ("score", self.scored), ("capture", self.hidden)):
             if figures.rows:
                 lines.append(
-                    f"{name}: {figures.tokens:,} tokens in {figures.seconds:,.1f} s, {figures.tokens_per_second:,.0f} tokens/s, "
+                    f"{name}: {figures.tokens:,} tokens in {figures.seconds:,.1f} s, "
+                    f"{figures.tokens_per_second:,.0f} tokens/s, "
                     f"engine idle at most {figures.idle_share:.0%} of it"
                 )
         if self.computed:
             lines.append(
-                f"engine start {self.seconds_starting:,.1f} s, encoding and writing {self.seconds_writing:,.1f} s beside it, "
+                f"engine start {self.seconds_starting:,.1f} s, encoding and writing {self.seconds_writing:,.1f} s "
+                "beside it, "
                 f"of which the engine waited {self.seconds_waiting:,.1f} s"
             )
         if self.engines > 1 or self.engine_restarts:
@@ -179,12 +195,14 @@ class BuildSummary:
         lines += self.notes
         if self.groups == "prompt":
             lines.append(
-                "rows belong together by their whole prompt, as this cache began: of a dialogue some may be held out and others "
+                "rows belong together by their whole prompt, as this cache began: of a dialogue some may be held out "
+                "and others "
                 "trained on; a new cache goes by the first question"
             )
         if self.num_set_aside:
             lines.append(
-                f"{self.num_set_aside:,} rows cannot be used and were set aside, the first: {self.set_aside[0].sentence()}"
+                f"{self.num_set_aside:,} rows cannot be used and were set aside, the first: "
+                f"{self.set_aside[0].sentence()}"
             )
         lines.append(f"{self.cache}: {self.rows:,} rows, {self.positions:,} positions, layer {self.layer}")
         if self.unscored_parts:

@@ -1,8 +1,8 @@
 """One thread that encodes and commits finished units while the engine works on the next.
 
 The queue is bounded, so a slow disk slows the engine instead of filling memory. The thread outlives a failure: it keeps
-taking units without writing them, so the producer never waits for a dead consumer, and the failure is raised from the next
-call of `submit`, `check` or `close`.
+taking units without writing them, so the producer never waits for a dead consumer, and the failure is raised from the
+next call of `submit`, `check` or `close`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class UnitWriter:
     def __enter__(self) -> UnitWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Wait for queued units (after an error: for the one being written only), then raise what a write raised."""
         self._abandoned = error is not None
         started = time.monotonic()

@@ -1,8 +1,8 @@
 """Answers from another cache: its rows become rows of this one as they are, token for token.
 
-Nothing is rendered or tokenized again, so both caches must have the same tokenizer. A row keeps its group, prompt, answer,
-reference and why it ended; its label too, unless the recipe gives one. Its row_key is that of a given answer, by its tokens and
-spans, so the same row from two caches is one row.
+Nothing is rendered or tokenized again, so both caches must have the same tokenizer. A row keeps its group, prompt,
+answer, reference and why it ended; its label too, unless the recipe gives one. Its row_key is that of a given answer,
+by its tokens and spans, so the same row from two caches is one row.
 Cost: one pass over the other cache's memory-mapped parts, one row in memory.
 """
 
@@ -77,19 +77,23 @@ def require_tokenizer(sources: Sequence[PromptSource], tokenizer_hash: str, teac
 
 
 def group_rule(cache: Path, sources: Sequence[PromptSource]) -> GroupRule:
-    """Return the rule of a build's group keys: the one its cache began with; for a new cache, that of caches among its sources.
+    """Return the rule of a build's group keys: the one its cache began with; for a new cache, that of caches among its
+    sources.
 
     Raises:
         IdentityError: a cache among the sources groups its rows by another rule than the cache that they would join.
     """
-    rules = {source.path: read_header(Path(source.path)).identity.groups for source in sources if source.format == FORMAT}
+    rules = {
+        source.path: read_header(Path(source.path)).identity.groups for source in sources if source.format == FORMAT
+    }
     if not (cache / "cache.json").is_file():
         return "prompt" if "prompt" in rules.values() else "first question"
     own = read_header(cache).identity.groups
     for path, rule in rules.items():
         if own == "first question" and rule != own:
             raise IdentityError(
-                f"{path}: groups its rows by the {rule} and {cache} by the {own}, so the hold-out would not keep them apart; build "
+                f"{path}: groups its rows by the {rule} and {cache} by the {own}, so the hold-out would not keep "
+                "them apart; build "
                 "into a new cache, which then groups like the older one"
             )
     return own
@@ -97,5 +101,7 @@ def group_rule(cache: Path, sources: Sequence[PromptSource]) -> GroupRule:
 
 def answers_of(sources: Sequence[PromptSource]) -> dict[str, str]:
     """Return who wrote the answers of the caches among the sources, as a record says it; empty where there is none."""
-    found = {read_header(Path(source.path)).identity.answers or "unknown" for source in sources if source.format == FORMAT}
+    found = {
+        read_header(Path(source.path)).identity.answers or "unknown" for source in sources if source.format == FORMAT
+    }
     return {"answers": "; ".join(sorted(found))} if found else {}

@@ -1,6 +1,7 @@
 """A tokenizer's chat template as a function from turns to token ids, and the end token that it implies.
 
-The template renders text, the text is tokenized, and nothing is added: a template writes its own special tokens. The end token
+The template renders text, the text is tokenized, and nothing is added: a template writes its own special tokens. The
+end token
 is found on a probe: the first special token after the answer, with at most white space before it. Without one a student
 would never learn to stop, so such a template is refused.
 Cost: one rendering for the probe; then one rendering and tokenization per call.
@@ -60,7 +61,8 @@ class ChatTemplate:
             for special in self._special_texts:
                 if special in message["content"]:
                     raise PromptError(
-                        f"{place}: the {message['role']} turn contains the special token {special!r} as text, which would become "
+                        f"{place}: the {message['role']} turn contains the special token {special!r} as text, which "
+                        "would become "
                         "the token itself; remove it, or use `template: none` for text that is rendered already"
                     )
 
@@ -89,7 +91,9 @@ class ChatTemplate:
         text = self.text(turns, name, prompt=False)
         _, found, after = text.rpartition(PROBE_ANSWER)
         if not found:
-            raise PromptError(f"{name}: {self.origin} does not render an answer's text as it is; expected it in the rendering")
+            raise PromptError(
+                f"{name}: {self.origin} does not render an answer's text as it is; expected it in the rendering"
+            )
         before: list[int] = []
         for token in self._tokenize(after):
             if token not in self._special:
@@ -99,7 +103,8 @@ class ChatTemplate:
             else:
                 return token
         raise PromptError(
-            f"{name}: {self.origin} puts {after[:40]!r} after an answer; expected a special token directly after it, so that a "
+            f"{name}: {self.origin} puts {after[:40]!r} after an answer; expected a special token directly after it, "
+            "so that a "
             "student learns to stop; change `chat_template`"
         )
 
@@ -115,7 +120,8 @@ def template_text(setting: str | None) -> str | None:
     path = Path(setting)
     if not path.is_file() or path.stat().st_size > MAX_TEMPLATE_BYTES:
         raise PromptError(
-            f"{setting}: no such template file (of at most 1 MiB); expected Jinja text or a path to it in `chat_template`"
+            f"{setting}: no such template file (of at most 1 MiB); expected Jinja text or a path to it in "
+            "`chat_template`"
         )
     return path.read_text(encoding="utf-8")
 
@@ -126,6 +132,7 @@ def _own_text(tokenizer: Any, source: PromptSource) -> str:
         template = template.get("default")
     if not template:
         raise PromptError(
-            f"source {source.source!r}: the tokenizer has no chat template; set `template: none` or give one in `chat_template`"
+            f"source {source.source!r}: the tokenizer has no chat template; set `template: none` or give one in "
+            "`chat_template`"
         )
     return str(template)

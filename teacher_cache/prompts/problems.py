@@ -1,7 +1,8 @@
 """Rows that cannot be used: set aside, counted and listed, and fatal only above a share.
 
-One bad row among a million must not cost the other rows, and a wrong column must not pass for a few bad rows. So every row
-that cannot be used is added here with its place and reason; `check` fails once they are more than a share of what was read.
+One bad row among a million must not cost the other rows, and a wrong column must not pass for a few bad rows. So every
+row that cannot be used is added here with its place and reason; `check` fails once they are more than a share of what
+was read.
 Cost: the list is bounded; counts are exact.
 """
 
@@ -61,7 +62,8 @@ class Problems:
     def notes(self) -> list[str]:
         """Return a sentence for everything that lies in the sources and was not read."""
         columns = [
-            f"source {source}: columns that are not read: {', '.join(sorted(counts))}" for source, counts in self.unread.items()
+            f"source {source}: columns that are not read: {', '.join(sorted(counts))}"
+            for source, counts in self.unread.items()
         ]
         return self.unread_files + [note for note, counts in zip(columns, self.unread.values(), strict=True) if counts]
 

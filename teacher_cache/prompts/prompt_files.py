@@ -1,4 +1,5 @@
-"""Where a prompt source is: local files (one, a glob, a directory) or a data set on a hub, and what its content hash is.
+"""Where a prompt source is: local files (one, a glob, a directory) or a data set on a hub, and what its content hash
+is.
 
 The hash stands in the request that names a job, so that a changed file is a new job and a moved one is not.
 Cost: `content_hash` reads local files once, at disk speed; nothing is parsed.
@@ -62,14 +63,20 @@ def locate(source: PromptSource) -> LocalFiles | HubDataset:
     kinds = {_kind(file) for file in found}
     if None in kinds:
         bad = next(file for file in found if _kind(file) is None)
-        raise PromptError(f"{bad}: unknown kind of file; expected one of {', '.join(KINDS)} (JSON lines may end in .gz or .zst)")
+        raise PromptError(
+            f"{bad}: unknown kind of file; expected one of {', '.join(KINDS)} (JSON lines may end in .gz or .zst)"
+        )
     if len(kinds) > 1:
-        raise PromptError(f"{path}: files of several kinds ({', '.join(sorted(str(kind) for kind in kinds))}); expected one kind")
+        raise PromptError(
+            f"{path}: files of several kinds ({', '.join(sorted(str(kind) for kind in kinds))}); expected one kind"
+        )
     return LocalFiles(tuple(found), str(kinds.pop()))
 
 
 def content_hash(source: PromptSource) -> str:
-    """Return what the source holds as one string: xxh3-128 over its files' bytes, or the hub data set with its revision."""
+    """Return what the source holds as one string: xxh3-128 over its files' bytes, or the hub data set with its
+    revision.
+    """
     place = locate(source)
     if isinstance(place, HubDataset):
         return f"hub:{place.path}@{place.revision}"

@@ -1,7 +1,7 @@
 """Five row formats, one conversation: what a row of a prompt file may look like and what it becomes.
 
-`messages`, `sharegpt`, `alpaca` and `prompt_completion` become a list of turns; `text` stays text. A row that does not fit its
-format is a `ValueError` whose message is the reason; the reader adds the place.
+`messages`, `sharegpt`, `alpaca` and `prompt_completion` become a list of turns; `text` stays text. A row that does not
+fit its format is a `ValueError` whose message is the reason; the reader adds the place.
 
 Also here, because it must never depend on anything but the row: the text whose hash is the row's group (`group_text`).
 """
@@ -104,9 +104,9 @@ def prompt_turns(messages: list[Message]) -> list[Message]:
 def prompt_text(messages: list[Message] | None, text: str | None) -> str:
     """Return a row's prompt as text, which its row_key hashes and the cache shows.
 
-    A prompt of one user turn is that turn's text, whichever format it came in. Any other conversation is its turns up to the
-    last user turn, each as role, newline, content, joined by blank lines. `text` is the whole text. Nothing of the template,
-    the recipe's system text, the tokenizer or the sampling enters.
+    A prompt of one user turn is that turn's text, whichever format it came in. Any other conversation is its turns up
+    to the last user turn, each as role, newline, content, joined by blank lines. `text` is the whole text. Nothing of
+    the template, the recipe's system text, the tokenizer or the sampling enters.
     """
     if messages is None:
         assert text is not None
@@ -222,7 +222,9 @@ def _require_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text has half a surrogate pair at character {error.start} and is not valid Unicode") from error
+        raise ValueError(
+            f"the text has half a surrogate pair at character {error.start} and is not valid Unicode"
+        ) from error
 
 
 _NAMES: dict[type, str] = {str: "text", list: "a list"}

@@ -1,8 +1,8 @@
 """Prompts: files or hub data sets in five formats, or another cache, read one row at a time into conversations.
 
-All reading goes through `datasets` in streaming mode, so compressed files, globs, parquet, arrow and hub data sets come from
-one library and no list of rows ever exists. JSON lines are read as text and parsed here, because only then does an error
-know its line. A row that does not fit is set aside with its place (`Problems`); the source's rest is read on.
+All reading goes through `datasets` in streaming mode, so compressed files, globs, parquet, arrow and hub data sets come
+from one library and no list of rows ever exists. JSON lines are read as text and parsed here, because only then does an
+error know its line. A row that does not fit is set aside with its place (`Problems`); the source's rest is read on.
 Cost: one pass, memory for one block of the file (10 MB of text, one row group of parquet).
 """
 
@@ -37,7 +37,9 @@ def read_prompts(sources: Sequence[PromptSource], problems: Problems) -> Iterato
         rows_before = problems.rows_read
         yield from islice(_read_source(source, origin, problems), source.limit)
         if problems.rows_read == rows_before:
-            raise PromptError(f"{source.path}: the data set has no row; expected at least one in the format `{source.format}`")
+            raise PromptError(
+                f"{source.path}: the data set has no row; expected at least one in the format `{source.format}`"
+            )
 
 
 def _read_source(source: PromptSource, origin: int, problems: Problems) -> Iterator[Conversation]:
@@ -96,6 +98,8 @@ def _parse_json(line: str) -> Any:
     try:
         return json.loads(line.lstrip("\ufeff"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON at column {error.colno} ({error.msg}); expected one object per line") from error
+        raise ValueError(
+            f"not valid JSON at column {error.colno} ({error.msg}); expected one object per line"
+        ) from error
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply; expected one flat object per line") from error

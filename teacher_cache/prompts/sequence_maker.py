@@ -1,7 +1,7 @@
 """Plan rows become sequences rows: tokens, spans, texts and keys, or the reason why they cannot be one.
 
-Every reason that would keep a row from being scored is found here, before sequences are committed: too long, ids outside the
-vocabulary, an empty answer, a template that cannot be split.
+Every reason that would keep a row from being scored is found here, before sequences are committed: too long, ids
+outside the vocabulary, an empty answer, a template that cannot be split.
 
 Cost: prompts are tokenized in batches, which the tokenizer does outside the interpreter's lock and on all cores.
 """
@@ -23,7 +23,9 @@ from teacher_cache.prompts.spans import Template
 from teacher_cache.prompts.work_list import conversation_of
 
 TOKENIZED_AT_ONCE = 64
-"""Prompts of one batch: enough for the cost of a call to vanish, few enough that its bookkeeping of long prompts stays small."""
+"""Prompts of one batch: enough for the cost of a call to vanish, few enough that its bookkeeping of long prompts stays
+small.
+"""
 
 
 class UnusableRowError(Exception):
@@ -71,7 +73,10 @@ class SequenceMaker:
                 rendered.append(UnusableRowError(str(error).removeprefix(f"{conversation.place}: ")))
         texts = [one[1] for one in rendered if not isinstance(one, UnusableRowError)]
         tokenized = iter(self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
-        return [one if isinstance(one, UnusableRowError) else self._checked_prompt(one[0] + next(tokenized)) for one in rendered]
+        return [
+            one if isinstance(one, UnusableRowError) else self._checked_prompt(one[0] + next(tokenized))
+            for one in rendered
+        ]
 
     def _checked_prompt(self, ids: list[int]) -> list[int] | UnusableRowError:
         if len(ids) > self._max_model_len - 1:
@@ -122,7 +127,9 @@ class SequenceMaker:
         self, row: PlanRow, token_ids: NDArray[np.int32], spans: NDArray[np.int32], response: str, finish_reason: str
     ) -> SequenceRow:
         if len(token_ids) > self._max_model_len:
-            raise UnusableRowError(f"prompt and answer have {len(token_ids):,} tokens and max_model_len is {self._max_model_len:,}")
+            raise UnusableRowError(
+                f"prompt and answer have {len(token_ids):,} tokens and max_model_len is {self._max_model_len:,}"
+            )
         self._require_vocabulary(token_ids)
         return make_row(
             row_key=row.row_key,

@@ -1,10 +1,11 @@
 """What is supervised: a conversation becomes token ids and spans.
 
-Spans come from rendering prefixes: for each assistant turn, the conversation before it with the generation prompt (A) and the
-conversation up to and with it (B). On tokens, A must be a prefix of B, and B up to its end token a prefix of the next A. Where
-one is not (a template that rewrites earlier turns, a token that spans the seam), no span would be what the model sees, and
-the row is refused with its place. Template text after the last end token (a newline, say) is dropped; the end token itself is
-supervised. Plain text (`template: none`, `format: text`) starts with BOS where the tokenizer starts plain text so.
+Spans come from rendering prefixes: for each assistant turn, the conversation before it with the generation prompt (A)
+and the conversation up to and with it (B). On tokens, A must be a prefix of B, and B up to its end token a prefix of
+the next A. Where one is not (a template that rewrites earlier turns, a token that spans the seam), no span would be
+what the model sees, and the row is refused with its place. Template text after the last end token (a newline, say) is
+dropped; the end token itself is supervised. Plain text (`template: none`, `format: text`) starts with BOS where the
+tokenizer starts plain text so.
 
 Cost: two renderings and tokenizations per assistant turn.
 
@@ -48,7 +49,8 @@ class Template:
         elif source.format == "text" or source.template == "none":
             if tokenizer.eos_token_id is None:
                 raise PromptError(
-                    f"source {source.source!r}: the tokenizer has no eos token to end an answer with; use a chat template"
+                    f"source {source.source!r}: the tokenizer has no eos token to end an answer with; use a chat "
+                    "template"
                 )
             self.end_token_id = int(tokenizer.eos_token_id)
         else:
@@ -83,11 +85,15 @@ class Template:
             PromptError: with path:line, when there is no answer or the template cannot be split.
         """
         if conversation.sequence is not None:
-            return _tokens(conversation.sequence.token_ids, [(start, end) for start, end in conversation.sequence.spans])
+            return _tokens(
+                conversation.sequence.token_ids, [(start, end) for start, end in conversation.sequence.spans]
+            )
         if conversation.text is not None:
             ids = self._bos + self._ids(conversation.text)
             if len(ids) < 2:
-                raise PromptError(f"{conversation.place}: the text has fewer than two tokens, so there is nothing to predict")
+                raise PromptError(
+                    f"{conversation.place}: the text has fewer than two tokens, so there is nothing to predict"
+                )
             return _tokens(ids, [(1, len(ids))])
         if self._chat is None:
             return self._complete_plain(conversation)
@@ -131,7 +137,9 @@ class Template:
     def _split_turn(
         self, chat: ChatTemplate, turns: list[Message], done: list[int], place: str
     ) -> tuple[list[int], tuple[int, int]]:
-        """Return the ids up to the last turn's end token and that turn's span; `done` is the same ids of the answer before."""
+        """Return the ids up to the last turn's end token and that turn's span; `done` is the same ids of the answer
+        before.
+        """
         before = chat.ids(turns[:-1], place, prompt=True)
         whole = chat.ids(turns, place, prompt=False)
         ends = [index for index in range(len(before), len(whole)) if whole[index] == self.end_token_id]
@@ -157,12 +165,16 @@ class Template:
         rest = conversation.messages[len(turns) :]
         if len(rest) != 1:
             raise PromptError(
-                f"{place}: {NO_ANSWER}" if not rest else f"{place}: `template: none` takes one answer, found {len(rest)}"
+                f"{place}: {NO_ANSWER}"
+                if not rest
+                else f"{place}: `template: none` takes one answer, found {len(rest)}"
             )
         prompt = _plain_prompt(self._with_system(turns), place)
         bos, before, whole = self._bos, self._ids(prompt), self._ids(prompt + rest[0]["content"])
         if whole[: len(before)] != before or len(whole) == len(before):
-            raise PromptError(f"{place}: a token spans the seam of prompt and answer; move white space there to the answer's start")
+            raise PromptError(
+                f"{place}: a token spans the seam of prompt and answer; move white space there to the answer's start"
+            )
         start = len(bos) + len(before)
         ids = [*bos, *whole, self.end_token_id]
         return _tokens(ids, [(start, len(ids))])

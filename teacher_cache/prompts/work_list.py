@@ -1,12 +1,12 @@
 """The work list: every conversation becomes plan rows with keys, duplicates dropped and counted.
 
 A row is a prompt with a sample index (to be answered), or a prompt with its given answer (to be taken over). Only equal
-row_keys are duplicates; the first source listed wins. What the recipe says about rendering and sampling is part of a row_key, so a
-changed `system` or `temperature` makes new rows instead of silently keeping old ones. Rows that the cache holds already are left
-out by `shared.parts.jobs.create_job`.
+row_keys are duplicates; the first source listed wins. What the recipe says about rendering and sampling is part of a
+row_key, so a changed `system` or `temperature` makes new rows instead of silently keeping old ones. Rows that the cache
+holds already are left out by `shared.parts.jobs.create_job`.
 
-The request names the job: everything that decides which rows exist and what their sequences are, with files by content, so that
-moving a file changes nothing and changing it does.
+The request names the job: everything that decides which rows exist and what their sequences are, with files by content,
+so that moving a file changes nothing and changing it does.
 
 Cost: one pass; 20 to 60 bytes per row for the keys seen, nothing else per row.
 """
@@ -33,7 +33,14 @@ from teacher_cache.prompts.cache_source import FORMAT, cache_content_hash
 from teacher_cache.prompts.chat_template import template_text
 from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompt_files import content_hash
-from teacher_cache.prompts.prompt_formats import Conversation, GivenSequence, Message, group_text, prompt_text, prompt_turns
+from teacher_cache.prompts.prompt_formats import (
+    Conversation,
+    GivenSequence,
+    Message,
+    group_text,
+    prompt_text,
+    prompt_turns,
+)
 
 RENDERING_SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs", "supervise", "date")
 READING_SETTINGS = ("config", "columns", "ignore")
@@ -217,7 +224,9 @@ def _rows_of(
             reference = given[-1]["content"]
     messages = canonical_json({**content, **place}).decode()
     for index, key in enumerate(keys):
-        yield PlanRow(group, key, conversation.source, conversation.line, index, prompt, messages, reference, conversation.format)
+        yield PlanRow(
+            group, key, conversation.source, conversation.line, index, prompt, messages, reference, conversation.format
+        )
 
 
 def _row_of_cache(conversation: Conversation, sequence: GivenSequence) -> PlanRow:
@@ -227,7 +236,9 @@ def _row_of_cache(conversation: Conversation, sequence: GivenSequence) -> PlanRo
     taken = {name: getattr(sequence, name) for name in ("token_ids", "spans", "response", "finish_reason")}
     messages = canonical_json({"sequence": taken, "origin": conversation.origin, "path": conversation.path}).decode()
     place = conversation.source, conversation.line, 0
-    return PlanRow(sequence.group_key, key, *place, sequence.prompt, messages, conversation.reference, conversation.format)
+    return PlanRow(
+        sequence.group_key, key, *place, sequence.prompt, messages, conversation.reference, conversation.format
+    )
 
 
 def _answered(conversation: Conversation) -> list[Message] | None:

@@ -1,9 +1,10 @@
-"""Who answers the prompts: the teacher itself, or the model of `generate.model`, such as a student whose answers are to be scored.
+"""Who answers the prompts: the teacher itself, or the model of `generate.model`, such as a student whose answers are to
+be scored.
 
-Another model answers through the same engine kind and settings as the teacher, without the teacher's adapter and quantisation,
-and with prompts in the teacher's template, because that is what a student of this cache will see. Its tokenizer must be the
-teacher's. Its engine is closed before the teacher's opens, so each has the machine to itself. Its identity is part of every
-row_key, so answers of both models to one prompt are different rows.
+Another model answers through the same engine kind and settings as the teacher, without the teacher's adapter and
+quantisation, and with prompts in the teacher's template, because that is what a student of this cache will see. Its
+tokenizer must be the teacher's. Its engine is closed before the teacher's opens, so each has the machine to itself. Its
+identity is part of every row_key, so answers of both models to one prompt are different rows.
 Cost: the other model's tokenizer is loaded once; its weights are sampled, not read.
 """
 
@@ -65,11 +66,13 @@ def know_answerer(generate: Generate | None, teacher: Teacher, known: KnownTeach
     if other.tokenizer_hash != known.tokenizer_hash:
         raise IdentityError(
             f"generate.model {generate.model} has another tokenizer (hash {other.tokenizer_hash[:8]}) than the teacher "
-            f"{teacher.model} ({known.tokenizer_hash[:8]}), so its tokens cannot be scored; expected a model of the same family"
+            f"{teacher.model} ({known.tokenizer_hash[:8]}), so its tokens cannot be scored; expected a model of the "
+            "same family"
         )
     if other.vocab_size > known.vocab_size:
         raise IdentityError(
-            f"generate.model {generate.model} can answer with {other.vocab_size:,} tokens and the teacher {teacher.model} knows "
+            f"generate.model {generate.model} can answer with {other.vocab_size:,} tokens and the teacher "
+            f"{teacher.model} knows "
             f"{known.vocab_size:,}; expected a model of the same family"
         )
     length = min(other.max_model_len, known.max_model_len)

@@ -35,13 +35,19 @@ def reuse_line(layers: Mapping[str, Layer], serving: Layer | None, wanted: Layer
         return None
     other = min(layers.values(), key=lambda layer: (_num_differences(layer.identity, wanted), layer.full_name))
     reason = difference(other.identity, wanted)
-    return f"new layer over {num_rows:,} rows that are there, no answer is generated again ({other.full_name}: {reason})"
+    return (
+        f"new layer over {num_rows:,} rows that are there, no answer is generated again ({other.full_name}: {reason})"
+    )
 
 
 def _left_out(found: LayerIdentity, wanted: LayerIdentity) -> str:
-    """Return what of a layer the capture leaves out, as 'k 32 of 64, temperatures 1 of 1, 2'; nothing where they are equal."""
+    """Return what of a layer the capture leaves out, as 'k 32 of 64, temperatures 1 of 1, 2'; nothing where they are
+    equal.
+    """
     parts = [
-        f"{name} {getattr(wanted, name):g} of {getattr(found, name):g}" for name in ("k", "mass") if _differs(name, found, wanted)
+        f"{name} {getattr(wanted, name):g} of {getattr(found, name):g}"
+        for name in ("k", "mass")
+        if _differs(name, found, wanted)
     ]
     if _differs("temperatures", found, wanted):
         listed = (", ".join(f"{value:g}" for value in identity.temperatures) for identity in (wanted, found))

@@ -91,7 +91,9 @@ def resolve_model(model: str, revision: str | None = None) -> ModelFiles:
     directory = Path(model).expanduser()
     if directory.is_dir():
         if revision is not None:
-            raise EngineError(f"{model}: `revision: {revision}` is set but the model is a directory; leave the revision out")
+            raise EngineError(
+                f"{model}: `revision: {revision}` is set but the model is a directory; leave the revision out"
+            )
         commit = None
     else:
         directory, commit = _download(model, revision)
@@ -111,7 +113,9 @@ def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any
         tokenizer = AutoTokenizer.from_pretrained(files.directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises whatever a broken file makes it raise
         reason = " ".join(str(error).split())[:300]
-        raise EngineError(f"{files.directory}: the tokenizer cannot be loaded ({reason}); expected tokenizer.json there") from error
+        raise EngineError(
+            f"{files.directory}: the tokenizer cannot be loaded ({reason}); expected tokenizer.json there"
+        ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise EngineError(f"{files.directory}: the tokenizer has no tokenizer.json form; expected a fast tokenizer")
     return tokenizer
@@ -128,13 +132,15 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
             tokenizer.save_pretrained(scratch)
         except Exception as error:  # the tokenizers library raises plain `Exception` for a full disk
             raise EngineError(
-                f"{scratch}: the tokenizer's files cannot be written there ({error}); free space, or set TMPDIR to a larger disk"
+                f"{scratch}: the tokenizer's files cannot be written there ({error}); free space, or set TMPDIR to a "
+                "larger disk"
             ) from error
         found = sorted(path for path in Path(scratch).iterdir() if path.suffix in TOKENIZER_SUFFIXES)
         for path in found:
             if path.stat().st_size > MAX_TOKENIZER_BYTES:
                 raise EngineError(
-                    f"{path.name} of the tokenizer has {path.stat().st_size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} fit"
+                    f"{path.name} of the tokenizer has {path.stat().st_size:,} bytes; at most "
+                    f"{MAX_TOKENIZER_BYTES:,} fit"
                 )
         return {path.name: path.read_bytes() for path in found}
 

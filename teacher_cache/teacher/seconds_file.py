@@ -21,5 +21,7 @@ def add_seconds(output_dir: Path, phase: str, seconds: float) -> None:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         found[phase] = round(float(found.get(phase, 0.0)) + seconds, 3)
     except (ValueError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path}: not the seconds of a run ({error}); delete it and run the command again") from error
+        raise DamagedError(
+            f"{path}: not the seconds of a run ({error}); delete it and run the command again"
+        ) from error
     write_atomic(path, (json.dumps(found, indent=2, sort_keys=True) + "\n").encode(), "seconds")

@@ -59,11 +59,15 @@ def know_teacher(teacher: Teacher) -> KnownTeacher:
     if teacher.adapter is not None:
         directory = Path(teacher.adapter)
         if not (directory / "adapter_config.json").is_file():
-            raise EngineError(f"{teacher.adapter}: no adapter_config.json there; expected a LoRA directory in `teacher.adapter`")
+            raise EngineError(
+                f"{teacher.adapter}: no adapter_config.json there; expected a LoRA directory in `teacher.adapter`"
+            )
         if files.quantization is not None and teacher.engine != "server":
             raise EngineError(
-                f"{teacher.adapter}: an adapter is folded into the teacher's weights, and those of {teacher.model} are quantised "
-                f"({files.quantization}); merge it before quantising, or serve both with `vllm serve` and use teacher.engine server"
+                f"{teacher.adapter}: an adapter is folded into the teacher's weights, and those of {teacher.model} "
+                "are quantised "
+                f"({files.quantization}); merge it before quantising, or serve both with `vllm serve` and use "
+                "teacher.engine server"
             )
         adapter = weights_hash(directory)
     return KnownTeacher(

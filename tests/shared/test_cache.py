@@ -130,7 +130,9 @@ def test_rows_that_are_not_scored_are_refused_or_left_out(copy: Path) -> None:
         opened(copy)
     cache = Cache.open(copy, targets="top6", allow_partial=True)
     assert len(cache) == len(cache.num_tokens) == 6
-    assert [row.row_key for row in cache] == [sequence(r).row_key for r in plan_rows(0, 10) if r.line not in (5, 6, 7, 8)]
+    assert [row.row_key for row in cache] == [
+        sequence(r).row_key for r in plan_rows(0, 10) if r.line not in (5, 6, 7, 8)
+    ]
 
 
 def test_directory_that_is_no_cache_is_refused(tmp_path: Path) -> None:
@@ -144,7 +146,9 @@ def test_identity_mismatch_is_refused_with_both_values_and_changes_nothing(copy:
     with pytest.raises(IdentityError, match="vocab_size is 50 in this cache and 51 in the request"):
         CacheWriter.create_or_open(copy, dataclasses.replace(SEQUENCES, vocab_size=51), TOKENIZER)
     writer = CacheWriter.create_or_open(copy, SEQUENCES, TOKENIZER)
-    with pytest.raises(IdentityError, match="cannot be scored by teacher: its tokenizer is other and the cache's tokenizer"):
+    with pytest.raises(
+        IdentityError, match="cannot be scored by teacher: its tokenizer is other and the cache's tokenizer"
+    ):
         writer.layer(None, dataclasses.replace(TOP, tokenizer_hash="other"), {})
     with pytest.raises(IdentityError, match=r"layer top6-\w+ of .* cannot be extended: k is 6 in this .* and 5 in the"):
         writer.layer("top6", dataclasses.replace(TOP, k=5), {})
@@ -186,7 +190,9 @@ def test_altered_layer_identity_is_refused(copy: Path) -> None:
 def test_writer_refuses_rows_and_targets_that_do_not_fit(copy: Path) -> None:
     writer = CacheWriter.create_or_open(copy, SEQUENCES, TOKENIZER)
     rows = [sequence(row) for row in plan_rows(20, 23)]
-    outside = dataclasses.replace(rows[1], token_ids=np.where(np.arange(len(rows[1].token_ids)) == 2, VOCAB, rows[1].token_ids))
+    outside = dataclasses.replace(
+        rows[1], token_ids=np.where(np.arange(len(rows[1].token_ids)) == 2, VOCAB, rows[1].token_ids)
+    )
     with pytest.raises(ValueError, match="outside the vocabulary of 50"):
         writer.write_sequences("part-0123abcd-000000", [rows[0], outside], SOFTWARE)
     overlapping = dataclasses.replace(rows[1], spans=np.array([[1, 4], [3, 5]], np.int32))
@@ -228,7 +234,11 @@ def test_statistics_are_those_of_the_rows(path: Path) -> None:
     assert figures["mean_entropy_nats"] == pytest.approx(entropies.mean())
     histogram = np.histogram(entropies, bins=np.arange(65) * figures["entropy_bin_nats"])[0]
     assert figures["entropy_histogram"] == histogram.tolist()
-    assert figures["support_histogram"][1:4] == [(counts == 1).sum(), ((counts > 1) & (counts < 4)).sum(), (counts >= 4).sum()]
+    assert figures["support_histogram"][1:4] == [
+        (counts == 1).sum(),
+        ((counts > 1) & (counts < 4)).sum(),
+        (counts >= 4).sum(),
+    ]
     assert {name: source["rows"] for name, source in figures["sources"].items()} == {"code": 5, "math": 4}
     files = list((path / "targets" / f"top6-{TOP.hash8}").glob("*.arrow"))
     assert figures["bytes_per_position"] == pytest.approx(sum(file.stat().st_size for file in files) / positions)
@@ -238,7 +248,10 @@ def test_entropy_counts_the_tail_as_one_bucket() -> None:
     targets = targets_of(sequence(next(plan_rows(0, 1))), TOP)
     offsets = targets.offsets()
     for s, got in enumerate(position_entropy_nats(targets)):
-        masses = [*np.exp(targets.logprobs[offsets[s] : offsets[s + 1]].astype(float)), np.exp(float(targets.tail_logmass[s, 0]))]
+        masses = [
+            *np.exp(targets.logprobs[offsets[s] : offsets[s + 1]].astype(float)),
+            np.exp(float(targets.tail_logmass[s, 0])),
+        ]
         assert got == pytest.approx(-sum(p * np.log(p) for p in masses))
 
 

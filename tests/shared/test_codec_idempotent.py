@@ -32,7 +32,9 @@ def test_heads_of_any_step_and_depth_come_back(gap_step: float, ragged: bool) ->
     codec = Codec(gap_step, (1.0, 2.0), vocab_size=1000, max_k=k)
     ids, logprobs, tails = [], [], []
     for count in counts:
-        codes = np.sort(np.minimum(np.concatenate([[0], (10.0 ** rng.uniform(0, 4.9, count - 1)).astype(np.int64)]), 65_535))
+        codes = np.sort(
+            np.minimum(np.concatenate([[0], (10.0 ** rng.uniform(0, 4.9, count - 1)).astype(np.int64)]), 65_535)
+        )
         tail = 10.0 ** rng.uniform(-13, -0.01)
         mass = np.exp(-codes * gap_step)
         logprobs.append(np.log1p(-tail) - np.log(mass.sum()) - codes * gap_step)

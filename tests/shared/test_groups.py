@@ -39,7 +39,9 @@ def cache_of(path: Path, rule: str, *conversations) -> Cache:
         )
         for number, turns in enumerate(conversations)
     ]
-    CacheWriter.create_or_open(path, replace(IDENTITY, groups=rule), {}).write_sequences("part-00000000-000000", rows, {})
+    CacheWriter.create_or_open(path, replace(IDENTITY, groups=rule), {}).write_sequences(
+        "part-00000000-000000", rows, {}
+    )
     return Cache.open_sequences(path)
 
 

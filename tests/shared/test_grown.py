@@ -17,7 +17,14 @@ from shared.recipe.recipe import Generate, Sampling, Task
 from tests.shared.small_cache import HYBRID, SEQUENCES, TOP
 
 HIDDEN = HiddenIdentity(
-    teacher="t", weights_hash="w", tokenizer_hash="k", num_layers=4, width=8, layers=(2, -1), pooled="mean", dtype="float32"
+    teacher="t",
+    weights_hash="w",
+    tokenizer_hash="k",
+    num_layers=4,
+    width=8,
+    layers=(2, -1),
+    pooled="mean",
+    dtype="float32",
 )
 
 
@@ -27,7 +34,9 @@ def later(kind: type[Any], default: Any, annotation: Any) -> type[Any]:
 
 
 @pytest.mark.parametrize("now", [TOP, HYBRID, HIDDEN], ids=["top", "hybrid", "hidden"])
-@pytest.mark.parametrize(("default", "other", "annotation"), [("context", "row", str), (None, 3, int | None), (False, True, bool)])
+@pytest.mark.parametrize(
+    ("default", "other", "annotation"), [("context", "row", str), (None, 3, int | None), (False, True, bool)]
+)
 def test_one_more_field_of_a_layer_changes_no_name_while_at_its_default(
     now: Any, default: Any, other: Any, annotation: Any
 ) -> None:
@@ -91,7 +100,8 @@ def test_impossible_values_are_refused_in_a_sentence(change: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("section", "always"), [(Generate(), Generate.NAMES_THE_JOB), (Sampling(kind="evaluation"), Sampling.NAMES_THE_PLAN)]
+    ("section", "always"),
+    [(Generate(), Generate.NAMES_THE_JOB), (Sampling(kind="evaluation"), Sampling.NAMES_THE_PLAN)],
 )
 def test_a_later_setting_names_a_job_or_a_plan_only_where_it_is_set(section: BaseModel, always: frozenset[str]) -> None:
     before = section.model_dump(mode="json", include=set(always))
@@ -103,7 +113,11 @@ def test_a_later_setting_names_a_job_or_a_plan_only_where_it_is_set(section: Bas
 
 
 def test_every_field_of_today_is_either_of_the_first_version_or_has_a_default() -> None:
-    for section, always in ((Generate, Generate.NAMES_THE_JOB), (Sampling, Sampling.NAMES_THE_PLAN), (Task, Task.NAMES_THE_RESULT)):
+    for section, always in (
+        (Generate, Generate.NAMES_THE_JOB),
+        (Sampling, Sampling.NAMES_THE_PLAN),
+        (Task, Task.NAMES_THE_RESULT),
+    ):
         assert always <= set(section.model_fields)
         assert not [name for name, field in section.model_fields.items() if name not in always and field.is_required()]
     for identity, first in FIRST.items():

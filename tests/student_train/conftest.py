@@ -50,7 +50,8 @@ def recipe_of(tiny, tmp_path):
                 "stages": [
                     {
                         "name": name,
-                        "losses": losses or [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}],
+                        "losses": losses
+                        or [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}],
                         "trainer": {**settings, **(trainer or {})},
                         **stage,
                     }

@@ -13,12 +13,16 @@ from shared.recipe.recipe import Student
 from student_train.stage.stages import run_stages
 from student_train.student import liger
 
-needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without a GPU")
 
 
 def losses(recipe):
-    return [json.loads(line)["loss"] for line in (recipe.output_dir / "train/kd/metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (recipe.output_dir / "train/kd/metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @needs_bitsandbytes
@@ -49,7 +53,9 @@ def test_weights_of_a_four_bit_student_are_held_in_four_bits(tiny):
 
     wanted = Student.model_validate({"model": str(tiny.llama), "adapter": "qlora"})
     model = load_student(wanted, None, CacheList.open([tiny.cache], None))
-    linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    linear = [
+        module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
     assert linear
     assert all(isinstance(module, Linear4bit) for module in linear)
     assert {module.weight.quant_type for module in linear} == {"nf4"}
@@ -97,7 +103,9 @@ def test_8_bit_optimizer_keeps_8_bit_state(recipe_of, monkeypatch):
 
     made = []
     original = DistilTrainer.create_optimizer
-    monkeypatch.setattr(DistilTrainer, "create_optimizer", lambda self, model=None: made.append(original(self, model)) or made[0])
+    monkeypatch.setattr(
+        DistilTrainer, "create_optimizer", lambda self, model=None: made.append(original(self, model)) or made[0]
+    )
     run_stages(recipe_of(trainer={"max_steps": 2, "optim": "adamw_8bit"}))
     types = {state["state1"].dtype for state in made[0].state.values() if state["state1"].numel() >= 4096}
     assert torch.uint8 in types
@@ -113,7 +121,9 @@ def test_paged_optimizer_without_a_gpu_is_refused(recipe_of):
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
 def test_optimizer_of_a_missing_package_is_refused(recipe_of, monkeypatch, optim):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
+    )
     with pytest.raises(TrainingError, match=rf"trainer\.optim is {optim}, which needs the package bitsandbytes"):
         run_stages(recipe_of(trainer={"optim": optim}))
     with pytest.raises(TrainingError, match=r"student\.adapter is qlora, which needs the package bitsandbytes"):

@@ -126,15 +126,25 @@ def test_stage_stops_when_patience_is_used_up_and_keeps_the_best_weights(recipe_
     assert health["checks"]["all_steps_done"]
     assert (health["stopped_early_at"], health["best_step"], health["model_is_of_step"]) == (last, best, best)
     assert [checkpoint.step for checkpoint in list_checkpoints(stage_dir(recipe))] == [best, last]
-    assert evaluate_heldout(stage_dir(recipe) / "model", [tiny.cache], 0.1)["kl_nats"] == pytest.approx(kls[best], rel=1e-4)
+    assert evaluate_heldout(stage_dir(recipe) / "model", [tiny.cache], 0.1)["kl_nats"] == pytest.approx(
+        kls[best], rel=1e-4
+    )
     assert json.loads((stage_dir(recipe) / "done.json").read_text())["steps"] == last
 
 
-@pytest.mark.parametrize("student", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["all-weights", "lora-dropout"])
+@pytest.mark.parametrize(
+    "student", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["all-weights", "lora-dropout"]
+)
 def test_stopped_stage_resumes_bitwise_equal_after_kills(recipe_of, run_apart, student):
     course = {"every_steps": 2, "samples": 1, "sample_tokens": 3, "keep_best": True}
     course["early_stopping"] = {"patience": 3, "min_delta_nats": 100.0}
-    trainer = {"learning_rate": 0.1, "max_steps": 14, "lr_scheduler_type": "constant", "save_steps": 3, "save_total_limit": 1}
+    trainer = {
+        "learning_rate": 0.1,
+        "max_steps": 14,
+        "lr_scheduler_type": "constant",
+        "save_steps": 3,
+        "save_total_limit": 1,
+    }
     recipe = recipe_of(evaluate=course, trainer=trainer, student=student)
     assert run_apart(elsewhere(recipe, "whole"), None) == 0
     assert evaluations(elsewhere(recipe, "whole"))[-1]["step"] == 8

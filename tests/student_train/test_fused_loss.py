@@ -79,7 +79,9 @@ def test_many_terms_at_many_temperatures_add_up(shape):
     case = make_case(shape, seed=3)
     assert_equal_to_dense(case, terms, 1e-9, chunk_positions=2)
     fused, _, _ = run_fused(case, terms)
-    assert list(fused.values) == term_keys(terms) == ["forward_kl", "forward_kl_2", "reverse_kl", "jsd", "cross_entropy"]
+    assert (
+        list(fused.values) == term_keys(terms) == ["forward_kl", "forward_kl_2", "reverse_kl", "jsd", "cross_entropy"]
+    )
     total = sum(term.weight * value for term, value in zip(terms, fused.values.values(), strict=True))
     torch.testing.assert_close(total, fused.loss.detach())
 

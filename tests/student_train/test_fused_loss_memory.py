@@ -34,5 +34,7 @@ print(run({POSITIONS}) - small)
 @pytest.mark.slow
 def test_memory_does_not_grow_with_positions_times_vocabulary():
     root = Path(__file__).resolve().parents[2]
-    child = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=True, timeout=300)
+    child = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=True, timeout=300
+    )
     assert int(child.stdout) < POSITIONS * VOCAB * 4 / 8

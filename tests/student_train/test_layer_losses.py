@@ -1,4 +1,6 @@
-"""Losses on a hidden layer against dense references, through whole students: packs, checkpointing, adapters, accumulation."""
+"""Losses on a hidden layer against dense references, through whole students: packs, checkpointing, adapters,
+accumulation.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +117,11 @@ def test_stored_masses_are_those_of_dense_attention_over_each_row(window, softca
     distance = torch.arange(total)[:, None] - torch.arange(total)
     seen = (row[:, None] == row) & (distance >= 0) & (distance < (window or total))
     dense = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(0)
-    expected = dense[predictors].gather(1, (predictors[:, None] - distances).clamp_max(total - 1)).masked_fill(distances < 0, 0.0)
+    expected = (
+        dense[predictors]
+        .gather(1, (predictors[:, None] - distances).clamp_max(total - 1))
+        .masked_fill(distances < 0, 0.0)
+    )
     torch.testing.assert_close(masses, expected.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rest, (1 - expected.sum(1)).float(), rtol=1e-5, atol=1e-6)
     weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
@@ -218,7 +224,9 @@ def dense_values(run: Run, rows: list[int], attention_layers: tuple[int, int] = 
         ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
         blocks: dict[int, torch.Tensor] = {}
         handles = [
-            block.register_forward_hook(lambda m, i, o, n=n, to=blocks: to.__setitem__(n, o[0] if isinstance(o, tuple) else o))
+            block.register_forward_hook(
+                lambda m, i, o, n=n, to=blocks: to.__setitem__(n, o[0] if isinstance(o, tuple) else o)
+            )
             for n, block in enumerate(body.layers, start=1)
         ]
         output = body(input_ids=ids, use_cache=False, output_attentions=True)

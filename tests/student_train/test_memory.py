@@ -1,4 +1,6 @@
-"""The arithmetic against a table that was worked out independently, and against bytes counted while a small student trains."""
+"""The arithmetic against a table that was worked out independently, and against bytes counted while a small student
+trains.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,8 @@ def test_adapter_has_as_many_parameters_as_peft_makes():
     config = qwen3("0.6B")
     with torch.device("meta"):
         model = get_peft_model(
-            AutoModelForCausalLM.from_config(config), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            AutoModelForCausalLM.from_config(config),
+            LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert 16 * shape_of(config).lora_size == trained
@@ -97,7 +100,9 @@ def counted_step(student, trainer):
     )
     base = AutoModelForCausalLM.from_config(config, dtype=DTYPES[student.dtype]).train()
     switch_attention(base, NAME)
-    objective = Objective(head_of(base, vocab), terms=[LossTerm("forward_kl"), LossTerm("cross_entropy")], chunk_bytes=MIB)
+    objective = Objective(
+        head_of(base, vocab), terms=[LossTerm("forward_kl"), LossTerm("cross_entropy")], chunk_bytes=MIB
+    )
     patch_forward(base, objective)
     model = add_adapter(base, student.adapter)
     if trainer.gradient_checkpointing:

@@ -11,7 +11,9 @@ from student_train.operator.operator_choice import faster_operator
 
 def test_operator_that_cannot_run_here_is_refused_and_auto_takes_what_can(monkeypatch):
     assert operator_choice.operator_for("torch", "cpu") == operator_choice.operator_for("auto", "cpu") == "torch"
-    with pytest.raises(TrainingError, match=r"trainer\.operator is triton, which needs an NVIDIA GPU; .*set it to auto"):
+    with pytest.raises(
+        TrainingError, match=r"trainer\.operator is triton, which needs an NVIDIA GPU; .*set it to auto"
+    ):
         operator_choice.operator_for("triton", "cpu")
     monkeypatch.setattr(operator_choice, "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match=r"needs the package triton"):

@@ -30,10 +30,13 @@ def test_hidden_states_in_a_pack_are_those_of_each_row_alone(tiny, family, atten
     batch = collate([build_pack(rows[:3], 256, None, 512), build_pack(rows[3:], 256, None, 512)])
     packed = run_body(body_of(model), batch["input_ids"], batch["position_ids"])[0]
     alone = [
-        body_of(model)(input_ids=torch.from_numpy(row.token_ids.astype(np.int64))[None], use_cache=False)[0][0] for row in rows
+        body_of(model)(input_ids=torch.from_numpy(row.token_ids.astype(np.int64))[None], use_cache=False)[0][0]
+        for row in rows
     ]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
-    expected = torch.cat([hidden[torch.from_numpy(row.predictor_index()).long()] for hidden, row in zip(alone, rows, strict=True)])
+    expected = torch.cat(
+        [hidden[torch.from_numpy(row.predictor_index()).long()] for hidden, row in zip(alone, rows, strict=True)]
+    )
     torch.testing.assert_close(packed[batch["predictor_index"]], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -64,10 +67,14 @@ def test_cut_row_loses_its_end_and_the_targets_of_what_is_lost(tiny):
     pack = build_pack(rows[:2], limit, (2.0, 1.0), 512)
     kept = [min(limit, len(row.token_ids)) - int(row.spans[0, 0]) for row in rows[:2]]
     assert kept[0] == 3
-    np.testing.assert_array_equal(pack["labels"], np.concatenate([row.labels()[:n] for row, n in zip(rows, kept, strict=False)]))
+    np.testing.assert_array_equal(
+        pack["labels"], np.concatenate([row.labels()[:n] for row, n in zip(rows, kept, strict=False)])
+    )
     cut, whole = first_positions(rows[0].targets, 3), rows[0].targets
     for temperature in (1.0, 2.0):
-        np.testing.assert_allclose(head_logprobs_at(cut, temperature), head_logprobs_at(whole, temperature)[: 3 * 4], rtol=1e-6)
+        np.testing.assert_allclose(
+            head_logprobs_at(cut, temperature), head_logprobs_at(whole, temperature)[: 3 * 4], rtol=1e-6
+        )
     for j in (0, 1):
         drawn = [np.repeat(np.arange(len(t.draws[j].counts)), t.draws[j].counts) for t in (cut, whole)]
         np.testing.assert_array_equal(drawn[0], drawn[1][drawn[1] < 3])
@@ -90,7 +97,9 @@ def _stage():
 
 
 def test_padding_in_the_teachers_top_k_moves_into_the_tail(tiny):
-    """Against the full distribution: what is left of the head keeps its mass, and each row still sums to 1 at each temperature."""
+    """Against the full distribution: what is left of the head keeps its mass, and each row still sums to 1 at each
+    temperature.
+    """
     row = CacheList.open([tiny.cache], None)[0]
     vocab_size = int(np.median(row.targets.ids))
     inside = within_vocabulary(row.targets, vocab_size)

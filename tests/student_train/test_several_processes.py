@@ -102,7 +102,9 @@ def test_evaluations_over_shards_are_those_of_one_process_and_the_best_is_loaded
     assert train_with_two(together) == [0, 0]
     logs = [read_steps(recipe.output_dir / "train/kd/evaluations.jsonl") for recipe in (alone, together)]
     assert [step["kl_nats"] for step in logs[0]] == pytest.approx([step["kl_nats"] for step in logs[1]], rel=1e-5)
-    assert min(logs[0], key=lambda step: step["kl_nats"])["step"] < 3, "the best is not the last, so that it has to be loaded"
+    assert min(logs[0], key=lambda step: step["kl_nats"])["step"] < 3, (
+        "the best is not the last, so that it has to be loaded"
+    )
     assert_same_training(alone, together)
 
 
@@ -119,7 +121,9 @@ def test_killed_run_over_shards_goes_on_to_the_same_bytes_with_whole_checkpoints
     assert shapes == {tuple(parameter.shape) for parameter in model.parameters()}, "a checkpoint holds whole tensors"
     assert train_with_two(recipe) == [0, 0]
     for name in ("metrics.jsonl", "model/model.safetensors"):
-        assert (recipe.output_dir / "train/kd" / name).read_bytes() == (whole.output_dir / "train/kd" / name).read_bytes()
+        assert (recipe.output_dir / "train/kd" / name).read_bytes() == (
+            whole.output_dir / "train/kd" / name
+        ).read_bytes()
 
 
 def load_whole(path):
@@ -135,7 +139,11 @@ def load_whole(path):
         ({"optim": "adafactor"}, {}, r"trainer.optim adafactor does not work on shards .* choose one of adamw_torch"),
         ({}, {"adapter": "qlora"}, "4-bit weights cannot be sharded"),
         ({"torch_compile": True}, {}, "torch_compile is not supported together with trainer.fsdp"),
-        ({"fsdp": "none"}, {"env": "true"}, "asks for FSDP .ACCELERATE_USE_FSDP.; start with torchrun and set trainer.fsdp"),
+        (
+            {"fsdp": "none"},
+            {"env": "true"},
+            "asks for FSDP .ACCELERATE_USE_FSDP.; start with torchrun and set trainer.fsdp",
+        ),
     ],
     ids=["alone", "optimizer", "qlora", "compile", "launcher"],
 )

@@ -231,7 +231,10 @@ def test_loss_that_is_not_finite_stops_the_stage_and_its_health(recipe_of):
         ({"optim": "galore_adamw"}, "trainer.optim"),
         ({"report_to": "wandb"}, "report_to names wandb, which is not installed"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "trainer.lr_scheduler_type .* cannot be used"),
-        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"mim_lr": 0.1}}, "trainer.lr_scheduler_type .* cannot be used"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"mim_lr": 0.1}},
+            "trainer.lr_scheduler_type .* cannot be used",
+        ),
         ({"fp16": True}, "trainer.fp16 is set where there is no NVIDIA GPU"),
         ({"tf32": True}, "trainer.tf32 is set where there is no NVIDIA GPU"),
     ],

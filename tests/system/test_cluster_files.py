@@ -1,4 +1,6 @@
-"""The files of recipes/cluster: they parse, the program takes the commands in them, and a task that must end is requeued."""
+"""The files of recipes/cluster: they parse, the program takes the commands in them, and a task that must end is
+requeued.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A run of the first version, cache and finished stages, is picked up by the same command: nothing is computed again.
 
-`data/golden/run-1` was made by that version (`decant run recipe.yaml` there) and is never made again; stage `kd` keeps the
-checkpoint of its second step, so that continuing a begun stage can be tried too.
+`data/golden/run-1` was made by that version (`decant run recipe.yaml` there) and is never made again; stage `kd` keeps
+the checkpoint of its second step, so that continuing a begun stage can be tried too.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def test_finished_stages_are_reused(run: Path) -> None:
     assert files_of(run / "run" / "train") == before
 
 
-def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from shared.recipe.recipe import Stage, StageTrainer
     from student_train.stage.stage_identity import claim_stage
     from student_train.stage.stage_work import resolve_stage
@@ -92,7 +94,9 @@ def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(run: P
     grown_stage = create_model("LaterStage", __base__=Stage, trainer=(grown_trainer, grown_trainer()))
     for value in (False, True):
         stage = recipe.stage("kd")
-        trainer = grown_trainer(**{name: getattr(stage.trainer, name) for name in stage.trainer.model_fields_set}, fused=value)
+        trainer = grown_trainer(
+            **{name: getattr(stage.trainer, name) for name in stage.trainer.model_fields_set}, fused=value
+        )
         work = resolve_stage(recipe, grown_stage.model_construct(**{**dict(stage), "trainer": trainer}))
         if value:
             with pytest.raises(Exception, match=r"stage\.trainer\.fused null where the recipe now has true"):

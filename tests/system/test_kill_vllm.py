@@ -1,4 +1,6 @@
-"""`kill -9` of a build on a real vLLM, then the same command: every row once, values as if unbroken, nothing left running."""
+"""`kill -9` of a build on a real vLLM, then the same command: every row once, values as if unbroken, nothing left
+running.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def unbroken(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("unbroken")
     make_qwen3(place / "teacher", seed=0)
     write_lines(
-        place / "prompts.jsonl", ({"messages": [{"role": "user", "content": f"How many are {i} and {i}?"}]} for i in range(64))
+        place / "prompts.jsonl",
+        ({"messages": [{"role": "user", "content": f"How many are {i} and {i}?"}]} for i in range(64)),
     )
     (place / "recipe.yaml").write_text(RECIPE)
     decant(place, *TEACH)
@@ -46,11 +49,15 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 def kill_when(place: Path, folder: str, count: int, *, seconds: float = 60, **engine: str) -> None:
-    """Start a build and kill it as soon as `folder` of its cache holds `count` committed parts; check that no child survives."""
+    """Start a build and kill it as soon as `folder` of its cache holds `count` committed parts; check that no child
+    survives.
+    """
     command = [sys.executable, "-P", "-m", "tools.cli", *TEACH]
     mark = f"killed-build-{os.getpid()}-{time.monotonic_ns()}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DECANT_TEST_MARK": mark, **engine}
-    process = subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     bound = time.monotonic() + 600
     while len(list((place / "run" / "cache").glob(f"{folder}/**/part-*.json"))) < count:
         assert process.poll() is None, "the build ended before it could be killed"
@@ -88,7 +95,9 @@ def test_killed_build_on_vllm_continues_to_the_same_rows(unbroken, tmp_path, fol
 
 @pytest.mark.parametrize("folder, count", [("sequences", 1), ("targets", 1)])
 def test_core_process_of_a_killed_build_ends_and_the_same_command_continues(unbroken, tmp_path, folder, count):
-    """As on every GPU, vLLM's core is a process of its own; while it lives, it holds the memory that the next one needs."""
+    """As on every GPU, vLLM's core is a process of its own; while it lives, it holds the memory that the next one
+    needs.
+    """
     link(unbroken, tmp_path)
     kill_when(tmp_path, folder, count, seconds=10, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     decant(tmp_path, *TEACH, VLLM_ENABLE_V1_MULTIPROCESSING="1")

@@ -112,7 +112,9 @@ def test_keys_move_only_where_the_template_adds_an_end_token(tmp_path, writer):
     sources = (PromptSource(source="a", path=str(tmp_path / "p.jsonl"), format="prompt_completion"),)
 
     def names(*ends) -> tuple[str, list[bytes]]:
-        rows = list_rows(read_prompts(sources, Problems()), sources, Generate(), 0, Problems(), Tally(), foreign_ends=list(*ends))
+        rows = list_rows(
+            read_prompts(sources, Problems()), sources, Generate(), 0, Problems(), Tally(), foreign_ends=list(*ends)
+        )
         return job_id(request_of(work, None, "t", 128, *ends)), [row.row_key for row in rows]
 
     assert names() == names([None])

@@ -86,7 +86,11 @@ def test_given_conversations_are_scored_at_the_positions_that_predict_their_answ
     talk = [{"role": role, "content": content} for role, content in turns]
     prompts = [
         {"source": "talk", "path": write(tmp_path / "talk.jsonl", [{"messages": talk}]), "format": "messages"},
-        {"source": "story", "path": write(tmp_path / "story.jsonl", [{"text": "The train leaves at seven."}]), "format": "text"},
+        {
+            "source": "story",
+            "path": write(tmp_path / "story.jsonl", [{"text": "The train leaves at seven."}]),
+            "format": "text",
+        },
     ]
     summary = teach(recipe(tmp_path, model, prompts))
     assert (summary.imported.rows, summary.scored.rows) == (2, 2)

@@ -1,4 +1,6 @@
-"""A cache built from a real vLLM server that is killed in mid-job, against the engine in process and the transformers oracle."""
+"""A cache built from a real vLLM server that is killed in mid-job, against the engine in process and the transformers
+oracle.
+"""
 
 from __future__ import annotations
 

@@ -93,7 +93,9 @@ def tree(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
-def killed_then_continued(server: Server, recipe: dict, failpoint: str, whole: dict[str, bytes], cache: Path, fake: bool) -> None:
+def killed_then_continued(
+    server: Server, recipe: dict, failpoint: str, whole: dict[str, bytes], cache: Path, fake: bool
+) -> None:
     recipe = {**recipe, "cache": str(cache)}
     assert server.build(recipe, failpoint, fake) == -signal.SIGKILL, f"{failpoint} is never met"
     half = tree(cache)

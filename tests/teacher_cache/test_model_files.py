@@ -22,7 +22,12 @@ def model(tmp_path_factory):
 
 def test_a_directory_says_what_an_identity_needs(model):
     known = know_teacher(Teacher(model=str(model)))
-    assert (known.vocab_size, known.files.vocab_size, known.max_model_len, known.files.dtype) == (512, 576, 512, "float32")
+    assert (known.vocab_size, known.files.vocab_size, known.max_model_len, known.files.dtype) == (
+        512,
+        576,
+        512,
+        "float32",
+    )
     assert (known.files.revision, known.adapter_hash) == (None, None)
     assert know_teacher(Teacher(model=str(model), max_model_len=64)).max_model_len == 64
 

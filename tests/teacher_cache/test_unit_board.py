@@ -1,4 +1,6 @@
-"""Handing out units to many engines: every unit once, engines never without, a killer set aside after its second engine."""
+"""Handing out units to many engines: every unit once, engines never without, a killer set aside after its second
+engine.
+"""
 
 from __future__ import annotations
 

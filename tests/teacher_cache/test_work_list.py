@@ -20,7 +20,9 @@ def source(name="math", **settings) -> PromptSource:
     return PromptSource(**{"source": name, "path": PATH, "format": "messages", **settings})
 
 
-def talk(question: str, answer: str | None = None, line: int = 1, name="math", origin=0, reference=None) -> Conversation:
+def talk(
+    question: str, answer: str | None = None, line: int = 1, name="math", origin=0, reference=None
+) -> Conversation:
     turns = [{"role": "user", "content": question}] + ([{"role": "assistant", "content": answer}] if answer else [])
     return Conversation(name, PATH, line, "messages", turns, None, reference, origin)
 
@@ -45,7 +47,12 @@ def test_samples_of_one_prompt_share_the_group_and_nothing_else():
 
 def test_the_first_source_wins_and_each_sources_duplicates_are_counted():
     sources = [source("a"), source("b")]
-    talks = [talk("Two?", name="a"), talk("Two?", name="a"), talk("Two?", name="b", origin=1), talk("New?", name="b", origin=1)]
+    talks = [
+        talk("Two?", name="a"),
+        talk("Two?", name="a"),
+        talk("Two?", name="b", origin=1),
+        talk("New?", name="b", origin=1),
+    ]
     found, _, tally = rows(talks, sources, Generate())
     assert [(row.source, row.prompt) for row in found] == [("a", "Two?"), ("b", "New?")]
     assert tally.duplicates == {"a": 1, "b": 1}
@@ -63,7 +70,9 @@ def test_settings_that_do_not_change_an_answer_do_not_change_the_row():
     one = keys([talk("Two?")], generate=Generate())
     assert keys([talk("Two?", line=9, reference="2")], generate=Generate(keep_truncated=False)) == one
     assert keys([talk("Two?")], generate=Generate(samples_per_prompt=2))[:1] == one
-    assert keys([talk("Two?")], generate=Generate(seed=5), seed=1) == keys([talk("Two?")], generate=Generate(seed=5), seed=2)
+    assert keys([talk("Two?")], generate=Generate(seed=5), seed=1) == keys(
+        [talk("Two?")], generate=Generate(seed=5), seed=2
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,8 +158,16 @@ def test_turns_after_the_last_answer_are_left_out():
     ("conversation", "generate", "reason"),
     [
         (talk("Two?"), None, "the row has no answer"),
-        (Conversation("math", PATH, 1, "text", None, "Once", None), Generate(), "`format: text` has no prompt to answer"),
-        (Conversation("math", PATH, 1, "messages", [{"role": "assistant", "content": "2"}], None, None), None, "no user turn"),
+        (
+            Conversation("math", PATH, 1, "text", None, "Once", None),
+            Generate(),
+            "`format: text` has no prompt to answer",
+        ),
+        (
+            Conversation("math", PATH, 1, "messages", [{"role": "assistant", "content": "2"}], None, None),
+            None,
+            "no user turn",
+        ),
     ],
 )
 def test_what_cannot_be_a_row_is_set_aside(conversation, generate, reason):

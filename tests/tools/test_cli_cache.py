@@ -82,7 +82,9 @@ def test_show_writes_tokens_with_the_tokenizer_of_the_cache(tmp_path, capsys):
         token_ids=ids, spans=[(1, len(ids))], finish_reason="stop",
     )  # fmt: skip
     files = {"tokenizer.json": (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()}
-    writer = CacheWriter.create_or_open(tmp_path / "cache", SequencesIdentity(tokenizer_hash="t", vocab_size=VOCAB_SIZE), files)
+    writer = CacheWriter.create_or_open(
+        tmp_path / "cache", SequencesIdentity(tokenizer_hash="t", vocab_size=VOCAB_SIZE), files
+    )
     writer.write_sequences("part-00000000-000000", [row], {})
     shown = json.loads(run(capsys, "show", tmp_path / "cache", "--json"))
     assert [json.loads(token["text"]) for token in shown["tokens"]] == [tokenizer.decode([i]) for i in ids[1:]]

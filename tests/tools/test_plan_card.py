@@ -98,7 +98,9 @@ def test_card_too_small_for_kept_activations_recomputes_them_and_a_larger_one_ke
     ],
 )
 def test_student_that_cannot_fit_is_refused_with_the_smallest_change(size, student, trainer, gib, advice):
-    with pytest.raises(TrainingError, match=rf"^stage 'kd' .* needs at least \d.* where the card has {gib}.0 GiB; .*{advice}"):
+    with pytest.raises(
+        TrainingError, match=rf"^stage 'kd' .* needs at least \d.* where the card has {gib}.0 GiB; .*{advice}"
+    ):
         plan_card(recipe(size, student, trainer), gib * GIB)
 
 
@@ -153,7 +155,9 @@ def test_unknown_student_is_refused_and_stated_sizes_are_named():
     stated = plan_card(recipe("0.6B", {}, {"bf16": True}), 24 * GIB)
     assert "assume.student" in card_text(stated)
     bare = recipe("0.6B").model_copy(update={"assume": Recipe.model_fields["assume"].default})
-    with pytest.raises(TrainingError, match=r"config of the student '\./not-here' cannot be read .*assume\.student\.config"):
+    with pytest.raises(
+        TrainingError, match=r"config of the student '\./not-here' cannot be read .*assume\.student\.config"
+    ):
         plan_card(bare, 24 * GIB)
 
 

@@ -1,4 +1,5 @@
-"""Capture dense distributions as the engines do: the same columns, cut, tails and draws, from log-probabilities at hand.
+"""Capture dense distributions as the engines do: the same columns, cut, tails and draws, from log-probabilities at
+hand.
 
 Shape letters: C positions of a chunk, V entries, K head entries, J temperatures, m draws.
 """

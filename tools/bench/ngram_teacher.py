@@ -33,7 +33,9 @@ def has_data() -> bool:
         import tokenizers  # noqa: F401
     except ImportError:
         return False
-    return all((DATA / name).exists() for name in ("qwen_tokenizer/vocab.json", "gsm8k/train.jsonl", "pubmedqa/ori_pqal.json"))
+    return all(
+        (DATA / name).exists() for name in ("qwen_tokenizer/vocab.json", "gsm8k/train.jsonl", "pubmedqa/ori_pqal.json")
+    )
 
 
 def read_token_rows(seed: int = 0) -> list[list[int]]:

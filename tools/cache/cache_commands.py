@@ -1,4 +1,5 @@
-"""`decant cache ...`: what is in a cache, whether it is whole, what can go, and how caches become one or something else.
+"""`decant cache ...`: what is in a cache, whether it is whole, what can go, and how caches become one or something
+else.
 
 Nothing here loads a model or a framework; `ls` and `stats` read commit records alone, `verify` reads every byte once.
 """
@@ -92,23 +93,27 @@ def _ls(args: argparse.Namespace) -> int:
     lines = [
         f"{found['path']}: {found['rows']:,} rows, {found['positions']:,} positions in {found['parts']:,} parts, "
         f"{size(found['bytes'])}",
-        f"  tokenizer {identity['tokenizer'] or '-'} ({identity['vocab_size']:,} entries, {identity['tokenizer_hash'][:8]})",
+        f"  tokenizer {identity['tokenizer'] or '-'} ({identity['vocab_size']:,} entries, "
+        f"{identity['tokenizer_hash'][:8]})",
     ]
     lines += [f"  {name} {identity[name]}" for name in ("answers", "licence") if identity[name]]
     lines += [f"  {found['set_aside']:,} rows were set aside"] if found["set_aside"] else []
     for name, layer in found["layers"].items():
         lines.append(
-            f"  targets {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, {size(layer['bytes'])}"
+            f"  targets {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, "
+            f"{size(layer['bytes'])}"
         )
         lines.append(f"    {_layer_text(layer['identity'])}")
     for name, layer in found["hidden"].items():
         lines.append(
-            f"  hidden {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, {size(layer['bytes'])}"
+            f"  hidden {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, "
+            f"{size(layer['bytes'])}"
         )
         lines.append(f"    {_hidden_text(layer['identity'])}")
     lines += [] if found["layers"] else ["  no targets layer yet"]
     lines += [
-        f"  job {job[:8]}: {counts['committed']:,} of {counts['units']:,} units committed" for job, counts in found["jobs"].items()
+        f"  job {job[:8]}: {counts['committed']:,} of {counts['units']:,} units committed"
+        for job, counts in found["jobs"].items()
     ]
     _print(args, found, "\n".join(lines))
     return 0
@@ -116,7 +121,12 @@ def _ls(args: argparse.Namespace) -> int:
 
 def _layer_text(identity: Mapping[str, Any]) -> str:
     temperatures = ", ".join(f"{value:g}" for value in identity["temperatures"])
-    parts = [f"teacher {identity['teacher']}", f"dtype {identity['dtype']}", f"mode {identity['mode']}", f"k {identity['k']}"]
+    parts = [
+        f"teacher {identity['teacher']}",
+        f"dtype {identity['dtype']}",
+        f"mode {identity['mode']}",
+        f"k {identity['k']}",
+    ]
     parts += [f"draws {identity['draws']}"] if identity["draws"] else []
     parts += [f"mass {identity['mass']:g}", f"temperatures {temperatures}", f"weights {identity['weights_hash'][:8]}"]
     parts += [f"{name} {identity[name]}" for name in ("revision", "quantization", "adapter") if identity[name]]
@@ -124,13 +134,18 @@ def _layer_text(identity: Mapping[str, Any]) -> str:
 
 
 def _hidden_text(identity: Mapping[str, Any]) -> str:
-    width = identity["width"] if identity["projection"] is None else f"{identity['width']} projected to {identity['projection']}"
+    width = (
+        identity["width"]
+        if identity["projection"] is None
+        else f"{identity['width']} projected to {identity['projection']}"
+    )
     parts = [f"teacher {identity['teacher']}", f"dtype {identity['dtype']}", f"width {width}"]
     parts += [f"layers {', '.join(map(layer_name, identity['layers']))}"] if identity["layers"] else []
     parts += [f"pooled {identity['pooled']}"] if identity["pooled"] != "none" else []
     if identity["attention_layers"]:
         parts.append(
-            f"attention of layers {', '.join(map(str, identity['attention_layers']))}, strongest {identity['strongest']} keys"
+            f"attention of layers {', '.join(map(str, identity['attention_layers']))}, strongest "
+            f"{identity['strongest']} keys"
         )
     return ", ".join([*parts, f"weights {identity['weights_hash'][:8]}"])
 
@@ -149,21 +164,31 @@ def _stats(args: argparse.Namespace) -> int:
     for name, value in stats.items():
         if isinstance(value, int | float) and name != "entropy_bin_nats":
             lines.append(
-                f"  {name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"  {name.replace('_', ' ')}: {value:,.4g}"
+                f"  {name.replace('_', ' ')}: {value:,}"
+                if isinstance(value, int)
+                else f"  {name.replace('_', ' ')}: {value:,.4g}"
             )
     for source, figures in stats["sources"].items():
         lines.append(
-            f"  source {source}: {figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['positions']:,} positions"
+            f"  source {source}: {figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['positions']:,} "
+            "positions"
         )
     for name, figures in stats["hidden"].items():
         lines.append(
-            f"  hidden {name}: {figures['positions']:,} positions, {figures['bytes_per_position']:,.1f} bytes per position"
+            f"  hidden {name}: {figures['positions']:,} positions, {figures['bytes_per_position']:,.1f} bytes per "
+            "position"
         )
     lines += [f"  finish reason {reason}: {count:,} rows" for reason, count in stats["finish_reasons"].items()]
     lines += [f"  set aside: {count:,} rows, {reason}" for reason, count in stats["set_aside"].items()]
     if "entropy_histogram" in stats:
-        lines += ["  entropy of the teacher, nats:", *_bars(stats["entropy_histogram"], lambda i: f"{i * ENTROPY_BIN_NATS:5.2f}")]
-        lines += ["  entries kept, at least:", *_bars(stats["support_histogram"], lambda i: f"{0 if i == 0 else 2 ** (i - 1):5d}")]
+        lines += [
+            "  entropy of the teacher, nats:",
+            *_bars(stats["entropy_histogram"], lambda i: f"{i * ENTROPY_BIN_NATS:5.2f}"),
+        ]
+        lines += [
+            "  entries kept, at least:",
+            *_bars(stats["support_histogram"], lambda i: f"{0 if i == 0 else 2 ** (i - 1):5d}"),
+        ]
     _print(args, stats, "\n".join(lines))
     return 0
 
@@ -199,7 +224,10 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"problems": problems}, indent=2))
     elif problems:
-        print(f"{len(problems)} problems; damaged parts are rebuilt by `decant teach` once they and their records are deleted")
+        print(
+            f"{len(problems)} problems; damaged parts are rebuilt by `decant teach` once they and their records are "
+            "deleted"
+        )
     else:
         found = listing(args.cache)
         layers = len(found["layers"]) + len(found["hidden"])

@@ -1,8 +1,11 @@
 """Which rows of a list of parts repeat a row_key that an earlier row holds.
 
-Algorithm: keys are hashes, so their leading bits cut them into equal shares; one pass per share gathers its keys from the mapped
-row_key columns, sorts them stably and marks every key but the first of its equals. Cost: 16 bytes of reading per row and pass.
-Memory: some 64 bytes for each of the `most_keys` keys of a pass (0.5 GB), and one byte per row of the parts that repeat something.
+Algorithm: keys are hashes, so their leading bits cut them into equal shares; one pass per share gathers its keys from
+    the mapped
+row_key columns, sorts them stably and marks every key but the first of its equals. Cost: 16 bytes of reading per row
+and pass.
+Memory: some 64 bytes for each of the `most_keys` keys of a pass (0.5 GB), and one byte per row of the parts that repeat
+    something.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ def _repeats_of_share(parts: Sequence[tuple[Path, PartRecord]], share: int, bits
         if not record.rows:
             continue
         words = (
-            np.ascontiguousarray(key_column(open_part(directory, record, verify=False), "row_key")).view(">u8").astype(np.uint64)
+            np.ascontiguousarray(key_column(open_part(directory, record, verify=False), "row_key"))
+            .view(">u8")
+            .astype(np.uint64)
         )
         rows = np.arange(len(words)) if bits == 0 else np.flatnonzero(words[:, 0] >> np.uint64(64 - bits) == share)
         places.append(rows.astype(np.int64) | (number << _ROW_BITS))

@@ -1,13 +1,16 @@
 """`decant cache merge`: several caches of one identity become one.
 
-Algorithm: parts are taken over as they are, by hard link or copy after their checksum was compared; of rows with equal row_keys
-the first counts (caches in the order given, parts by name, as readers choose too), and a part that repeats rows is written again
-without them, its blobs byte for byte. All parts get names of one job, whose plan is empty because nothing of it is left to do:
-readers need not look for repeats in the result, and later builds list that job as complete.
+Algorithm: parts are taken over as they are, by hard link or copy after their checksum was compared; of rows with equal
+    row_keys
+the first counts (caches in the order given, parts by name, as readers choose too), and a part that repeats rows is
+written again without them, its blobs byte for byte. All parts get names of one job, whose plan is empty because nothing
+of it is left to do: readers need not look for repeats in the result, and later builds list that job as complete.
 
-Everything is written into `.OUT.merging-JOB8` beside OUT, cache.json last, and renamed to OUT in one step. JOB hashes the contents
-of the inputs, so a killed merge is continued by the same command, and by no other. Cost: each byte is read once, or copied; memory:
-the commit records, one part that is written again, and what shared keys take (tools/cache/cache_duplicates.py).
+Everything is written into `.OUT.merging-JOB8` beside OUT, cache.json last, and renamed to OUT in one step. JOB hashes
+the contents
+of the inputs, so a killed merge is continued by the same command, and by no other. Cost: each byte is read once, or
+copied; memory: the commit records, one part that is written again, and what shared keys take
+(tools/cache/cache_duplicates.py).
 """
 
 from __future__ import annotations
@@ -87,8 +90,9 @@ def merge_caches(
         advance: called with the rows that are done.
 
     Returns:
-        cache, job, existed, rows, parts, linked, copied, rewritten, inputs (path, rows, dropped), layers, unscored, left_out,
-        hidden_left_out (hidden layers of the inputs) and unfinished (what killed merges of other caches left beside `out`).
+        cache, job, existed, rows, parts, linked, copied, rewritten, inputs (path, rows, dropped), layers, unscored,
+        left_out, hidden_left_out (hidden layers of the inputs) and unfinished (what killed merges of other caches left
+        beside `out`).
 
     Raises:
         UsageError: fewer than two inputs, or one that is listed twice.
@@ -97,7 +101,9 @@ def merge_caches(
     """
     resolved = [path.resolve() for path in inputs]
     if len(set(resolved)) < max(2, len(inputs)):
-        raise UsageError(f"a merge needs two different caches or more, each named once, got {', '.join(map(str, inputs))}")
+        raise UsageError(
+            f"a merge needs two different caches or more, each named once, got {', '.join(map(str, inputs))}"
+        )
     sources = [_open(path) for path in inputs]
     _check_sequences(sources)
     layers, left_out = _common_layers(sources, targets)
@@ -141,7 +147,9 @@ def _named(problem: str, first: Source, other: Source) -> str:
     return problem.replace(" in the request", f" in {other.path}")
 
 
-def _common_layers(sources: Sequence[Source], targets: Sequence[str] | None) -> tuple[dict[str, str], list[dict[str, Any]]]:
+def _common_layers(
+    sources: Sequence[Source], targets: Sequence[str] | None
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Return the layers to merge, hash8 -> name, and those that are left out with the inputs that lack them.
 
     Raises:
@@ -163,8 +171,12 @@ def _common_layers(sources: Sequence[Source], targets: Sequence[str] | None) -> 
     else:
         chosen = {hash8 for hash8 in found if not lacking[hash8]}
         _check_names(sources, chosen)
-    left_out = [{"layer": layer.full_name, "not_in": lacking[hash8]} for hash8, layer in found.items() if hash8 not in chosen]
-    return {hash8: found[hash8].full_name for hash8 in sorted(chosen)}, sorted(left_out, key=lambda entry: str(entry["layer"]))
+    left_out = [
+        {"layer": layer.full_name, "not_in": lacking[hash8]} for hash8, layer in found.items() if hash8 not in chosen
+    ]
+    return {hash8: found[hash8].full_name for hash8 in sorted(chosen)}, sorted(
+        left_out, key=lambda entry: str(entry["layer"])
+    )
 
 
 def _check_names(sources: Sequence[Source], chosen: set[str]) -> None:
@@ -179,7 +191,8 @@ def _check_names(sources: Sequence[Source], chosen: set[str]) -> None:
                     problem = difference(layer.identity, rival.identity) or "they differ"
                     raise IdentityError(
                         f"layer {layer.short_name} of {other.path} cannot be merged with that of {source.path}: "
-                        f"{_named(problem, source, other)}; score one of them again, or name the layers to merge with --targets "
+                        f"{_named(problem, source, other)}; score one of them again, or name the layers to merge "
+                        "with --targets "
                         "(or --no-targets)"
                     )
 
@@ -220,11 +233,16 @@ def _write_layers(merge: Merge) -> None:
         link_exclusive(directory / "layer.json", json_bytes(document), "layer_json", step="rename")
 
 
-def _write_parts(merge: Merge, repeats: dict[int, NDArray[np.bool_]], advance: Callable[[int], None], *, dry_run: bool) -> None:
+def _write_parts(
+    merge: Merge, repeats: dict[int, NDArray[np.bool_]], advance: Callable[[int], None], *, dry_run: bool
+) -> None:
     """Take over every part, or only count."""
     index = -1
     for source in merge.sources:
-        scored = {hash8: {record.stem: record for record in list_records(source.layers[hash8].directory)} for hash8 in merge.layers}
+        scored = {
+            hash8: {record.stem: record for record in list_records(source.layers[hash8].directory)}
+            for hash8 in merge.layers
+        }
         for record in source.records:
             index += 1
             mask = repeats.get(index)
@@ -260,7 +278,8 @@ def _write_part(
     for layer, targets, _ in layers:
         if (targets.rows, targets.positions) != (record.rows, record.positions):
             raise DamagedError(
-                f"{layer.directory}: targets of {record.stem} have {targets.rows} rows and {targets.positions} positions where its "
+                f"{layer.directory}: targets of {record.stem} have {targets.rows} rows and {targets.positions} "
+                "positions where its "
                 f"sequences have {record.rows} and {record.positions}; delete the targets part and score it again"
             )
     if kept is not None:
@@ -308,7 +327,8 @@ def _summary(out: Path, job: str, merge: Merge, left_out: list[dict[str, Any]], 
         "copied": merge.take_over.copied,
         "rewritten": merge.take_over.rewritten,
         "inputs": [
-            {"path": str(s.path), "rows": sum(record.rows for record in s.records), "dropped": s.dropped} for s in merge.sources
+            {"path": str(s.path), "rows": sum(record.rows for record in s.records), "dropped": s.dropped}
+            for s in merge.sources
         ],
         "layers": sorted(merge.layers.values()),
         "unscored": {name: count for name, count in merge.unscored.items() if count},
@@ -323,20 +343,29 @@ def merge_text(result: dict[str, Any]) -> str:
     how = [f"{result[name]:,} files {name}" for name in ("linked", "copied") if result[name]]
     how += [f"{result['rewritten']:,} parts rewritten without repeated rows"] if result["rewritten"] else []
     how = ["it was there already"] if result["existed"] else how
-    lines = [f"{result['cache']}: {result['rows']:,} rows in {result['parts']:,} parts from {len(result['inputs'])} caches"]
+    lines = [
+        f"{result['cache']}: {result['rows']:,} rows in {result['parts']:,} parts from {len(result['inputs'])} caches"
+    ]
     lines[0] += f" ({', '.join(how)})" if how else ""
     for entry in result["inputs"]:
-        repeated = f", {entry['dropped']:,} left out because an earlier row has the same row_key" if entry["dropped"] else ""
+        repeated = (
+            f", {entry['dropped']:,} left out because an earlier row has the same row_key" if entry["dropped"] else ""
+        )
         lines.append(f"  {entry['path']}: {entry['rows']:,} rows{repeated}")
     for name in result["layers"]:
         missing = result["unscored"].get(name)
-        lines.append(f"  targets {name} merged" + (f"; {missing:,} parts are not scored, as in the inputs" if missing else ""))
+        lines.append(
+            f"  targets {name} merged" + (f"; {missing:,} parts are not scored, as in the inputs" if missing else "")
+        )
     for entry in result["left_out"]:
         why = f"it is not in {', '.join(entry['not_in'])}" if entry["not_in"] else "it was not asked for"
         lines.append(f"  targets {entry['layer']} left out: {why}")
     for name in result["hidden_left_out"]:
-        lines.append(f"  hidden {name} left out: hidden layers are not merged; 'decant teach' with its capture.hidden adds one")
+        lines.append(
+            f"  hidden {name} left out: hidden layers are not merged; 'decant teach' with its capture.hidden adds one"
+        )
     lines += [
-        f"  {path} is an unfinished merge of other caches; delete it unless it is to be continued" for path in result["unfinished"]
+        f"  {path} is an unfinished merge of other caches; delete it unless it is to be continued"
+        for path in result["unfinished"]
     ]
     return "\n".join(lines)

@@ -62,7 +62,9 @@ def _position(targets: SparseTargets, s: int, top: int, text_of: Callable[[int],
         {"id": i, "text": text_of(i), "logprob": round(logprob, 4)}
         for i, logprob in zip(targets.ids[begin:end].tolist(), targets.logprobs[begin:end].tolist(), strict=True)
     ]
-    tails = {f"{t:g}": round(math.exp(float(targets.tail_logmass[s, j])), 6) for j, t in enumerate(targets.temperatures)}
+    tails = {
+        f"{t:g}": round(math.exp(float(targets.tail_logmass[s, j])), 6) for j, t in enumerate(targets.temperatures)
+    }
     label = float(targets.label_logprobs[s])
     described = {
         "logprob": round(label, 4) if math.isfinite(label) else None,
@@ -84,7 +86,8 @@ def row_text(document: dict[str, Any]) -> str:
     prompt, response = document["prompt"], document["response"]
     lines = [
         f"row {document['row']} of {document['rows']:,}, source {document['source']}, {document['where']}",
-        f"layer {document['layer'] or '(none)'}, {document['num_tokens']} tokens, {len(document['tokens'])} supervised, "
+        f"layer {document['layer'] or '(none)'}, {document['num_tokens']} tokens, {len(document['tokens'])} "
+        "supervised, "
         f"finished by {document['finish_reason']}",
         *([document["note"]] if document["note"] else []),
         "",
@@ -94,7 +97,9 @@ def row_text(document: dict[str, Any]) -> str:
         "",
     ]
     width = min(max([len(token["text"]) for token in document["tokens"]] + [5]), 20)
-    lines.append(f"{'at':>6}  {'token':{width}}  {'p %':>6}  {'log p':>8}  {'rest %':>6}  {'kept':>4}  the teacher would say")
+    lines.append(
+        f"{'at':>6}  {'token':{width}}  {'p %':>6}  {'log p':>8}  {'rest %':>6}  {'kept':>4}  the teacher would say"
+    )
     lines += [_token_line(token, width) for token in document["tokens"]]
     return "\n".join(lines)
 
@@ -112,7 +117,11 @@ def _token_line(token: dict[str, Any], width: int) -> str:
 
 def _shortened(text: str) -> str:
     """Show a text on one line, its middle left out where it is long."""
-    line = text.encode("unicode_escape").decode() if not text.replace("\n", "").isprintable() else text.replace("\n", "\\n")
+    line = (
+        text.encode("unicode_escape").decode()
+        if not text.replace("\n", "").isprintable()
+        else text.replace("\n", "\\n")
+    )
     return line if len(line) <= MOST_TEXT else f"{line[: MOST_TEXT // 2]} ... {line[-MOST_TEXT // 2 :]}"
 
 

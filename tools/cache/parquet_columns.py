@@ -1,9 +1,10 @@
 """Columns of an exported part, for tools that know Parquet and nothing of Decant.
 
 One row per row of the cache. Per position s: `ids[s]` and `logprobs[s]` are the head by descending probability,
-`label_logprobs[s]` the log-probability of the token that follows, `tail_logmass_T[s]` the log of the mass outside the head at
-temperature T, `draw_ids_T[s]` and `draw_multiplicities_T[s]` what was drawn from outside it. All logs are natural, under the full
-softmax at temperature 1 but for the tails. Position s predicts the s-th token of the concatenated spans (docs/format.md).
+`label_logprobs[s]` the log-probability of the token that follows, `tail_logmass_T[s]` the log of the mass outside the
+head at temperature T, `draw_ids_T[s]` and `draw_multiplicities_T[s]` what was drawn from outside it. All logs are
+natural, under the full softmax at temperature 1 but for the tails. Position s predicts the s-th token of the
+concatenated spans (docs/format.md).
 
 Shape letters: R rows of a batch, S positions of all of them, N head entries.
 """
@@ -43,7 +44,8 @@ def export_schema(temperatures: Sequence[float], *, targets: bool, draws: bool) 
         if draws:
             for t in temperatures:
                 columns += [
-                    pa.field(f"{name}_{t!r}", pa.list_(_INTS), nullable=False) for name in ("draw_ids", "draw_multiplicities")
+                    pa.field(f"{name}_{t!r}", pa.list_(_INTS), nullable=False)
+                    for name in ("draw_ids", "draw_multiplicities")
                 ]
     return pa.schema(columns)
 
@@ -61,7 +63,9 @@ def flat(rows: Sequence[np.ndarray], kind: pa.DataType) -> pa.Array:
 
 
 def _offsets(lengths: np.ndarray) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int32())  # refuses what 31 bits cannot hold
+    return pa.array(
+        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int32()
+    )  # refuses what 31 bits cannot hold
 
 
 def targets_columns(targets: Sequence[SparseTargets]) -> dict[str, pa.Array]:
@@ -78,7 +82,9 @@ def targets_columns(targets: Sequence[SparseTargets]) -> dict[str, pa.Array]:
     for j, t in enumerate(targets[0].temperatures if targets[0].draws else ()):
         drawn = [row.draws[j] for row in targets]
         columns[f"draw_ids_{t!r}"] = nested([d.ids for d in drawn], [d.counts for d in drawn], _INTS)
-        columns[f"draw_multiplicities_{t!r}"] = nested([d.multiplicities for d in drawn], [d.counts for d in drawn], _INTS)
+        columns[f"draw_multiplicities_{t!r}"] = nested(
+            [d.multiplicities for d in drawn], [d.counts for d in drawn], _INTS
+        )
     return columns
 
 

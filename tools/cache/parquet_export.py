@@ -1,6 +1,7 @@
 """`decant cache export`: a cache as plain Parquet, one file per part, with its identity in a JSON file beside them.
 
-Written beside OUT_DIR and renamed, so a killed export is continued by the same command. Memory: a batch of rows. Cost: some
+Written beside OUT_DIR and renamed, so a killed export is continued by the same command. Memory: a batch of rows. Cost:
+some
 0.13 million positions of 64 entries per second and core (reading them back 0.23 million).
 """
 
@@ -19,14 +20,30 @@ from numpy.typing import NDArray
 
 from shared.atomic import fill_exclusive, make_dir, write_atomic
 from shared.cache.cache import Cache
-from shared.cache.layout import Layer, choose_layer, list_hidden_layers, list_layers, read_header, sequences_dir, tokenizer_path
+from shared.cache.layout import (
+    Layer,
+    choose_layer,
+    list_hidden_layers,
+    list_layers,
+    read_header,
+    sequences_dir,
+    tokenizer_path,
+)
 from shared.cache.visible_rows import hidden_rows
 from shared.errors import CacheError, DamagedError
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.parts import hash_file
 from shared.parts.records import PartRecord, json_bytes, list_records, read_json, read_record
 from shared.schema import SEQUENCES
-from tools.cache.parquet_columns import EXPORT_FORMAT, METADATA_FILE, PLAIN, RECORD_KEY, export_schema, flat, targets_columns
+from tools.cache.parquet_columns import (
+    EXPORT_FORMAT,
+    METADATA_FILE,
+    PLAIN,
+    RECORD_KEY,
+    export_schema,
+    flat,
+    targets_columns,
+)
 from tools.cache.staged_directory import publish, refuse_existing, staging_path
 
 MOST_POSITIONS_PER_BATCH = 2**15
@@ -88,7 +105,11 @@ def _write_metadata(path: Path, layer: Layer | None, staging: Path, cache_id: st
         write_atomic(target, source.read_bytes(), "tokenizer")
     described = None
     if layer is not None:
-        described = {"name": layer.short_name, "identity": layer.identity.to_json(), "provenance": dict(layer.provenance)}
+        described = {
+            "name": layer.short_name,
+            "identity": layer.identity.to_json(),
+            "provenance": dict(layer.provenance),
+        }
     document = {
         "export_format": EXPORT_FORMAT,
         "cache_id": cache_id,
@@ -99,7 +120,9 @@ def _write_metadata(path: Path, layer: Layer | None, staging: Path, cache_id: st
     write_atomic(staging / METADATA_FILE, json_bytes(document), "cache_json")
 
 
-def _write_part(path: Path, layer: Layer | None, record: PartRecord, shown: NDArray[np.bool_] | None, file: Path) -> None:
+def _write_part(
+    path: Path, layer: Layer | None, record: PartRecord, shown: NDArray[np.bool_] | None, file: Path
+) -> None:
     """Write the shown rows of one part."""
     part = MappedSequences(sequences_dir(path), record, verify=True)
     scored = None
@@ -130,7 +153,9 @@ def _write_part(path: Path, layer: Layer | None, record: PartRecord, shown: NDAr
 
 
 def _blobs_digest(part: MappedSequences, scored: MappedTargets) -> str:
-    """Return 32 hexadecimal digits of a part's keys and blobs, so that an import knows whether the targets were altered."""
+    """Return 32 hexadecimal digits of a part's keys and blobs, so that an import knows whether the targets were
+    altered.
+    """
     digest = xxhash.xxh3_128()
     for i in range(len(part)):
         digest.update(part.keys[i].tobytes())
@@ -153,14 +178,18 @@ def _batches(
                 break
         taken = chosen[start : start + len(rows)]
         start += len(rows)
-        columns = {name: pa.array([getattr(row, name) for row in rows], type=SEQUENCES.field(name).type) for name in PLAIN}
+        columns = {
+            name: pa.array([getattr(row, name) for row in rows], type=SEQUENCES.field(name).type) for name in PLAIN
+        }
         ints = pa.list_(pa.int32())
         columns["token_ids"] = flat([row.token_ids for row in rows], ints)
         columns["span_starts"] = flat([row.spans[:, 0] for row in rows], ints)
         columns["span_ends"] = flat([row.spans[:, 1] for row in rows], ints)
         if codec is not None and scored is not None:
             blobs = [scored.blob(i, row) for i, row in zip(taken, rows, strict=True)]
-            columns |= targets_columns([codec.decode(blob, row.num_positions) for blob, row in zip(blobs, rows, strict=True)])
+            columns |= targets_columns(
+                [codec.decode(blob, row.num_positions) for blob, row in zip(blobs, rows, strict=True)]
+            )
             columns["teacher_nll_nats"] = pa.array([float(scored.teacher_nll_nats[i]) for i in taken], pa.float64())
         yield columns
 
@@ -171,4 +200,6 @@ def export_text(result: dict[str, Any]) -> str:
     there = "; it was there already" if result["existed"] else ""
     hidden = ", ".join(result["hidden_left_out"])
     left_out = f"; hidden layers are not exported: {hidden} left out" if hidden else ""
-    return f"{result['directory']}: {result['rows']:,} rows in {result['files']:,} Parquet files, {layer}{there}{left_out}"
+    return (
+        f"{result['directory']}: {result['rows']:,} rows in {result['files']:,} Parquet files, {layer}{there}{left_out}"
+    )

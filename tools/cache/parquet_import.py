@@ -1,8 +1,10 @@
 """`decant cache import`: a cache from Parquet files as `decant cache export` writes them.
 
-Decoded values lie on the codec's grid, so encoding them again gives the codes that they came from: the rows of an export come back
-equal bit by bit. Files may have been written by other tools; every row passes the checks of the codec, and its `key` must fit its
-tokens. All parts get names of one job, as after a merge. Written beside OUT and renamed. Memory: the encoded rows of a part.
+Decoded values lie on the codec's grid, so encoding them again gives the codes that they came from: the rows of an
+export come back equal bit by bit. Files may have been written by other tools; every row passes the checks of the codec,
+and its `key` must fit its
+tokens. All parts get names of one job, as after a merge. Written beside OUT and renamed. Memory: the encoded rows of a
+part.
 """
 
 from __future__ import annotations
@@ -29,7 +31,15 @@ from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.codec import Codec
 from shared.schema import MAX_ROWS_PER_PART, MAX_TOKENIZER_FILE_BYTES, STEM_PATTERN, TARGETS
 from tools.cache.cache_duplicates import repeated_rows
-from tools.cache.parquet_columns import EXPORT_FORMAT, METADATA_FILE, PLAIN, RECORD_KEY, Lists, export_schema, read_targets
+from tools.cache.parquet_columns import (
+    EXPORT_FORMAT,
+    METADATA_FILE,
+    PLAIN,
+    RECORD_KEY,
+    Lists,
+    export_schema,
+    read_targets,
+)
 from tools.cache.staged_directory import publish, refuse_existing, staging_path
 
 ROWS_PER_BATCH = 64
@@ -67,7 +77,8 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
     odd = [file for file in files if not STEM_PATTERN.fullmatch(file.stem)]
     if odd:
         raise DamagedError(
-            f"{odd[0]} is not named as a part is; expected part-XXXXXXXX-NNNNNN.parquet, hexadecimal digits and a number"
+            f"{odd[0]} is not named as a part is; expected part-XXXXXXXX-NNNNNN.parquet, hexadecimal digits and a "
+            "number"
         )
     digest = xxhash.xxh3_128((directory / METADATA_FILE).read_bytes())
     for file in files:
@@ -98,26 +109,41 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
 def _read_export(directory: Path) -> Export:
     path = directory / METADATA_FILE
     if not path.is_file():
-        raise CacheError(f"{directory} has no {METADATA_FILE}, so it is no finished export; write one with 'decant cache export'")
+        raise CacheError(
+            f"{directory} has no {METADATA_FILE}, so it is no finished export; write one with 'decant cache export'"
+        )
     document = read_json(path)
     if document.get("export_format") != EXPORT_FORMAT:
-        raise CacheError(f"{path} has export_format {document.get('export_format')!r} and this version reads {EXPORT_FORMAT}")
+        raise CacheError(
+            f"{path} has export_format {document.get('export_format')!r} and this version reads {EXPORT_FORMAT}"
+        )
     identity, described, layer = (document.get(name) for name in ("identity", "tokenizer_files", "layer"))
     if not isinstance(identity, dict) or not isinstance(described, dict) or not isinstance(layer, dict | None):
         raise DamagedError(f"{path} lacks identity, tokenizer_files or layer; it was altered")
     files = {}
     for name, entry in described.items():
         file = tokenizer_path(directory, name)
-        if not file.is_file() or file.stat().st_size > MAX_TOKENIZER_FILE_BYTES or hash_file(file)[0] != entry.get("xxh3"):
+        if (
+            not file.is_file()
+            or file.stat().st_size > MAX_TOKENIZER_FILE_BYTES
+            or hash_file(file)[0] != entry.get("xxh3")
+        ):
             raise DamagedError(f"{file} is not what {METADATA_FILE} says; restore it from the export")
         files[name] = file.read_bytes()
     found = SequencesIdentity.from_json(identity, f"{path}: identity")
     if layer is None:
         return Export(directory, found, files, None, None, {})
-    if not all(isinstance(layer.get(name), kind) for name, kind in (("name", str), ("identity", dict), ("provenance", dict))):
+    if not all(
+        isinstance(layer.get(name), kind) for name, kind in (("name", str), ("identity", dict), ("provenance", dict))
+    ):
         raise DamagedError(f"{path} says layer: where name, identity and provenance are expected")
     return Export(
-        directory, found, files, layer["name"], LayerIdentity.from_json(layer["identity"], f"{path}: layer"), layer["provenance"]
+        directory,
+        found,
+        files,
+        layer["name"],
+        LayerIdentity.from_json(layer["identity"], f"{path}: layer"),
+        layer["provenance"],
     )
 
 
@@ -134,10 +160,14 @@ def _import_file(file: Path, export: Export, writer: CacheWriter, target: Path, 
         with pq.ParquetFile(file) as opened:
             about = _about(opened.schema_arrow.metadata)
             if opened.metadata.num_rows > MAX_ROWS_PER_PART:
-                raise DamagedError(f"{file} has {opened.metadata.num_rows} rows where a part has at most {MAX_ROWS_PER_PART}")
+                raise DamagedError(
+                    f"{file} has {opened.metadata.num_rows} rows where a part has at most {MAX_ROWS_PER_PART}"
+                )
             missing = sorted(set(schema.names) - set(opened.schema_arrow.names))
             if missing:
-                raise DamagedError(f"{file} has no column {missing[0]}; expected those of 'decant cache export' for this layer")
+                raise DamagedError(
+                    f"{file} has no column {missing[0]}; expected those of 'decant cache export' for this layer"
+                )
             for batch in opened.iter_batches(ROWS_PER_BATCH, columns=schema.names):
                 table = pa.Table.from_batches([batch]).select(schema.names).cast(schema).combine_chunks()
                 _read_batch(file, table, codec, rows, scores)
@@ -155,7 +185,11 @@ def _about(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     except (KeyError, ValueError):
         return {}
     kinds = {"software": dict, "set_aside": list, "targets_software": dict, "targets_stats": dict, "blobs_xxh3": str}
-    return {name: about[name] for name, kind in kinds.items() if isinstance(about, dict) and isinstance(about.get(name), kind)}
+    return {
+        name: about[name]
+        for name, kind in kinds.items()
+        if isinstance(about, dict) and isinstance(about.get(name), kind)
+    }
 
 
 def _read_batch(
@@ -175,7 +209,9 @@ def _read_batch(
         if any(value is None for name, value in values.items() if name != "reference"):
             raise DamagedError(f"{where} has a null; only reference may be null")
         try:
-            spans = list(zip(lists["span_starts"].values(i).tolist(), lists["span_ends"].values(i).tolist(), strict=True))
+            spans = list(
+                zip(lists["span_starts"].values(i).tolist(), lists["span_ends"].values(i).tolist(), strict=True)
+            )
             row = make_row(**values, token_ids=lists["token_ids"].values(i), spans=spans)
             if row.key != plain["key"][i]:
                 raise ValueError("its tokens or spans do not fit its key, so its targets belong to another content")
@@ -183,14 +219,21 @@ def _read_batch(
             if codec is not None:
                 targets = read_targets(lists, i, codec.temperatures, draws=bool(codec.draws))
                 if targets.num_positions != row.num_positions:
-                    raise ValueError(f"it has targets of {targets.num_positions} positions and supervises {row.num_positions}")
+                    raise ValueError(
+                        f"it has targets of {targets.num_positions} positions and supervises {row.num_positions}"
+                    )
                 scores.append((nll[i], codec.encode(targets)))
         except ValueError as error:
             raise DamagedError(f"{where} cannot be imported: {error}") from None
 
 
 def _write_targets(
-    directory: Path, stem: str, rows: list[SequenceRow], scores: list[tuple[float, bytes]], codec: Codec, about: dict[str, Any]
+    directory: Path,
+    stem: str,
+    rows: list[SequenceRow],
+    scores: list[tuple[float, bytes]],
+    codec: Codec,
+    about: dict[str, Any],
 ) -> None:
     digest = xxhash.xxh3_128()
     for row, (_, blob) in zip(rows, scores, strict=True):

@@ -1,7 +1,9 @@
 """Committed parts of one cache as parts of another: linked, copied, or written again without some rows.
 
-A commit record holds nothing about its part's name but the name, so a part keeps its bytes under another one. Each file is
-compared with its checksum before its record is written. Cost: one read of each byte; memory: one part where rows are left out.
+A commit record holds nothing about its part's name but the name, so a part keeps its bytes under another one. Each file
+is
+compared with its checksum before its record is written. Cost: one read of each byte; memory: one part where rows are
+left out.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class TakeOver:
     rewritten: int = 0
 
     def part(self, directory: Path, record: PartRecord, target_dir: Path, stem: str) -> None:
-        """Commit a part of `directory` as `stem` of `target_dir`; one that is committed there already is compared and left.
+        """Commit a part of `directory` as `stem` of `target_dir`; one that is committed there already is compared and
+        left.
 
         Raises:
             DamagedError: a file is not what its record says.
@@ -52,7 +55,9 @@ class TakeOver:
         final, record_path = target_dir / f"{stem}.arrow", target_dir / f"{stem}.json"
         if record_path.exists():
             if read_record(record_path).xxh3 != record.xxh3:
-                raise DamagedError(f"{record_path} is the record of another part; delete {target_dir.parent} and merge again")
+                raise DamagedError(
+                    f"{record_path} is the record of another part; delete {target_dir.parent} and merge again"
+                )
             return
         what = "sequences" if target_dir.name == "sequences" else "targets"
         if not (not self.copy and self._link(directory, record, final)):
@@ -70,7 +75,9 @@ class TakeOver:
         except OSError as error:
             if error.errno in _CANNOT_LINK:
                 return False
-            raise CacheError(f"{final} cannot be created: {error.strerror}; check the path and its permissions") from None
+            raise CacheError(
+                f"{final} cannot be created: {error.strerror}; check the path and its permissions"
+            ) from None
         fsync_dir(final.parent)
         self.linked += 1
         return True
@@ -86,7 +93,9 @@ class TakeOver:
                     digest.update(piece)
                     target.write(piece)
             if (digest.hexdigest(), target.tell()) != (record.xxh3, record.bytes):
-                raise DamagedError(f"{path} is not what its record says; it was truncated or altered: restore it from a copy")
+                raise DamagedError(
+                    f"{path} is not what its record says; it was truncated or altered: restore it from a copy"
+                )
 
         if not fill_exclusive(final, fill, what, record.bytes, step="rename"):
             _check_left_over(final, record)
@@ -96,7 +105,9 @@ class TakeOver:
 def _check_left_over(final: Path, record: PartRecord) -> None:
     """Compare a file that a killed merge left without its record."""
     if hash_file(final) != (record.xxh3, record.bytes):
-        raise DamagedError(f"{final} is not what a merge of these caches left; delete {final.parent.parent} and merge again")
+        raise DamagedError(
+            f"{final} is not what a merge of these caches left; delete {final.parent.parent} and merge again"
+        )
 
 
 def rewrite_part(

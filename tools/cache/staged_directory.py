@@ -1,4 +1,5 @@
-"""A directory that is whole or not there: written beside its place under a name that says what it will hold, then renamed.
+"""A directory that is whole or not there: written beside its place under a name that says what it will hold, then
+renamed.
 
 The name ends in the id of the content, so the same command continues after a kill and no other does.
 """
@@ -45,5 +46,7 @@ def publish(staging: Path, out: Path, proof: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT) and proof.exists():
             return  # the same command ran elsewhere at the same time and was first
-        raise CacheError(f"{staging} is finished but cannot be renamed to {out}: {error.strerror}; move it there") from None
+        raise CacheError(
+            f"{staging} is finished but cannot be renamed to {out}: {error.strerror}; move it there"
+        ) from None
     fsync_dir(out.absolute().parent)

@@ -66,7 +66,10 @@ def ask_model(
             asks.append(ask)
     side = _side_asks(model, recipe, prompts, tokenizer)
     asks += side.values()
-    say(f"starting {recipe.evaluate.engine} for {sum(len(ask.prompts) * ask.samples for ask in [*asks, *choosing])} answers")
+    say(
+        f"starting {recipe.evaluate.engine} for {sum(len(ask.prompts) * ask.samples for ask in [*asks, *choosing])} "
+        "answers"
+    )
     engine = open_for(model, recipe, asks, choosing)
     try:
         answers = generate_answers(engine, tokenizer, asks, say)
@@ -77,7 +80,9 @@ def ask_model(
         engine.close()
 
 
-def _side_asks(model: ModelUnderTest, recipe: Recipe, prompts: Sequence[SidePrompt], tokenizer: Any) -> dict[float, Ask]:
+def _side_asks(
+    model: ModelUnderTest, recipe: Recipe, prompts: Sequence[SidePrompt], tokenizer: Any
+) -> dict[float, Ask]:
     settings = recipe.evaluate.side_by_side
     if settings is None or not prompts:
         return {}

@@ -1,7 +1,8 @@
-"""Where student and teacher part most: the held-out positions of the largest KL, in their context, with what each would say.
+"""Where student and teacher part most: the held-out positions of the largest KL, in their context, with what each would
+say.
 
-While rows are measured, the largest few positions are kept in a heap; only their rows go through the model once more, to name
-the student's tokens. Cost: a forward pass for each of at most `MOST_PARTINGS` rows, at the end.
+While rows are measured, the largest few positions are kept in a heap; only their rows go through the model once more,
+to name the student's tokens. Cost: a forward pass for each of at most `MOST_PARTINGS` rows, at the end.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Partings:
                 heapq.heappushpop(self.heap, entry)
 
     def described(self, model: Any, caches: Sequence[Cache], vocab_size: int) -> list[dict[str, Any]]:
-        """Return source, KL, the text around, and both sides' most probable tokens with probabilities, largest KL first."""
+        """Return source, KL, the text around, and both sides' most probable tokens with probabilities, largest KL
+        first.
+        """
         writers = [_decoder(cache) for cache in caches]
         found = []
         for kl, cache, row, position in sorted(self.heap, reverse=True):

@@ -1,7 +1,8 @@
-"""The plan's memory against what a GPU allocates: students at true size with random weights, trained a few steps on made-up rows.
+"""The plan's memory against what a GPU allocates: students at true size with random weights, trained a few steps on
+made-up rows.
 
-The trainer, the packs, the loss and the optimizer are those of `decant train`; only weights, rows and targets are made up. The
-process is capped to a card's memory. Each student in a process of its own, started by tools/gpu_check.py.
+The trainer, the packs, the loss and the optimizer are those of `decant train`; only weights, rows and targets are made
+up. The process is capped to a card's memory. Each student in a process of its own, started by tools/gpu_check.py.
 Cost: a build on the device, a cache of a few megabytes, three steps.
 """
 
@@ -48,7 +49,9 @@ def qwen3(size: str) -> Any:
 
 
 def measure_memory(name: str, *, dry_run: bool, num_tokens: int = 4096) -> dict[str, Any]:
-    """Train one of `STUDENTS` for three steps and return planned and allocated bytes; a dry run is tiny and counts nothing."""
+    """Train one of `STUDENTS` for three steps and return planned and allocated bytes; a dry run is tiny and counts
+    nothing.
+    """
     import torch
 
     from shared.recipe.recipe import Stage, Student
@@ -158,7 +161,9 @@ def random_student(config: Any, student: Any, device: Any) -> Any:
             packed = Linear4bit(1, 1, bias=False, compute_dtype=dtype, quant_type="nf4")
             packed.in_features, packed.out_features = layer.in_features, layer.out_features
             values = torch.randn(layer.weight.shape, dtype=dtype, device=device) * 0.02
-            packed.weight = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
+            packed.weight = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
+                device
+            )
             packed.support_avx512bf16_for_cpu = False
             setattr(parent, name, packed)
     for parent in model.modules():

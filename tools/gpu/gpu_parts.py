@@ -16,12 +16,16 @@ from typing import Any
 PAIRS = 7
 
 
-def _inputs(num_positions: int, width: int, vocab: int, k: int, dtype: Any, device: str, *, frozen: bool) -> dict[str, Any]:
+def _inputs(
+    num_positions: int, width: int, vocab: int, k: int, dtype: Any, device: str, *, frozen: bool
+) -> dict[str, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_positions, width, generator=generator).to(device, dtype).requires_grad_()
-    weight = (torch.randn(vocab, width, generator=generator) * 2 / width**0.5).to(device, dtype).requires_grad_(not frozen)
+    weight = (
+        (torch.randn(vocab, width, generator=generator) * 2 / width**0.5).to(device, dtype).requires_grad_(not frozen)
+    )
     ids = torch.arange(k) * (vocab // k) + torch.randint(0, vocab // k, (num_positions, k), generator=generator)
     masses = torch.arange(1, k + 1, dtype=torch.float64) ** -1.5
     batch = {
@@ -43,7 +47,9 @@ def _loss(inputs: dict[str, Any], *, teacher: bool = True, operator: str = "torc
     terms = [LossTerm("cross_entropy", 0.1)] + [LossTerm("forward_kl", 0.9)] * teacher
     targets = TargetBatch.from_batch(inputs["batch"]) if teacher else None
     count = len(inputs["labels"])
-    return fused_sparse_loss(inputs["hidden"], inputs["weight"], inputs["labels"], targets, terms, count, operator=operator).loss
+    return fused_sparse_loss(
+        inputs["hidden"], inputs["weight"], inputs["labels"], targets, terms, count, operator=operator
+    ).loss
 
 
 def _gradients(inputs: dict[str, Any], **settings: Any) -> list[Any]:
@@ -57,7 +63,9 @@ def _gradients(inputs: dict[str, Any], **settings: Any) -> list[Any]:
 def _distance(found: list[Any], expected: list[Any]) -> float:
     """Return the largest error relative to the largest entry of each tensor."""
     pairs = zip(found, expected, strict=True)
-    return max(float((a.double().cpu() - b.double().cpu()).abs().max() / b.double().cpu().abs().max()) for a, b in pairs)
+    return max(
+        float((a.double().cpu() - b.double().cpu()).abs().max() / b.double().cpu().abs().max()) for a, b in pairs
+    )
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
@@ -128,7 +136,11 @@ def _loss_memory(inputs: dict[str, Any]) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         call()
         peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return {"fused_mib": peaks["fused"], "plain_mib": peaks["plain"], "plain_over_fused_mib": peaks["plain"] / peaks["fused"]}
+    return {
+        "fused_mib": peaks["fused"],
+        "plain_mib": peaks["plain"],
+        "plain_over_fused_mib": peaks["plain"] / peaks["fused"],
+    }
 
 
 def _triton(small: tuple[int, int, int, int], inputs: dict[str, Any], exact: list[Any], device: str) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """`decant plan --calibrate`: hours, gigabytes, GPU memory and money of phase 1, extrapolated from a short real build.
 
-Seconds of one engine: start + for each pass a fixed time + tokens / rate. With several engines (`teacher.workers.count`) the
-tokens divide, start and fixed times do not. Tokens, positions and bytes are the sample's means per source times the rows to do.
-GPU memory is arithmetic: weights, key-value cache, and log-probability buffers that an engine's own profiling does not see.
+Seconds of one engine: start + for each pass a fixed time + tokens / rate. With several engines
+(`teacher.workers.count`) the tokens divide, start and fixed times do not. Tokens, positions and bytes are the sample's
+means per source times the rows to do.
+GPU memory is arithmetic: weights, key-value cache, and log-probability buffers that an engine's own profiling does not
+see.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from tools.cache.cache_commands import size
 SEQUENCES_IN_CACHE = 64
 """Full-length sequences that the key-value cache is counted for."""
 LOGPROB_BYTES = 6
-"""Per token of a forward pass and entry of the vocabulary: float32 log-probabilities and half of them again in between."""
+"""Per token of a forward pass and entry of the vocabulary: float32 log-probabilities and half of them again in between.
+"""
 _WIDTH = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2}
 
 
-def calibrated_figures(recipe: Recipe, planned: dict[str, Any], found: Calibration, price_per_hour: float | None) -> dict[str, Any]:
+def calibrated_figures(
+    recipe: Recipe, planned: dict[str, Any], found: Calibration, price_per_hour: float | None
+) -> dict[str, Any]:
     """Return what phase 1 will take.
 
     Args:
@@ -75,7 +80,10 @@ def _work(recipe: Recipe, planned: dict[str, Any], found: Calibration) -> dict[s
         to_do = source["rows"] - source["rows_in_cache"]
         rows += to_do
         if recipe.generate is None:
-            answers, whole = source["answer_tokens"]["expected"], source["prompt_tokens"] + source["answer_tokens"]["expected"]
+            answers, whole = (
+                source["answer_tokens"]["expected"],
+                source["prompt_tokens"] + source["answer_tokens"]["expected"],
+            )
         else:
             answers, whole = (round(to_do * mean) for mean in _means(found, name))
             generate += answers
@@ -112,7 +120,9 @@ def _gpu_memory(recipe: Recipe, found: Calibration) -> dict[str, Any]:
     width = _WIDTH.get(dtype, 2)
     heads = int(text.get("num_attention_heads") or 32)
     head_dim = int(text.get("head_dim") or int(text.get("hidden_size") or 4096) // heads)
-    per_token = 2 * int(text.get("num_hidden_layers") or 32) * int(text.get("num_key_value_heads") or heads) * head_dim * width
+    per_token = (
+        2 * int(text.get("num_hidden_layers") or 32) * int(text.get("num_key_value_heads") or heads) * head_dim * width
+    )
     length = teacher.max_model_len or files.max_position_embeddings
     shards = teacher.tensor_parallel_size
     weights = _weight_bytes(files) * width / _WIDTH.get(files.dtype, 2) / shards
@@ -136,20 +146,32 @@ def _weight_bytes(files: ModelFiles) -> int:
 def calibrated_text(figures: dict[str, Any]) -> str:
     """Lay the figures out for people."""
     rates, seconds, bytes_ = figures["rates"], figures["seconds"], figures["bytes"]
-    lines = [f"  calibrated on {figures['sample_rows']:,} rows in {figures['sample_seconds']:,.1f} s, real engine, real prompts"]
+    lines = [
+        f"  calibrated on {figures['sample_rows']:,} rows in {figures['sample_seconds']:,.1f} s, real engine, real "
+        "prompts"
+    ]
     if rates["generate_tokens_per_second"]:
         fixed = f"and {rates['generate_fixed_seconds']:,.1f} s to fill and empty the engine"
         lines.append(f"    generate {rates['generate_tokens_per_second']:,.0f} tokens/s {fixed}")
         lines.append(f"    answers  {figures['tokens_per_answer']:,.1f} tokens on average")
-    lines.append(f"    score    {rates['score_tokens_per_second']:,.0f} tokens/s and {rates['score_fixed_seconds']:,.1f} s")
-    lines.append(f"    start    {rates['start_seconds']:,.1f} s")
-    lines.append(f"    targets  {figures['bytes_per_position']:,.1f} bytes per position, {figures['mean_support']:,.1f} entries")
     lines.append(
-        f"  whole job, {figures['rows']:,} rows to do, {figures['score_tokens']:,} tokens to score, {figures['engines']:,} engines:"
+        f"    score    {rates['score_tokens_per_second']:,.0f} tokens/s and {rates['score_fixed_seconds']:,.1f} s"
+    )
+    lines.append(f"    start    {rates['start_seconds']:,.1f} s")
+    lines.append(
+        f"    targets  {figures['bytes_per_position']:,.1f} bytes per position, {figures['mean_support']:,.1f} entries"
+    )
+    lines.append(
+        f"  whole job, {figures['rows']:,} rows to do, {figures['score_tokens']:,} tokens to score, "
+        f"{figures['engines']:,} engines:"
     )
     parts = ", ".join(f"{name} {seconds[name]:,.0f}" for name in ("start", "generate", "score"))
-    lines.append(f"    time     {_duration(seconds['all'])} (seconds: {parts}), {figures['engine_hours']:,.3g} engine-hours")
-    lines.append(f"    disk     {size(bytes_['all'])} (targets {size(bytes_['targets'])}, sequences {size(bytes_['sequences'])})")
+    lines.append(
+        f"    time     {_duration(seconds['all'])} (seconds: {parts}), {figures['engine_hours']:,.3g} engine-hours"
+    )
+    lines.append(
+        f"    disk     {size(bytes_['all'])} (targets {size(bytes_['targets'])}, sequences {size(bytes_['sequences'])})"
+    )
     memory = figures["gpu_memory"]
     told = {name: size(memory[name]) for name in ("all", "weights", "key_value_cache", "logprob_buffers")}
     cached = f"{memory['sequences_in_cache']} sequences of {memory['max_model_len']:,} tokens {told['key_value_cache']}"

@@ -1,9 +1,9 @@
 """`decant plan --card 24GiB`: does each stage's training fit the card, with which micro-batch, checkpointing and chunk?
 
-For each stage the settings that keep its arithmetic are searched, fastest first: activations kept before recomputed, large forward
-passes before small ones (packs per forward pass times accumulation stays what the recipe says), a large chunk of the loss before a
-small one. What fits is given as `--set` options; what cannot fit is refused with the smallest change that would. Bytes are those of
-student_train/fit/memory.py.
+For each stage the settings that keep its arithmetic are searched, fastest first: activations kept before recomputed,
+large forward passes before small ones (packs per forward pass times accumulation stays what the recipe says), a large
+chunk of the loss before a small one. What fits is given as `--set` options; what cannot fit is refused with the
+smallest change that would. Bytes are those of student_train/fit/memory.py.
 Cost: building the student's shape without weights, then a few hundred multiplications per stage.
 """
 
@@ -51,7 +51,9 @@ def plan_card(recipe: Recipe, card: int) -> dict[str, Any]:
     from student_train.fit.model_shape import shape_of
 
     if recipe.student is None or not recipe.stages:
-        raise TrainingError("the recipe has no student with stages to train, so nothing is to fit on a card; leave --card out")
+        raise TrainingError(
+            "the recipe has no student with stages to train, so nothing is to fit on a card; leave --card out"
+        )
     configs: dict[str, tuple[Any, str | None]] = {}
     stages: dict[str, Any] = {}
     for stage in recipe.stages:
@@ -60,7 +62,11 @@ def plan_card(recipe: Recipe, card: int) -> dict[str, Any]:
             config, note = student_config(recipe, source)
             configs[source] = (shape_of(config), note)
         shape, note = configs[source]
-        stages[stage.name] = {"parameters": shape.num_parameters, "note": note, **_stage(shape, recipe.student, stage, card)}
+        stages[stage.name] = {
+            "parameters": shape.num_parameters,
+            "note": note,
+            **_stage(shape, recipe.student, stage, card),
+        }
     return {"card_bytes": card, "stages": stages}
 
 
@@ -89,7 +95,8 @@ def student_config(recipe: Recipe, source: str) -> tuple[Any, str | None]:
         if stated is None:
             reason = " ".join(str(error).split())[:160]
             raise TrainingError(
-                f"the config of the student '{source}' cannot be read ({reason}); download the model, or state its config in "
+                f"the config of the student '{source}' cannot be read ({reason}); download the model, or state its "
+                "config in "
                 "assume.student.config of the recipe"
             ) from None
     values = dict(stated.config)
@@ -97,7 +104,9 @@ def student_config(recipe: Recipe, source: str) -> tuple[Any, str | None]:
         return AutoConfig.for_model(values.pop("model_type"), **values), "sizes are those that assume.student states"
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise TrainingError(f"assume.student.config is no config of transformers: {reason}; copy the model's config.json") from None
+        raise TrainingError(
+            f"assume.student.config is no config of transformers: {reason}; copy the model's config.json"
+        ) from None
 
 
 def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, Any]:
@@ -119,7 +128,9 @@ def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, A
     wrote = {**{name: getattr(stage.trainer, name) for name in settings}}
     wrote["gradient_checkpointing"] = True in (student.gradient_checkpointing, stage.trainer.gradient_checkpointing)
     overrides = [
-        f"stages.{stage.name}.trainer.{name}={str(value).lower()}" for name, value in settings.items() if value != wrote[name]
+        f"stages.{stage.name}.trainer.{name}={str(value).lower()}"
+        for name, value in settings.items()
+        if value != wrote[name]
     ]
     return {
         "as_written_bytes": as_written.total,
@@ -198,9 +209,13 @@ def _estimate(shape: Any, student: Student, trainer: StageTrainer, recomputes: b
 
 
 def _smallest_change(shape: Any, student: Student, stage: Stage, card: int) -> str:
-    """Return what to change, the least first: shorter packs, the optimizer's state, the weights' type, an adapter, the card."""
+    """Return what to change, the least first: shorter packs, the optimizer's state, the weights' type, an adapter, the
+    card.
+    """
     for words, changed_student, changed_trainer in _changes(student, stage):
-        changed = stage.model_copy(update={"trainer": stage.trainer.model_copy(update=changed_trainer), "max_length": None})
+        changed = stage.model_copy(
+            update={"trainer": stage.trainer.model_copy(update=changed_trainer), "max_length": None}
+        )
         fit = _first_fit(shape, student.model_copy(update=changed_student), changed, card)
         if fit is not None:
             return f"{words} ({fit[2].total / GIB:.1f} GiB)"
@@ -228,7 +243,9 @@ def _changes(student: Student, stage: Stage) -> Iterator[tuple[str, dict[str, An
             qlora = student.adapter.model_copy(update={"kind": "qlora"})
             ways.append(("use adapter: qlora with dtype: bfloat16", {"adapter": qlora, **narrow}, {}))
     pack = stage.trainer.pack_tokens
-    shorter = [pack >> halving for halving in range(1, 12) if pack % (1 << halving) == 0 and pack >> halving >= SHORTEST_PACK]
+    shorter = [
+        pack >> halving for halving in range(1, 12) if pack % (1 << halving) == 0 and pack >> halving >= SHORTEST_PACK
+    ]
     for words, changed_student, changed_trainer in ways:
         if words:
             yield words, changed_student, changed_trainer
@@ -246,7 +263,10 @@ def card_text(result: dict[str, Any]) -> str:
     """Lay it out for people, in GiB."""
     width = max(len("stage"), *(len(name) for name in result["stages"]))
     heads = ["stage".ljust(width), *(name.rjust(11) for name in COLUMNS), "total".rjust(7)]
-    lines = [f"on a card of {result['card_bytes'] / GIB:.1f} GiB, in GiB at the moment of most memory:", "  " + " ".join(heads)]
+    lines = [
+        f"on a card of {result['card_bytes'] / GIB:.1f} GiB, in GiB at the moment of most memory:",
+        "  " + " ".join(heads),
+    ]
     notes: list[str] = []
     for name, stage in result["stages"].items():
         cells = [f"{stage['terms'][column] / GIB:11.2f}" for column in COLUMNS]
@@ -254,7 +274,8 @@ def card_text(result: dict[str, Any]) -> str:
         chosen = stage["settings"]
         how = (
             f"{stage['tokens_per_forward']:,} tokens per forward pass, activations "
-            f"{'recomputed' if chosen['gradient_checkpointing'] else 'kept'}, chunk {chosen['operator_chunk_mib']} MiB; most at "
+            f"{'recomputed' if chosen['gradient_checkpointing'] else 'kept'}, chunk {chosen['operator_chunk_mib']} "
+            "MiB; most at "
             f"{stage['moment']}"
         )
         notes.append(f"  {name}: {stage['parameters'] / 1e9:.2f} billion parameters, {how}")

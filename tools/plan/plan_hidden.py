@@ -1,7 +1,9 @@
-"""What a hidden layer takes on disk, priced before it is built: from the teacher's shape alone, compression not assumed.
+"""What a hidden layer takes on disk, priced before it is built: from the teacher's shape alone, compression not
+assumed.
 
-Per position: L (D + 4) bytes of states (8-bit integers and a float32 scale), and per attention layer 2 bytes and 5 for each kept
-key; per row D + 4 bytes of pooled state. Where the cache has such a layer, its bytes per position are measured instead.
+Per position: L (D + 4) bytes of states (8-bit integers and a float32 scale), and per attention layer 2 bytes and 5 for
+each kept key; per row D + 4 bytes of pooled state. Where the cache has such a layer, its bytes per position are
+measured instead.
 Cost: the teacher's config.json and the records of the cache.
 """
 
@@ -19,7 +21,9 @@ from shared.recipe.recipe import HiddenCapture, Recipe
 Figures = dict[str, Any]
 
 
-def hidden_figures(recipe: Recipe, rows_to_do: int, positions_to_do: dict[str, int], assumptions: list[str]) -> Figures | None:
+def hidden_figures(
+    recipe: Recipe, rows_to_do: int, positions_to_do: dict[str, int], assumptions: list[str]
+) -> Figures | None:
     """Return positions, bytes and bytes per position of the recipe's hidden layer; None where it asks for none.
 
     Args:
@@ -84,14 +88,18 @@ def _teacher_shape(recipe: Recipe, assumptions: list[str]) -> tuple[int, int] | 
     try:
         shape = files.num_hidden_layers, files.hidden_size
     except EngineError:
-        assumptions.append("the hidden layer is not priced: assume.teacher.config lacks num_hidden_layers or hidden_size")
+        assumptions.append(
+            "the hidden layer is not priced: assume.teacher.config lacks num_hidden_layers or hidden_size"
+        )
         return None
     assumptions.append(f"hidden layer: a teacher of {shape[0]} blocks of width {shape[1]:,}, as the recipe assumes")
     return shape
 
 
 def _existing(recipe: Recipe, capture: HiddenCapture) -> tuple[int, int, float | None]:
-    """Return rows and positions that are in the cache without hidden states, and what a position takes where some have them."""
+    """Return rows and positions that are in the cache without hidden states, and what a position takes where some have
+    them.
+    """
     rows = positions = 0
     measured: float | None = None
     for path in recipe.cache:
@@ -118,5 +126,7 @@ def hidden_lines(figures: Figures, size: Any) -> list[str]:
         f"({figures['bytes_per_position']:,.1f} bytes per position)",
     ]
     if figures["part_bytes"] > 2**30:
-        lines.append(f"    memory   {size(figures['part_bytes'])} for one part at a time; lower rows_per_part to need less")
+        lines.append(
+            f"    memory   {size(figures['part_bytes'])} for one part at a time; lower rows_per_part to need less"
+        )
     return lines

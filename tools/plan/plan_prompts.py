@@ -1,8 +1,8 @@
 """Rows and tokens that a build would make, counted from the prompts before any engine starts.
 
-The rows are those of the build itself (same keys, same duplicates, same rows that the cache already holds). Tokens are counted
-with the teacher's tokenizer and template for the first rows of each source and scaled up for the rest. Cost: one pass over the
-prompts, a millisecond more for each of at most 2,000 rows per source.
+The rows are those of the build itself (same keys, same duplicates, same rows that the cache already holds). Tokens are
+counted with the teacher's tokenizer and template for the first rows of each source and scaled up for the rest. Cost:
+one pass over the prompts, a millisecond more for each of at most 2,000 rows per source.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class PromptCount:
 
 
 def count_prompts(recipe: Recipe) -> PromptCount:
-    """Count rows and tokens of a recipe's prompts; a source out of reach has the size that the recipe's `assume` states.
+    """Count rows and tokens of a recipe's prompts; a source out of reach has the size that the recipe's `assume`
+    states.
 
     Raises:
         PromptError: a source is missing, cannot be read or has no row, and the recipe states no size for it.
@@ -123,7 +124,9 @@ def _foreign_ends(recipe: Recipe, counter: _TokenCounter) -> list[int | None]:
 
 
 def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
-    """Enter the sources of which something is out of reach with their stated sizes, and return the recipe with the others alone."""
+    """Enter the sources of which something is out of reach with their stated sizes, and return the recipe with the
+    others alone.
+    """
     from teacher_cache.prompts.prompt_files import locate
 
     reasons: dict[str, PromptError] = {}
@@ -148,7 +151,9 @@ def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
         )
         sizes = f"{stated.rows:,} prompts of {stated.prompt_tokens:,} tokens, answers of {stated.answer_tokens:,}"
         result.assumed.append(f"source {name} has {sizes}, as the recipe states, since it cannot be reached ({reason})")
-    return recipe.model_copy(update={"prompts": tuple(prompt for prompt in recipe.prompts if prompt.source not in reasons)})
+    return recipe.model_copy(
+        update={"prompts": tuple(prompt for prompt in recipe.prompts if prompt.source not in reasons)}
+    )
 
 
 class _Current:
@@ -229,7 +234,9 @@ def _estimate(conversation: Any, given: bool) -> tuple[int, int]:
 
     prompt = group_text(conversation.messages, conversation.text)
     if conversation.text is not None:
-        return (1, round(len(prompt) / CHARACTERS_PER_TOKEN)) if given else (round(len(prompt) / CHARACTERS_PER_TOKEN), 0)
+        return (
+            (1, round(len(prompt) / CHARACTERS_PER_TOKEN)) if given else (round(len(prompt) / CHARACTERS_PER_TOKEN), 0)
+        )
     answers = sum(len(turn["content"]) for turn in conversation.messages if turn["role"] == "assistant") if given else 0
     return round(len(prompt) / CHARACTERS_PER_TOKEN), round(answers / CHARACTERS_PER_TOKEN)
 

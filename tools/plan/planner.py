@@ -1,7 +1,8 @@
 """`decant plan`: rows, tokens and gigabytes of a recipe before anything runs, with every assumption stated.
 
-Rows and prompt tokens are counted; answers that do not exist are bounded by `max_new_tokens` and expected at half of it; bytes per
-position are measured where the cache has such a layer and assumed otherwise. Hours are given only where an earlier build of the
+Rows and prompt tokens are counted; answers that do not exist are bounded by `max_new_tokens` and expected at half of
+it; bytes per position are measured where the cache has such a layer and assumed otherwise. Hours are given only where
+an earlier build of the
 same run measured a rate: a guess about an unknown machine would be worse than none.
 """
 
@@ -47,10 +48,15 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         result["rescore"] = {
             "tokens": there["unscored_tokens"],
             "positions": there["unscored_positions"],
-            "bytes": {"expected": round(there["unscored_positions"] * low), "at_most": round(there["unscored_positions"] * high)},
+            "bytes": {
+                "expected": round(there["unscored_positions"] * low),
+                "at_most": round(there["unscored_positions"] * high),
+            },
         }
     nothing = {"expected": 0, "at_most": 0}
-    hidden = hidden_figures(recipe, result.get("rows_to_do", 0), result.get("positions", nothing), result["assumptions"])
+    hidden = hidden_figures(
+        recipe, result.get("rows_to_do", 0), result.get("positions", nothing), result["assumptions"]
+    )
     if hidden is not None:
         result["hidden"] = hidden
     expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
@@ -59,7 +65,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def _existing(recipe: Recipe) -> dict[str, Any]:
-    """Return what the caches hold already: rows, tokens, positions, and measured bytes per position where the layer exists."""
+    """Return what the caches hold already: rows, tokens, positions, and measured bytes per position where the layer
+    exists.
+    """
     total: dict[str, Any] = {"rows": 0, "tokens": 0, "positions": 0, "unscored_tokens": 0, "unscored_positions": 0}
     total["bytes_per_position"] = None
     for path in recipe.cache:
@@ -75,19 +83,29 @@ def _existing(recipe: Recipe) -> dict[str, Any]:
             total["unscored_tokens"] += record.stats["tokens"] if record.stem not in stems else 0
             total["unscored_positions"] += record.positions if record.stem not in stems else 0
         if sum(record.positions for record in scored):
-            total["bytes_per_position"] = sum(record.bytes for record in scored) / sum(record.positions for record in scored)
+            total["bytes_per_position"] = sum(record.bytes for record in scored) / sum(
+                record.positions for record in scored
+            )
     return total
 
 
 def _serving(layers: Mapping[str, Layer], capture: Capture) -> Layer | None:
     """Return the layer that has a capture or holds it, as far as can be said without the teacher's files."""
     holding = [layer for layer in layers.values() if holds(layer.identity, capture)]
-    return min(holding, key=lambda layer: (layer.identity.k, layer.identity.mass, len(layer.identity.temperatures)), default=None)
+    return min(
+        holding,
+        key=lambda layer: (layer.identity.k, layer.identity.mass, len(layer.identity.temperatures)),
+        default=None,
+    )
 
 
 def assumed_bytes_per_position(capture: Capture) -> tuple[float, float]:
     """Return bytes per position of a capture, expected and at most; a `mass` below 1 makes it less."""
-    fixed = BYTES_PER_POSITION_FIXED + 2 * len(capture.temperatures) + BYTES_PER_DRAW * capture.draws * len(capture.temperatures)
+    fixed = (
+        BYTES_PER_POSITION_FIXED
+        + 2 * len(capture.temperatures)
+        + BYTES_PER_DRAW * capture.draws * len(capture.temperatures)
+    )
     return fixed + BYTES_PER_ENTRY_EXPECTED * capture.k, fixed + BYTES_PER_ENTRY_AT_MOST * capture.k
 
 
@@ -97,7 +115,9 @@ def _bytes_per_position(recipe: Recipe, there: dict[str, Any]) -> tuple[float, f
     return assumed_bytes_per_position(recipe.capture) if measured is None else (measured, measured)
 
 
-def _build_figures(recipe: Recipe, counted: PromptCount, there: dict[str, Any], assumptions: list[str]) -> dict[str, Any]:
+def _build_figures(
+    recipe: Recipe, counted: PromptCount, there: dict[str, Any], assumptions: list[str]
+) -> dict[str, Any]:
     """Return rows, tokens, bytes and, where a rate is known, hours of phase 1."""
     sources = {name: _source_figures(recipe, source) for name, source in counted.sources.items()}
     prompt = sum(figures["prompt_tokens"] for figures in sources.values())
@@ -108,7 +128,9 @@ def _build_figures(recipe: Recipe, counted: PromptCount, there: dict[str, Any], 
         half = f"{EXPECTED_SHARE_OF_MAX_NEW_TOKENS:.0%} of max_new_tokens ({recipe.generate.max_new_tokens})"
         assumptions.append(f"answers are expected at {half}, and at most all of it")
     if counted.tokenizer_note:
-        assumptions.append(f"tokens are estimated at {CHARACTERS_PER_TOKEN:g} characters each: {counted.tokenizer_note}")
+        assumptions.append(
+            f"tokens are estimated at {CHARACTERS_PER_TOKEN:g} characters each: {counted.tokenizer_note}"
+        )
     counted_rows = [source for source in counted.sources.values() if source.answer_tokens_assumed is None]
     if any(source.rows > source.rows_counted for source in counted_rows):
         assumptions.append(f"tokens are counted for {ROWS_COUNTED:,} rows per source and scaled up for the rest")
@@ -146,7 +168,10 @@ def _build_figures(recipe: Recipe, counted: PromptCount, there: dict[str, Any], 
 def _source_figures(recipe: Recipe, source: SourceCount) -> dict[str, Any]:
     to_do = source.rows - source.rows_in_cache
     if recipe.generate is None:
-        answers = {"expected": source.scaled(source.answer_tokens_counted), "at_most": source.scaled(source.answer_tokens_counted)}
+        answers = {
+            "expected": source.scaled(source.answer_tokens_counted),
+            "at_most": source.scaled(source.answer_tokens_counted),
+        }
     else:
         most = to_do * recipe.generate.max_new_tokens
         assumed = source.answer_tokens_assumed
@@ -176,7 +201,11 @@ def _stage_figures(stage: Stage, cache_tokens: int, recipe: Recipe) -> dict[str,
     trainer = stage.trainer
     per_step = trainer.pack_tokens * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
     trained = cache_tokens * (1 - recipe.heldout.fraction)
-    steps = trainer.max_steps if trainer.max_steps is not None else max(round(trainer.num_train_epochs * trained / per_step), 1)
+    steps = (
+        trainer.max_steps
+        if trainer.max_steps is not None
+        else max(round(trainer.num_train_epochs * trained / per_step), 1)
+    )
     tokens = steps * per_step
     return {
         "steps": steps,
@@ -191,11 +220,15 @@ def plan_text(result: dict[str, Any]) -> str:
     lines = [f"plan of {result['name']}"]
     there = result["cache"]
     if there["rows"]:
-        lines.append(f"  there already: {there['rows']:,} rows, {there['tokens']:,} tokens, {there['positions']:,} positions")
+        lines.append(
+            f"  there already: {there['rows']:,} rows, {there['tokens']:,} tokens, {there['positions']:,} positions"
+        )
     for name, source in result["sources"].items():
         extra = f", {source['rows_in_cache']:,} of them in the cache" if source["rows_in_cache"] else ""
         extra += f", {source['duplicates']:,} duplicates left out" if source["duplicates"] else ""
-        lines.append(f"  source {name}: {source['rows']:,} rows{extra}, {source['prompt_tokens']:,} prompt tokens to do")
+        lines.append(
+            f"  source {name}: {source['rows']:,} rows{extra}, {source['prompt_tokens']:,} prompt tokens to do"
+        )
     if "rows_to_do" in result:
         if result["set_aside"]:
             lines.append(f"  {result['set_aside']:,} rows cannot be used, the first: {result['first_problem']}")
@@ -209,8 +242,12 @@ def plan_text(result: dict[str, Any]) -> str:
             lines.append(f"    time     {result['hours']:.2g} hours at the rate of this run's earlier build")
     if "rescore" in result:
         again = result["rescore"]
-        lines.append(f"  teach: score {again['tokens']:,} tokens, {again['positions']:,} positions that this capture lacks")
-        lines.append(f"    disk     {size(again['bytes']['expected'])} expected, {size(again['bytes']['at_most'])} at most")
+        lines.append(
+            f"  teach: score {again['tokens']:,} tokens, {again['positions']:,} positions that this capture lacks"
+        )
+        lines.append(
+            f"    disk     {size(again['bytes']['expected'])} expected, {size(again['bytes']['at_most'])} at most"
+        )
     if "hidden" in result:
         lines += hidden_lines(result["hidden"], size)
     for name, stage in result["stages"].items():

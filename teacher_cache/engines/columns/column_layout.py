@@ -1,10 +1,11 @@
-"""Which column of a scored row holds what: the contract between the worker that fills rows and the front end that reads them.
+"""Which column of a scored row holds what: the contract between the worker that fills rows and the front end that reads
+them.
 
     [ label | K head entries | J tails, ids are sentinels | J x m draws, temperature by temperature ]
 
-The label is the token that actually follows; it may appear again in the head. An id below 0 in a head or draw column means
-"nothing here" (cut by `mass`, a padded vocabulary entry, or an empty tail). A tail column holds a log-mass and an id that no
-token has, so that a row filled by anything else than the tail plug-in is noticed.
+The label is the token that actually follows; it may appear again in the head. An id below 0 in a head or draw column
+means "nothing here" (cut by `mass`, a padded vocabulary entry, or an empty tail). A tail column holds a log-mass and an
+id that no token has, so that a row filled by anything else than the tail plug-in is noticed.
 
 Shape letters: K head entries at most, J captured temperatures, m draws per position and temperature.
 """

@@ -1,9 +1,9 @@
 """Uniform numbers for draws that depend on the text before a position alone, not on batching, engine or order of work.
 
 A position's key is a 64-bit hash of the tokens up to and including the one that the position's hidden state belongs to.
-Uniform number j at a temperature is a counter-based mix (splitmix64, Steele et al. 2014) of key, temperature and j, stratified:
-(j + u) / m. Each draw's expected counts are those of independent draws, with less variance, and two engines that agree on
-the distribution agree on the draws.
+Uniform number j at a temperature is a counter-based mix (splitmix64, Steele et al. 2014) of key, temperature and j,
+stratified: (j + u) / m. Each draw's expected counts are those of independent draws, with less variance, and two engines
+that agree on the distribution agree on the draws.
 Cost: a few integer operations per token and draw.
 
 Shape letters: T tokens of a sequence, P positions, m draws per position.

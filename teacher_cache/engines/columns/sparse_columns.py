@@ -1,10 +1,13 @@
-"""Columns of scored rows, as an engine returns them, into the arrays of `SparseTargets`; numpy only, no loop over positions.
+"""Columns of scored rows, as an engine returns them, into the arrays of `SparseTargets`; numpy only, no loop over
+positions.
 
-Two kinds of rows: those that the tail plug-in filled (sentinel ids carry log tail masses; heads are already ordered and cut),
-and stock top-k rows (order, cut and tail are worked out here; only at temperature 1, where the tail is 1 minus the head's sum).
+Two kinds of rows: those that the tail plug-in filled (sentinel ids carry log tail masses; heads are already ordered and
+cut), and stock top-k rows (order, cut and tail are worked out here; only at temperature 1, where the tail is 1 minus
+the head's sum).
 Cost: one core turns about a million positions of 64 entries per second.
 
-Shape letters: S supervised positions, W columns, K head entries, J temperatures, m draws, N head entries of the row together.
+Shape letters: S supervised positions, W columns, K head entries, J temperatures, m draws, N head entries of the row
+together.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ def targets_from_plugin(ids: Ids, values: Values, layout: ColumnLayout) -> Spars
         EngineError: a row was not filled by the plug-in.
     """
     if ids.shape[1] != 1 + layout.num_extra:
-        raise EngineError(f"a scored row has {ids.shape[1]} columns; expected {1 + layout.num_extra} from the tail plug-in")
+        raise EngineError(
+            f"a scored row has {ids.shape[1]} columns; expected {1 + layout.num_extra} from the tail plug-in"
+        )
     sentinels = np.asarray(layout.sentinels, dtype=np.int32)
     if not (ids[:, layout.tail_start : layout.draw_start] == sentinels).all():
         raise EngineError(
@@ -46,7 +51,11 @@ def targets_from_plugin(ids: Ids, values: Values, layout: ColumnLayout) -> Spars
     head_ids = ids[:, 1 : layout.tail_start]
     head_logprobs = values[:, 1 : layout.tail_start]
     counts, head_ids, head_logprobs = _flatten(head_ids, head_logprobs, head_ids >= 0)
-    draws = ids[:, layout.draw_start :].reshape(len(ids), len(layout.temperatures), layout.num_draws) if layout.num_draws else None
+    draws = (
+        ids[:, layout.draw_start :].reshape(len(ids), len(layout.temperatures), layout.num_draws)
+        if layout.num_draws
+        else None
+    )
     return SparseTargets(
         counts=counts,
         ids=head_ids,
@@ -86,7 +95,11 @@ def count_draws(drawn: Ids) -> Draws:
     runs = np.diff(first_flat, append=ordered.size)  # a row always starts a run, so none crosses rows
     ids = ordered.reshape(-1)[first_flat]
     real = ids >= 0
-    counts = np.bincount(first_flat[real] // ordered.shape[1], minlength=len(ordered)) if ordered.size else np.zeros(len(ordered))
+    counts = (
+        np.bincount(first_flat[real] // ordered.shape[1], minlength=len(ordered))
+        if ordered.size
+        else np.zeros(len(ordered))
+    )
     return Draws(counts.astype(np.int32), ids[real].astype(np.int32), runs[real].astype(np.int32))
 
 

@@ -1,9 +1,12 @@
-"""Head, tails and draws of full-width rows, as columns; runs where the full rows are: in vLLM's worker or beside transformers.
+"""Head, tails and draws of full-width rows, as columns; runs where the full rows are: in vLLM's worker or beside
+transformers.
 
-Per chunk of rows, temperatures from the highest down: e = exp(s / T) once, and e^2 where the next T is half of it; the head is
-cut where it covers `mass` at the highest T; its entries are zeroed in e; what remains is the tail, exactly, however small; draws
-are inverse-CDF look-ups in it, over sums of blocks and then within one block, so that no cumulative sum spans the vocabulary.
-Cost: one exp or square and one sum per row and temperature; draws add m blocks each. Scratch: twice `CHUNK_ENTRIES` numbers.
+Per chunk of rows, temperatures from the highest down: e = exp(s / T) once, and e^2 where the next T is half of it; the
+head is cut where it covers `mass` at the highest T; its entries are zeroed in e; what remains is the tail, exactly,
+however small; draws are inverse-CDF look-ups in it, over sums of blocks and then within one block, so that no
+cumulative sum spans the vocabulary.
+Cost: one exp or square and one sum per row and temperature; draws add m blocks each. Scratch: twice `CHUNK_ENTRIES`
+    numbers.
 
 Shape letters: P positions, V entries of the model's head (padding included), K head entries, J temperatures, m draws.
 """
@@ -104,14 +107,18 @@ def _chunk(
 
 
 def block_sums(masses: torch.Tensor, block: int) -> torch.Tensor:
-    """Return [P, ceil(V / block)] sums of [P, V] masses over blocks of columns, the last one shorter where V is no multiple."""
+    """Return [P, ceil(V / block)] sums of [P, V] masses over blocks of columns, the last one shorter where V is no
+    multiple.
+    """
     whole = masses.shape[1] // block * block
     sums = masses[:, :whole].unflatten(1, (-1, block)).sum(-1)
     return torch.cat([sums, masses[:, whole:].sum(-1, keepdim=True)], 1) if whole < masses.shape[1] else sums
 
 
 def _covering(head: torch.Tensor, total: torch.Tensor, mass: float) -> torch.Tensor:
-    """Mark the shortest prefix of [P, K] unnormalised head masses that covers `mass` of [P] totals (all of it where none does)."""
+    """Mark the shortest prefix of [P, K] unnormalised head masses that covers `mass` of [P] totals (all of it where
+    none does).
+    """
     share = head.double() / total.double()[:, None]
     return share.cumsum(-1) - share < mass
 
@@ -133,7 +140,8 @@ def _inverse_cdf(masses: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tens
     """Look [..., m] cumulative masses up in [..., n] masses.
 
     Returns:
-        Places [..., m] int64, always of an entry with mass where there is one, and what is left of `wanted` within the entry.
+        Places [..., m] int64, always of an entry with mass where there is one, and what is left of `wanted` within the
+        entry.
     """
     cumulative = masses.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:]

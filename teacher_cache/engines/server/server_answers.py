@@ -1,8 +1,8 @@
 """Requests to `/v1/completions` of a vLLM server as JSON, and its answers as arrays.
 
-Prompts go out as token ids and answers come back as token ids, so no text is tokenized on the way. A scored position is an
-object `{id: {"logprob": ...}}` with the actual token and the top K, K + 1 entries or K where the token is among them. Every
-sampling setting is sent, because a server fills what is left out from the model's generation_config.
+Prompts go out as token ids and answers come back as token ids, so no text is tokenized on the way. A scored position is
+an object `{id: {"logprob": ...}}` with the actual token and the top K, K + 1 entries or K where the token is among
+them. Every sampling setting is sent, because a server fills what is left out from the model's generation_config.
 Cost: about 1 microsecond per log-probability, in the thread that waited for the answer.
 
 Shape letters: T tokens of a sequence, K columns besides the label.
@@ -28,7 +28,14 @@ BYTES_PER_TOKEN = 256
 """Of an answer: its id, and its text, twice."""
 BYTES_PER_LOGPROB = 1024
 """Id, log-probability, rank and the token's text with escapes; 70 are usual."""
-NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "n": 1, "stream": False}
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_p": 0.0,
+    "n": 1,
+    "stream": False,
+}
 LARGEST_LOGPROB = 1e-3
 """Above this a number is no logarithm of a probability, whatever the rounding."""
 LARGEST_MASS = 1.001
@@ -78,13 +85,16 @@ def read_answer(document: Any, token_ids: Sequence[int], max_tokens: int) -> tup
         raise MalformedError(f"an answer of {len(answer)} tokens that ended with {str(reason)[:20]!r}")
     if reason == "length" and len(answer) < max_tokens:
         raise EngineError(
-            f"a server cut an answer after {len(answer):,} tokens where up to {max_tokens:,} were asked for; start it with "
+            f"a server cut an answer after {len(answer):,} tokens where up to {max_tokens:,} were asked for; start "
+            "it with "
             "--generation-config vllm, so that it sets no limit of its own"
         )
     return answer, reason, reason == "stop" and isinstance(choice.get("stop_reason"), str)
 
 
-def read_columns(document: Any, token_ids: Sequence[int], num_logprobs: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def read_columns(
+    document: Any, token_ids: Sequence[int], num_logprobs: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return ids and natural logs [T - 1, 1 + K] of a scored sequence: the label, then the top K by descending value.
 
     Raises:

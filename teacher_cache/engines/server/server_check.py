@@ -1,11 +1,15 @@
 """Is this server fit to speak for the teacher? Asked before its first request and whenever it comes back.
 
-1. `/v1/models`: it serves the teacher (by name or by path), with an adapter where the recipe has one, and long enough sequences.
+1. `/v1/models`: it serves the teacher (by name or by path), with an adapter where the recipe has one, and long enough
+sequences.
 2. `/tokenize` and `/detokenize`: a text of many kinds and ids spread over the vocabulary mean the same on both sides.
-3. A probe of 24 tokens is scored: K columns are allowed; values are raw log-probabilities (none above 0, masses at most 1, the
-   label consistent); a head that was declared float32 shows no ties of 16-bit logits; and all servers agree on the probe.
+3. A probe of 24 tokens is scored: K columns are allowed; values are raw log-probabilities (none above 0, masses at most
+1, the
+   label consistent); a head that was declared float32 shows no ties of 16-bit logits; and all servers agree on the
+   probe.
 
-What no server tells is its weights' type: `teacher.dtype` is the recipe's word. Cost: four small requests per server and start.
+What no server tells is its weights' type: `teacher.dtype` is the recipe's word. Cost: four small requests per server
+and start.
 
 Shape letters: P positions of the probe, K columns besides the label.
 """
@@ -36,9 +40,13 @@ PROBE_TOKENS = 24
 PROBE_TEXT = "A teacher writes: 3.14 × 2 = 6.28, naïve café; def f(x):\n\treturn x  # 你好, Привет 🙂 <|im_end|></s>"
 VOCABULARY_SAMPLES = 512
 MOST_TIES = 0.05
-"""Share of neighbours in the top K that are equal to the bit: 16-bit heads tie in a tenth to a half, float32 heads hardly ever."""
+"""Share of neighbours in the top K that are equal to the bit: 16-bit heads tie in a tenth to a half, float32 heads
+hardly ever.
+"""
 MOST_VARIATION = 0.1
-"""Mean total variation between two servers' answers to the probe: rounding and kernels stay far below, other weights above."""
+"""Mean total variation between two servers' answers to the probe: rounding and kernels stay far below, other weights
+above.
+"""
 
 
 @dataclass(slots=True)
@@ -99,7 +107,8 @@ class ServerCheck:
         found = ", ".join(f"{name!r} from {root!r}" for name, root in told) or "nothing"
         option = "--served-model-name" if self.teacher.adapter is None else "--lora-modules NAME=PATH"
         raise EngineError(
-            f"{server.name}: serves {found} where {key} is {wanted!r}; start it with that model, or, if it is the same one, "
+            f"{server.name}: serves {found} where {key} is {wanted!r}; start it with that model, or, if it is the "
+            "same one, "
             f"let it say so with {option}"
         )
 
@@ -114,8 +123,10 @@ class ServerCheck:
         most = length - 1  # one token is sampled after a scored sequence
         if self.teacher.max_model_len is not None and most < self.teacher.max_model_len:
             raise EngineError(
-                f"{server.name}: takes {length:,} tokens, one of them sampled, where {self.teacher.max_model_len:,} were planned; "
-                f"start it with --max-model-len {self.teacher.max_model_len + 1}, or set `teacher.max_model_len: {most}`"
+                f"{server.name}: takes {length:,} tokens, one of them sampled, where {self.teacher.max_model_len:,} "
+                "were planned; "
+                f"start it with --max-model-len {self.teacher.max_model_len + 1}, or set `teacher.max_model_len: "
+                f"{most}`"
             )
         self.max_model_len = most if self.max_model_len is None else min(most, self.max_model_len)
 
@@ -129,14 +140,16 @@ class ServerCheck:
             return
         if _document(server, answer).get("tokens") != texts[0][1]:
             raise EngineError(
-                f"{server.name}: splits a text into other tokens than the tokenizer of {self.teacher.model}; serve the same model"
+                f"{server.name}: splits a text into other tokens than the tokenizer of {self.teacher.model}; serve "
+                "the same model"
             )
         ids = np.unique(np.linspace(0, self.vocab_size - 1, VOCABULARY_SAMPLES, dtype=np.int64)).tolist()
         request = {"model": model, "tokens": ids}
         told = _document(server, server.post("/detokenize", json.dumps(request).encode(), MAX_BYTES)).get("prompt")
         if told not in (self.tokenizer.decode(ids), self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)):
             raise EngineError(
-                f"{server.name}: its token ids mean other texts than in the tokenizer of {self.teacher.model}; serve the same model"
+                f"{server.name}: its token ids mean other texts than in the tokenizer of {self.teacher.model}; serve "
+                "the same model"
             )
 
     def _check_scores(self, server: Server, model: str, num_logprobs: int) -> None:
@@ -144,7 +157,8 @@ class ServerCheck:
         answer = _post_probe(server, score_body(model, probe, num_logprobs), score_bytes(len(probe), num_logprobs))
         if answer.status == 400:
             raise EngineError(
-                f"{server.name}: refuses {num_logprobs} log-probabilities per position ({error_text(server, answer)}); start it "
+                f"{server.name}: refuses {num_logprobs} log-probabilities per position "
+                f"({error_text(server, answer)}); start it "
                 f"with --max-logprobs {num_logprobs}"
             )
         try:
@@ -161,7 +175,8 @@ class ServerCheck:
         variation = total_variation(self._probe[1], self._probe[2], ids, values)
         if variation > MOST_VARIATION:
             raise EngineError(
-                f"{server.name}: gives a probe probabilities that differ by {variation:.2f} (total variation) from those of "
+                f"{server.name}: gives a probe probabilities that differ by {variation:.2f} (total variation) from "
+                "those of "
                 f"{self._probe[0]}; start every server with the same weights and settings, and again after a change"
             )
 
@@ -171,14 +186,17 @@ def scores_problem(ids: NDArray[np.int32], values: NDArray[np.float32], *, decla
     head_ids, head = ids[:, 1:], values[:, 1:].astype(np.float64)
     masses = np.exp(head).sum(-1)
     if float(masses.max()) > 1.001:
-        return f"returns probabilities that sum to {float(masses.max()):.3g}; start it with --logprobs-mode raw_logprobs"
+        return (
+            f"returns probabilities that sum to {float(masses.max()):.3g}; start it with --logprobs-mode raw_logprobs"
+        )
     inside = head_ids == ids[:, :1]
     if bool((inside & (np.abs(head - values[:, :1]) > 1e-4)).any()):
         return "gives the actual token two log-probabilities; expected a vLLM server with --logprobs-mode raw_logprobs"
     ties = float((head[:, 1:] == head[:, :-1]).mean()) if head.shape[1] > 1 else 0.0
     if declared_float32 and ties > MOST_TIES:
         return (
-            f"{ties:.0%} of neighbouring log-probabilities tie, so its head runs in 16 bits where teacher.head_dtype is float32; "
+            f"{ties:.0%} of neighbouring log-probabilities tie, so its head runs in 16 bits where teacher.head_dtype "
+            "is float32; "
             """start it with --hf-overrides '{"head_dtype": "float32"}', or write head_dtype: auto"""
         )
     return None
@@ -187,7 +205,9 @@ def scores_problem(ids: NDArray[np.int32], values: NDArray[np.float32], *, decla
 def total_variation(
     ids: NDArray[np.int32], values: NDArray[np.float32], other_ids: NDArray[np.int32], other_values: NDArray[np.float32]
 ) -> float:
-    """Return the mean over positions of half the sum of |p - q| over both supports [P, 1 + K]; a token in one only counts fully."""
+    """Return the mean over positions of half the sum of |p - q| over both supports [P, 1 + K]; a token in one only
+    counts fully.
+    """
     distances = []
     for row in range(len(ids)):
         p = dict(zip(ids[row].tolist(), np.exp(values[row].astype(np.float64)).tolist(), strict=True))
@@ -206,17 +226,22 @@ def _post_probe(server: Server, body: bytes, max_bytes: int) -> Answer:
 def _document(server: Server, answer: Answer) -> dict[str, Any]:
     """Return the JSON object of a good answer."""
     if answer.status in (401, 403):
-        raise EngineError(f"{server.name}: refuses access (status {answer.status}); set DECANT_SERVER_API_KEY to its API key")
+        raise EngineError(
+            f"{server.name}: refuses access (status {answer.status}); set DECANT_SERVER_API_KEY to its API key"
+        )
     if answer.status >= 500 or answer.status == 429:
         raise ServerDownError(f"status {answer.status}: {error_text(server, answer)}")
     if answer.status != 200:
         raise EngineError(
-            f"{server.name}: answered with status {answer.status} ({error_text(server, answer)}); expected a vLLM server's address"
+            f"{server.name}: answered with status {answer.status} ({error_text(server, answer)}); expected a vLLM "
+            "server's address"
         )
     try:
         document = json.loads(answer.body)
     except (ValueError, RecursionError) as error:
-        raise EngineError(f"{server.name}: answered with what is no JSON; expected the address of a vLLM server") from error
+        raise EngineError(
+            f"{server.name}: answered with what is no JSON; expected the address of a vLLM server"
+        ) from error
     if not isinstance(document, dict):
         raise EngineError(f"{server.name}: answered with no JSON object; expected the address of a vLLM server")
     return document

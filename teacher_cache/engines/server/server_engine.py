@@ -1,9 +1,11 @@
 """The teacher behind one or more running `vllm serve` endpoints, by `/v1/completions`.
 
-Requests are pulled lazily while there is room, posted by threads that each wait for one answer, and yielded as they come.
-What bounds memory: requests in flight per server, and log-probabilities in flight altogether. Seeds and token ids travel with
-every request, so a server that dies and comes back changes nothing but time.
-Cost: a server turns every log-probability into JSON text, which limits it to some thousand positions per second at K = 64.
+Requests are pulled lazily while there is room, posted by threads that each wait for one answer, and yielded as they
+come.
+What bounds memory: requests in flight per server, and log-probabilities in flight altogether. Seeds and token ids
+travel with every request, so a server that dies and comes back changes nothing but time.
+Cost: a server turns every log-probability into JSON text, which limits it to some thousand positions per second at K =
+    64.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """One HTTP exchange with one vLLM server: bounded in bytes, bounded in time as a whole, key never in a message.
 
-httpcore speaks HTTP; the connection below it is ours (server_stream), because only there every byte and every pause is seen. One
-connection per exchange: a request carries a whole sequence, so a kept connection would save nothing and could be stale. While an
-answer is awaited, a silent server is asked for its health on a second connection, so a slow one is waited for and a hung one is
+httpcore speaks HTTP; the connection below it is ours (server_stream), because only there every byte and every pause is
+seen. One
+connection per exchange: a request carries a whole sequence, so a kept connection would save nothing and could be stale.
+While an answer is awaited, a silent server is asked for its health on a second connection, so a slow one is waited for
+and a hung one is
 not. Proxies of the environment are not used. Cost: a thread that waits.
 """
 
@@ -59,7 +61,9 @@ def api_key() -> str | None:
     if not key:
         return None
     if not key.isascii() or not key.isprintable() or " " in key:
-        raise EngineError(f"{KEY_VARIABLE} holds characters that no HTTP header may carry; expected a key of printable ASCII")
+        raise EngineError(
+            f"{KEY_VARIABLE} holds characters that no HTTP header may carry; expected a key of printable ASCII"
+        )
     return key
 
 
@@ -125,7 +129,9 @@ class Server:
             exchange.break_off()
 
     def shown(self, text: object, most: int = 300) -> str:
-        """Return what a server said as it may be kept and shown: key blotted out, one printable line of `most` characters."""
+        """Return what a server said as it may be kept and shown: key blotted out, one printable line of `most`
+        characters.
+        """
         line = " ".join(self.without_key(str(text)).split())
         return "".join(letter if letter.isprintable() else "?" for letter in line)[:most]
 
@@ -135,7 +141,9 @@ class Server:
 
     def _exchange(self, method: str, path: str, body: bytes | None, max_bytes: int) -> Answer:
         rest = REST_SECONDS + max_bytes / BYTES_PER_SECOND
-        return self._ask(method, path, body, max_bytes, Patience(ANSWER_SECONDS, rest, self.silence_seconds, self._require_health))
+        return self._ask(
+            method, path, body, max_bytes, Patience(ANSWER_SECONDS, rest, self.silence_seconds, self._require_health)
+        )
 
     def _require_health(self) -> None:
         """Raise `ServerDownError` unless the server says within seconds that it is well."""

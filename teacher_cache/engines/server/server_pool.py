@@ -2,9 +2,10 @@
 
     up --failure--> down until back-off is over --one thread checks it--> up
 
-A failed exchange moves the request to another server. A server rests for a back-off that doubles with each failure in a row, with
-jitter so that many builds do not return together; then a single thread checks it (address, model, probe) before it gets work
-again. With no server up, everybody waits, at most `patience_seconds`. A request that broke several servers or
+A failed exchange moves the request to another server. A server rests for a back-off that doubles with each failure in a
+row, with jitter so that many builds do not return together; then a single thread checks it (address, model, probe)
+before it gets work again. With no server up, everybody waits, at most `patience_seconds`. A request that broke several
+servers or
 was answered in nonsense several times ends the job, because it would again. Cost: a lock around counters.
 """
 
@@ -160,7 +161,8 @@ class ServerPool:
             where = state.server.name
             self._pause(pause)
         raise EngineError(
-            f"{where}: one request failed {failures} times, the last time because of this: {reason}; see the server's log, mend "
+            f"{where}: one request failed {failures} times, the last time because of this: {reason}; see the "
+            "server's log, mend "
             "it, and run the same command again to continue"
         )
 
@@ -198,7 +200,8 @@ class ServerPool:
             if self._down_since is not None and now - self._down_since > self._patience:
                 told = "; ".join(f"{state.server.name}: {state.reason}" for state in self._states)
                 raise EngineError(
-                    f"no server was up for {self._patience:,.0f} seconds ({told}); start one, and run the command again to continue"
+                    f"no server was up for {self._patience:,.0f} seconds ({told}); start one, and run the command "
+                    "again to continue"
                 )
             due = next((s for s in self._states if not s.up and not s.checking and s.rests_until <= now), None)
             if due is None:

@@ -1,7 +1,7 @@
 """Fold a LoRA adapter into its model on disk, so that an engine loads plain weights.
 
-vLLM can apply adapters itself, but its CPU build fails when it scores prompts with one (rows and adapter indices disagree), and
-an adapted head could not be trusted to reach scored rows. Folded weights are also faster to run.
+vLLM can apply adapters itself, but its CPU build fails when it scores prompts with one (rows and adapter indices
+disagree), and an adapted head could not be trusted to reach scored rows. Folded weights are also faster to run.
 Cost: the model's size in memory and in the temporary directory (TMPDIR), once per start.
 """
 
@@ -29,7 +29,9 @@ def fold_adapter(model_dir: Path, adapter: Path, destination: Path, *, trust_rem
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", trust_remote_code=trust_remote_code)
         if getattr(model, "hf_quantizer", None) is not None:
-            raise EngineError(f"{model_dir}: quantised weights cannot take the adapter {adapter}; merge it before quantising")
+            raise EngineError(
+                f"{model_dir}: quantised weights cannot take the adapter {adapter}; merge it before quantising"
+            )
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
         merged.save_pretrained(destination)
         for path in model_dir.iterdir():

@@ -1,12 +1,13 @@
 """Head-averaged attention of chosen layers, recomputed from the queries and keys that the model itself attends with.
 
-The model keeps its fast attention: the function that transformers looks up by name is wrapped once, and for a watched layer the
-wrapper also computes softmax(q k) for the queries that are wanted, a few at a time. Positions, norms, scales, windows, soft caps
-and sinks are thus the model's own; a probe against its eager attention refuses a model that adds anything else.
+The model keeps its fast attention: the function that transformers looks up by name is wrapped once, and for a watched
+layer the wrapper also computes softmax(q k) for the queries that are wanted, a few at a time. Positions, norms, scales,
+windows, soft caps and sinks are thus the model's own; a probe against its eager attention refuses a model that adds
+anything else.
 Cost: for a watched layer, S x T scores per head, in chunks; nothing for the others.
 
-Shape letters: R rows of a batch, T tokens of the longest, A heads, G key-value heads, D head width, S wanted queries of a row, C of
-them in a chunk, M strongest keys.
+Shape letters: R rows of a batch, T tokens of the longest, A heads, G key-value heads, D head width, S wanted queries of
+a row, C of them in a chunk, M strongest keys.
 """
 
 from __future__ import annotations
@@ -53,11 +54,15 @@ class AttentionWatch:
         for row, wanted in enumerate(self.queries):
             step = max(1, _SCORES_AT_ONCE // (query.shape[1] * query.shape[2]))
             chunks = [
-                self._strongest(head_average(query[row], key[row], part, None if mask is None else mask[row], options), part)
+                self._strongest(
+                    head_average(query[row], key[row], part, None if mask is None else mask[row], options), part
+                )
                 for part in wanted.to(query.device).split(step)
             ]
             width = self.strongest
-            distances = torch.cat([chunk[0] for chunk in chunks]) if chunks else torch.zeros((0, width), dtype=torch.int64)
+            distances = (
+                torch.cat([chunk[0] for chunk in chunks]) if chunks else torch.zeros((0, width), dtype=torch.int64)
+            )
             masses = torch.cat([chunk[1] for chunk in chunks]) if chunks else torch.zeros((0, width))
             rows.append((distances, masses))
         self.found[layer] = rows
@@ -104,7 +109,8 @@ class AttentionWatch:
             bound = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.02
             if expected.shape != got.shape or not torch.allclose(got, expected, rtol=0, atol=bound):
                 raise EngineError(
-                    f"the attention of layer {layer} of {name} is not the softmax of its queries and keys, so it cannot be "
+                    f"the attention of layer {layer} of {name} is not the softmax of its queries and keys, so it "
+                    "cannot be "
                     "captured; leave out `capture.hidden.attention`, or this layer"
                 )
 
@@ -151,7 +157,8 @@ def blocks_of(model: CausalModel) -> torch.nn.ModuleList:
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return module
     raise EngineError(
-        f"{type(model.model).__name__} has no list of {count} blocks, so its hidden states cannot be captured; leave out "
+        f"{type(model.model).__name__} has no list of {count} blocks, so its hidden states cannot be captured; leave "
+        "out "
         "`capture.hidden`"
     )
 
@@ -167,7 +174,9 @@ def _wrap(name: str) -> None:
     if getattr(plain, "shows_watched_layers", False):
         return
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Any:
         watched = module.__dict__.get(_MARK)
         if watched is not None:
             watch, layer = watched

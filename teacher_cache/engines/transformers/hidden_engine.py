@@ -1,12 +1,12 @@
 """Captures hidden states and attention of a teacher in transformers: one forward pass of the body per batch, no head.
 
-Hooks on the chosen blocks keep the states of the positions that predict supervised tokens, project them where the recipe says so,
-and hand them to the CPU; other layers cost nothing extra. Requests are batched as for scoring, so a continued build computes the
-same bytes.
+Hooks on the chosen blocks keep the states of the positions that predict supervised tokens, project them where the
+recipe says so, and hand them to the CPU; other layers cost nothing extra. Requests are batched as for scoring, so a
+continued build computes the same bytes.
 Cost: one prefill of every sequence; memory for one batch.
 
-Shape letters: R rows of a batch, T tokens of the longest, S supervised positions of a row, L state layers, W teacher width, D
-stored width.
+Shape letters: R rows of a batch, T tokens of the longest, S supervised positions of a row, L state layers, W teacher
+width, D stored width.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class HiddenEngine:
         if identity.projection is not None:
             matrix = projection_matrix(identity.width, identity.projection, identity.projection_seed)
             self._matrix = torch.from_numpy(matrix).to(model.device)
-        self._watch = AttentionWatch(model, identity.attention_layers, identity.strongest) if identity.attention_layers else None
+        self._watch = (
+            AttentionWatch(model, identity.attention_layers, identity.strongest) if identity.attention_layers else None
+        )
         for layer in identity.layers:
             if layer != FINAL:
                 blocks[layer - 1].register_forward_hook(self._hook(layer))
@@ -137,7 +139,9 @@ class HiddenEngine:
                 assert self._watch is not None
                 distances, masses = self._watch.found[layer][row]
                 attention.append(Attention.quantise(distances.numpy(), masses.numpy()))
-            hidden = HiddenStates(Vectors.quantise(states), None if pooled is None else Vectors.quantise(pooled), tuple(attention))
+            hidden = HiddenStates(
+                Vectors.quantise(states), None if pooled is None else Vectors.quantise(pooled), tuple(attention)
+            )
         except ValueError as error:
             raise EngineError(
                 f"unit {request.unit}, request {request.tag}: {error}, so this teacher cannot be captured in "

@@ -1,15 +1,16 @@
 """The reference teacher: plain transformers, exact and slow; the oracle that other engines are held against.
 
-Requests of one unit are collected, ordered by length and cut into batches of at most `teacher.batch_tokens` padded tokens;
-a batch never crosses a unit, so a continued build computes the same bytes. Answers depend on their own seed only (up to the
-rounding of batched matrix products). Scoring runs the body once per batch and the head over a few positions at a time, with
-log-softmax in float32 (float64 for the oracle), so memory stays bounded at any vocabulary.
+Requests of one unit are collected, ordered by length and cut into batches of at most `teacher.batch_tokens` padded
+tokens; a batch never crosses a unit, so a continued build computes the same bytes. Answers depend on their own seed
+only (up to the rounding of batched matrix products). Scoring runs the body once per batch and the head over a few
+positions at a time, with log-softmax in float32 (float64 for the oracle), so memory stays bounded at any vocabulary.
 Cost: one forward pass per batch and generated token, or per batch of scored sequences.
 
-Columns of the model's head beyond the tokenizer's vocabulary are padding: they are never captured or generated, and the tiny
-probability they hold stays in the tail, as it does in vLLM.
+Columns of the model's head beyond the tokenizer's vocabulary are padding: they are never captured or generated, and the
+tiny probability they hold stays in the tail, as it does in vLLM.
 
-Shape letters: R rows of a batch, T tokens of the longest, P positions of a chunk, V entries of the model's head, W columns.
+Shape letters: R rows of a batch, T tokens of the longest, P positions of a chunk, V entries of the model's head, W
+columns.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class TransformersEngine:
         longest = getattr(model.config, "max_position_embeddings", None)
         if max_model_len and longest and max_model_len > longest and not getattr(model.config, "rope_scaling", None):
             raise EngineError(
-                f"teacher.max_model_len is {max_model_len} but the model knows {longest} positions; lower it or leave it out"
+                f"teacher.max_model_len is {max_model_len} but the model knows {longest} positions; lower it or "
+                "leave it out"
             )
         self.max_model_len: int = max_model_len or longest or 2048
         self._model: CausalModel | None = model
@@ -144,7 +146,9 @@ class TransformersEngine:
             for request in batch:
                 if not 2 <= len(request.token_ids) <= self.max_model_len:
                     found, most = len(request.token_ids), self.max_model_len
-                    raise EngineError(f"a sequence to score has {found} tokens; expected 2 to teacher.max_model_len {most}")
+                    raise EngineError(
+                        f"a sequence to score has {found} tokens; expected 2 to teacher.max_model_len {most}"
+                    )
             with torch.inference_mode():
                 scored = self._score(batch, self._layout)
             yield from scored
@@ -180,10 +184,13 @@ class TransformersEngine:
         for start in range(0, len(rows), step):
             chunk = slice(start, start + step)
             logprobs = model.logits(hidden[rows[chunk]]).to(self._softmax_dtype).log_softmax(-1)
-            # Padded entries may tie into the top; asking for more keeps K real ones in reach. They are cut in extend_columns.
+            # Padded entries may tie into the top; asking for more keeps K real ones in reach. They are cut in
+            # extend_columns.
             head_logprobs, head_ids = logprobs[:, : layout.vocab_size].topk(layout.num_head, dim=-1)
             label_logprobs = logprobs.gather(1, labels[chunk, None])[:, 0]
-            ids, values = extend_columns(logprobs, labels[chunk], label_logprobs, head_ids, head_logprobs, keys[chunk], layout)
+            ids, values = extend_columns(
+                logprobs, labels[chunk], label_logprobs, head_ids, head_logprobs, keys[chunk], layout
+            )
             all_ids[chunk], all_values[chunk] = ids.cpu().numpy(), values.float().cpu().numpy()
         return all_ids, all_values
 

@@ -1,8 +1,9 @@
-"""A causal language model of transformers, cut into body and head, so that logits are made for a few positions at a time.
+"""A causal language model of transformers, cut into body and head, so that logits are made for a few positions at a
+time.
 
-The head is applied here rather than by the model's forward: [positions, vocabulary] is never held, and its product can be
-float32 where the weights are 16 bits. What some families do to logits afterwards (scale, soft cap) is read from the config, and
-a probe at load compares with the model's own forward.
+The head is applied here rather than by the model's forward: [positions, vocabulary] is never held, and its product can
+be float32 where the weights are 16 bits. What some families do to logits afterwards (scale, soft cap) is read from the
+config, and a probe at load compares with the model's own forward.
 
 Shape letters: R rows of a batch, T tokens, P positions, H hidden width, V entries of the model's head.
 """
@@ -83,7 +84,9 @@ class CausalModel:
             model = model.to(device)
         except Exception as error:  # the library raises whatever a broken file makes it raise
             reason = " ".join(str(error).split())[:300]
-            raise EngineError(f"{model_dir}: transformers cannot load the teacher ({type(error).__name__}: {reason})") from error
+            raise EngineError(
+                f"{model_dir}: transformers cannot load the teacher ({type(error).__name__}: {reason})"
+            ) from error
         finally:
             if hide_progress:
                 logging.enable_progress_bar()
@@ -100,7 +103,11 @@ class CausalModel:
         """
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -token_ids.shape[1] :]
         output = self.model.base_model(
-            input_ids=token_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+            input_ids=token_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
         return output.last_hidden_state
 
@@ -133,7 +140,9 @@ class CausalModel:
             own = self.logits(self.hidden(probe, mask)[0]).float()
             theirs = self.model(input_ids=probe, attention_mask=mask, use_cache=False).logits[0].float()
         bound = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
-        if own.shape != theirs.shape or not torch.allclose(own.log_softmax(-1), theirs.log_softmax(-1), rtol=bound, atol=bound):
+        if own.shape != theirs.shape or not torch.allclose(
+            own.log_softmax(-1), theirs.log_softmax(-1), rtol=bound, atol=bound
+        ):
             raise EngineError(
                 f"{type(self.model).__name__} makes its logits in a way that the transformers engine does not "
                 "know; use teacher.engine vllm"

@@ -1,7 +1,9 @@
 """Choose the next token of each answer from its logits, from the answer's own seed alone.
 
-Number n of an answer comes from (seed, n) by a counter-based mix, so neither the batch nor other answers change it. Order of
-settings as in vLLM: temperature, then top_k, then top_p on what top_k left. The choice is an inverse-CDF look-up in float64.
+Number n of an answer comes from (seed, n) by a counter-based mix, so neither the batch nor other answers change it.
+Order of
+settings as in vLLM: temperature, then top_k, then top_p on what top_k left. The choice is an inverse-CDF look-up in
+float64.
 
 Shape letters: R answers of a batch, V entries of the model's head.
 """
@@ -14,7 +16,9 @@ from shared.recipe.recipe import Generate
 from teacher_cache.engines.columns.draw_keys import uniforms
 
 
-def next_tokens(logits: torch.Tensor, seeds: torch.Tensor, step: int, settings: Generate, vocab_size: int) -> torch.Tensor:
+def next_tokens(
+    logits: torch.Tensor, seeds: torch.Tensor, step: int, settings: Generate, vocab_size: int
+) -> torch.Tensor:
     """Return [R] int64 tokens.
 
     Args:

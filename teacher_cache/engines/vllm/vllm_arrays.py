@@ -1,9 +1,10 @@
 """Front end of vLLM: keep the arrays of prompt log-probabilities that arrive, instead of a dict per position.
 
-Replaces `LogprobsProcessor._update_prompt_logprobs` in this process while an engine is open. The stock method turns every
-number into Python objects: 12,000 positions per second at 64 entries, and 7 KB each; arrays cost a copy. The replacement is
-installed only on a version and a signature that are known, and the engine's self-test compares its first result with the
-stock path; otherwise `flat_logprobs` is read, which `columns_of` understands as well.
+Replaces `LogprobsProcessor._update_prompt_logprobs` in this process while an engine is open. The stock method turns
+every
+number into Python objects: 12,000 positions per second at 64 entries, and 7 KB each; arrays cost a copy. The
+replacement is installed only on a version and a signature that are known, and the engine's self-test compares its first
+result with the stock path; otherwise `flat_logprobs` is read, which `columns_of` understands as well.
 
 Shape letters: T tokens of a prompt, W columns.
 """
@@ -64,7 +65,9 @@ def install() -> str | None:
         kept = PromptArrays(ids.numpy().astype(np.int32), logprobs.numpy().astype(np.float32))
         earlier = self.prompt_logprobs
         if isinstance(earlier, PromptArrays):  # a version that hands over chunk by chunk
-            kept = PromptArrays(np.concatenate([earlier.ids, kept.ids]), np.concatenate([earlier.logprobs, kept.logprobs]))
+            kept = PromptArrays(
+                np.concatenate([earlier.ids, kept.ids]), np.concatenate([earlier.logprobs, kept.logprobs])
+            )
         self.prompt_logprobs = kept
 
     LogprobsProcessor._update_prompt_logprobs = keep_arrays
@@ -94,7 +97,9 @@ def columns_of(prompt_logprobs: Any, num_columns: int) -> tuple[NDArray[np.int32
         logprobs = np.asarray(prompt_logprobs.logprobs, dtype=np.float32)
         rows = len(prompt_logprobs) - 1
         if ids.size != rows * num_columns:
-            raise EngineError(f"vLLM returned {ids.size} log-probabilities for {rows} positions; expected {num_columns} each")
+            raise EngineError(
+                f"vLLM returned {ids.size} log-probabilities for {rows} positions; expected {num_columns} each"
+            )
         ids, logprobs = ids.reshape(rows, num_columns), logprobs.reshape(rows, num_columns)
     else:
         raise EngineError(

@@ -1,8 +1,9 @@
 """The default teacher: one vLLM engine that generates and then scores, fed continuously and drained as results finish.
 
 Requests are added while others run (`add_request`) and results are taken one step at a time (`step`), so memory holds
-only what is in flight; `LLM.generate` would keep every output of the call. A scored sequence costs one prefill of all its
-tokens and one sampled token that nobody reads. Each row carries the label, the head, tails and draws (see column_layout).
+only what is in flight; `LLM.generate` would keep every output of the call. A scored sequence costs one prefill of all
+its tokens and one sampled token that nobody reads. Each row carries the label, the head, tails and draws (see
+column_layout).
 
 Shape letters: T tokens of a sequence, S supervised positions, W columns.
 """
@@ -44,7 +45,9 @@ Request = TypeVar("Request", GenerateRequest, ScoreRequest)
 class VllmEngine:
     """A teacher in vLLM, in this process or in a core process of its own."""
 
-    def __init__(self, teacher: Teacher, capture: Capture | None, *, for_generation: Generate | None, model_dir: Path) -> None:
+    def __init__(
+        self, teacher: Teacher, capture: Capture | None, *, for_generation: Generate | None, model_dir: Path
+    ) -> None:
         """Start vLLM and find out how it can capture.
 
         Raises:
@@ -92,7 +95,9 @@ class VllmEngine:
             )
         self._scratch = tempfile.TemporaryDirectory(prefix="decant-teacher-")
         destination = Path(self._scratch.name)
-        return fold_adapter(model_dir, Path(str(teacher.adapter)), destination, trust_remote_code=teacher.trust_remote_code)
+        return fold_adapter(
+            model_dir, Path(str(teacher.adapter)), destination, trust_remote_code=teacher.trust_remote_code
+        )
 
     def generate(self, requests: Iterable[GenerateRequest], settings: Generate) -> Iterator[Generated]:
         """Answer each request once, as it finishes.
@@ -159,7 +164,8 @@ class VllmEngine:
             ids, logprobs = ids[rows], logprobs[rows]
             if not np.array_equal(ids[:, 0], request.token_ids[rows + 1]):
                 raise EngineError(
-                    "vLLM returned log-probabilities of other tokens than it was given; nothing of this run can be trusted"
+                    "vLLM returned log-probabilities of other tokens than it was given; nothing of this run can be "
+                    "trusted"
                 )
             yield Scored(request.tag, from_columns(ids, logprobs, layout))
 
@@ -259,7 +265,8 @@ def _translated(function: Callable[..., Any], *arguments: Any, **named: Any) -> 
         reason = " ".join(str(error).split())[:300]
         raise EngineError(
             f"vLLM failed while at work ({type(error).__name__}: {reason}); if it ran out of memory, lower "
-            "teacher.max_num_batched_tokens or teacher.gpu_memory_utilization: log-probabilities need about max_num_batched_tokens "
+            "teacher.max_num_batched_tokens or teacher.gpu_memory_utilization: log-probabilities need about "
+            "max_num_batched_tokens "
             "x vocabulary x 6 bytes that its profiling does not see; the same command continues where it stopped"
         ) from error
 
@@ -267,7 +274,8 @@ def _translated(function: Callable[..., Any], *arguments: Any, **named: Any) -> 
 def _start_failed(model_dir: Path, error: Exception) -> EngineError:
     reason = " ".join(str(error).split())[:400]
     return EngineError(
-        f"vLLM cannot start with {model_dir} ({type(error).__name__}: {reason}); set VLLM_LOGGING_LEVEL=INFO to see its own log, "
+        f"vLLM cannot start with {model_dir} ({type(error).__name__}: {reason}); set VLLM_LOGGING_LEVEL=INFO to see "
+        "its own log, "
         "and check teacher.dtype, teacher.max_model_len and teacher.gpu_memory_utilization"
     )
 
@@ -279,10 +287,11 @@ def _device_name() -> str:
 
 
 def _hold_torch(num_threads: int | None) -> Callable[[], None]:
-    """Return what undoes the changes that vLLM's CPU worker makes to torch in its own process, and compile nothing meanwhile.
+    """Return what undoes the changes that vLLM's CPU worker makes to torch in its own process, and compile nothing
+    meanwhile.
 
-    Execution is eager there, but ranking a label is decorated for compilation, which would start a C++ compiler at the first
-    scored row. Use `num_threads` threads where given.
+    Execution is eager there, but ranking a label is decorated for compilation, which would start a C++ compiler at the
+    first scored row. Use `num_threads` threads where given.
     """
     import torch
     import torch._dynamo

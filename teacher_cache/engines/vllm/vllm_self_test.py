@@ -1,9 +1,11 @@
 """Find out, on a short probe, which capture path of the running vLLM can be trusted.
 
 1. Score the probe the stock way (flat lists), then with arrays, at full width: equal, or arrays stay off.
-2. Switch the tail plug-in on, score the probe again, and recompute its head and tails from the full-width rows in float64
+2. Switch the tail plug-in on, score the probe again, and recompute its head and tails from the full-width rows in
+float64
    numpy: equal within `TOLERANCE_NATS`, or the plug-in stays off.
-3. Without the plug-in, plain top-k columns still do where only temperature 1 and no draws are asked; anything else is refused.
+3. Without the plug-in, plain top-k columns still do where only temperature 1 and no draws are asked; anything else is
+refused.
 
 Cost: three prefills of 24 tokens.
 

@@ -1,14 +1,15 @@
-"""How Decant starts vLLM: environment defaults, arguments of `LLM`, and what follows from them (seeds, chunked prefill).
+"""How Decant starts vLLM: environment defaults, arguments of `LLM`, and what follows from them (seeds, chunked
+prefill).
 
-On a CPU the engine core runs inside this process: separate core and worker processes cost two more imports of vLLM and, on two
-cores, gain nothing now that results arrive as arrays. Eager execution and an explicit key-value cache skip compilation and
-profiling. CPU seconds from import to close, 4-million-parameter model: 10 so, 3 for each further start in the process; 18 with a
-core process; 27 with vLLM's own core and worker processes; compiling adds minutes where its compiler cache is cold.
-On a GPU vLLM's own defaults stay: a core process of its own, compiled graphs.
+On a CPU the engine core runs inside this process: separate core and worker processes cost two more imports of vLLM and,
+on two cores, gain nothing now that results arrive as arrays. Eager execution and an explicit key-value cache skip
+compilation and profiling. CPU seconds from import to close, 4-million-parameter model: 10 so, 3 for each further start
+in the process; 18 with a core process; 27 with vLLM's own core and worker processes; compiling adds minutes where its
+compiler cache is cold. On a GPU vLLM's own defaults stay: a core process of its own, compiled graphs.
 
-vLLM's CPU runner dies on a per-request seed when a prompt is split over two forward passes, so chunked prefill is switched
-off there while answers are generated; where the longest sequence does not fit one pass, seeds are left out and the
-provenance says so.
+vLLM's CPU runner dies on a per-request seed when a prompt is split over two forward passes, so chunked prefill is
+switched off there while answers are generated; where the longest sequence does not fit one pass, seeds are left out and
+the provenance says so.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class VllmSettings:
 
     arguments: dict[str, Any]
     max_model_len: int | None
-    """L, prompt and answer together; vLLM gets L + 1, so that a full sequence can be scored with one token sampled after it."""
+    """L, prompt and answer together; vLLM gets L + 1, so that a full sequence can be scored with one token sampled
+    after it.
+    """
     head_dtype: str
     honours_seeds: bool
     on_cpu: bool
@@ -57,7 +60,9 @@ class VllmSettings:
 
 
 def set_environment() -> None:
-    """Set vLLM's environment defaults; call before the first import of vllm, and of torch, which reads one of them then."""
+    """Set vLLM's environment defaults; call before the first import of vllm, and of torch, which reads one of them
+    then.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
@@ -78,7 +83,9 @@ def plan_settings(
     longest = text.get("max_position_embeddings")
     length = teacher.max_model_len
     if length is not None and longest is not None and length > longest and not text.get("rope_scaling"):
-        raise EngineError(f"teacher.max_model_len is {length} but {model_dir} knows {longest} positions; lower it or leave it out")
+        raise EngineError(
+            f"teacher.max_model_len is {length} but {model_dir} knows {longest} positions; lower it or leave it out"
+        )
     if length is None and isinstance(longest, int):
         length = longest
     if length is not None and length == longest:
@@ -114,15 +121,20 @@ def plan_settings(
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             arguments["kv_cache_memory_bytes"] = cache_bytes(text, (length or 4096) + 1, dtype)
     return VllmSettings(
-        arguments, length, head_dtype, honours_seeds=not on_cpu or unchunked, on_cpu=on_cpu, num_threads=_num_threads(text)
+        arguments,
+        length,
+        head_dtype,
+        honours_seeds=not on_cpu or unchunked,
+        on_cpu=on_cpu,
+        num_threads=_num_threads(text),
     )
 
 
 def _num_threads(text_config: dict[str, Any]) -> int | None:
     """Halve the threads for narrow models, unless the environment says how many.
 
-    Their matrices are too small to share: at width 256 on two cores a second thread adds 14 % speed for 66 % more work, and a busy
-    machine then waits at every barrier.
+    Their matrices are too small to share: at width 256 on two cores a second thread adds 14 % speed for 66 % more work,
+    and a busy machine then waits at every barrier.
     """
     if os.environ.get("OMP_NUM_THREADS") or int(text_config.get("hidden_size") or NARROW) >= NARROW:
         return None
@@ -130,7 +142,8 @@ def _num_threads(text_config: dict[str, Any]) -> int | None:
 
 
 def cache_bytes(text_config: dict[str, Any], max_model_len: int, dtype: str) -> int:
-    """Return bytes of key-value cache for `SEQUENCES_IN_CACHE` sequences, within bounds and a quarter of the free memory.
+    """Return bytes of key-value cache for `SEQUENCES_IN_CACHE` sequences, within bounds and a quarter of the free
+    memory.
 
     Raises:
         EngineError: one sequence does not fit.

@@ -1,15 +1,16 @@
-"""Worker side of vLLM: fill the columns of scored rows with exact tails at every captured temperature, and draws from them.
+"""Worker side of vLLM: fill the columns of scored rows with exact tails at every captured temperature, and draws from
+them.
 
-Loaded into each worker through `worker_extension_cls` and switched on by `collective_rpc("decant_capture", ...)`. It takes
-the place of stock top-k, label log-probability and rank while the full-width row still exists (see tail_columns). Stock code
-runs unchanged whenever a request has another width or no layout is set.
+Loaded into each worker through `worker_extension_cls` and switched on by `collective_rpc("decant_capture", ...)`. It
+takes the place of stock top-k, label log-probability and rank while the full-width row still exists (see tail_columns).
+Stock code runs unchanged whenever a request has another width or no layout is set.
 
 - V1 runner (CPU, older GPUs): `Sampler.gather_logprobs`, while inside `GPUModelRunner._get_prompt_logprobs_dict`.
 - V2 runner (GPU): the name `compute_topk_scores` in `vllm.v1.worker.gpu.sample.prompt_logprob`, while inside
   `PromptLogprobsWorker.compute_prompt_logprobs`; it gets logits in the model's type.
 
-Both are replaced only where their signatures are the known ones. Draw keys come from the prompt's own tokens, so draws do not
-depend on how requests were batched or chunked.
+Both are replaced only where their signatures are the known ones. Draw keys come from the prompt's own tokens, so draws
+do not depend on how requests were batched or chunked.
 
 Shape letters: P positions scored in one call, V entries of the model's head.
 """
@@ -70,7 +71,9 @@ def _guarded(install: Callable[[], None]) -> str:
 def _expect_parameters(function: Callable[..., Any], *names: str) -> None:
     found = tuple(inspect.signature(function).parameters)
     if found[: len(names)] != names:
-        raise TypeError(f"{function.__qualname__} takes {', '.join(found)}; expected it to begin with {', '.join(names)}")
+        raise TypeError(
+            f"{function.__qualname__} takes {', '.join(found)}; expected it to begin with {', '.join(names)}"
+        )
 
 
 def _columns(
@@ -127,7 +130,10 @@ def _scored_slices(runner: Any, num_scheduled_tokens: dict[str, int]) -> Iterato
         start = request.num_computed_tokens
         stop = min(start + num_tokens, len(token_ids) - 1)
         if stop > start:
-            yield torch.from_numpy(token_ids[start + 1 : stop + 1]), prefix_keys(torch.from_numpy(token_ids))[start:stop]
+            yield (
+                torch.from_numpy(token_ids[start + 1 : stop + 1]),
+                prefix_keys(torch.from_numpy(token_ids))[start:stop],
+            )
 
 
 def _install_v2() -> None:
@@ -181,7 +187,9 @@ def _batch_keys(input_batch: Any, all_token_ids: torch.Tensor) -> torch.Tensor:
     request = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(int(starts[-1])) - starts[request] + computed[request]
     longest = min(int((computed + lengths).max()), all_token_ids.shape[1])
-    slots = torch.as_tensor(np.asarray(input_batch.idx_mapping_np)[: len(lengths)].astype(np.int64), device=all_token_ids.device)
+    slots = torch.as_tensor(
+        np.asarray(input_batch.idx_mapping_np)[: len(lengths)].astype(np.int64), device=all_token_ids.device
+    )
     keys = prefix_keys(all_token_ids[slots, :longest])
     rows = torch.as_tensor(request.astype(np.int64), device=keys.device)
     places = torch.as_tensor(np.minimum(place, longest - 1).astype(np.int64), device=keys.device)

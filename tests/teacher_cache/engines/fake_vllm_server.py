@@ -161,7 +161,9 @@ class FakeVllmServer:
             logprobs = np.round(logprobs * 8) / 8
             logprobs -= np.logaddexp.reduce(logprobs)
         top = np.argsort(-logprobs, kind="stable")[:k].tolist()
-        found = {token: {"logprob": logprobs[token], "rank": rank, "decoded_token": "x"} for rank, token in enumerate(top, 1)}
+        found = {
+            token: {"logprob": logprobs[token], "rank": rank, "decoded_token": "x"} for rank, token in enumerate(top, 1)
+        }
         own = {"logprob": logprobs[label], "rank": int((logprobs > logprobs[label]).sum()) + 1, "decoded_token": "y"}
         return {label: own, **found}
 

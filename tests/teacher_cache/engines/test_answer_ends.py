@@ -87,7 +87,9 @@ def test_only_a_templates_end_that_the_model_lacks_is_foreign(tokenizer, tmp_pat
 
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory):
-    """A base model: its eos is `<|endoftext|>`, its chat template ends a turn with `<|im_end|>`, which it likes to write."""
+    """A base model: its eos is `<|endoftext|>`, its chat template ends a turn with `<|im_end|>`, which it likes to
+    write.
+    """
     directory = make_qwen3(tmp_path_factory.mktemp("base"), seed=1, num_layers=1, end_scale=3.0)
     return with_base_eos(directory)
 

@@ -1,4 +1,6 @@
-"""What a server must not break: dripping, endless or senseless answers, an echoed key; and TLS, where silence is silence too."""
+"""What a server must not break: dripping, endless or senseless answers, an echoed key; and TLS, where silence is
+silence too.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,9 @@ def certificate(tmp_path_factory) -> Path:
 def model_dir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "teacher"
     make_tokenizer(directory)
-    (directory / "config.json").write_text(json.dumps({"vocab_size": 512, "max_position_embeddings": 512, "eos_token_id": 2}))
+    (directory / "config.json").write_text(
+        json.dumps({"vocab_size": 512, "max_position_embeddings": 512, "eos_token_id": 2})
+    )
     return directory
 
 

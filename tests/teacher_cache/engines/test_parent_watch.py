@@ -1,4 +1,6 @@
-"""A process that watches its starter: ends with it however it ended, is not fooled by a reused id, and takes its core along."""
+"""A process that watches its starter: ends with it however it ended, is not fooled by a reused id, and takes its core
+along.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ from teacher_cache.engines.columns.draw_keys import prefix_keys_of, uniforms
 from teacher_cache.engines.columns.tail_columns import extend_columns
 
 
-def columns(logits: np.ndarray, layout: ColumnLayout, keys: torch.Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+def columns(
+    logits: np.ndarray, layout: ColumnLayout, keys: torch.Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Run the code under test on [P, V] float64 logits with label 0."""
     scores = torch.from_numpy(logits).log_softmax(-1)
     labels = torch.zeros(len(scores), dtype=torch.int64)
@@ -124,7 +126,9 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_draws_are_unbiased_outside_the_head(temperature):
-    """Each token's pooled count is within 4.5 standard deviations: a false alarm once in 3,000 runs of an honest sampler."""
+    """Each token's pooled count is within 4.5 standard deviations: a false alarm once in 3,000 runs of an honest
+    sampler.
+    """
     rows, draws, vocab = 20_000, 4, 24
     logits = np.repeat(np.random.default_rng(7).normal(0, 1.5, (1, vocab)), rows, 0)
     layout = ColumnLayout(5, (1.0, 2.0), draws, 1.0, vocab - 2)

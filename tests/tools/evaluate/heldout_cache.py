@@ -37,7 +37,10 @@ def build_cache(path: Path, teacher: Path, num_rows: int = 24) -> Path:
         teacher=str(teacher), weights_hash=weights_hash(teacher), tokenizer_hash=identity.tokenizer_hash,
         vocab_size=VOCAB_SIZE, mode="top", k=K, dtype="float32",
     )  # fmt: skip
-    rows = [_row(tokenizer, text, ("math", "code", "aiops")[number % 3]) for number, text in enumerate(training_text()[:num_rows])]
+    rows = [
+        _row(tokenizer, text, ("math", "code", "aiops")[number % 3])
+        for number, text in enumerate(training_text()[:num_rows])
+    ]
     writer.write_sequences("part-00000000-000000", rows, {})
     scored = writer.layer(None, layer, {})
     scored.write("part-00000000-000000", [row.key for row in rows], [_targets(model, row) for row in rows], {})

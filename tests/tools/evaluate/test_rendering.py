@@ -1,4 +1,6 @@
-"""Questions become tokens as the student was taught: its template, its source's system text; plain text without a template."""
+"""Questions become tokens as the student was taught: its template, its source's system text; plain text without a
+template.
+"""
 
 from __future__ import annotations
 
