@@ -1,4 +1,0 @@
-"""How do parts, layers and jobs make a cache?
-
-Layout, writers, readers, statistics, verification, garbage.
-"""

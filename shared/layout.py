@@ -1,0 +1,216 @@
+"""Where things lie in a cache directory, and its two kinds of identity file.
+
+Every name read from disk or from a user passes a pattern before it becomes part of a path, and no folder may be a link, so no path
+leaves the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared.cache_files import list_folder
+from shared.errors import CacheError, DamagedError
+from shared.hidden_identity import HiddenIdentity
+from shared.identity import LayerIdentity, SequencesIdentity
+from shared.records import checked_model, read_sealed
+from shared.schema import LAYER_PATTERN, MAX_TOKENIZER_FILE_BYTES, MAX_VOCAB_SIZE, TOKENIZER_FILE_PATTERN
+
+
+@dataclass(frozen=True, slots=True)
+class CacheHeader:
+    """What cache.json says."""
+
+    identity: SequencesIdentity
+    tokenizer_files: Mapping[str, Mapping[str, Any]]
+    """Name -> bytes and xxh3 of every file of tokenizer/."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDirectory:
+    """One directory of targets/ or hidden/."""
+
+    directory: Path
+    provenance: Mapping[str, Any]
+
+    @property
+    def full_name(self) -> str:
+        """NAME-HASH8, the directory's name."""
+        return self.directory.name
+
+    @property
+    def short_name(self) -> str:
+        """NAME without its hash."""
+        return self.directory.name[:-9]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer(LayerDirectory):
+    """One directory of targets/."""
+
+    identity: LayerIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenLayer(LayerDirectory):
+    """One directory of hidden/."""
+
+    identity: HiddenIdentity
+
+
+AnyLayer = TypeVar("AnyLayer", Layer, HiddenLayer)
+
+
+def sequences_dir(cache_dir: Path) -> Path:
+    """Return the directory of sequences parts."""
+    return cache_dir / "sequences"
+
+
+def tokenizer_path(cache_dir: Path, name: str) -> Path:
+    """Return the path of a tokenizer file.
+
+    Raises:
+        DamagedError: the name would leave the directory or is no plain file name.
+    """
+    if not TOKENIZER_FILE_PATTERN.fullmatch(name):
+        raise DamagedError(f"{name!r} is not the name of a tokenizer file; expected letters, digits, '.', '_', '+', '-'")
+    return cache_dir / "tokenizer" / name
+
+
+class _TokenizerFile(BaseModel):
+    """What cache.json says of a tokenizer file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: int = Field(ge=0, le=MAX_TOKENIZER_FILE_BYTES)
+    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class _Header(BaseModel):
+    """cache.json, its identity apart."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    identity: dict[str, Any]
+    tokenizer_files: dict[str, _TokenizerFile]
+
+
+class _LayerHeader(BaseModel):
+    """layer.json, its identity apart."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def tokenizer_entries(described: Mapping[str, Any], where: object) -> dict[str, Mapping[str, Any]]:
+    """Return size and checksum by name of tokenizer files that a document lists, once each is one of a cache.
+
+    Raises:
+        DamagedError: something else.
+    """
+    for name, entry in described.items():
+        tokenizer_path(Path(), name)
+        checked_model(_TokenizerFile, entry, f"{where}: tokenizer_files.{name}")
+    return dict(described)
+
+
+def read_header(cache_dir: Path) -> CacheHeader:
+    """Read cache.json.
+
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+        DamagedError: it contradicts the format.
+    """
+    path = cache_dir / "cache.json"
+    if not path.exists() and not path.is_symlink():
+        raise CacheError(f"{cache_dir} is not a cache (it has no cache.json); build one with 'decant teach' or correct the path")
+    document = read_sealed(path, _Header.model_fields.keys())
+    checked_model(_Header, document, path)
+    files = tokenizer_entries(document["tokenizer_files"], path)
+    identity = SequencesIdentity.from_json(document["identity"], f"{path}: identity")
+    if not 0 < identity.vocab_size <= MAX_VOCAB_SIZE:
+        raise DamagedError(f"{path} says vocab_size {identity.vocab_size} where 1 to {MAX_VOCAB_SIZE} are possible; it was altered")
+    return CacheHeader(identity, files)
+
+
+def list_layers(cache_dir: Path) -> dict[str, Layer]:
+    """Return the targets layers of a cache by full name.
+
+    Raises:
+        DamagedError: a layer.json contradicts the format or its directory's name.
+    """
+    return {directory.name: read_layer(directory) for directory in _layer_directories(cache_dir / "targets")}
+
+
+def list_hidden_layers(cache_dir: Path) -> dict[str, HiddenLayer]:
+    """Return the hidden layers of a cache by full name; errors as for `list_layers`."""
+    return {directory.name: read_hidden_layer(directory) for directory in _layer_directories(cache_dir / "hidden")}
+
+
+def _layer_directories(root: Path) -> list[Path]:
+    names = [name for name in list_folder(root) if LAYER_PATTERN.fullmatch(name)]
+    return [root / name for name in names if "layer.json" in list_folder(root / name)]
+
+
+def read_layer(directory: Path) -> Layer:
+    """Read the layer.json of a targets layer.
+
+    Raises:
+        DamagedError: it contradicts the format or its directory's name.
+    """
+    identity, provenance = _read_layer_json(directory)
+    layer = Layer(directory, provenance, LayerIdentity.from_json(identity, f"{directory / 'layer.json'}: identity"))
+    return _named_by_its_hash(layer)
+
+
+def read_hidden_layer(directory: Path) -> HiddenLayer:
+    """Read the layer.json of a hidden layer; errors as for `read_layer`."""
+    identity, provenance = _read_layer_json(directory)
+    layer = HiddenLayer(directory, provenance, HiddenIdentity.from_json(identity, f"{directory / 'layer.json'}: identity"))
+    return _named_by_its_hash(layer)
+
+
+def _read_layer_json(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = directory / "layer.json"
+    document = read_sealed(path, _LayerHeader.model_fields.keys())
+    checked_model(_LayerHeader, document, path)
+    return document["identity"], document["provenance"]
+
+
+def _named_by_its_hash(layer: AnyLayer) -> AnyLayer:
+    path, found = layer.directory / "layer.json", layer.identity.hash8
+    if found != layer.directory.name[-8:]:
+        raise DamagedError(f"{path} hashes to {found} in a directory named {layer.directory.name}; it was altered")
+    return layer
+
+
+def choose_layer(layers: Mapping[str, AnyLayer], wanted: str | None, cache_dir: Path, kind: str = "targets") -> AnyLayer | None:
+    """Return the layer that a name means: NAME or NAME-HASH8, or the only one; None where there is none and none is wanted.
+
+    Args:
+        layers: by full name.
+        wanted: the name; None for the only one.
+        cache_dir: for messages.
+        kind: targets or hidden, for messages.
+
+    Raises:
+        CacheError: no such layer, or several that fit.
+    """
+    listed = ", ".join(layers) or "none"
+    if wanted is None:
+        if len(layers) > 1:
+            raise CacheError(f"{cache_dir} has {len(layers)} {kind} layers ({listed}); name the one to use")
+        return next(iter(layers.values()), None)
+    fitting = [layer for layer in layers.values() if wanted in (layer.full_name, layer.short_name)]
+    if len(fitting) != 1:
+        found = f"no {kind} layer" if not fitting else f"{len(fitting)} {kind} layers"
+        raise CacheError(f"{cache_dir} has {found} named {wanted!r} (there are: {listed}); give one of these names in full")
+    return fitting[0]

@@ -1,1 +1,0 @@
-"""How do running vLLM servers answer and score?"""

@@ -1,1 +1,0 @@
-"""How does transformers answer, score and show hidden states? The reference engine."""

@@ -1,1 +1,0 @@
-"""How does vLLM generate, and give exact sparse distributions with tails?"""

@@ -1,1 +1,0 @@
-"""Who is the teacher, and what does it make that is there already?"""

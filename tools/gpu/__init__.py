@@ -1,1 +1,0 @@
-"""What can only a GPU show?"""

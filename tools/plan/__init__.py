@@ -1,1 +1,0 @@
-"""What will it cost, and can it work at all?"""
