@@ -1,9 +1,10 @@
 """Places where a test can kill the process as `kill -9` would, to prove that nothing is lost.
 
-`DECANT_FAILPOINT=name` (or `name@3` for the third time it is met) sends SIGKILL to the own process at that place. Unset, a
-fail-point costs one dictionary look-up. Each writer calls `failpoint("<what>.before_<step>")` and `after_<step>` around every
-write, fsync, rename, link and mkdir; the names that exist are those of `failpoint_names`. Besides, an engine of many has
-`engine.unit_N` where it begins unit N, to prove that a unit which kills engines is set aside.
+`DECANT_FAILPOINT=name` (or `name@3` for the third time it is met) sends SIGKILL to the own process at that place.
+Unset, a fail-point costs one dictionary look-up. Each writer calls `failpoint("<what>.before_<step>")` and
+`after_<step>` around every write, fsync, rename, link and mkdir; the names that exist are those of `failpoint_names`.
+Besides, an engine of many has `engine.unit_N` where it begins unit N, to prove that a unit which kills engines is set
+aside.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Three keys, three questions: which prompt, which row, which content.
 
-- `group_key`: which rows belong together? It decides the hold-out, so that samples of one prompt never fall on both sides.
+- `group_key`: which rows belong together? It decides the hold-out, so that samples of one prompt never fall on both
+  sides.
 - `row_key`: what does a later build skip? Unique within a cache.
 - `content_key`: is this the content that I think it is? Checked at every read.
 
@@ -39,13 +40,15 @@ def group_key(prompt_text: str) -> bytes:
 
 
 def row_key(group: bytes, sampling: Mapping[str, Any] | None, sample_index: int, answer: str | None) -> bytes:
-    """Return the 16-byte key of one row: its group with the sampling settings and sample index, or with the given answer.
+    """Return the 16-byte key of one row: its group with the sampling settings and sample index, or with the given
+    answer.
 
     Args:
         group: the row's `group_key`.
         sampling: JSON-like settings that an answer is drawn with; None where the answer was given.
         sample_index: which sample of the group, from 0.
-        answer: the given answer's text; None where it is generated. An answer that was given decides alone, with the index.
+        answer: the given answer's text; None where it is generated. An answer that was given decides alone, with the
+            index.
 
     Raises:
         ValueError: both or neither of `sampling` and `answer` are given, or `group` is not a key.

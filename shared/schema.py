@@ -12,7 +12,9 @@ import re
 import pyarrow as pa
 
 FORMAT_VERSION = 1
-"""Version of the directory, of both schemas and of the codec; it grows with every change that an older reader cannot read."""
+"""Version of the directory, of both schemas and of the codec; it grows with every change that an older reader cannot
+read.
+"""
 
 MAX_TOKENS_PER_ROW = 2**20
 MAX_SPANS_PER_ROW = 2**16
@@ -31,13 +33,7 @@ MAX_STRONGEST_KEYS = 4096
 MAX_ROWS_PER_PART = 65_536
 MAX_TOKENS_PER_PART = 2**31 - 1
 MAX_JSON_BYTES = 2**26
-MAX_JSON_VALUES = 2**22
-"""Values of one JSON file: 65,536 rows set aside with 60 facts about each; parsed, a value takes up to 72 bytes."""
-MAX_TOKENIZER_FILE_BYTES = 2**28
-MAX_PART_BYTES = 2**50
-MAX_FRAME_FREE_BYTES = 2**24
-MAX_FRAME_RATIO = 256
-"""A frame holds at most so many bytes for each of its own, beyond the free ones; real targets and states take 1.1 to 20."""
+MAX_TOKENIZER_FILE_BYTES = 2**30
 MIN_GAP_STEP = 2.0**-10
 MAX_GAP_STEP = 1.0
 
@@ -61,7 +57,8 @@ SEQUENCES: pa.Schema = pa.schema(
         pa.field("finish_reason", pa.string(), nullable=False),
     ]
 )
-"""One row: a prompt with its answer. `spans` are (start, end) pairs, end exclusive, of supervised tokens; start >= 1."""
+"""One row: a prompt with its answer. `spans` are (start, end) pairs, end exclusive, of supervised tokens; start >= 1.
+"""
 
 TARGETS: pa.Schema = pa.schema(
     [

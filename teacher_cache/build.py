@@ -1,8 +1,9 @@
 """Phase 1 as one job: plan, generate (or take over) answers, score them, commit everything as it is done.
 
-Order: read the teacher's files; compare identities with the cache; plan the job; pass 1 over units without a part; pass 2 over
-parts without targets. An engine is opened when the first pass needs one, so a build with nothing to do starts none. Every
-part is committed alone, so the same command after any interruption does what is missing and nothing twice.
+Order: read the teacher's files; compare identities with the cache; plan the job; pass 1 over units without a part; pass
+    2 over
+parts without targets. An engine is opened when the first pass needs one, so a build with nothing to do starts none.
+Every part is committed alone, so the same command after any interruption does what is missing and nothing twice.
 Cost: two engine passes over the tokens; memory for a few units.
 """
 
@@ -13,35 +14,42 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from shared.cache_writer import CacheWriter, LayerWriter
+from shared.cache.cache_writer import CacheWriter, LayerWriter
+from shared.cache.layer_choice import serving_layer
+from shared.cache.layout import list_layers, read_header
 from shared.errors import DecantError, PromptError, UsageError
-from shared.jobs import Job, PlanRow, create_job
-from shared.layer_choice import serving_layer
-from shared.layout import list_layers, read_header
-from shared.parts import PartRecord
-from shared.recipe import Recipe, Teacher
-from shared.recipe_capture import Workers
+from shared.parts.jobs import Job, PlanRow, create_job
+from shared.parts.parts import PartRecord
+from shared.recipe.capture import Workers
+from shared.recipe.recipe import Recipe, Teacher
 from teacher_cache import engines
-from teacher_cache.answerer import Answerer, know_answerer
-from teacher_cache.cache_source import answers_of, require_tokenizer
+from teacher_cache.cluster.unit_board import UnitsSetAsideError
+from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.engines.protocol import Engine
-from teacher_cache.feeding import Desk
-from teacher_cache.generate import PROBLEM, Pass1, generate_units, import_units
-from teacher_cache.hidden_pass import HiddenPass
-from teacher_cache.layer_reuse import capture_of, reuse_line
-from teacher_cache.lazy_engine import LazyEngine
-from teacher_cache.problems import THRESHOLD, Problem, Problems
-from teacher_cache.progress import NoProgress, Progress
-from teacher_cache.prompts import read_prompts
-from teacher_cache.score import parts_to_score, require_length, score_parts
-from teacher_cache.seconds_file import add_seconds
-from teacher_cache.sequence_maker import SequenceMaker
-from teacher_cache.stop_signal import StopSignal
-from teacher_cache.summary import BuildSummary
-from teacher_cache.teacher_identity import KnownTeacher, know_teacher, layer_identity, sequences_identity, software
-from teacher_cache.unit_board import UnitsSetAsideError
-from teacher_cache.unit_writer import UnitWriter
-from teacher_cache.work_list import Tally, answer_seed, list_rows, request_of
+from teacher_cache.passes.feeding import Desk
+from teacher_cache.passes.generate import PROBLEM, Pass1, generate_units, import_units
+from teacher_cache.passes.hidden_pass import HiddenPass
+from teacher_cache.passes.lazy_engine import LazyEngine
+from teacher_cache.passes.progress import NoProgress, Progress
+from teacher_cache.passes.score import parts_to_score, require_length, score_parts
+from teacher_cache.passes.stop_signal import StopSignal
+from teacher_cache.passes.summary import BuildSummary
+from teacher_cache.passes.unit_writer import UnitWriter
+from teacher_cache.prompts.cache_source import answers_of, group_rule, require_tokenizer
+from teacher_cache.prompts.problems import THRESHOLD, Problem, Problems
+from teacher_cache.prompts.prompts import read_prompts
+from teacher_cache.prompts.sequence_maker import SequenceMaker
+from teacher_cache.prompts.work_list import Tally, answer_seed, list_rows, request_of
+from teacher_cache.teacher.answerer import Answerer, know_answerer
+from teacher_cache.teacher.layer_reuse import capture_of, reuse_line
+from teacher_cache.teacher.seconds_file import add_seconds
+from teacher_cache.teacher.teacher_identity import (
+    KnownTeacher,
+    know_teacher,
+    layer_identity,
+    sequences_identity,
+    software,
+)
 
 
 class BuildStoppedError(DecantError):
@@ -111,8 +119,12 @@ def teach(
     require_tokenizer(recipe.prompts, known.tokenizer_hash, teacher.model)
     answerer = know_answerer(recipe.generate, teacher, known)
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answerer.max_model_len)
-    request = _request(recipe, known, answerer)
-    identity = sequences_identity(known, teacher, recipe.generate)
+    answers = answerer.known
+    ends = foreign_ends(maker.template_ends, answers.tokenizer, answers.files.directory, recipe.generate)
+    request = _request(recipe, known, answerer, ends)
+    identity = replace(
+        sequences_identity(known, teacher, recipe.generate), groups=group_rule(recipe.cache[0], recipe.prompts)
+    )
     if request is None:  # nothing is rendered, so the teacher's own template does not matter
         identity = replace(identity, template=read_header(recipe.cache[0]).identity.template)
     cache = CacheWriter.create_or_open(recipe.cache[0], identity, known.tokenizer_files)
@@ -122,7 +134,10 @@ def teach(
     layer = cache.layer(None, serving.identity if serving else wanted, {"engine": teacher.engine, **software()})
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
-    hidden = HiddenPass.prepare(cache, known, teacher, recipe.capture.hidden) if recipe.capture.hidden is not None else None
+    summary.groups = cache.identity.groups
+    hidden = (
+        HiddenPass.prepare(cache, known, teacher, recipe.capture.hidden) if recipe.capture.hidden is not None else None
+    )
     if hidden is not None:
         hidden.describe(summary)
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
@@ -149,7 +164,7 @@ def teach(
         )
         try:
             with engine, answering:
-                job = _plan(build, request) if request is not None else None
+                job = _plan(build, request, ends) if request is not None else None
                 if teacher.workers is not None:
                     _use_many_engines(build, job, teacher.workers)
                 else:
@@ -182,7 +197,9 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
     return recipe.teacher, (index, count)
 
 
-def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal, opener: Callable[..., Engine]) -> Engine:
+def _open_engine(
+    recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal, opener: Callable[..., Engine]
+) -> Engine:
     """Start the engine, with the same settings whether or not pass 1 is done, so that a continued build scores alike."""
     settings = teacher.model_copy(update={"max_model_len": known.max_model_len})
     return opener(
@@ -197,18 +214,20 @@ def _open_engine(recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: St
 def _open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal, opener: Callable[..., Engine]) -> Engine:
     """Start the engine of another model than the teacher, which only answers."""
     directory = answerer.known.files.directory
-    return opener(answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested)
+    return opener(
+        answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested
+    )
 
 
-def _request(recipe: Recipe, known: KnownTeacher, answerer: Answerer) -> dict[str, Any] | None:
+def _request(recipe: Recipe, known: KnownTeacher, answerer: Answerer, ends: list[int | None]) -> dict[str, Any] | None:
     """Return what names the job, or None without prompts; finds every prompt file before anything is written."""
     if not recipe.prompts:
         return None
     generator = answerer.generator if recipe.generate else None
-    return request_of(recipe, generator, known.tokenizer_hash, answerer.max_model_len)
+    return request_of(recipe, generator, known.tokenizer_hash, answerer.max_model_len, ends)
 
 
-def _plan(build: _Build, request: dict[str, Any]) -> Job:
+def _plan(build: _Build, request: dict[str, Any], ends: list[int | None]) -> Job:
     """Return the job of the recipe's prompts, reading them only if it was never planned."""
     recipe, summary = build.recipe, build.summary
     problems, tally = Problems(), Tally()
@@ -217,7 +236,11 @@ def _plan(build: _Build, request: dict[str, Any]) -> Job:
         build.progress.start("list", 0)
         conversations = read_prompts(recipe.prompts, problems)
         answerer = build.answerer.key
-        for row in list_rows(conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer):
+        groups = build.cache.identity.groups
+        listed = list_rows(
+            conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer, groups, ends
+        )
+        for row in listed:
             build.progress.advance(1, 0)
             _stop_if_asked(build)
             yield row
@@ -229,6 +252,7 @@ def _plan(build: _Build, request: dict[str, Any]) -> Job:
     for problem in problems.listed:
         summary.add_problem(problem)
     summary.num_set_aside = problems.total
+    summary.notes = problems.notes()
     return job
 
 
@@ -248,7 +272,9 @@ def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
             engine = build.answering.get()
             ran = partial(_ran, build.answering, answers=build.answerer.name)
             work = Pass1(build.cache, job, maker, ran, build.summary)
-            generate_units(work, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk)
+            generate_units(
+                work, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk
+            )
             if build.answering is not build.engine:
                 build.answering.close()  # the teacher gets the machine to itself
     (build.summary.imported if recipe.generate is None else build.summary.generated).count_writer(writer)
@@ -271,7 +297,7 @@ def _parts_without_targets(build: _Build, job: Job | None) -> list[PartRecord]:
 
 def _use_many_engines(build: _Build, job: Job | None, workers: Workers) -> None:
     """Both passes over this partition's units, on the engines of `teacher.workers`."""
-    from teacher_cache.ray_workers import run_units, sequences_tasks, targets_tasks, work_order
+    from teacher_cache.cluster.ray_workers import run_units, sequences_tasks, targets_tasks, work_order
 
     order = work_order(build.recipe, build.layer.name, job.id if job else None, build.known.max_model_len)
     units = _units_without_part(build, job) if job else []
@@ -289,7 +315,9 @@ def _make_targets(build: _Build, job: Job | None) -> None:
     _stop_if_asked(build)
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
-        score_parts(build.layer, records, build.engine.get().score, partial(_ran, build.engine), desk, build.summary.scored)
+        score_parts(
+            build.layer, records, build.engine.get().score, partial(_ran, build.engine), desk, build.summary.scored
+        )
     build.summary.scored.count_writer(writer)
     _stop_if_asked(build)
 
@@ -333,7 +361,8 @@ def _finish(build: _Build, job: Job | None) -> BuildSummary:
     if len(unusable) > build.max_set_aside * total:
         first = Problem(str(unusable[0]["path"]), int(unusable[0]["line"]), str(unusable[0]["reason"]))
         raise SetAsideError(
-            f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the {build.max_set_aside:.0%} that "
+            f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the "
+            f"{build.max_set_aside:.0%} that "
             f"are set aside; the other {summary.rows:,} rows are in the cache)",
             summary,
         )

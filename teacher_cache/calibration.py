@@ -1,10 +1,10 @@
 """A short real build that measures what a long one will take: the recipe's prompts, its engine, a temporary cache.
 
-One started engine does two builds, a quarter of the sample and then the rest (where another model answers, each build starts both
-in turn, since one memory seldom holds two). A straight line through the two gives each pass a
-fixed time (the first wave of answers that fills the engine, the last ones that leave it half empty) and a rate; the engine's start
-is a term of its own. So a sample that is mostly ramp still extrapolates. The sample is spread over the prompts by a hash, in
-proportion to each entry's rows, and the second build shares no prompt with the first.
+One started engine does two builds, a quarter of the sample and then the rest (where another model answers, each build
+starts both in turn, since one memory seldom holds two). A straight line through the two gives each pass a fixed time
+(the first wave of answers that fills the engine, the last ones that leave it half empty) and a rate; the engine's start
+is a term of its own. So a sample that is mostly ramp still extrapolates. The sample is spread over the prompts by a
+hash, in proportion to each entry's rows, and the second build shares no prompt with the first.
 Cost: an engine start and the sample's rows; the temporary cache is removed.
 """
 
@@ -21,22 +21,21 @@ from typing import Any
 
 import xxhash
 
-from shared.cache_writer import CacheWriter
+from shared.cache.cache_writer import CacheWriter
+from shared.cache.layout import list_layers, read_header, sequences_dir
 from shared.errors import UsageError
-from shared.layout import list_layers, read_header, sequences_dir
-from shared.mapped_part import MappedSequences
-from shared.recipe import PromptSource, Recipe
-from shared.records import PartRecord, list_records
-from shared.sequences import SequenceRow
-from shared.tokenizer_files import read_tokenizer_files
+from shared.parts.mapped_part import MappedSequences
+from shared.parts.records import PartRecord, list_records
+from shared.parts.sequences import SequenceRow
+from shared.recipe.recipe import PromptSource, Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
 from teacher_cache.engines.protocol import Engine
-from teacher_cache.problems import Problems
-from teacher_cache.progress import Progress
-from teacher_cache.prompt_formats import Conversation
-from teacher_cache.prompts import read_prompts
-from teacher_cache.summary import PassFigures
+from teacher_cache.passes.progress import Progress
+from teacher_cache.passes.summary import PassFigures
+from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.prompt_formats import Conversation
+from teacher_cache.prompts.prompts import read_prompts
 
 FIRST_SHARE = 0.25
 """Of the sample goes to the first build."""
@@ -161,7 +160,9 @@ def line_through(figures: Sequence[PassFigures]) -> PassRate:
     """
     tokens, seconds = sum(f.tokens for f in figures), sum(f.seconds for f in figures)
     if not tokens or not seconds:
-        raise UsageError("no row of the sample could be used; look at what `decant plan` without --calibrate says of the prompts")
+        raise UsageError(
+            "no row of the sample could be used; look at what `decant plan` without --calibrate says of the prompts"
+        )
     first, last = figures[0], figures[-1]
     more, longer = last.tokens - first.tokens, last.seconds - first.seconds
     if more > 0 and longer > 0 and first.tokens:
@@ -189,7 +190,8 @@ def _prompt_samples(recipe: Recipe, root: Path, num_rows: int) -> list[Recipe]:
 
 
 def sample_conversations(recipe: Recipe, num_rows: int) -> list[Conversation]:
-    """Return about `num_rows` conversations, each entry of `prompts` in proportion to its rows, chosen by a hash of the place.
+    """Return about `num_rows` conversations, each entry of `prompts` in proportion to its rows, chosen by a hash of the
+    place.
 
     Memory: `num_rows` conversations per entry.
 
@@ -237,7 +239,7 @@ def _cache_samples(recipe: Recipe, root: Path, num_rows: int) -> list[Recipe]:
     """Return two recipes that score disjoint samples of an existing cache's rows."""
     origin = recipe.cache[0]
     header = read_header(origin)
-    files = read_tokenizer_files(origin)
+    files = {name: (origin / "tokenizer" / name).read_bytes() for name in header.tokenizer_files}
     recipes = []
     for name, rows in zip(("first", "second"), _divided(_sample_rows(origin, num_rows)), strict=True):
         writer = CacheWriter.create_or_open(root / name, header.identity, files)

@@ -1,4 +1,6 @@
-"""What every test needs: the repository's root on the path, so that `tests.tiny_models` imports under any runner, and no hub."""
+"""What every test needs: the repository's root on the path, so that `tests.tiny_models` imports under any runner, and
+no hub.
+"""
 
 from __future__ import annotations
 

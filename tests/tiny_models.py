@@ -1,8 +1,8 @@
 """Tiny tokenizers and random models that every test can afford: seeded, a few thousand parameters, loadable by vLLM.
 
-The tokenizer is a byte-level BPE of 512 entries with ChatML special tokens and template. The models have random weights wide
-enough that distributions are peaked, head_dim 32 (the least that vLLM takes), and are saved as float32 safetensors. Same
-arguments give the same bytes.
+The tokenizer is a byte-level BPE of 512 entries with ChatML special tokens and template. The models have random weights
+wide enough that distributions are peaked, head_dim 32 (the least that vLLM takes), and are saved as float32
+safetensors. Same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def training_text() -> list[str]:
     things = ("apples", "servers", "disks", "lines of code", "packets", "tickets", "alarms", "pods")
     people = ("Anna", "Ben", "Chidi", "Dora", "Emil", "Farah")
     text = [
-        f"{person} has {number} {thing} and gives {number // 2} of them away. How many {thing} are left? The answer is {number}."
+        f"{person} has {number} {thing} and gives {number // 2} of them away. How many {thing} are left? The answer "
+        f"is {number}."
         for person in people
         for number, thing in enumerate(things, start=7)
     ]
@@ -35,12 +36,19 @@ def training_text() -> list[str]:
         f"Warning: {thing} on node {number} are above the threshold, please restart the service."
         for number, thing in enumerate(things)
     ]
-    text += ["system user assistant\nYou are a helpful assistant. Say hello to the quick brown fox that jumps over the lazy dog."]
     text += [
-        "A teacher writes its distribution once, and any number of students read it afterwards without a teacher in memory.",
-        "When the machine stops in the middle of a sentence, nothing that was committed is lost, and the same command continues.",
-        "Sort the numbers first; then return the largest of them, the smallest of them, and the difference between both.",
-        "The train leaves at seven in the morning and arrives two hours later, so how fast does it travel over ninety miles?",
+        "system user assistant\nYou are a helpful assistant. Say hello to the quick brown fox that jumps over the "
+        "lazy dog."
+    ]
+    text += [
+        "A teacher writes its distribution once, and any number of students read it afterwards without a teacher in "
+        "memory.",
+        "When the machine stops in the middle of a sentence, nothing that was committed is lost, and the same "
+        "command continues.",
+        "Sort the numbers first; then return the largest of them, the smallest of them, and the difference between "
+        "both.",
+        "The train leaves at seven in the morning and arrives two hours later, so how fast does it travel over "
+        "ninety miles?",
         "Disk pressure on the database server was high because old logs were never deleted; rotate them every night.",
     ]
     return text
@@ -110,8 +118,8 @@ def _make(
 ) -> Path:
     """Build one model.
 
-    `spread` is the standard deviation of the weights (0.3 gives an entropy of 3-4 nats), `end_scale` stretches the end token's
-    row of the head so that some answers end by themselves, `vocab_size` may exceed 512 for padded heads.
+    `spread` is the standard deviation of the weights (0.3 gives an entropy of 3-4 nats), `end_scale` stretches the end
+    token's row of the head so that some answers end by themselves, `vocab_size` may exceed 512 for padded heads.
     """
     import torch
     from transformers import GenerationConfig

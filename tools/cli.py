@@ -1,8 +1,9 @@
 """The command line: options in, one function per command, exit codes out; nothing but wiring.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted, 143 terminated. An error that a user can meet is one line
-without a traceback; anything else is a bug of Decant, named as such, with its traceback in a file. Everything heavy is imported by
-the command that needs it, so that `decant --help` loads neither torch nor vllm, transformers or datasets.
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted, 143 terminated. An error that a user can meet is
+one line without a traceback; anything else is a bug of Decant, named as such, with its traceback in a file. Everything
+heavy is imported by the command that needs it, so that `decant --help` loads neither torch nor vllm, transformers or
+datasets.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from tools.planner import plan, plan_text
+    from tools.plan.planner import plan, plan_text
 
     if args.card is not None and (args.calibrate is not None or args.price_per_hour is not None):
         args.parser.error("--card is about training and --calibrate about the teacher; ask one at a time")
@@ -59,7 +60,7 @@ def _plan(args: argparse.Namespace) -> int:
         result = plan(recipe)
         _result(args, result, plan_text(result))
         return 0
-    from tools.plan_card import card_bytes, card_text, plan_card
+    from tools.plan.plan_card import card_bytes, card_text, plan_card
 
     card = card_bytes(args.card)
     with _stdout_kept(args):
@@ -123,7 +124,7 @@ def _export(args: argparse.Namespace) -> int:
 def _cache(args: argparse.Namespace) -> int:
     if args.cache_command is None:
         args.parser.error("name what to do with the cache: ls, show, stats, verify, gc, merge, export, import or audit")
-    from tools.cache_commands import run_cache_command
+    from tools.cache.cache_commands import run_cache_command
 
     return run_cache_command(args)
 
@@ -152,7 +153,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def _load(args: argparse.Namespace, *, save: bool = False) -> Any:
     """Load the recipe; remember its run directory for a traceback, and save what runs there."""
-    from shared.recipe_file import dump_recipe, load_recipe
+    from shared.recipe.file import dump_recipe, load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     args.run_dir = recipe.output_dir

@@ -25,7 +25,9 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """Return the parser of every command that exists."""
     parser = Parser(
-        prog="decant", description="Distil a large language model into a small one, offline, through a cache.", allow_abbrev=False
+        prog="decant",
+        description="Distil a large language model into a small one, offline, through a cache.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     parser.set_defaults(json=False, verbose=False)
@@ -40,14 +42,20 @@ def build_parser() -> Parser:
         return sub
 
     init = command("init", "write a starter recipe for your models and data, with comments")
-    init.add_argument("name", nargs="?", default="distil", metavar="NAME", help="name of the experiment (default: distil)")
+    init.add_argument(
+        "name", nargs="?", default="distil", metavar="NAME", help="name of the experiment (default: distil)"
+    )
     init.add_argument("--teacher", default="path/to/teacher", help="teacher: a directory or hub id")
     init.add_argument("--student", default="path/to/student", help="student: a directory or hub id")
-    init.add_argument("--prompts", default="path/to/prompts.jsonl", help="prompts: a jsonl, parquet or arrow file, or a hub id")
+    init.add_argument(
+        "--prompts", default="path/to/prompts.jsonl", help="prompts: a jsonl, parquet or arrow file, or a hub id"
+    )
     init.add_argument("--output", type=Path, help="where to write it (default: recipes/NAME.yaml)")
 
     plan = _recipe(command("plan", "count rows, tokens and gigabytes before anything runs"))
-    plan.add_argument("--card", metavar="SIZE", help="say how each stage's training fits a GPU of this memory, such as 24GiB")
+    plan.add_argument(
+        "--card", metavar="SIZE", help="say how each stage's training fits a GPU of this memory, such as 24GiB"
+    )
     plan.add_argument(
         "--calibrate",
         nargs="?",
@@ -57,12 +65,19 @@ def build_parser() -> Parser:
         help=f"build a sample (default: {SAMPLE_ROWS} rows) with the real engine and extrapolate hours, gigabytes, memory, money",
     )
     plan.set_defaults(parser=plan)
-    plan.add_argument("--price-per-hour", type=_price, metavar="PRICE", help="of one engine, for the money of --calibrate")
+    plan.add_argument(
+        "--price-per-hour", type=_price, metavar="PRICE", help="of one engine, for the money of --calibrate"
+    )
     teach = _recipe(command("teach", "phase 1: let the teacher answer and score; continues what is there"))
     teach.add_argument(
-        "--max-set-aside", type=_share, metavar="SHARE", help="fail when more than this share of rows is unusable (default: 0.01)"
+        "--max-set-aside",
+        type=_share,
+        metavar="SHARE",
+        help="fail when more than this share of rows is unusable (default: 0.01)",
     )
-    teach.add_argument("--partition", type=_partition, metavar="I/N", help="do only share I of N of the plan, I from 0 to N-1")
+    teach.add_argument(
+        "--partition", type=_partition, metavar="I/N", help="do only share I of N of the plan, I from 0 to N-1"
+    )
     train = _recipe(command("train", "phase 2: train the student's stages from the cache; continues what is there"))
     train.add_argument("--from-stage", metavar="STAGE", help="begin with this stage")
     train.add_argument("--to-stage", metavar="STAGE", help="end with this stage")
@@ -77,7 +92,9 @@ def build_parser() -> Parser:
     run.add_argument("--only", choices=PHASES, help="just this phase")
     run.add_argument("--allow-unsafe-code", action="store_true", help=unsafe)
     report = command("report", "write report.html, report.md, models.csv and report.json for one run or several")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
+    report.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)"
+    )
     export = command("export", "write a trained student as a plain model directory with a model card")
     export.add_argument("run", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
     export.add_argument("--stage", metavar="NAME", help="whose model (default: the last stage that is finished)")
@@ -114,12 +131,18 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
             sub.add_argument("--dry-run", action="store_true", help="only list")
     merge = command("merge", "join caches of one identity into a new one, every row once", within=within)
     merge.add_argument("out", type=Path, metavar="OUT", help="the new cache; must not exist")
-    merge.add_argument("caches", type=Path, nargs="+", metavar="CACHE", help="two caches or more; of equal rows the first counts")
+    merge.add_argument(
+        "caches", type=Path, nargs="+", metavar="CACHE", help="two caches or more; of equal rows the first counts"
+    )
     chosen = merge.add_mutually_exclusive_group()
     every = "targets layer to merge, may be repeated (default: those that every cache has)"
     chosen.add_argument("--targets", action="append", metavar="NAME", help=every)
-    chosen.add_argument("--no-targets", dest="targets", action="store_const", const=[], help="merge prompts and answers alone")
-    merge.add_argument("--copy", action="store_true", help="copy files instead of hard-linking them where that is possible")
+    chosen.add_argument(
+        "--no-targets", dest="targets", action="store_const", const=[], help="merge prompts and answers alone"
+    )
+    merge.add_argument(
+        "--copy", action="store_true", help="copy files instead of hard-linking them where that is possible"
+    )
     export = command("export", "write a cache as plain files for other tools", within=within)
     export.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
     export.add_argument("out", type=Path, metavar="OUT_DIR", help="the new directory; must not exist")
@@ -129,7 +152,9 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     imports.add_argument("parquet", type=Path, metavar="PARQUET_DIR", help="directory that `decant cache export` wrote")
     imports.add_argument("out", type=Path, metavar="OUT_CACHE", help="the new cache; must not exist")
     audit = command(
-        "audit", "score rows again with the teacher: is it what is stored, and what does the capture lose", within=within
+        "audit",
+        "score rows again with the teacher: is it what is stored, and what does the capture lose",
+        within=within,
     )
     audit.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
     audit.add_argument(
@@ -138,7 +163,9 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     audit.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
     audit.add_argument("--teacher", metavar="DIR", help="where the teacher lies (default: where the layer says)")
     audit.add_argument("--adapter", metavar="DIR", help="the adapter that the teacher had")
-    audit.add_argument("--student", metavar="DIR", help="completes tails (default: the mean of the teacher's distributions)")
+    audit.add_argument(
+        "--student", metavar="DIR", help="completes tails (default: the mean of the teacher's distributions)"
+    )
     audit.add_argument("--rows", type=_positive, metavar="N", help="rows to score again, at random (default: 32)")
     audit.add_argument("--seed", type=_row_number, metavar="N", help="seed of the choice of rows (default: 0)")
     audit.add_argument("--k", metavar="K,K", help="heads to compare (default: 8,16,32,64)")

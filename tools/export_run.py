@@ -1,7 +1,8 @@
-"""`decant export RUN`: a trained stage as a plain model directory, with its tokenizer, generation settings and a model card.
+"""`decant export RUN`: a trained stage as a plain model directory, with its tokenizer, generation settings and a model
+card.
 
-The stage's model is merged and whole already (student_train/export.py); it is copied, never changed, into a directory that is whole
-or absent. The same command again finds it and copies nothing. No model is loaded.
+The stage's model is merged and whole already (student_train/stage/export.py); it is copied, never changed, into a
+directory that is whole or absent. The same command again finds it and copies nothing. No model is loaded.
 Cost: the size of the model, once.
 """
 
@@ -12,21 +13,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError, UsageError
-from shared.recipe import Recipe, Stage
-from shared.recipe_base import closest, quoted
-from shared.weights_hash import weights_hash
+from shared.identity.weights_hash import weights_hash
+from shared.recipe.base import closest, quoted
+from shared.recipe.recipe import Recipe, Stage
+from tools.cache.staged_directory import publish, refuse_existing, staging_path
 from tools.model_card import model_card
 from tools.report.figures import report_figures
 from tools.report.run_files import read_run
-from tools.staged_directory import publish, refuse_existing, staging_path
 
 PROOF = "decant-export.json"
 NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 
-def export_run(run: Path, stage_name: str | None, output: Path | None, *, keep_adapter: bool) -> tuple[dict[str, Any], str]:
+def export_run(
+    run: Path, stage_name: str | None, output: Path | None, *, keep_adapter: bool
+) -> tuple[dict[str, Any], str]:
     """Write one stage's model as a directory; return what programs read and what people read.
 
     Args:
@@ -51,7 +54,9 @@ def export_run(run: Path, stage_name: str | None, output: Path | None, *, keep_a
     _check_whole(source)
     adapter = source / "adapter" if keep_adapter else None
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise UsageError(f"--keep-adapter: stage '{stage.name}' trained all of its weights, so there is no adapter; leave it out")
+        raise UsageError(
+            f"--keep-adapter: stage '{stage.name}' trained all of its weights, so there is no adapter; leave it out"
+        )
     out = output or run / "export" / stage.name
     weights = weights_hash(source / "model")
     identity = {"weights": weights, "stage": stage.name, "keep_adapter": keep_adapter}
@@ -73,7 +78,9 @@ def _stage(run: Path, recipe: Recipe, name: str | None) -> Stage:
         if name not in names:
             raise UsageError(f"--stage {name}: the run has the stages {quoted(names)}{closest(name, names)}")
         if not (run / "train" / name / "done.json").is_file():
-            raise EvaluationError(f"stage '{name}' of {run} is not finished; run `decant train` with its recipe, then export again")
+            raise EvaluationError(
+                f"stage '{name}' of {run} is not finished; run `decant train` with its recipe, then export again"
+            )
         return recipe.stages[names.index(name)]
     for stage in reversed(recipe.stages):
         if (run / "train" / stage.name / "done.json").is_file():
@@ -89,12 +96,15 @@ def _check_whole(stage_dir: Path) -> None:
         missing = ["*.safetensors"]
     if missing:
         raise EvaluationError(
-            f"{model} has no {' and no '.join(missing)}; remove {stage_dir} and run `decant train` with the run's recipe again"
+            f"{model} has no {' and no '.join(missing)}; remove {stage_dir} and run `decant train` with the run's "
+            "recipe again"
         )
 
 
 def cache_identities(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the identity of each cache of a recipe that can be read: of its sequences and, where there is one, its layer."""
+    """Return the identity of each cache of a recipe that can be read: of its sequences and, where there is one, its
+    layer.
+    """
     from tools.evaluate.results import heldout_layer
 
     found = []
@@ -106,7 +116,13 @@ def cache_identities(recipe: Recipe) -> list[dict[str, Any]]:
         layer = cache.layer.to_json() if cache.layer else {}
         about = cache.sequences_identity.to_json()
         found.append(
-            {"path": str(path), "cache_id": cache.cache_id, "licence": about["licence"], "answers": about["answers"], **layer}
+            {
+                "path": str(path),
+                "cache_id": cache.cache_id,
+                "licence": about["licence"],
+                "answers": about["answers"],
+                **layer,
+            }
         )
     return found
 
@@ -124,7 +140,7 @@ def _is_there(out: Path, identity: dict[str, Any]) -> bool:
 
 def _write(out: Path, model: Path, adapter: Path | None, card: str, identity: dict[str, Any], weights: str) -> None:
     """Copy a model to its place by way of a directory beside it, synced before it gets its name."""
-    from student_train.checkpoints import fsync_tree
+    from student_train.records.checkpoints import fsync_tree
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     staging = staging_path(out, "export", weights)

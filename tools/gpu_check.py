@@ -1,9 +1,9 @@
 """`python -m tools.gpu_check`: what only a GPU can show, measured with one command and written to docs/benchmarks.md.
 
-The loss operator against float64, its time and memory; the plan's memory against what is allocated, capped to 24 GiB; the kernels
-that training relies on. Needs no vLLM; what is not installed is skipped by name. Every part is a process with a time bound of its
-own, so that one that fails does not cost the others. At most 10 minutes. `--dry-run` runs the same code at tiny sizes on a CPU and
-writes nothing.
+The loss operator against float64, its time and memory; the plan's memory against what is allocated, capped to 24 GiB;
+the kernels that training relies on. Needs no vLLM; what is not installed is skipped by name. Every part is a process
+with a time bound of its own, so that one that fails does not cost the others. At most 10 minutes. `--dry-run` runs the
+same code at tiny sizes on a CPU and writes nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SECTION = "gpu"
 
 def run_part(name: str, *, dry_run: bool) -> dict[str, Any]:
     """Return the figures of one part, measured in this process."""
-    from tools.gpu_memory import STUDENTS, measure_memory
-    from tools.gpu_parts import measure_kernels, measure_operator
+    from tools.gpu.gpu_memory import STUDENTS, measure_memory
+    from tools.gpu.gpu_parts import measure_kernels, measure_operator
 
     if name in STUDENTS:
         return measure_memory(name, dry_run=dry_run)
@@ -52,7 +52,8 @@ def as_markdown(results: dict[str, dict[str, Any]]) -> str:
     """Return the section of docs/benchmarks.md."""
     rows = [[f"{part}.{name}", _text(value)] for part, figures in results.items() for name, value in figures.items()]
     note = (
-        "full: 0.6B, float32 AdamW; adam8: 1.7B, bfloat16, 8-bit Adam; lora: 4B; qlora: 8B in NF4; 4,096 tokens, activations "
+        "full: 0.6B, float32 AdamW; adam8: 1.7B, bfloat16, 8-bit Adam; lora: 4B; qlora: 8B in NF4; 4,096 tokens, "
+        "activations "
         "recomputed, capped to 24 GiB. planned_over_allocated: the plan's tensors over torch.cuda.max_memory_allocated."
     )
     return f"## On a GPU\n\n{measured_by(COMMAND)}\n\n{note}\n\n{table(['figure', 'value'], rows)}"

@@ -1,7 +1,7 @@
 """`decant init`: a starter recipe for the user's own models and data, with comments, that validates as it is.
 
-The text is a template; names are quoted and escaped where they need it, so any path is safe. The format of the prompts is
-guessed from the first row of a local jsonl file and said to be a guess.
+The text is a template; names are quoted and escaped where they need it, so any path is safe. The format of the prompts
+is guessed from the first row of a local jsonl file and said to be a guess.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from shared.errors import UsageError
-from shared.recipe_base import SLUG
+from shared.recipe.base import SLUG
 
 _TEMPLATE = """\
 # {name}: {teacher} into {student}.
@@ -88,7 +88,8 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
     """
     if not re.match(SLUG, name) or len(name) > 100:
         raise UsageError(
-            f"'{name}' cannot name an experiment; write letters, digits, '.', '_' and '-', and begin with a letter or digit"
+            f"'{name}' cannot name an experiment; write letters, digits, '.', '_' and '-', and begin with a letter "
+            "or digit"
         )
     path = output or Path("recipes") / f"{name}.yaml"
     text = _TEMPLATE.format(

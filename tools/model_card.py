@@ -9,14 +9,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from shared.recipe import Loss, Recipe, Stage
-from shared.recipe_schedule import Schedule
+from shared.recipe.recipe import Loss, Recipe, Stage
+from shared.recipe.schedule import Schedule
 from tools.report.tables import model_header, model_rows
 
 FORMULA_PAGE = "docs/losses.md"
 
 
-def model_card(recipe: Recipe, stage: Stage, report: Mapping[str, Any], caches: list[dict[str, Any]], weights: str) -> str:
+def model_card(
+    recipe: Recipe, stage: Stage, report: Mapping[str, Any], caches: list[dict[str, Any]], weights: str
+) -> str:
     """Return the card of one stage's model.
 
     Args:
@@ -31,7 +33,8 @@ def model_card(recipe: Recipe, stage: Stage, report: Mapping[str, Any], caches: 
         *_front_matter(recipe, caches),
         f"# {_plain(recipe.name)}: {_plain(stage.name)}",
         "",
-        f"`{_plain(recipe.student.model)}`, distilled with Decant from a cache of a teacher's next-token distributions.",
+        f"`{_plain(recipe.student.model)}`, distilled with Decant from a cache of a teacher's next-token "
+        "distributions.",
         "",
         "## Where it comes from",
         "",
@@ -85,12 +88,22 @@ def _origin(recipe: Recipe, stage: Stage, caches: list[dict[str, Any]], weights:
     for cache in caches:
         teacher = cache.get("teacher") or (recipe.teacher.model if recipe.teacher else "unknown")
         capture = (
-            f"mode {cache.get('mode')}, k {cache.get('k')}, temperatures {cache.get('temperatures')}" if "mode" in cache else ""
+            f"mode {cache.get('mode')}, k {cache.get('k')}, temperatures {cache.get('temperatures')}"
+            if "mode" in cache
+            else ""
         )
-        lines.append(f"- cache: `{cache.get('cache_id')}`; teacher: `{_plain(str(teacher))}`" + (f"; {capture}" if capture else ""))
+        lines.append(
+            f"- cache: `{cache.get('cache_id')}`; teacher: `{_plain(str(teacher))}`"
+            + (f"; {capture}" if capture else "")
+        )
     if not caches:
-        lines.append("- cache: could not be read when this card was written; the recipe names " + ", ".join(map(str, recipe.cache)))
-    lines.append(f"- weights: `{weights}`; stage `{_plain(stage.name)}` of run `{_plain(recipe.name)}`, seed {recipe.seed}")
+        lines.append(
+            "- cache: could not be read when this card was written; the recipe names "
+            + ", ".join(map(str, recipe.cache))
+        )
+    lines.append(
+        f"- weights: `{weights}`; stage `{_plain(stage.name)}` of run `{_plain(recipe.name)}`, seed {recipe.seed}"
+    )
     return lines
 
 
@@ -148,12 +161,16 @@ def _figures(report: Mapping[str, Any], stage: Stage) -> list[str]:
 
 def _licence(recipe: Recipe, caches: list[dict[str, Any]]) -> list[str]:
     lines = [
-        f"- answers of cache `{cache.get('cache_id')}`: licence {_plain(str(cache.get('licence') or 'not stated'))}, written by "
+        f"- answers of cache `{cache.get('cache_id')}`: licence {_plain(str(cache.get('licence') or 'not stated'))}, "
+        "written by "
         f"{_plain(str(cache.get('answers') or 'unknown'))}"
         for cache in caches
     ]
     assert recipe.student is not None
-    lines.append(f"- the licences of `{_plain(recipe.student.model)}` and of the teacher apply too; check both before you publish")
+    lines.append(
+        f"- the licences of `{_plain(recipe.student.model)}` and of the teacher apply too; check both before you "
+        "publish"
+    )
     return lines
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError, UsageError
-from shared.recipe import Recipe
-from shared.recipe_base import closest, quoted
-from tools.progress import BuildProgress, Progress
+from shared.progress import BuildProgress, Progress
+from shared.recipe.base import closest, quoted
+from shared.recipe.recipe import Recipe
 
 Result = tuple[Any, str]
 """What --json prints, and what people see."""
@@ -28,7 +28,7 @@ def teach(recipe: Recipe, partition: tuple[int, int] | None, max_set_aside: floa
     """
     from teacher_cache.build import SetAsideError
     from teacher_cache.build import teach as build
-    from teacher_cache.unit_board import UnitsSetAsideError
+    from teacher_cache.cluster.unit_board import UnitsSetAsideError
 
     progress = BuildProgress()
     settings: dict[str, Any] = {} if max_set_aside is None else {"max_set_aside": max_set_aside}
@@ -52,12 +52,14 @@ def plan_calibrated(recipe: Recipe, num_rows: int, price_per_hour: float | None)
         DecantError: whatever stops a build.
     """
     from teacher_cache.calibration import calibrate
-    from tools.plan_calibrated import calibrated_figures, calibrated_text
-    from tools.planner import plan, plan_text
+    from tools.plan.plan_calibrated import calibrated_figures, calibrated_text
+    from tools.plan.planner import plan, plan_text
 
     planned = plan(recipe)
     if not planned.get("rows_to_do") and "rescore" not in planned:
-        raise UsageError("--calibrate has nothing to measure: every row of the recipe is in the cache, answered and scored")
+        raise UsageError(
+            "--calibrate has nothing to measure: every row of the recipe is in the cache, answered and scored"
+        )
     progress = BuildProgress()
     try:
         found = calibrate(recipe, num_rows, progress)
@@ -83,8 +85,10 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Resul
     names = [stage.name for stage in recipe.stages]
     for option, name in (("--from-stage", from_stage), ("--to-stage", to_stage)):
         if name is not None and name not in names:
-            raise UsageError(f"{option} {name}: the recipe has the stages {quoted(names) or 'none'}{closest(name, names)}")
-    from student_train.stages import run_stages
+            raise UsageError(
+                f"{option} {name}: the recipe has the stages {quoted(names) or 'none'}{closest(name, names)}"
+            )
+    from student_train.stage.stages import run_stages
 
     directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage, open_progress=Progress)]
     trained = {directory.parent.name: str(directory) for directory in directories}

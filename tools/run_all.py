@@ -1,7 +1,8 @@
 """`decant run`: teach, train, eval, report, one process per phase, so that no phase keeps another's memory or GPU.
 
-A phase that the recipe has nothing for (no teacher, no stages, no models to compare) is left out and said so. Each phase continues
-what is there and measures its own seconds (seconds.json), so running everything again is quick and changes no figure.
+A phase that the recipe has nothing for (no teacher, no stages, no models to compare) is left out and said so. Each
+phase continues what is there and measures its own seconds (seconds.json), so running everything again is quick and
+changes no figure.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import DecantError, UsageError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tools.cli_parser import PHASES
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +90,9 @@ def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[
 
 
 def _run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
-    """Run one phase to its end, its output going to a file descriptor or, for None, to ours; stop it where we are stopped."""
+    """Run one phase to its end, its output going to a file descriptor or, for None, to ours; stop it where we are
+    stopped.
+    """
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=output)  # noqa: S603 - our own interpreter
     try:
@@ -100,7 +103,9 @@ def _run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
         raise
     if code < 0:
         hint = "; the machine may have run out of memory" if code == -9 else ""
-        raise PhaseFailedError(f"phase {phase} was killed by signal {-code}{hint}; the same command continues where it stopped")
+        raise PhaseFailedError(
+            f"phase {phase} was killed by signal {-code}{hint}; the same command continues where it stopped"
+        )
     if code:
         raise PhaseFailedError(f"phase {phase} ended with exit code {code}; its message stands above")
 

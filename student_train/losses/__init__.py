@@ -15,7 +15,8 @@ from student_train.losses.skew_forward_kl import SKEW_FORWARD_KL
 from student_train.losses.skew_reverse_kl import SKEW_REVERSE_KL
 
 divergences: dict[str, Divergence] = {
-    divergence.name: divergence for divergence in (CROSS_ENTROPY, FORWARD_KL, REVERSE_KL, JSD, SKEW_FORWARD_KL, SKEW_REVERSE_KL)
+    divergence.name: divergence
+    for divergence in (CROSS_ENTROPY, FORWARD_KL, REVERSE_KL, JSD, SKEW_FORWARD_KL, SKEW_REVERSE_KL)
 }
 """Losses of the head, by the name that a recipe gives them."""
 

@@ -1,8 +1,10 @@
-"""KL of the teacher's head-averaged attention from the student's, over the stored keys and one bucket for all others, in nats.
+"""KL of the teacher's head-averaged attention from the student's, over the stored keys and one bucket for all others,
+in nats.
 
-The masses are p_1..p_m and the rest p_r of the teacher, q_1..q_m and q_r of the student: sum p log(p / q), gradient by q: -p / q.
-As for the head, the bucket keeps both sides honest: the student's mass elsewhere is pulled to the teacher's, its shape there is
-free. After Zagoruyko and Komodakis (1612.03928) and the attention transfer of MiniLM (2002.10957).
+The masses are p_1..p_m and the rest p_r of the teacher, q_1..q_m and q_r of the student: sum p log(p / q), gradient by
+q: -p / q.
+As for the head, the bucket keeps both sides honest: the student's mass elsewhere is pulled to the teacher's, its shape
+there is free. After Zagoruyko and Komodakis (1612.03928) and the attention transfer of MiniLM (2002.10957).
 
 Shape letters: S positions, M stored keys of the longest query.
 """

@@ -1,7 +1,8 @@
 """InfoNCE: each row's pooled student state is to recognise its own teacher state among those of the batch, in nats.
 
-With s_i and t_j of length 1: -log softmax_j(s_i.t_j / tau) at j = i; gradient by s_i: (sum_j w_j t_j - t_i) / tau, w that softmax.
-Other rows of the forward pass are the negatives, so a pass of one row has value and gradient 0 (van den Oord et al., 1807.03748; as
+With s_i and t_j of length 1: -log softmax_j(s_i.t_j / tau) at j = i; gradient by s_i: (sum_j w_j t_j - t_i) / tau, w
+that softmax. Other rows of the forward pass are the negatives, so a pass of one row has value and gradient 0 (van den
+Oord et al., 1807.03748; as
 distillation: Tian et al., 1910.10699).
 
 Shape letters: R rows of a forward pass, D width.

@@ -1,8 +1,8 @@
 """What a divergence is to the operator: a function of k+1 log-masses, and a term that uses it.
 
 The operator reduces a position to masses: one per member of the teacher's support and one bucket for everything else. A
-divergence sees only their natural logs and returns nats; it knows nothing of vocabularies, heads, temperatures or chunks, and its
-gradient comes from autograd over [C, M] numbers.
+divergence sees only their natural logs and returns nats; it knows nothing of vocabularies, heads, temperatures or
+chunks, and its gradient comes from autograd over [C, M] numbers.
 
 Shape letters: C positions of a chunk, M masses (members and the bucket).
 """
@@ -16,7 +16,9 @@ from typing import Any
 from torch import Tensor
 
 ZERO_LOG_MASS = -100.0
-"""Natural log that stands for an empty mass: exp(-100) is nothing beside any probability, and no formula turns it into NaN."""
+"""Natural log that stands for an empty mass: exp(-100) is nothing beside any probability, and no formula turns it into
+NaN.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,17 @@ class Divergence:
     name: str
     """As the recipe spells it."""
     function: Callable[..., Tensor]
-    """`function(log_p [C, M], log_q [C, M], **options) -> [C]` in nats; p the teacher, q the student; differentiable in log_q."""
+    """`function(log_p [C, M], log_q [C, M], **options) -> [C]` in nats; p the teacher, q the student; differentiable in
+    log_q.
+    """
     options: tuple[str, ...] = ()
     """Names of its keyword options."""
     on_labels: bool = False
     """Taken against the token that follows instead of the teacher's masses, always at temperature 1."""
     linear_in_teacher: bool = False
-    """Its gradient is linear in p, so that drawn tokens, whose weights are right on average, give the right gradient on average."""
+    """Its gradient is linear in p, so that drawn tokens, whose weights are right on average, give the right gradient on
+    average.
+    """
 
 
 @dataclass(frozen=True, slots=True)

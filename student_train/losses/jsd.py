@@ -1,4 +1,6 @@
-"""Generalised Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, 2306.13649)."""
+"""Generalised Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD,
+2306.13649).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What a loss on a hidden layer of the cache is: it sees states or attention of the student's body, not the head's masses.
+"""What a loss on a hidden layer of the cache is: it sees states or attention of the student's body, not the head's
+masses.
 
-Such a loss is a pure function of the student's tensors and the teacher's, in one file each; where the tensors come from is the
-concern of layer_losses.py. It has no temperature.
+Such a loss is a pure function of the student's tensors and the teacher's, in one file each; where the tensors come from
+is the concern of layer_losses.py. It has no temperature.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Representation:
     name: str
     """As the recipe spells it."""
     function: Callable[..., Tensor]
-    """Student tensors, teacher tensors and options to one value per position or row; differentiable in the student's."""
+    """Student tensors, teacher tensors and options to one value per position or row; differentiable in the student's.
+    """
     reads: Reads
     """What of the hidden layer it needs."""
     options: tuple[str, ...] = ()

@@ -1,4 +1,6 @@
-"""Reverse KL: sum_b q_b log(q_b / p_b), in nats. The student keeps to what the teacher finds likely (MiniLLM, 2306.08543)."""
+"""Reverse KL: sum_b q_b log(q_b / p_b), in nats. The student keeps to what the teacher finds likely (MiniLLM,
+2306.08543).
+"""
 
 from __future__ import annotations
 

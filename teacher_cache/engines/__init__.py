@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
-from shared.recipe_servers import capture_problems
+from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.servers import capture_problems
 from teacher_cache.engines.protocol import Engine, Generated, GenerateRequest, Scored, ScoreRequest
 
 OLDEST_VLLM = (0, 32)
@@ -46,7 +46,8 @@ def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
         return f"vLLM {found} is installed; expected at least {'.'.join(map(str, OLDEST_VLLM))}, so upgrade it"
     if version >= NEWEST_VLLM and capture is not None and (capture.temperatures != (1.0,) or capture.draws):
         return (
-            f"vLLM {found} is installed and its inner log-probability path is not known to this version of Decant, so tails at "
+            f"vLLM {found} is installed and its inner log-probability path is not known to this version of Decant, "
+            "so tails at "
             f"other temperatures and draws cannot be captured; expected below {'.'.join(map(str, NEWEST_VLLM))}"
         )
     return None
@@ -76,21 +77,30 @@ def open_engine(
     if reason is not None:
         raise EngineError(reason)
     if teacher.engine == "server":
-        from teacher_cache.engines.server_engine import ServerEngine
-        from teacher_cache.model_files import load_tokenizer, resolve_model
+        from teacher_cache.engines.server.server_engine import ServerEngine
+        from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 
         tokenizer = load_tokenizer(resolve_model(str(model_dir)), trust_remote_code=teacher.trust_remote_code)
         return ServerEngine(teacher, capture, model_dir, tokenizer=tokenizer, should_stop=should_stop)
     if teacher.engine == "transformers":
-        from teacher_cache.engines.transformers_engine import TransformersEngine
+        from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
 
         return TransformersEngine.open(teacher, capture, model_dir)
-    from teacher_cache.engines.vllm_settings import set_environment
+    from teacher_cache.engines.vllm.vllm_settings import set_environment
 
     set_environment()
-    from teacher_cache.engines.vllm_engine import VllmEngine
+    from teacher_cache.engines.vllm.vllm_engine import VllmEngine
 
     return VllmEngine(teacher, capture, for_generation=for_generation, model_dir=model_dir)
 
 
-__all__ = ["Engine", "GenerateRequest", "Generated", "ScoreRequest", "Scored", "installed_vllm", "open_engine", "refusal"]
+__all__ = [
+    "Engine",
+    "GenerateRequest",
+    "Generated",
+    "ScoreRequest",
+    "Scored",
+    "installed_vllm",
+    "open_engine",
+    "refusal",
+]

@@ -1,8 +1,9 @@
 """What phase 1 asks of an engine: answer prompts, score sequences. Streams in, streams out, any order.
 
-An engine pulls requests lazily from an iterator, keeps as many in flight as it likes (bounded), and yields each result as
-soon as it is done, in any order, with the request's `tag` untouched. So the builder can feed requests of the next unit while
-the last of this one finish, and an engine that needs fixed batches (transformers) cuts them wherever `unit` changes.
+An engine pulls requests lazily from an iterator, keeps as many in flight as it likes (bounded), and yields each result
+as soon as it is done, in any order, with the request's `tag` untouched. So the builder can feed requests of the next
+unit while the last of this one finish, and an engine that needs fixed batches (transformers) cuts them wherever `unit`
+changes.
 
 Shape letters: T tokens of a sequence, S supervised positions.
 """
@@ -16,9 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.hidden import HiddenStates
-from shared.recipe import Generate
-from shared.targets import SparseTargets
+from shared.payload.hidden import HiddenStates
+from shared.payload.targets import SparseTargets
+from shared.recipe.recipe import Generate
+
+FINISHED = ("stop", "length")
+"""Ends of an answer that is one; engines know others (abort, error, repetition)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class GenerateRequest:
     """The rendered prompt, generation prompt included."""
     seed: int
     """Seed of this answer alone (63 bits), so that an interrupted build continues as it would have run."""
+    end_token_ids: tuple[int, ...] = ()
+    """End tokens of the prompt's chat template; those that the model's own files declare end it anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +47,11 @@ class Generated:
 
     tag: Any
     token_ids: list[int]
-    """The answer, end token included where `finish_reason` is stop and the model produced one."""
+    """The answer, end token included where one ended it, a stop text and what follows it cut off."""
     finish_reason: str
-    """stop | length"""
+    """stop | length, or what else made the engine give it up: then it is no answer."""
+    cut_at_stop: bool = False
+    """A stop text ended it, so the model wrote no end token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,9 @@ class Engine(Protocol):
         ...
 
     def provenance(self) -> Mapping[str, Any]:
-        """Say what ran: engine and library versions, device, head dtype, whether seeds were honoured, which capture path."""
+        """Say what ran: engine and library versions, device, head dtype, whether seeds were honoured, which capture
+        path.
+        """
         ...
 
     def close(self) -> None:

@@ -1,4 +1,6 @@
-"""Sparse targets cut from dense distributions in plain float64 loops: the independent truth of the codec's and reader's tests."""
+"""Sparse targets cut from dense distributions in plain float64 loops: the independent truth of the codec's and reader's
+tests.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.targets import Draws, SparseTargets
+from shared.payload.targets import Draws, SparseTargets
 
 
 @dataclass
@@ -91,7 +93,9 @@ def cut(
 def equal_targets(a: SparseTargets, b: SparseTargets) -> bool:
     """Tell whether two targets are equal bit by bit."""
     same = a.temperatures == b.temperatures and len(a.draws) == len(b.draws)
-    pairs = [(getattr(a, name), getattr(b, name)) for name in ("counts", "ids", "logprobs", "label_logprobs", "tail_logmass")]
+    pairs = [
+        (getattr(a, name), getattr(b, name)) for name in ("counts", "ids", "logprobs", "label_logprobs", "tail_logmass")
+    ]
     for first, second in zip(a.draws, b.draws, strict=False):
         pairs += [(getattr(first, name), getattr(second, name)) for name in ("counts", "ids", "multiplicities")]
     return same and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)

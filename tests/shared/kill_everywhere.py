@@ -1,7 +1,7 @@
 """Kill a build at a fail-point, continue it, and compare with an unbroken one; prints one JSON line per fail-point.
 
-A process of its own, because it forks: `python -m tests.shared.kill_everywhere DIRECTORY`. Each build runs in a fork, which costs
-milliseconds where a fresh interpreter costs half a second.
+A process of its own, because it forks: `python -m tests.shared.kill_everywhere DIRECTORY`. Each build runs in a fork,
+which costs milliseconds where a fresh interpreter costs half a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from shared.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache import Cache, collect_garbage, verify_cache
 from shared.failpoints import failpoint_names
 from tests.shared.small_cache import build, tree
 
@@ -53,7 +53,9 @@ def main(root: Path) -> None:
             signal = build_in_fork(path, place)
             try:
                 seen = len(Cache.open(path, allow_partial=True)) if (path / "cache.json").exists() else 0
-                problems = [p for p in (verify_cache(path) if (path / "cache.json").exists() else []) if "tokenizer" not in p]
+                problems = [
+                    p for p in (verify_cache(path) if (path / "cache.json").exists() else []) if "tokenizer" not in p
+                ]
             except Exception as error:  # noqa: BLE001 - reported to the test
                 seen, problems = -1, [repr(error)]
             again = build_in_fork(path, None)

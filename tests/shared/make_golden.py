@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.cache import Cache, Row
+from shared.cache.cache import Cache, Row
 from tests.shared.small_cache import HYBRID, TOP, build
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "format-1"

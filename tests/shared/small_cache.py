@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache_writer import CacheWriter, LayerWriter
-from shared.identity import LayerIdentity, SequencesIdentity
-from shared.jobs import Job, PlanRow, create_job
+from shared.cache.cache_writer import CacheWriter, LayerWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
-from shared.sequences import SequenceRow, make_row
-from shared.targets import SparseTargets
+from shared.parts.jobs import Job, PlanRow, create_job
+from shared.parts.sequences import SequenceRow, make_row
+from shared.payload.targets import SparseTargets
 from tests.shared.dense_targets import cut
 
 VOCAB = 50
@@ -32,7 +32,13 @@ TOP = LayerIdentity(
     temperatures=(1.0, 2.0),
 )
 HYBRID = LayerIdentity(
-    teacher="teacher", weights_hash="weights", tokenizer_hash="tokenizer", vocab_size=VOCAB, mode="top+sample", k=3, draws=4
+    teacher="teacher",
+    weights_hash="weights",
+    tokenizer_hash="tokenizer",
+    vocab_size=VOCAB,
+    mode="top+sample",
+    k=3,
+    draws=4,
 )
 SOFTWARE = {"decant": "test"}
 
@@ -82,7 +88,9 @@ def write_unit(writer: CacheWriter, job: Job, unit: int) -> None:
     """Commit the sequences of one unit; every seventh row is set aside."""
     rows = job.unit(unit)
     kept = [row for row in rows if row.line % 7]
-    set_aside = [{"row_key": row.row_key.hex(), "source": row.source, "reason": "too long"} for row in rows if row.line % 7 == 0]
+    set_aside = [
+        {"row_key": row.row_key.hex(), "source": row.source, "reason": "too long"} for row in rows if row.line % 7 == 0
+    ]
     writer.write_sequences(job.part_stem(unit), [sequence(row) for row in kept], SOFTWARE, set_aside)
 
 

@@ -45,12 +45,16 @@ def test_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_is_one_sentence_with_path_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_full_disk_is_one_sentence_with_path_and_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(CacheError, match=r"a\.json cannot be written: .*it needs 1,234 bytes and [\d,]+ bytes are free") as caught:
+    with pytest.raises(
+        CacheError, match=r"a\.json cannot be written: .*it needs 1,234 bytes and [\d,]+ bytes are free"
+    ) as caught:
         write_atomic(tmp_path / "a.json", bytes(1234), "test")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -65,13 +69,15 @@ def test_file_size_limit_stops_a_build_with_one_sentence_and_it_continues_afterw
         "except CacheError as error: print(error); sys.exit(error.exit_code)"
     )
     cache = tmp_path / "cache"
-    child = subprocess.run([sys.executable, "-c", code, str(cache)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(cache)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert child.returncode == 1, child.stderr
     assert "cannot be written: File too large" in child.stdout
     assert len(child.stdout.strip().splitlines()) == 1
     assert not [path for path in cache.rglob("*") if ".tmp-" in path.name]
 
-    from shared.cache import verify_cache
+    from shared.cache.cache import verify_cache
     from tests.shared.small_cache import build
 
     build(cache)

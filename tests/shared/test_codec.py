@@ -12,11 +12,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared import row_batches
-from shared.codec import Codec
 from shared.errors import DamagedError, UsageError
-from shared.targets import Draws, SparseTargets
-from shared.targets_at import head_logprobs_at
+from shared.payload import row_batches
+from shared.payload.codec import Codec
+from shared.payload.targets import Draws, SparseTargets
+from shared.payload.targets_at import head_logprobs_at
 from tests.shared.dense_targets import Dense, cut, equal_targets, log_softmax
 
 LARGEST_ID = 2**24 - 1
@@ -41,7 +41,9 @@ def rows(draw: st.DrawFn) -> tuple[Codec, Dense, np.ndarray]:
 
 @settings(max_examples=40, deadline=None)
 @given(rows(), st.integers(0, 2**32), st.sampled_from([1, 20, 10**6]))
-def test_rows_encoded_together_are_those_encoded_alone(case: tuple[Codec, Dense, np.ndarray], seed: int, entries: int) -> None:
+def test_rows_encoded_together_are_those_encoded_alone(
+    case: tuple[Codec, Dense, np.ndarray], seed: int, entries: int
+) -> None:
     codec, dense, names = case
     rng, draws = np.random.default_rng(seed), len(dense.targets.draws) and codec.draws
     several = [dense.targets]
@@ -178,7 +180,9 @@ def bad_rows() -> dict[str, SparseTargets]:
         "larger head than k": with_changes(good, counts=np.array([9, 3, *good.counts[2:]], np.int32)),
         "other temperatures": with_changes(good, temperatures=(1.0, 3.0)),
         "no draws": with_changes(good, draws=()),
-        "drawn token in the head": with_changes(good, draws=(Draws(drawn.counts, in_head, drawn.multiplicities), other)),
+        "drawn token in the head": with_changes(
+            good, draws=(Draws(drawn.counts, in_head, drawn.multiplicities), other)
+        ),
         "falling drawn ids": with_changes(good, draws=(Draws(drawn.counts, falling, drawn.multiplicities), other)),
         "too many draws": with_changes(good, draws=(Draws(drawn.counts, drawn.ids, extra), other)),
     }
@@ -249,7 +253,14 @@ def test_frames_without_checksum_or_size_are_refused() -> None:
     without_checksum = zstandard.ZstdCompressor(write_checksum=False).compress(content)
     stream = zstandard.ZstdCompressor(write_checksum=True).compressobj()
     without_size = stream.compress(content) + stream.flush()
-    for frame in (without_checksum, without_size, b"", b"\x28\xb5\x2f\xfd", codec.encode(good) + b"x", codec.encode(good) * 2):
+    for frame in (
+        without_checksum,
+        without_size,
+        b"",
+        b"\x28\xb5\x2f\xfd",
+        codec.encode(good) + b"x",
+        codec.encode(good) * 2,
+    ):
         with pytest.raises(DamagedError):
             codec.decode(frame, good.num_positions)
 

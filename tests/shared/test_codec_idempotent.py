@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared.codec import Codec
-from shared.quantise import TAIL_ALL, label_codes, label_table, tail_codes, tail_tables
-from shared.targets import SparseTargets
+from shared.payload.codec import Codec
+from shared.payload.quantise import TAIL_ALL, label_codes, label_table, tail_codes, tail_tables
+from shared.payload.targets import SparseTargets
 from tests.shared.dense_targets import cut, equal_targets
 
 CODES = np.arange(65_536)
@@ -32,7 +32,9 @@ def test_heads_of_any_step_and_depth_come_back(gap_step: float, ragged: bool) ->
     codec = Codec(gap_step, (1.0, 2.0), vocab_size=1000, max_k=k)
     ids, logprobs, tails = [], [], []
     for count in counts:
-        codes = np.sort(np.minimum(np.concatenate([[0], (10.0 ** rng.uniform(0, 4.9, count - 1)).astype(np.int64)]), 65_535))
+        codes = np.sort(
+            np.minimum(np.concatenate([[0], (10.0 ** rng.uniform(0, 4.9, count - 1)).astype(np.int64)]), 65_535)
+        )
         tail = 10.0 ** rng.uniform(-13, -0.01)
         mass = np.exp(-codes * gap_step)
         logprobs.append(np.log1p(-tail) - np.log(mass.sum()) - codes * gap_step)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import zstandard
 
-from shared.cache import Cache, verify_cache
+from shared.cache.cache import Cache, verify_cache
 from tests.shared.make_golden import GOLDEN, arrays_of, texts_of
 from tests.shared.small_cache import HYBRID, TOP
 
@@ -26,7 +26,9 @@ def expected() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_golden_cache_reads_as_it_was_written(layer: str, expected: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+def test_golden_cache_reads_as_it_was_written(
+    layer: str, expected: tuple[dict[str, Any], dict[str, np.ndarray]]
+) -> None:
     texts, arrays = expected
     cache = Cache.open(GOLDEN / "cache", targets=layer, verify=True)
     assert cache.cache_id == texts[layer]["cache_id"]
@@ -57,7 +59,9 @@ def read_by_the_page(directory: Path, layer: str) -> list[dict[str, Any]]:
             pa.memory_map(str(folder / f"{record.stem}.arrow")) as targets,
         ):
             pairs = zip(
-                pa.ipc.open_file(sequences).read_all().to_pylist(), pa.ipc.open_file(targets).read_all().to_pylist(), strict=True
+                pa.ipc.open_file(sequences).read_all().to_pylist(),
+                pa.ipc.open_file(targets).read_all().to_pylist(),
+                strict=True,
             )
         for sequence, target in pairs:
             assert sequence["key"] == target["key"]
@@ -99,7 +103,14 @@ def decode_by_the_page(blob: bytes, num_positions: int, identity: dict[str, Any]
         head = 1 - mass(odds[identity["temperatures"].index(1.0)][s])
         logprobs += [math.log(head * weight / sum(weights)) for weight in weights]
     tails = [[math.log(mass(column[s])) if column[s] else -math.inf for column in odds] for s in range(num_positions)]
-    return {"counts": counts, "ids": ids, "logprobs": logprobs, "label_logprobs": labels, "tail_logmass": tails, "draws": draws}
+    return {
+        "counts": counts,
+        "ids": ids,
+        "logprobs": logprobs,
+        "label_logprobs": labels,
+        "tail_logmass": tails,
+        "draws": draws,
+    }
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -1,8 +1,11 @@
-"""Hidden layers: quantised within stated bounds, bytes come back exactly, what was not written is refused, parts are committed."""
+"""Hidden layers: quantised within stated bounds, bytes come back exactly, what was not written is refused, parts are
+committed.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import pickle
@@ -16,15 +19,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.hidden_writer import HiddenWriter
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
-from shared.hidden import MASS_UNIT, Attention, HiddenStates, Vectors
-from shared.hidden_codec import HiddenCodec
-from shared.hidden_identity import FINAL, HiddenIdentity
-from shared.hidden_layers import numbered, spread_evenly
-from shared.hidden_writer import HiddenWriter
-from shared.projection import projection_matrix
-from tests.shared.altered import edit
+from shared.identity.hidden_identity import FINAL, HiddenIdentity
+from shared.identity.hidden_layers import numbered, spread_evenly
+from shared.payload.hidden import MASS_UNIT, Attention, HiddenStates, Vectors
+from shared.payload.hidden_codec import HiddenCodec
+from shared.payload.projection import projection_matrix
 from tests.shared.small_cache import build, tree
 
 STATES = HiddenIdentity(
@@ -44,7 +46,9 @@ def random_hidden(rng: np.random.Generator, codec: HiddenCodec, num_positions: i
     states = rng.normal(size=(codec.num_layers, num_positions, codec.width)) * 10.0 ** rng.integers(-3, 4)
     attention = []
     for _ in range(codec.num_attention_layers):
-        masses = -np.sort(-rng.dirichlet(np.full(codec.strongest + 2, 0.3), num_positions), axis=1)[:, : codec.strongest]
+        masses = -np.sort(-rng.dirichlet(np.full(codec.strongest + 2, 0.3), num_positions), axis=1)[
+            :, : codec.strongest
+        ]
         distances = np.argsort(rng.random((num_positions, codec.strongest + 5)), axis=1)[:, : codec.strongest]
         attention.append(Attention.quantise(distances, masses))
     pooled = Vectors.quantise(rng.normal(size=codec.width)) if codec.has_pooled else None
@@ -111,7 +115,9 @@ def test_attention_sums_to_one_and_is_within_a_step(seed: int, strongest: int) -
 
 @settings(max_examples=80, deadline=None)
 @given(rows(), st.data())
-def test_altered_blob_is_refused_or_still_a_valid_row(case: tuple[HiddenCodec, HiddenStates], data: st.DataObject) -> None:
+def test_altered_blob_is_refused_or_still_a_valid_row(
+    case: tuple[HiddenCodec, HiddenStates], data: st.DataObject
+) -> None:
     codec, hidden = case
     blob = bytearray(codec.encode(hidden))
     place = data.draw(st.integers(0, len(blob) - 1))
@@ -125,7 +131,9 @@ def test_altered_blob_is_refused_or_still_a_valid_row(case: tuple[HiddenCodec, H
 
 @settings(max_examples=60, deadline=None)
 @given(rows(), st.data())
-def test_altered_content_never_breaks_the_rules_of_a_row(case: tuple[HiddenCodec, HiddenStates], data: st.DataObject) -> None:
+def test_altered_content_never_breaks_the_rules_of_a_row(
+    case: tuple[HiddenCodec, HiddenStates], data: st.DataObject
+) -> None:
     codec, hidden = case
     content = bytearray(zstandard.ZstdDecompressor().decompress(codec.encode(hidden)))
     if not content:
@@ -177,7 +185,9 @@ def test_projection_is_a_pure_function_that_keeps_lengths() -> None:
     ratio = np.linalg.norm(vectors @ matrix, axis=1) / np.linalg.norm(vectors, axis=1)
     assert abs(float((ratio**2).mean()) - 1) < 0.05
     assert float(ratio.std()) == pytest.approx(1 / np.sqrt(2 * 128), rel=0.25)
-    assert matrix[0, :2].tolist() == pytest.approx(FIRST_ENTRIES, abs=1e-7)  # another generator would make stored layers useless
+    assert matrix[0, :2].tolist() == pytest.approx(
+        FIRST_ENTRIES, abs=1e-7
+    )  # another generator would make stored layers useless
 
 
 FIRST_ENTRIES = [-0.05860186740756035, -0.14686468243598938]
@@ -228,7 +238,9 @@ def test_rows_come_with_their_hidden_states_by_key(cache_path: Path) -> None:
     assert list(verify_cache(cache_path)) == []
 
 
-def test_cache_without_hidden_states_keeps_its_id_and_one_with_them_has_another(cache_path: Path, tmp_path: Path) -> None:
+def test_cache_without_hidden_states_keeps_its_id_and_one_with_them_has_another(
+    cache_path: Path, tmp_path: Path
+) -> None:
     build(tmp_path / "plain")
     assert Cache.open(cache_path).cache_id == Cache.open(tmp_path / "plain").cache_id
     assert Cache.open(cache_path, hidden=True).cache_id != Cache.open(cache_path).cache_id
@@ -282,17 +294,19 @@ def test_altered_part_is_found_by_verify_and_by_the_row(cache_path: Path) -> Non
 
 def test_altered_identity_and_another_tokenizer_are_refused(cache_path: Path) -> None:
     path = next((cache_path / "hidden").iterdir()) / "layer.json"
-    before = path.read_bytes()
+    document = json.loads(path.read_text())
     for change in ({"width": 10}, {"layers": "2"}, {"strongest": None}):
-        edit(path, lambda document, change=change: document["identity"].update(change))
-        with pytest.raises(DamagedError, match=r"hashes to|which does not fit"):
+        path.write_text(json.dumps({**document, "identity": {**document["identity"], **change}}))
+        with pytest.raises(DamagedError):
             Cache.open(cache_path, hidden=True)
-        path.write_bytes(before)
+    path.write_text(json.dumps(document))
     with pytest.raises(IdentityError, match="tokenizer"):
         add_hidden(cache_path, dataclasses.replace(STATES, tokenizer_hash="another"))
 
 
-@pytest.mark.parametrize("change", [{"width": 2**21}, {"layers": (5,)}, {"attention_layers": (0,)}, {"strongest": 10**6}])
+@pytest.mark.parametrize(
+    "change", [{"width": 2**21}, {"layers": (5,)}, {"attention_layers": (0,)}, {"strongest": 10**6}]
+)
 def test_impossible_identity_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(DamagedError, match="impossible"):
         dataclasses.replace(STATES, **change).make_codec()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shared.errors import CacheError, DamagedError
-from shared.identity import LayerIdentity, SequencesIdentity, difference, tokenizer_hash, weights_hash
+from shared.identity.identity import LayerIdentity, SequencesIdentity, difference, tokenizer_hash, weights_hash
 from tests.shared.small_cache import HYBRID, SEQUENCES, TOP
 
 CHANGES: dict[str, Any] = {
@@ -52,7 +52,8 @@ def test_every_field_of_a_layer_but_its_path_counts() -> None:
 def test_licence_is_recorded_but_not_compared() -> None:
     assert difference(SEQUENCES, dataclasses.replace(SEQUENCES, licence="MIT", answers="x")) is None
     assert (
-        difference(SEQUENCES, dataclasses.replace(SEQUENCES, vocab_size=7)) == "vocab_size is 50 in this cache and 7 in the request"
+        difference(SEQUENCES, dataclasses.replace(SEQUENCES, vocab_size=7))
+        == "vocab_size is 50 in this cache and 7 in the request"
     )
 
 
@@ -112,11 +113,17 @@ def save(path: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> 
 
 def test_weights_hash_sees_training_and_config_but_not_who_saved_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    tensors = {"a": rng.normal(size=(300, 400)).astype(np.float32), "b": np.ones(3, np.float32), "none": np.zeros(0, np.float32)}
+    tensors = {
+        "a": rng.normal(size=(300, 400)).astype(np.float32),
+        "b": np.ones(3, np.float32),
+        "none": np.zeros(0, np.float32),
+    }
     first = weights_hash(save(tmp_path / "1", tensors, {"hidden": 4, "transformers_version": "5.16"}))
     assert first == weights_hash(save(tmp_path / "2", tensors, {"transformers_version": "5.20", "hidden": 4}))
     assert first != weights_hash(save(tmp_path / "3", tensors, {"hidden": 8}))
-    assert first != weights_hash(save(tmp_path / "4", {**tensors, "a": tensors["a"] * np.float32(1.0001)}, {"hidden": 4}))
+    assert first != weights_hash(
+        save(tmp_path / "4", {**tensors, "a": tensors["a"] * np.float32(1.0001)}, {"hidden": 4})
+    )
     assert first != weights_hash(save(tmp_path / "5", {**tensors, "b": np.array([1, 1, 2], np.float32)}, {"hidden": 4}))
     assert first != weights_hash(save(tmp_path / "6", {"c": tensors["a"], "b": tensors["b"]}, {"hidden": 4}))
 
@@ -189,7 +196,9 @@ def test_tokenizer_hash_sees_what_decides_ids(change: dict[str, Any]) -> None:
     assert tokenizer_hash(tokenizer(**change)) != tokenizer_hash(tokenizer())
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"model": {}}', b'{"model": {"vocab": {}}, "added_tokens": [1]}', b"\xff"])
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{}", b'{"model": {}}', b'{"model": {"vocab": {}}, "added_tokens": [1]}', b"\xff"]
+)
 def test_what_is_no_tokenizer_is_refused(data: bytes) -> None:
     with pytest.raises(CacheError, match=r"not a tokenizer\.json"):
         tokenizer_hash(data)

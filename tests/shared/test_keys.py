@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.growing_key_set import GrowingKeySet
+from shared.cache.growing_key_set import GrowingKeySet
 from shared.keys import KeySet, content_key, group_key, is_heldout, row_key, stack_keys
 
 
@@ -56,10 +56,16 @@ def test_keys_stay_what_they_are() -> None:
     assert group_key("prompt").hex() == "a82f608ca03bd143d521107664760aaf"
     assert row_key(group_key("prompt"), {"temperature": 1.0}, 3, None).hex() == "c8db30d7965fc744ea7e5c509075ec32"
     assert row_key(group_key("prompt"), None, 0, "answer").hex() == "a6682ac859d62b2a86d43ccb96e6c8c0"
-    assert content_key(np.arange(5, dtype=np.int32), np.array([[1, 5]], np.int32)).hex() == "9be5b2300c4a4bc8ad70e11a9f09b017"
+    assert (
+        content_key(np.arange(5, dtype=np.int32), np.array([[1, 5]], np.int32)).hex()
+        == "9be5b2300c4a4bc8ad70e11a9f09b017"
+    )
 
 
-@given(st.lists(st.binary(min_size=16, max_size=16), max_size=40), st.lists(st.binary(min_size=16, max_size=16), max_size=10))
+@given(
+    st.lists(st.binary(min_size=16, max_size=16), max_size=40),
+    st.lists(st.binary(min_size=16, max_size=16), max_size=10),
+)
 def test_key_set_contains_what_a_set_contains(members: list[bytes], others: list[bytes]) -> None:
     near = [key[:8] + bytes(8) for key in members]  # equal first halves, as no hash would give
     members = members + near[:2]

@@ -25,7 +25,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     in_memory = Path("/dev/shm")  # an fsync costs nothing there, and the test is about order, not about the disk
     root = Path(tempfile.mkdtemp(dir=in_memory)) if os.access(in_memory, os.W_OK) else tmp_path_factory.mktemp("kill")
     child = subprocess.run(
-        [sys.executable, "-m", "tests.shared.kill_everywhere", str(root)], cwd=ROOT, capture_output=True, text=True, timeout=900
+        [sys.executable, "-m", "tests.shared.kill_everywhere", str(root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert child.returncode == 0, child.stderr[-3000:]
     shutil.rmtree(root)

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from shared.cache_writer import CacheWriter
-from shared.identity import LayerIdentity, SequencesIdentity
-from shared.layer_choice import layer_of_capture, serving_layer
-from shared.layout import list_layers
-from shared.narrowing import LayerView, Narrowing
-from shared.recipe import Recipe
+from shared.cache.cache_writer import CacheWriter
+from shared.cache.layer_choice import layer_of_capture, serving_layer
+from shared.cache.layout import list_layers
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.payload.narrowing import LayerView, Narrowing
+from shared.recipe.recipe import Recipe
 
 TOP8 = LayerIdentity(teacher="t", weights_hash="a" * 32, tokenizer_hash="b" * 32, vocab_size=100, mode="top", k=8)
 

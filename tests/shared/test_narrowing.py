@@ -1,4 +1,6 @@
-"""A narrowed row is what a capture of its own would have stored: compared with one cut from the same dense distributions."""
+"""A narrowed row is what a capture of its own would have stored: compared with one cut from the same dense
+distributions.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shared.cache import Cache
-from shared.codec import Codec
+from shared.cache.cache import Cache
 from shared.errors import CacheError
-from shared.narrowing import LayerView, Narrowing, narrow
+from shared.payload.codec import Codec
+from shared.payload.narrowing import LayerView, Narrowing, narrow
 from tests.shared.dense_targets import cut, equal_targets, log_softmax
 from tests.shared.small_cache import TOP, build
 
@@ -50,7 +52,9 @@ def test_mass_is_reached_at_the_highest_temperature_of_the_request():
     expected = np.minimum(1 + (p.cumsum(1) < 0.5).sum(1), 20)
     expected[0] = min(3, expected[0])
     np.testing.assert_array_equal(found.counts, expected)
-    total = np.array([np.exp(found.logprobs[a:b]).sum() for a, b in zip(found.offsets(), found.offsets()[1:], strict=False)])
+    total = np.array(
+        [np.exp(found.logprobs[a:b]).sum() for a, b in zip(found.offsets(), found.offsets()[1:], strict=False)]
+    )
     np.testing.assert_allclose(total + np.exp(found.tail_logmass[:, 0]), 1.0, atol=1e-5)
 
 

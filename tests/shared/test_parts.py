@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shared.cache import Cache, Row, verify_cache
+from shared.cache.cache import Cache, Row, verify_cache
 from shared.errors import CacheError, DamagedError
-from shared.mapped_part import MappedSequences, MappedTargets
-from shared.part_stats import sequences_stats
-from shared.parts import commit_part, list_records, open_part
+from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.part_stats import sequences_stats
+from shared.parts.parts import commit_part, list_records, open_part
+from shared.parts.sequences import rows_to_table
 from shared.schema import SEQUENCES
-from shared.sequences import rows_to_table
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import TOP, build, plan_rows, sequence
 
@@ -78,7 +78,9 @@ def same_row(a: Row, b: Row) -> bool:
     assert b.targets is not None
     texts = ("key", "row_key", "group_key", "source", "prompt", "response", "reference", "finish_reason")
     arrays = np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.spans, b.spans)
-    return arrays and all(getattr(a, name) == getattr(b, name) for name in texts) and equal_targets(a.targets, b.targets)
+    return (
+        arrays and all(getattr(a, name) == getattr(b, name) for name in texts) and equal_targets(a.targets, b.targets)
+    )
 
 
 def reads_equal_or_refused(path: Path, truth: list[Row]) -> bool:
@@ -193,7 +195,9 @@ def test_record_of_a_later_format_names_the_remedy(whole: Path, tmp_path: Path) 
     shutil.copytree(whole, path)
     record = sorted((path / "sequences").glob("*.json"))[0]
     record.write_text(json.dumps({**json.loads(record.read_text()), "format": 2}))
-    with pytest.raises(CacheError, match="has format 2 and this version of Decant reads format 1; use the version that wrote it"):
+    with pytest.raises(
+        CacheError, match="has format 2 and this version of Decant reads format 1; use the version that wrote it"
+    ):
         Cache.open(path)
 
 
@@ -218,7 +222,9 @@ def test_compressed_part_is_refused(tmp_path: Path) -> None:
     table = open_part(directory, record, verify=False)  # type: ignore[arg-type]
     compressed = directory / f"{STEM}.arrow"
     data = table.combine_chunks()
-    with pa.ipc.new_file(str(compressed) + "x", SEQUENCES, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_file(
+        str(compressed) + "x", SEQUENCES, options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
         writer.write_table(data)
     Path(str(compressed) + "x").replace(compressed)
     with pytest.raises(DamagedError, match="compressed inside"):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from shared.recipe import Capture, Loss, Recipe, Schedule, Stage, StageTrainer, Task
-from shared.recipe_servers import address_problem
+from shared.recipe.recipe import Capture, Loss, Recipe, Schedule, Stage, StageTrainer, Task
+from shared.recipe.servers import address_problem
 
 KL = {"name": "forward_kl"}
 SERVED = {"model": "t", "engine": "server", "servers": ["http://a:8000/v1"]}
@@ -82,7 +82,9 @@ def test_loss_temperature_that_the_recipe_does_not_capture_is_refused():
 
 def test_loss_temperature_of_a_recipe_that_reuses_a_cache_is_left_to_the_cache():
     Recipe.model_validate(
-        recipe(teacher=None, prompts=None, generate=None, stages=[{"name": "kd", "losses": [{**KL, "temperature": 2.0}]}])
+        recipe(
+            teacher=None, prompts=None, generate=None, stages=[{"name": "kd", "losses": [{**KL, "temperature": 2.0}]}]
+        )
     )
 
 
@@ -172,7 +174,10 @@ def test_stage_that_cannot_be_trained_is_refused(stages, why):
             {"teacher": {"model": "t", "workers": {"count": 2, "gpus_per_engine": 2}}},
             "= 1 GPUs, so 2 cannot be",
         ),
-        ({"teacher": {"model": "t", "tensor_parallel_size": 2, "workers": {"count": 2}}}, "so 1 cannot be; write 2, or 0"),
+        (
+            {"teacher": {"model": "t", "tensor_parallel_size": 2, "workers": {"count": 2}}},
+            "so 1 cannot be; write 2, or 0",
+        ),
         ({"teacher": {**SERVED, "workers": {"count": 2}}}, "shared out by one process"),
         ({"teacher": {"model": "t", "engine": "transformers", "tensor_parallel_size": 2}}, "one process"),
         ({"teacher": SERVED, "generate": {"model": "other"}}, "serves the teacher only"),
@@ -277,6 +282,8 @@ def test_password_in_an_address_is_refused_and_not_repeated():
 
 
 def test_servers_are_accepted_with_what_they_can_do():
-    loaded = Recipe.model_validate(recipe(teacher={**SERVED, "servers": ["http://a", "https://b:1/x/v1"], "adapter": "polite"}))
+    loaded = Recipe.model_validate(
+        recipe(teacher={**SERVED, "servers": ["http://a", "https://b:1/x/v1"], "adapter": "polite"})
+    )
     assert loaded.teacher is not None
     assert (loaded.teacher.server_requests, loaded.teacher.server_patience_seconds) == (64, 600.0)

@@ -10,9 +10,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import RecipeError
-from shared.recipe import Recipe
-from shared.recipe_file import dump_recipe, load_recipe, recipe_json_schema
-from shared.recipe_yaml import MAX_BYTES, YamlProblem, parse_yaml
+from shared.recipe.file import dump_recipe, load_recipe, recipe_json_schema
+from shared.recipe.recipe import Recipe
+from shared.recipe.yaml import MAX_BYTES, YamlProblem, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,14 +130,23 @@ def test_aliases_are_copied_but_cannot_explode():
     "change, expected",
     [
         (("name: x\n", "nmae: x\n"), "FILE:1: nmae: unknown key; did you mean 'name'?"),
-        (("- name: forward_kl", "- nam: forward_kl"), "FILE:14: stages.1.losses.0.nam: unknown key; did you mean 'name'?"),
-        (("weight: 0.9", "weight: -1"), "FILE:15: stages.1.losses.0.weight: expected greater than or equal to 0, found -1"),
+        (
+            ("- name: forward_kl", "- nam: forward_kl"),
+            "FILE:14: stages.1.losses.0.nam: unknown key; did you mean 'name'?",
+        ),
+        (
+            ("weight: 0.9", "weight: -1"),
+            "FILE:15: stages.1.losses.0.weight: expected greater than or equal to 0, found -1",
+        ),
         (("name: forward_kl", "name: foward_kl"), "did you mean 'forward_kl'?"),
         (
             ("learning_rate: 1e-5", "learning_rate: fast"),
             "FILE:17: stages.1.trainer.learning_rate: expected a number, found 'fast'",
         ),
-        (("learning_rate: 1e-5", "lerning_rate: 1"), "stages.1.trainer.lerning_rate: unknown key; did you mean 'learning_rate'?"),
+        (
+            ("learning_rate: 1e-5", "lerning_rate: 1"),
+            "stages.1.trainer.lerning_rate: unknown key; did you mean 'learning_rate'?",
+        ),
         (
             ("    trainer:\n      learning_rate: 1e-5", "    learning_rate: 1"),
             "stages.1.learning_rate: unknown key; did you mean 'trainer.learning_rate'?",
@@ -153,7 +162,10 @@ def test_aliases_are_copied_but_cannot_explode():
             "FILE:3: teacher.servers: the engine 'server' needs at least one address, such as http://127.0.0.1:8000/v1",
         ),
         (("name: kd", "name: kd\n    init_from: stf"), "nor a directory (written with a '/'); did you mean 'sft'?"),
-        (("name: sft", "name: teacher"), "FILE:10: stages.0.name: 'teacher' is reserved; call the stage something else"),
+        (
+            ("name: sft", "name: teacher"),
+            "FILE:10: stages.0.name: 'teacher' is reserved; call the stage something else",
+        ),
         (("name: sft", "name: ../sft"), "FILE:10: stages.0.name: '../sft' is no usable name"),
         (("prompts:\n", "prompts: all\nx:\n"), "FILE:4: prompts: expected a list, found 'all'"),
         (("cache: runs/x/cache\n", ""), "FILE:1: cache: is missing, and has no default"),
@@ -247,15 +259,22 @@ def test_the_project_has_its_recipes():
 def test_demo_recipe_is_the_documented_one():
     demo = load_recipe(ROOT / "recipes" / "demo.yaml")
     assert (demo.capture.k, demo.capture.mass, demo.capture.temperatures) == (64, 0.999, (1.0,))
-    assert [(loss.name, loss.weight.start) for loss in demo.stage("kd").losses] == [("forward_kl", 0.9), ("cross_entropy", 0.1)]
+    assert [(loss.name, loss.weight.start) for loss in demo.stage("kd").losses] == [
+        ("forward_kl", 0.9),
+        ("cross_entropy", 0.1),
+    ]
     assert demo.evaluate.models == ("teacher", "base", "sft", "kd")
     assert [task.domain for task in demo.evaluate.tasks] == ["math", "code", "aiops"]
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 number = st.floats(0, 1e6, allow_nan=False)
-schedule = number | st.fixed_dictionaries({"kind": st.sampled_from(["linear", "cosine"]), "start": number, "end": number})
-sources = st.fixed_dictionaries({"source": text, "path": text, "format": st.just("sharegpt"), "system": st.none() | text})
+schedule = number | st.fixed_dictionaries(
+    {"kind": st.sampled_from(["linear", "cosine"]), "start": number, "end": number}
+)
+sources = st.fixed_dictionaries(
+    {"source": text, "path": text, "format": st.just("sharegpt"), "system": st.none() | text}
+)
 losses = st.fixed_dictionaries({"name": st.sampled_from(["forward_kl", "jsd"]), "weight": schedule | st.just(1e-7)})
 
 
@@ -268,9 +287,18 @@ losses = st.fixed_dictionaries({"name": st.sampled_from(["forward_kl", "jsd"]), 
     kwargs=st.dictionaries(text, st.none() | st.booleans() | text | st.integers() | number, max_size=3),
 )
 def test_dumped_recipe_loads_to_an_equal_recipe(tmp_path_factory, model, sources, loss, seed, kwargs):
-    data = {"name": "x", "output_dir": "o", "cache": ["c"], "seed": seed, "teacher": {"model": model}, "prompts": sources}
+    data = {
+        "name": "x",
+        "output_dir": "o",
+        "cache": ["c"],
+        "seed": seed,
+        "teacher": {"model": model},
+        "prompts": sources,
+    }
     data["student"] = {"model": "no", "adapter": "qlora"}
-    data["stages"] = [{"name": "1e5", "losses": [loss, {"name": "cross_entropy"}], "trainer": {"lr_scheduler_kwargs": kwargs}}]
+    data["stages"] = [
+        {"name": "1e5", "losses": [loss, {"name": "cross_entropy"}], "trainer": {"lr_scheduler_kwargs": kwargs}}
+    ]
     recipe = Recipe.model_validate(data)
     path = tmp_path_factory.mktemp("dump") / "r.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")

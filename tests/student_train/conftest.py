@@ -36,7 +36,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def recipe_of(tiny, tmp_path):
     """Return a function that builds a recipe of one stage from keyword settings."""
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
 
     def build(*, student=None, trainer=None, cache=None, name="kd", losses=None, **stage):
         settings = {"learning_rate": 3e-3, "max_steps": 6, "pack_tokens": 192, "save_steps": 3, "report_to": "none"}
@@ -50,7 +50,8 @@ def recipe_of(tiny, tmp_path):
                 "stages": [
                     {
                         "name": name,
-                        "losses": losses or [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}],
+                        "losses": losses
+                        or [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}],
                         "trainer": {**settings, **(trainer or {})},
                         **stage,
                     }
@@ -80,8 +81,8 @@ def run_apart():
 def _train(recipe: dict, failpoint: str | None) -> None:
     import torch
 
-    from shared.recipe import Recipe
-    from student_train.stages import run_stages
+    from shared.recipe.recipe import Recipe
+    from student_train.stage.stages import run_stages
 
     torch.set_num_threads(1)
     if failpoint:

@@ -1,4 +1,6 @@
-"""Bytes of live tensors while code runs, counted storage by storage: what a caching allocator would report, on any device."""
+"""Bytes of live tensors while code runs, counted storage by storage: what a caching allocator would report, on any
+device.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The losses over the whole vocabulary in float64 autograd: what the fused operator must agree with, in the obvious way.
+"""The losses over the whole vocabulary in float64 autograd: what the fused operator must agree with, in the obvious
+way.
 
 A case starts from dense teacher logits, so masses at every temperature are known without the operator's formulas.
 """
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from student_train.batch.target_batch import TargetBatch
 from student_train.losses import LossTerm
-from student_train.target_batch import TargetBatch
 
 SHAPES = ("fixed", "ragged", "whole", "hybrid", "sample")
 TEMPERATURES = (1.0, 2.0)
@@ -119,7 +120,9 @@ def dense_loss(case: Case, student_logits: Tensor, terms: list[LossTerm], num_po
                 total = total - term.weight * student_logits[s].log_softmax(0)[case.labels[s]]
                 continue
             p, q = masses(case, student_logits, s, term)
-            total = total + term.weight * term.temperature**2 * divergence_of_masses(term.name, p, q, dict(term.options))
+            total = total + term.weight * term.temperature**2 * divergence_of_masses(
+                term.name, p, q, dict(term.options)
+            )
     return total / num_positions
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.cache_writer import CacheWriter
-from shared.hidden_writer import HiddenWriter
-from shared.layout import read_header
-from shared.recipe import HiddenCapture, Teacher
-from teacher_cache.engines.hidden_engine import HiddenEngine
+from shared.cache.cache_writer import CacheWriter
+from shared.cache.hidden_writer import HiddenWriter
+from shared.cache.layout import read_header
+from shared.recipe.recipe import HiddenCapture, Teacher
 from teacher_cache.engines.protocol import ScoreRequest
-from teacher_cache.hidden_pass import hidden_identity
-from teacher_cache.teacher_identity import know_teacher
+from teacher_cache.engines.transformers.hidden_engine import HiddenEngine
+from teacher_cache.passes.hidden_pass import hidden_identity
+from teacher_cache.teacher.teacher_identity import know_teacher
 
 
 def add_hidden(cache: Path, teacher_dir: Path, **capture) -> Path:

@@ -4,6 +4,6 @@ import peft
 import torch._dynamo
 import transformers.trainer
 
-import student_train.stages
+import student_train.stage.stages
 
 __all__ = ["peft", "student_train", "torch", "transformers"]

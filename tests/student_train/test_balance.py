@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.balance import GradNorm, Uncertainty
-from student_train.fused_loss import LossTerm, fused_sparse_loss
-from student_train.gradient_norms import head_squares
+from student_train.operator.fused_loss import LossTerm, fused_sparse_loss
+from student_train.operator.gradient_norms import head_squares
+from student_train.train.balance import GradNorm, Uncertainty
 from tests.student_train.dense_loss import dense_loss, make_case
 
 POSITIVE = st.floats(1e-2, 1e2)
@@ -31,7 +31,9 @@ def test_step_of_grad_norm_is_its_papers_gradient_step(numbers, alpha):
     target = (strength.mean() * (ratio / ratio.mean()) ** alpha).detach()
     (strength - target).abs().sum().backward()
     reach = ((strength - target).abs() / g).detach()
-    expected = before.detach() - torch.minimum(1e-3 * before.grad.abs() / strength.detach().mean(), reach) * before.grad.sign()
+    expected = (
+        before.detach() - torch.minimum(1e-3 * before.grad.abs() / strength.detach().mean(), reach) * before.grad.sign()
+    )
     expected = expected.clamp_min(1e-4) * (len(names) / expected.clamp_min(1e-4).sum())
     balancer.observe(now, norms)
     near_kink = (strength - target).abs() < 1e-9 * strength.mean()
@@ -84,7 +86,9 @@ def test_log_variances_descend_the_papers_loss_to_its_minimum():
         with torch.no_grad():
             s -= 0.1 * slope.clamp(-1, 1)
         balancer.observe(values, None)
-        assert [-math.log(factor) for factor in balancer.factors.values()] == pytest.approx(s.tolist(), rel=1e-9, abs=1e-12)
+        assert [-math.log(factor) for factor in balancer.factors.values()] == pytest.approx(
+            s.tolist(), rel=1e-9, abs=1e-12
+        )
     assert balancer.factors == pytest.approx({"a": 1 / 3.0, "b": 1 / 0.2}, rel=1e-3)
 
 

@@ -9,16 +9,20 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe import Student
-from student_train import liger
-from student_train.stages import run_stages
+from shared.recipe.recipe import Student
+from student_train.stage.stages import run_stages
+from student_train.student import liger
 
-needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without a GPU")
 
 
 def losses(recipe):
-    return [json.loads(line)["loss"] for line in (recipe.output_dir / "train/kd/metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (recipe.output_dir / "train/kd/metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @needs_bitsandbytes
@@ -44,12 +48,14 @@ def test_four_bit_student_trains_its_adapter_alone_and_exports_the_unquantised_s
 def test_weights_of_a_four_bit_student_are_held_in_four_bits(tiny):
     from bitsandbytes.nn import Linear4bit
 
-    from student_train.dataset import CacheList
-    from student_train.student import load_student
+    from student_train.batch.dataset import CacheList
+    from student_train.student.student import load_student
 
     wanted = Student.model_validate({"model": str(tiny.llama), "adapter": "qlora"})
     model = load_student(wanted, None, CacheList.open([tiny.cache], None))
-    linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    linear = [
+        module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
     assert linear
     assert all(isinstance(module, Linear4bit) for module in linear)
     assert {module.weight.quant_type for module in linear} == {"nf4"}
@@ -64,8 +70,8 @@ def test_gradients_over_four_bit_weights_are_those_over_the_same_weights_unpacke
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM
 
-    from student_train.dataset import CacheList
-    from student_train.student import add_adapter, load_student
+    from student_train.batch.dataset import CacheList
+    from student_train.student.student import add_adapter, load_student
 
     wanted = Student.model_validate({"model": str(tiny.llama), "adapter": "qlora"})
     packed = load_student(wanted, None, CacheList.open([tiny.cache], None))
@@ -93,11 +99,13 @@ def test_gradients_over_four_bit_weights_are_those_over_the_same_weights_unpacke
 
 @needs_bitsandbytes
 def test_8_bit_optimizer_keeps_8_bit_state(recipe_of, monkeypatch):
-    from student_train.trainer import DistilTrainer
+    from student_train.train.trainer import DistilTrainer
 
     made = []
     original = DistilTrainer.create_optimizer
-    monkeypatch.setattr(DistilTrainer, "create_optimizer", lambda self, model=None: made.append(original(self, model)) or made[0])
+    monkeypatch.setattr(
+        DistilTrainer, "create_optimizer", lambda self, model=None: made.append(original(self, model)) or made[0]
+    )
     run_stages(recipe_of(trainer={"max_steps": 2, "optim": "adamw_8bit"}))
     types = {state["state1"].dtype for state in made[0].state.values() if state["state1"].numel() >= 4096}
     assert torch.uint8 in types
@@ -113,7 +121,9 @@ def test_paged_optimizer_without_a_gpu_is_refused(recipe_of):
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
 def test_optimizer_of_a_missing_package_is_refused(recipe_of, monkeypatch, optim):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
+    )
     with pytest.raises(TrainingError, match=rf"trainer\.optim is {optim}, which needs the package bitsandbytes"):
         run_stages(recipe_of(trainer={"optim": optim}))
     with pytest.raises(TrainingError, match=r"student\.adapter is qlora, which needs the package bitsandbytes"):

@@ -9,12 +9,12 @@ import signal
 import pytest
 
 from shared.errors import TrainingError
-from shared.recipe import Recipe, Sampling
-from student_train.checkpoints import list_checkpoints
-from student_train.evaluation_sampling import next_shares, within_bounds
-from student_train.metrics_log import read_steps
-from student_train.stage_work import resolve_stage
-from student_train.stages import run_stages
+from shared.recipe.recipe import Recipe, Sampling
+from student_train.order.evaluation_sampling import next_shares, within_bounds
+from student_train.records.checkpoints import list_checkpoints
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stage_work import resolve_stage
+from student_train.stage.stages import run_stages
 
 SAMPLING = {
     "evaluate": {"every_steps": 2},
@@ -73,7 +73,11 @@ def test_weights_and_temperatures_over_the_run_pass_through_its_stages(recipe_of
 def test_schedule_over_a_run_whose_steps_are_unknown_is_refused(recipe_of):
     weight = {"kind": "linear", "start": 1.0, "end": 0.0, "over": "run"}
     one = {"name": "one", "losses": [{"name": "forward_kl", "weight": weight}]}
-    two = {"name": "two", "losses": [{"name": "forward_kl"}], "evaluate": {"every_steps": 1, "early_stopping": {"patience": 1}}}
+    two = {
+        "name": "two",
+        "losses": [{"name": "forward_kl"}],
+        "evaluate": {"every_steps": 1, "early_stopping": {"patience": 1}},
+    }
     with pytest.raises(ValueError, match="whose number of steps is unknown since stage 'two' may stop early"):
         with_stages(recipe_of(), [one, two])
     with pytest.raises(ValueError, match="a constant schedule does not use it"):
@@ -96,7 +100,9 @@ def test_shares_follow_the_evaluations_and_the_steps_follow_the_shares(recipe_of
     steps = steps_of(recipe)
     for k, shares in enumerate(history):
         where = slice(2 * k + 1 if k else 0, 2 * k + 3)
-        drawn = sum(step["tokens_by_source"]["math"] for step in steps[where]) / sum(step["tokens"] for step in steps[where])
+        drawn = sum(step["tokens_by_source"]["math"] for step in steps[where]) / sum(
+            step["tokens"] for step in steps[where]
+        )
         assert drawn == pytest.approx(shares["math"], abs=0.1)
 
 
@@ -115,7 +121,9 @@ GRAD_NORM = {
             id="sampling",
             marks=pytest.mark.slow,
         ),
-        pytest.param({**SAMPLING, **GRAD_NORM}, ["train_step.after_write@8"], id="sampling-grad-norm", marks=pytest.mark.slow),
+        pytest.param(
+            {**SAMPLING, **GRAD_NORM}, ["train_step.after_write@8"], id="sampling-grad-norm", marks=pytest.mark.slow
+        ),
         pytest.param(
             {"balance": "uncertainty", "evaluate": {"every_steps": 4}},
             ["train_step.after_write@5"],
@@ -166,7 +174,9 @@ def test_gradient_norms_balance_the_losses_of_a_stage(recipe_of):
     assert imbalance(steps[-1]) < 0.5 * imbalance(steps[0])
     for step in steps:
         assert step["weights"]["forward_kl"] + step["weights"]["cross_entropy"] / 0.5 == pytest.approx(2)
-        assert step["loss"] == pytest.approx(sum(step["weights"][name] * step["terms"][name] for name in step["terms"]), rel=1e-5)
+        assert step["loss"] == pytest.approx(
+            sum(step["weights"][name] * step["terms"][name] for name in step["terms"]), rel=1e-5
+        )
 
 
 def test_learned_variances_weigh_the_losses_of_a_stage(recipe_of):

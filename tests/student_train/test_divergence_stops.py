@@ -1,4 +1,6 @@
-"""A training that diverges stops with its last good state kept; a disk that cannot hold the result is refused before a step."""
+"""A training that diverges stops with its last good state kept; a disk that cannot hold the result is refused before a
+step.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,21 @@ import math
 import pytest
 
 from shared.errors import TrainingError
-from student_train import disk_space
-from student_train.checkpoints import list_checkpoints
-from student_train.disk_space import bytes_needed
-from student_train.gradient_watch import PATIENCE, PATIENCE_FP16, GradientWatch
-from student_train.metrics_log import read_steps
-from student_train.stages import run_stages
+from student_train.fit import disk_space
+from student_train.fit.disk_space import bytes_needed
+from student_train.records.checkpoints import list_checkpoints
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
+from student_train.train.gradient_watch import PATIENCE, PATIENCE_FP16, GradientWatch
 from tools.cli import main
 
-HUGE = {"optim": "adamw_torch", "learning_rate": 100.0, "lr_scheduler_type": "constant", "max_steps": 8, "save_steps": 1}
+HUGE = {
+    "optim": "adamw_torch",
+    "learning_rate": 100.0,
+    "lr_scheduler_type": "constant",
+    "max_steps": 8,
+    "save_steps": 1,
+}
 
 
 def test_exploding_gradients_stop_with_the_newest_state_from_before(recipe_of):
@@ -30,24 +38,34 @@ def test_exploding_gradients_stop_with_the_newest_state_from_before(recipe_of):
     assert all(step["grad_norm"] > 100 * first for step in steps[1:])
     sentence = str(caught.value)
     assert (
-        f"step {len(steps)}: the gradient's norm is {steps[-1]['grad_norm']:.3g}, in the 5th step in a row above 100 times"
-        in sentence
+        f"step {len(steps)}: the gradient's norm is {steps[-1]['grad_norm']:.3g}, in the 5th step in a row above 100 "
+        "times" in sentence
     )
     assert f"the state after step 1 is kept in {directory / 'checkpoint-1'}" in sentence
     assert "lower trainer.learning_rate" in sentence
-    assert [checkpoint.step for checkpoint in list_checkpoints(directory)] == [1], "none is written while the norms are suspicious"
+    assert [checkpoint.step for checkpoint in list_checkpoints(directory)] == [1], (
+        "none is written while the norms are suspicious"
+    )
     health = json.loads((directory / "health.json").read_text())
     assert health["stopped"] == sentence
     assert not health["healthy"]
     assert not health["checks"]["not_diverged"]
     run_stages(recipe_of(trainer={**HUGE, "max_grad_norm_factor": None}))
-    assert json.loads((directory / "health.json").read_text())["checks"]["not_diverged"], "the check can be switched off"
+    assert json.loads((directory / "health.json").read_text())["checks"]["not_diverged"], (
+        "the check can be switched off"
+    )
 
 
 def test_weights_that_are_no_longer_finite_stop_the_stage_and_the_command(recipe_of, tmp_path, capsys):
-    from shared.recipe_file import dump_recipe
+    from shared.recipe.file import dump_recipe
 
-    trainer = {"learning_rate": 10.0, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "max_steps": 20}
+    trainer = {
+        "learning_rate": 10.0,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "max_steps": 20,
+    }
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe_of(trainer={**trainer, "max_grad_norm_factor": None, "save_steps": 2})))
     assert main(["train", str(path)]) == 1
@@ -75,7 +93,8 @@ def test_disk_that_is_too_small_is_refused_before_the_first_step(recipe_of, monk
     recipe = recipe_of(trainer={"save_total_limit": 2})
     monkeypatch.setattr(disk_space, "free_bytes", lambda path: 3 << 20)
     with pytest.raises(
-        TrainingError, match=r"stage 'kd' needs 0\.01 GiB in .* \(2 checkpoints of .* 0\.00 GiB are free; make room, lower"
+        TrainingError,
+        match=r"stage 'kd' needs 0\.01 GiB in .* \(2 checkpoints of .* 0\.00 GiB are free; make room, lower",
     ):
         run_stages(recipe)
     assert not (recipe.output_dir / "train/kd/metrics.jsonl").exists()
@@ -83,7 +102,7 @@ def test_disk_that_is_too_small_is_refused_before_the_first_step(recipe_of, monk
 
 @pytest.mark.parametrize(("adapter", "optim"), [("lora", "adamw_torch"), ("none", "sgd")])
 def test_bytes_needed_are_those_that_a_run_leaves_on_the_disk(recipe_of, tiny, adapter, optim):
-    from student_train.student import add_adapter
+    from student_train.student.student import add_adapter
 
     recipe = recipe_of(
         student={"adapter": adapter}, trainer={"optim": optim, "max_steps": 4, "save_steps": 2, "save_total_limit": 1}

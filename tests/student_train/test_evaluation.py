@@ -8,10 +8,10 @@ import signal
 import pytest
 
 from shared.errors import RecipeError, TrainingError
-from student_train.checkpoints import list_checkpoints
-from student_train.metrics_log import read_steps
-from student_train.stages import run_stages
-from student_train.verdict import judge
+from student_train.evaluate.verdict import judge
+from student_train.records.checkpoints import list_checkpoints
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
 
 LORA = {"adapter": {"kind": "lora", "r": 4, "dropout": 0.2}}
 
@@ -96,7 +96,7 @@ def test_rows_per_source_and_fraction_bound_what_is_measured(recipe_of):
     run_stages(recipe)
     assert [part["rows"] for part in evaluations(recipe)[0]["by_source"].values()] == [1, 1]
     with pytest.raises(TrainingError, match=r"no row is held out at heldout.fraction 1e-12"):
-        from shared.recipe import Recipe
+        from shared.recipe.recipe import Recipe
 
         run_stages(Recipe.model_validate({**recipe.model_dump(mode="json"), "heldout": {"fraction": 1e-12}}))
 
@@ -126,15 +126,25 @@ def test_stage_stops_when_patience_is_used_up_and_keeps_the_best_weights(recipe_
     assert health["checks"]["all_steps_done"]
     assert (health["stopped_early_at"], health["best_step"], health["model_is_of_step"]) == (last, best, best)
     assert [checkpoint.step for checkpoint in list_checkpoints(stage_dir(recipe))] == [best, last]
-    assert evaluate_heldout(stage_dir(recipe) / "model", [tiny.cache], 0.1)["kl_nats"] == pytest.approx(kls[best], rel=1e-4)
+    assert evaluate_heldout(stage_dir(recipe) / "model", [tiny.cache], 0.1)["kl_nats"] == pytest.approx(
+        kls[best], rel=1e-4
+    )
     assert json.loads((stage_dir(recipe) / "done.json").read_text())["steps"] == last
 
 
-@pytest.mark.parametrize("student", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["all-weights", "lora-dropout"])
+@pytest.mark.parametrize(
+    "student", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["all-weights", "lora-dropout"]
+)
 def test_stopped_stage_resumes_bitwise_equal_after_kills(recipe_of, run_apart, student):
     course = {"every_steps": 2, "samples": 1, "sample_tokens": 3, "keep_best": True}
     course["early_stopping"] = {"patience": 3, "min_delta_nats": 100.0}
-    trainer = {"learning_rate": 0.1, "max_steps": 14, "lr_scheduler_type": "constant", "save_steps": 3, "save_total_limit": 1}
+    trainer = {
+        "learning_rate": 0.1,
+        "max_steps": 14,
+        "lr_scheduler_type": "constant",
+        "save_steps": 3,
+        "save_total_limit": 1,
+    }
     recipe = recipe_of(evaluate=course, trainer=trainer, student=student)
     assert run_apart(elsewhere(recipe, "whole"), None) == 0
     assert evaluations(elsewhere(recipe, "whole"))[-1]["step"] == 8
@@ -145,7 +155,7 @@ def test_stopped_stage_resumes_bitwise_equal_after_kills(recipe_of, run_apart, s
 
 
 def test_verdict_takes_the_lowest_and_counts_what_is_not_better_by_the_delta():
-    from shared.recipe import EarlyStopping
+    from shared.recipe.recipe import EarlyStopping
 
     def of(*kls, patience=2, delta=0.0):
         evaluations = [{"step": 10 * i, "kl_nats": kl} for i, kl in enumerate(kls)]
@@ -170,7 +180,7 @@ def test_settings_that_decide_the_weights_belong_to_the_stage_and_the_others_do_
 
 
 def test_evaluation_without_held_out_rows_or_useless_options_is_refused(tmp_path):
-    from shared.recipe_file import load_recipe
+    from shared.recipe.file import load_recipe
 
     base = "name: t\noutput_dir: r\ncache: c\nstudent: {model: m}\n"
     stage = "stages:\n  - name: kd\n    losses: [{name: forward_kl}]\n    evaluate: "

@@ -1,7 +1,7 @@
 """Every setting of a student and its stages has its test: it changes what it says, or it is refused.
 
-`SHOWN` holds, for each field, either a demonstration made here or the name of the test that makes it (which must exist). A field
-that is added to the recipe without an entry fails.
+`SHOWN` holds, for each field, either a demonstration made here or the name of the test that makes it (which must
+exist). A field that is added to the recipe without an entry fails.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe import Adapter, Loss, Stage, StageTrainer, Student
-from student_train.dataset import CacheList
-from student_train.stage_identity import stage_identity
-from student_train.stage_run import _arguments, _student
-from student_train.stage_terms import terms_at
-from student_train.stage_work import resolve_stage
-from student_train.student import add_adapter, load_student
-from student_train.student_head import body_of
+from shared.recipe.recipe import Adapter, Loss, Stage, StageTrainer, Student
+from student_train.batch.dataset import CacheList
+from student_train.batch.stage_terms import terms_at
+from student_train.stage.stage_identity import stage_identity
+from student_train.stage.stage_run import _arguments, _student
+from student_train.stage.stage_work import resolve_stage
+from student_train.student.student import add_adapter, load_student
+from student_train.student.student_head import body_of
 
 HERE = Path(__file__).parent
 CLASSES = (Stage, StageTrainer, Student, Adapter, Loss)
@@ -130,7 +130,11 @@ def shows_rank(world):
 
 
 def shows_scale_of_additions(world):
-    layers = [module for module in world.adapted(r=4, alpha=20).modules() if isinstance(getattr(module, "scaling", None), dict)]
+    layers = [
+        module
+        for module in world.adapted(r=4, alpha=20).modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+    ]
     assert {layer.scaling["default"] for layer in layers} == {5.0}
 
 
@@ -141,7 +145,9 @@ def shows_dropout(world):
 
 def shows_target_modules(world):
     names = {
-        name.split(".lora_A")[0] for name, _ in world.adapted(target_modules=["q_proj"]).named_parameters() if "lora_A" in name
+        name.split(".lora_A")[0]
+        for name, _ in world.adapted(target_modules=["q_proj"]).named_parameters()
+        if "lora_A" in name
     }
     assert {name.rsplit(".", 1)[-1] for name in names} == {"q_proj"}
 
@@ -154,7 +160,9 @@ def shows_option_of_loss(name, option):
             assert term.options[option] == value
             from student_train.losses import registry
 
-            log_p, log_q = (torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]], dtype=torch.float64).log()[i : i + 1] for i in (0, 1))
+            log_p, log_q = (
+                torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]], dtype=torch.float64).log()[i : i + 1] for i in (0, 1)
+            )
             values.append(float(registry[name].function(log_p, log_q, **term.options)))
         assert values[0] != pytest.approx(values[1], rel=1e-3)
 

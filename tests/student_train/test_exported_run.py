@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from shared.recipe_file import dump_recipe
-from student_train.stages import run_stages
+from shared.recipe.file import dump_recipe
+from student_train.stage.stages import run_stages
 from tools.cli import main
 
 PROBE = torch.arange(3, 40)[None]
@@ -28,7 +28,14 @@ def trained(recipe_of, tiny):
     run_stages(recipe)
     (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe))
     (recipe.output_dir / "evaluate").mkdir()
-    heldout = {"kl_nats": 0.4321, "kl_low": 0.4, "kl_high": 0.5, "top1_agreement": 0.625, "perplexity": 3.5, "positions": 100}
+    heldout = {
+        "kl_nats": 0.4321,
+        "kl_low": 0.4,
+        "kl_high": 0.5,
+        "top1_agreement": 0.625,
+        "perplexity": 3.5,
+        "positions": 100,
+    }
     tasks = {"math": {"name": "gsm8k", "score": 0.625, "low": 0.5, "high": 0.7, "count": 8}}
     (recipe.output_dir / "evaluate/kd.json").write_text(json.dumps({"model": "kd", "tasks": tasks, "heldout": heldout}))
     return recipe
@@ -46,12 +53,21 @@ def test_exported_model_loads_plainly_with_the_merged_weights_and_a_card(trained
     assert f"convert_hf_to_gguf.py {out}" in text
     saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(tiny.llama, dtype=torch.float32)
-    torch.testing.assert_close(logits(saved), logits(PeftModel.from_pretrained(base, str(out / "adapter"))), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(saved), logits(PeftModel.from_pretrained(base, str(out / "adapter"))), atol=1e-5, rtol=1e-5
+    )
     tokenizer, original = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(tiny.teacher)
     assert (tokenizer.get_vocab(), tokenizer.chat_template) == (original.get_vocab(), original.chat_template)
     assert GenerationConfig.from_pretrained(out).eos_token_id == original.eos_token_id
     card = (out / "README.md").read_text()
-    for part in ("0.4321", "62.5", "0.9 x forward_kl at T 2 + 0.1 x cross_entropy", "rank 16", "2 steps", str(tiny.teacher)):
+    for part in (
+        "0.4321",
+        "62.5",
+        "0.9 x forward_kl at T 2 + 0.1 x cross_entropy",
+        "rank 16",
+        "2 steps",
+        str(tiny.teacher),
+    ):
         assert part in card, part
     assert json.loads(card.split("---")[1].split("base_model: ")[1].splitlines()[0]) == str(tiny.llama)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe import Stage, Student
-from student_train.first_step import check_first_step, longest_batch, measured_pass
-from student_train.memory import CONTEXT_BYTES, GIB, bytes_of_step, estimate_memory
-from student_train.model_shape import ModelShape
+from shared.recipe.recipe import Stage, Student
+from student_train.fit.first_step import check_first_step, longest_batch, measured_pass
+from student_train.fit.memory import CONTEXT_BYTES, GIB, bytes_of_step, estimate_memory
+from student_train.fit.model_shape import ModelShape
 
 SHAPE = ModelShape(
     num_parameters=600_000_000,
@@ -131,7 +131,7 @@ def _out_of_memory(*args):
 
 
 def test_auto_keeps_activations_on_a_cpu_and_trains(recipe_of):
-    from student_train.stages import run_stages
+    from student_train.stage.stages import run_stages
 
     (model_dir,) = run_stages(recipe_of(trainer={"max_steps": 1, "gradient_checkpointing": "auto"}))
     assert not (model_dir.parent / "memory.json").exists(), "nothing is measured where there is no card"

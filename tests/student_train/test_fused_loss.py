@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from student_train import head_chunks
-from student_train.fused_loss import fused_sparse_loss, term_keys
+from student_train.batch.target_batch import TargetBatch
 from student_train.losses import LossTerm, divergences
-from student_train.target_batch import TargetBatch
+from student_train.operator import head_chunks
+from student_train.operator.fused_loss import fused_sparse_loss, term_keys
 from tests.student_train.dense_loss import SHAPES, Case, dense_loss, make_case, outside, relative_error
 
 DIVERGENCES = [name for name in divergences if name != "cross_entropy"]
@@ -79,7 +79,9 @@ def test_many_terms_at_many_temperatures_add_up(shape):
     case = make_case(shape, seed=3)
     assert_equal_to_dense(case, terms, 1e-9, chunk_positions=2)
     fused, _, _ = run_fused(case, terms)
-    assert list(fused.values) == term_keys(terms) == ["forward_kl", "forward_kl_2", "reverse_kl", "jsd", "cross_entropy"]
+    assert (
+        list(fused.values) == term_keys(terms) == ["forward_kl", "forward_kl_2", "reverse_kl", "jsd", "cross_entropy"]
+    )
     total = sum(term.weight * value for term, value in zip(terms, fused.values.values(), strict=True))
     torch.testing.assert_close(total, fused.loss.detach())
 

@@ -11,10 +11,10 @@ import pytest
 POSITIONS, WIDTH, VOCAB = 2048, 32, 60_000
 SCRIPT = f"""
 import resource, torch
-import student_train.head_chunks as head_chunks
-from student_train.fused_loss import fused_sparse_loss
+import student_train.operator.head_chunks as head_chunks
+from student_train.operator.fused_loss import fused_sparse_loss
 from student_train.losses import LossTerm
-from student_train.target_batch import TargetBatch
+from student_train.batch.target_batch import TargetBatch
 torch.set_num_threads(1)
 head_chunks.CHUNK_BYTES = 16 * 2**20
 def run(positions):
@@ -34,5 +34,7 @@ print(run({POSITIONS}) - small)
 @pytest.mark.slow
 def test_memory_does_not_grow_with_positions_times_vocabulary():
     root = Path(__file__).resolve().parents[2]
-    child = subprocess.run([sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=True, timeout=300)
+    child = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=root, capture_output=True, text=True, check=True, timeout=300
+    )
     assert int(child.stdout) < POSITIONS * VOCAB * 4 / 8

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.targets import Draws, SparseTargets
-from student_train.fused_loss import evaluate_positions
+from shared.payload.targets import Draws, SparseTargets
+from student_train.batch.target_batch import TargetBatch, pack_targets
 from student_train.losses import LossTerm
-from student_train.target_batch import TargetBatch, pack_targets
+from student_train.operator.fused_loss import evaluate_positions
 from tests.student_train.dense_loss import SHAPES, divergence_of_masses, make_case, masses
 
 
@@ -35,7 +35,9 @@ def test_scores_equal_dense_ones_position_by_position(shape):
         fives = [ids[:5] for ids in case.supports]
     probabilities, best = logits.softmax(1).max(1)
     assert scores.top1_equal.tolist() == [first == token for first, token in zip(firsts, best.tolist(), strict=True)]
-    assert scores.top1_in_teacher_top5.tolist() == [token in five for five, token in zip(fives, best.tolist(), strict=True)]
+    assert scores.top1_in_teacher_top5.tolist() == [
+        token in five for five, token in zip(fives, best.tolist(), strict=True)
+    ]
     assert scores.top1_is_label.tolist() == (best == case.labels).tolist()
     torch.testing.assert_close(scores.top1_logprob.exp(), probabilities.float())
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from student_train.fused_loss import fused_sparse_loss
 from student_train.losses import LossTerm
+from student_train.operator.fused_loss import fused_sparse_loss
 from tests.student_train.dense_loss import make_case
 
 
@@ -60,4 +60,6 @@ def test_ids_outside_the_head_are_refused():
         attempt(LossTerm("forward_kl"), vocab_size=24)
     case = make_case("fixed")
     with pytest.raises(TrainingError, match="token id -100"):
-        fused_sparse_loss(case.hidden, case.weight, torch.full_like(case.labels, -100), None, [LossTerm("cross_entropy")], 9)
+        fused_sparse_loss(
+            case.hidden, case.weight, torch.full_like(case.labels, -100), None, [LossTerm("cross_entropy")], 9
+        )

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe import Stage, Student
-from student_train.forward_patch import GRADIENT_SQUARE
-from student_train.layer_losses import check_layer_losses
+from shared.recipe.recipe import Stage, Student
+from student_train.layers.layer_losses import check_layer_losses
+from student_train.layers.projections import MODULE
 from student_train.losses import LossTerm
-from student_train.projections import MODULE
+from student_train.student.forward_patch import GRADIENT_SQUARE
 from tests.student_train.test_layer_losses import LOSSES, Run, dense_values
 from tests.student_train.test_layer_losses import tiny as tiny  # the fixture
 
@@ -48,7 +48,11 @@ def labels_loss(run: Run, final: list[torch.Tensor], rows: list[int]) -> torch.T
 
 @pytest.mark.parametrize(
     ("losses", "shared_layer"),
-    [pytest.param(LOSSES, 1, id="attention-2"), pytest.param([LOSSES[0], LOSSES[2]], 2, id="hidden-2"), (BELOW_LAYER_1, 0)],
+    [
+        pytest.param(LOSSES, 1, id="attention-2"),
+        pytest.param([LOSSES[0], LOSSES[2]], 2, id="hidden-2"),
+        (BELOW_LAYER_1, 0),
+    ],
 )
 def test_norms_below_the_lowest_layer_that_is_read_are_those_of_rows_alone(tiny, losses, shared_layer) -> None:
     run = with_cross_entropy(tiny, losses)
@@ -88,7 +92,10 @@ def test_norms_are_taken_at_the_last_hidden_states_where_all_losses_read_them(ti
         at = run.caches[index].predictor_index().astype(np.int64)
         teacher = torch.from_numpy(run.caches[index].hidden.states.dense())[2]
         teacher = teacher / teacher.square().mean(-1, keepdim=True).sqrt()
-        hidden = hidden + (getattr(run.base, MODULE)["teacher_final_student_final"](states[at]) - teacher).square().mean(-1).sum()
+        hidden = (
+            hidden
+            + (getattr(run.base, MODULE)["teacher_final_student_final"](states[at]) - teacher).square().mean(-1).sum()
+        )
         count += len(at)
     dense = {"hidden": hidden / count, "cross_entropy": labels_loss(run, leaves, ROWS)}
     for name, value in dense.items():
@@ -120,7 +127,10 @@ def test_adapters_recomputation_and_accumulation_measure_the_same_and_measuring_
 
 @pytest.mark.parametrize(
     ("trainer", "student", "said"),
-    [({"fp16": True}, {}, "set trainer.bf16 instead"), ({}, {"liger": True}, "leave liger out, or set balance to uncertainty")],
+    [
+        ({"fp16": True}, {}, "set trainer.bf16 instead"),
+        ({}, {"liger": True}, "leave liger out, or set balance to uncertainty"),
+    ],
 )
 def test_settings_under_which_gradients_cannot_be_measured_are_refused(trainer, student, said) -> None:
     def check(losses, balance):

@@ -1,4 +1,6 @@
-"""Training with losses on a hidden layer, from the teacher to the exported student: losses fall, a kill changes no byte."""
+"""Training with losses on a hidden layer, from the teacher to the exported student: losses fall, a kill changes no
+byte.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import CacheError, RecipeError, TrainingError
-from shared.recipe import Loss, Recipe
-from shared.recipe_file import dump_recipe, load_recipe
-from student_train.metrics_log import read_steps
-from student_train.projections import FILE
-from student_train.stages import run_stages
+from shared.recipe.file import dump_recipe, load_recipe
+from shared.recipe.recipe import Loss, Recipe
+from student_train.layers.projections import FILE
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
 from teacher_cache.build import teach
 from tests.student_train.hidden_caches import add_hidden
 from tests.student_train.test_several_processes import assert_same_training, train_with_two
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_qwen3
 from tools.evaluate.heldout import evaluate_heldout
-from tools.planner import plan
+from tools.plan.planner import plan
 
 ALL_THREE = [
     {"name": "forward_kl"},
@@ -46,7 +48,11 @@ def test_from_teacher_to_student_with_every_loss_on_a_hidden_layer(tmp_path):
         make_qwen3(tmp_path / "teacher", seed=1),
         make_qwen3(tmp_path / "student", seed=2, spread=0.05, hidden_size=32),
     )
-    talk = [{"text": f"{name} has {n} apples, {n + 1} servers and {2 * n} disks on node {n}."} for n in range(40) for name in "AB"]
+    talk = [
+        {"text": f"{name} has {n} apples, {n + 1} servers and {2 * n} disks on node {n}."}
+        for n in range(40)
+        for name in "AB"
+    ]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk))
     recipe = Recipe.model_validate(
         {
@@ -117,7 +123,9 @@ def test_gradient_norms_balance_head_and_hidden_layers_and_a_resumed_run_changes
     balance = {"kind": "grad_norm", "every_steps": 2, "alpha": 0.0, "learning_rate": 0.2}
     student = {"adapter": {"kind": "lora", "r": 4, "dropout": 0.1}, "gradient_checkpointing": True}
     losses = [{"name": loss["name"]} for loss in ALL_THREE]
-    recipe = recipe_of(cache=[cache], losses=losses, balance=balance, student=student, trainer={"gradient_accumulation_steps": 2})
+    recipe = recipe_of(
+        cache=[cache], losses=losses, balance=balance, student=student, trainer={"gradient_accumulation_steps": 2}
+    )
     directory = recipe.output_dir / "train/kd"
     names = ("metrics.jsonl", "model/model.safetensors", "checkpoint-6/course.json", f"checkpoint-6/{FILE}")
     run_stages(recipe)
@@ -139,7 +147,9 @@ def test_gradient_norms_balance_head_and_hidden_layers_and_a_resumed_run_changes
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_two_processes_train_the_same_projections_as_one(recipe_of, cache, adapter):
-    """Clipping is always active, so that a norm without the projections would show; contrastive sees other negatives there."""
+    """Clipping is always active, so that a norm without the projections would show; contrastive sees other negatives
+    there.
+    """
     common = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "save_steps": 3, "max_grad_norm": 0.1}
     settings = {"cache": [cache], "losses": ALL_THREE[1:3], "student": {"adapter": adapter}}
     alone = recipe_of(trainer={**common, "per_device_train_batch_size": 4}, **settings)
@@ -183,7 +193,7 @@ def test_stage_needs_a_hidden_layer_and_says_how_to_get_one(recipe_of, tiny, cac
 
 
 def test_recipes_own_hidden_layer_is_chosen_among_several(recipe_of, cache, tmp_path):
-    from shared.layer_choice import hidden_layer_of
+    from shared.cache.layer_choice import hidden_layer_of
 
     recipe = recipe_of(cache=[cache], losses=ALL_THREE[1:2], trainer={"max_steps": 1})
     teacher = cache.parent / "teacher"

@@ -1,4 +1,6 @@
-"""Losses on a hidden layer against dense references, through whole students: packs, checkpointing, adapters, accumulation."""
+"""Losses on a hidden layer against dense references, through whole students: packs, checkpointing, adapters,
+accumulation.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +12,26 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.errors import TrainingError
-from shared.hidden_identity import FINAL
-from shared.recipe import Adapter, Loss
-from student_train.collate import collate
-from student_train.dataset import CacheList, build_pack
-from student_train.forward_patch import Objective, patch_forward
-from student_train.hidden_batch import HiddenReading
-from student_train.layer_losses import LayerLosses, pool_rows
-from student_train.layer_map import pair_layers
+from shared.identity.hidden_identity import FINAL
+from shared.recipe.recipe import Adapter, Loss
+from student_train.batch.collate import collate
+from student_train.batch.dataset import CacheList, build_pack
+from student_train.batch.hidden_batch import HiddenReading
+from student_train.batch.stage_terms import terms_at
+from student_train.layers.layer_losses import LayerLosses, pool_rows
+from student_train.layers.layer_map import pair_layers
+from student_train.layers.projections import MODULE
+from student_train.layers.student_attention import stored_masses
+from student_train.layers.student_watch import AttentionInputs
 from student_train.losses import LossTerm
 from student_train.losses.attention import attention_kl
 from student_train.losses.contrastive import info_nce
 from student_train.losses.hidden import hidden_distance
-from student_train.projections import MODULE
-from student_train.row_attention import NAME as ROW_ATTENTION
-from student_train.row_attention import switch_attention
-from student_train.stage_terms import terms_at
-from student_train.student import add_adapter
-from student_train.student_attention import stored_masses
-from student_train.student_head import head_of
-from student_train.student_watch import AttentionInputs
+from student_train.student.forward_patch import Objective, patch_forward
+from student_train.student.row_attention import NAME as ROW_ATTENTION
+from student_train.student.row_attention import switch_attention
+from student_train.student.student import add_adapter
+from student_train.student.student_head import head_of
 from tests.student_train.hidden_caches import add_hidden
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_qwen3
@@ -97,7 +99,7 @@ def test_info_nce_and_its_gradient_are_those_of_the_formula() -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_stored_masses_are_those_of_dense_attention_over_each_row(window, softcap, monkeypatch) -> None:
-    monkeypatch.setattr("student_train.student_attention._SCORES_AT_ONCE", 30)  # several chunks per row
+    monkeypatch.setattr("student_train.layers.student_attention._SCORES_AT_ONCE", 30)  # several chunks per row
     generator = torch.Generator().manual_seed(0)
     lengths, heads, groups, width = (5, 8, 1, 6), 4, 2, 3
     total = sum(lengths)
@@ -115,7 +117,11 @@ def test_stored_masses_are_those_of_dense_attention_over_each_row(window, softca
     distance = torch.arange(total)[:, None] - torch.arange(total)
     seen = (row[:, None] == row) & (distance >= 0) & (distance < (window or total))
     dense = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(0)
-    expected = dense[predictors].gather(1, (predictors[:, None] - distances).clamp_max(total - 1)).masked_fill(distances < 0, 0.0)
+    expected = (
+        dense[predictors]
+        .gather(1, (predictors[:, None] - distances).clamp_max(total - 1))
+        .masked_fill(distances < 0, 0.0)
+    )
     torch.testing.assert_close(masses, expected.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rest, (1 - expected.sum(1)).float(), rtol=1e-5, atol=1e-6)
     weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
@@ -218,7 +224,9 @@ def dense_values(run: Run, rows: list[int], attention_layers: tuple[int, int] = 
         ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
         blocks: dict[int, torch.Tensor] = {}
         handles = [
-            block.register_forward_hook(lambda m, i, o, n=n, to=blocks: to.__setitem__(n, o[0] if isinstance(o, tuple) else o))
+            block.register_forward_hook(
+                lambda m, i, o, n=n, to=blocks: to.__setitem__(n, o[0] if isinstance(o, tuple) else o)
+            )
             for n, block in enumerate(body.layers, start=1)
         ]
         output = body(input_ids=ids, use_cache=False, output_attentions=True)

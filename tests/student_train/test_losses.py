@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.recipe_training import Loss
+from shared.recipe.training import Loss
 from student_train.losses import ZERO_LOG_MASS, divergences, registry
 from tests.student_train.dense_loss import divergence_of_masses
 

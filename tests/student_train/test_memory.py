@@ -1,13 +1,15 @@
-"""The arithmetic against a table that was worked out independently, and against bytes counted while a small student trains."""
+"""The arithmetic against a table that was worked out independently, and against bytes counted while a small student
+trains.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from shared.recipe import StageTrainer, Student
-from student_train.memory import GIB, MIB, estimate_memory
-from student_train.model_shape import shape_of
+from shared.recipe.recipe import StageTrainer, Student
+from student_train.fit.memory import GIB, MIB, estimate_memory
+from student_train.fit.model_shape import shape_of
 
 SIZES = {
     "0.6B": (1024, 3072, 28, 16, True),
@@ -67,7 +69,8 @@ def test_adapter_has_as_many_parameters_as_peft_makes():
     config = qwen3("0.6B")
     with torch.device("meta"):
         model = get_peft_model(
-            AutoModelForCausalLM.from_config(config), LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            AutoModelForCausalLM.from_config(config),
+            LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert 16 * shape_of(config).lora_size == trained
@@ -77,11 +80,11 @@ def counted_step(student, trainer):
     """Return the most bytes alive during a second step of a small Qwen3, and its shape."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from student_train.forward_patch import Objective, patch_forward
     from student_train.losses import LossTerm
-    from student_train.row_attention import NAME, switch_attention
-    from student_train.student import DTYPES, add_adapter
-    from student_train.student_head import head_of
+    from student_train.student.forward_patch import Objective, patch_forward
+    from student_train.student.row_attention import NAME, switch_attention
+    from student_train.student.student import DTYPES, add_adapter
+    from student_train.student.student_head import head_of
     from tests.student_train.counted_bytes import CountedBytes
 
     vocab, tokens, entries = 4096, trainer.pack_tokens, 64
@@ -97,7 +100,9 @@ def counted_step(student, trainer):
     )
     base = AutoModelForCausalLM.from_config(config, dtype=DTYPES[student.dtype]).train()
     switch_attention(base, NAME)
-    objective = Objective(head_of(base, vocab), terms=[LossTerm("forward_kl"), LossTerm("cross_entropy")], chunk_bytes=MIB)
+    objective = Objective(
+        head_of(base, vocab), terms=[LossTerm("forward_kl"), LossTerm("cross_entropy")], chunk_bytes=MIB
+    )
     patch_forward(base, objective)
     model = add_adapter(base, student.adapter)
     if trainer.gradient_checkpointing:

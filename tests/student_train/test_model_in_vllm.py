@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.recipe_file import dump_recipe
-from student_train.stages import run_stages
+from shared.recipe.file import dump_recipe
+from student_train.stage.stages import run_stages
 from tools.export_run import export_run
 
 pytest.importorskip("vllm")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from shared.errors import TrainingError
-from student_train import operator_choice
-from student_train.operator_choice import faster_operator
+from student_train.operator import operator_choice
+from student_train.operator.operator_choice import faster_operator
 
 
 def test_operator_that_cannot_run_here_is_refused_and_auto_takes_what_can(monkeypatch):
     assert operator_choice.operator_for("torch", "cpu") == operator_choice.operator_for("auto", "cpu") == "torch"
-    with pytest.raises(TrainingError, match=r"trainer\.operator is triton, which needs an NVIDIA GPU; .*set it to auto"):
+    with pytest.raises(
+        TrainingError, match=r"trainer\.operator is triton, which needs an NVIDIA GPU; .*set it to auto"
+    ):
         operator_choice.operator_for("triton", "cpu")
     monkeypatch.setattr(operator_choice, "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match=r"needs the package triton"):
@@ -38,8 +40,8 @@ def test_auto_falls_back_aloud_where_triton_cannot_compile(capsys):
 
 
 def test_recipe_setting_reaches_the_loss(recipe_of, monkeypatch):
-    from student_train import forward_patch
-    from student_train.stages import run_stages
+    from student_train.stage.stages import run_stages
+    from student_train.student import forward_patch
 
     seen = []
     original = forward_patch.fused_sparse_loss

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import TrainingError
-from student_train.order import EpochPlan, plan_epoch
-from student_train.packing import pack_rows
+from student_train.order.order import EpochPlan, plan_epoch
+from student_train.order.packing import pack_rows
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=400).map(lambda x: np.array(x, np.int32))
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.targets_at import head_logprobs_at
-from student_train.collate import collate
-from student_train.dataset import CacheList, PackDataset, build_pack
-from student_train.row_separation import separate_rows
-from student_train.row_targets import at_temperatures, first_positions, within_vocabulary
-from student_train.stage_plan import plan_stage
-from student_train.student_head import body_of, run_body
+from shared.payload.targets_at import head_logprobs_at
+from student_train.batch.collate import collate
+from student_train.batch.dataset import CacheList, PackDataset, build_pack
+from student_train.batch.row_targets import at_temperatures, first_positions, within_vocabulary
+from student_train.order.stage_plan import plan_stage
+from student_train.student.row_separation import separate_rows
+from student_train.student.student_head import body_of, run_body
 
 
 def load(path, attention="sdpa"):
@@ -30,10 +30,13 @@ def test_hidden_states_in_a_pack_are_those_of_each_row_alone(tiny, family, atten
     batch = collate([build_pack(rows[:3], 256, None, 512), build_pack(rows[3:], 256, None, 512)])
     packed = run_body(body_of(model), batch["input_ids"], batch["position_ids"])[0]
     alone = [
-        body_of(model)(input_ids=torch.from_numpy(row.token_ids.astype(np.int64))[None], use_cache=False)[0][0] for row in rows
+        body_of(model)(input_ids=torch.from_numpy(row.token_ids.astype(np.int64))[None], use_cache=False)[0][0]
+        for row in rows
     ]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
-    expected = torch.cat([hidden[torch.from_numpy(row.predictor_index()).long()] for hidden, row in zip(alone, rows, strict=True)])
+    expected = torch.cat(
+        [hidden[torch.from_numpy(row.predictor_index()).long()] for hidden, row in zip(alone, rows, strict=True)]
+    )
     torch.testing.assert_close(packed[batch["predictor_index"]], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -64,10 +67,14 @@ def test_cut_row_loses_its_end_and_the_targets_of_what_is_lost(tiny):
     pack = build_pack(rows[:2], limit, (2.0, 1.0), 512)
     kept = [min(limit, len(row.token_ids)) - int(row.spans[0, 0]) for row in rows[:2]]
     assert kept[0] == 3
-    np.testing.assert_array_equal(pack["labels"], np.concatenate([row.labels()[:n] for row, n in zip(rows, kept, strict=False)]))
+    np.testing.assert_array_equal(
+        pack["labels"], np.concatenate([row.labels()[:n] for row, n in zip(rows, kept, strict=False)])
+    )
     cut, whole = first_positions(rows[0].targets, 3), rows[0].targets
     for temperature in (1.0, 2.0):
-        np.testing.assert_allclose(head_logprobs_at(cut, temperature), head_logprobs_at(whole, temperature)[: 3 * 4], rtol=1e-6)
+        np.testing.assert_allclose(
+            head_logprobs_at(cut, temperature), head_logprobs_at(whole, temperature)[: 3 * 4], rtol=1e-6
+        )
     for j in (0, 1):
         drawn = [np.repeat(np.arange(len(t.draws[j].counts)), t.draws[j].counts) for t in (cut, whole)]
         np.testing.assert_array_equal(drawn[0], drawn[1][drawn[1] < 3])
@@ -84,13 +91,15 @@ def test_labels_follow_their_predictor_within_one_row(tiny):
 
 
 def _stage():
-    from shared.recipe import Stage
+    from shared.recipe.recipe import Stage
 
     return Stage.model_validate({"name": "s", "losses": [{"name": "cross_entropy"}], "trainer": {"pack_tokens": 128}})
 
 
 def test_padding_in_the_teachers_top_k_moves_into_the_tail(tiny):
-    """Against the full distribution: what is left of the head keeps its mass, and each row still sums to 1 at each temperature."""
+    """Against the full distribution: what is left of the head keeps its mass, and each row still sums to 1 at each
+    temperature.
+    """
     row = CacheList.open([tiny.cache], None)[0]
     vocab_size = int(np.median(row.targets.ids))
     inside = within_vocabulary(row.targets, vocab_size)

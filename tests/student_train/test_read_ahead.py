@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from student_train.metrics_log import read_steps
-from student_train.read_ahead import NUM_AHEAD, ReadAhead
-from student_train.stages import run_stages
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
+from student_train.train.read_ahead import NUM_AHEAD, ReadAhead
 
 
 class Numbers:

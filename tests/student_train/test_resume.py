@@ -1,4 +1,6 @@
-"""A killed run goes on to the same bytes; what is half-written is never mistaken for whole; what no longer fits is refused."""
+"""A killed run goes on to the same bytes; what is half-written is never mistaken for whole; what no longer fits is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ import signal
 import pytest
 
 from shared.errors import TrainingError
-from student_train.checkpoints import MARKER, list_checkpoints, newest_checkpoint, remove_incomplete
-from student_train.metrics_log import StepLog, read_steps
-from student_train.stages import run_stages
+from student_train.records.checkpoints import MARKER, list_checkpoints, newest_checkpoint, remove_incomplete
+from student_train.records.metrics_log import StepLog, read_steps
+from student_train.stage.stages import run_stages
 
 PLAIN = {"trainer": {"gradient_accumulation_steps": 2, "max_steps": 8}, "mixture": {"math": 0.75, "ops": 0.25}}
 LORA = {
@@ -37,7 +39,10 @@ def elsewhere(recipe, name):
         pytest.param(PLAIN, ["train_step.after_write@5"], id="mixture-accumulation"),
         pytest.param(LORA, ["checkpoint.before_marker@2"], id="lora-dropout-in-a-checkpoint"),
         pytest.param(
-            {}, ["train_step.after_write@2", "checkpoint.before_rename", "export.before_write"], id="thrice", marks=pytest.mark.slow
+            {},
+            ["train_step.after_write@2", "checkpoint.before_rename", "export.before_write"],
+            id="thrice",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -76,7 +81,8 @@ def test_finished_stage_is_reused_and_a_changed_one_refused(recipe_of, capfd):
     assert outcome(recipe) == before
     run_stages(recipe_of(trainer={"max_steps": 2, "save_steps": 50, "dataloader_num_workers": 1}))
     with pytest.raises(
-        TrainingError, match=r"holds a finished stage with stage\.trainer\.learning_rate 0\.003 where .* 0\.1; remove or rename"
+        TrainingError,
+        match=r"holds a finished stage with stage\.trainer\.learning_rate 0\.003 where .* 0\.1; remove or rename",
     ):
         run_stages(recipe_of(trainer={"max_steps": 2, "learning_rate": 0.1}))
     hotter = [{"name": "forward_kl", "weight": 0.9, "temperature": 2.0}, {"name": "cross_entropy", "weight": 0.1}]
@@ -90,7 +96,9 @@ def test_checkpoint_of_another_plan_or_cache_is_refused_with_both(recipe_of):
     run_stages(recipe)
     directory = recipe.output_dir / "train/kd"
     (checkpoint,) = list_checkpoints(directory)
-    with pytest.raises(TrainingError, match=f"made with cache {checkpoint.belongs_to['cache']} where this run has cache other"):
+    with pytest.raises(
+        TrainingError, match=f"made with cache {checkpoint.belongs_to['cache']} where this run has cache other"
+    ):
         newest_checkpoint(directory, {"plan": checkpoint.belongs_to["plan"], "cache": "other"})
     with pytest.raises(TrainingError, match="plan"):
         newest_checkpoint(directory, {"plan": "other", "cache": checkpoint.belongs_to["cache"]})

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.row_attention import NAME, attend_rows, layout_of, switch_attention
-from student_train.row_separation import separate_rows
-from student_train.student_head import body_of, run_body
+from student_train.student.row_attention import NAME, attend_rows, layout_of, switch_attention
+from student_train.student.row_separation import separate_rows
+from student_train.student.student_head import body_of, run_body
 
 
 def positions(lengths):

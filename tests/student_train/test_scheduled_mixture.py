@@ -1,4 +1,6 @@
-"""Rounds of a mixture that moves: shares hold all along, rows are drawn evenly, everything is a pure function of its inputs."""
+"""Rounds of a mixture that moves: shares hold all along, rows are drawn evenly, everything is a pure function of its
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import TrainingError
-from shared.recipe import Sampling, Schedule, Stage
-from student_train.evaluation_sampling import next_shares, within_bounds
-from student_train.metrics_log import read_steps
-from student_train.round_order import RoundPlanner
-from student_train.scheduled_plan import GrowingPlan, StageSize, plan_scheduled, shares_at
-from student_train.schedules import RunSteps
-from student_train.stages import run_stages
+from shared.recipe.recipe import Sampling, Schedule, Stage
+from student_train.order.evaluation_sampling import next_shares, within_bounds
+from student_train.order.round_order import RoundPlanner
+from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled, shares_at
+from student_train.order.schedules import RunSteps
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
 
 PACK = 400
 LINEAR = {0: Schedule(kind="linear", start=0.7, end=0.3), 1: Schedule(kind="linear", start=0.3, end=0.7)}
@@ -65,7 +67,9 @@ def test_share_of_every_interval_follows_the_schedule(seed, num_steps, packs_per
     wanted = np.array([shares_at(mixture, step, num_steps, None)[0] for step in range(num_steps)]) * all_tokens
     drift = np.cumsum(mine - wanted)
     longest_round = max(epoch.num_packs for epoch in plan.epochs)
-    change = abs(end - start) * longest_round / plan.num_packs  # the share moves within a round, the round's share does not
+    change = (
+        abs(end - start) * longest_round / plan.num_packs
+    )  # the share moves within a round, the round's share does not
     assert np.abs(drift).max() <= 2 * PACK + change * longest_round * PACK
 
 
@@ -80,7 +84,10 @@ def test_long_stage_is_within_two_percent_in_each_tenth():
 
 
 def test_stepwise_share_changes_at_its_step():
-    mixture = {0: Schedule(kind="step", values=(1.0, 0.0), at=(0.5,)), 1: Schedule(kind="step", values=(0.0, 1.0), at=(0.5,))}
+    mixture = {
+        0: Schedule(kind="step", values=(1.0, 0.0), at=(0.5,)),
+        1: Schedule(kind="step", values=(0.0, 1.0), at=(0.5,)),
+    }
     plan, lengths, sources = plan_of(mixture, 41, 3)
     mine, all_tokens = tokens_by_step(plan, lengths, sources, 0)
     assert (mine[:20] == all_tokens[:20]).all()
@@ -130,7 +137,9 @@ def test_bounded_shares_sum_to_one_and_keep_their_order(values, floor, ceiling):
     ordered = [shares[str(i)] for i in np.argsort(values, kind="stable")]
     assert all(a <= b + 1e-9 for a, b in pairwise(ordered))
     free = [
-        i for i, share in enumerate(shares.values()) if floor + 1e-9 < share < ceiling - 1e-9 and values[i] > 1e-3 * max(values)
+        i
+        for i, share in enumerate(shares.values())
+        if floor + 1e-9 < share < ceiling - 1e-9 and values[i] > 1e-3 * max(values)
     ]
     ratios = [shares[str(i)] / values[i] for i in free]
     assert not ratios or max(ratios) == pytest.approx(min(ratios), rel=1e-6)
@@ -140,17 +149,26 @@ def test_worse_source_is_drawn_more_with_floor_ceiling_and_smoothing():
     base = {"a": 0.5, "b": 0.5}
     kl = {"a": 0.9, "b": 0.1}
     assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0)) == pytest.approx({"a": 0.9, "b": 0.1})
-    assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0.5)) == pytest.approx({"a": 0.7, "b": 0.3})
-    assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0, ceiling=0.8)) == pytest.approx({"a": 0.8, "b": 0.2})
+    assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0.5)) == pytest.approx(
+        {"a": 0.7, "b": 0.3}
+    )
+    assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0, ceiling=0.8)) == pytest.approx(
+        {"a": 0.8, "b": 0.2}
+    )
     assert next_shares(base, base, kl, Sampling(kind="evaluation", smoothing=0, floor=0.25)) == pytest.approx(
         {"a": 0.75, "b": 0.25}
     )
-    assert next_shares({"a": 0.2, "b": 0.8}, base, {"a": float("nan"), "b": 1}, Sampling(kind="evaluation")) == {"a": 0.2, "b": 0.8}
+    assert next_shares({"a": 0.2, "b": 0.8}, base, {"a": float("nan"), "b": 1}, Sampling(kind="evaluation")) == {
+        "a": 0.2,
+        "b": 0.8,
+    }
 
 
 def test_growing_plan_gives_each_round_its_packs_one_step_after_its_evaluation():
     lengths, sources = rows_of(3)
-    plan = GrowingPlan([], 22, 11, 2, PACK, 3, packs_per_epoch=60, planner=planner_of(3, lengths, sources), every_steps=4)
+    plan = GrowingPlan(
+        [], 22, 11, 2, PACK, 3, packs_per_epoch=60, planner=planner_of(3, lengths, sources), every_steps=4
+    )
     with pytest.raises(AssertionError, match="read before its round is planned"):
         plan.rows_of(0)
     for shares, ends in (({0: 1.0, 1: 0.0}, 10), ({0: 0.0, 1: 1.0}, 18), ({0: 0.5, 1: 0.5}, 22)):
@@ -164,7 +182,10 @@ def test_growing_plan_gives_each_round_its_packs_one_step_after_its_evaluation()
 
 
 def test_shares_that_a_run_saw_are_in_its_metrics(recipe_of):
-    mixture = {"math": {"kind": "linear", "start": 0.9, "end": 0.1}, "ops": {"kind": "linear", "start": 0.1, "end": 0.9}}
+    mixture = {
+        "math": {"kind": "linear", "start": 0.9, "end": 0.1},
+        "ops": {"kind": "linear", "start": 0.1, "end": 0.9},
+    }
     recipe = recipe_of(mixture=mixture, trainer={"max_steps": 20, "per_device_train_batch_size": 2})
     run_stages(recipe)
     steps = read_steps(recipe.output_dir / "train/kd/metrics.jsonl")
@@ -196,11 +217,19 @@ def stage(**settings):
             "sampling moves the shares itself",
         ),
         (
-            {"sampling": {"kind": "evaluation", "floor": 0.4}, "evaluate": {"every_steps": 2}, "mixture": {"a": 1, "b": 1, "c": 1}},
+            {
+                "sampling": {"kind": "evaluation", "floor": 0.4},
+                "evaluate": {"every_steps": 2},
+                "mixture": {"a": 1, "b": 1, "c": 1},
+            },
             "cannot sum to 1",
         ),
         (
-            {"sampling": {"kind": "evaluation"}, "evaluate": {"every_steps": 2}, "trainer": {"dataloader_num_workers": 1}},
+            {
+                "sampling": {"kind": "evaluation"},
+                "evaluate": {"every_steps": 2},
+                "trainer": {"dataloader_num_workers": 1},
+            },
             "other processes would not see",
         ),
         (

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from shared.recipe_schedule import Schedule
-from student_train.schedules import value
+from shared.recipe.schedule import Schedule
+from student_train.order.schedules import value
 
 
 def test_linear_and_cosine_reach_both_ends_exactly():
@@ -17,7 +17,9 @@ def test_linear_and_cosine_reach_both_ends_exactly():
         assert value(schedule, 10, 11) == pytest.approx(0.5, abs=1e-12)
         assert value(schedule, 5, 11) == pytest.approx(1.25)
     assert value(Schedule(kind="linear", start=2.0, end=0.5), 2, 11) == pytest.approx(1.7)
-    assert value(Schedule(kind="cosine", start=2.0, end=0.5), 2, 11) == pytest.approx(1.25 + 0.75 * math.cos(0.2 * math.pi))
+    assert value(Schedule(kind="cosine", start=2.0, end=0.5), 2, 11) == pytest.approx(
+        1.25 + 0.75 * math.cos(0.2 * math.pi)
+    )
 
 
 def test_step_changes_where_it_says():

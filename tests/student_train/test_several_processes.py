@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from student_train.metrics_log import read_steps
-from student_train.stages import run_stages
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stages import run_stages
 
 
 def _train_as(rank: int, port: int, settings: dict[str, str], recipe: dict) -> None:
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
 
     os.environ |= {
         "RANK": str(rank),
@@ -102,7 +102,9 @@ def test_evaluations_over_shards_are_those_of_one_process_and_the_best_is_loaded
     assert train_with_two(together) == [0, 0]
     logs = [read_steps(recipe.output_dir / "train/kd/evaluations.jsonl") for recipe in (alone, together)]
     assert [step["kl_nats"] for step in logs[0]] == pytest.approx([step["kl_nats"] for step in logs[1]], rel=1e-5)
-    assert min(logs[0], key=lambda step: step["kl_nats"])["step"] < 3, "the best is not the last, so that it has to be loaded"
+    assert min(logs[0], key=lambda step: step["kl_nats"])["step"] < 3, (
+        "the best is not the last, so that it has to be loaded"
+    )
     assert_same_training(alone, together)
 
 
@@ -119,7 +121,9 @@ def test_killed_run_over_shards_goes_on_to_the_same_bytes_with_whole_checkpoints
     assert shapes == {tuple(parameter.shape) for parameter in model.parameters()}, "a checkpoint holds whole tensors"
     assert train_with_two(recipe) == [0, 0]
     for name in ("metrics.jsonl", "model/model.safetensors"):
-        assert (recipe.output_dir / "train/kd" / name).read_bytes() == (whole.output_dir / "train/kd" / name).read_bytes()
+        assert (recipe.output_dir / "train/kd" / name).read_bytes() == (
+            whole.output_dir / "train/kd" / name
+        ).read_bytes()
 
 
 def load_whole(path):
@@ -135,12 +139,16 @@ def load_whole(path):
         ({"optim": "adafactor"}, {}, r"trainer.optim adafactor does not work on shards .* choose one of adamw_torch"),
         ({}, {"adapter": "qlora"}, "4-bit weights cannot be sharded"),
         ({"torch_compile": True}, {}, "torch_compile is not supported together with trainer.fsdp"),
-        ({"fsdp": "none"}, {"env": "true"}, "asks for FSDP .ACCELERATE_USE_FSDP.; start with torchrun and set trainer.fsdp"),
+        (
+            {"fsdp": "none"},
+            {"env": "true"},
+            "asks for FSDP .ACCELERATE_USE_FSDP.; start with torchrun and set trainer.fsdp",
+        ),
     ],
     ids=["alone", "optimizer", "qlora", "compile", "launcher"],
 )
 def test_what_cannot_be_sharded_is_refused(recipe_of, monkeypatch, trainer, student, said):
-    from student_train.sharding import check_sharding
+    from student_train.train.sharding import check_sharding
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", student.pop("env", "false"))
     recipe = recipe_of(student=student, trainer={"fsdp": "full_shard", **trainer})

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from shared.errors import IdentityError, TrainingError
-from shared.recipe import Recipe, Student
-from student_train.dataset import CacheList
-from student_train.export import set_generation
-from student_train.stages import run_stages
-from student_train.student import add_adapter, load_student
-from student_train.student_head import check_head, head_of
+from shared.recipe.recipe import Recipe, Student
+from student_train.batch.dataset import CacheList
+from student_train.stage.export import set_generation
+from student_train.stage.stages import run_stages
+from student_train.student.student import add_adapter, load_student
+from student_train.student.student_head import check_head, head_of
 
 PROBE = torch.arange(3, 40)[None]
 
@@ -73,7 +73,9 @@ def test_end_token_of_a_base_model_joins_that_of_the_template(tiny):
 def test_adapter_is_merged_into_the_model_and_kept_beside_it(recipe_of, tiny):
     from peft import PeftModel
 
-    recipe = recipe_of(student={"adapter": "lora", "model": str(tiny.llama)}, trainer={"max_steps": 3, "learning_rate": 1e-2})
+    recipe = recipe_of(
+        student={"adapter": "lora", "model": str(tiny.llama)}, trainer={"max_steps": 3, "learning_rate": 1e-2}
+    )
     (model_dir,) = run_stages(recipe)
     adapted = PeftModel.from_pretrained(load(tiny.llama), str(model_dir.parent / "adapter")).eval()
     torch.testing.assert_close(logits(load(model_dir)), logits(adapted), atol=1e-5, rtol=1e-5)
@@ -96,7 +98,9 @@ def test_next_stage_starts_from_the_merged_model(recipe_of, tiny):
 def test_stage_that_starts_from_an_untrained_one_is_refused(recipe_of):
     document = recipe_of().model_dump(mode="json")
     document["stages"].append({**document["stages"][0], "name": "second", "init_from": "kd"})
-    with pytest.raises(TrainingError, match=r"'second' starts from stage 'kd', which has no model in .*; train that one first"):
+    with pytest.raises(
+        TrainingError, match=r"'second' starts from stage 'kd', which has no model in .*; train that one first"
+    ):
         run_stages(Recipe.model_validate(document), from_stage="second")
 
 
@@ -209,10 +213,14 @@ def test_bfloat16_compute_trains_float32_weights(recipe_of):
 def test_recomputed_activations_change_nothing(recipe_of, tmp_path):
     logs = []
     for checkpointing in (False, True):
-        recipe = recipe_of(student={"gradient_checkpointing": checkpointing, "adapter": "lora"}, trainer={"max_steps": 2})
+        recipe = recipe_of(
+            student={"gradient_checkpointing": checkpointing, "adapter": "lora"}, trainer={"max_steps": 2}
+        )
         recipe = recipe.model_copy(update={"output_dir": tmp_path / str(checkpointing)})
         run_stages(recipe)
-        logs.append([json.loads(line) for line in (recipe.output_dir / "train/kd/metrics.jsonl").read_text().splitlines()])
+        logs.append(
+            [json.loads(line) for line in (recipe.output_dir / "train/kd/metrics.jsonl").read_text().splitlines()]
+        )
     for plain, recomputed in zip(*logs, strict=True):
         assert plain["grad_norm"] == pytest.approx(recomputed["grad_norm"], rel=1e-5)
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from shared.errors import IdentityError, TrainingError, UsageError
-from student_train.dataset import CacheList
-from student_train.metrics_log import read_steps
-from student_train.stage_terms import terms_at
-from student_train.stage_work import resolve_stage
-from student_train.stages import run_stages
+from student_train.batch.dataset import CacheList
+from student_train.batch.stage_terms import terms_at
+from student_train.records.metrics_log import read_steps
+from student_train.stage.stage_work import resolve_stage
+from student_train.stage.stages import run_stages
 
 
 def metrics(recipe, name="kd"):
@@ -231,7 +231,10 @@ def test_loss_that_is_not_finite_stops_the_stage_and_its_health(recipe_of):
         ({"optim": "galore_adamw"}, "trainer.optim"),
         ({"report_to": "wandb"}, "report_to names wandb, which is not installed"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "trainer.lr_scheduler_type .* cannot be used"),
-        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"mim_lr": 0.1}}, "trainer.lr_scheduler_type .* cannot be used"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"mim_lr": 0.1}},
+            "trainer.lr_scheduler_type .* cannot be used",
+        ),
         ({"fp16": True}, "trainer.fp16 is set where there is no NVIDIA GPU"),
         ({"tf32": True}, "trainer.tf32 is set where there is no NVIDIA GPU"),
     ],

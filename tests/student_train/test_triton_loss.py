@@ -1,4 +1,6 @@
-"""The loss by tiles of the vocabulary equals dense float64 autograd and the loss by chunks; Triton runs in its interpreter here."""
+"""The loss by tiles of the vocabulary equals dense float64 autograd and the loss by chunks; Triton runs in its
+interpreter here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from student_train.fused_loss import LossTerm, fused_sparse_loss
+from student_train.operator.fused_loss import LossTerm, fused_sparse_loss
 from tests.student_train.dense_loss import dense_loss, make_case, relative_error
 
 
@@ -19,7 +21,7 @@ def _interpreted(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="triton is not installed")
-    import student_train.tiled_loss as tiled_loss
+    import student_train.operator.tiled_loss as tiled_loss
 
     monkeypatch.setattr(tiled_loss, "MIN_TILE", 16)  # two tiles of the tiny vocabulary
 
@@ -65,10 +67,13 @@ def test_bias_scale_softcap_padded_head_and_frozen_weight_are_as_by_chunks():
     results = []
     for operator in ("torch", "triton"):
         inputs = [
-            tensor.clone().requires_grad_() for tensor in (case.hidden, padded, torch.linspace(-1, 1, 42, dtype=torch.float64))
+            tensor.clone().requires_grad_()
+            for tensor in (case.hidden, padded, torch.linspace(-1, 1, 42, dtype=torch.float64))
         ]
         settings = {"logit_scale": 0.5, "softcap": 2.0, "vocab_size": 37, "operator": operator, "chunk_bytes": 1}
-        fused = fused_sparse_loss(*inputs[:2], case.labels, case.targets, TERMS["many"], 9, head_bias=inputs[2], **settings)
+        fused = fused_sparse_loss(
+            *inputs[:2], case.labels, case.targets, TERMS["many"], 9, head_bias=inputs[2], **settings
+        )
         frozen = fused_sparse_loss(inputs[0], padded, case.labels, case.targets, TERMS["many"], 9, **settings)
         results.append([*torch.autograd.grad(fused.loss, inputs), *torch.autograd.grad(frozen.loss, inputs[:1])])
     for by_chunks, by_tiles in zip(*results, strict=True):
@@ -96,7 +101,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from student_train import triton_kernels as kernels
+from student_train.operator import triton_kernels as kernels
 number, pointer, target = "fp32", "*fp32", GPUTarget("cuda", 89, 32)
 def binary(kernel, types, **constants):
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
@@ -117,6 +122,8 @@ def test_kernels_compile_for_an_ada_card_without_one(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     root = Path(__file__).resolve().parents[2]
-    child = subprocess.run([sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    child = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert child.returncode == 0, child.stderr[-2000:]
     assert all(int(size) > 1000 for size in child.stdout.split())

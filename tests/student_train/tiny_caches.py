@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.cache_writer import CacheWriter
-from shared.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
+from shared.cache.cache_writer import CacheWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.keys import group_key, row_key
-from shared.sequences import SequenceRow, make_row
-from shared.targets import Draws, SparseTargets
+from shared.parts.sequences import SequenceRow, make_row
+from shared.payload.targets import Draws, SparseTargets
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
@@ -34,7 +34,11 @@ def make_cache(
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
     model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval()
-    files = {file.name: file.read_bytes() for file in teacher_dir.iterdir() if "token" in file.name or "template" in file.name}
+    files = {
+        file.name: file.read_bytes()
+        for file in teacher_dir.iterdir()
+        if "token" in file.name or "template" in file.name
+    }
     files["tokenizer.json"] = tokenizer_bytes or files["tokenizer.json"]
     identity = SequencesIdentity(tokenizer_hash=tokenizer_hash(files["tokenizer.json"]), vocab_size=len(tokenizer))
     writer = CacheWriter.create_or_open(path, identity, files)
@@ -63,7 +67,9 @@ def make_cache(
 def _row(tokenizer, source: str, number: int) -> SequenceRow:
     prompt = f"{source}: what follows {NUMBERS[number % 8]} and {number}?"
     answer = f"After {number} comes {number + 1}" + f", then {number + 2}" * (number % 5) + "."
-    prompt_ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
+    prompt_ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+    )
     answer_ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     group = group_key(prompt)
     return make_row(
@@ -80,8 +86,14 @@ def _row(tokenizer, source: str, number: int) -> SequenceRow:
 
 
 @torch.no_grad()
-def teacher_targets(model, row: SequenceRow, k: int, temperatures: tuple[float, ...], num_draws: int = 0) -> SparseTargets:
-    logits = model(input_ids=torch.from_numpy(row.token_ids.astype(np.int64))[None]).logits[0, row.predictor_index()].double()
+def teacher_targets(
+    model, row: SequenceRow, k: int, temperatures: tuple[float, ...], num_draws: int = 0
+) -> SparseTargets:
+    logits = (
+        model(input_ids=torch.from_numpy(row.token_ids.astype(np.int64))[None])
+        .logits[0, row.predictor_index()]
+        .double()
+    )
     logprobs = logits.log_softmax(-1)
     top, ids = logprobs.topk(k, dim=-1)
     outside = torch.ones_like(logprobs, dtype=torch.bool).scatter_(1, ids, False)

@@ -13,7 +13,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def decant(directory: Path, *words: str, code: int = 0, seconds: int = 900, **environment: str) -> subprocess.CompletedProcess[str]:
+def decant(
+    directory: Path, *words: str, code: int = 0, seconds: int = 900, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run `decant WORDS` in `directory`, check its exit code and that no traceback was printed."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "tools.cli", *words],
@@ -26,7 +28,9 @@ def decant(directory: Path, *words: str, code: int = 0, seconds: int = 900, **en
 
 def refusal(directory: Path, *words: str, code: int = 1) -> str:
     """Return the sentence with which the program refuses; there is exactly one line."""
-    lines = [line for line in decant(directory, *words, code=code).stderr.splitlines() if line.startswith("decant: error: ")]
+    lines = [
+        line for line in decant(directory, *words, code=code).stderr.splitlines() if line.startswith("decant: error: ")
+    ]
     assert len(lines) == 1, lines
     return lines[0]
 

@@ -1,8 +1,10 @@
-"""The small twin of a recipe: the same stages, losses, schedules and captures, with models of the same shape made on the spot.
+"""The small twin of a recipe: the same stages, losses, schedules and captures, with models of the same shape made on
+the spot.
 
-Models get the recipe's stated architecture, number of layers included, at a width of 64 and with the tests' tokenizer. What needs a
-GPU, several of them or a network is replaced by what a CPU has: the transformers engine, plain AdamW, LoRA over weights that are
-not quantised. Everything else stays as the recipe says, only shorter.
+Models get the recipe's stated architecture, number of layers included, at a width of 64 and with the tests' tokenizer.
+What needs a
+GPU, several of them or a network is replaced by what a CPU has: the transformers engine, plain AdamW, LoRA over weights
+that are not quantised. Everything else stays as the recipe says, only shorter.
 """
 
 from __future__ import annotations
@@ -51,14 +53,23 @@ def make_model(directory: Path, stated: dict[str, Any]) -> None:
 
     tokenizer = make_tokenizer(directory)
     same_heads = stated["num_attention_heads"] == stated["num_key_value_heads"]
-    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2 if same_heads else 1}
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2 if same_heads else 1,
+    }
     sizes |= {"intermediate_size": 96, "max_position_embeddings": 512, "initializer_range": 0.2}
     sizes |= {"head_dim": 32} if "head_dim" in stated else {}
-    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} if "num_experts" in stated else {}
+    sizes |= (
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32} if "num_experts" in stated else {}
+    )
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(len(directory.name))
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**stated, **sizes, **ends}), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**{**stated, **sizes, **ends}), dtype=torch.float32
+        )
         model.get_output_embeddings().weight[tokenizer.eos_token_id] = 0.0  # no answer is empty
     model.save_pretrained(directory, safe_serialization=True)
 
@@ -77,7 +88,9 @@ def _write_adapter(directory: Path, base: Path) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -105,7 +118,12 @@ def _small_training(twin: dict[str, Any]) -> None:
     twin["student"]["dtype"] = "float32"
     for stage in twin["stages"]:
         stage["trainer"].pop("num_train_epochs", None)
-        stage["trainer"] |= {"max_steps": STEPS, "pack_tokens": 256, "gradient_accumulation_steps": 1, "optim": "adamw_torch"}
+        stage["trainer"] |= {
+            "max_steps": STEPS,
+            "pack_tokens": 256,
+            "gradient_accumulation_steps": 1,
+            "optim": "adamw_torch",
+        }
         stage["trainer"]["report_to"] = ["tensorboard"]
         stage.pop("max_length", None)
         if "evaluate" in stage:

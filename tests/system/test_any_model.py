@@ -1,4 +1,6 @@
-"""Models and prompts that the project has never seen, with a recipe alone, on a real vLLM: phase 1, phase 2, evaluation, report."""
+"""Models and prompts that the project has never seen, with a recipe alone, on a real vLLM: phase 1, phase 2,
+evaluation, report.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from tests.system.program import ROOT, decant, write_lines
 from tests.tiny_models import CHATML, TURN_END, make_llama, make_qwen3
 
@@ -82,7 +84,9 @@ def check_run(place: Path) -> Cache:
     """Check report, cache and saved model of a finished run, and that the same command again computes nothing."""
     report = json.loads((place / "run" / "report.json").read_text())
     cache = Cache.open(place / "run" / "cache")
-    assert report["cache"]["rows"] == len(cache) and report["cache"]["positions"] == sum(row.num_positions for row in cache)
+    assert report["cache"]["rows"] == len(cache) and report["cache"]["positions"] == sum(
+        row.num_positions for row in cache
+    )
     assert report["models"]["teacher"]["heldout"]["kl_nats"] < 2e-3
     assert report["models"]["kd"]["heldout"]["kl_nats"] < report["models"]["base"]["heldout"]["kl_nats"]
     assert len({row.row_key for row in cache}) == len(cache)
@@ -182,7 +186,9 @@ def fill_vocabulary(directory: Path, size: int) -> None:
     path = directory / "tokenizer.json"
     document = json.loads(path.read_text())
     taken = {token["id"] for token in document["added_tokens"]} | set(document["model"]["vocab"].values())
-    document["model"]["vocab"] |= {token["content"]: token["id"] for token in document["added_tokens"]}  # else they move behind
+    document["model"]["vocab"] |= {
+        token["content"]: token["id"] for token in document["added_tokens"]
+    }  # else they move behind
     document["model"]["vocab"] |= {f"filler{i}": i for i in range(size) if i not in taken}
     path.write_text(json.dumps(document))
     tokenizer = AutoTokenizer.from_pretrained(directory)

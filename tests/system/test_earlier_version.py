@@ -1,7 +1,7 @@
 """A run of the first version, cache and finished stages, is picked up by the same command: nothing is computed again.
 
-`data/golden/run-1` was made by that version (`decant run recipe.yaml` there) and is never made again; stage `kd` keeps the
-checkpoint of its second step, so that continuing a begun stage can be tried too.
+`data/golden/run-1` was made by that version (`decant run recipe.yaml` there) and is never made again; stage `kd` keeps
+the checkpoint of its second step, so that continuing a begun stage can be tried too.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from pydantic import create_model
 
-from shared.cache import Cache, verify_cache
-from shared.jobs import list_jobs
-from shared.recipe_file import load_recipe
+from shared.cache.cache import Cache, verify_cache
+from shared.keys import group_key
+from shared.parts.jobs import list_jobs
+from shared.recipe.file import load_recipe
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "run-1"
 
@@ -53,31 +54,49 @@ def test_more_prompts_make_only_their_own_rows(run: Path) -> None:
     assert list(verify_cache(run / "cache")) == []
 
 
+def test_a_cache_that_grows_keeps_the_rule_of_its_groups_and_says_so(run: Path) -> None:
+    from teacher_cache.build import teach
+
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ben has 9 pears.  How many?"}]
+    (run / "prompts.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    header = (run / "cache" / "cache.json").read_bytes()
+    summary = teach(load_recipe(Path("recipe.yaml")))
+    assert summary.generated.rows == 2
+    assert (run / "cache" / "cache.json").read_bytes() == header
+    keys = {key.tobytes() for key in Cache.open(run / "cache").group_keys}
+    assert group_key("system\nBe brief.\n\nuser\nBen has 9 pears.  How many?") in keys
+    assert any("rows belong together by their whole prompt" in line for line in summary.lines())
+
+
 def test_jobs_keep_their_names() -> None:
     assert [job.id for job in list_jobs(GOLDEN / "cache")] == ["0b285443b2811326c7dfa6d8fb188918"]
     assert Cache.open(GOLDEN / "cache", verify=True).cache_id
 
 
 def test_finished_stages_are_reused(run: Path) -> None:
-    from student_train.progress import SilentProgress
-    from student_train.stages import run_stages
+    from student_train.records.progress import SilentProgress
+    from student_train.stage.stages import run_stages
 
     before = files_of(run / "run" / "train")
     run_stages(load_recipe(Path("recipe.yaml")), open_progress=SilentProgress)
     assert files_of(run / "run" / "train") == before
 
 
-def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shared.recipe import Stage, StageTrainer
-    from student_train.stage_identity import claim_stage
-    from student_train.stage_work import resolve_stage
+def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shared.recipe.recipe import Stage, StageTrainer
+    from student_train.stage.stage_identity import claim_stage
+    from student_train.stage.stage_work import resolve_stage
 
     recipe = load_recipe(Path("recipe.yaml"))
     grown_trainer = create_model("LaterTrainer", __base__=StageTrainer, fused=(bool, False))
     grown_stage = create_model("LaterStage", __base__=Stage, trainer=(grown_trainer, grown_trainer()))
     for value in (False, True):
         stage = recipe.stage("kd")
-        trainer = grown_trainer(**{name: getattr(stage.trainer, name) for name in stage.trainer.model_fields_set}, fused=value)
+        trainer = grown_trainer(
+            **{name: getattr(stage.trainer, name) for name in stage.trainer.model_fields_set}, fused=value
+        )
         work = resolve_stage(recipe, grown_stage.model_construct(**{**dict(stage), "trainer": trainer}))
         if value:
             with pytest.raises(Exception, match=r"stage\.trainer\.fused null where the recipe now has true"):
@@ -87,8 +106,8 @@ def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(run: P
 
 
 def test_a_begun_stage_is_continued_from_its_checkpoint(run: Path) -> None:
-    from student_train.progress import SilentProgress
-    from student_train.stages import run_stages
+    from student_train.records.progress import SilentProgress
+    from student_train.stage.stages import run_stages
 
     directory = run / "run" / "train" / "kd"
     finished = (directory / "model" / "model.safetensors").read_bytes()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
-from shared.verify import verify_cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
 from tests.system.program import ROOT, decant, write_lines
 from tests.tiny_models import make_qwen3
 
@@ -37,7 +37,9 @@ UNITS = 40
 def one_engine(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("one")
     make_qwen3(place / "teacher")
-    write_lines(place / "prompts.jsonl", ({"prompt": f"How many apples has Anna, number {i}?"} for i in range(2 * UNITS)))
+    write_lines(
+        place / "prompts.jsonl", ({"prompt": f"How many apples has Anna, number {i}?"} for i in range(2 * UNITS))
+    )
     (place / "recipe.yaml").write_text(RECIPE % "")
     decant(place, *TEACH)
     return place
@@ -91,7 +93,10 @@ def engine_processes(mark: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::EngineWorker" in (path / "cmdline").read_bytes() and mark.encode() in (path / "environ").read_bytes():
+            if (
+                b"ray::EngineWorker" in (path / "cmdline").read_bytes()
+                and mark.encode() in (path / "environ").read_bytes()
+            ):
                 found.append(int(path.name))
         except OSError:
             continue  # ended while we looked, or not ours
@@ -131,7 +136,8 @@ def test_a_unit_that_kills_two_engines_is_set_aside_with_its_cause_and_done_late
     done = decant(place, *TEACH, code=1, DECANT_FAILPOINT="engine.unit_5")
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("decant: error: "))
     assert (
-        f"1 units were set aside, since each killed two engines, the first: {killer} (generate): the engine's process died" in line
+        f"1 units were set aside, since each killed two engines, the first: {killer} (generate): the engine's "
+        "process died" in line
     )
     assert f"set aside: {killer} (generate)" in done.stdout and "restarts: 2" in done.stdout
     expected = {name: data for name, data in parts(one_engine, "targets").items() if not name.startswith(killer)}
@@ -142,5 +148,7 @@ def test_a_unit_that_kills_two_engines_is_set_aside_with_its_cause_and_done_late
 
 
 def parts_of_unit(place: Path, unit: int) -> str:
-    (stem,) = {name.partition(".")[0] for name in parts(place, "sequences") if name.partition(".")[0].endswith(f"-{unit:06d}")}
+    (stem,) = {
+        name.partition(".")[0] for name in parts(place, "sequences") if name.partition(".")[0].endswith(f"-{unit:06d}")
+    }
     return stem

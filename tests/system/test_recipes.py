@@ -8,16 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
 from tests.system.program import ROOT, decant
 from tests.system.recipe_twins import EVERY, STEPS, report_of, write_twin
-from tools.plan_card import plan_card
-from tools.planner import plan
+from tools.plan.plan_card import plan_card
+from tools.plan.planner import plan
 
 NOT_RECIPES = ROOT / "recipes" / "cluster"
 """What is there is for a cluster's own tools."""
 NUM_RECIPES = 8
-SYSTEMS = ("code-analyst", "large-to-small-fast", "large-to-small-precise", "kd-verify", "qwen3-course", "multi-stage-medical")
+SYSTEMS = (
+    "code-analyst",
+    "large-to-small-fast",
+    "large-to-small-precise",
+    "kd-verify",
+    "qwen3-course",
+    "multi-stage-medical",
+)
 
 
 def recipe_files() -> list[Path]:
@@ -37,7 +44,9 @@ def test_every_recipe_validates():
 def test_a_system_at_true_size_is_priced_from_the_sizes_that_it_states(name):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
     stated, priced = recipe.assume.sources, plan(recipe)
-    assert {source: figures["rows"] for source, figures in priced["sources"].items()} == {s: a.rows for s, a in stated.items()}
+    assert {source: figures["rows"] for source, figures in priced["sources"].items()} == {
+        s: a.rows for s, a in stated.items()
+    }
     assert sum("as the recipe states" in line for line in priced["assumptions"]) >= len(stated)
     assert priced["bytes"]["at_most"] >= priced["bytes"]["expected"] > 0
     assert all(stage["steps"] > 0 for stage in priced["stages"].values())
@@ -78,7 +87,9 @@ class Twin:
                 assert step["temperatures"] == {loss.name: loss.temperature.value(progress) for loss in stage.losses}
                 assert all(math.isfinite(value) for value in step["terms"].values())
                 if stage.balance.kind == "fixed":
-                    assert step["weights"] == pytest.approx({loss.name: loss.weight.value(progress) for loss in stage.losses})
+                    assert step["weights"] == pytest.approx(
+                        {loss.name: loss.weight.value(progress) for loss in stage.losses}
+                    )
             assert json.loads((self.place / "run" / "train" / stage.name / "health.json").read_text())["healthy"]
         assert list(self.report["models"]) == list(self.recipe.evaluate.models)
         for model in self.report["models"].values():
@@ -86,7 +97,9 @@ class Twin:
             assert model["heldout"]["perplexity"] > 1
 
     def layers(self) -> list[dict]:
-        found = [json.loads(path.read_text()) for path in (self.place / "run" / "cache" / "targets").glob("*/layer.json")]
+        found = [
+            json.loads(path.read_text()) for path in (self.place / "run" / "cache" / "targets").glob("*/layer.json")
+        ]
         return [layer["identity"] for layer in found]
 
     def shares(self, stage: str) -> list[dict[str, float]]:
@@ -163,7 +176,13 @@ def test_multi_stage_medical_in_small(tmp_path):
     assert all(set(shares) == {"general"} for shares in twin.shares("general"))
     domain = [shares.get("general", 0.0) for shares in twin.shares("domain")]
     assert sum(domain[:3]) > sum(domain[3:])
-    assert list(twin.steps("domain")[0]["terms"]) == ["forward_kl", "cross_entropy", "hidden", "attention", "contrastive"]
+    assert list(twin.steps("domain")[0]["terms"]) == [
+        "forward_kl",
+        "cross_entropy",
+        "hidden",
+        "attention",
+        "contrastive",
+    ]
     weights = [step["weights"] for step in twin.steps("domain")]
     assert weights[0] != weights[-1], "gradient norms move the weights"
     assert all("general" not in shares for shares in twin.shares("tuning"))

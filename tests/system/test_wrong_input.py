@@ -1,4 +1,6 @@
-"""Wrong input through the program itself: one clear sentence, exit code 1 or 2, and never a cache that looks whole but is not."""
+"""Wrong input through the program itself: one clear sentence, exit code 1 or 2, and never a cache that looks whole but
+is not.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import CacheError
 from tests.system.program import write_lines
 from tests.tiny_models import make_qwen3
@@ -162,7 +164,8 @@ def test_temperature_that_was_not_captured_is_refused_before_and_after_the_build
     assert code == 2 and "temperature 2 is not captured" in error
     (built / "reuse.yaml").write_text(
         "name: reuse\noutput_dir: run2\ncache: run/cache\nstudent: {model: student}\n"
-        "stages: [{name: kd, losses: [{name: forward_kl, temperature: 2.0}], trainer: {max_steps: 2, pack_tokens: 128}}]\n"
+        "stages: [{name: kd, losses: [{name: forward_kl, temperature: 2.0}], trainer: {max_steps: 2, pack_tokens: "
+        "128}}]\n"
     )
     code, _, error = run(capsys, "train", "reuse.yaml")
     assert code == 1 and "temperature 2" in error
@@ -179,7 +182,9 @@ def test_full_disk_is_one_sentence_and_the_same_command_continues(place, capsys,
     write_lines(place / "prompts.jsonl", questions(400))
     (place / "recipe.yaml").write_text(RECIPE.replace("rows_per_part: 4", "rows_per_part: 400"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as a full disk: write fails with an error instead of a signal
+    ignored = signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )  # as a full disk: write fails with an error instead of a signal
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
         code, _, error = run(capsys, "teach", "recipe.yaml")

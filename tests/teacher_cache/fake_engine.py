@@ -1,4 +1,6 @@
-"""An engine whose answers and scores are pure functions of the request, returned out of order: for the builder's logic only."""
+"""An engine whose answers and scores are pure functions of the request, returned out of order: for the builder's logic
+only.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from shared.recipe import Capture, Teacher
-from shared.targets import SparseTargets
+from shared.payload.targets import SparseTargets
+from shared.recipe.recipe import Capture, Teacher
 from teacher_cache.engines.protocol import Generated, Scored
 from tests.tiny_models import VOCAB_SIZE
 
@@ -56,7 +58,9 @@ class FakeEngine:
         for request in self._shuffled(requests):
             self.scored += 1
             self.on_result()
-            yield Scored(request.tag, fake_targets(request.token_ids, request.spans, self.capture.k, self.capture.temperatures))
+            yield Scored(
+                request.tag, fake_targets(request.token_ids, request.spans, self.capture.k, self.capture.temperatures)
+            )
 
     def provenance(self) -> dict:
         return {"engine": "fake"}
@@ -65,7 +69,9 @@ class FakeEngine:
         self.closed += 1
 
 
-def fake_targets(token_ids: np.ndarray, spans: np.ndarray, k: int, temperatures: tuple[float, ...] = (1.0,)) -> SparseTargets:
+def fake_targets(
+    token_ids: np.ndarray, spans: np.ndarray, k: int, temperatures: tuple[float, ...] = (1.0,)
+) -> SparseTargets:
     """Geometric probabilities over ids that follow from the token before, as if every entry had one."""
     positions = np.concatenate([np.arange(start, end) for start, end in spans])
     before = token_ids[positions - 1]
@@ -73,7 +79,8 @@ def fake_targets(token_ids: np.ndarray, spans: np.ndarray, k: int, temperatures:
     logprobs = np.tile(-0.7 * np.arange(1, k + 1, dtype=np.float32), (len(positions), 1))
     head = {t: -np.expm1(-0.7 * k / t) * (np.exp(-0.7 / t) / -np.expm1(-0.7 / t)) for t in temperatures}
     tail = [
-        np.log1p(-min(head[t], 0.999)) if t > 1 else np.log1p(-np.exp(logprobs[0].astype(np.float64)).sum()) for t in temperatures
+        np.log1p(-min(head[t], 0.999)) if t > 1 else np.log1p(-np.exp(logprobs[0].astype(np.float64)).sum())
+        for t in temperatures
     ]
     labels = token_ids[positions]
     inside = (labels[:, None] == ids).argmax(1)

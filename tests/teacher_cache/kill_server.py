@@ -1,8 +1,8 @@
 """Runs builds that are killed: imports torch and transformers once, then forks one child per build.
 
-Reads one JSON list per line of {"recipe": ..., "failpoint": name or null, "fake": bool, "partition": [i, n] or null}, runs those
-builds at the same time, and answers with the list of the children's exit statuses (negative: the signal that killed it). Nothing
-that starts threads runs in this process, so that its children may fork.
+Reads one JSON list per line of {"recipe": ..., "failpoint": name or null, "fake": bool, "partition": [i, n] or null},
+runs those builds at the same time, and answers with the list of the children's exit statuses (negative: the signal that
+killed it). Nothing that starts threads runs in this process, so that its children may fork.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
 def run(request: dict) -> int:
     import teacher_cache.engines as engines
     from shared.errors import DecantError
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
     from teacher_cache.build import teach
 
     os.environ["DECANT_FAILPOINT"] = request["failpoint"] or ""

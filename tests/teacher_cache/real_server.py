@@ -1,4 +1,6 @@
-"""A real vLLM server on the loopback, in a process group of its own, because a killed one leaves its engine's processes."""
+"""A real vLLM server on the loopback, in a process group of its own, because a killed one leaves its engine's
+processes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ class RealServer:
         # Seeds and a prompt cut in two passes kill the CPU runner, hence no chunks.
         self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
-        self._command += ["--max-model-len", str(max_model_len), "--max-num-batched-tokens", "1024", "--no-enable-chunked-prefill"]
+        self._command += [
+            "--max-model-len",
+            str(max_model_len),
+            "--max-num-batched-tokens",
+            "1024",
+            "--no-enable-chunked-prefill",
+        ]
         self._command += ["--max-num-seqs", "32", *options]
         self._process: subprocess.Popen | None = None
 
@@ -33,7 +41,12 @@ class RealServer:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> None:
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        environment = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import teacher_cache.engines as engines
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import CacheError, EngineError, IdentityError, PromptError, UsageError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.build import BuildStoppedError, SetAsideError, teach
 from tests.teacher_cache.fake_engine import END_ID, FakeEngine, fake_targets
 from tests.tiny_models import make_qwen3
@@ -39,7 +39,10 @@ def opened(monkeypatch) -> list[FakeEngine]:
 
 
 def write_prompts(path: Path, count: int, start: int = 0, **extra) -> Path:
-    rows = [{"prompt": f"How many apples has Anna, number {i}?", "answer": str(i), **extra} for i in range(start, start + count)]
+    rows = [
+        {"prompt": f"How many apples has Anna, number {i}?", "answer": str(i), **extra}
+        for i in range(start, start + count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -74,7 +77,9 @@ def recipe(tmp_path: Path, model: Path, **settings) -> Recipe:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }
 
 
 def test_every_prompt_is_answered_scored_and_readable(tmp_path, model, opened):
@@ -126,7 +131,9 @@ def test_another_capture_only_scores_and_another_system_text_answers_anew(tmp_pa
     wider = teach(recipe(tmp_path, model, capture={"k": 8}))
     assert (wider.generated.rows, wider.scored.rows, wider.rows) == (0, 20, 20)
     assert len(Cache.open(tmp_path / "cache", targets="top8").layers()) == 2
-    prompts = [{"source": "math", "path": str(tmp_path / "math.jsonl"), "format": "prompt_completion", "system": "Be brief."}]
+    prompts = [
+        {"source": "math", "path": str(tmp_path / "math.jsonl"), "format": "prompt_completion", "system": "Be brief."}
+    ]
     brief = teach(recipe(tmp_path, model, prompts=prompts))
     assert (brief.generated.rows, brief.rows) == (20, 40)
 
@@ -138,7 +145,10 @@ def test_two_partitions_make_the_cache_of_one_process(tmp_path, model, opened):
     teach(recipe(tmp_path, model), partition=(0, 2))
     assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
     wider = {"capture": {"k": 8}}
-    shares = [teach(recipe(tmp_path, model, prompts=[], generate=None, **wider), partition=(i, 3)).scored.rows for i in range(3)]
+    shares = [
+        teach(recipe(tmp_path, model, prompts=[], generate=None, **wider), partition=(i, 3)).scored.rows
+        for i in range(3)
+    ]
     assert sum(shares) == 20
 
 
@@ -168,8 +178,12 @@ def test_given_answers_are_taken_over_without_an_engine_for_pass_1(tmp_path, mod
 
 def test_rows_that_cannot_be_scored_are_set_aside_before_sequences_are_committed(tmp_path, model, opened):
     path = write_prompts(tmp_path / "math.jsonl", 20)
-    path.write_text(path.read_text() + json.dumps({"prompt": "apples " * 200}) + "\n" + json.dumps({"prompt": "<|im_end|>"}) + "\n")
-    with pytest.raises(SetAsideError, match=r"math\.jsonl:21: the prompt has \d+ tokens.*2 of 22 rows cannot be used") as caught:
+    path.write_text(
+        path.read_text() + json.dumps({"prompt": "apples " * 200}) + "\n" + json.dumps({"prompt": "<|im_end|>"}) + "\n"
+    )
+    with pytest.raises(
+        SetAsideError, match=r"math\.jsonl:21: the prompt has \d+ tokens.*2 of 22 rows cannot be used"
+    ) as caught:
         teach(recipe(tmp_path, model))
     assert (caught.value.summary.rows, caught.value.summary.num_set_aside) == (20, 2)
     with pytest.raises(SetAsideError):  # the state of the job, not of the run
@@ -216,7 +230,9 @@ def test_malformed_lines_fail_the_build_above_the_threshold_and_leave_no_plan(tm
 
 
 @pytest.mark.parametrize("hits", [3, 25, 31])
-def test_sigterm_leaves_whole_parts_and_the_same_command_makes_the_same_bytes(tmp_path, model, opened, monkeypatch, hits):
+def test_sigterm_leaves_whole_parts_and_the_same_command_makes_the_same_bytes(
+    tmp_path, model, opened, monkeypatch, hits
+):
     teach(recipe(tmp_path, model, cache=str(tmp_path / "whole")))
     count = 0
 
@@ -250,7 +266,7 @@ def test_a_failing_write_stops_the_build_at_once_with_its_cause(tmp_path, model,
     def full(*args, **kwargs):
         raise CacheError("the disk is full")
 
-    monkeypatch.setattr("shared.cache_writer.CacheWriter.write_sequences", full)
+    monkeypatch.setattr("shared.cache.cache_writer.CacheWriter.write_sequences", full)
     prompts = write_prompts(tmp_path / "many.jsonl", 400)
     with pytest.raises(CacheError, match="the disk is full"):
         teach(recipe(tmp_path, model, prompts=[{"source": "m", "path": str(prompts), "format": "prompt_completion"}]))
@@ -258,11 +274,13 @@ def test_a_failing_write_stops_the_build_at_once_with_its_cause(tmp_path, model,
     assert opened[0].closed == 1
 
 
-def test_a_failure_while_rows_are_made_in_the_writers_thread_stops_the_build_with_its_cause(tmp_path, model, opened, monkeypatch):
-    def fail(*_):
+def test_a_failure_while_rows_are_made_in_the_writers_thread_stops_the_build_with_its_cause(
+    tmp_path, model, opened, monkeypatch
+):
+    def fail(*_, **__):
         raise RuntimeError("the tokenizer broke")
 
-    monkeypatch.setattr("teacher_cache.sequence_maker.SequenceMaker.answered", fail)
+    monkeypatch.setattr("teacher_cache.prompts.sequence_maker.SequenceMaker.answered", fail)
     with pytest.raises(RuntimeError, match="the tokenizer broke"):
         teach(recipe(tmp_path, model))
 
@@ -288,7 +306,9 @@ def test_another_tokenizer_is_refused_before_an_engine_starts(tmp_path, model, o
 
 def test_another_chat_template_may_score_but_not_extend(tmp_path, model, opened):
     teach(recipe(tmp_path, model))
-    base = make_qwen3(tmp_path / "base", seed=1, chat_template="{{ messages[0].content }}{{ messages[-1].content }}<|im_end|>")
+    base = make_qwen3(
+        tmp_path / "base", seed=1, chat_template="{{ messages[0].content }}{{ messages[-1].content }}<|im_end|>"
+    )
     with pytest.raises(IdentityError, match="template is"):
         teach(recipe(tmp_path, base))
     summary = teach(recipe(tmp_path, base, prompts=[], generate=None))
@@ -297,7 +317,9 @@ def test_another_chat_template_may_score_but_not_extend(tmp_path, model, opened)
 
 def test_a_row_longer_than_a_second_teacher_takes_is_named_before_its_engine_starts(tmp_path, model, opened):
     teach(recipe(tmp_path, model))
-    with pytest.raises(EngineError, match=r"part-[0-9a-f]{8}-000000:\d+: the row has \d+ tokens and the teacher takes 30"):
+    with pytest.raises(
+        EngineError, match=r"part-[0-9a-f]{8}-000000:\d+: the row has \d+ tokens and the teacher takes 30"
+    ):
         teach(recipe(tmp_path, model, prompts=[], generate=None, capture={"k": 5}, teacher={"max_model_len": 30}))
     assert len(opened) == 1
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache import Cache
-from shared.recipe import Recipe
-from shared.verify import verify_cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
+from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
 from tests.tiny_models import make_qwen3
 
@@ -86,7 +86,11 @@ def test_given_conversations_are_scored_at_the_positions_that_predict_their_answ
     talk = [{"role": role, "content": content} for role, content in turns]
     prompts = [
         {"source": "talk", "path": write(tmp_path / "talk.jsonl", [{"messages": talk}]), "format": "messages"},
-        {"source": "story", "path": write(tmp_path / "story.jsonl", [{"text": "The train leaves at seven."}]), "format": "text"},
+        {
+            "source": "story",
+            "path": write(tmp_path / "story.jsonl", [{"text": "The train leaves at seven."}]),
+            "format": "text",
+        },
     ]
     summary = teach(recipe(tmp_path, model, prompts))
     assert (summary.imported.rows, summary.scored.rows) == (2, 2)
@@ -94,7 +98,7 @@ def test_given_conversations_are_scored_at_the_positions_that_predict_their_answ
     rows = {cache[i].source: cache[i] for i in range(2)}
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(cache.path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(cache.tokenizer_dir)
     texts = [tokenizer.decode(rows["talk"].token_ids[start:end].tolist()) for start, end in rows["talk"].spans]
     assert texts == ["It is two.<|im_end|>", "Three apples.<|im_end|>"]
     assert rows["story"].spans.tolist() == [[1, len(rows["story"].token_ids)]]
@@ -125,7 +129,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     from shared.errors import DecantError
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
     from teacher_cache.build import teach
 
     try:

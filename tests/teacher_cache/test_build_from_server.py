@@ -1,4 +1,6 @@
-"""A cache built from a real vLLM server that is killed in mid-job, against the engine in process and the transformers oracle."""
+"""A cache built from a real vLLM server that is killed in mid-job, against the engine in process and the transformers
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
-from shared.recipe import Recipe
-from shared.verify import verify_cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
+from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
 from tests.teacher_cache.real_server import RealServer
 from tests.tiny_models import make_qwen3

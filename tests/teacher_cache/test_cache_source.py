@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.layout import read_header
+from shared.cache.verify import verify_cache
 from shared.errors import DecantError, IdentityError
-from shared.jobs import list_jobs
-from shared.recipe import Recipe
-from shared.records import list_records
-from shared.verify import verify_cache
+from shared.parts.jobs import list_jobs
+from shared.parts.records import list_records
+from shared.recipe.recipe import Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
 from tests.teacher_cache.fake_engine import FakeEngine
 from tests.tiny_models import make_qwen3
-from tools.plan_prompts import count_prompts
+from tools.plan.plan_prompts import count_prompts
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,11 @@ def build_first(tmp_path: Path, model: Path) -> Path:
     teach(recipe(tmp_path, model, "first", prompts, generate={"max_new_tokens": 16, "samples_per_prompt": 2}))
     turns = [{"role": role, "content": f"{role} says {i}"} for i in range(3) for role in ("user", "assistant")]
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    teach(recipe(tmp_path, model, "first", [{"source": "talk", "path": str(tmp_path / "talk.jsonl"), "format": "messages"}]))
+    teach(
+        recipe(
+            tmp_path, model, "first", [{"source": "talk", "path": str(tmp_path / "talk.jsonl"), "format": "messages"}]
+        )
+    )
     return tmp_path / "first"
 
 
@@ -112,7 +117,9 @@ def test_cache_of_another_tokenizer_is_refused_before_anything_is_written(tmp_pa
     a, b = list(vocabulary)[300:302]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (other / "tokenizer.json").write_text(json.dumps(document))
-    with pytest.raises(IdentityError, match=r"first: was written with another tokenizer \(hash \w{8}\) than the teacher"):
+    with pytest.raises(
+        IdentityError, match=r"first: was written with another tokenizer \(hash \w{8}\) than the teacher"
+    ):
         teach(recipe(tmp_path, other, "second", [{"path": str(first), "format": "cache"}]))
     with pytest.raises(DecantError, match="is not a cache"):
         teach(recipe(tmp_path, models[1], "second", [{"path": str(tmp_path), "format": "cache"}]))
@@ -124,7 +131,8 @@ def test_row_that_is_too_long_for_this_teacher_is_set_aside(tmp_path, models):
     longest = max(len(row.token_ids) for row in Cache.open(first))
     section = {"model": str(models[1]), "engine": "transformers", "max_model_len": longest - 1}
     summary = teach(
-        recipe(tmp_path, models[1], "second", [{"path": str(first), "format": "cache"}], teacher=section), max_set_aside=0.5
+        recipe(tmp_path, models[1], "second", [{"path": str(first), "format": "cache"}], teacher=section),
+        max_set_aside=0.5,
     )
     assert (summary.rows, summary.num_set_aside) == (26, 1)
 
@@ -147,3 +155,22 @@ def test_setting_that_a_cache_cannot_honour_is_refused(tmp_path, source, setting
         source["path"] = str(tmp_path / "second")
     with pytest.raises(ValueError, match=why):
         recipe(tmp_path, tmp_path, "second", [source], **settings)
+
+
+def test_a_new_cache_groups_as_the_cache_that_it_takes_rows_from_and_an_older_rule_joins_no_newer_cache(
+    tmp_path, models
+):
+    first = build_first(tmp_path, models[0])
+    prompts = [{"path": str(first), "format": "cache"}]
+    assert read_header(first).identity.groups == "first question"
+    teach(recipe(tmp_path, models[0], "second", prompts))
+    assert read_header(tmp_path / "second").identity.groups == "first question"
+    document = json.loads((first / "cache.json").read_text())
+    del document["identity"]["groups"]  # as earlier versions wrote it
+    (first / "cache.json").write_text(json.dumps(document))
+    teach(recipe(tmp_path, models[0], "third", prompts))
+    assert read_header(tmp_path / "third").identity.groups == "prompt"
+    with pytest.raises(
+        IdentityError, match=r"groups its rows by the prompt and .* by the first question, .* build into a new cache"
+    ):
+        teach(recipe(tmp_path, models[0], "second", prompts))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import UsageError
 from teacher_cache.build import teach
 from teacher_cache.calibration import calibrate, line_through, sample_conversations
-from teacher_cache.summary import PassFigures
+from teacher_cache.passes.summary import PassFigures
 from tests.teacher_cache.test_build import model, opened, recipe, write_prompts  # noqa: F401 - fixtures
 
 
@@ -28,7 +28,9 @@ def test_fixed_time_and_rate_come_from_the_difference_of_two_builds():
     assert rate.seconds(0) == 0
 
 
-@pytest.mark.parametrize(("first", "second"), [((1000, 1.0), (5000, 6.0)), ((1000, 4.0), (5000, 3.0)), ((10, 1.0), (10, 2.0))])
+@pytest.mark.parametrize(
+    ("first", "second"), [((1000, 1.0), (5000, 6.0)), ((1000, 4.0), (5000, 3.0)), ((10, 1.0), (10, 2.0))]
+)
 def test_times_that_contradict_a_fixed_part_give_the_mean_rate(first, second):
     rate = line_through([figures(*first), figures(*second)])
     assert rate.fixed_seconds == 0

@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
 from shared.errors import EngineError, RecipeError, UsageError
-from shared.hidden_identity import FINAL
-from shared.projection import projection_matrix
-from shared.recipe import Recipe
-from shared.verify import verify_cache
+from shared.identity.hidden_identity import FINAL
+from shared.payload.projection import projection_matrix
+from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
-from teacher_cache.engines.hidden_engine import HiddenEngine
-from teacher_cache.engines.transformers_model import CausalModel
-from teacher_cache.hidden_pass import hidden_identity
-from teacher_cache.teacher_identity import know_teacher
+from teacher_cache.engines.transformers.hidden_engine import HiddenEngine
+from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.passes.hidden_pass import hidden_identity
+from teacher_cache.teacher.teacher_identity import know_teacher
 from tests.shared.small_cache import tree
 from tests.teacher_cache.test_build_end_to_end import ROOT, SCRIPT
 from tests.tiny_models import make_llama, make_qwen3
 from tools import cli
-from tools.planner import plan, plan_text
+from tools.plan.planner import plan, plan_text
 
 EVERYTHING = {"layers": [1, 3, "final"], "pooled": "mean", "attention": {"layers": [2, 3], "strongest": 5}}
 
@@ -76,7 +76,9 @@ def reference(teacher: Path, token_ids: np.ndarray) -> tuple[list[torch.Tensor],
     last_block: list[torch.Tensor] = []
     model.base_model.layers[-1].register_forward_hook(lambda module, inputs, output: last_block.append(output))
     with torch.no_grad():
-        output = model(torch.tensor(token_ids.astype(np.int64))[None], output_hidden_states=True, output_attentions=True)
+        output = model(
+            torch.tensor(token_ids.astype(np.int64))[None], output_hidden_states=True, output_attentions=True
+        )
     states = [state[0] for state in output.hidden_states]
     block = last_block[0][0] if isinstance(last_block[0], tuple) else last_block[0]
     states = [*states[:-1], block.reshape(states[-1].shape), states[-1]]
@@ -124,14 +126,19 @@ def test_attention_keeps_the_strongest_keys_of_the_models_own_eager_attention(bu
                 assert kept.rest_codes[s] / 65535 == pytest.approx(1 - strongest.sum(), abs=1e-4)
 
 
-def test_hidden_layer_on_an_existing_cache_generates_and_scores_nothing(tmp_path: Path, teacher: Path, capsys, monkeypatch) -> None:
+def test_hidden_layer_on_an_existing_cache_generates_and_scores_nothing(
+    tmp_path: Path, teacher: Path, capsys, monkeypatch
+) -> None:
     first = teach(recipe(tmp_path, teacher, None))
     assert first.scored.rows == 7
     assert first.hidden_layer is None
     before = tree(tmp_path / "cache")
     second = teach(recipe(tmp_path, teacher, EVERYTHING))
     assert (second.generated.rows, second.imported.rows, second.scored.rows, second.hidden.rows) == (0, 0, 0, 7)
-    assert f"hidden layer {second.hidden_layer}: reused 0 rows, captured 7 with transformers on the same weights" in second.lines()
+    assert (
+        f"hidden layer {second.hidden_layer}: reused 0 rows, captured 7 with transformers on the same weights"
+        in second.lines()
+    )
     assert any(line.startswith("reused 7 rows (2 parts), generated 0, scored 0") for line in second.lines())
     after = tree(tmp_path / "cache")
     assert {name: data for name, data in after.items() if not name.startswith("hidden/")} == before
@@ -162,7 +169,10 @@ def test_new_part_lacks_only_its_own_states(tmp_path: Path, teacher: Path, built
 def test_partitions_share_the_pass(tmp_path: Path, teacher: Path, built: Path) -> None:
     shares = [teach(recipe(tmp_path, teacher, EVERYTHING), partition=(i, 2)) for i in range(2)]
     assert sorted(share.hidden.rows for share in shares) == [3, 4]
-    assert tree(next((tmp_path / "cache/hidden").iterdir())).keys() == tree(next((built / "cache/hidden").iterdir())).keys()
+    assert (
+        tree(next((tmp_path / "cache/hidden").iterdir())).keys()
+        == tree(next((built / "cache/hidden").iterdir())).keys()
+    )
     Cache.open(tmp_path / "cache", hidden=True, verify=True)
 
 
@@ -184,7 +194,10 @@ def test_projected_states_are_the_plain_ones_times_the_seeded_matrix(tmp_path: P
 
 @pytest.mark.parametrize(
     ("hidden", "per_position", "least_share"),
-    [({"layers": [1, 2, 3]}, 3 * (64 + 4), 0.85), ({"attention": {"layers": [2, 3], "strongest": 5}}, 2 * (2 + 5 * 5), 0.4)],
+    [
+        ({"layers": [1, 2, 3]}, 3 * (64 + 4), 0.85),
+        ({"attention": {"layers": [2, 3], "strongest": 5}}, 2 * (2 + 5 * 5), 0.4),
+    ],
 )
 def test_plan_prices_the_layer_and_the_real_bytes_fit(
     tmp_path: Path, teacher: Path, hidden: dict, per_position: int, least_share: float
@@ -205,7 +218,9 @@ def test_plan_prices_the_layer_and_the_real_bytes_fit(
 
 
 def test_plan_prices_a_teacher_out_of_reach_from_what_the_recipe_assumes(tmp_path: Path, teacher: Path) -> None:
-    away = recipe(tmp_path, teacher, {"layers": [6, 12, 18], "projection": 256}).model_dump(mode="json", exclude_none=True)
+    away = recipe(tmp_path, teacher, {"layers": [6, 12, 18], "projection": 256}).model_dump(
+        mode="json", exclude_none=True
+    )
     away["teacher"]["model"] = str(tmp_path / "nowhere")
     unknown = plan(Recipe.model_validate(away))
     assert "hidden" not in unknown

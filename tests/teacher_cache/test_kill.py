@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from shared.atomic import TEMPORARY_MARK
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
 from shared.failpoints import ATOMIC_STEPS, failpoint_names
-from shared.verify import verify_cache
 from tests.tiny_models import make_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +93,9 @@ def tree(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
-def killed_then_continued(server: Server, recipe: dict, failpoint: str, whole: dict[str, bytes], cache: Path, fake: bool) -> None:
+def killed_then_continued(
+    server: Server, recipe: dict, failpoint: str, whole: dict[str, bytes], cache: Path, fake: bool
+) -> None:
     recipe = {**recipe, "cache": str(cache)}
     assert server.build(recipe, failpoint, fake) == -signal.SIGKILL, f"{failpoint} is never met"
     half = tree(cache)

@@ -1,9 +1,11 @@
-"""A second build computes the new part only, and says what it reused: smaller and larger k, temperatures, prompts, teachers."""
+"""A second build computes the new part only, and says what it reused: smaller and larger k, temperatures, prompts,
+teachers.
+"""
 
 from __future__ import annotations
 
-from shared.cache import Cache
-from shared.layer_choice import layer_of_capture
+from shared.cache.cache import Cache
+from shared.cache.layer_choice import layer_of_capture
 from teacher_cache.build import teach
 from tests.teacher_cache.test_build import model, opened, recipe, tree, write_prompts  # noqa: F401 - fixtures
 from tests.tiny_models import make_qwen3
@@ -53,7 +55,9 @@ def test_double_k_and_another_temperature_score_every_row_once_and_answer_none(t
         assert done(summary) == (20, 0, 20)
         assert opened[-1].generated == []
         told = summary.lines()[1]
-        assert told.startswith(f"new layer over 20 rows that are there, no answer is generated again ({first.layer}: {reason}")
+        assert told.startswith(
+            f"new layer over 20 rows that are there, no answer is generated again ({first.layer}: {reason}"
+        )
         assert done(teach(recipe(tmp_path, model, capture=capture))) == (20, 0, 0)
 
 

@@ -1,4 +1,6 @@
-"""Several processes build one cache at a time: shares of one plan, late and killed ones too, and builds of different prompts."""
+"""Several processes build one cache at a time: shares of one plan, late and killed ones too, and builds of different
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache import Cache
-from shared.verify import verify_cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
 from tests.teacher_cache.test_kill import Server, tree
 from tests.tiny_models import make_qwen3
 
@@ -32,7 +34,9 @@ def teacher(tmp_path_factory) -> dict:
 
 def recipe(tmp_path: Path, teacher: dict, cache: str, numbers: range, **settings) -> dict:
     prompts = tmp_path / f"{numbers.start}-{numbers.stop}.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"How many apples has Anna, number {i}?"}) + "\n" for i in numbers))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"How many apples has Anna, number {i}?"}) + "\n" for i in numbers)
+    )
     return {
         "name": "many",
         "output_dir": str(tmp_path / "run" / cache / f"{numbers.start}"),
@@ -62,7 +66,10 @@ def test_thirds_killed_three_times_and_one_of_them_late_make_the_cache_of_one_en
         return {"recipe": shared, "failpoint": failpoint, "fake": False, "partition": [index, 3]}
 
     killed = -signal.SIGKILL
-    assert server.build_all([share(0, "sequences_record.after_rename@2"), share(1, "targets.before_rename@2")]) == [killed, killed]
+    assert server.build_all([share(0, "sequences_record.after_rename@2"), share(1, "targets.before_rename@2")]) == [
+        killed,
+        killed,
+    ]
     assert server.build_all([share(0), share(1)]) == [0, 0]
     first_two = tree(tmp_path / "thirds")
     assert server.build_all([share(2, "sequences.before_fsync@3")]) == [killed]

@@ -8,10 +8,10 @@ import shutil
 import pytest
 
 from shared.errors import EngineError
-from shared.identity import difference, tokenizer_hash
-from shared.recipe import Capture, Teacher
-from teacher_cache.model_files import load_tokenizer, resolve_model, tokenizer_files
-from teacher_cache.teacher_identity import know_teacher, layer_identity
+from shared.identity.identity import difference, tokenizer_hash
+from shared.recipe.recipe import Capture, Teacher
+from teacher_cache.teacher.model_files import load_tokenizer, resolve_model, tokenizer_files
+from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity
 from tests.tiny_models import make_qwen3
 
 
@@ -22,7 +22,12 @@ def model(tmp_path_factory):
 
 def test_a_directory_says_what_an_identity_needs(model):
     known = know_teacher(Teacher(model=str(model)))
-    assert (known.vocab_size, known.files.vocab_size, known.max_model_len, known.files.dtype) == (512, 576, 512, "float32")
+    assert (known.vocab_size, known.files.vocab_size, known.max_model_len, known.files.dtype) == (
+        512,
+        576,
+        512,
+        "float32",
+    )
     assert (known.files.revision, known.adapter_hash) == (None, None)
     assert know_teacher(Teacher(model=str(model), max_model_len=64)).max_model_len == 64
 

@@ -1,4 +1,6 @@
-"""`generate.model`: a student answers, the teacher scores; compared with each model run alone and with dense distributions."""
+"""`generate.model`: a student answers, the teacher scores; compared with each model run alone and with dense
+distributions.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
 from shared.errors import DecantError, EngineError, IdentityError
-from shared.recipe import Recipe
-from shared.records import list_records
-from shared.verify import verify_cache
+from shared.parts.records import list_records
+from shared.recipe.recipe import Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
 from tests.tiny_models import make_qwen3
@@ -23,7 +25,9 @@ ROWS = 10
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("models")
-    return make_qwen3(directory / "teacher", end_scale=1.5), make_qwen3(directory / "student", end_scale=1.5, seed=1, num_layers=1)
+    return make_qwen3(directory / "teacher", end_scale=1.5), make_qwen3(
+        directory / "student", end_scale=1.5, seed=1, num_layers=1
+    )
 
 
 @pytest.fixture
@@ -91,7 +95,9 @@ def test_student_answers_and_teacher_scores_one_after_the_other(tmp_path, models
         assert row.row_key != alone[row.prompt].row_key
         (start, end) = row.spans[0]
         dense = dense_logprobs(teacher, row.token_ids)[start - 1 : end - 1]
-        np.testing.assert_allclose(row.targets.label_logprobs, dense[np.arange(end - start), row.token_ids[start:end]], atol=0.04)
+        np.testing.assert_allclose(
+            row.targets.label_logprobs, dense[np.arange(end - start), row.token_ids[start:end]], atol=0.04
+        )
         np.testing.assert_allclose(row.targets.logprobs.reshape(-1, 8), np.sort(dense)[:, ::-1][:, :8], atol=0.04)
     records = list_records(tmp_path / "both/sequences")
     assert {record.software["answers"] for record in records} == {str(student)}

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import PromptError
-from shared.recipe import PromptSource
-from teacher_cache.prompt_files import content_hash
-from teacher_cache.prompt_formats import group_text, parse_row
-from teacher_cache.prompts import MAX_LINE_BYTES, Problems, read_prompts
+from shared.recipe.recipe import PromptSource
+from teacher_cache.prompts.prompt_files import content_hash
+from teacher_cache.prompts.prompt_formats import group_text, parse_row, prompt_text
+from teacher_cache.prompts.prompts import MAX_LINE_BYTES, Problems, read_prompts
 
 TURNS = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
 
@@ -46,7 +46,11 @@ def read(*sources: PromptSource) -> tuple[list, Problems]:
         ("messages", {"messages": TURNS}, TURNS),
         ("prompt_completion", {"prompt": "Two and two?", "completion": "Four."}, TURNS),
         ("alpaca", {"instruction": "Two and two?", "input": "", "output": "Four."}, TURNS),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}]}, TURNS),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}]},
+            TURNS,
+        ),
         ("prompt_completion", {"prompt": "Two and two?"}, TURNS[:1]),
         ("alpaca", {"instruction": "Add.", "input": "2, 2", "output": "4"}, None),
     ],
@@ -112,7 +116,11 @@ def test_glob_reads_files_in_order_and_limit_stops_early(tmp_path):
         ("messages", {"messages": [{"role": "user"}]}, "messages[0] has no 'content'"),
         ("messages", {"messages": ["hello"]}, "messages[0] is text but must be an object"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": None}]}, "'value' of conversations[0] is null"),
-        ("prompt_completion", {"prompt": "x", "completion": ["y"]}, "'completion' of the row is a list but must be text"),
+        (
+            "prompt_completion",
+            {"prompt": "x", "completion": ["y"]},
+            "'completion' of the row is a list but must be text",
+        ),
         ("alpaca", {"instruction": ""}, "'instruction' is empty"),
     ],
 )
@@ -194,7 +202,9 @@ def test_without_a_hub_an_unknown_name_is_one_sentence(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
-    with pytest.raises(PromptError, match=r"org/stories: neither a file nor a data set that the hub gives out \(ConnectionError\)"):
+    with pytest.raises(
+        PromptError, match=r"org/stories: neither a file nor a data set that the hub gives out \(ConnectionError\)"
+    ):
         read(source("org/stories", "text"))
 
 
@@ -208,11 +218,30 @@ def test_group_text_is_the_question_alone_whatever_the_format_or_answer():
     assert {group_text(*parse_row(row, row_format)[:2]) for row_format, row in rows} == {"Two and two?"}
 
 
-def test_group_text_of_a_long_conversation_ends_with_its_last_question():
+def test_a_dialogue_is_one_group_whatever_its_row_holds_of_it():
+    ask, again = TURNS[0], {"role": "user", "content": "And three?"}
+    rows = [
+        [ask],
+        [{"role": "system", "content": "Be brief."}, *TURNS],
+        [*TURNS, again],
+        [
+            {"role": "user", "content": " Two and\r\ntwo?\n"},
+            *TURNS[1:],
+            again,
+            {"role": "assistant", "content": "Six."},
+        ],
+    ]
+    assert {group_text(turns, None) for turns in rows} == {"Two and two?"}
+    assert group_text([again], None) != "Two and two?"
+    assert group_text(None, "a  text\n") == "a text"
+
+
+def test_the_rule_of_older_caches_goes_by_everything_up_to_the_last_question():
     turns = [{"role": "system", "content": "Be brief."}, *TURNS, {"role": "user", "content": "And three?"}]
     expected = "system\nBe brief.\n\nuser\nTwo and two?\n\nassistant\nFour.\n\nuser\nAnd three?"
-    assert group_text(turns, None) == expected
-    assert group_text([*turns, {"role": "assistant", "content": "Six."}], None) == expected
+    assert group_text(turns, None, "prompt") == prompt_text(turns, None) == expected
+    assert group_text([*turns, {"role": "assistant", "content": "Six."}], None, "prompt") == expected
+    assert group_text(None, "a  text\n", "prompt") == "a  text\n"
 
 
 def test_content_hash_follows_bytes_not_names(tmp_path):
@@ -223,7 +252,9 @@ def test_content_hash_follows_bytes_not_names(tmp_path):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner)
+    ),
 )
 
 
@@ -231,7 +262,9 @@ JSON = st.recursive(
 @given(
     row_format=st.sampled_from(["messages", "prompt_completion", "alpaca", "sharegpt", "text"]),
     row=st.dictionaries(
-        st.sampled_from(["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "answer"]),
+        st.sampled_from(
+            ["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "answer"]
+        ),
         JSON,
     )
     | JSON,

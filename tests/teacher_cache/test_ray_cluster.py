@@ -7,8 +7,8 @@ from importlib import metadata
 import pytest
 
 from shared.errors import UsageError
-from shared.recipe_capture import Workers
-from teacher_cache import ray_cluster
+from shared.recipe.capture import Workers
+from teacher_cache.cluster import ray_cluster
 
 
 class FakeRay:
@@ -16,7 +16,9 @@ class FakeRay:
         self.cpus = cpus
 
     def nodes(self) -> list[dict]:
-        return [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in self.cpus] + [{"Alive": False, "Resources": {}}]
+        return [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in self.cpus] + [
+            {"Alive": False, "Resources": {}}
+        ]
 
 
 def test_too_few_gpus_on_this_machine_are_refused_and_in_a_cluster_only_said(caplog):

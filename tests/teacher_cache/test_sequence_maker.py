@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from shared.jobs import PlanRow
-from shared.recipe import PromptSource
-from teacher_cache.prompt_formats import Conversation
-from teacher_cache.sequence_maker import TOKENIZED_AT_ONCE, SequenceMaker, UnusableRowError
-from teacher_cache.spans import Template
+from shared.parts.jobs import PlanRow
+from shared.recipe.recipe import PromptSource
+from teacher_cache.prompts.prompt_formats import Conversation
+from teacher_cache.prompts.sequence_maker import TOKENIZED_AT_ONCE, SequenceMaker, UnusableRowError
+from teacher_cache.prompts.spans import Template
 from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 
 MAX_MODEL_LEN = 60
@@ -26,10 +26,14 @@ def tokenizer(tmp_path_factory):
 
 
 def plan_row(index: int) -> tuple[PlanRow, list[dict[str, str]]]:
-    text = {5: "a word " * 80, 70: "says <|im_end|> itself"}.get(index, f"What is {index} times {'seven ' * (index % 9)}?")
+    text = {5: "a word " * 80, 70: "says <|im_end|> itself"}.get(
+        index, f"What is {index} times {'seven ' * (index % 9)}?"
+    )
     messages = [{"role": "user", "content": text}]
     document = json.dumps({"messages": messages, "origin": index % 2, "path": SOURCES[index % 2].path})
-    return PlanRow(bytes(16), bytes(16), SOURCES[index % 2].source, index + 1, 0, text, document, None, "messages"), messages
+    return PlanRow(
+        bytes(16), bytes(16), SOURCES[index % 2].source, index + 1, 0, text, document, None, "messages"
+    ), messages
 
 
 def test_batched_prompts_are_those_of_each_row_alone_with_unusable_rows_in_their_place(tokenizer):
@@ -41,7 +45,9 @@ def test_batched_prompts_are_those_of_each_row_alone_with_unusable_rows_in_their
         if index == 5:
             assert isinstance(prompt, UnusableRowError) and "no room for an answer" in str(prompt)
         elif index == 70:
-            assert isinstance(prompt, UnusableRowError) and str(prompt).startswith("the user turn contains the special token")
+            assert isinstance(prompt, UnusableRowError) and str(prompt).startswith(
+                "the user turn contains the special token"
+            )
         else:
             talk = Conversation(row.source, "x", row.line, "messages", messages, None, None)
             assert prompt == templates[index % 2].prompt_ids(talk)

@@ -10,25 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import PromptError
-from shared.recipe import PromptSource
-from teacher_cache.prompt_formats import Conversation
-from teacher_cache.spans import Template
+from shared.recipe.recipe import PromptSource
+from teacher_cache.prompts.prompt_formats import Conversation
+from teacher_cache.prompts.spans import Template
 from tests.tiny_models import make_tokenizer
 
 QWEN = Path(__file__).resolve().parents[3] / "shared/data/qwen_tokenizer"
 
 LLAMA3 = (
     "{%- for message in messages %}{%- if loop.first %}{{- bos_token }}{%- endif %}"
-    "{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}{%- endfor %}"
+    "{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' "
+    "}}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 MISTRAL = (
-    "{{- bos_token }}{%- for message in messages %}{%- if message.role == 'user' %}{{- '[INST] ' + message.content + ' [/INST]' }}"
+    "{{- bos_token }}{%- for message in messages %}{%- if message.role == 'user' %}{{- '[INST] ' + message.content + "
+    "' [/INST]' }}"
     "{%- elif message.role == 'assistant' %}{{- ' ' + message.content + eos_token }}"
     "{%- else %}{{- raise_exception('Only user and assistant roles are supported!') }}{%- endif %}{%- endfor %}"
 )
 LLAMA2 = (
-    "{%- for message in messages %}{%- if message.role == 'user' %}{{- bos_token + '[INST] ' + message.content + ' [/INST]' }}"
+    "{%- for message in messages %}{%- if message.role == 'user' %}{{- bos_token + '[INST] ' + message.content + ' "
+    "[/INST]' }}"
     "{%- elif message.role == 'assistant' %}{{- ' ' + message.content + ' ' + eos_token }}{%- endif %}{%- endfor %}"
 )
 THINKING = (  # drops the thoughts of earlier answers, as reasoning models' templates do
@@ -37,7 +40,8 @@ THINKING = (  # drops the thoughts of earlier answers, as reasoning models' temp
     "{{- '<think>\\n' + message.get('reasoning_content', '') + '\\n</think>\\n\\n' }}{%- endif %}"
     "{{- message.content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- "
+    "endif %}"
 )
 NO_END = (
     "{%- for message in messages %}{{- message.role + ': ' + message.content + '\\n' }}{%- endfor %}"
@@ -111,7 +115,8 @@ def encode(tokenizer, text: str) -> list[int]:
         (
             LLAMA2,
             TWO,
-            "<s>[INST] How many apples? [/INST] the answer is seven <|eot_id|><s>[INST] And disks? [/INST] Nine. <|eot_id|>",
+            "<s>[INST] How many apples? [/INST] the answer is seven <|eot_id|><s>[INST] And disks? [/INST] Nine. "
+            "<|eot_id|>",
             [" the answer is seven <|eot_id|>", " Nine. <|eot_id|>"],
         ),
         (
@@ -124,7 +129,9 @@ def encode(tokenizer, text: str) -> list[int]:
     ],
     ids=["chatml", "llama3-trims", "mistral", "llama2", "thinking"],
 )
-def test_every_assistant_turn_is_supervised_with_its_end_token(tokenizer, with_eos, chat_template, turns, rendering, supervised):
+def test_every_assistant_turn_is_supervised_with_its_end_token(
+    tokenizer, with_eos, chat_template, turns, rendering, supervised
+):
     template = Template(tokenizer, source(chat_template=chat_template))
     ids, spans = template.complete(talk(turns))
     assert ids.tolist() == encode(tokenizer, rendering)
@@ -138,9 +145,21 @@ def test_every_assistant_turn_is_supervised_with_its_end_token(tokenizer, with_e
     ("chat_template", "turns", "reason"),
     [
         (THINKING, TWO, r"math\.jsonl:7: turn 4 cannot be split .* rewrites an earlier answer"),
-        (SEAM, ONE, r"math\.jsonl:7: turn 2 cannot be split .* does not start the answer where its generation prompt ends"),
-        (MISTRAL, [{"role": "system", "content": "x"}, *ONE], r"math\.jsonl:7: .*Only user and assistant roles are supported!"),
-        (DROPS, [ONE[0], {"role": "assistant", "content": "secret"}], r"math\.jsonl:7: turn 2 .* drops the answer's text"),
+        (
+            SEAM,
+            ONE,
+            r"math\.jsonl:7: turn 2 cannot be split .* does not start the answer where its generation prompt ends",
+        ),
+        (
+            MISTRAL,
+            [{"role": "system", "content": "x"}, *ONE],
+            r"math\.jsonl:7: .*Only user and assistant roles are supported!",
+        ),
+        (
+            DROPS,
+            [ONE[0], {"role": "assistant", "content": "secret"}],
+            r"math\.jsonl:7: turn 2 .* drops the answer's text",
+        ),
         (
             None,
             [ONE[0], {"role": "assistant", "content": "a<|im_end|>b"}],
@@ -234,7 +253,10 @@ def test_an_empty_answer_is_refused(tokenizer, answer, finish_reason):
 
 def test_plain_prompt_and_answer_are_joined_and_ended_by_eos(tokenizer):
     template = Template(tokenizer, source(template="none", format="prompt_completion", system="Note."))
-    turns = [{"role": "user", "content": "def add(first, second):"}, {"role": "assistant", "content": "\n    return first"}]
+    turns = [
+        {"role": "user", "content": "def add(first, second):"},
+        {"role": "assistant", "content": "\n    return first"},
+    ]
     ids, spans = template.complete(talk(turns))
     assert ids.tolist() == encode(tokenizer, "Note.\n\ndef add(first, second):\n    return first<|im_end|>")
     assert spans_text(tokenizer, ids, spans) == ["\n    return first<|im_end|>"]
@@ -244,7 +266,10 @@ def test_plain_prompt_and_answer_are_joined_and_ended_by_eos(tokenizer):
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([{"role": "user", "content": "is th"}, {"role": "assistant", "content": "e answer"}], "a token spans the seam"),
+        (
+            [{"role": "user", "content": "is th"}, {"role": "assistant", "content": "e answer"}],
+            "a token spans the seam",
+        ),
         (TWO, "takes one prompt, found the turns user, assistant, user"),
         (ONE[:1], "the row has no answer"),
     ],
@@ -278,7 +303,9 @@ def test_text_starts_with_bos_where_the_tokenizer_starts_so(tmp_path):
     assert spans.tolist() == [[1, len(ids)]]
 
 
-WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda t: t.strip())
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+    lambda t: t.strip()
+)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,6 @@
-"""Handing out units to many engines: every unit once, engines never without, a killer set aside after its second engine."""
+"""Handing out units to many engines: every unit once, engines never without, a killer set aside after its second
+engine.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import random
 
 import pytest
 
-from teacher_cache.unit_board import GENERATE, MIN_HELD, SCORE, UnitBoard, UnitTask
+from teacher_cache.cluster.unit_board import GENERATE, MIN_HELD, SCORE, UnitBoard, UnitTask
 
 
 def units(count: int, kind: str = GENERATE, rows: int = 1024) -> list[UnitTask]:

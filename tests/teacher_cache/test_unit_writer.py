@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from teacher_cache.unit_writer import UnitWriter
+from teacher_cache.passes.unit_writer import UnitWriter
 
 
 def test_writes_run_in_order_and_are_awaited():

@@ -8,10 +8,10 @@ import tracemalloc
 import pytest
 
 from shared.keys import group_key
-from shared.recipe import Generate, PromptSource, Recipe
-from teacher_cache.problems import Problems
-from teacher_cache.prompt_formats import Conversation
-from teacher_cache.work_list import Tally, conversation_of, list_rows, request_of, request_seed
+from shared.recipe.recipe import Generate, PromptSource, Recipe
+from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.prompt_formats import Conversation
+from teacher_cache.prompts.work_list import Tally, conversation_of, list_rows, request_of, request_seed
 
 PATH = "math.jsonl"
 
@@ -20,7 +20,9 @@ def source(name="math", **settings) -> PromptSource:
     return PromptSource(**{"source": name, "path": PATH, "format": "messages", **settings})
 
 
-def talk(question: str, answer: str | None = None, line: int = 1, name="math", origin=0, reference=None) -> Conversation:
+def talk(
+    question: str, answer: str | None = None, line: int = 1, name="math", origin=0, reference=None
+) -> Conversation:
     turns = [{"role": "user", "content": question}] + ([{"role": "assistant", "content": answer}] if answer else [])
     return Conversation(name, PATH, line, "messages", turns, None, reference, origin)
 
@@ -45,7 +47,12 @@ def test_samples_of_one_prompt_share_the_group_and_nothing_else():
 
 def test_the_first_source_wins_and_each_sources_duplicates_are_counted():
     sources = [source("a"), source("b")]
-    talks = [talk("Two?", name="a"), talk("Two?", name="a"), talk("Two?", name="b", origin=1), talk("New?", name="b", origin=1)]
+    talks = [
+        talk("Two?", name="a"),
+        talk("Two?", name="a"),
+        talk("Two?", name="b", origin=1),
+        talk("New?", name="b", origin=1),
+    ]
     found, _, tally = rows(talks, sources, Generate())
     assert [(row.source, row.prompt) for row in found] == [("a", "Two?"), ("b", "New?")]
     assert tally.duplicates == {"a": 1, "b": 1}
@@ -63,11 +70,21 @@ def test_settings_that_do_not_change_an_answer_do_not_change_the_row():
     one = keys([talk("Two?")], generate=Generate())
     assert keys([talk("Two?", line=9, reference="2")], generate=Generate(keep_truncated=False)) == one
     assert keys([talk("Two?")], generate=Generate(samples_per_prompt=2))[:1] == one
-    assert keys([talk("Two?")], generate=Generate(seed=5), seed=1) == keys([talk("Two?")], generate=Generate(seed=5), seed=2)
+    assert keys([talk("Two?")], generate=Generate(seed=5), seed=1) == keys(
+        [talk("Two?")], generate=Generate(seed=5), seed=2
+    )
 
 
 @pytest.mark.parametrize(
-    "settings", [{"system": "Be brief."}, {"template": "none"}, {"chat_template": "{{ x }}"}, {"chat_template_kwargs": {"a": 1}}]
+    "settings",
+    [
+        {"system": "Be brief."},
+        {"template": "none"},
+        {"chat_template": "{{ x }}"},
+        {"chat_template_kwargs": {"a": 1}},
+        {"supervise": "last"},
+        {"date": "2026-01-31"},
+    ],
 )
 @pytest.mark.parametrize("generate", [None, Generate()])
 def test_another_rendering_makes_another_row_of_the_same_group(settings, generate):
@@ -76,6 +93,35 @@ def test_another_rendering_makes_another_row_of_the_same_group(settings, generat
     )
     assert plain[0].row_key != rendered[0].row_key
     assert plain[0].group_key == rendered[0].group_key
+
+
+def test_row_keys_are_those_of_the_whole_prompt_whatever_the_group_rule():
+    turns = [*talk("Two?", "2").messages, *talk("Three?", "3").messages]
+    long = Conversation("math", PATH, 1, "messages", turns, None, None)
+    for conversation in (talk("Two?  ", "2"), long):
+        for generate in (None, Generate()):
+            new, old = (
+                next(list_rows([conversation], [source()], generate, 0, Problems(), Tally(), None, rule))
+                for rule in ("first question", "prompt")
+            )
+            assert new.row_key == old.row_key
+            assert new.group_key == group_key("Two?")
+            assert old.group_key == group_key(old.prompt) != new.group_key
+
+
+def test_a_system_text_of_one_word_is_part_of_the_row_like_any_other():
+    plain, chat, none = (keys([talk("2?", "2")], [source(system=text)]) for text in (None, "chat", "none"))
+    assert len({*plain, *chat, *none}) == 3
+
+
+def test_what_earlier_turns_say_beside_their_text_is_part_of_the_row():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    found = set()
+    for extra in ({}, {"tool_calls": [call]}, {"train": False}, {"name": "Ben"}):
+        turns = [*talk("Two?", "2").messages, *talk("Three?", "3").messages]
+        turns[1] = {**turns[1], **extra}
+        found |= set(keys([Conversation("math", PATH, 1, "messages", turns, None, None)]))
+    assert len(found) == 4
 
 
 def test_a_given_answer_is_part_of_the_row_and_its_place_is_not():
@@ -112,8 +158,16 @@ def test_turns_after_the_last_answer_are_left_out():
     ("conversation", "generate", "reason"),
     [
         (talk("Two?"), None, "the row has no answer"),
-        (Conversation("math", PATH, 1, "text", None, "Once", None), Generate(), "`format: text` has no prompt to answer"),
-        (Conversation("math", PATH, 1, "messages", [{"role": "assistant", "content": "2"}], None, None), None, "no user turn"),
+        (
+            Conversation("math", PATH, 1, "text", None, "Once", None),
+            Generate(),
+            "`format: text` has no prompt to answer",
+        ),
+        (
+            Conversation("math", PATH, 1, "messages", [{"role": "assistant", "content": "2"}], None, None),
+            None,
+            "no user turn",
+        ),
     ],
 )
 def test_what_cannot_be_a_row_is_set_aside(conversation, generate, reason):

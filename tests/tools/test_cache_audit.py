@@ -1,4 +1,6 @@
-"""Audits of a cache: the control is nothing, corruption is found, larger captures lose less; figures against dense maths."""
+"""Audits of a cache: the control is nothing, corruption is found, larger captures lose less; figures against dense
+maths.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache import Cache
-from shared.cache_writer import CacheWriter
-from shared.codec import Codec
+from shared.cache.cache import Cache
+from shared.cache.cache_writer import CacheWriter
 from shared.errors import CacheError, IdentityError
-from shared.recipe import Teacher
-from shared.targets import SparseTargets
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.transformers_model import CausalModel
+from shared.payload.codec import Codec
+from shared.payload.targets import SparseTargets
+from shared.recipe.recipe import Teacher
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.transformers.transformers_model import CausalModel
 from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
 from tools.audit import live
@@ -53,12 +55,14 @@ def found(world: dict[str, Path]) -> dict:
 def with_layer(world: dict[str, Path], name: str, change, **identity) -> Path:
     """Copy the cache's sequences with one layer whose targets `change(row number, targets)` gives."""
     source = Cache.open(world["cache"])
-    tokenizer = (source.path / "tokenizer" / "tokenizer.json").read_bytes()
+    tokenizer = (source.tokenizer_dir / "tokenizer.json").read_bytes()
     writer = CacheWriter.create_or_open(world["root"] / name, source.sequences_identity, {"tokenizer.json": tokenizer})
     rows = [source[i] for i in range(len(source))]
     writer.write_sequences("part-00000000-000000", [source.sequence(i) for i in range(len(source))], {})
     layer = writer.layer(None, replace(source.layer, **identity), {})  # type: ignore[type-var]
-    layer.write("part-00000000-000000", [row.key for row in rows], [change(i, row.targets) for i, row in enumerate(rows)], {})
+    layer.write(
+        "part-00000000-000000", [row.key for row in rows], [change(i, row.targets) for i, row in enumerate(rows)], {}
+    )
     return world["root"] / name
 
 
@@ -124,7 +128,11 @@ def test_a_wrong_tail_at_another_temperature_is_found(world: dict[str, Path]) ->
 def test_larger_heads_never_lose_more_and_the_whole_vocabulary_loses_nothing(found: dict) -> None:
     for temperature in (1.0, 2.0):
         for mass in (0.9, 1.0):
-            grid = [one for one in found["truncation"] if (one["temperature"], one["mass"], one["draws"]) == (temperature, mass, 0)]
+            grid = [
+                one
+                for one in found["truncation"]
+                if (one["temperature"], one["mass"], one["draws"]) == (temperature, mass, 0)
+            ]
             grid.sort(key=lambda one: one["k"])
             assert [one["k"] for one in grid] == [4, 16, 64, VOCAB_SIZE]
             for smaller, larger in itertools.pairwise(grid):
@@ -147,7 +155,8 @@ def test_losses_equal_plain_sums_over_the_dense_distributions(world: dict[str, P
         for index in range(len(cache)):
             row = cache.sequence(index)
             both = [
-                dense_logprobs(world[name], row.token_ids)[row.predictor_index()] / temperature for name in ("teacher", "student")
+                dense_logprobs(world[name], row.token_ids)[row.predictor_index()] / temperature
+                for name in ("teacher", "student")
             ]
             p, q = (np.exp(x - np.logaddexp.reduce(x, axis=1, keepdims=True)) for x in both)
             for p_s, q_s in zip(p, q, strict=True):
@@ -167,10 +176,16 @@ def test_losses_equal_plain_sums_over_the_dense_distributions(world: dict[str, P
             logprobs = torch.from_numpy(dense_logprobs(world["teacher"], row.token_ids)[row.predictor_index()])
             targets = join_columns([capture_chunk(logprobs, row, slice(0, len(logprobs)), layout)], layout)
             num_bytes += len(Codec(cache.layer.gap_step, (1.0, 2.0), 0, VOCAB_SIZE, k).encode(targets))  # type: ignore[union-attr]
-        (one,) = (d for d in found["truncation"] if (d["k"], d["draws"], d["mass"], d["temperature"]) == (k, 0, 1.0, temperature))
+        (one,) = (
+            d
+            for d in found["truncation"]
+            if (d["k"], d["draws"], d["mass"], d["temperature"]) == (k, 0, 1.0, temperature)
+        )
         assert one["kl_lost"] == pytest.approx(lost / positions, rel=1e-3)
         assert one["gradient_error"] == pytest.approx(wrong / dense, rel=1e-3)
-        assert one["mean_gradient_error"] == pytest.approx(np.linalg.norm(mean_wrong) / np.linalg.norm(mean_dense), rel=1e-3)
+        assert one["mean_gradient_error"] == pytest.approx(
+            np.linalg.norm(mean_wrong) / np.linalg.norm(mean_dense), rel=1e-3
+        )
         assert one["bytes_per_position"] == pytest.approx(num_bytes / positions, rel=0.01)
 
 
@@ -180,19 +195,27 @@ def test_draws_are_wrong_at_a_position_and_right_in_the_mean(found: dict) -> Non
     assert drawn["mean_gradient_error"] < 0.5 * drawn["gradient_error"]
 
 
-def test_kl_from_the_cache_equals_kl_with_the_teacher_live_within_what_truncation_may_lose(world: dict[str, Path]) -> None:
-    """Full KL - cached KL lies between 0 and p_T log(max over the tail of (p / p_T) / (q / q_T)), up to the codec's error."""
+def test_kl_from_the_cache_equals_kl_with_the_teacher_live_within_what_truncation_may_lose(
+    world: dict[str, Path],
+) -> None:
+    """Full KL - cached KL lies between 0 and p_T log(max over the tail of (p / p_T) / (q / q_T)), up to the codec's
+    error.
+    """
     cache = Cache.open(world["cache"])
     student = load_model(str(world["student"]), None, "float32", False)
     total_gap = 0.0
     for index in range(len(cache)):
         row = cache[index]
         cached = measure_batch(student, VOCAB_SIZE, [row])[0].kl_nats
-        p, q = (np.exp(dense_logprobs(world[name], row.token_ids)[row.predictor_index()]) for name in ("teacher", "student"))
+        p, q = (
+            np.exp(dense_logprobs(world[name], row.token_ids)[row.predictor_index()]) for name in ("teacher", "student")
+        )
         live, bound = 0.0, 0.0
         for s, (p_s, q_s) in enumerate(zip(p, q, strict=True)):
             live += (p_s * np.log(p_s / q_s)).sum()
-            tail = np.setdiff1d(np.arange(VOCAB_SIZE), row.targets.ids[row.targets.offsets()[s] : row.targets.offsets()[s + 1]])
+            tail = np.setdiff1d(
+                np.arange(VOCAB_SIZE), row.targets.ids[row.targets.offsets()[s] : row.targets.offsets()[s + 1]]
+            )
             p_t, q_t = p_s[tail].sum(), q_s[tail].sum()
             bound += p_t * np.log((p_s[tail] / p_t / (q_s[tail] / q_t)).max())
         codec_error = 0.01 * len(p)
@@ -247,7 +270,12 @@ def test_the_command_prints_tables_or_json_and_keeps_the_audit_in_the_recipes_ru
     world: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = world["root"] / "run"
-    recipe = {"name": "x", "output_dir": str(run), "cache": str(world["cache"]), "teacher": {"model": str(world["teacher"])}}
+    recipe = {
+        "name": "x",
+        "output_dir": str(run),
+        "cache": str(world["cache"]),
+        "teacher": {"model": str(world["teacher"])},
+    }
     path = world["root"] / "recipe.yaml"
     run.mkdir()
     path.write_text(json.dumps({**recipe, "student": {"model": str(world["student"])}}))
@@ -256,7 +284,9 @@ def test_the_command_prints_tables_or_json_and_keeps_the_audit_in_the_recipes_ru
     text = capsys.readouterr().out
     assert f"tails completed by: {world['student']}" in text
     kept = json.loads((run / "audit.json").read_text())
-    assert [(one["k"], one["temperature"]) for one in kept["truncation"]] == [(k, t) for k in (16, 4, 8) for t in (1.0, 2.0)]
+    assert [(one["k"], one["temperature"]) for one in kept["truncation"]] == [
+        (k, t) for k in (16, 4, 8) for t in (1.0, 2.0)
+    ]
     (run / "recipe.yaml").write_text(path.read_text())
     report = report_figures([read_run(run)])
     assert report["audit"] == kept

@@ -13,22 +13,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache, verify_cache
-from shared.cache_writer import CacheWriter
+from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache_writer import CacheWriter
+from shared.cache.layout import sequences_dir
 from shared.errors import CacheError, DamagedError, IdentityError
-from shared.layout import sequences_dir
-from shared.records import list_records
-from shared.repeated_rows import repeated_rows
-from tests.shared.altered import edit
+from shared.parts.records import list_records
 from tests.shared.dense_targets import equal_targets
-from tests.shared.small_cache import HYBRID, SEQUENCES, TOKENIZER, TOP, build, plan_rows, score, sequence, targets_of, tree
+from tests.shared.small_cache import (
+    HYBRID,
+    SEQUENCES,
+    TOKENIZER,
+    TOP,
+    build,
+    plan_rows,
+    score,
+    sequence,
+    targets_of,
+    tree,
+)
 from tools import cli
-from tools.cache_merge import merge_caches
+from tools.cache.cache_duplicates import repeated_rows
+from tools.cache.cache_merge import merge_caches
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_fsync() -> Iterator[None]:
-    """A SIGKILL is no power cut: what was written stays, synchronised or not, and a slow disk would make this page take minutes."""
+    """A SIGKILL is no power cut: what was written stays, synchronised or not, and a slow disk would make this page take
+    minutes.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         yield
@@ -105,12 +117,16 @@ def test_repeats_within_one_cache_are_resolved_as_its_reader_does(inputs, tmp_pa
     assert len(shown) == 9
     merge_caches(tmp_path / "out", [tmp_path / "twice", inputs[2]])
     merged = Cache.open(tmp_path / "out", TOP.name)
-    assert [(row.row_key, row.response) for row in merged][: len(shown)] == [(row.row_key, row.response) for row in shown]
+    assert [(row.row_key, row.response) for row in merged][: len(shown)] == [
+        (row.row_key, row.response) for row in shown
+    ]
 
 
 @pytest.mark.parametrize("most_keys", [1, 3, 100])
 def test_repeated_rows_are_found_in_any_number_of_passes(inputs, most_keys: int) -> None:
-    parts = [(sequences_dir(path), record) for path in (*inputs, inputs[0]) for record in list_records(sequences_dir(path))]
+    parts = [
+        (sequences_dir(path), record) for path in (*inputs, inputs[0]) for record in list_records(sequences_dir(path))
+    ]
     found = repeated_rows(parts, most_keys)
     keys = [key for r in ((0, 10), (3, 16), (20, 24), (0, 10)) for key in row_keys(r)]
     flat = np.concatenate([found.get(i, np.zeros(record.rows, bool)) for i, (_, record) in enumerate(parts)])
@@ -201,7 +217,9 @@ def test_unfinished_merge_of_other_caches_is_left_alone_and_named(inputs, tmp_pa
 def altered(path: Path, target: Path, **changes: object) -> Path:
     """A cache with other sequences identity."""
     shutil.copytree(path, target)
-    edit(target / "cache.json", lambda document: document["identity"].update(changes))
+    document = json.loads((target / "cache.json").read_text())
+    document["identity"].update(changes)
+    (target / "cache.json").write_text(json.dumps(document))
     return target
 
 
@@ -212,7 +230,9 @@ def test_caches_that_differ_are_refused_with_the_field_and_both_values(inputs, t
     build(tmp_path / "k", 30, 32, layers=())
     writer = CacheWriter.create_or_open(tmp_path / "k", SEQUENCES, TOKENIZER)
     score(writer.layer("top6", dataclasses.replace(TOP, k=5), {}))
-    with pytest.raises(IdentityError, match=rf"k is 6 in {inputs[1]} and 5 in {tmp_path / 'k'}; score one of them again"):
+    with pytest.raises(
+        IdentityError, match=rf"k is 6 in {inputs[1]} and 5 in {tmp_path / 'k'}; score one of them again"
+    ):
         merge_caches(tmp_path / "out", [inputs[1], tmp_path / "k"])
     with pytest.raises(CacheError, match=rf"layer top6-{TOP.hash8} is not in {tmp_path / 'k'}"):
         merge_caches(tmp_path / "out", [inputs[1], tmp_path / "k"], [f"top6-{TOP.hash8}"])

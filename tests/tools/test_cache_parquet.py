@@ -15,14 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared.cache import Cache, Row, verify_cache
+from shared.cache.cache import Cache, Row, verify_cache
 from shared.errors import CacheError, DamagedError
-from tests.shared.altered import edit
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import HYBRID, TOP, build, tree
 from tools import cli
-from tools.parquet_export import export_cache
-from tools.parquet_import import import_parquet
+from tools.cache.parquet_export import export_cache
+from tools.cache.parquet_import import import_parquet
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "format-1" / "cache"
 
@@ -76,25 +75,14 @@ def test_golden_cache_comes_back_file_by_file(tmp_path: Path, layer: str) -> Non
     import_parquet(tmp_path / "parquet", tmp_path / "cache")
     assert_equal_rows(Cache.open(GOLDEN, layer), Cache.open(tmp_path / "cache", verify=True))
     assert list(verify_cache(tmp_path / "cache")) == []
-    both = (GOLDEN, tmp_path / "cache")
-    files = [sorted((root / "sequences").glob("*.arrow")) for root in both]  # names of parts differ, their bytes do not
-    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
-    tables = [[pa.ipc.open_file(file).read_all() for file in sorted((root / f"targets/{layer}").glob("*.arrow"))] for root in both]
-    assert tables[0] == tables[1]  # but for metadata, which says now which layer a part is of
-    for name in ("cache.json", f"targets/{layer}/layer.json"):
-        texts = [json.loads((root / name).read_text()) for root in both]
-        assert texts[0] == {key: value for key, value in texts[1].items() if key != "checksum"}
-
-
-def test_exported_cache_comes_back_file_by_file(cache: Path, exported: Path, tmp_path: Path) -> None:
-    import_parquet(exported, tmp_path / "cache")
-    (layer,) = [folder.name for folder in (tmp_path / "cache" / "targets").iterdir()]
-    for folder in ("sequences", f"targets/{layer}"):
-        parts = [[file.read_bytes() for file in sorted((root / folder).glob("*.arrow"))] for root in (cache, tmp_path / "cache")]
+    for folder in ("sequences", f"targets/{layer}"):  # names of parts differ, their bytes do not
+        parts = [
+            [file.read_bytes() for file in sorted((root / folder).glob("*.arrow"))]
+            for root in (GOLDEN, tmp_path / "cache")
+        ]
         assert parts[0] == parts[1]
-        assert parts[0]
     for name in ("cache.json", f"targets/{layer}/layer.json"):
-        assert (cache / name).read_bytes() == (tmp_path / "cache" / name).read_bytes()
+        assert json.loads((GOLDEN / name).read_text()) == json.loads((tmp_path / "cache" / name).read_text())
 
 
 def test_columns_hold_what_the_reader_returns(cache: Path, exported: Path) -> None:
@@ -105,7 +93,9 @@ def test_columns_hold_what_the_reader_returns(cache: Path, exported: Path) -> No
         targets = row.targets
         assert (got["key"], got["prompt"], got["reference"]) == (row.key, row.prompt, row.reference)
         assert got["token_ids"] == row.token_ids.tolist()
-        assert list(zip(got["span_starts"], got["span_ends"], strict=True)) == [tuple(span) for span in row.spans.tolist()]
+        assert list(zip(got["span_starts"], got["span_ends"], strict=True)) == [
+            tuple(span) for span in row.spans.tolist()
+        ]
         assert [len(head) for head in got["ids"]] == targets.counts.tolist()
         assert list(chain.from_iterable(got["ids"])) == targets.ids.tolist()
         assert np.float32(list(chain.from_iterable(got["logprobs"]))).tolist() == targets.logprobs.tolist()
@@ -122,7 +112,7 @@ def test_rows_without_targets_and_repeated_rows_are_exported_once(cache: Path, t
     for file in (first, first.with_suffix(".arrow")):
         shutil.copy(file, file.with_name("part-ffffffff-000000" + file.suffix))
     again = path / "sequences" / "part-ffffffff-000000.json"
-    edit(again, lambda record: record.update(stem=again.stem))
+    again.write_text(again.read_text().replace(first.stem, again.stem))
     assert len(Cache.open(path)._masks) == 1
     export_cache(path, tmp_path / "parquet")
     result = import_parquet(tmp_path / "parquet", tmp_path / "out")
@@ -133,7 +123,9 @@ def test_rows_without_targets_and_repeated_rows_are_exported_once(cache: Path, t
 def test_files_of_another_tool_are_imported_with_figures_counted_anew(copy: Path, cache: Path, tmp_path: Path) -> None:
     for file in copy.glob("*.parquet"):
         table = pq.read_table(file).replace_schema_metadata(None)
-        wide = table.schema.set(table.schema.get_field_index("ids"), pa.field("ids", pa.large_list(pa.large_list(pa.int64()))))
+        wide = table.schema.set(
+            table.schema.get_field_index("ids"), pa.field("ids", pa.large_list(pa.large_list(pa.int64())))
+        )
         pq.write_table(table.cast(wide).slice(0, 2), file, store_schema=False)
     import_parquet(copy, tmp_path / "out")
     imported = Cache.open(tmp_path / "out", verify=True)
@@ -141,7 +133,9 @@ def test_files_of_another_tool_are_imported_with_figures_counted_anew(copy: Path
     assert len(imported) == 6
     assert all(equal_targets(row.targets, kept[row.row_key].targets) for row in imported)
     assert imported.stats()["blob_bytes"] > 0
-    assert imported.stats()["mean_support"] == pytest.approx(np.concatenate([row.targets.counts for row in imported]).mean())
+    assert imported.stats()["mean_support"] == pytest.approx(
+        np.concatenate([row.targets.counts for row in imported]).mean()
+    )
 
 
 def change(path: Path, name: str, edit) -> Path:
@@ -158,7 +152,9 @@ def change(path: Path, name: str, edit) -> Path:
 def first_plus(amount):
     def edit(values):
         values[1][0] = (
-            values[1][0] + amount if not isinstance(values[1][0], list) else [values[1][0][0] + amount, *values[1][0][1:]]
+            values[1][0] + amount
+            if not isinstance(values[1][0], list)
+            else [values[1][0][0] + amount, *values[1][0][1:]]
         )
         return values
 
@@ -182,7 +178,9 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("column, edit, sentence", DAMAGES)
-def test_altered_rows_are_refused_with_file_and_row(copy: Path, tmp_path: Path, column: str, edit, sentence: str) -> None:
+def test_altered_rows_are_refused_with_file_and_row(
+    copy: Path, tmp_path: Path, column: str, edit, sentence: str
+) -> None:
     if column == "source":
         file = sorted(copy.glob("*.parquet"))[0]
         file.write_bytes(b"PAR1" + b"\xff" * 100 + b"PAR1")

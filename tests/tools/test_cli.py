@@ -49,7 +49,12 @@ def run_python(code: str, *, send: int | None = None, **options) -> subprocess.C
     """Run code in a process of its own; `send` a signal once it has printed a line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
     if send is not None:
         process.stdout.readline()
@@ -189,7 +194,10 @@ cli.COMMANDS["plan"] = loud
 sys.exit(cli.main(["plan", {str(recipe)!r}]))
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     process.stdout.readline()
     process.stdout.close()
@@ -216,7 +224,7 @@ sys.exit(cli.main(["train", {str(recipe)!r}, "--json"]))
 
 
 def test_resolved_recipe_is_saved_with_the_run(recipe, tmp_path, monkeypatch):
-    from shared.recipe_file import load_recipe
+    from shared.recipe.file import load_recipe
     from tools import phases
 
     monkeypatch.setattr(phases, "train", lambda recipe, first, last: ({}, ""))

@@ -9,10 +9,10 @@ import os
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from tests.shared.small_cache import HYBRID, TOP, build
 from tools import cli
-from tools.cache_commands import size
+from tools.cache.cache_commands import size
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def test_show_text_has_a_line_per_token_with_probabilities(both, capsys):
 
 
 def test_show_writes_tokens_with_the_tokenizer_of_the_cache(tmp_path, capsys):
-    from shared.cache_writer import CacheWriter
-    from shared.identity import SequencesIdentity
-    from shared.sequences import make_row
+    from shared.cache.cache_writer import CacheWriter
+    from shared.identity.identity import SequencesIdentity
+    from shared.parts.sequences import make_row
     from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
@@ -82,7 +82,9 @@ def test_show_writes_tokens_with_the_tokenizer_of_the_cache(tmp_path, capsys):
         token_ids=ids, spans=[(1, len(ids))], finish_reason="stop",
     )  # fmt: skip
     files = {"tokenizer.json": (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()}
-    writer = CacheWriter.create_or_open(tmp_path / "cache", SequencesIdentity(tokenizer_hash="t", vocab_size=VOCAB_SIZE), files)
+    writer = CacheWriter.create_or_open(
+        tmp_path / "cache", SequencesIdentity(tokenizer_hash="t", vocab_size=VOCAB_SIZE), files
+    )
     writer.write_sequences("part-00000000-000000", [row], {})
     shown = json.loads(run(capsys, "show", tmp_path / "cache", "--json"))
     assert [json.loads(token["text"]) for token in shown["tokens"]] == [tokenizer.decode([i]) for i in ids[1:]]

@@ -61,7 +61,11 @@ def test_missing_engine_is_only_noted(pretend):
 
 def test_package_that_is_missing_or_out_of_bounds_comes_with_the_command_that_mends_it(pretend):
     pretend(pydantic="1.10.2", transformers=None)
-    failed = {name.split()[0]: (found, mend, required) for name, passed, found, mend, required in check_packages() if not passed}
+    failed = {
+        name.split()[0]: (found, mend, required)
+        for name, passed, found, mend, required in check_packages()
+        if not passed
+    }
     assert set(failed) == {"pydantic", "transformers"}
     assert all(required for _, _, required in failed.values())
     assert "out of bounds" in failed["pydantic"][0]

@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import UsageError
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
 from tools import cli
 from tools.init_recipe import guess_format, init_recipe
 

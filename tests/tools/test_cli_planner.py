@@ -7,16 +7,21 @@ import json
 import numpy as np
 import pytest
 
-from shared.cache import Cache
-from shared.codec import Codec
+from shared.cache.cache import Cache
 from shared.errors import PromptError
-from shared.recipe import Recipe
+from shared.payload.codec import Codec
+from shared.recipe.recipe import Recipe
 from tests.shared.dense_targets import cut
 from tests.shared.small_cache import TOP, build
 from tests.tiny_models import make_tokenizer
-from tools.planner import assumed_bytes_per_position, plan, plan_text
+from tools.plan.planner import assumed_bytes_per_position, plan, plan_text
 
-CONFIG = {"model_type": "qwen3", "vocab_size": 512, "max_position_embeddings": 512, "architectures": ["Qwen3ForCausalLM"]}
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "architectures": ["Qwen3ForCausalLM"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,8 @@ def place(tmp_path_factory):
     make_tokenizer(path / "teacher")
     (path / "teacher" / "config.json").write_text(json.dumps(CONFIG))
     turns = [
-        [{"role": "user", "content": f"Anna has {i} apples"}, {"role": "assistant", "content": f"She has {i}."}] for i in range(12)
+        [{"role": "user", "content": f"Anna has {i} apples"}, {"role": "assistant", "content": f"She has {i}."}]
+        for i in range(12)
     ]
     rows = [json.dumps({"messages": messages}) for messages in [*turns, turns[3]]]
     (path / "a.jsonl").write_text("\n".join([*rows, '{"messages": []}']) + "\n")

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from tools.progress import BuildProgress, Progress, duration
+from shared.progress import BuildProgress, Progress, duration
 
 
 class Clock:
@@ -68,6 +68,8 @@ def test_phases_of_a_build_follow_each_other(capsys):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0.0 s"), (9.96, "10 s"), (59.4, "59 s"), (60, "1 min 0 s"), (3599.6, "1 h 0 min")])
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0.0 s"), (9.96, "10 s"), (59.4, "59 s"), (60, "1 min 0 s"), (3599.6, "1 h 0 min")]
+)
 def test_duration_is_short(seconds, text):
     assert duration(seconds) == text

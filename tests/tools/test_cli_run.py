@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import UsageError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tools import run_all
 from tools.run_all import PhaseFailedError, chosen_phases, nothing_to_do, phase_command
 
@@ -28,14 +28,23 @@ def test_chosen_phases_are_a_stretch_or_one(first, last, only, expected):
     assert chosen_phases(first, last, only) == expected
 
 
-@pytest.mark.parametrize("first, last, only", [("eval", "train", None), ("teach", None, "eval"), (None, "eval", "eval")])
+@pytest.mark.parametrize(
+    "first, last, only", [("eval", "train", None), ("teach", None, "eval"), (None, "eval", "eval")]
+)
 def test_contradicting_choices_are_refused(first, last, only):
     with pytest.raises(UsageError):
         chosen_phases(first, last, only)
 
 
 def arguments(**changes) -> argparse.Namespace:
-    chosen = {"recipe": Path("r.yaml"), "overrides": ["seed=3"], "first": None, "last": None, "only": None, "json": False}
+    chosen = {
+        "recipe": Path("r.yaml"),
+        "overrides": ["seed=3"],
+        "first": None,
+        "last": None,
+        "only": None,
+        "json": False,
+    }
     return argparse.Namespace(**{**chosen, "verbose": False, "allow_unsafe_code": False, **changes})
 
 
@@ -59,7 +68,12 @@ def test_phase_gets_recipe_overrides_and_options():
     recipe = smallest()
     assert phase_command("train", recipe, arguments())[3:] == ["tools.cli", "train", "r.yaml", "--set", "seed=3"]
     assert phase_command("eval", recipe, arguments(allow_unsafe_code=True))[-1] == "--allow-unsafe-code"
-    assert phase_command("report", recipe, arguments(json=True, verbose=True))[4:] == ["report", "runs/x", "--json", "--verbose"]
+    assert phase_command("report", recipe, arguments(json=True, verbose=True))[4:] == [
+        "report",
+        "runs/x",
+        "--json",
+        "--verbose",
+    ]
 
 
 @pytest.mark.parametrize("code, part", [
@@ -121,7 +135,8 @@ def test_run_does_everything_once_and_nothing_twice(tmp_path):
     make_qwen3(tmp_path / "teacher", seed=0)
     make_qwen3(tmp_path / "student", seed=1, num_layers=1)
     prompts = [
-        {"messages": [{"role": "user", "content": f"Anna has {i} apples and gives {i // 2} away. How many?"}]} for i in range(24)
+        {"messages": [{"role": "user", "content": f"Anna has {i} apples and gives {i // 2} away. How many?"}]}
+        for i in range(24)
     ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     questions = [{"question": f"How many is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(4)]
@@ -130,7 +145,9 @@ def test_run_does_everything_once_and_nothing_twice(tmp_path):
 
     def decant(*words) -> str:
         command = [sys.executable, "-P", "-m", "tools.cli", *words]
-        done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,15 +1,17 @@
-"""Training on a live teacher, as the fidelity script does it, against training on a capture that holds the whole vocabulary."""
+"""Training on a live teacher, as the fidelity script does it, against training on a capture that holds the whole
+vocabulary.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from shared.cache import Cache
-from shared.recipe import Recipe
-from student_train import stage_run
-from student_train.metrics_log import read_steps
-from student_train.row_separation import separate_rows
+from shared.cache.cache import Cache
+from shared.recipe.recipe import Recipe
+from student_train.records.metrics_log import read_steps
+from student_train.stage import stage_run
+from student_train.student.row_separation import separate_rows
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_llama, make_qwen3
 from tools.bench.fidelity import LIVE, dense_kl, load, summary, train
@@ -19,7 +21,11 @@ from tools.bench.fidelity import LIVE, dense_kl, load, summary, train
 def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("fidelity")
     teacher = make_qwen3(root / "teacher", seed=1)
-    return teacher, make_cache(root / "cache", teacher, num_rows=24, k=512), make_llama(root / "student", seed=2, spread=0.05)
+    return (
+        teacher,
+        make_cache(root / "cache", teacher, num_rows=24, k=512),
+        make_llama(root / "student", seed=2, spread=0.05),
+    )
 
 
 def test_live_teacher_gives_the_losses_of_a_capture_of_everything(tiny, tmp_path):
@@ -30,8 +36,19 @@ def test_live_teacher_gives_the_losses_of_a_capture_of_everything(tiny, tmp_path
     logs = []
     for name, live in (("cached", None), ("live", teacher)):
         losses = [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}]
-        trainer = {"max_steps": 3, "pack_tokens": 192, "learning_rate": 3e-3, "report_to": "none", "gradient_accumulation_steps": 2}
-        document = {"name": "x", "output_dir": str(tmp_path / name), "cache": str(cache), "student": {"model": str(student)}}
+        trainer = {
+            "max_steps": 3,
+            "pack_tokens": 192,
+            "learning_rate": 3e-3,
+            "report_to": "none",
+            "gradient_accumulation_steps": 2,
+        }
+        document = {
+            "name": "x",
+            "output_dir": str(tmp_path / name),
+            "cache": str(cache),
+            "student": {"model": str(student)},
+        }
         recipe = Recipe.model_validate({**document, "stages": [{"name": "kd", "losses": losses, "trainer": trainer}]})
         train(recipe, live)
         logs.append(read_steps(tmp_path / name / "train/kd/metrics.jsonl"))
@@ -39,7 +56,9 @@ def test_live_teacher_gives_the_losses_of_a_capture_of_everything(tiny, tmp_path
     for cached, lived in zip(*logs, strict=True):
         assert cached["positions"] == lived["positions"]
         for term in ("forward_kl", "cross_entropy"):
-            assert cached["terms"][term] == pytest.approx(lived["terms"][term], rel=2e-3), "the codec rounds to 1/16 nat"
+            assert cached["terms"][term] == pytest.approx(lived["terms"][term], rel=2e-3), (
+                "the codec rounds to 1/16 nat"
+            )
         assert cached["grad_norm"] == pytest.approx(lived["grad_norm"], rel=5e-3)
 
 
@@ -47,14 +66,17 @@ def test_dense_divergence_is_zero_from_itself_and_that_of_float64_maths_otherwis
     teacher_dir, path, student_dir = tiny
     teacher, student, cache = load(teacher_dir), load(student_dir), Cache.open(path)
     assert dense_kl(teacher, teacher, cache, 0.5) == pytest.approx(0, abs=1e-12)
-    from student_train.heldout_rows import heldout_rows
+    from student_train.evaluate.heldout_rows import heldout_rows
 
     values = []
     for _, number in heldout_rows([cache], 0.5, None):
         row = cache[number]
         ids = torch.from_numpy(row.token_ids.astype("int64"))[None]
         with torch.no_grad():
-            p, q = (model(input_ids=ids).logits[0, row.predictor_index()].double().softmax(-1) for model in (teacher, student))
+            p, q = (
+                model(input_ids=ids).logits[0, row.predictor_index()].double().softmax(-1)
+                for model in (teacher, student)
+            )
         values += (p * (p / q).log()).sum(-1).tolist()
     assert dense_kl(teacher, student, cache, 0.5) == pytest.approx(sum(values) / len(values), rel=1e-5)
 

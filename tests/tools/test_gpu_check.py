@@ -10,7 +10,9 @@ import torch
 
 from tools import gpu_check
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there; run python -m tools.gpu_check itself")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU is there; run python -m tools.gpu_check itself"
+)
 
 
 def test_machine_without_a_gpu_is_told_so_in_one_sentence(capsys):

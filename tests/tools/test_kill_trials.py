@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import teacher_cache.engines as engines
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
 from tests.system.program import ROOT
 from tests.teacher_cache.fake_engine import FakeEngine

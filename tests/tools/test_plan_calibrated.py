@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration, PassRate
 from tests.tiny_models import make_qwen3
 from tools.cli import main
-from tools.plan_calibrated import calibrated_figures, calibrated_text
+from tools.plan.plan_calibrated import calibrated_figures, calibrated_text
 
 FOUND = Calibration(
     rows=100,
@@ -75,7 +75,9 @@ def test_every_source_counts_with_its_own_means(model):
 
 
 def test_engines_divide_tokens_but_neither_start_nor_fixed_times(model):
-    found = calibrated_figures(recipe(model, engine="server", servers=[f"http://h{i}:1" for i in range(4)]), PLANNED, FOUND, 3.0)
+    found = calibrated_figures(
+        recipe(model, engine="server", servers=[f"http://h{i}:1" for i in range(4)]), PLANNED, FOUND, 3.0
+    )
     assert found["engines"] == 4
     assert found["seconds"]["all"] == pytest.approx(5 + 2 + 15 + 1 + 37.5 / 4)
     assert found["money"] == pytest.approx(found["seconds"]["all"] / 3600 * 4 * 3)

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from shared.errors import TrainingError, UsageError
-from shared.recipe import Recipe
-from student_train.memory import GIB, estimate_memory
-from student_train.model_shape import ModelShape
+from shared.recipe.recipe import Recipe
+from student_train.fit.memory import GIB, estimate_memory
+from student_train.fit.model_shape import ModelShape
 from tools.cli import main
-from tools.plan_card import card_bytes, card_text, plan_card
+from tools.plan.plan_card import card_bytes, card_text, plan_card
 
 SIZES = {"0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True), "8B": (4096, 12288, 36, 32, False)}
 
@@ -66,7 +66,7 @@ def test_common_students_fit_24_gib_with_the_same_tokens_per_step(size, student,
 
 
 def test_advice_given_as_options_makes_the_recipe_fit_as_written():
-    from shared.recipe_override import apply_override
+    from shared.recipe.override import apply_override
 
     wanted = recipe("8B", QLORA, {"bf16": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1})
     stage = plan_card(wanted, 16 * GIB)["stages"]["kd"]
@@ -98,7 +98,9 @@ def test_card_too_small_for_kept_activations_recomputes_them_and_a_larger_one_ke
     ],
 )
 def test_student_that_cannot_fit_is_refused_with_the_smallest_change(size, student, trainer, gib, advice):
-    with pytest.raises(TrainingError, match=rf"^stage 'kd' .* needs at least \d.* where the card has {gib}.0 GiB; .*{advice}"):
+    with pytest.raises(
+        TrainingError, match=rf"^stage 'kd' .* needs at least \d.* where the card has {gib}.0 GiB; .*{advice}"
+    ):
         plan_card(recipe(size, student, trainer), gib * GIB)
 
 
@@ -153,7 +155,9 @@ def test_unknown_student_is_refused_and_stated_sizes_are_named():
     stated = plan_card(recipe("0.6B", {}, {"bf16": True}), 24 * GIB)
     assert "assume.student" in card_text(stated)
     bare = recipe("0.6B").model_copy(update={"assume": Recipe.model_fields["assume"].default})
-    with pytest.raises(TrainingError, match=r"config of the student '\./not-here' cannot be read .*assume\.student\.config"):
+    with pytest.raises(
+        TrainingError, match=r"config of the student '\./not-here' cannot be read .*assume\.student\.config"
+    ):
         plan_card(bare, 24 * GIB)
 
 
@@ -165,7 +169,7 @@ def test_size_of_a_card_is_read_with_its_unit_or_refused():
 
 
 def test_command_prints_a_table_or_json_and_refuses_in_a_sentence(tmp_path, capsys):
-    from shared.recipe_file import dump_recipe
+    from shared.recipe.file import dump_recipe
 
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe("0.6B", {}, {"bf16": True})))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from shared.cache import Cache
-from shared.records import list_records
+from shared.cache.cache import Cache
+from shared.parts.records import list_records
 from tools.bench.scale_simulation import ROWS_PER_PART, make_records, measure
 
 

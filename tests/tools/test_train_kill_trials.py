@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_qwen3
 from tools.bench import train_kill_trials
@@ -15,7 +15,9 @@ from tools.bench.train_kill_trials import SETTINGS, main, outcome, recipe_of
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("kills")
     teacher = make_qwen3(root / "teacher", seed=1)
-    return make_cache(root / "cache", teacher, sources=("math", "code", "aiops")), make_qwen3(root / "student", seed=2, spread=0.05)
+    return make_cache(root / "cache", teacher, sources=("math", "code", "aiops")), make_qwen3(
+        root / "student", seed=2, spread=0.05
+    )
 
 
 def test_recipes_of_all_settings_are_valid_and_differ(paths, tmp_path):
@@ -36,7 +38,9 @@ def test_outcome_sees_a_single_bit(tmp_path):
 
 @pytest.mark.slow
 def test_killed_trainings_end_in_the_same_bytes(paths, monkeypatch, capsys):
-    monkeypatch.setattr(train_kill_trials, "SETTINGS", {name: SETTINGS[name] for name in ("two stages", "evaluation, best kept")})
+    monkeypatch.setattr(
+        train_kill_trials, "SETTINGS", {name: SETTINGS[name] for name in ("two stages", "evaluation, best kept")}
+    )
     cache, student = paths
     assert main(["--kills", "4", "--cache", str(cache), "--student", str(student), "--no-page"]) == 0
     assert "| all | 4 |  | 2 of 2 |" in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""`decant cache audit`: is a cache what its teacher says, and what would a smaller capture lose; as a document and as tables.
+"""`decant cache audit`: is a cache what its teacher says, and what would a smaller capture lose; as a document and as
+tables.
 
 Cost: the recorded teacher in transformers, three forward passes per sampled row (and one of the student).
 """
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import CacheError, IdentityError
-from shared.recipe import Recipe, Teacher
+from shared.recipe.recipe import Recipe, Teacher
 
 HYBRIDS = ((8, 4),)
 """Captures of the top k with m draws in the grid."""
@@ -71,14 +72,18 @@ def audit_cache(path: Path, settings: AuditSettings) -> dict[str, Any]:
     cache = Cache.open(path, settings.targets, allow_partial=True)
     if cache.layer is None:
         raise CacheError(f"{path} holds no teacher distributions to audit; run `decant teach` first")
-    model = open_recorded_teacher(cache.layer, settings.teacher, settings.adapter, trust_remote_code=settings.trust_remote_code)
+    model = open_recorded_teacher(
+        cache.layer, settings.teacher, settings.adapter, trust_remote_code=settings.trust_remote_code
+    )
     student = _student(settings, cache)
     limits = [getattr(one.config, "max_position_embeddings", None) for one in (model, student) if one is not None]
     longest = min((limit for limit in limits if isinstance(limit, int)), default=None)
     drawn = random.Random(settings.seed).sample(range(len(cache)), min(settings.rows, len(cache)))
     chosen = sorted(index for index in drawn if longest is None or int(cache.num_tokens[index]) <= longest)
     if not chosen:
-        raise CacheError(f"{path}: none of {len(drawn)} sampled rows can be read by the models; sample more with --rows")
+        raise CacheError(
+            f"{path}: none of {len(drawn)} sampled rows can be read by the models; sample more with --rows"
+        )
     temperatures = sorted({*cache.layer.temperatures, *settings.temperatures})
     candidates = candidates_of(cache, settings.ks, settings.masses, temperatures, HYBRIDS)
     truncation = audit_truncation(cache, model, chosen, candidates, student)
@@ -100,13 +105,22 @@ def audit_text(found: Mapping[str, Any]) -> str:
     """Return an audit as tables for people."""
     faith = found["faithfulness"]
     lines = [
-        f"{found['path']}, layer {found['layer']}: {found['rows']} rows, {faith['stored']['positions']:,} positions scored again "
+        f"{found['path']}, layer {found['layer']}: {found['rows']} rows, {faith['stored']['positions']:,} positions "
+        "scored again "
         f"by {found['teacher']} ({found['dtype']})",
-        *([f"  {found['rows_too_long']} sampled rows are longer than the models read"] if found["rows_too_long"] else []),
+        *(
+            [f"  {found['rows_too_long']} sampled rows are longer than the models read"]
+            if found["rows_too_long"]
+            else []
+        ),
         "",
         "Faithfulness              mean KL    worst KL  worst log-prob  worst label  worst tail     top-1",
     ]
-    for key, label in (("stored", "stored against live"), ("control", "live against live"), ("codec", "live against encoded")):
+    for key, label in (
+        ("stored", "stored against live"),
+        ("control", "live against live"),
+        ("codec", "live against encoded"),
+    ):
         part = faith[key]
         top1 = "–" if part["top1_agreement"] is None else f"{100 * part['top1_agreement']:.2f} %"
         lines.append(
@@ -115,10 +129,16 @@ def audit_text(found: Mapping[str, Any]) -> str:
         )
     for row in faith["unfaithful"]:
         lines += [
-            f"  UNFAITHFUL row {row['row']} ({row['where']}): mean KL {row['mean_kl']:.3f} nats, worst {row['worst_kl']:.3f}",
-            f"    at position {row['worst_position']}; worst label {row['worst_label']:.3f} nats, tail {row['worst_tail']:.3f}",
+            f"  UNFAITHFUL row {row['row']} ({row['where']}): mean KL {row['mean_kl']:.3f} nats, worst "
+            f"{row['worst_kl']:.3f}",
+            f"    at position {row['worst_position']}; worst label {row['worst_label']:.3f} nats, tail "
+            f"{row['worst_tail']:.3f}",
         ]
-    verdict = f"{len(faith['unfaithful'])} of {found['rows']} rows are not the teacher's" if faith["unfaithful"] else "faithful"
+    verdict = (
+        f"{len(faith['unfaithful'])} of {found['rows']} rows are not the teacher's"
+        if faith["unfaithful"]
+        else "faithful"
+    )
     lines += [f"  {verdict}", "", f"Truncation, tails completed by: {found['completion']}"]
     lines.append("       k  draws    mass     T  bytes/position  entries    KL lost  gradient error  of the mean")
     for one in found["truncation"]:
@@ -135,9 +155,9 @@ def audit_text(found: Mapping[str, Any]) -> str:
 def _student(settings: AuditSettings, cache: Cache) -> Any:
     if settings.student is None:
         return None
-    from student_train.student import student_tokenizer_hash
-    from teacher_cache.engines.transformers_model import CausalModel
-    from teacher_cache.model_files import resolve_model
+    from student_train.student.student import student_tokenizer_hash
+    from teacher_cache.engines.transformers.transformers_model import CausalModel
+    from teacher_cache.teacher.model_files import resolve_model
 
     files = resolve_model(settings.student)
     wanted = cache.sequences_identity.tokenizer_hash
@@ -147,10 +167,17 @@ def _student(settings: AuditSettings, cache: Cache) -> Any:
             f"{settings.student} has tokenizer {found} and {cache.path} has {wanted}; name another with --student DIR"
         )
     teacher = Teacher.model_validate(
-        {"model": settings.student, "engine": "transformers", "dtype": "float32", "trust_remote_code": settings.trust_remote_code}
+        {
+            "model": settings.student,
+            "engine": "transformers",
+            "dtype": "float32",
+            "trust_remote_code": settings.trust_remote_code,
+        }
     )
     model = CausalModel.load(teacher, files.directory)
     vocab_size = cache.layer.vocab_size if cache.layer else 0
     if model.num_entries < vocab_size:
-        raise IdentityError(f"{settings.student} has {model.num_entries} entries in its head, the layer has {vocab_size}")
+        raise IdentityError(
+            f"{settings.student} has {model.num_entries} entries in its head, the layer has {vocab_size}"
+        )
     return model

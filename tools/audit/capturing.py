@@ -1,4 +1,5 @@
-"""Capture dense distributions as the engines do: the same columns, cut, tails and draws, from log-probabilities at hand.
+"""Capture dense distributions as the engines do: the same columns, cut, tails and draws, from log-probabilities at
+hand.
 
 Shape letters: C positions of a chunk, V entries, K head entries, J temperatures, m draws.
 """
@@ -10,12 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from shared.sequences import SequenceRow
-from shared.targets import SparseTargets
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.draw_keys import prefix_keys_of
-from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin
-from teacher_cache.engines.tail_columns import extend_columns
+from shared.parts.sequences import SequenceRow
+from shared.payload.targets import SparseTargets
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of
+from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin
+from teacher_cache.engines.columns.tail_columns import extend_columns
 
 Columns = tuple[torch.Tensor, torch.Tensor]
 """ids int64 and values float64, both [C, 1 + layout.num_extra]"""

@@ -19,13 +19,15 @@ def run_audit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         UsageError: an option makes no sense.
         DecantError: the cache cannot be audited.
     """
-    from shared.recipe_file import load_recipe
+    from shared.recipe.file import load_recipe
 
     recipe = load_recipe(args.recipe, []) if args.recipe is not None else None
     given = {name: getattr(args, name) for name in ("targets", "teacher", "adapter", "student", "rows", "seed")}
     given["ks"] = None if args.k is None else [int(k) for k in _numbers(args.k, "k", 1, MAX_K, whole=True)]
     given["masses"] = None if args.mass is None else _numbers(args.mass, "mass", 1e-9, 1.0)
-    given["temperatures"] = None if args.temperatures is None else _numbers(args.temperatures, "temperatures", 1e-3, 1e3)
+    given["temperatures"] = (
+        None if args.temperatures is None else _numbers(args.temperatures, "temperatures", 1e-3, 1e3)
+    )
     found = audit_cache(args.cache, settings_of(recipe, given))
     if recipe is not None:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)

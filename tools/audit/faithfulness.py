@@ -1,14 +1,17 @@
-"""Are the stored distributions the teacher's: rows drawn at random are scored live again and compared position by position.
+"""Are the stored distributions the teacher's: rows drawn at random are scored live again and compared position by
+position.
 
 Three comparisons with the same live distributions, each in the same figures:
 - stored: what the cache has;
-- control: the teacher against itself run twice, once alone and once in a padded batch with other rows: what rounding alone does;
+- control: the teacher against itself run twice, once alone and once in a padded batch with other rows: what rounding
+  alone does;
 - codec: the live distributions captured and encoded as the layer's are, then decoded: what storing them does.
-KL is that of the compared head and tail bucket from the live distribution on the same masses, in nats. A row is unfaithful when its
-mean KL, its worst position's KL, its worst label or its worst tail lies above a fixed bound and far above control and codec.
-A layer of draws alone (mode sample) has no heads: labels are all that can be compared.
+KL is that of the compared head and tail bucket from the live distribution on the same masses, in nats. A row is
+unfaithful when its mean KL, its worst position's KL, its worst label or its worst tail lies above a fixed bound and far
+above control and codec. A layer of draws alone (mode sample) has no heads: labels are all that can be compared.
 
-Cost: two forward passes per row. Shape letters: S positions of a row, C of a chunk, V entries, N head entries, J temperatures.
+Cost: two forward passes per row. Shape letters: S positions of a row, C of a chunk, V entries, N head entries, J
+    temperatures.
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.cache import Cache
-from shared.targets import SparseTargets
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.transformers_model import CausalModel
+from shared.cache.cache import Cache
+from shared.payload.targets import SparseTargets
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.transformers.transformers_model import CausalModel
 from tools.audit.capturing import capture_chunk, join_columns
 from tools.audit.live import dense_logprobs
 
@@ -89,7 +92,8 @@ def audit_faithfulness(cache: Cache, model: CausalModel, chosen: Sequence[int]) 
     """Compare rows of a cache with the live teacher.
 
     Returns:
-        stored, control, codec: mean_kl, worst_kl, worst_logprob, worst_label (nats), worst_tail (probability), top1_agreement;
+        stored, control, codec: mean_kl, worst_kl, worst_logprob, worst_label (nats), worst_tail (probability),
+        top1_agreement;
         unfaithful: the rows that are, worst first; rows, bounds.
     """
     identity = cache.layer
@@ -115,7 +119,12 @@ def audit_faithfulness(cache: Cache, model: CausalModel, chosen: Sequence[int]) 
             decoded.add(codec.decode(codec.encode(live), live.num_positions), alone.numpy(), labels)
     bounds = {
         key: max(bound, FAR_ABOVE * max(control.most(key), decoded.most(key)))
-        for key, bound in (("mean_kl", MEAN_KL), ("worst_kl", WORST_KL), ("worst_label", WORST_LABEL), ("worst_tail", WORST_TAIL))
+        for key, bound in (
+            ("mean_kl", MEAN_KL),
+            ("worst_kl", WORST_KL),
+            ("worst_label", WORST_LABEL),
+            ("worst_tail", WORST_TAIL),
+        )
     }
     unfaithful = [
         {
@@ -154,8 +163,8 @@ def compare(targets: SparseTargets, live: NDArray[np.float64]) -> tuple[NDArray[
     """Compare targets with live log-probabilities [C, V].
 
     Returns:
-        KL [C] in nats on head and tail bucket at T = 1 (0 without a head), the largest error of a log-probability in nats, and of a
-        tail's probability at any captured temperature.
+        KL [C] in nats on head and tail bucket at T = 1 (0 without a head), the largest error of a log-probability in
+        nats, and of a tail's probability at any captured temperature.
     """
     counts = targets.counts
     position = np.repeat(np.arange(len(counts)), counts)

@@ -1,5 +1,5 @@
-"""Dense distributions of a model at a cached row's supervised positions, a few positions at a time; transformers, no cache of
-anything.
+"""Dense distributions of a model at a cached row's supervised positions, a few positions at a time; transformers, no
+cache of anything.
 
 Cost: one forward pass per row and at most `CHUNK_ENTRIES` numbers of logits at once.
 Shape letters: T tokens of a row, S supervised positions, C positions of a chunk, V entries.
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from shared.errors import IdentityError
-from shared.identity import LayerIdentity, weights_hash
-from shared.recipe import Teacher
-from shared.sequences import SequenceRow
-from teacher_cache.engines.sparse_columns import predicting_rows
-from teacher_cache.engines.transformers_model import CausalModel
-from teacher_cache.model_files import resolve_model
+from shared.identity.identity import LayerIdentity, weights_hash
+from shared.parts.sequences import SequenceRow
+from shared.recipe.recipe import Teacher
+from teacher_cache.engines.columns.sparse_columns import predicting_rows
+from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.teacher.model_files import resolve_model
 
 CHUNK_ENTRIES = 2**22
 Chunk = tuple[slice, torch.Tensor]
@@ -44,12 +44,15 @@ def open_recorded_teacher(
     """
     if identity.quantization is not None:
         raise IdentityError(
-            f"the teacher was quantised with {identity.quantization} when it was captured, which transformers does not do; "
+            f"the teacher was quantised with {identity.quantization} when it was captured, which transformers does "
+            "not do; "
             "audit a layer of the unquantised teacher"
         )
     if (identity.adapter is None) != (adapter is None):
         found = "has one" if identity.adapter else "has none"
-        raise IdentityError(f"the layer's teacher {found} where an adapter is concerned; name it with --recipe or --adapter DIR")
+        raise IdentityError(
+            f"the layer's teacher {found} where an adapter is concerned; name it with --recipe or --adapter DIR"
+        )
     files = resolve_model(model or identity.teacher, None if model else identity.revision)
     for name, directory, recorded in (
         ("teacher", files.directory, identity.weights_hash),
@@ -102,7 +105,9 @@ def dense_logprobs(
     step = step or chunk_positions(model)
     for start in range(0, len(rows), step):
         where = slice(start, min(start + step, len(rows)))
-        with torch.inference_mode():  # left before each yield: a generator that waits would keep its caller in that mode
+        with (
+            torch.inference_mode()
+        ):  # left before each yield: a generator that waits would keep its caller in that mode
             logits: Any = model.logits(hidden[rows[where]])[:, :vocab_size]
             logprobs = logits.double().log_softmax(-1).cpu()
         yield where, logprobs

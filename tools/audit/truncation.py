@@ -1,17 +1,19 @@
-r"""What a capture leaves out, by k, mass, draws and temperature: from dense live distributions, so that a smaller one can be
-chosen.
+r"""What a capture leaves out, by k, mass, draws and temperature: from dense live distributions, so that a smaller one
+can be chosen.
 
-At one position let p be the teacher, q the student, K the head that the capture keeps, p_T and q_T the masses outside it.
-- KL lost: KL(p || q) minus the KL on head and tail bucket = sum outside K of p log(p / q) - p_T log(p_T / q_T) >= 0. So the
-  cached KL is a lower bound of the full one, and 0 for k = V. With draws the training loss is unbiased, and what is lost is only
+At one position let p be the teacher, q the student, K the head that the capture keeps, p_T and q_T the masses outside
+it.
+- KL lost: KL(p || q) minus the KL on head and tail bucket = sum outside K of p log(p / q) - p_T log(p_T / q_T) >= 0. So
+  the cached KL is a lower bound of the full one, and 0 for k = V. With draws the training loss is unbiased, and what is
+  lost is only
   a constant: none shown.
-- The dense gradient with respect to the student's logits is q - p. The capture's is q - p^, where p^ is p on the head and outside
-  it the student's own tail shape, p_T q / q_T; with m draws it is p_T count / m at the drawn tokens instead. Gradient error: sum
-  over positions of |p^ - p|_2 over the sum of |q - p|_2. Error of the mean gradient: |mean (p^ - p)|_2 over |mean (q - p)|_2, in
-  which unbiased draws average out and a systematic error stays.
+- The dense gradient with respect to the student's logits is q - p. The capture's is q - p^, where p^ is p on the head
+  and outside it the student's own tail shape, p_T q / q_T; with m draws it is p_T count / m at the drawn tokens
+  instead. Gradient error: sum over positions of |p^ - p|_2 over the sum of |q - p|_2. Error of the mean gradient: |mean
+  (p^ - p)|_2 over |mean (q - p)|_2, in which unbiased draws average out and a systematic error stays.
 - Bytes per position: the sampled rows captured so and encoded by the codec.
-q is a given student's, or, without one, the mean of the teacher's distributions over the sampled positions: a student that knows
-how often tokens come and nothing else, which completes tails worse than any trained one.
+q is a given student's, or, without one, the mean of the teacher's distributions over the sampled positions: a student
+that knows how often tokens come and nothing else, which completes tails worse than any trained one.
 
 Cost: a forward pass per row (and student), and per capture and temperature some passes over [C, V] in float64.
 Shape letters: C positions of a chunk, V entries, K head entries, m draws.
@@ -26,10 +28,10 @@ from typing import Any
 
 import torch
 
-from shared.cache import Cache
-from shared.codec import Codec
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.transformers_model import CausalModel
+from shared.cache.cache import Cache
+from shared.payload.codec import Codec
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.transformers.transformers_model import CausalModel
 from tools.audit.capturing import Columns, capture_chunk, join_columns
 from tools.audit.live import chunk_positions, dense_logprobs
 
@@ -68,7 +70,11 @@ class Candidate:
 
 
 def candidates_of(
-    cache: Cache, ks: Sequence[int], masses: Sequence[float], temperatures: Sequence[float], hybrids: Sequence[tuple[int, int]]
+    cache: Cache,
+    ks: Sequence[int],
+    masses: Sequence[float],
+    temperatures: Sequence[float],
+    hybrids: Sequence[tuple[int, int]],
 ) -> list[Candidate]:
     """Return the layer's own capture and a grid of others, each once."""
     identity = cache.layer
@@ -81,7 +87,11 @@ def candidates_of(
 
 
 def audit_truncation(
-    cache: Cache, model: CausalModel, chosen: Sequence[int], candidates: Sequence[Candidate], student: CausalModel | None
+    cache: Cache,
+    model: CausalModel,
+    chosen: Sequence[int],
+    candidates: Sequence[Candidate],
+    student: CausalModel | None,
 ) -> list[dict[str, Any]]:
     """Return one document per capture and temperature.
 
@@ -114,7 +124,11 @@ def audit_truncation(
             candidate.num_bytes += len(codec.encode(targets))
             candidate.entries += len(targets.ids)
             candidate.columns.clear()
-    return [_document(candidate, at, losses, positions) for candidate in candidates for at, losses in candidate.losses.items()]
+    return [
+        _document(candidate, at, losses, positions)
+        for candidate in candidates
+        for at, losses in candidate.losses.items()
+    ]
 
 
 def _lost(
@@ -176,7 +190,9 @@ def _document(candidate: Candidate, temperature: float, losses: Losses, position
 
 
 def smaller_capture(documents: Sequence[dict[str, Any]]) -> str | None:
-    """Return a sentence on the smallest capture whose mean gradient is no more wrong than the layer's own, where there is one."""
+    """Return a sentence on the smallest capture whose mean gradient is no more wrong than the layer's own, where there
+    is one.
+    """
     by_capture: dict[tuple[int, int, float], list[dict[str, Any]]] = defaultdict(list)
     for document in documents:
         by_capture[document["k"], document["draws"], document["mass"]].append(document)

@@ -1,4 +1,6 @@
-"""Keep measured tables in docs/benchmarks.md: each between two markers, replaced as a whole by the command that measured it."""
+"""Keep measured tables in docs/benchmarks.md: each between two markers, replaced as a whole by the command that
+measured it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Whether a cache that was interrupted holds what an unbroken one does: every row once, none missing, none damaged, same values.
+"""Whether a cache that was interrupted holds what an unbroken one does: every row once, none missing, none damaged,
+same values.
 
 Cost: both caches are read once, row by row.
 """
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache import Cache, Row
+from shared.cache.cache import Cache, Row
+from shared.cache.layout import sequences_dir
+from shared.cache.verify import verify_cache
 from shared.errors import CacheError
-from shared.layout import sequences_dir
-from shared.records import list_records
-from shared.verify import verify_cache
+from shared.parts.records import list_records
 
 MAX_LISTED = 20
 
@@ -24,8 +25,8 @@ def differences(unbroken: Path, found: Path, tolerance_nats: float) -> list[str]
     Args:
         unbroken: the cache of a build that nothing interrupted.
         found: the cache to judge.
-        tolerance_nats: 0 asks for equal targets; else label log-probabilities and tail masses may differ by as much, since an
-            engine that batches as requests come rounds differently each time.
+        tolerance_nats: 0 asks for equal targets; else label log-probabilities and tail masses may differ by as much,
+            since an engine that batches as requests come rounds differently each time.
     """
     problems = [f"damaged: {problem}" for problem in verify_cache(found)][:MAX_LISTED]
     if problems:
@@ -38,7 +39,9 @@ def differences(unbroken: Path, found: Path, tolerance_nats: float) -> list[str]
     keys = [row.row_key for row in rows]
     committed = sum(record.rows for record in list_records(sequences_dir(found)))
     if committed != len(keys) or len(set(keys)) != len(keys):
-        problems.append(f"repeated: {committed} rows are committed, {len(keys)} are shown, {len(set(keys))} have keys of their own")
+        problems.append(
+            f"repeated: {committed} rows are committed, {len(keys)} are shown, {len(set(keys))} have keys of their own"
+        )
     problems += [f"missing: row {key.hex()}" for key in sorted(set(expected) - set(keys))][:MAX_LISTED]
     problems += [f"surplus: row {key.hex()}" for key in sorted(set(keys) - set(expected))][:MAX_LISTED]
     for row in rows:

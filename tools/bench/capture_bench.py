@@ -1,9 +1,9 @@
 """What the front end costs when vLLM's scored rows become targets: positions per second and core, at k = 64.
 
-Rows are synthetic (as in codec_bench) and shaped as the engine core sends them, one request of 512 tokens at a time. Each path runs
-the code that runs in production, from the engine core's tensors to `SparseTargets`: arrays (ours), vLLM's flat lists, vLLM's
-dicts (the last two only where vLLM is installed). The model's forward pass is not part of it. Speed is CPU time of one thread,
-best of three.
+Rows are synthetic (as in codec_bench) and shaped as the engine core sends them, one request of 512 tokens at a time.
+Each path runs the code that runs in production, from the engine core's tensors to `SparseTargets`: arrays (ours),
+vLLM's flat lists, vLLM's dicts (the last two only where vLLM is installed). The model's forward pass is not part of it.
+Speed is CPU time of one thread, best of three.
 
 Shape letters: T tokens of a row, W columns.
 """
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.recipe import Capture
-from shared.targets import SparseTargets
-from teacher_cache.engines.column_layout import NOTHING, ColumnLayout
-from teacher_cache.engines.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
-from teacher_cache.engines.vllm_arrays import PromptArrays, columns_of
+from shared.payload.targets import SparseTargets
+from shared.recipe.recipe import Capture
+from teacher_cache.engines.columns.column_layout import NOTHING, ColumnLayout
+from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
+from teacher_cache.engines.vllm.vllm_arrays import PromptArrays, columns_of
 from tools.bench import synthetic_teacher
 
 ROW_TOKENS = 512
@@ -55,7 +55,9 @@ def run(num_rows: int = 64) -> dict[str, Any]:
         result[name] = {"positions_per_second": speed(plugin, num_rows)}
     layout = ColumnLayout.of(Capture(k=K, mass=0.999), synthetic_teacher.VOCAB_SIZE)
     full = ColumnLayout.of(Capture(k=K), layout.vocab_size)
-    stock = [(ids[:, : 1 + K], values[:, : 1 + K]) for ids, values in (plugin_row(full, seed) for seed in range(num_rows))]
+    stock = [
+        (ids[:, : 1 + K], values[:, : 1 + K]) for ids, values in (plugin_row(full, seed) for seed in range(num_rows))
+    ]
     rows_of = predicting_rows(SPANS)
 
     def without_plugin() -> list[SparseTargets]:
@@ -107,7 +109,8 @@ def list_paths(num_rows: int) -> dict[str, Any]:
     layout = ColumnLayout.of(Capture(k=K), synthetic_teacher.VOCAB_SIZE)
     few = max(1, num_rows // 16)
     tensors = [
-        LogprobsTensors(*map(torch.from_numpy, plugin_row(layout, seed)), torch.zeros(ROW_TOKENS - 1)) for seed in range(few)
+        LogprobsTensors(*map(torch.from_numpy, plugin_row(layout, seed)), torch.zeros(ROW_TOKENS - 1))
+        for seed in range(few)
     ]
 
     def containers(flat: bool) -> list[Any]:
@@ -128,7 +131,10 @@ def list_paths(num_rows: int) -> dict[str, Any]:
         return sum(map(deep_bytes, found)) / (few * (ROW_TOKENS - 1))
 
     return {
-        "flat_lists": {"positions_per_second": speed(flat_lists, few), "bytes_per_position": size(containers(flat=True))},
+        "flat_lists": {
+            "positions_per_second": speed(flat_lists, few),
+            "bytes_per_position": size(containers(flat=True)),
+        },
         "dicts": {"positions_per_second": speed(dicts, few), "bytes_per_position": size(containers(flat=False))},
     }
 

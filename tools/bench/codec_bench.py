@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from shared.codec import Codec
-from shared.ragged import segment_sum
-from shared.targets import SparseTargets
+from shared.payload.codec import Codec
+from shared.payload.ragged import segment_sum
+from shared.payload.targets import SparseTargets
 from tools.bench import ngram_teacher, synthetic_teacher
 
 ROW_POSITIONS = 512
@@ -33,7 +33,9 @@ def run(positions: int = 8192, ngram_rows: int = 40) -> dict[str, Any]:
     Returns:
         synthetic.step_*: figures at k = 64; ngram.*: bytes per position and KL error of several captures.
     """
-    rows = [synthetic_teacher.make_targets(ROW_POSITIONS, 64, seed) for seed in range(max(1, positions // ROW_POSITIONS))]
+    rows = [
+        synthetic_teacher.make_targets(ROW_POSITIONS, 64, seed) for seed in range(max(1, positions // ROW_POSITIONS))
+    ]
     result: dict[str, Any] = {
         "synthetic": {f"step_{name}": figures(rows, step, synthetic_teacher.VOCAB_SIZE) for name, step in STEPS.items()}
     }
@@ -43,7 +45,9 @@ def run(positions: int = 8192, ngram_rows: int = 40) -> dict[str, Any]:
 
 
 def ngram_figures(num_rows: int) -> dict[str, Any]:
-    """Measure captures of real text: top 64 at three steps, with an end at 99.9 % of the mass, top 8, and top 8 with 4 draws."""
+    """Measure captures of real text: top 64 at three steps, with an end at 99.9 % of the mass, top 8, and top 8 with 4
+    draws.
+    """
     teacher, test = ngram_teacher.make_teacher(num_rows)
 
     def capture(k: int, draws: int = 0, mass: float = 1.0) -> list[SparseTargets]:

@@ -1,9 +1,11 @@
 """`python -m tools.bench.fidelity --seeds 3`: training on cached targets against training on the same teacher live.
 
-The demo's student learns 0.9 forward KL + 0.1 cross-entropy from the demo's teacher, in equal steps over the same rows in the same
-order from the same seeds; only where the teacher's distribution comes from differs. Live: the teacher is in memory and the
-divergence is taken over its full vocabulary, in plain PyTorch and autograd. Cached: a layer of the cache, captured by the same
-weights in float32. Judged by the held-out KL over the full vocabulary to the live teacher, in float64, mean over seeds.
+The demo's student learns 0.9 forward KL + 0.1 cross-entropy from the demo's teacher, in equal steps over the same rows
+in the same order from the same seeds; only where the teacher's distribution comes from differs. Live: the teacher is in
+memory and the
+divergence is taken over its full vocabulary, in plain PyTorch and autograd. Cached: a layer of the cache, captured by
+the same weights in float32. Judged by the held-out KL over the full vocabulary to the live teacher, in float64, mean
+over seeds.
 Cost: one training per capture and seed; finished ones are reused.
 
 Shape letters: S supervised positions, V vocabulary.
@@ -28,19 +30,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import EvaluationError, UsageError
-from shared.recipe import Recipe
-from shared.recipe_file import load_recipe
-from student_train import stage_run
-from student_train.forward_patch import Objective
-from student_train.heldout_rows import heldout_rows
-from student_train.row_separation import separate_rows
-from student_train.stages import run_stages
-from student_train.student_head import StudentHead, body_of, head_of, run_body
+from shared.progress import Progress
+from shared.recipe.file import load_recipe
+from shared.recipe.recipe import Recipe
+from student_train.evaluate.heldout_rows import heldout_rows
+from student_train.stage import stage_run
+from student_train.stage.stages import run_stages
+from student_train.student.forward_patch import Objective
+from student_train.student.row_separation import separate_rows
+from student_train.student.student_head import StudentHead, body_of, head_of, run_body
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 from tools.bench.quality import decant
-from tools.progress import Progress
 
 LIVE = "live, full vocabulary"
 CAPTURES: dict[str, dict[str, Any]] = {
@@ -57,7 +59,12 @@ TEACHER = ("teacher.engine=transformers", "teacher.dtype=float32")
 def overrides(options: argparse.Namespace, capture: str | None, seed: int = 0) -> list[str]:
     """Return what is set over the recipe for one capture and seed; None for the live teacher."""
     name = (capture or LIVE).replace(" ", "-").replace(",", "")
-    sets = [*TEACHER, f"cache={options.root / 'cache'}", f"seed={seed}", f"output_dir={options.root / name / f'seed{seed}'}"]
+    sets = [
+        *TEACHER,
+        f"cache={options.root / 'cache'}",
+        f"seed={seed}",
+        f"output_dir={options.root / name / f'seed{seed}'}",
+    ]
     settings = CAPTURES[capture or next(iter(CAPTURES))]
     sets += [f"capture={json.dumps(settings)}"]
     return sets if options.steps is None else [*sets, f"stages.kd.trainer.max_steps={options.steps}"]
@@ -134,7 +141,9 @@ def summary(kl: Mapping[str, Sequence[float]], sizes: Mapping[str, float]) -> st
         mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         size = f"{sizes[name]:.1f}" if name in sizes else "-"
         rows.append([name, size, f"{mean:.5f}", f"{spread:.5f}", f"{100 * (mean / live - 1):+.2f} %"])
-    return table(["targets", "bytes per position", "held-out KL (nats)", "standard deviation over seeds", "over live"], rows)
+    return table(
+        ["targets", "bytes per position", "held-out KL (nats)", "standard deviation over seeds", "over live"], rows
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not (options.cache / "cache.json").is_file():
         raise UsageError(
-            f"there is no cache in {options.cache}; build it with `decant teach {options.recipe}`, or name it with --cache"
+            f"there is no cache in {options.cache}; build it with `decant teach {options.recipe}`, or name it with "
+            "--cache"
         )
     if not (options.root / "cache").exists():
         shutil.copytree(options.cache, options.root / "cache")
@@ -172,21 +182,26 @@ def main(argv: list[str] | None = None) -> int:
         for name, values in kl.items():
             live = name == LIVE
             student = load(
-                train(load_recipe(options.recipe, overrides(options, None if live else name, seed)), teacher if live else None)
+                train(
+                    load_recipe(options.recipe, overrides(options, None if live else name, seed)),
+                    teacher if live else None,
+                )
             )
             values.append(dense_kl(teacher, student, cache, recipe.heldout.fraction))
             print(f"seed {seed}, {name}: {values[-1]:.5f} nats", file=sys.stderr, flush=True)
     text = summary(kl, sizes)
     print(text)
     if not options.no_page:
-        command = f"python -m tools.bench.fidelity --seeds {options.seeds}" + (f" --steps {options.steps}" if options.steps else "")
+        command = f"python -m tools.bench.fidelity --seeds {options.seeds}" + (
+            f" --steps {options.steps}" if options.steps else ""
+        )
         replace_section("fidelity", f"## Cached targets against a live teacher\n\n{measured_by(command)}\n\n{text}")
     return 0
 
 
 def _bytes_per_position(recipe: Recipe) -> float:
     """Return what the targets of a recipe's capture take."""
-    from shared.layer_choice import layer_of_capture
+    from shared.cache.layer_choice import layer_of_capture
 
     return float(Cache.open(recipe.cache[0], layer_of_capture(recipe)).stats()["bytes_per_position"])
 

@@ -1,8 +1,9 @@
 """Builds that can be killed: forked from a process that has imported everything, or the program as a user starts it.
 
-Forking saves the seconds of importing torch, so that a hundred kills take minutes; what is killed is a process that runs the real
-build from its first step. Nothing in the forking process may start threads, so caches are judged in children too. Processes of
-the program are found by a mark in their environment, which everything that they start inherits.
+Forking saves the seconds of importing torch, so that a hundred kills take minutes; what is killed is a process that
+runs the real build from its first step. Nothing in the forking process may start threads, so caches are judged in
+children too. Processes of the program are found by a mark in their environment, which everything that they start
+inherits.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def import_everything() -> None:
 
 def _teach(recipe: dict[str, Any]) -> int:
     from shared.errors import DecantError
-    from shared.recipe import Recipe
+    from shared.recipe.recipe import Recipe
     from teacher_cache.build import teach
 
     try:

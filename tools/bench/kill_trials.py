@@ -1,13 +1,14 @@
-"""Kill builds at random moments and continue them, until the number of kills is reached; judge every cache that comes of it.
+"""Kill builds at random moments and continue them, until the number of kills is reached; judge every cache that comes
+of it.
 
     python -m tools.bench.kill_trials --engine transformers --kills 100
     python -m tools.bench.kill_trials --engine vllm --kills 10
     python -m tools.bench.kill_trials --ray --kills 5          # two engines: in turn one of them and the whole job
 
-One cache is built unbroken. Others are killed with SIGKILL after seeded random delays, first after the cache's first commit, and
-continued by the same command; when a build finishes, the next cache begins. Every finished cache must hold each row_key of the
-unbroken one exactly once, undamaged, with the same values, and every part that was committed before a kill must be there
-unchanged. The teacher is the demo's. Prints a JSON summary; exit code 1 on any violation.
+One cache is built unbroken. Others are killed with SIGKILL after seeded random delays, first after the cache's first
+commit, and continued by the same command; when a build finishes, the next cache begins. Every finished cache must hold
+each row_key of the unbroken one exactly once, undamaged, with the same values, and every part that was committed before
+a kill must be there unchanged. The teacher is the demo's. Prints a JSON summary; exit code 1 on any violation.
 """
 
 from __future__ import annotations
@@ -55,7 +56,12 @@ class Workload:
         teacher["max_model_len"] = 256
         if self.ray:
             teacher["workers"] = {"backend": "ray", "count": 2, "gpus_per_engine": 0}
-        prompts = {"source": "math", "path": str(ROOT / "data/demo/math.train.jsonl"), "format": "messages", "limit": self.prompts}
+        prompts = {
+            "source": "math",
+            "path": str(ROOT / "data/demo/math.train.jsonl"),
+            "format": "messages",
+            "limit": self.prompts,
+        }
         return {
             "name": "trial",
             "output_dir": str(directory),
@@ -140,7 +146,11 @@ class Trials:
                     self.kills[what] += 1
                     self.passes["score" if any("targets" in name for name in found) else "generate"] += 1
                     committed.update(found)
-                    print(f"kill {self.num_kills} of {self.wanted}: {what}, {len(found)} parts", file=sys.stderr, flush=True)
+                    print(
+                        f"kill {self.num_kills} of {self.wanted}: {what}, {len(found)} parts",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 before = len(_records(directory))
                 if what == "job":
                     break
@@ -154,10 +164,12 @@ class Trials:
         self._judge(directory, committed)
 
     def _wait_for_moment(self, build: Build, directory: Path, before: int) -> bool:
-        """Wait until it is time to kill: at a random part of those that are left, and a random time after it was committed.
+        """Wait until it is time to kill: at a random part of those that are left, and a random time after it was
+        committed.
 
-        Counting parts keeps the moments spread over the work whatever the machine's pace. One kill in four comes while the build
-        starts, where starting is quick and something is committed. False where the build ended first or only its end is left.
+        Counting parts keeps the moments spread over the work whatever the machine's pace. One kill in four comes while
+        the build starts, where starting is quick and something is committed. False where the build ended first or only
+        its end is left.
         """
         last = self.workload.num_records - 1
         if before > last:
@@ -228,9 +240,15 @@ def run_trials(name: str, kills: int, seed: int, root: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Run the trials that the command line names."""
-    parser = argparse.ArgumentParser(description="Kill builds at random moments, continue them, compare with an unbroken one.")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help="engine of the builds")
-    parser.add_argument("--ray", action="store_true", help="two engines under Ray; kills an engine and the whole job in turn")
+    parser = argparse.ArgumentParser(
+        description="Kill builds at random moments, continue them, compare with an unbroken one."
+    )
+    parser.add_argument(
+        "--engine", choices=("transformers", "vllm"), default="transformers", help="engine of the builds"
+    )
+    parser.add_argument(
+        "--ray", action="store_true", help="two engines under Ray; kills an engine and the whole job in turn"
+    )
     parser.add_argument("--kills", type=int, default=3, help="how many (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     arguments = parser.parse_args()

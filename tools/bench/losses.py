@@ -1,7 +1,9 @@
-"""`python -m tools.bench.losses`: every loss on the demo, from equal starts over equal rows and steps, three seeds, one table.
+"""`python -m tools.bench.losses`: every loss on the demo, from equal starts over equal rows and steps, three seeds, one
+table.
 
-The demo's answers are reused: its cache gets a hidden layer and a layer of drawn targets. Held-out KL is measured on the layer of
-64 exact entries for all of them, whichever they were trained on. Cost: as many trainings and evaluations as stages, for each seed.
+The demo's answers are reused: its cache gets a hidden layer and a layer of drawn targets. Held-out KL is measured on
+the layer of 64 exact entries for all of them, whichever they were trained on. Cost: as many trainings and evaluations
+as stages, for each seed.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 from tools.bench.quality import decant, figures_of, interval
 
@@ -40,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         runs.append(json.loads((out / "report.json").read_text(encoding="utf-8"))["models"])
     per_model = {name: [figures_of(run[name]) for run in runs] for name in models}
     columns = list(per_model[models[0]][0])
-    rows = [[name, *(interval([figures[column] for figures in per_model[name]]) for column in columns)] for name in models]
+    rows = [
+        [name, *(interval([figures[column] for figures in per_model[name]]) for column in columns)] for name in models
+    ]
     text = table(["stage", *columns], rows)
     print(text)
     steps = recipe.stages[0].trainer.max_steps

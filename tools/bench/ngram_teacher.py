@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.targets import Draws, SparseTargets
+from shared.payload.targets import Draws, SparseTargets
 
 VOCAB_SIZE = 151_936
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -33,7 +33,9 @@ def has_data() -> bool:
         import tokenizers  # noqa: F401
     except ImportError:
         return False
-    return all((DATA / name).exists() for name in ("qwen_tokenizer/vocab.json", "gsm8k/train.jsonl", "pubmedqa/ori_pqal.json"))
+    return all(
+        (DATA / name).exists() for name in ("qwen_tokenizer/vocab.json", "gsm8k/train.jsonl", "pubmedqa/ori_pqal.json")
+    )
 
 
 def read_token_rows(seed: int = 0) -> list[list[int]]:

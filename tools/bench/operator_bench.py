@@ -1,8 +1,10 @@
 """The fused loss beside the plain form of the same loss, and beside itself without the teacher.
 
-Plain: logits of all positions, their log-softmax, gathers at the support, the tail as 1 - sum, and torch's own cross-entropy.
-Both give the same loss, which is checked. Times are medians over pairs that alternate which comes first, since a shared machine
-drifts; peak memory is each form's own, in a process of its own: what the process grew by while it made loss and gradients.
+Plain: logits of all positions, their log-softmax, gathers at the support, the tail as 1 - sum, and torch's own
+    cross-entropy.
+Both give the same loss, which is checked. Times are medians over pairs that alternate which comes first, since a shared
+machine drifts; peak memory is each form's own, in a process of its own: what the process grew by while it made loss and
+gradients.
 Cost: about 2 minutes on 2 idle cores and 5 GB for the plain form.
 
 Shape letters: S positions, H width, V vocabulary, K entries of the support.
@@ -26,7 +28,9 @@ KD_WEIGHT, CE_WEIGHT = 0.9, 0.1
 
 
 def make_inputs(*, frozen: bool) -> dict[str, Any]:
-    """Return hidden states [S, H], a head [V, H], labels [S] and a made-up teacher: Zipf-like masses, 0.95 in the support."""
+    """Return hidden states [S, H], a head [V, H], labels [S] and a made-up teacher: Zipf-like masses, 0.95 in the
+    support.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +47,14 @@ def make_inputs(*, frozen: bool) -> dict[str, Any]:
         "tail_logmass": torch.full((NUM_POSITIONS, 1), 0.05).log(),
         "temperatures": torch.ones(1, dtype=torch.float64),
     }
-    return {"hidden": hidden, "weight": weight, "labels": ids[:, 0].clone(), "ids": ids, "logprobs": logprobs, "batch": batch}
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": ids[:, 0].clone(),
+        "ids": ids,
+        "logprobs": logprobs,
+        "batch": batch,
+    }
 
 
 def plain_loss(inputs: dict[str, Any]) -> Any:
@@ -61,9 +72,9 @@ def plain_loss(inputs: dict[str, Any]) -> Any:
 
 def fused_loss(inputs: dict[str, Any], *, with_teacher: bool = True) -> Any:
     """Return the same loss by the fused operator, or its cross-entropy alone."""
-    from student_train.fused_loss import fused_sparse_loss
+    from student_train.batch.target_batch import TargetBatch
     from student_train.losses import LossTerm
-    from student_train.target_batch import TargetBatch
+    from student_train.operator.fused_loss import fused_sparse_loss
 
     targets = TargetBatch.from_batch(inputs["batch"]) if with_teacher else None
     terms = [LossTerm("cross_entropy", CE_WEIGHT)] + [LossTerm("forward_kl", KD_WEIGHT)] * with_teacher

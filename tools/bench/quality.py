@@ -1,8 +1,9 @@
 """`make bench-quality`: the demo's students trained from several seeds, so that a difference is more than noise.
 
-The teacher's cache is the demo's and is reused; each seed trains the same stages (another order of packs, another dropout) and is
-evaluated on the same held-out rows and tasks, once as the recipe says and once with several sampled answers per question, which is
-both less noisy and closer to what was distilled. The tables show the mean over seeds and a 95 % interval of Student's t.
+The teacher's cache is the demo's and is reused; each seed trains the same stages (another order of packs, another
+dropout) and is evaluated on the same held-out rows and tasks, once as the recipe says and once with several sampled
+answers per question, which is both less noisy and closer to what was distilled. The tables show the mean over seeds and
+a 95 % interval of Student's t.
 Cost: two trainings and four evaluations per seed.
 """
 
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 
 from shared.errors import EvaluationError
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 
 STUDENT_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -37,11 +38,17 @@ def decant(*arguments: str) -> None:
     """Run one command of the program itself and stop with it where it fails."""
     done = subprocess.run([sys.executable, "-m", "tools.cli", *arguments], check=False)  # noqa: S603 - our own interpreter
     if done.returncode:
-        raise EvaluationError(f"`decant {' '.join(arguments)}` ended with exit code {done.returncode}; its message stands above")
+        raise EvaluationError(
+            f"`decant {' '.join(arguments)}` ended with exit code {done.returncode}; its message stands above"
+        )
 
 
-def run_seed(recipe: str, seed: int, models: list[str], root: Path, num_samples: int) -> list[dict[str, dict[str, object]]]:
-    """Train the recipe's stages with one seed; return the report's `models` as the recipe evaluates and with sampled answers."""
+def run_seed(
+    recipe: str, seed: int, models: list[str], root: Path, num_samples: int
+) -> list[dict[str, dict[str, object]]]:
+    """Train the recipe's stages with one seed; return the report's `models` as the recipe evaluates and with sampled
+    answers.
+    """
     out = root / f"seed{seed}"
     sets = ["--set", f"seed={seed}", "--set", f"output_dir={out}", "--set", f"evaluate.models=[{', '.join(models)}]"]
     decant("train", recipe, *sets)
@@ -88,13 +95,15 @@ def main(argv: list[str] | None = None) -> int:
         per_model = {name: [figures_of(run[which][name]) for run in runs] for name in options.models}
         columns = list(per_model[options.models[0]][0])
         rows = [
-            [name, *(interval([figures[column] for figures in per_model[name]]) for column in columns)] for name in options.models
+            [name, *(interval([figures[column] for figures in per_model[name]]) for column in columns)]
+            for name in options.models
         ]
         texts.append(f"{how}\n\n{table(['model', *columns], rows)}")
     text = "\n\n".join(texts)
     print(text)
     replace_section(
-        "quality", f"{measured_by('make bench-quality')} Seeds {options.seeds}; mean ± 95 % interval (Student's t).\n\n{text}"
+        "quality",
+        f"{measured_by('make bench-quality')} Seeds {options.seeds}; mean ± 95 % interval (Student's t).\n\n{text}",
     )
     return 0
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from shared.cache import Cache
-from shared.cache_writer import CacheWriter
-from shared.identity import LayerIdentity, SequencesIdentity
+from shared.cache.cache import Cache
+from shared.cache.cache_writer import CacheWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
-from shared.sequences import SequenceRow, make_row
+from shared.parts.sequences import SequenceRow, make_row
 from tools.bench.codec_bench import best_cpu_seconds
 from tools.bench.synthetic_teacher import VOCAB_SIZE, make_targets
 
@@ -34,8 +34,8 @@ def run(parts: int = 32) -> dict[str, Any]:
         parts: parts of 32 rows of 512 positions in the large cache; the small one has an eighth.
 
     Returns:
-        positions_per_second of rows with 512 and with 64 positions, rows_per_second without targets, milliseconds to open, and by
-        how many MiB memory grows while all of the large cache is read.
+        positions_per_second of rows with 512 and with 64 positions, rows_per_second without targets, milliseconds to
+        open, and by how many MiB memory grows while all of the large cache is read.
     """
     with tempfile.TemporaryDirectory(prefix="decant-reader-bench-") as directory:
         root = Path(directory)
@@ -64,7 +64,9 @@ def build(path: Path, parts: int, positions: int) -> Cache:
     writer = CacheWriter.create_or_open(path, identity, {"tokenizer.json": b"{}"})
     layer = writer.layer(
         None,
-        LayerIdentity(teacher="synthetic", weights_hash="", tokenizer_hash="synthetic", vocab_size=VOCAB_SIZE, mode="top", k=K),
+        LayerIdentity(
+            teacher="synthetic", weights_hash="", tokenizer_hash="synthetic", vocab_size=VOCAB_SIZE, mode="top", k=K
+        ),
         {},
     )
     targets = [make_targets(positions, K, seed) for seed in range(4)]

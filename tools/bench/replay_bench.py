@@ -1,11 +1,13 @@
 """What a build costs without its model: rows per second and peak memory while stored answers and targets are replayed.
 
-An engine that returns stored answers and targets as fast as they are asked for stands in for the model, in this one benchmark. Each
-size runs in a process of its own: a build of 1,000 rows first, so that everything is loaded, then the kernel's peak mark is reset
-and the measured build runs into a fresh cache. Peak memory must not grow with the number of rows. Rows have 40 tokens of prompt and
-16 to 64 positions with k = 64 entries; the tokenizer is the demo's.
+An engine that returns stored answers and targets as fast as they are asked for stands in for the model, in this one
+benchmark. Each
+size runs in a process of its own: a build of 1,000 rows first, so that everything is loaded, then the kernel's peak
+mark is reset and the measured build runs into a fresh cache. Peak memory must not grow with the number of rows. Rows
+have 40 tokens of prompt and 16 to 64 positions with k = 64 entries; the tokenizer is the demo's.
 
-Memory is the process's own (anonymous) pages, sampled every 10 ms, and the kernel's peak of everything resident, which also counts
+Memory is the process's own (anonymous) pages, sampled every 10 ms, and the kernel's peak of everything resident, which
+also counts
 pages of mapped files that it may drop at any time. A disk with no room for it limits the rows: 4 kB each.
 """
 
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from tools.bench import synthetic_teacher
 
@@ -103,7 +105,8 @@ def run(sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
     """Measure every size in its own process.
 
     Returns:
-        Per size the figures of `measure`; growth_mib and growth_share of the anonymous peak from the first size to the last.
+        Per size the figures of `measure`; growth_mib and growth_share of the anonymous peak from the first size to the
+        last.
     """
     result: dict[str, Any] = {}
     for size in sizes:

@@ -1,7 +1,7 @@
 """`make bench`: each benchmark in a process of its own, one line of progress each, one JSON for programs.
 
-A process each, because peak memory is a property of a process and because a warm allocator of one benchmark must not help the
-next. Figures of one run are comparable with each other; the ratios are what docs/benchmarks.md quotes.
+A process each, because peak memory is a property of a process and because a warm allocator of one benchmark must not
+help the next. Figures of one run are comparable with each other; the ratios are what docs/benchmarks.md quotes.
 """
 
 from __future__ import annotations
@@ -36,10 +36,16 @@ def measure(module: str, timeout_seconds: int) -> dict[str, object]:
     """
     try:
         child = subprocess.run(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-c", CHILD, module], stdout=subprocess.PIPE, text=True, timeout=timeout_seconds, check=False
+            [sys.executable, "-c", CHILD, module],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise EvaluationError(f"{module} did not finish within {timeout_seconds} s; run it alone on an idle machine") from None
+        raise EvaluationError(
+            f"{module} did not finish within {timeout_seconds} s; run it alone on an idle machine"
+        ) from None
     if child.returncode:
         raise EvaluationError(f"{module} failed with exit code {child.returncode}; its message stands above")
     figures: dict[str, object] = json.loads(child.stdout.strip().splitlines()[-1])

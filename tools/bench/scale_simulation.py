@@ -1,9 +1,11 @@
-"""What the number of parts costs: time and memory to list and open a cache of many parts, from commit records without data.
+"""What the number of parts costs: time and memory to list and open a cache of many parts, from commit records without
+data.
 
     python -m tools.bench.scale_simulation --parts 20000 100000
 
-Records are copies of one of each kind as a real build writes them (rows of the synthetic teacher, k = 64), under the names of one
-job, in a temporary directory (TMPDIR; two files of one block per part, 8 GB for a million). Each figure comes from a process of its
+Records are copies of one of each kind as a real build writes them (rows of the synthetic teacher, k = 64), under the
+names of one job, in a temporary directory (TMPDIR; two files of one block per part, 8 GB for a million). Each figure
+comes from a process of its
 own. Files are in the page cache: on a network file system add one round trip per record.
 """
 
@@ -20,12 +22,12 @@ from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
-from shared.identity import LayerIdentity, SequencesIdentity
-from shared.jobs import create_job
-from shared.layout import sequences_dir
-from shared.part_stats import ENTROPY_BINS, SUPPORT_BINS
-from shared.records import json_bytes, list_records
+from shared.cache.cache import Cache
+from shared.cache.layout import sequences_dir
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.parts.jobs import create_job
+from shared.parts.part_stats import ENTROPY_BINS, SUPPORT_BINS
+from shared.parts.records import json_bytes, list_records
 from shared.schema import FORMAT_VERSION
 
 ROWS_PER_PART = 1024
@@ -43,11 +45,17 @@ def make_records(root: Path, parts: int) -> None:
     identity = SequencesIdentity(tokenizer_hash="t", vocab_size=151_936)
     header = {"format": FORMAT_VERSION, "identity": identity.to_json(), "tokenizer_files": {}}
     (root / "cache.json").write_bytes(json_bytes(header))
-    (directory / "layer.json").write_bytes(json_bytes({"format": FORMAT_VERSION, "identity": layer.to_json(), "provenance": {}}))
+    (directory / "layer.json").write_bytes(
+        json_bytes({"format": FORMAT_VERSION, "identity": layer.to_json(), "provenance": {}})
+    )
     job = create_job(root, {"simulated": parts}, (), 1)
     software = dict.fromkeys(("decant", "python", "numpy", "pyarrow", "torch", "vllm", "transformers"), "1.2.3")
     figures = {"rows": ROWS_PER_PART, "tokens": 2 * positions, "positions": positions}
-    sequences = {**figures, "sources": {"math": figures, "code": figures}, "finish_reasons": {"stop": 1000, "length": 24}}
+    sequences = {
+        **figures,
+        "sources": {"math": figures, "code": figures},
+        "finish_reasons": {"stop": 1000, "length": 24},
+    }
     targets = {
         "rows": ROWS_PER_PART,
         "positions": positions,
@@ -58,10 +66,19 @@ def make_records(root: Path, parts: int) -> None:
         "entropy_histogram": [positions // ENTROPY_BINS] * ENTROPY_BINS,
         "support_histogram": [positions // SUPPORT_BINS] * SUPPORT_BINS,
     }
-    common = {"format": FORMAT_VERSION, "rows": ROWS_PER_PART, "positions": positions, "software": software, "set_aside": []}
+    common = {
+        "format": FORMAT_VERSION,
+        "rows": ROWS_PER_PART,
+        "positions": positions,
+        "software": software,
+        "set_aside": [],
+    }
     for number in range(parts):
         stem = f"part-{job.id8}-{number:06d}"
-        for folder, stats, size in ((sequences_dir(root), sequences, 8 * positions), (directory, targets, 156 * positions)):
+        for folder, stats, size in (
+            (sequences_dir(root), sequences, 8 * positions),
+            (directory, targets, 156 * positions),
+        ):
             record = {**common, "stem": stem, "bytes": size, "xxh3": f"{number:032x}", "stats": stats}
             (folder / f"{stem}.json").write_bytes(json_bytes(record))
 
@@ -75,7 +92,11 @@ def measure(root: str, what: str) -> None:
         kept = [entry.name for entry in os.scandir(Path(root) / "sequences")]
     else:
         kept = list_records(sequences_dir(Path(root))) if what == "list_records" else Cache.open(root)
-    figures = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "mib": resident_mib() - before}
+    figures = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
+        "mib": resident_mib() - before,
+    }
     print(json.dumps({**figures, "items": len(kept)}))
 
 
@@ -111,7 +132,9 @@ def _in_child(root: Path, what: str) -> dict[str, float]:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", type=int, nargs="+", default=[20_000, 100_000], help="numbers of parts (default: 20000 100000)")
+    parser.add_argument(
+        "--parts", type=int, nargs="+", default=[20_000, 100_000], help="numbers of parts (default: 20000 100000)"
+    )
     print(json.dumps(run(parser.parse_args().parts), indent=2))
     return 0
 

@@ -1,9 +1,10 @@
 """A synthetic teacher with the statistics that cost a codec most: random ids, no context, no repetition.
 
-Ids: 70 % drawn from a Zipf law over the vocabulary (weight 1 / (rank + 20)), 30 % uniform, without repetition within a position, so
-that they hardly compress: the worst case. Log-probabilities: a power law with a random exponent and offset per position and 15 %
-noise, sorted, over 4,000 entries, of which the top k are kept; the rest is the tail. Labels are drawn from the whole. Cost: about
-50 microseconds per position.
+Ids: 70 % drawn from a Zipf law over the vocabulary (weight 1 / (rank + 20)), 30 % uniform, without repetition within a
+    position, so
+that they hardly compress: the worst case. Log-probabilities: a power law with a random exponent and offset per position
+and 15 % noise, sorted, over 4,000 entries, of which the top k are kept; the rest is the tail. Labels are drawn from the
+whole. Cost: about 50 microseconds per position.
 
 Shape letters: P positions, K head entries.
 """
@@ -13,14 +14,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.targets import SparseTargets
+from shared.payload.targets import SparseTargets
 
 VOCAB_SIZE = 151_936
 RANKED_ENTRIES = 4000
 
 
-def make_targets(num_positions: int, k: int = 64, seed: int = 0, temperatures: tuple[float, ...] = (1.0,)) -> SparseTargets:
-    """Return one row of `num_positions` synthetic positions with `k` head entries each; equal arguments give equal bits."""
+def make_targets(
+    num_positions: int, k: int = 64, seed: int = 0, temperatures: tuple[float, ...] = (1.0,)
+) -> SparseTargets:
+    """Return one row of `num_positions` synthetic positions with `k` head entries each; equal arguments give equal
+    bits.
+    """
     rng = np.random.default_rng([seed, k])
     logprobs = ranked_logprobs(rng, num_positions)
     head = logprobs[:, :k]
@@ -45,7 +50,9 @@ def ranked_logprobs(rng: np.random.Generator, num_positions: int) -> NDArray[np.
     exponent = rng.uniform(1.1, 4.0, (num_positions, 1))
     offset = rng.uniform(0.0, 3.0, (num_positions, 1))
     rank = np.arange(1, RANKED_ENTRIES + 1)
-    scores = -exponent * np.log(rank + offset) + 0.15 * rng.standard_normal((num_positions, RANKED_ENTRIES), dtype=np.float32)
+    scores = -exponent * np.log(rank + offset) + 0.15 * rng.standard_normal(
+        (num_positions, RANKED_ENTRIES), dtype=np.float32
+    )
     scores = -np.sort(-scores, axis=1)
     scores -= scores[:, :1]
     logprobs: NDArray[np.float64] = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))

@@ -1,14 +1,17 @@
-"""Does `decant teach` keep its engine busy? The same requests through vLLM alone and through a whole build, in one process.
+"""Does `decant teach` keep its engine busy? The same requests through vLLM alone and through a whole build, in one
+process.
 
-Straight: requests are added to vLLM and its steps run, arrays of log-probabilities kept as ours are, results thrown away. Build:
-the whole of `decant teach` with that same started engine: render, feed, convert, encode, compress, checksum, write, fsync. They
-alternate, each round in the other order, with a fresh cache. Times run from the first request to the last result or the last part
-on disk; start-up, planning and reading the tokenizer are part of neither side. Prompts, answers' seeds and sequences are the same,
-so the tokens are too. CPU figures are those of the thread that runs the engine, which other processes do not disturb.
+Straight: requests are added to vLLM and its steps run, arrays of log-probabilities kept as ours are, results thrown
+    away. Build:
+the whole of `decant teach` with that same started engine: render, feed, convert, encode, compress, checksum, write,
+fsync. They alternate, each round in the other order, with a fresh cache. Times run from the first request to the last
+result or the last part on disk; start-up, planning and reading the tokenizer are part of neither side. Prompts,
+answers' seeds and sequences are the same, so the tokens are too. CPU figures are those of the thread that runs the
+engine, which other processes do not disturb.
 
-Two models answer the demo's prompts, k = 64 without a cut by mass. `demo_2M` is the demo's teacher (2.3 million parameters, width
-192): so small that whatever this side costs shows. `random_26M` is a Qwen3 of 26 million random weights with the same tokenizer,
-its answers cut at 28 tokens, the mean length of the demo's.
+Two models answer the demo's prompts, k = 64 without a cut by mass. `demo_2M` is the demo's teacher (2.3 million
+parameters, width 192): so small that whatever this side costs shows. `random_26M` is a Qwen3 of 26 million random
+weights with the same tokenizer, its answers cut at 28 tokens, the mean length of the demo's.
 Cost: about three minutes on two cores.
 """
 
@@ -25,11 +28,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shared.recipe import Recipe
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache import build, engines
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
-from teacher_cache.summary import BuildSummary
+from teacher_cache.passes.summary import BuildSummary
 
 RECIPE = Path("recipes/demo.yaml")
 ROUNDS = 3
@@ -77,9 +80,9 @@ def run(models: Iterable[str] = MODELS, rounds: int = ROUNDS) -> dict[str, Any]:
     """Measure both passes on both sides for each model.
 
     Returns:
-        Per model and pass, medians over rounds: straight_ and build_tokens_per_second; share, the build's rate over the straight
-        one, and cpu_share, the same of the engine thread's CPU time; waiting_share of the build's seconds in which the engine
-        stood still for the writer, and writing_share, the writer thread's seconds over the build's.
+        Per model and pass, medians over rounds: straight_ and build_tokens_per_second; share, the build's rate over the
+        straight one, and cpu_share, the same of the engine thread's CPU time; waiting_share of the build's seconds in
+        which the engine stood still for the writer, and writing_share, the writer thread's seconds over the build's.
     """
     return {model: _run_model(model, rounds) for model in models}
 
@@ -110,7 +113,13 @@ def _random_model(scratch: Path) -> Path:
 
     tokenizer = AutoTokenizer.from_pretrained("data/demo/teacher")
     plan = replace(
-        PLANS["teacher"], hidden_size=512, num_layers=8, intermediate_size=1536, num_heads=8, num_kv_heads=4, head_dim=64
+        PLANS["teacher"],
+        hidden_size=512,
+        num_layers=8,
+        intermediate_size=1536,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=64,
     )
     directory = scratch / "model"
     new_model(plan, tokenizer).to(torch.bfloat16).save_pretrained(directory)
@@ -142,15 +151,19 @@ def _measured(engine: Kept, recipe: Recipe, scratch: Path, rounds: int) -> dict[
                     "writing_share": figures.seconds_writing / figures.seconds,
                 }
             )
-    return {kind: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for kind, rows in found.items()}
+    return {
+        kind: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for kind, rows in found.items()
+    }
 
 
 def _open(recipe: Recipe) -> Any:
-    from teacher_cache.teacher_identity import know_teacher
+    from teacher_cache.teacher.teacher_identity import know_teacher
 
     assert recipe.teacher is not None
     known = know_teacher(recipe.teacher)
-    return engines.open_engine(recipe.teacher, recipe.capture, for_generation=recipe.generate, model_dir=known.files.directory)
+    return engines.open_engine(
+        recipe.teacher, recipe.capture, for_generation=recipe.generate, model_dir=known.files.directory
+    )
 
 
 def _teach(engine: Kept, recipe: Recipe, cache: Path) -> BuildSummary:
@@ -161,7 +174,7 @@ def _teach(engine: Kept, recipe: Recipe, cache: Path) -> BuildSummary:
 
 def _straight(inner: Any, kind: str, requests: list[Any], recipe: Recipe) -> tuple[float, float]:
     """Return seconds and CPU seconds of vLLM alone with these requests, as many in flight as a build keeps there."""
-    from teacher_cache.engines import vllm_engine
+    from teacher_cache.engines.vllm import vllm_engine
 
     gc.collect()
     core = inner._llm.llm_engine
@@ -185,7 +198,9 @@ def _straight(inner: Any, kind: str, requests: list[Any], recipe: Recipe) -> tup
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Compare vLLM alone with a whole `decant teach` for the same requests.")
+    parser = argparse.ArgumentParser(
+        description="Compare vLLM alone with a whole `decant teach` for the same requests."
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which models to measure")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"alternations of both sides; default {ROUNDS}")
     arguments = parser.parse_args()

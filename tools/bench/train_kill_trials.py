@@ -1,10 +1,10 @@
 """`python -m tools.bench.train_kill_trials --kills 50`: kill trainings with SIGKILL, continue them, compare every byte.
 
-For each setting (all weights, LoRA with dropout, accumulation, a mixture of sources, data workers, two stages in a row, bfloat16,
-evaluation that keeps the best) one run is left alone. Others are killed from outside once a randomly drawn one of the optimizer
-steps that are left has been logged and up to 50 ms have passed, so that kills fall into steps, into checkpoints and between them;
-each is continued, up to three times killed, and at last left to finish. Its metrics, evaluations and final weights must be those of
-the run that was left alone, byte for byte.
+For each setting (all weights, LoRA with dropout, accumulation, a mixture of sources, data workers, two stages in a row,
+bfloat16, evaluation that keeps the best) one run is left alone. Others are killed from outside once a randomly drawn
+one of the optimizer steps that are left has been logged and up to 50 ms have passed, so that kills fall into steps,
+into checkpoints and between them; each is continued, up to three times killed, and at last left to finish. Its metrics,
+evaluations and final weights must be those of the run that was left alone, byte for byte.
 Cost: about two short trainings per kill, in processes forked from one that has imported everything.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import TrainingError, UsageError
-from student_train.checkpoints import list_checkpoints
+from student_train.records.checkpoints import list_checkpoints
 from tools.bench.benchmarks_page import measured_by, replace_section, table
 
 STEPS = 12
@@ -41,7 +41,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "data workers": {"trainer": {"dataloader_num_workers": 2}},
     "two stages": {"chain": True},
     "bfloat16": {"trainer": {"bf16": True}},
-    "evaluation, best kept": {"stage": {"evaluate": {"every_steps": 4, "rows_per_source": 2, "samples": 0, "keep_best": True}}},
+    "evaluation, best kept": {
+        "stage": {"evaluate": {"every_steps": 4, "rows_per_source": 2, "samples": 0, "keep_best": True}}
+    },
 }
 """What each setting adds to the recipe; keys of `student`, of the stage and of its trainer."""
 
@@ -49,7 +51,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def recipe_of(setting: str, cache: Path, student: Path, output_dir: Path) -> dict[str, Any]:
     """Return a recipe as plain data."""
     more = SETTINGS[setting]
-    stage = {"name": "kd", "losses": _LOSSES, "trainer": {**_TRAINER, **more.get("trainer", {})}, **more.get("stage", {})}
+    stage = {
+        "name": "kd",
+        "losses": _LOSSES,
+        "trainer": {**_TRAINER, **more.get("trainer", {})},
+        **more.get("stage", {}),
+    }
     stages = [stage]
     if more.get("chain"):
         stages = [{**stage, "name": "first", "trainer": {**stage["trainer"], "max_steps": STEPS // 2}}]
@@ -69,7 +76,9 @@ class Trainings:
     def __init__(self) -> None:
         """Start the process that imports everything and forks."""
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["peft", "torch._dynamo", "transformers.trainer", "student_train.stages"])
+        self._context.set_forkserver_preload(
+            ["peft", "torch._dynamo", "transformers.trainer", "student_train.stage.stages"]
+        )
 
     def run(self, recipe: Mapping[str, Any], kill_when: Callable[[], bool] | None) -> bool:
         """Train until it ends, or until `kill_when` says so; return whether it was killed.
@@ -100,8 +109,8 @@ def _train(document: dict[str, Any], log: str) -> None:
     os.dup2(output, 2)
     import torch
 
-    from shared.recipe import Recipe
-    from student_train.stages import run_stages
+    from shared.recipe.recipe import Recipe
+    from student_train.stage.stages import run_stages
 
     torch.set_num_threads(1)
     run_stages(Recipe.model_validate(document))
@@ -198,13 +207,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=Path, default=Path("runs/demo/cache"), help="as `decant teach recipes/demo.yaml` builds it")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/demo/cache"), help="as `decant teach recipes/demo.yaml` builds it"
+    )
     parser.add_argument("--student", type=Path, default=Path("data/demo/student"))
     parser.add_argument("--no-page", action="store_true", help="print only, leave docs/benchmarks.md as it is")
     options = parser.parse_args(argv)
     if not options.cache.is_dir():
         raise UsageError(
-            f"there is no cache in {options.cache}; build it with `decant teach recipes/demo.yaml`, or name it with --cache"
+            f"there is no cache in {options.cache}; build it with `decant teach recipes/demo.yaml`, or name it with "
+            "--cache"
         )
     tallies = {setting: Tally() for setting in SETTINGS}
     with tempfile.TemporaryDirectory(prefix="decant-kills-") as root:

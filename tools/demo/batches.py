@@ -1,7 +1,7 @@
 """Endless training batches of fresh examples: one padded block per domain, cross-entropy on the answers only.
 
-Causal attention with padding on the right needs no mask: no real token ever looks at a pad. Cost: tokenisation, about 1 % of a
-training step.
+Causal attention with padding on the right needs no mask: no real token ever looks at a pad. Cost: tokenisation, about 1
+% of a training step.
 Legend: B rows of a domain, T tokens of the longest row.
 """
 
@@ -21,7 +21,9 @@ IGNORED = -100
 
 
 def encode(tokenizer: Any, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int64 ids [B, T] padded on the right and labels [B, T], -100 outside the answers; the end token is a label."""
+    """Return int64 ids [B, T] padded on the right and labels [B, T], -100 outside the answers; the end token is a
+    label.
+    """
     prompts = tokenizer([chat_prompt(item.prompt) for item in examples], add_special_tokens=False).input_ids
     answers = tokenizer([item.answer + END for item in examples], add_special_tokens=False).input_ids
     width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))

@@ -1,7 +1,8 @@
-"""The three demo domains by name, and their splits: test, train and an endless stream; neither of the latter has a test prompt.
+"""The three demo domains by name, and their splits: test, train and an endless stream; neither of the latter has a test
+prompt.
 
-Every split draws from its own seeded generator (CPython's Mersenne Twister, stable across versions). Cost: microseconds per
-example.
+Every split draws from its own seeded generator (CPython's Mersenne Twister, stable across versions). Cost: microseconds
+per example.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def train_examples(domain: str) -> list[Example]:
 
 
 def stream(domain: str, seed: int) -> Iterator[Example]:
-    """Yield fresh examples without end, none with a prompt of the test split; this is what the demo models are trained on."""
+    """Yield fresh examples without end, none with a prompt of the test split; this is what the demo models are trained
+    on.
+    """
     excluded = {item.prompt for item in test_examples(domain)}
     rng = random.Random(f"{domain}-stream-{seed}")
     while True:

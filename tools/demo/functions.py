@@ -1,6 +1,8 @@
-"""The code domain: small Python functions in HumanEval's shape (prompt: signature and docstring; solution: body; test: `check`).
+"""The code domain: small Python functions in HumanEval's shape (prompt: signature and docstring; solution: body; test:
+`check`).
 
-A family fixes what the function computes, with a reference in Python to compute the expected values of its tests; the function's
+A family fixes what the function computes, with a reference in Python to compute the expected values of its tests; the
+function's
 name, its parameter, constants, docstring and the form of the body are drawn. Cost: microseconds per example.
 """
 
@@ -34,15 +36,23 @@ class Family:
     reference: Callable[[Any, int, int, str], Any]
 
 
-def _number(names: str, docs: tuple[str, ...], forms: tuple[str, ...], reference: Callable[[Any, int, int, str], Any]) -> Family:
+def _number(
+    names: str, docs: tuple[str, ...], forms: tuple[str, ...], reference: Callable[[Any, int, int, str], Any]
+) -> Family:
     """A family on one number; each form is an expression, given back directly or through a name."""
-    bodies = tuple(body for form in forms for body in (f"return {form}", f"return {form}", f"{{r}} = {form}\nreturn {{r}}"))
+    bodies = tuple(
+        body for form in forms for body in (f"return {form}", f"return {form}", f"{{r}} = {form}\nreturn {{r}}")
+    )
     return Family("number", tuple(names.split()), docs, bodies, reference)
 
 
-def _text(names: str, docs: tuple[str, ...], forms: tuple[str, ...], reference: Callable[[Any, int, int, str], Any]) -> Family:
+def _text(
+    names: str, docs: tuple[str, ...], forms: tuple[str, ...], reference: Callable[[Any, int, int, str], Any]
+) -> Family:
     """A family on one string, as `_number`."""
-    bodies = tuple(body for form in forms for body in (f"return {form}", f"return {form}", f"{{r}} = {form}\nreturn {{r}}"))
+    bodies = tuple(
+        body for form in forms for body in (f"return {form}", f"return {form}", f"{{r}} = {form}\nreturn {{r}}")
+    )
     return Family("text", tuple(names.split()), docs, bodies, reference)
 
 
@@ -309,16 +319,25 @@ def _indent(text: str) -> str:
 def example(rng: random.Random) -> Example:
     """Draw one function: the HumanEval prompt, one form of its body, and tests computed from the family's reference."""
     family = pick(rng, FAMILIES)
-    parameter, k, j, letter = pick(rng, PARAMETERS[family.kind]), rng.randint(2, 49), rng.randint(2, 19), pick(rng, "aenost")
+    parameter, k, j, letter = (
+        pick(rng, PARAMETERS[family.kind]),
+        rng.randint(2, 49),
+        rng.randint(2, 19),
+        pick(rng, "aenost"),
+    )
     if family.kind == "text" or ":{k}" in family.bodies[0] or "{k}:" in family.bodies[0]:
         k = rng.randint(2, 9)
     loop = pick(rng, [name for name in LOOP_NAMES if name != parameter])
     fields = {"p": parameter, "k": k, "j": j, "c": letter, "e": loop, "r": pick(rng, ACCUMULATORS)}
     name, doc, body = (pick(rng, texts).format(**fields) for texts in (family.names, family.docs, family.bodies))
-    annotation = pick(rng, (parameter, f"{parameter}: " + {"number": "int", "list": "list", "text": "str"}[family.kind]))
+    annotation = pick(
+        rng, (parameter, f"{parameter}: " + {"number": "int", "list": "list", "text": "str"}[family.kind])
+    )
     prompt = f'def {name}({annotation}):\n    """{doc}"""\n'
     arguments = _inputs(rng, family.kind, k)
-    lines = [f"assert candidate({argument!r}) == {family.reference(argument, k, j, letter)!r}" for argument in arguments]
+    lines = [
+        f"assert candidate({argument!r}) == {family.reference(argument, k, j, letter)!r}" for argument in arguments
+    ]
     record = {
         "entry_point": name,
         "canonical_solution": _indent(body),

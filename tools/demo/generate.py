@@ -1,7 +1,8 @@
 """Write the demo data: `python -m tools.demo.generate OUTPUT_DIR` makes the six jsonl files, the same bytes every time.
 
-Train files hold `messages`. Test files use published shapes: GSM8K's (`question`, `answer`), HumanEval's (`task_id`, `prompt`,
-`entry_point`, `canonical_solution`, `test`), and `prompt`, `keywords`, `reference` for log diagnosis. Cost: under a second.
+Train files hold `messages`. Test files use published shapes: GSM8K's (`question`, `answer`), HumanEval's (`task_id`,
+`prompt`, `entry_point`, `canonical_solution`, `test`), and `prompt`, `keywords`, `reference` for log diagnosis. Cost:
+under a second.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Task scores of a demo model on the test splits: greedy answers in batches, then each domain's own measure.
 
-math: the number after `####` is equal. code: prompt + answer passes `check`, run in one child process with a time limit per
-program. aiops: the share of keywords that the answer contains, whatever their case. The child runs only programs that answer our
-own templates; it is no sandbox.
+math: the number after `####` is equal. code: prompt + answer passes `check`, run in one child process with a time limit
+    per
+program. aiops: the share of keywords that the answer contains, whatever their case. The child runs only programs that
+answer our own templates; it is no sandbox.
 Cost: 300 answers of at most 96 tokens, some 10 to 20 s on one core for a model of 2 million parameters.
 """
 
@@ -49,7 +50,9 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: list[str], max_new_token
     end = tokenizer.convert_tokens_to_ids(END)
     for begin in range(0, len(order), 50):
         chosen = order[begin : begin + 50]
-        batch = tokenizer([chat_prompt(prompts[index]) for index in chosen], padding=True, padding_side="left", return_tensors="pt")
+        batch = tokenizer(
+            [chat_prompt(prompts[index]) for index in chosen], padding=True, padding_side="left", return_tensors="pt"
+        )
         with torch.no_grad():
             out = model.generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False, max_new_tokens=max_new_tokens,
@@ -63,7 +66,9 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: list[str], max_new_token
 def math_scores(examples: list[Example], answers: list[str]) -> list[float]:
     """1 where the number after `####` equals the reference's."""
     number = [text.rpartition("####")[2].strip() if "####" in text else None for text in answers]
-    return [float(found == item.answer.rpartition("####")[2].strip()) for item, found in zip(examples, number, strict=True)]
+    return [
+        float(found == item.answer.rpartition("####")[2].strip()) for item, found in zip(examples, number, strict=True)
+    ]
 
 
 def code_scores(examples: list[Example], answers: list[str]) -> list[float]:
@@ -73,7 +78,12 @@ def code_scores(examples: list[Example], answers: list[str]) -> list[float]:
         for item, text in zip(examples, answers, strict=True)
     ]
     done = subprocess.run(  # noqa: S603 - our own interpreter, isolated, on answers to our own templates
-        [sys.executable, "-I", "-c", RUNNER], input=json.dumps(programs), capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-I", "-c", RUNNER],
+        input=json.dumps(programs),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
     return [float(flag) for flag in json.loads(done.stdout.strip().splitlines()[-1])]
 

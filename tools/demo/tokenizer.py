@@ -1,8 +1,8 @@
 """The demo tokenizer: byte-level BPE of about 1,300 entries with digits and line feeds apart, and a ChatML template.
 
-Digits are single tokens, so that arithmetic is learnable. Line feeds are split off before the spaces that follow them: otherwise
-the line feed that ends the template's header would merge with an answer's indentation, and the prompt's tokens would be no prefix
-of the whole.
+Digits are single tokens, so that arithmetic is learnable. Line feeds are split off before the spaces that follow them:
+otherwise the line feed that ends the template's header would merge with an answer's indentation, and the prompt's
+tokens would be no prefix of the whole.
 Cost: a few seconds, on 4,000 examples per domain.
 """
 
@@ -47,7 +47,9 @@ def train_tokenizer() -> Any:
         for item in islice(stream(domain, TOKENIZER_SEED), NUM_EXAMPLES)
         for text in (item.prompt, item.answer)
     ]
-    backend.train_from_iterator([*texts, "system\n", "user\n", "assistant\n"] + ["user", "assistant", "system"] * 1000, trainer)
+    backend.train_from_iterator(
+        [*texts, "system\n", "user\n", "assistant\n"] + ["user", "assistant", "system"] * 1000, trainer
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD, model_max_length=512)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

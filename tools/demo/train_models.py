@@ -1,9 +1,10 @@
 """Train the demo tokenizer, teacher and student: `python -m tools.demo.train_models OUTPUT_DIR`.
 
-Both are Qwen3 models with tied embeddings. The teacher is trained until it solves the test splits; the student, more than four
-times smaller, gets a short start only, so that there is something left to distil. Muon for the layers' matrices and AdamW for the
-rest (8 % more time a step than AdamW alone), linear warm-up, cosine decay, bfloat16 autocast, cross-entropy on the
-answers and a little on the prompts. Everything is seeded; bitwise equality across machines is not promised, because kernels differ.
+Both are Qwen3 models with tied embeddings. The teacher is trained until it solves the test splits; the student, more
+than four times smaller, gets a short start only, so that there is something left to distil. Muon for the layers'
+matrices and AdamW for the rest (8 % more time a step than AdamW alone), linear warm-up, cosine decay, bfloat16
+autocast, cross-entropy on the answers and a little on the prompts. Everything is seeded; bitwise equality across
+machines is not promised, because kernels differ.
 Cost: about 15 minutes for the teacher and 2 for the student on one free core with bfloat16 dot products.
 """
 
@@ -73,7 +74,8 @@ def new_model(plan: Plan, tokenizer: Any) -> Any:
         attn_implementation="eager",  # the fused kernel's backward pass takes a third of a step at these lengths
     )
     model = Qwen3ForCausalLM(config)
-    # Words of one class (service names) start apart and move slowly, or they become one vector before copying them is learned.
+    # Words of one class (service names) start apart and move slowly, or they become one vector before copying them is
+    # learned.
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
     return model
 
@@ -87,7 +89,9 @@ def rate(plan: Plan, step: int) -> float:
 
 
 def summed_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy in nats over the answer tokens and over the prompt tokens of a block [B, T]; no logits at pads."""
+    """Summed cross-entropy in nats over the answer tokens and over the prompt tokens of a block [B, T]; no logits at
+    pads.
+    """
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     real, answer = ids[:, 1:] != pad, labels[:, 1:] != IGNORED
     losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[real]).float(), ids[:, 1:][real], reduction="none")
@@ -129,7 +133,8 @@ def train(plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int) -> Any:
         if step % 100 == 0:
             speed = num_tokens / (time.process_time() - begin)
             print(
-                f"step {step} loss {loss_sum / num_answers:.4f} nats per answer token, {speed:.0f} tokens per CPU second",
+                f"step {step} loss {loss_sum / num_answers:.4f} nats per answer token, {speed:.0f} tokens per CPU "
+                "second",
                 flush=True,
             )
             loss_sum, num_answers = 0.0, 0
@@ -145,13 +150,17 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
     written = copy.deepcopy(model).to(torch.bfloat16)
-    written.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    written.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     written.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def main() -> None:
-    """Train what `--only` names, or both models, into OUTPUT_DIR/teacher and OUTPUT_DIR/student, and print scores as saved."""
+    """Train what `--only` names, or both models, into OUTPUT_DIR/teacher and OUTPUT_DIR/student, and print scores as
+    saved.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--only", choices=sorted(PLANS), help="train one model")

@@ -1,7 +1,8 @@
 """The math domain: word problems of one to three steps with a worked answer that ends in `#### N`.
 
-A template fixes the story and its steps; names, objects, numbers and wording are drawn. The worked answer is drawn too: each step
-is one of several sentences, and sums and products appear in either order, so that the numbers themselves carry entropy and not
+A template fixes the story and its steps; names, objects, numbers and wording are drawn. The worked answer is drawn too:
+each step is one of several sentences, and sums and products appear in either order, so that the numbers themselves
+carry entropy and not
 only the filler words. Results stay below 100. Cost: a few microseconds per example.
 """
 
@@ -80,7 +81,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its steps, the unit counted in the end, and sentences that may close the answer (with {n} for the number)."""
+    """A question with its steps, the unit counted in the end, and sentences that may close the answer (with {n} for the
+    number).
+    """
 
     question: str
     steps: tuple[Step, ...]
@@ -157,7 +160,9 @@ def gain(rng: random.Random) -> Problem:
             f"At first {a} owned {x} {t}, then bought {y} more. What is the number of {t} now?",
         ),
     )
-    return Problem(question, (Step("+", x, y, f"the number of {t}"),), (f"So {a} has {{n}} {t}.", f"That makes {{n}} {t}."))
+    return Problem(
+        question, (Step("+", x, y, f"the number of {t}"),), (f"So {a} has {{n}} {t}.", f"That makes {{n}} {t}.")
+    )
 
 
 def loss(rng: random.Random) -> Problem:
@@ -173,7 +178,9 @@ def loss(rng: random.Random) -> Problem:
             f"There were {x} {t} on the table. {a} took {y}. How many {t} remain?",
         ),
     )
-    return Problem(question, (Step("-", x, y, f"the number of {t} left"),), (f"So {{n}} {t} are left.", f"That leaves {{n}} {t}."))
+    return Problem(
+        question, (Step("-", x, y, f"the number of {t} left"),), (f"So {{n}} {t} are left.", f"That leaves {{n}} {t}.")
+    )
 
 
 def packs(rng: random.Random) -> Problem:
@@ -187,7 +194,9 @@ def packs(rng: random.Random) -> Problem:
             f"{a} buys {x} {c} of {t} with {y} in each. How many {t} does {a} buy?",
         ),
     )
-    return Problem(question, (Step("*", x, y, f"the number of {t}"),), (f"So there are {{n}} {t}.", f"The total is {{n}} {t}."))
+    return Problem(
+        question, (Step("*", x, y, f"the number of {t}"),), (f"So there are {{n}} {t}.", f"The total is {{n}} {t}.")
+    )
 
 
 def share(rng: random.Random) -> Problem:
@@ -202,7 +211,9 @@ def share(rng: random.Random) -> Problem:
             f"{y} {p} divide {x} {t} fairly. How many {t} does each receive?",
         ),
     )
-    return Problem(question, (Step("/", x, y, "the share of each"),), ("So each gets {n}.", f"Each one receives {{n}} {t}."))
+    return Problem(
+        question, (Step("/", x, y, "the share of each"),), ("So each gets {n}.", f"Each one receives {{n}} {t}.")
+    )
 
 
 def packs_and_more(rng: random.Random) -> Problem:
@@ -217,7 +228,9 @@ def packs_and_more(rng: random.Random) -> Problem:
         ),
     )
     first = Step("*", x, y, f"the number of {t} in the {c}")
-    return Problem(question, (first, Step("+", x * y, z, "the total")), (f"So there are {{n}} {t}.", f"{a} has {{n}} {t}."))
+    return Problem(
+        question, (first, Step("+", x * y, z, "the total")), (f"So there are {{n}} {t}.", f"{a} has {{n}} {t}.")
+    )
 
 
 def packs_and_less(rng: random.Random) -> Problem:
@@ -235,7 +248,9 @@ def packs_and_less(rng: random.Random) -> Problem:
     )
     first = Step("*", x, y, f"the number of {t} at first")
     return Problem(
-        question, (first, Step("-", x * y, z, f"the number of {t} left")), (f"So {{n}} {t} are left.", f"{a} keeps {{n}}.")
+        question,
+        (first, Step("-", x * y, z, f"the number of {t} left")),
+        (f"So {{n}} {t} are left.", f"{a} keeps {{n}}."),
     )
 
 
@@ -316,8 +331,10 @@ def share_after(rng: random.Random) -> Problem:
     question = pick(
         rng,
         (
-            f"{a} brings {x} {t} and {b} brings {total - x}. They share them equally among {y} {p}. How many does each get?",
-            f"{x} {t} from {a} and {total - x} from {b} are divided fairly among {y} {p}. How many {t} does each receive?",
+            f"{a} brings {x} {t} and {b} brings {total - x}. They share them equally among {y} {p}. How many does "
+            "each get?",
+            f"{x} {t} from {a} and {total - x} from {b} are divided fairly among {y} {p}. How many {t} does each "
+            "receive?",
         ),
     )
     steps = (Step("+", x, total - x, f"all the {t}"), Step("/", total, y, "the share of each"))

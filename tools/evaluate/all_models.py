@@ -1,6 +1,7 @@
 """Every model of a recipe on the same questions, prompts and held-out rows, one process each.
 
-A kept evaluation of the same inputs is reused; seconds are added to the run's `evaluate` phase only where work was done. Models
+A kept evaluation of the same inputs is reused; seconds are added to the run's `evaluate` phase only where work was
+done. Models
 run one after another: each may want the whole machine. What is stale of one model is done in one start of its engine.
 """
 
@@ -12,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shared.errors import EvaluationError
-from shared.recipe import Recipe
-from teacher_cache.seconds_file import add_seconds
+from shared.recipe.recipe import Recipe
+from teacher_cache.teacher.seconds_file import add_seconds
 from tools.evaluate import sandbox
 from tools.evaluate.cost import measure_cost
 from tools.evaluate.model_process import run_in_process
@@ -28,7 +29,9 @@ PARTS = {"evaluation": result_path, "side_by_side": side_path}
 """What is kept of a model, and where."""
 
 
-def evaluate_all(recipe: Recipe, allow_unsafe_code: bool = False, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+def evaluate_all(
+    recipe: Recipe, allow_unsafe_code: bool = False, say: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Evaluate the recipe's models and return name -> result; `say` gets a line now and then (default: stderr).
 
     Raises:
@@ -38,7 +41,9 @@ def evaluate_all(recipe: Recipe, allow_unsafe_code: bool = False, say: Callable[
     say = say or (lambda line: print(line, file=sys.stderr, flush=True))
     if not recipe.evaluate.models:
         raise EvaluationError("evaluate.models names no model; list some of teacher, base and the stages' names")
-    for task in recipe.evaluate.tasks:  # all of them before the first model starts: a bad row is found in a second, not in an hour
+    for task in (
+        recipe.evaluate.tasks
+    ):  # all of them before the first model starts: a bad row is found in a second, not in an hour
         read_questions(task, task_kind(task))
         if task.name == "humaneval":
             say(f"{task.domain}: programs run in the sandbox '{sandbox.require(allow_unsafe_code)}'")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from shared.recipe import Recipe, Task
-from teacher_cache.model_files import load_tokenizer
+from shared.recipe.recipe import Recipe, Task
+from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.choose_answers import choice_ids, choose_answers
 from tools.evaluate.generate_answers import Answer, Ask, generate_answers, open_for
 from tools.evaluate.models import ModelUnderTest
@@ -66,7 +66,10 @@ def ask_model(
             asks.append(ask)
     side = _side_asks(model, recipe, prompts, tokenizer)
     asks += side.values()
-    say(f"starting {recipe.evaluate.engine} for {sum(len(ask.prompts) * ask.samples for ask in [*asks, *choosing])} answers")
+    say(
+        f"starting {recipe.evaluate.engine} for {sum(len(ask.prompts) * ask.samples for ask in [*asks, *choosing])} "
+        "answers"
+    )
     engine = open_for(model, recipe, asks, choosing)
     try:
         answers = generate_answers(engine, tokenizer, asks, say)
@@ -77,7 +80,9 @@ def ask_model(
         engine.close()
 
 
-def _side_asks(model: ModelUnderTest, recipe: Recipe, prompts: Sequence[SidePrompt], tokenizer: Any) -> dict[float, Ask]:
+def _side_asks(
+    model: ModelUnderTest, recipe: Recipe, prompts: Sequence[SidePrompt], tokenizer: Any
+) -> dict[float, Ask]:
     settings = recipe.evaluate.side_by_side
     if settings is None or not prompts:
         return {}

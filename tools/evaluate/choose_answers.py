@@ -1,6 +1,8 @@
-"""Let one model choose: every choice of a question is scored as a continuation of its prompt by the engine's own scoring pass.
+"""Let one model choose: every choice of a question is scored as a continuation of its prompt by the engine's own
+scoring pass.
 
-A choice's tokens are those of its text alone, after the prompt's (in plain text with the space or line feed that joins them), so
+A choice's tokens are those of its text alone, after the prompt's (in plain text with the space or line feed that joins
+them), so
 every choice of a question follows the same tokens. Cost: one prefill of prompt and choice per choice.
 """
 
@@ -22,7 +24,9 @@ ChoiceIds = Sequence[Sequence[Sequence[int]]]
 
 
 def choice_ids(tokenizer: Any, questions: Sequence[Question], joints: Sequence[str]) -> list[list[list[int]]]:
-    """Return the token ids of every question's choices; `joints` is what joins prompt and answer in plain text, or nothing."""
+    """Return the token ids of every question's choices; `joints` is what joins prompt and answer in plain text, or
+    nothing.
+    """
     return [
         [list(tokenizer(joint + text, add_special_tokens=False)["input_ids"]) for text in choices_of(question.row)]
         for question, joint in zip(questions, joints, strict=True)
@@ -55,12 +59,16 @@ def choose_answers(
     }
 
 
-def _requests(asked: Mapping[str, tuple[Sequence[Question], Sequence[Sequence[int]], ChoiceIds]]) -> Iterator[ScoreRequest]:
+def _requests(
+    asked: Mapping[str, tuple[Sequence[Question], Sequence[Sequence[int]], ChoiceIds]],
+) -> Iterator[ScoreRequest]:
     for domain, (_, prompts, ids) in asked.items():
         for question, (prompt, choices) in enumerate(zip(prompts, ids, strict=True)):
             for choice, tokens in enumerate(choices):
                 whole = np.array([*prompt, *tokens], dtype=np.int32)
-                yield ScoreRequest((domain, question, choice), 0, whole, np.array([[len(prompt), len(whole)]], dtype=np.int32))
+                yield ScoreRequest(
+                    (domain, question, choice), 0, whole, np.array([[len(prompt), len(whole)]], dtype=np.int32)
+                )
 
 
 def _answer(question: Question, logprobs_nats: Sequence[float], ids: Sequence[Sequence[int]]) -> Answer:

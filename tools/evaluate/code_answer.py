@@ -1,10 +1,13 @@
 """From an answer in prose, fences and code to one program that defines the function that was asked for.
 
 Rules, by regular expression only (an answer is never parsed in this process, since hostile source can crash a parser):
-1. The code is the first fenced block that defines the function, else the first fenced block, else the whole answer. A fence that
+1. The code is the first fenced block that defines the function, else the first fenced block, else the whole answer. A
+fence that
    an answer's length cut off counts to its end.
-2. Code that defines the function runs after the prompt's own preamble (its imports and helpers), which it may define again.
-3. Other code continues the prompt; it ends at the first line that stands at the margin, and is indented where the model left
+2. Code that defines the function runs after the prompt's own preamble (its imports and helpers), which it may define
+again.
+3. Other code continues the prompt; it ends at the first line that stands at the margin, and is indented where the model
+left
    the indentation out.
 """
 
@@ -49,14 +52,18 @@ def _body(code: str) -> str:
 
 
 def _whole_functions(code: str, fenced: bool) -> str:
-    """Return fenced code as it is; of unfenced code, what looks like code: prose at the margin before and after is dropped."""
+    """Return fenced code as it is; of unfenced code, what looks like code: prose at the margin before and after is
+    dropped.
+    """
     if fenced:
         return code
     lines = code.split("\n")
     kept: list[str] = []
     for line in lines:
         at_margin = bool(line[:1].strip())
-        if at_margin and not re.match(r"(?:async |def |class |import |from |@|#|\)|[\w.\[\]]+\s*(?::[^=]+)?=[^=])", line):
+        if at_margin and not re.match(
+            r"(?:async |def |class |import |from |@|#|\)|[\w.\[\]]+\s*(?::[^=]+)?=[^=])", line
+        ):
             if any(kept_line.lstrip().startswith(("def ", "async ")) for kept_line in kept):
                 break
             continue

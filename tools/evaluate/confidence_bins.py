@@ -1,4 +1,5 @@
-"""How often a guess is right, by how sure it is: streaming sums over bins of a probability, for reliability and agreement.
+"""How often a guess is right, by how sure it is: streaming sums over bins of a probability, for reliability and
+agreement.
 
 Equal bins from 0 to 1; what lies on an edge counts to the bin above. Cost: linear in positions, 3 numbers per bin.
 """
@@ -33,10 +34,13 @@ class ConfidenceBins:
 
     def __add__(self, other: ConfidenceBins) -> ConfidenceBins:
         """Return the sums over the positions of both."""
-        return ConfidenceBins(self.positions + other.positions, self.confidence + other.confidence, self.hits + other.hits)
+        return ConfidenceBins(
+            self.positions + other.positions, self.confidence + other.confidence, self.hits + other.hits
+        )
 
     def gap(self) -> float | None:
-        """Return the expected calibration error: mean |confidence - share right| over bins, by positions; None without any.
+        """Return the expected calibration error: mean |confidence - share right| over bins, by positions; None without
+        any.
 
         Naeini, Cooper and Hauskrecht (2015), AAAI.
         """

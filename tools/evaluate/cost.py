@@ -1,9 +1,10 @@
-"""What each model costs on this machine, measured in one run: parameters, memory, time to first token, tokens per second.
+"""What each model costs on this machine, measured in one run: parameters, memory, time to first token, tokens per
+second.
 
-Three rounds, in each of which every model runs once in a process of its own, one after another, so that a machine that grows
-slower or faster meets all of them; every figure is the median of the rounds. All answer the same prompts, greedily, after a
-warm-up. A figure is only worth comparing with others of the same run: kept figures are used again only where every model, the
-engine and the machine are the same.
+Three rounds, in each of which every model runs once in a process of its own, one after another, so that a machine that
+grows slower or faster meets all of them; every figure is the median of the rounds. All answer the same prompts,
+greedily, after a warm-up. A figure is only worth comparing with others of the same run: kept figures are used again
+only where every model, the engine and the machine are the same.
 
     OUTPUT_DIR/evaluate/cost/figures.json   identity, models, each with its rounds
 """
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
-from shared.recipe import Recipe, SideBySide
-from teacher_cache.seconds_file import add_seconds
+from shared.recipe.recipe import Recipe, SideBySide
+from teacher_cache.teacher.seconds_file import add_seconds
 from tools.evaluate.model_process import run_in_process
 from tools.evaluate.models import ModelUnderTest, model_under_test
 from tools.evaluate.results import read_result, same_identity, write_result
@@ -78,7 +79,9 @@ def measure_cost(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
     return figures
 
 
-def cost_identity(recipe: Recipe, models: Mapping[str, ModelUnderTest], prompts: Sequence[SidePrompt]) -> dict[str, Any]:
+def cost_identity(
+    recipe: Recipe, models: Mapping[str, ModelUnderTest], prompts: Sequence[SidePrompt]
+) -> dict[str, Any]:
     """Return everything that the figures depend on, the machine among it.
 
     Raises:
@@ -106,7 +109,9 @@ def median_figures(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def add_ratios(figures: dict[str, dict[str, Any]]) -> None:
-    """Add `compression` (the teacher's parameters over the model's) and `speed_up` (tokens per second over the teacher's)."""
+    """Add `compression` (the teacher's parameters over the model's) and `speed_up` (tokens per second over the
+    teacher's).
+    """
     teacher = figures.get("teacher", {})
     for own in figures.values():
         own["compression"] = _ratio(teacher.get("parameters"), own["parameters"])
@@ -127,6 +132,8 @@ def _measure(recipe: Recipe, name: str, say: Callable[[str], None]) -> dict[str,
     try:
         return dict(json.loads(found.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"measuring '{name}' left no figures ({error}); its log is {directory / f'{name}.log'}") from error
+        raise EvaluationError(
+            f"measuring '{name}' left no figures ({error}); its log is {directory / f'{name}.log'}"
+        ) from error
     finally:
         found.unlink(missing_ok=True)

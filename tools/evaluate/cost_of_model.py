@@ -1,9 +1,9 @@
 """The process that measures one model once: loaded, warmed up, timed. Started by `cost`, never by hand.
 
-Time to first token: median over the prompts of a whole request for one token. Tokens per second: answers one after another, and all
-prompts at once (batched). Memory: on a GPU the allocator's peak (with vLLM what the device has in use, most of which is its own
-reservation for the cache of keys and values); on a CPU the peak of resident memory of all processes of the model, and how much
-of it came after the libraries were imported.
+Time to first token: median over the prompts of a whole request for one token. Tokens per second: answers one after
+another, and all prompts at once (batched). Memory: on a GPU the allocator's peak (with vLLM what the device has in use,
+most of which is its own reservation for the cache of keys and values); on a CPU the peak of resident memory of all
+processes of the model, and how much of it came after the libraries were imported.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.recipe import Generate, Recipe
+from shared.recipe.recipe import Generate, Recipe
 from teacher_cache.engines.protocol import GenerateRequest
-from teacher_cache.model_files import load_tokenizer
+from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.cost import cost_prompts
 from tools.evaluate.generate_answers import Ask, open_for
 from tools.evaluate.model_process import leave, serve
@@ -74,7 +74,8 @@ def measure_model(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def parameter_figures(model: ModelUnderTest) -> dict[str, int | None]:
-    """Return parameters and the bytes of the weights at run time, from the headers of the safetensors files; None without them.
+    """Return parameters and the bytes of the weights at run time, from the headers of the safetensors files; None
+    without them.
 
     Weights that are stored quantised are packed, so their count is unknown and their bytes are those on disk.
     """

@@ -1,7 +1,8 @@
 """Let one model answer everything that it is asked, in one start of its engine.
 
-Prompts that share their sampling settings share one stream of requests, so that the engine never drains between tasks. An answer's
-seed depends on its set, question and sample alone. The text after the last `</think>` is what is scored, all of it is kept.
+Prompts that share their sampling settings share one stream of requests, so that the engine never drains between tasks.
+An answer's seed depends on its set, question and sample alone. The text after the last `</think>` is what is scored,
+all of it is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import xxhash
 
 from shared.errors import EvaluationError
-from shared.recipe import Capture, Generate, Recipe
+from shared.recipe.recipe import Capture, Generate, Recipe
 from teacher_cache.engines.protocol import GenerateRequest
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.multiple_choice import Choice
@@ -78,7 +79,9 @@ def open_for(model: ModelUnderTest, recipe: Recipe, asks: Sequence[Ask], choosin
     )
 
 
-def generate_answers(engine: Any, tokenizer: Any, asks: Sequence[Ask], say: Callable[[str], None]) -> dict[str, list[Answer]]:
+def generate_answers(
+    engine: Any, tokenizer: Any, asks: Sequence[Ask], say: Callable[[str], None]
+) -> dict[str, list[Answer]]:
     """Return name -> answers, prompt by prompt with `samples` each.
 
     Raises:
@@ -122,6 +125,7 @@ def _needed_length(model: ModelUnderTest, asks: Sequence[Ask]) -> int:
         answer = f"a choice has {choice}" if choice else f"an answer may have {needed - longest} (max_new_tokens)"
         mend = "give fewer shots or shorter questions" if choice else "lower one of them"
         raise EvaluationError(
-            f"{place}: the question has {longest} tokens and {answer}, but '{model.name}' reads {limit} together; {mend}"
+            f"{place}: the question has {longest} tokens and {answer}, but '{model.name}' reads {limit} together; "
+            f"{mend}"
         )
     return needed

@@ -1,7 +1,8 @@
 """Word problems with one number as the answer, in the published shape of GSM8K: {"question", "answer": "... #### 72"}.
 
-Exact match of numbers: the one after the last `####` of an answer, else the last number in it, against the reference's; commas,
-currency signs and trailing zeros do not matter. Cobbe et al., Training Verifiers to Solve Math Word Problems (2110.14168).
+Exact match of numbers: the one after the last `####` of an answer, else the last number in it, against the reference's;
+commas, currency signs and trailing zeros do not matter. Cobbe et al., Training Verifiers to Solve Math Word Problems
+(2110.14168).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """How close a model is to the teacher on prompts that no stage trained on, from the cache alone; no teacher is loaded.
 
-Held-out rows are those whose group's hash says so, capped to the rows with the smallest group keys, which is a random sample.
-A row's tokens go through the model once, in batches padded on the right (causal attention never looks there, so no mask is
-needed); only the hidden states at supervised positions meet the head, in chunks. Reported per position: KL in nats from the
-cached sparse distribution to the model's on the same k + 1 masses (T = 1), agreement of the two most probable tokens (in all, and
-by how sure the teacher is), whether the model's is among the teacher's five, calibration, and the exponential of the mean NLL of
-labels.
+Held-out rows are those whose group's hash says so, capped to the rows with the smallest group keys, which is a random
+sample. A row's tokens go through the model once, in batches padded on the right (causal attention never looks there, so
+no mask is needed); only the hidden states at supervised positions meet the head, in chunks. Reported per position: KL
+in nats from the cached sparse distribution to the model's on the same k + 1 masses (T = 1), agreement of the two most
+probable tokens (in all, and by how sure the teacher is), whether the model's is among the teacher's five, calibration,
+and the exponential of the mean NLL of labels.
 
 Cost: one forward pass over the held-out tokens.
 Shape letters: R rows of a batch, L longest of them, S supervised positions, H hidden width.
@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import EvaluationError
-from shared.narrowing import LayerView
-from student_train.fused_loss import PositionScores, evaluate_positions
-from student_train.heldout_rows import heldout_rows
-from student_train.student_head import body_of, check_head, head_of
-from student_train.target_batch import TargetBatch
+from shared.payload.narrowing import LayerView
+from student_train.batch.target_batch import TargetBatch
+from student_train.evaluate.heldout_rows import heldout_rows
+from student_train.operator.fused_loss import PositionScores, evaluate_positions
+from student_train.student.student_head import body_of, check_head, head_of
 from tools.evaluate.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout_sums import HeldoutSums, RowMeasure
 from tools.evaluate.partings import Partings, largest_of_row
@@ -50,8 +50,9 @@ def evaluate_heldout(
     """Measure one model on the held-out rows of caches.
 
     Returns:
-        kl_nats, kl_low, kl_high (95 % over rows), top1_agreement, top1_in_teacher_top5, agreement_by_teacher_confidence,
-        calibration_error, calibration, perplexity, teacher_perplexity, positions, rows, rows_too_long, dtype, by_source with
+        kl_nats, kl_low, kl_high (95 % over rows), top1_agreement, top1_in_teacher_top5,
+        agreement_by_teacher_confidence, calibration_error, calibration, perplexity, teacher_perplexity, positions,
+        rows, rows_too_long, dtype, by_source with
         the same figures per source, and partings: the positions of the largest KL in their context.
 
     Raises:
@@ -62,10 +63,14 @@ def evaluate_heldout(
     chosen = heldout_rows(opened, fraction, max_rows)
     if not chosen:
         listed = ", ".join(str(cache) for cache in caches)
-        raise EvaluationError(f"{listed}: no row is held out at heldout.fraction {fraction:g}; raise it, or add prompts")
+        raise EvaluationError(
+            f"{listed}: no row is held out at heldout.fraction {fraction:g}; raise it, or add prompts"
+        )
     layer = opened[0].layer
     if layer is None:
-        raise EvaluationError(f"{caches[0]}: the cache holds no teacher distributions to compare with; run `decant teach` first")
+        raise EvaluationError(
+            f"{caches[0]}: the cache holds no teacher distributions to compare with; run `decant teach` first"
+        )
     model = load_model(str(model_dir), adapter, dtype, trust_remote_code)
     check_head(model, head_of(model, layer.vocab_size))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -102,7 +107,9 @@ def load_model(model: str, adapter: str | None, dtype: str, trust_remote_code: b
 
             loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"{model}: cannot be loaded to measure it: {str(error).strip().splitlines()[0][:300]}") from error
+        raise EvaluationError(
+            f"{model}: cannot be loaded to measure it: {str(error).strip().splitlines()[0][:300]}"
+        ) from error
     return loaded.eval()
 
 
@@ -116,7 +123,9 @@ def measure_batch(model: Any, vocab_size: int, rows: Sequence[Any]) -> list[RowM
         input_ids[index, : len(row.token_ids)] = torch.from_numpy(row.token_ids.astype(np.int64))
     with torch.no_grad():
         states = body(input_ids=input_ids.to(device), use_cache=False)[0]
-    hidden = torch.cat([states[i, torch.from_numpy(row.predictor_index().astype(np.int64))] for i, row in enumerate(rows)])
+    hidden = torch.cat(
+        [states[i, torch.from_numpy(row.predictor_index().astype(np.int64))] for i, row in enumerate(rows)]
+    )
     labels = torch.from_numpy(np.concatenate([row.labels() for row in rows]).astype(np.int64)).to(device)
     batch = TargetBatch.from_rows([row.targets for row in rows]).to(device)
     scores = evaluate_positions(
@@ -158,8 +167,12 @@ def _row_measure(row: Any, scores: PositionScores, where: slice) -> RowMeasure:
     )
 
 
-def _batches(caches: Sequence[Cache], rows: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[tuple[int, int]]]:
-    """Group rows of similar length so that R x L stays within `batch_tokens`; longest first: a lack of memory shows at once."""
+def _batches(
+    caches: Sequence[Cache], rows: Sequence[tuple[int, int]], batch_tokens: int
+) -> list[list[tuple[int, int]]]:
+    """Group rows of similar length so that R x L stays within `batch_tokens`; longest first: a lack of memory shows at
+    once.
+    """
     ordered = sorted(rows, key=lambda place: (-int(caches[place[0]].num_tokens[place[1]]), place))
     batches: list[list[tuple[int, int]]] = []
     for place in ordered:

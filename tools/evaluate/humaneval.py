@@ -1,8 +1,9 @@
-"""Functions to write, in HumanEval's published shape: {"task_id", "prompt", "entry_point", "canonical_solution", "test"}.
+"""Functions to write, in HumanEval's published shape: {"task_id", "prompt", "entry_point", "canonical_solution",
+"test"}.
 
-An answer passes when the problem's own `check(function)` runs to its end in the sandbox. pass@k over n samples with c correct
-ones is the unbiased 1 - C(n-c, k) / C(n, k); the score is pass@1. Chen et al., Evaluating Large Language Models Trained on Code
-(2107.03374).
+An answer passes when the problem's own `check(function)` runs to its end in the sandbox. pass@k over n samples with c
+correct ones is the unbiased 1 - C(n-c, k) / C(n, k); the score is pass@1. Chen et al., Evaluating Large Language Models
+Trained on Code (2107.03374).
 Only the standard library can be imported. Cost: one interpreter start per answer, 30-50 ms, two at a time.
 """
 

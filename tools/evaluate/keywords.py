@@ -1,7 +1,7 @@
 """Free answers that must name the right things: {"prompt", "keywords": ["disk", ...], "reference": "..."}.
 
-An answer's score is the share of keywords that occur in it, whatever their case and the white space inside them. A keyword is
-found inside a longer word, too ("restart" in "restarted").
+An answer's score is the share of keywords that occur in it, whatever their case and the white space inside them. A
+keyword is found inside a longer word, too ("restart" in "restarted").
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """In which languages a text is written: by script, and among seven languages in Latin script by their stop words.
 
-A script counts where it makes up at least a tenth of the letters, and at least three of them; one Han, Kana or Hangul character
-counts as two letters. Code blocks and `code` are left out. Of Latin text, a language counts whose stop words make up the most, at
-least three and at least a tenth of the words; where two are equally many or too few are found, the text is just `latin`. Cost:
-linear in the text.
+A script counts where it makes up at least a tenth of the letters, and at least three of them; one Han, Kana or Hangul
+character counts as two letters. Code blocks and `code` are left out. Of Latin text, a language counts whose stop words
+make up the most, at least three and at least a tenth of the words; where two are equally many or too few are found, the
+text is just `latin`. Cost: linear in the text.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def has_switched(answer: str, expected: frozenset[str]) -> bool:
     """
     latin = {"latin", *_WORD_SETS}
     for language in languages_of(answer):
-        if language in expected or (language == "latin" and expected & latin) or (language in latin and "latin" in expected):
+        if (
+            language in expected
+            or (language == "latin" and expected & latin)
+            or (language in latin and "latin" in expected)
+        ):
             continue
         if expected:
             return True

@@ -34,7 +34,9 @@ def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
             device="cuda" if torch.cuda.is_available() else "cpu",
             log_samples=False,
         )
-    except Exception as error:  # unknown tasks, data out of reach, models that do not load: the harness raises what it likes
+    except (
+        Exception
+    ) as error:  # unknown tasks, data out of reach, models that do not load: the harness raises what it likes
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise EvaluationError(f"lm-evaluation-harness cannot run {', '.join(job['names'])}: {reason}") from error
     tasks = fold(found["results"] if found else {})

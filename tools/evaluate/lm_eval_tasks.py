@@ -1,10 +1,11 @@
-"""Published benchmarks through lm-evaluation-harness: every model of a recipe, one process each, folded into the run's report.
+"""Published benchmarks through lm-evaluation-harness: every model of a recipe, one process each, folded into the run's
+report.
 
     OUTPUT_DIR/evaluate/lm_eval/MODEL.json   identity, TASK -> METRIC -> value and standard error
 
-Tasks are the harness's names, or paths of task files in its YAML, whose own directory it then also searches; nothing here
-downloads, and with HF_HUB_OFFLINE=1 nothing there does either. A kept result of the same weights, tasks, files and version is
-used again.
+Tasks are the harness's names, or paths of task files in its YAML, whose own directory it then also searches; nothing
+here downloads, and with HF_HUB_OFFLINE=1 nothing there does either. A kept result of the same weights, tasks, files and
+version is used again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 import xxhash
 
 from shared.errors import EvaluationError
-from shared.recipe import Recipe
-from teacher_cache.seconds_file import add_seconds
+from shared.recipe.recipe import Recipe
+from teacher_cache.teacher.seconds_file import add_seconds
 from tools.evaluate.model_process import run_in_process
 from tools.evaluate.models import ModelUnderTest, model_under_test
 from tools.evaluate.results import read_result, same_identity
@@ -67,7 +68,9 @@ def parse_tasks(text: str) -> LmEvalTasks:
         path = Path(part)
         try:
             if path.stat().st_size > _LARGEST_TASK_FILE:
-                raise EvaluationError(f"{path}: larger than {_LARGEST_TASK_FILE} bytes; expected a task of lm-evaluation-harness")
+                raise EvaluationError(
+                    f"{path}: larger than {_LARGEST_TASK_FILE} bytes; expected a task of lm-evaluation-harness"
+                )
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"{path}: cannot be read as a task of lm-evaluation-harness: {error}") from error
@@ -113,7 +116,9 @@ def require_lm_eval() -> None:
         EvaluationError: it is not.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise EvaluationError("--lm-eval needs lm-evaluation-harness, which is not installed: pip install 'decant-kd[eval]'")
+        raise EvaluationError(
+            "--lm-eval needs lm-evaluation-harness, which is not installed: pip install 'decant-kd[eval]'"
+        )
 
 
 def lm_eval_identity(model: ModelUnderTest, tasks: LmEvalTasks) -> dict[str, Any]:
@@ -133,7 +138,8 @@ def lm_eval_identity(model: ModelUnderTest, tasks: LmEvalTasks) -> dict[str, Any
 
 
 def fold(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return the harness's results as TASK -> METRIC -> value and stderr; a filter other than `none` is part of the metric's name.
+    """Return the harness's results as TASK -> METRIC -> value and stderr; a filter other than `none` is part of the
+    metric's name.
 
     >>> fold({"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1}})
     {'t': {'acc': {'value': 0.5, 'stderr': 0.1}}}
@@ -146,7 +152,10 @@ def fold(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | No
                 continue
             error = figures.get(f"{metric}_stderr,{kind}")
             name = metric if kind == "none" else f"{metric},{kind}"
-            folded.setdefault(task, {})[name] = {"value": float(value), "stderr": float(error) if _is_number(error) else None}
+            folded.setdefault(task, {})[name] = {
+                "value": float(value),
+                "stderr": float(error) if _is_number(error) else None,
+            }
     return folded
 
 
@@ -154,7 +163,9 @@ def _run(
     recipe: Recipe, model: ModelUnderTest, tasks: LmEvalTasks, identity: Mapping[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     if model.quantization is not None:
-        raise EvaluationError(f"'{model.name}' is quantised with {model.quantization} by vLLM alone; leave it out of --lm-eval")
+        raise EvaluationError(
+            f"'{model.name}' is quantised with {model.quantization} by vLLM alone; leave it out of --lm-eval"
+        )
     path = lm_eval_path(recipe, model.name)
     path.unlink(missing_ok=True)
     job = {
@@ -171,7 +182,9 @@ def _run(
     run_in_process("tools.evaluate.lm_eval_model", job, lm_eval_path(recipe, model.name, "log"), model.name, say)
     result = read_result(path)
     if result is None:
-        raise EvaluationError(f"lm-eval of '{model.name}' left no result; its log is {lm_eval_path(recipe, model.name, 'log')}")
+        raise EvaluationError(
+            f"lm-eval of '{model.name}' left no result; its log is {lm_eval_path(recipe, model.name, 'log')}"
+        )
     return result
 
 
@@ -190,4 +203,6 @@ def _hashes(path: Path, content: str) -> dict[str, str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    )

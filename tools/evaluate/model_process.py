@@ -1,8 +1,9 @@
-"""A process for one model: engines leave processes and memory behind, so each model gets its own and is killed as a whole.
+"""A process for one model: engines leave processes and memory behind, so each model gets its own and is killed as a
+whole.
 
-The child reads its job as one line of JSON from stdin, which stays open: the child dies with it, and so with its parent. It writes
-progress and at last `done` or `error` to stdout, one JSON object per line; what libraries print goes to its log. `serve` is the
-child's side of that.
+The child reads its job as one line of JSON from stdin, which stays open: the child dies with it, and so with its
+parent. It writes progress and at last `done` or `error` to stdout, one JSON object per line; what libraries print goes
+to its log. `serve` is the child's side of that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def run_in_process(module: str, job: Mapping[str, Any], log: Path, name: str, sa
         EvaluationError: it failed; the sentence is its own, or names its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
+    }
     with log.open("wb") as stream:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter
             [sys.executable, "-m", module],
@@ -47,7 +51,9 @@ def run_in_process(module: str, job: Mapping[str, Any], log: Path, name: str, sa
     if error is not None:
         raise EvaluationError(f"'{name}' cannot be evaluated: {error}")
     if process.returncode != 0:
-        raise EvaluationError(f"evaluating '{name}' ended with status {process.returncode}: {_last_line(log)}; its log is {log}")
+        raise EvaluationError(
+            f"evaluating '{name}' ended with status {process.returncode}: {_last_line(log)}; its log is {log}"
+        )
 
 
 def serve(work: Callable[[dict[str, Any], Callable[[str], None]], None]) -> int:
@@ -73,7 +79,9 @@ def leave(status: int) -> None:
 
 
 def _follow(process: subprocess.Popen[bytes], job: str, name: str, say: Callable[[str], None]) -> str | None:
-    """Send the job, pass progress on, and return the sentence of an error; stdin stays open, since the child dies with it."""
+    """Send the job, pass progress on, and return the sentence of an error; stdin stays open, since the child dies with
+    it.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     try:

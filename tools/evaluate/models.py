@@ -8,9 +8,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from shared.errors import EvaluationError
-from shared.identity import weights_hash
-from shared.recipe import Recipe, Teacher
-from teacher_cache.model_files import ModelFiles, resolve_model
+from shared.identity.identity import weights_hash
+from shared.recipe.recipe import Recipe, Teacher
+from teacher_cache.teacher.model_files import ModelFiles, resolve_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,13 @@ class ModelUnderTest:
             "trust_remote_code": self.trust_remote_code,
             "engine": recipe.evaluate.engine,
             "max_model_len": max_model_len,
-            # How much of the machine may be used is the teacher's section, for every model; one card is enough for a student.
+            # How much of the machine may be used is the teacher's section, for every model; one card is enough for a
+            # student.
             "tensor_parallel_size": shared.tensor_parallel_size if self.name == "teacher" else 1,
             "gpu_memory_utilization": shared.gpu_memory_utilization,
             "max_num_batched_tokens": shared.max_num_batched_tokens,
-            # Answering holds one position of logits per row where scoring holds all of them: room for four times as many.
+            # Answering holds one position of logits per row where scoring holds all of them: room for four times as
+            # many.
             "batch_tokens": 4 * shared.batch_tokens,
         }
         try:
@@ -77,20 +79,29 @@ def model_under_test(recipe: Recipe, name: str) -> ModelUnderTest:
     if name == "teacher":
         teacher = recipe.teacher
         if teacher is None:
-            raise EvaluationError("evaluate.models lists 'teacher', but the recipe has no teacher; add one, or leave it out")
+            raise EvaluationError(
+                "evaluate.models lists 'teacher', but the recipe has no teacher; add one, or leave it out"
+            )
         files = resolve_model(teacher.model, teacher.revision)
-        return ModelUnderTest(name, files, teacher.adapter, teacher.dtype, teacher.quantization, teacher.trust_remote_code)
+        return ModelUnderTest(
+            name, files, teacher.adapter, teacher.dtype, teacher.quantization, teacher.trust_remote_code
+        )
     student = recipe.student
     if student is None:
-        raise EvaluationError(f"evaluate.models lists '{name}', but the recipe has no student; add one, or leave it out")
+        raise EvaluationError(
+            f"evaluate.models lists '{name}', but the recipe has no student; add one, or leave it out"
+        )
     if name == "base":
         if student.init == "random":
             raise EvaluationError(
-                "evaluate.models lists 'base', but the student starts from random weights, which no one keeps; leave it out"
+                "evaluate.models lists 'base', but the student starts from random weights, which no one keeps; leave "
+                "it out"
             )
         files = resolve_model(student.model, student.revision)
         return ModelUnderTest(name, files, None, student.dtype, None, student.trust_remote_code)
     directory = recipe.stage_dir(name) / "model"
     if not directory.is_dir():
-        raise EvaluationError(f"evaluate.models lists '{name}', but {directory} does not exist; run `decant train` first")
+        raise EvaluationError(
+            f"evaluate.models lists '{name}', but {directory} does not exist; run `decant train` first"
+        )
     return ModelUnderTest(name, resolve_model(str(directory)), None, student.dtype, None, student.trust_remote_code)

@@ -1,14 +1,15 @@
 """Questions whose answer is one of several given texts, decided by likelihood: nothing is generated.
 
 Two published shapes of a row:
-- PubMedQA's {"QUESTION", "CONTEXTS": [...], "final_decision": "yes" | "no" | "maybe"}: the prompt is the abstract, the question and
-  `Answer:`; the choices are yes, no and maybe. Jin et al., PubMedQA: A Dataset for Biomedical Research QA (1909.06146).
-- {"question", "choices": [...], "answer"}: the prompt is the question; the answer is the right choice's number from 0, its text, or
-  its letter (A is the first) where no choice has that text.
+- PubMedQA's {"QUESTION", "CONTEXTS": [...], "final_decision": "yes" | "no" | "maybe"}: the prompt is the abstract, the
+  question and `Answer:`; the choices are yes, no and maybe. Jin et al., PubMedQA: A Dataset for Biomedical Research QA
+  (1909.06146).
+- {"question", "choices": [...], "answer"}: the prompt is the question; the answer is the right choice's number from 0,
+  its text, or its letter (A is the first) where no choice has that text.
 
-Every choice is scored as a continuation of the prompt. The score is the share of questions whose right choice has the greatest
-log-probability, summed over its tokens; `by_token` and `by_byte` are the same with that sum divided by the choice's tokens or UTF-8
-bytes, which do not favour short choices. Of equal choices the first counts as chosen.
+Every choice is scored as a continuation of the prompt. The score is the share of questions whose right choice has the
+greatest log-probability, summed over its tokens; `by_token` and `by_byte` are the same with that sum divided by the
+choice's tokens or UTF-8 bytes, which do not favour short choices. Of equal choices the first counts as chosen.
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ def choices_of(row: Mapping[str, Any]) -> list[str]:
     if "QUESTION" in row:
         return list(PUBMEDQA_CHOICES)
     choices = row.get("choices")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text.strip() for text in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(text, str) and text.strip() for text in choices)
+    ):
         raise ValueError(f"the column 'choices' is {choices!r:.60}, expected a list of at least two texts")
     if len({choice.strip() for choice in choices}) < len(choices):
         raise ValueError(f"the column 'choices' names one choice twice: {choices!r:.60}")
@@ -85,7 +90,8 @@ def normalised_scores(questions: Sequence[Question], choices: Sequence[Sequence[
     """Return the shares of questions that are right when log-probabilities are divided by tokens, and by bytes."""
     measures = {"by_token": lambda choice: choice.nats_per_token, "by_byte": lambda choice: choice.nats_per_byte}
     return {
-        name: math.fsum(max(of, key=value).text == q.reference for q, of in zip(questions, choices, strict=True)) / len(questions)
+        name: math.fsum(max(of, key=value).text == q.reference for q, of in zip(questions, choices, strict=True))
+        / len(questions)
         for name, value in measures.items()
     }
 
@@ -103,5 +109,9 @@ def _right(row: Mapping[str, Any]) -> int:
         letters = string.ascii_uppercase[: len(choices)]
         if name == "answer" and len(answer.strip()) == 1 and answer.strip() in letters:
             return letters.index(answer.strip())
-    wanted = "one of yes, no, maybe" if name == "final_decision" else f"a number from 0 to {len(choices) - 1}, a letter or a choice"
+    wanted = (
+        "one of yes, no, maybe"
+        if name == "final_decision"
+        else f"a number from 0 to {len(choices) - 1}, a letter or a choice"
+    )
     raise ValueError(f"the column '{name}' is {answer!r:.60}, expected {wanted}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tools.evaluate import sandbox
 from tools.evaluate.asking import Asked, ask_model
 from tools.evaluate.generate_answers import Answer
@@ -40,7 +40,9 @@ def evaluate_model(
     answers = ask_model(model, recipe, asked if "evaluation" in wanted else {}, prompts, say)
     answered = time.monotonic() - started
     if "side_by_side" in wanted:
-        write_side_answers(recipe, name, wanted["side_by_side"], prompts, answers.side_by_side, answers.provenance, answered)
+        write_side_answers(
+            recipe, name, wanted["side_by_side"], prompts, answers.side_by_side, answers.provenance, answered
+        )
     if "evaluation" not in wanted:
         return
     tasks = _score(recipe, name, asked, answers.tasks, allow_unsafe_code)
@@ -76,7 +78,9 @@ def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) 
     )
 
 
-def _score(recipe: Recipe, name: str, asked: Asked, answers: dict[str, list[Answer]], allow_unsafe: bool) -> dict[str, Any]:
+def _score(
+    recipe: Recipe, name: str, asked: Asked, answers: dict[str, list[Answer]], allow_unsafe: bool
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     lines: list[str] = []
     for domain, (task, questions) in asked.items():
@@ -109,7 +113,13 @@ def _score(recipe: Recipe, name: str, asked: Asked, answers: dict[str, list[Answ
 
 
 def _line(domain: str, number: int, question: Question, answer: Answer, score: Score) -> str:
-    row = {"domain": domain, "question": number, "prompt": question.prompt, "reference": question.reference, "answer": answer.text}
+    row = {
+        "domain": domain,
+        "question": number,
+        "prompt": question.prompt,
+        "reference": question.reference,
+        "answer": answer.text,
+    }
     row = {key: value[:SHOWN_CHARACTERS] if isinstance(value, str) else value for key, value in row.items()}
     row |= {"score": score.value, "reason": score.reason, "tokens": answer.num_tokens, "truncated": answer.truncated}
     if answer.choices:

@@ -1,7 +1,8 @@
-"""Where student and teacher part most: the held-out positions of the largest KL, in their context, with what each would say.
+"""Where student and teacher part most: the held-out positions of the largest KL, in their context, with what each would
+say.
 
-While rows are measured, the largest few positions are kept in a heap; only their rows go through the model once more, to name
-the student's tokens. Cost: a forward pass for each of at most `MOST_PARTINGS` rows, at the end.
+While rows are measured, the largest few positions are kept in a heap; only their rows go through the model once more,
+to name the student's tokens. Cost: a forward pass for each of at most `MOST_PARTINGS` rows, at the end.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.cache import Cache
-from shared.tokenizer_files import read_tokenizer_files
-from student_train.student_head import body_of, head_of
+from shared.cache.cache import Cache
+from student_train.student.student_head import body_of, head_of
 
 MOST_PARTINGS = 12
 MOST_PER_ROW = 2
@@ -51,7 +51,9 @@ class Partings:
                 heapq.heappushpop(self.heap, entry)
 
     def described(self, model: Any, caches: Sequence[Cache], vocab_size: int) -> list[dict[str, Any]]:
-        """Return source, KL, the text around, and both sides' most probable tokens with probabilities, largest KL first."""
+        """Return source, KL, the text around, and both sides' most probable tokens with probabilities, largest KL
+        first.
+        """
         writers = [_decoder(cache) for cache in caches]
         found = []
         for kl, cache, row, position in sorted(self.heap, reverse=True):
@@ -98,5 +100,5 @@ def _decoder(cache: Cache) -> Any:
     """Return how to write token ids: the cache's tokenizer, special tokens included."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_buffer(read_tokenizer_files(cache.path)["tokenizer.json"])
+    tokenizer = Tokenizer.from_file(str(cache.tokenizer_dir / "tokenizer.json"))
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

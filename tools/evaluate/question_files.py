@@ -1,8 +1,8 @@
 """Rows of a task's file, one JSON object after another, each with its place.
 
-`.jsonl` (or `.jsonl.gz`) has one object per line; `.json` (or `.json.gz`) is one list of objects, or one object whose values are
-the rows, as PubMedQA is published. A place is path:line, or path:number of the entry from 1. Sizes are bounded before anything is
-parsed.
+`.jsonl` (or `.jsonl.gz`) has one object per line; `.json` (or `.json.gz`) is one list of objects, or one object whose
+values are the rows, as PubMedQA is published. A place is path:line, or path:number of the entry from 1. Sizes are
+bounded before anything is parsed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def _lines(stream: BufferedIOBase, path: Path) -> Iterator[tuple[str, dict[str, 
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number, num_bytes = number + 1, num_bytes + len(line)
         if len(line) > MAX_LINE_BYTES or num_bytes > MAX_FILE_BYTES:
-            raise EvaluationError(f"{path}:{number}: more than {MAX_LINE_BYTES} bytes in a line or {MAX_FILE_BYTES} in the file")
+            raise EvaluationError(
+                f"{path}:{number}: more than {MAX_LINE_BYTES} bytes in a line or {MAX_FILE_BYTES} in the file"
+            )
         if line.strip():
             yield f"{path}:{number}", _object(_parsed(line, f"{path}:{number}", "a JSON object"), f"{path}:{number}")
 
@@ -53,7 +55,9 @@ def _lines(stream: BufferedIOBase, path: Path) -> Iterator[tuple[str, dict[str, 
 def _entries(stream: BufferedIOBase, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     text = stream.read(MAX_WHOLE_FILE_BYTES + 1)
     if len(text) > MAX_WHOLE_FILE_BYTES:
-        raise EvaluationError(f"{path}: more than {MAX_WHOLE_FILE_BYTES} bytes in one piece; write it as jsonl, a row per line")
+        raise EvaluationError(
+            f"{path}: more than {MAX_WHOLE_FILE_BYTES} bytes in one piece; write it as jsonl, a row per line"
+        )
     found = _parsed(text, str(path), "a list of rows, or an object of them")
     if not isinstance(found, list | dict):
         raise EvaluationError(f"{path}: expected a list of rows, or an object of them, found {text[:60]!r}")

@@ -1,7 +1,7 @@
 """Questions of a task: read from its file, rendered into a conversation, given to a scorer.
 
-Which columns a row needs is the task's own business. With `shots`, the first rows of the file become solved examples before each
-question and are not asked themselves.
+Which columns a row needs is the task's own business. With `shots`, the first rows of the file become solved examples
+before each question and are not asked themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shared.errors import EvaluationError
-from shared.recipe import Task
+from shared.recipe.recipe import Task
 from tools.evaluate.question_files import read_rows
 
 
@@ -96,7 +96,8 @@ def read_questions(task: Task, kind: TaskKind) -> list[Question]:
     asked = found[task.shots :]
     if not asked:
         raise EvaluationError(
-            f"{task.path}: {len(found)} rows and {task.shots} shots leave no question for the task '{task.name}'; add rows"
+            f"{task.path}: {len(found)} rows and {task.shots} shots leave no question for the task '{task.name}'; "
+            "add rows"
         )
     return [Question(q.place, q.prompt, q.reference, q.row, shots) for q in asked]
 

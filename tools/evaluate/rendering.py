@@ -1,7 +1,7 @@
 """From a question to the tokens that a model is asked with: its own chat template, or plain text where it has none.
 
-System text and template settings (`enable_thinking`, say) are those of the prompt source with the task's domain as its label, else
-of the recipe's first source, so that a student is asked in the way it was taught.
+System text and template settings (`enable_thinking`, say) are those of the prompt source with the task's domain as its
+label, else of the recipe's first source, so that a student is asked in the way it was taught.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shared.recipe import PromptSource, Recipe, Task
-from teacher_cache.prompts import Conversation
-from teacher_cache.spans import Template
+from shared.recipe.recipe import PromptSource, Recipe, Task
+from teacher_cache.prompts.prompts import Conversation
+from teacher_cache.prompts.spans import Template
 from tools.evaluate.questions import Question
 
 
@@ -55,7 +55,8 @@ def _conversation(question: Question, source: PromptSource) -> Conversation:
         messages = [{"role": "user", "content": "\n\n".join([*parts, question.prompt])}]
     else:
         shots = [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in question.shots
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            for prompt, answer in question.shots
         ]
         messages = [*(turn for pair in shots for turn in pair), {"role": "user", "content": question.prompt}]
     return Conversation(source.source, path, int(line), "messages", messages, None, None)

@@ -4,8 +4,8 @@
     OUTPUT_DIR/evaluate/MODEL.answers.jsonl   every answer with its question and score
     OUTPUT_DIR/evaluate/MODEL.log             what the engine printed
 
-The identity holds everything that the figures depend on: weights, tasks and the bytes of their files, template settings, engine,
-held-out rows of which caches. Equal identity: the evaluation is reused.
+The identity holds everything that the figures depend on: weights, tasks and the bytes of their files, template
+settings, engine, held-out rows of which caches. Equal identity: the evaluation is reused.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 import xxhash
 
 from shared.atomic import write_atomic
-from shared.cache import Cache
+from shared.cache.cache import Cache
+from shared.cache.layer_choice import layer_of_capture
 from shared.errors import EvaluationError
-from shared.grown import unmoved
-from shared.layer_choice import layer_of_capture
-from shared.narrowing import LayerView
-from shared.recipe import Recipe, Task
+from shared.identity.grown import unmoved
+from shared.payload.narrowing import LayerView
+from shared.recipe.recipe import Recipe, Task
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.rendering import source_of
 
@@ -47,7 +47,9 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
     tasks = []
     for task in recipe.evaluate.tasks:
         source = source_of(recipe, task)
-        rendering = source.model_dump(mode="json", include={"system", "template", "chat_template", "chat_template_kwargs"})
+        rendering = source.model_dump(
+            mode="json", include={"system", "template", "chat_template", "chat_template_kwargs"}
+        )
         asked = task.model_dump(mode="json", exclude=unmoved(task, Task.NAMES_THE_RESULT))
         tasks.append({**asked, "file": _file_hash(Path(task.path)), "rendering": rendering})
     layer = heldout_layer(recipe)
@@ -70,8 +72,12 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
 
 
 def heldout_layer(recipe: Recipe) -> str | LayerView | None:
-    """Return the targets layer to measure on: the first that a stage names, else the one captured; None for the only one."""
-    return next((stage.targets for stage in recipe.stages if stage.targets is not None), None) or layer_of_capture(recipe)
+    """Return the targets layer to measure on: the first that a stage names, else the one captured; None for the only
+    one.
+    """
+    return next((stage.targets for stage in recipe.stages if stage.targets is not None), None) or layer_of_capture(
+        recipe
+    )
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -1,14 +1,15 @@
 """Run Python written by a model, outside this process and behind walls, or refuse to.
 
-Each program gets a fresh interpreter (`sandbox_child.py`) with an empty environment, a private directory that is removed
-afterwards, limits on time, memory, files and output, no network, no second process or thread, and no way to read or write
-anything but the Python installation and its own directory. Walls, best first:
+Each program gets a fresh interpreter (`sandbox_child.py`) with an empty environment, a private directory that is
+removed afterwards, limits on time, memory, files and output, no network, no second process or thread, and no way to
+read or write anything but the Python installation and its own directory. Walls, best first:
 - bubblewrap: namespaces of its own, plus the two below where the kernel has them;
 - Landlock (files, signals) and a seccomp allowlist (system calls), through ctypes, with all capabilities dropped.
-Each is believed only after a probe that tries to get out. These hold for root, too: RLIMIT_NPROC does not stop root, a filter does.
+Each is believed only after a probe that tries to get out. These hold for root, too: RLIMIT_NPROC does not stop root, a
+filter does.
 
-A program that digs its verdict's nonce out of the interpreter that runs it can claim to have passed: scores are meant for models
-that answer, not for opponents. Nothing else that it does leaves the walls.
+A program that digs its verdict's nonce out of the interpreter that runs it can claim to have passed: scores are meant
+for models that answer, not for opponents. Nothing else that it does leaves the walls.
 
 Cost: about 30 ms a program with Landlock, 40 ms with bubblewrap; `run_many` keeps two at work.
 """
@@ -91,8 +92,10 @@ def require(allow_unsafe: bool = False) -> str:
     if allow_unsafe:
         return UNSAFE
     raise EvaluationError(
-        "no sandbox for code written by a model: this machine has neither a working bubblewrap nor a kernel with Landlock and "
-        "seccomp; install bubblewrap, leave the task out, or run on a machine that has nothing to lose with --allow-unsafe-code"
+        "no sandbox for code written by a model: this machine has neither a working bubblewrap nor a kernel with "
+        "Landlock and "
+        "seccomp; install bubblewrap, leave the task out, or run on a machine that has nothing to lose with "
+        "--allow-unsafe-code"
     )
 
 
@@ -136,13 +139,19 @@ def _readable() -> list[str]:
 
 
 def _command(mechanism: str, scratch: Path, verdict_fd: int) -> list[str]:
-    # -E is left out on purpose: the environment is ours, and PYTHONHASHSEED makes the order of sets the same in every run.
+    # -E is left out on purpose: the environment is ours, and PYTHONHASHSEED makes the order of sets the same in every
+    # run.
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     python = [interpreter, "-s", "-P", "-S", "-B", "-X", "utf8"]
     child = [str(_CHILD), str(verdict_fd)]
     if mechanism != "bubblewrap":
         return [*python, *child]
-    binds = [word for path in [*_readable(), str(_CHILD)] if not path.startswith("/dev/") for word in ("--ro-bind", path, path)]
+    binds = [
+        word
+        for path in [*_readable(), str(_CHILD)]
+        if not path.startswith("/dev/")
+        for word in ("--ro-bind", path, path)
+    ]
     walls = ["--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     walls += ["--setenv", "PYTHONHASHSEED", "0"]
     places = ["--dev", "/dev", "--bind", str(scratch), str(scratch), "--chdir", str(scratch)]
@@ -216,8 +225,12 @@ def _send(process: subprocess.Popen[bytes], job: bytes) -> None:
         return  # it died first; the missing verdict says so
 
 
-def _watch(process: subprocess.Popen[bytes], verdict_fd: int, scratch: Path, limits: Limits) -> tuple[str, bytes, bytes]:
-    """Read until the program ends or breaks a limit; return which (empty: none), its first output and the verdict's bytes."""
+def _watch(
+    process: subprocess.Popen[bytes], verdict_fd: int, scratch: Path, limits: Limits
+) -> tuple[str, bytes, bytes]:
+    """Read until the program ends or breaks a limit; return which (empty: none), its first output and the verdict's
+    bytes.
+    """
     assert process.stdout is not None
     output, message, num_output_bytes = b"", b"", 0
     deadline = time.monotonic() + _START_SECONDS
@@ -298,7 +311,9 @@ def _death(status: int, last_line: str) -> str:
 
 
 def _holds(mechanism: str) -> bool:
-    """Put the walls up and try to get out by file, network and process; True if nothing was possible and Python still works."""
+    """Put the walls up and try to get out by file, network and process; True if nothing was possible and Python still
+    works.
+    """
     if sys.platform != "linux":
         return False
     if mechanism == "bubblewrap" and shutil.which("bwrap") is None:
@@ -308,7 +323,12 @@ def _holds(mechanism: str) -> bool:
     with tempfile.NamedTemporaryFile(prefix="decant-probe-") as secret:
         secret.write(b"secret")
         secret.flush()
-        tries = [f"open({secret.name!r}).read()", f"open({secret.name!r}, 'a')", "_socket.create()", f"os.kill({os.getpid()}, 0)"]
+        tries = [
+            f"open({secret.name!r}).read()",
+            f"open({secret.name!r}, 'a')",
+            "_socket.create()",
+            f"os.kill({os.getpid()}, 0)",
+        ]
         try:
             verdict = run(_probe(tries), Limits(seconds=10), mechanism)
         except EvaluationError:
@@ -320,5 +340,10 @@ def _probe(tries: Iterable[str]) -> str:
     lines = ["import os, math, json, collections, random, re", "import socket as _s", "class _socket:"]
     lines += ["    @staticmethod", "    def create(): _s.create_connection(('127.0.0.1', 9), 1).close()"]
     for attempt in tries:
-        lines += ["try:", f"    {attempt}", "except (OSError, PermissionError): pass", "else: raise SystemExit('got out')"]
+        lines += [
+            "try:",
+            f"    {attempt}",
+            "except (OSError, PermissionError): pass",
+            "else: raise SystemExit('got out')",
+        ]
     return "\n".join(lines)

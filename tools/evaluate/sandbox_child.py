@@ -1,10 +1,14 @@
-"""The process that runs one program written by a model: confine itself for good, then execute it. Standard library only.
+"""The process that runs one program written by a model: confine itself for good, then execute it. Standard library
+only.
 
-Started by `sandbox.run` as a script; it reads a job from stdin, and none of its own imports happen after the walls are up.
+Started by `sandbox.run` as a script; it reads a job from stdin, and none of its own imports happen after the walls are
+up.
 Order matters: death with the parent, limits, capabilities dropped (root without capabilities is nobody special), no new
-privileges, Landlock (files), seccomp (system calls), then the program. What cannot be put up is an error, never skipped.
+privileges, Landlock (files), seccomp (system calls), then the program. What cannot be put up is an error, never
+skipped.
 
-The verdict goes to its own pipe with a nonce of the parent's, so that a program that leaves early with status 0 has not passed.
+The verdict goes to its own pipe with a nonce of the parent's, so that a program that leaves early with status 0 has not
+passed.
 Cost: about 25 ms, nearly all of it the interpreter's start.
 """
 
@@ -63,10 +67,13 @@ def _drop_capabilities() -> None:
 def _restrict_files(readable: list[str], writable: str) -> None:
     abi = landlock_abi()
     known = (1 << _RIGHTS_BY_ABI.get(abi, 16)) - 1
-    # From version 4 on TCP is handled, from 6 on signals and abstract sockets that would leave the domain; nothing is granted.
+    # From version 4 on TCP is handled, from 6 on signals and abstract sockets that would leave the domain; nothing is
+    # granted.
     attributes = (ctypes.c_uint64 * 3)(known, 0b11 if abi >= 4 else 0, 0b11 if abi >= 6 else 0)
     size = 8 if abi < 4 else 16 if abi < 6 else 24
-    ruleset = _checked(_libc.syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(size), ctypes.c_uint32(0)), "Landlock ruleset")
+    ruleset = _checked(
+        _libc.syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(size), ctypes.c_uint32(0)), "Landlock ruleset"
+    )
     try:
         for path in readable:
             _allow_path(ruleset, path, _READ_FILE | _READ_DIR)
@@ -86,7 +93,9 @@ def _allow_path(ruleset: int, path: str, rights: int) -> None:
         if not os.path.isdir(path):  # noqa: PTH112 - pathlib would be one more import in a process that only starts
             rights &= _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
         rule = rights.to_bytes(8, "little") + parent.to_bytes(4, "little")
-        added = _libc.syscall(_LANDLOCK_ADD, ctypes.c_int(ruleset), ctypes.c_int(1), ctypes.c_char_p(rule), ctypes.c_uint32(0))
+        added = _libc.syscall(
+            _LANDLOCK_ADD, ctypes.c_int(ruleset), ctypes.c_int(1), ctypes.c_char_p(rule), ctypes.c_uint32(0)
+        )
         _checked(added, f"Landlock rule for {path}")
     finally:
         os.close(parent)

@@ -1,9 +1,12 @@
 """Which system calls a confined program may make: a seccomp filter as bytes of classic BPF.
 
-An allowlist: whatever is not named answers EPERM, so a call that a future kernel adds is closed too. What is left out on
-purpose: every way to a new process or thread (fork, vfork, clone, clone3, execve), to another process (kill, tgkill, ptrace,
-process_vm_*, pidfd_*), to the network (socket, connect, ...), to io_uring, mounts, keys, ownership and modes of files, ioctl,
-prctl and the setters of limits. `fcntl` may only duplicate and read flags, because F_SETOWN can make the kernel signal others.
+An allowlist: whatever is not named answers EPERM, so a call that a future kernel adds is closed too. What is left out
+on
+purpose: every way to a new process or thread (fork, vfork, clone, clone3, execve), to another process (kill, tgkill,
+    ptrace,
+process_vm_*, pidfd_*), to the network (socket, connect, ...), to io_uring, mounts, keys, ownership and modes of files,
+ioctl, prctl and the setters of limits. `fcntl` may only duplicate and read flags, because F_SETOWN can make the kernel
+signal others.
 
 Cost: about 80 comparisons per system call, well under a microsecond.
 """

@@ -1,9 +1,11 @@
 """What separates a model's sampled answers from the teacher's and from the student's before, at each temperature.
 
-Answers are compared prompt by prompt: the share that is identical, length kept (characters of all answers over the teacher's),
-terms kept (`terms`), structure kept (`structure`), and the share that switched language (`language`): it uses one that neither
-the prompt nor the teacher's answer uses. A share of nothing (a teacher without lists, say) is None. At low temperatures all
-answers may be identical where models differ: read them at every temperature. Cost: regular expressions over the kept answers.
+Answers are compared prompt by prompt: the share that is identical, length kept (characters of all answers over the
+teacher's), terms kept (`terms`), structure kept (`structure`), and the share that switched language (`language`): it
+uses one that neither the prompt nor the teacher's answer uses. A share of nothing (a teacher without lists, say) is
+None. At low temperatures all
+answers may be identical where models differ: read them at every temperature. Cost: regular expressions over the kept
+answers.
 """
 
 from __future__ import annotations
@@ -41,8 +43,16 @@ def read_side_answers(directory: Path, names: Sequence[str]) -> dict[str, Answer
     found: dict[str, Answers] = {}
     for name in names:
         for row in read_answers(directory / "evaluate" / "side_by_side" / f"{name}.answers.jsonl"):
-            temperature, number, texts = row.get("temperature"), row.get("number"), (row.get("prompt"), row.get("answer"))
-            if isinstance(temperature, int | float) and isinstance(number, int) and all(isinstance(text, str) for text in texts):
+            temperature, number, texts = (
+                row.get("temperature"),
+                row.get("number"),
+                (row.get("prompt"), row.get("answer")),
+            )
+            if (
+                isinstance(temperature, int | float)
+                and isinstance(number, int)
+                and all(isinstance(text, str) for text in texts)
+            ):
                 found.setdefault(name, {}).setdefault(f"{temperature:g}", {}).setdefault(number, row)
     return found
 
@@ -65,7 +75,9 @@ def side_by_side_figures(answers: Mapping[str, Answers]) -> dict[str, dict[str, 
 
 def _reference(teacher: Sequence[Mapping[str, Any]]) -> Reference:
     texts = [str(row["answer"]) for row in teacher]
-    languages = [languages_of(str(row["prompt"])) | languages_of(text) for row, text in zip(teacher, texts, strict=True)]
+    languages = [
+        languages_of(str(row["prompt"])) | languages_of(text) for row, text in zip(teacher, texts, strict=True)
+    ]
     return Reference(texts, terms_of(texts), [structure_of(text) for text in texts], languages)
 
 
@@ -88,7 +100,10 @@ def _figures(
     }
     if reference is None:
         expected = [languages_of(str(row["prompt"])) for row in own]
-        return {**figures, "language_switched": _share([has_switched(*pair) for pair in zip(texts, expected, strict=True)])}
+        return {
+            **figures,
+            "language_switched": _share([has_switched(*pair) for pair in zip(texts, expected, strict=True)]),
+        }
     num_terms, parts = sum(map(len, reference.terms)), sum(of.total() for of in reference.structures)
     kept = sum(terms_kept(terms, text) for terms, text in zip(reference.terms, texts, strict=True))
     kept_parts = sum(structure_kept(wanted, text) for wanted, text in zip(reference.structures, texts, strict=True))

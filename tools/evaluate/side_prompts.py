@@ -1,8 +1,9 @@
 """Which prompts every model answers side by side, and the tokens that ask for an answer.
 
-Held-out prompts are those of the cache, one per group, in the very tokens that the teacher saw before the row's last answer; rows
-of plain text have no prompt and are left out. Questions of tasks and prompts of a file go through each model's own template.
-`quick` takes ten, source after source in turn, the same whatever the seed; the others draw at random from all.
+Held-out prompts are those of the cache, one per group, in the very tokens that the teacher saw before the row's last
+answer; rows of plain text have no prompt and are left out. Questions of tasks and prompts of a file go through each
+model's own template. `quick` takes ten, source after source in turn, the same whatever the seed; the others draw at
+random from all.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 
 import xxhash
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import EvaluationError
 from shared.keys import is_heldout
-from shared.recipe import PromptSource, Recipe, SideBySide
+from shared.recipe.recipe import PromptSource, Recipe, SideBySide
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.question_files import read_rows
 from tools.evaluate.questions import Question, read_questions, text_column
@@ -60,10 +61,17 @@ def choose_prompts(recipe: Recipe, settings: SideBySide | None = None) -> list[S
     assert settings is not None
     pool: list[SidePrompt] = []
     for place in settings.prompts:
-        pool += _heldout(recipe) if place == "heldout" else _tasks(recipe) if place == "tasks" else _file(recipe, Path(place))
+        pool += (
+            _heldout(recipe)
+            if place == "heldout"
+            else _tasks(recipe)
+            if place == "tasks"
+            else _file(recipe, Path(place))
+        )
     if not pool:
         raise EvaluationError(
-            f"evaluate.side_by_side or cost: {', '.join(settings.prompts)} has no prompt; raise heldout.fraction, or name others"
+            f"evaluate.side_by_side or cost: {', '.join(settings.prompts)} has no prompt; raise heldout.fraction, or "
+            "name others"
         )
     return _chosen(pool, settings)
 
@@ -83,7 +91,7 @@ def prompt_ids(
         EvaluationError: prompts of a cache with another tokenizer than the model's.
         PromptError: the model's template cannot render a prompt.
     """
-    from student_train.student import student_tokenizer_hash
+    from student_train.student.student import student_tokenizer_hash
 
     if any(prompt.token_ids is not None for prompt in prompts):
         found = student_tokenizer_hash(str(model.files.directory), None, cache_tokenizer)
@@ -134,7 +142,9 @@ def _chosen(pool: Sequence[SidePrompt], settings: SideBySide) -> list[SidePrompt
 
 
 def _heldout(recipe: Recipe) -> Iterator[SidePrompt]:
-    """Yield held-out prompts, those of the smallest group keys first: a random order that does not depend on the disk's."""
+    """Yield held-out prompts, those of the smallest group keys first: a random order that does not depend on the
+    disk's.
+    """
     caches = [Cache.open(path, heldout_layer(recipe)) for path in recipe.cache]
     first: dict[bytes, tuple[Cache, int]] = {}
     for cache in caches:

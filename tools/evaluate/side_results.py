@@ -3,8 +3,8 @@
     OUTPUT_DIR/evaluate/side_by_side/MODEL.json           identity, seconds, what ran
     OUTPUT_DIR/evaluate/side_by_side/MODEL.answers.jsonl  every answer with its prompt and temperature
 
-The identity holds weights, engine, the chosen prompts by content, template settings, temperatures, seed and length. Figures are
-worked out from the answers when they are read (`side_figures`), so they can never be of others.
+The identity holds weights, engine, the chosen prompts by content, template settings, temperatures, seed and length.
+Figures are worked out from the answers when they are read (`side_figures`), so they can never be of others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tools.evaluate.generate_answers import Answer
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.results import write_result

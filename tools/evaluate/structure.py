@@ -1,8 +1,9 @@
 """The visible structure of an answer: numbered steps, list items, code blocks and headings, counted line by line.
 
-Steps: lines that start with `1.`, `2)` or `Step 3`. Items: lines that start with `-`, `*`, `+` or a bullet. Code: fenced blocks,
-closed or not. Headings: lines with one to six `#` and a space, or a line that is bold as a whole. Lines inside code count as
-nothing.
+Steps: lines that start with `1.`, `2)` or `Step 3`. Items: lines that start with `-`, `*`, `+` or a bullet. Code:
+    fenced blocks,
+closed or not. Headings: lines with one to six `#` and a space, or a line that is bold as a whole. Lines inside code
+count as nothing.
 """
 
 from __future__ import annotations

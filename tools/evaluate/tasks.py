@@ -1,6 +1,7 @@
 """The tasks that a recipe can name, and how a model's answers become one score with its interval.
 
-A question's score is the mean over its samples, a task's the mean over its questions. The 95 % interval is Wilson's with the number
+A question's score is the mean over its samples, a task's the mean over its questions. The 95 % interval is Wilson's
+with the number
 of questions: it stays inside 0 to 1 and is not empty at either end; for scores between 0 and 1 it is a little too wide.
 """
 
@@ -11,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import cast
 
-from shared.recipe import Task
+from shared.recipe.recipe import Task
 from tools.evaluate import gsm8k, humaneval, keywords, multiple_choice
 from tools.evaluate.questions import Question, Score, TaskKind, TaskScore
 

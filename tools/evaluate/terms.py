@@ -1,11 +1,14 @@
 """The technical terms of an answer: what a shorter or vaguer answer loses first. By rule, no model and no word list.
 
 A term is one of
-- a code identifier: in `backticks`, with an underscore, in camelCase, a dotted name, or letters and digits in one word (`node7`);
+- a code identifier: in `backticks`, with an underscore, in camelCase, a dotted name, or letters and digits in one word
+  (`node7`);
 - a number with its unit (`512 MB`, `12 %`, `$30`, `5 ms`);
 - a capitalised word that does not start a sentence, or an acronym;
-- an uncommon word: at least seven letters, in at most a fifth of the answers that it is extracted among (or in one of them).
-Terms are compared without case and with single spaces, and found only between characters that are neither letters nor digits.
+- an uncommon word: at least seven letters, in at most a fifth of the answers that it is extracted among (or in one of
+  them).
+Terms are compared without case and with single spaces, and found only between characters that are neither letters nor
+digits.
 Cost: linear in the text.
 """
 
@@ -49,7 +52,8 @@ def terms_of(answers: Sequence[str]) -> list[set[str]]:
     for answer, long_words in zip(answers, words, strict=True):
         terms = {plain(match) for pattern in _PATTERNS for match in re.findall(pattern, answer)}
         found.append(
-            {term for term in terms if term and not _UNIT.fullmatch(term)} | {word for word in long_words if seen_in[word] <= most}
+            {term for term in terms if term and not _UNIT.fullmatch(term)}
+            | {word for word in long_words if seen_in[word] <= most}
         )
     return found
 

@@ -1,8 +1,9 @@
-"""The page's one script: search and filter the answers side by side. Written here, allowed by its hash, nothing else runs.
+"""The page's one script: search and filter the answers side by side. Written here, allowed by its hash, nothing else
+runs.
 
-A question is shown where its card's text holds every word of the search, its domain is chosen, and its outcome matches. While
-nothing is asked for, the first few questions of each domain stand open and the rest stay folded; without scripts the page is
-complete, with the same folds and no search box.
+A question is shown where its card's text holds every word of the search, its domain is chosen, and its outcome matches.
+While nothing is asked for, the first few questions of each domain stand open and the rest stay folded; without scripts
+the page is complete, with the same folds and no search box.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The answers side by side as HTML: a box to search and filter, then per domain the questions that tell the models apart.
+"""The answers side by side as HTML: a box to search and filter, then per domain the questions that tell the models
+apart.
 
 The first few of each domain are open, the rest folded. Every text is escaped.
 """
@@ -36,7 +37,9 @@ def answers_section(samples: Sequence[Sample], models: Sequence[str]) -> str:
     for domain in domains:
         cards = [_sample(sample, models) for sample in samples if sample.domain == domain]
         shown, folded = cards[:OPEN_PER_DOMAIN], cards[OPEN_PER_DOMAIN:]
-        more = f'<details class="more"><summary>{len(folded)} more</summary>{"".join(folded)}</details>' if folded else ""
+        more = (
+            f'<details class="more"><summary>{len(folded)} more</summary>{"".join(folded)}</details>' if folded else ""
+        )
         parts.append(f'<section class="domain"><h3>{escape(domain)}</h3>{"".join(shown)}{more}</section>')
     return "".join(parts)
 
@@ -73,7 +76,11 @@ def _box(domains: Sequence[str]) -> str:
 def _sample(sample: Sample, models: Sequence[str]) -> str:
     answers = "".join(_answer(name, sample.answers[name], models) for name in models if name in sample.answers)
     question = f'<div class="who">Question</div><pre>{escape(sample.prompt)}</pre>'
-    reference = f"<details><summary>Reference</summary><pre>{escape(sample.reference)}</pre></details>" if sample.reference else ""
+    reference = (
+        f"<details><summary>Reference</summary><pre>{escape(sample.reference)}</pre></details>"
+        if sample.reference
+        else ""
+    )
     data = f'data-domain="{escape(sample.domain)}" data-outcome="{" ".join(outcomes(sample))}"'
     return f'<div class="card sample" {data}>{question}{reference}<div class="answers">{answers}</div></div>'
 

@@ -1,6 +1,7 @@
 """Build the report of one run, or of several side by side: report.json, report.md, models.csv and report.html.
 
-Reads run directories and the caches' records only; nothing is computed again. Several runs are compared in the first one's
+Reads run directories and the caches' records only; nothing is computed again. Several runs are compared in the first
+one's
 directory. Cost: a few seconds, nearly all of it matplotlib.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 from shared.atomic import write_atomic
 from shared.errors import EvaluationError
-from teacher_cache.seconds_file import add_seconds
+from teacher_cache.teacher.seconds_file import add_seconds
 from tools.report.figures import report_figures
 from tools.report.page import page, plot_figures
 from tools.report.run_files import read_run

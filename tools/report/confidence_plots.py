@@ -1,4 +1,5 @@
-"""Two plots over a probability in ten bins: is the student as often right as it is sure, and where does it follow the teacher.
+"""Two plots over a probability in ten bins: is the student as often right as it is sure, and where does it follow the
+teacher.
 
 Cost: 0.1 s each.
 """
@@ -36,7 +37,9 @@ def _lines(label: str, models: Mapping[str, Any], key: str, across: str, up: str
             bins = (model["heldout"] or {}).get(key)
             if bins:
                 xs, ys = ([100 * part[column] for part in bins] for column in ("confidence", "right"))
-                axes.plot(xs, ys, color=colour_of(list(models), name), linewidth=1.2, marker="o", markersize=3, label=name)
+                axes.plot(
+                    xs, ys, color=colour_of(list(models), name), linewidth=1.2, marker="o", markersize=3, label=name
+                )
         axes.set_xlim(0, 102)
         axes.set_ylim(0, 102)
         axes.set_xlabel(across)

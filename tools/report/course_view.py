@@ -1,6 +1,8 @@
-"""What moved over a stage's steps: weights, temperatures, shares of the sources and held-out KL, as series and as plots.
+"""What moved over a stage's steps: weights, temperatures, shares of the sources and held-out KL, as series and as
+plots.
 
-Files are untrusted: what is not a finite number is left out. Series are thinned by averaging, temperatures by taking every n-th
+Files are untrusted: what is not a finite number is left out. Series are thinned by averaging, temperatures by taking
+every n-th
 value, so that a page with 100,000 steps stays small. Only what moved is drawn. Cost: 0.1 s per plot.
 """
 
@@ -19,7 +21,9 @@ _MOST_CURVES = len(COLOURS)
 
 
 def course_series(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """Return `weights`, `temperatures`, `shares` and `heldout_kl_nats` of a stage, as series by name; empty where not logged."""
+    """Return `weights`, `temperatures`, `shares` and `heldout_kl_nats` of a stage, as series by name; empty where not
+    logged.
+    """
     series: dict[str, Series] = {"weights": {}, "temperatures": {}, "shares": {}, "heldout_kl_nats": {}}
     for row in steps:
         for title in ("weights", "temperatures"):
@@ -28,11 +32,19 @@ def course_series(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapp
         if isinstance(tokens, dict):
             total = math.fsum(value for value in tokens.values() if _is_finite(value))
             if total > 0:
-                _add(series["shares"], row["step"], {name: value / total for name, value in tokens.items() if _is_finite(value)})
+                _add(
+                    series["shares"],
+                    row["step"],
+                    {name: value / total for name, value in tokens.items() if _is_finite(value)},
+                )
     for row in evaluations:
         by_source = row.get("by_source")
         parts = by_source if isinstance(by_source, dict) else {}
-        named = {name: part.get("kl_nats") for name, part in parts.items() if isinstance(part, dict)} if len(parts) > 1 else {}
+        named = (
+            {name: part.get("kl_nats") for name, part in parts.items() if isinstance(part, dict)}
+            if len(parts) > 1
+            else {}
+        )
         _add(series["heldout_kl_nats"], row["step"], {"all sources": row.get("kl_nats"), **named})
     return {title: {name: _thinned(title, points) for name, points in named.items()} for title, named in series.items()}
 
@@ -51,7 +63,10 @@ def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, st
         if moved and not (name == "shares" and len(series[name]) < 2):
             scale = 100.0 if name == "shares" else 1.0
             figures.append(
-                (f"{title} of stage {label}", _plot(f"{name}-{label}", series[name], axis, scale, stepped=name == "temperatures"))
+                (
+                    f"{title} of stage {label}",
+                    _plot(f"{name}-{label}", series[name], axis, scale, stepped=name == "temperatures"),
+                )
             )
     return figures
 
@@ -61,7 +76,9 @@ def _plot(label: str, named: Series, axis: str, scale: float, *, stepped: bool) 
         for index, (name, points) in enumerate(list(named.items())[:_MOST_CURVES]):
             xs, ys = [step for step, _ in points], [scale * value for _, value in points]
             style = "steps-post" if stepped else "default"
-            axes.plot(xs, ys, color=COLOURS[(2 + index) % len(COLOURS)], linewidth=1.2, drawstyle=style, label=name[:20])
+            axes.plot(
+                xs, ys, color=COLOURS[(2 + index) % len(COLOURS)], linewidth=1.2, drawstyle=style, label=name[:20]
+            )
         axes.set_xlabel("step")
         axes.set_ylabel(axis)
         axes.set_ylim(bottom=0)

@@ -1,10 +1,12 @@
 """report.json: every figure of the report, from what a run left on disk. Nothing is drawn or formatted here.
 
-Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers, seconds,
-side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}, cost, lm_eval}, cache.{rows, positions, bytes_per_position,
-mean_support, ...}, audit, seconds.PHASE, stages.NAME, train.STAGE.{steps, weights, temperatures, shares, heldout_kl_nats,
-evaluations} (series of [step, value] by name, thinned), layers, missing. With several runs, models and stages of the second and
-later ones are called RUN/NAME, and a model that several runs share (teacher, base) with equal figures appears once.
+Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers,
+    seconds,
+side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}, cost, lm_eval}, cache.{rows, positions,
+bytes_per_position, mean_support, ...}, audit, seconds.PHASE, stages.NAME, train.STAGE.{steps, weights, temperatures,
+shares, heldout_kl_nats, evaluations} (series of [step, value] by name, thinned), layers, missing. With several runs,
+models and stages of the second and later ones are called RUN/NAME, and a model that several runs share (teacher, base)
+with equal figures appears once.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "train": train,
         "layers": first.layers,
         "identities": {name: evaluation.get("identity", {}) for name, evaluation in first.evaluations.items()},
-        "missing": [sentence if len(runs) == 1 else f"{run.name}: {sentence}" for run in runs for sentence in run.missing],
+        "missing": [
+            sentence if len(runs) == 1 else f"{run.name}: {sentence}" for run in runs for sentence in run.missing
+        ],
     }
 
 
@@ -93,7 +97,9 @@ def _answers(run: RunFiles, name: str) -> dict[str, Any]:
         if other in run.answers and other != name:
             texts = [row.get("answer") for row in read_answers(run.answers[other])]
             if len(texts) == len(own):
-                figures[f"same_as_{other}"] = sum(text == mine for text, (mine, _, _) in zip(texts, own, strict=True)) / len(own)
+                figures[f"same_as_{other}"] = sum(
+                    text == mine for text, (mine, _, _) in zip(texts, own, strict=True)
+                ) / len(own)
     return figures
 
 

@@ -1,4 +1,5 @@
-"""The tables beyond the first: sampled answers side by side, cost, lm-eval. One list for terminal, report.md and the page.
+"""The tables beyond the first: sampled answers side by side, cost, lm-eval. One list for terminal, report.md and the
+page.
 
 Each is a title, a header, rows of texts and a legend; a table that a run has no figures for is left out.
 """
@@ -12,9 +13,12 @@ from typing import Any
 from tools.report.numbers import NONE, data_size, number, percent, times
 
 SIDE_LEGEND = (
-    "Sampled answers to the same prompts. Same as teacher, same as base: share of answers that are identical. Length: characters "
-    "over the teacher's. Terms, structure: share of the teacher's technical terms, and of its steps, list items, code blocks and "
-    "headings, that the answers have too. Language: share of answers in a language that neither prompt nor teacher's answer uses."
+    "Sampled answers to the same prompts. Same as teacher, same as base: share of answers that are identical. "
+    "Length: characters "
+    "over the teacher's. Terms, structure: share of the teacher's technical terms, and of its steps, list items, "
+    "code blocks and "
+    "headings, that the answers have too. Language: share of answers in a language that neither prompt nor teacher's "
+    "answer uses."
 )
 LM_EVAL_LEGEND = "By lm-evaluation-harness, with its standard errors."
 AUDIT_HEADER = ("", "mean KL", "worst KL", "worst label", "worst tail", "top-1")
@@ -34,7 +38,8 @@ COST_HEADER = (
     ),
 )
 COST_LEGEND = (
-    "Measured on this machine in one run, three rounds by turns, medians. First token: a request for one token. Tokens/s: greedy "
+    "Measured on this machine in one run, three rounds by turns, medians. First token: a request for one token. "
+    "Tokens/s: greedy "
     "answers one after another, and ten prompts at once. Smaller, faster: against the teacher. Peak memory: {memory}."
 )
 SIDE_HEADER = (
@@ -88,7 +93,11 @@ def cost_table(report: Mapping[str, Any]) -> Table:
         if figures := model.get("cost"):
             memory = memory or str(figures.get("memory_of") or "")
             first = figures["seconds_to_first_token"]
-            cells = [number(figures["parameters"], 0), times(figures["compression"]), data_size(figures["weights_bytes"])]
+            cells = [
+                number(figures["parameters"], 0),
+                times(figures["compression"]),
+                data_size(figures["weights_bytes"]),
+            ]
             cells += [data_size(figures["memory_bytes"]), NONE if first is None else f"{1000 * first:,.0f} ms"]
             for kind in ("", "_batched"):
                 cells += [number(figures[f"tokens_per_second{kind}"], 0), times(figures[f"speed_up{kind}"])]
@@ -99,13 +108,19 @@ def cost_table(report: Mapping[str, Any]) -> Table:
 def faithfulness_table(report: Mapping[str, Any]) -> Table:
     """Return how far the stored distributions are from the teacher scored again."""
     faith, rows = (report.get("audit") or {}).get("faithfulness", {}), []
-    for key, label in (("stored", "stored against live"), ("control", "live against live"), ("codec", "live against encoded")):
+    for key, label in (
+        ("stored", "stored against live"),
+        ("control", "live against live"),
+        ("codec", "live against encoded"),
+    ):
         if part := faith.get(key):
             cells = [f"{part[name]:.1e}" for name in ("mean_kl", "worst_kl", "worst_label", "worst_tail")]
             rows.append([label, *cells, percent(part.get("top1_agreement"), 2)])
     wrong = len(faith.get("unfaithful", ()))
     verdict = f"{wrong} are not its own" if wrong else "all are its own"
-    legend = f"{faith.get('rows')} rows scored again by the teacher: {verdict}. KL and labels in nats, tails in probability."
+    legend = (
+        f"{faith.get('rows')} rows scored again by the teacher: {verdict}. KL and labels in nats, tails in probability."
+    )
     return Table("Audit: is the cache the teacher's", AUDIT_HEADER, rows, legend, 1)
 
 
@@ -126,7 +141,8 @@ def truncation_table(report: Mapping[str, Any]) -> Table:
         for one in audit.get("truncation", ())
     ]
     legend = (
-        "* the layer's own. KL lost: nats per position. Gradient error: against the dense gradient, at each position and in the "
+        "* the layer's own. KL lost: nats per position. Gradient error: against the dense gradient, at each position "
+        "and in the "
         f"mean. Tails completed by {audit.get('completion')}."
     )
     return Table("Audit: what a capture loses", TRUNCATION_HEADER, rows, legend, 1)
@@ -135,7 +151,9 @@ def truncation_table(report: Mapping[str, Any]) -> Table:
 def lm_eval_table(report: Mapping[str, Any]) -> Table:
     """Return the harness's figures: a row per task and metric, a column per model."""
     models = {name: model["lm_eval"] for name, model in report["models"].items() if model.get("lm_eval")}
-    measured = dict.fromkeys((task, metric) for tasks in models.values() for task, metrics in tasks.items() for metric in metrics)
+    measured = dict.fromkeys(
+        (task, metric) for tasks in models.values() for task, metrics in tasks.items() for metric in metrics
+    )
     rows = []
     for task, metric in measured:
         cells = []

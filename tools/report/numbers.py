@@ -21,7 +21,9 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return (
-        f"{int(minutes)} min {int(seconds % 60):02d} s" if minutes < 100 else f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
+        f"{int(minutes)} min {int(seconds % 60):02d} s"
+        if minutes < 100
+        else f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
     )
 
 

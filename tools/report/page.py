@@ -27,7 +27,9 @@ POLICY = (
 )
 
 
-def page(report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[Sample], figures: Sequence[tuple[str, str]]) -> str:
+def page(
+    report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[Sample], figures: Sequence[tuple[str, str]]
+) -> str:
     """Return the whole page; `figures` are titles and SVG elements of `plot_figures`."""
     name = escape(str(report["name"]))
     body = [f"<h1>{name}</h1>", _lead(report), _missing(report), _models(report), _facts(report), _plots(figures)]
@@ -97,13 +99,18 @@ def _models(report: Mapping[str, Any]) -> str:
 
 
 def _legend(report: Mapping[str, Any]) -> str:
-    metrics = {domain: task.get("metric", "") for model in report["models"].values() for domain, task in model["tasks"].items()}
+    metrics = {
+        domain: task.get("metric", "") for model in report["models"].values() for domain, task in model["tasks"].items()
+    }
     parts = [f"{domain}: {metric}" for domain, metric in metrics.items()]
     parts += [
         "small print: 95 % interval",
         "held-out KL: nats per position from the teacher's cached distributions, on prompts never trained on",
     ]
-    parts += ["top-1: positions whose most probable token is the teacher's", "marked: the best of base and the students"]
+    parts += [
+        "top-1: positions whose most probable token is the teacher's",
+        "marked: the best of base and the students",
+    ]
     return escape("; ".join(parts) + ".")
 
 
@@ -167,14 +174,18 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
             figures.append((f"Training loss of stage {label}", plots.loss_plot(label, stage.steps, stage.terms)))
             figures += course_plots(label, course_series(stage.steps, stage.evaluations))
     if any(cache.get("entropy_histogram", ())):
-        figures.append(("How sure the teacher is", plots.entropy_plot(cache["entropy_histogram"], cache["entropy_bin_nats"])))
+        figures.append(
+            ("How sure the teacher is", plots.entropy_plot(cache["entropy_histogram"], cache["entropy_bin_nats"]))
+        )
     if any(cache.get("support_histogram", ())):
         figures.append(("What the cache keeps", plots.support_plot(cache["support_histogram"])))
     return figures
 
 
 def _plots(figures: Sequence[tuple[str, str]]) -> str:
-    cards = "".join(f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>' for title, svg in figures)
+    cards = "".join(
+        f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>' for title, svg in figures
+    )
     return f'<h2>Plots</h2><div class="plots">{cards}</div>' if cards else ""
 
 
@@ -184,7 +195,8 @@ def _heldout_table(report: Mapping[str, Any]) -> str:
         return ""
     head = "".join(f"<th>{escape(title)}</th>" for title in tables.HELDOUT_HEADER)
     body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>' for row in rows
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
     )
     table = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return f'<h2>Held-out distance by source</h2>{table}<p class="legend">{escape(tables.HELDOUT_LEGEND)}</p>'
@@ -248,7 +260,10 @@ def _check(name: str, passed: bool) -> str:
 
 def _basis(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> str:
     parts = ["<h2>What this rests on</h2>"]
-    for title, value in (("Identity of the cache", report["layers"]), ("Identity of the evaluations", report["identities"])):
+    for title, value in (
+        ("Identity of the cache", report["layers"]),
+        ("Identity of the evaluations", report["identities"]),
+    ):
         if value:
             parts.append(
                 f"<details><summary>{title}</summary><pre>{escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre></details>"

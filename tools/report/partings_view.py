@@ -12,11 +12,14 @@ from tools.report.samples import cut
 
 def partings_section(models: Mapping[str, Any]) -> str:
     """Return the section; the last model of the report stands open, the others folded; nothing where there are none."""
-    found = {name: partings for name, model in models.items() if name != "teacher" and (partings := _sound(model["heldout"]))}
+    found = {
+        name: partings for name, model in models.items() if name != "teacher" and (partings := _sound(model["heldout"]))
+    }
     if not found:
         return ""
     lead = (
-        "The held-out positions of the largest KL, in their context: the marked token follows, and beside it stands what each side "
+        "The held-out positions of the largest KL, in their context: the marked token follows, and beside it stands "
+        "what each side "
         "gave the most probability."
     )
     parts = ["<h2>Where they part</h2>", f'<p class="soft">{lead}</p>']
@@ -74,4 +77,7 @@ def _is_sound(one: Any) -> bool:
         return False
     sides = [one.get("teacher"), one.get("student")]
     pairs = [pair for side in sides for pair in (side if isinstance(side, list) else [None])]
-    return all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and probability(pair[1]) for pair in pairs)
+    return all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and probability(pair[1])
+        for pair in pairs
+    )

@@ -1,6 +1,8 @@
-"""Plots as small inline SVG: text stays text, colours of text and lines follow the page, so that light and dark both work.
+"""Plots as small inline SVG: text stays text, colours of text and lines follow the page, so that light and dark both
+work.
 
-Every plot is about as wide as a phone, and the page puts them side by side where there is room. Cost: 0.1 s each, 5-40 KB.
+Every plot is about as wide as a phone, and the page puts them side by side where there is room. Cost: 0.1 s each, 5-40
+KB.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
         width = 0.8 / len(names)
         for index, name in enumerate(names):
             shown = [
-                (place, models[name]["tasks"][domain]) for place, domain in enumerate(domains) if domain in models[name]["tasks"]
+                (place, models[name]["tasks"][domain])
+                for place, domain in enumerate(domains)
+                if domain in models[name]["tasks"]
             ]
             places = [place - 0.4 + width * (index + 0.5) for place, _ in shown]
             heights = [100 * task["score"] for _, task in shown]
@@ -47,7 +51,9 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
         axes.set_ylim(0, 105)
         axes.set_ylabel("score, %")
         axes.grid(axis="y")
-        axes.legend(ncols=min(4, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=1.0)
+        axes.legend(
+            ncols=min(4, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=1.0
+        )
 
     return svg_of("scores", _draw)
 
@@ -55,12 +61,16 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
 def divergence_plot(models: Mapping[str, Any]) -> str:
     """Draw every model's held-out KL with its 95 % interval, smallest at the top."""
     shown = sorted(
-        ((name, model["heldout"]) for name, model in models.items() if model["heldout"]), key=lambda pair: -pair[1]["kl_nats"]
+        ((name, model["heldout"]) for name, model in models.items() if model["heldout"]),
+        key=lambda pair: -pair[1]["kl_nats"],
     )
 
     def _draw(axes: Any) -> None:
         for place, (name, heldout) in enumerate(shown):
-            spread = [[max(0.0, heldout["kl_nats"] - heldout["kl_low"])], [max(0.0, heldout["kl_high"] - heldout["kl_nats"])]]
+            spread = [
+                [max(0.0, heldout["kl_nats"] - heldout["kl_low"])],
+                [max(0.0, heldout["kl_high"] - heldout["kl_nats"])],
+            ]
             axes.barh(place, heldout["kl_nats"], 0.7, color=colour_of(list(models), name))
             axes.errorbar(heldout["kl_nats"], place, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
             axes.annotate(
@@ -88,7 +98,12 @@ def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[st
                 xs, ys = thinned([float(step) for step, _ in points], [float(value) for _, value in points])
                 main = index == 0
                 axes.plot(
-                    xs, ys, color=INK if main else COLOURS[2 + index % 6], linewidth=1.3 if main else 1.0, alpha=0.9, label=term
+                    xs,
+                    ys,
+                    color=INK if main else COLOURS[2 + index % 6],
+                    linewidth=1.3 if main else 1.0,
+                    alpha=0.9,
+                    label=term,
                 )
         axes.set_xlabel("step")
         axes.set_ylabel("loss")

@@ -1,7 +1,7 @@
 """What a run left on disk, read without failing: what is absent or unreadable becomes a sentence of the report.
 
-Only files of the run directory and the caches' records are read; no model is loaded. Files are untrusted: sizes are bounded and
-whatever is not of the expected shape counts as missing.
+Only files of the run directory and the caches' records are read; no model is loaded. Files are untrusted: sizes are
+bounded and whatever is not of the expected shape counts as missing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
-from shared.recipe import Recipe
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
+from shared.recipe.recipe import Recipe
 from tools.evaluate.cost import COST_NUMBERS
 from tools.evaluate.results import heldout_layer
 from tools.evaluate.side_figures import Answers, read_side_answers
@@ -77,12 +77,15 @@ def read_run(directory: Path) -> RunFiles:
         raise EvaluationError(f"{directory}: there is no such directory; name the output_dir of a recipe that was run")
     if not any((directory / part).exists() for part in ("recipe.yaml", "train", "evaluate", "seconds.json")):
         raise EvaluationError(
-            f"{directory}: not a run: it has no recipe.yaml, train or evaluate; name the output_dir of a recipe that was run"
+            f"{directory}: not a run: it has no recipe.yaml, train or evaluate; name the output_dir of a recipe that "
+            "was run"
         )
     missing: list[str] = []
     recipe = _recipe(directory / "recipe.yaml", missing)
     stage_names = [stage.name for stage in recipe.stages] if recipe else _subdirectories(directory / "train")
-    stages = {name: stage for name in stage_names if (stage := _stage(directory / "train" / name, name, missing)) is not None}
+    stages = {
+        name: stage for name in stage_names if (stage := _stage(directory / "train" / name, name, missing)) is not None
+    }
     evaluations = _evaluations(directory / "evaluate", recipe, missing)
     cache, layers = _caches(recipe, missing)
     return RunFiles(
@@ -92,10 +95,16 @@ def read_run(directory: Path) -> RunFiles:
         recipe_text=_text(directory / "recipe.yaml"),
         stages=stages,
         evaluations=evaluations,
-        answers={name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()},
+        answers={
+            name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()
+        },
         side_answers=read_side_answers(directory, list(evaluations)),
         cost=_cost(directory / "evaluate" / "cost" / "figures.json"),
-        lm_eval={name: found for name in evaluations if (found := _lm_eval(directory / "evaluate" / "lm_eval" / f"{name}.json"))},
+        lm_eval={
+            name: found
+            for name in evaluations
+            if (found := _lm_eval(directory / "evaluate" / "lm_eval" / f"{name}.json"))
+        },
         audit=_audit(directory / "audit.json"),
         seconds=_seconds(directory / "seconds.json", stage_names, missing),
         cache=cache,
@@ -154,7 +163,9 @@ def is_evaluation(result: Mapping[str, Any]) -> bool:
     figures = ("kl_nats", "kl_low", "kl_high", "top1_agreement")
     if heldout is None:
         return True
-    return isinstance(heldout, dict) and all(_finite(heldout.get(key)) for key in figures) and _has_sound_details(heldout)
+    return (
+        isinstance(heldout, dict) and all(_finite(heldout.get(key)) for key in figures) and _has_sound_details(heldout)
+    )
 
 
 def _has_sound_details(heldout: Mapping[str, Any]) -> bool:
@@ -191,10 +202,13 @@ def _cost(path: Path) -> dict[str, Any]:
 def _lm_eval(path: Path) -> dict[str, Any]:
     tasks = (_json(path) or {}).get("tasks")
     metrics = (
-        [m for t in tasks.values() for m in (t.values() if isinstance(t, dict) else [None])] if isinstance(tasks, dict) else []
+        [m for t in tasks.values() for m in (t.values() if isinstance(t, dict) else [None])]
+        if isinstance(tasks, dict)
+        else []
     )
     sound = all(
-        isinstance(m, dict) and _finite(m.get("value")) and (m.get("stderr") is None or _finite(m["stderr"])) for m in metrics
+        isinstance(m, dict) and _finite(m.get("value")) and (m.get("stderr") is None or _finite(m["stderr"]))
+        for m in metrics
     )
     return tasks if isinstance(tasks, dict) and sound else {}
 
@@ -212,7 +226,15 @@ def _audit(path: Path) -> dict[str, Any]:
 
 
 AUDIT_NUMBERS = ("mean_kl", "worst_kl", "worst_label", "worst_tail")
-TRUNCATION_NUMBERS = ("k", "draws", "mass", "temperature", "gradient_error", "mean_gradient_error", "bytes_per_position")
+TRUNCATION_NUMBERS = (
+    "k",
+    "draws",
+    "mass",
+    "temperature",
+    "gradient_error",
+    "mean_gradient_error",
+    "bytes_per_position",
+)
 
 
 def _caches(recipe: Recipe | None, missing: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -223,7 +245,9 @@ def _caches(recipe: Recipe | None, missing: list[str]) -> tuple[dict[str, Any], 
         try:
             cache = Cache.open(path, layer, allow_partial=True)
             stats.append(cache.stats())
-            layers.append({"path": str(path), "cache_id": cache.cache_id, **(cache.layer.to_json() if cache.layer else {})})
+            layers.append(
+                {"path": str(path), "cache_id": cache.cache_id, **(cache.layer.to_json() if cache.layer else {})}
+            )
         except DecantError as error:
             missing.append(f"no figures of the cache: {error}")
     return (_sum_stats(stats) if stats else {}), layers
@@ -252,7 +276,9 @@ def _sum_dicts(values: list[dict[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = {}
     for value in values:
         for key, number in value.items():
-            total[key] = _sum_dicts([total.get(key, {}), number]) if isinstance(number, dict) else total.get(key, 0) + number
+            total[key] = (
+                _sum_dicts([total.get(key, {}), number]) if isinstance(number, dict) else total.get(key, 0) + number
+            )
     return total
 
 

@@ -1,7 +1,7 @@
 """Which answers to show side by side: per domain, first where the last model is right and the student before is not.
 
-A falling loss proves nothing, and neither does one number: a reader wants to see what changed. Chosen without randomness, so that
-the same run always shows the same answers.
+A falling loss proves nothing, and neither does one number: a reader wants to see what changed. Chosen without
+randomness, so that the same run always shows the same answers.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def side_samples(answers: Mapping[str, Answers]) -> list[Sample]:
             rows = table[temperature, number]
             first = next(iter(rows.values()))
             shown = {name: SampleAnswer(cut(row.get("answer")), None, "") for name, row in rows.items()}
-            found.append(Sample(f"temperature {temperature}", cut(first.get("prompt")), cut(first.get("reference")), shown))
+            found.append(
+                Sample(f"temperature {temperature}", cut(first.get("prompt")), cut(first.get("reference")), shown)
+            )
     return found
 
 

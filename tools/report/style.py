@@ -1,4 +1,6 @@
-"""The page's style sheet: one column on a phone, two for plots on a desk, black on white in print, dark where preferred."""
+"""The page's style sheet: one column on a phone, two for plots on a desk, black on white in print, dark where
+preferred.
+"""
 
 from __future__ import annotations
 

@@ -19,8 +19,10 @@ __all__ = ["NONE", "duration", "number", "percent"]
 _TIME = "time: "
 HELDOUT_HEADER = ("model", "source", "positions", "KL", "top-1", "in top 5", "calibration error", "perplexity")
 HELDOUT_LEGEND = (
-    "KL: nats per position. top-1: the model's most probable token is the teacher's; in top 5: it is among the teacher's five most "
-    "probable. Calibration error: mean gap between the probability of the model's most probable token and how often it is the one "
+    "KL: nats per position. top-1: the model's most probable token is the teacher's; in top 5: it is among the "
+    "teacher's five most "
+    "probable. Calibration error: mean gap between the probability of the model's most probable token and how often "
+    "it is the one "
     "that followed, in ten bins."
 )
 
@@ -33,7 +35,15 @@ def score_domains(report: Mapping[str, Any]) -> list[str]:
 def model_header(report: Mapping[str, Any]) -> list[str]:
     """Return the columns of the models' table."""
     domains = score_domains(report)
-    return ["model", *domains, *(["mean"] if len(domains) > 1 else []), "gap closed", "held-out KL", "top-1", "perplexity"]
+    return [
+        "model",
+        *domains,
+        *(["mean"] if len(domains) > 1 else []),
+        "gap closed",
+        "held-out KL",
+        "top-1",
+        "perplexity",
+    ]
 
 
 def model_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -44,7 +54,11 @@ def model_rows(report: Mapping[str, Any]) -> list[list[str]]:
         heldout = model["heldout"] or {}
         cells = [percent(model["tasks"].get(domain, {}).get("score")) for domain in domains]
         cells += [percent(model["mean_score"])] if len(domains) > 1 else []
-        cells += [percent(model["gap_closed"], digits=0), number(heldout.get("kl_nats"), 4), percent(heldout.get("top1_agreement"))]
+        cells += [
+            percent(model["gap_closed"], digits=0),
+            number(heldout.get("kl_nats"), 4),
+            percent(heldout.get("top1_agreement")),
+        ]
         rows.append([name, *cells, number(heldout.get("perplexity"), 2)])
     return rows
 
@@ -58,7 +72,9 @@ def heldout_rows(report: Mapping[str, Any]) -> list[list[str]]:
             continue
         sources = heldout.get("by_source") or {}
         for source, figures in {"all": heldout, **(sources if len(sources) > 1 else {})}.items():
-            shares = [percent(figures.get(key)) for key in ("top1_agreement", "top1_in_teacher_top5", "calibration_error")]
+            shares = [
+                percent(figures.get(key)) for key in ("top1_agreement", "top1_in_teacher_top5", "calibration_error")
+            ]
             cells = [number(figures.get("positions"), 0), number(figures.get("kl_nats"), 4), *shares]
             rows.append([name, str(source), *cells, number(figures.get("perplexity"), 2)])
     return rows
@@ -110,7 +126,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += [f"## {_md(table.title)}", "", f"| {' | '.join(map(_md, table.header))} |", ruler]
         lines += [f"| {' | '.join(map(_md, row))} |" for row in table.rows] + ["", _md(table.legend), ""]
     facts = run_rows(report)
-    lines += ["| | |", "|---|---:|", *(f"| {_md(what)} | {_md(figure)} |" for what, figure in facts), ""] if facts else []
+    lines += (
+        ["| | |", "|---|---:|", *(f"| {_md(what)} | {_md(figure)} |" for what, figure in facts), ""] if facts else []
+    )
     for name, stage in report["stages"].items():
         health = stage["health"]
         failed = [check for check, passed in (health or {}).get("checks", {}).items() if not passed]
@@ -124,7 +142,15 @@ def markdown(report: Mapping[str, Any]) -> str:
 def models_csv(report: Mapping[str, Any]) -> str:
     """Return models.csv: one line per model with plain numbers, empty where there is none."""
     domains = score_domains(report)
-    measures = ("kl_nats", "kl_low", "kl_high", "top1_agreement", "top1_in_teacher_top5", "calibration_error", "perplexity")
+    measures = (
+        "kl_nats",
+        "kl_low",
+        "kl_high",
+        "top1_agreement",
+        "top1_in_teacher_top5",
+        "calibration_error",
+        "perplexity",
+    )
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     ends = [f"{domain}_{end}" for domain in domains for end in ("score", "low", "high")]
@@ -139,7 +165,10 @@ def models_csv(report: Mapping[str, Any]) -> str:
 
 def _legend(report: Mapping[str, Any]) -> str:
     metrics = {
-        domain: task["metric"] for model in report["models"].values() for domain, task in model["tasks"].items() if "metric" in task
+        domain: task["metric"]
+        for model in report["models"].values()
+        for domain, task in model["tasks"].items()
+        if "metric" in task
     }
     text = [f"{domain}: {metric}" for domain, metric in metrics.items()]
     text += [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,11 +53,13 @@ class _Http(ThreadingHTTPServer):
 class FakeVllmServer:
     """Serves on a free port of the loopback until `stop`; `start` may be called again and keeps the port."""
 
-    def __init__(self, tokenizer: Any, name: str, *, key: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, name: str, *, key: str | None = None, certificate: Path | None = None) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         self.name = name
         self.key = key
+        self.certificate = certificate
+        """Key and certificate in one file; None: no TLS."""
         self.cards: list[dict] = [{"id": name, "root": name, "max_model_len": 129, "parent": None}]
         self.max_logprobs = 20
         self.sharpness = 2.0
@@ -71,6 +75,7 @@ class FakeVllmServer:
         self.always: Accident | None = None
         self.requests: list[dict] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.most_in_flight = 0
         self._in_flight = 0
         self._lock = threading.Lock()
@@ -83,6 +88,7 @@ class FakeVllmServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 fake.headers.append(dict(self.headers))
+                fake.paths.append(self.path)
                 fake.get(self)
 
             def do_POST(self) -> None:
@@ -94,6 +100,10 @@ class FakeVllmServer:
 
         self._http = _Http(("127.0.0.1", self._port), Handler)
         self._port = self._http.server_address[1]
+        if self.certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self._http.socket = context.wrap_socket(self._http.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
@@ -102,7 +112,7 @@ class FakeVllmServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/v1"
+        return f"http{'s' if self.certificate else ''}://127.0.0.1:{self._port}/v1"
 
     def get(self, handler: BaseHTTPRequestHandler) -> None:
         if self.key is not None and handler.headers["Authorization"] != f"Bearer {self.key}":
@@ -151,7 +161,9 @@ class FakeVllmServer:
             logprobs = np.round(logprobs * 8) / 8
             logprobs -= np.logaddexp.reduce(logprobs)
         top = np.argsort(-logprobs, kind="stable")[:k].tolist()
-        found = {token: {"logprob": logprobs[token], "rank": rank, "decoded_token": "x"} for rank, token in enumerate(top, 1)}
+        found = {
+            token: {"logprob": logprobs[token], "rank": rank, "decoded_token": "x"} for rank, token in enumerate(top, 1)
+        }
         own = {"logprob": logprobs[label], "rank": int((logprobs > logprobs[label]).sum()) + 1, "decoded_token": "y"}
         return {label: own, **found}
 

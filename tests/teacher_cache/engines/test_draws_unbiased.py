@@ -1,11 +1,13 @@
 """The mean of many drawn targets is the dense distribution: modes `sample` and `top+sample`, each captured temperature.
 
-Both engines draw with `extend_columns` and read its columns with `targets_from_plugin`; the targets here have passed both, and the
+Both engines draw with `extend_columns` and read its columns with `targets_from_plugin`; the targets here have passed
+both, and the
 codec. What is averaged is the estimate that training uses: the exact head, and tail x multiplicity / m for each draw.
 
-Confidence: each token's z-score is compared with the two-sided normal quantile at 1e-6 / (number of comparisons), a Bonferroni
-bound, so an honest sampler fails less than once in a million runs; stratified draws only make it rarer. A tilt of 10 % towards one
-token is found, which the last test shows.
+Confidence: each token's z-score is compared with the two-sided normal quantile at 1e-6 / (number of comparisons), a
+    Bonferroni
+bound, so an honest sampler fails less than once in a million runs; stratified draws only make it rarer. A tilt of 10 %
+towards one token is found, which the last test shows.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from shared.codec import Codec
-from shared.ragged import position_of
-from shared.targets import SparseTargets
-from shared.targets_at import head_logprobs_at
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.sparse_columns import targets_from_plugin
-from teacher_cache.engines.tail_columns import extend_columns
+from shared.payload.codec import Codec
+from shared.payload.ragged import position_of
+from shared.payload.targets import SparseTargets
+from shared.payload.targets_at import head_logprobs_at
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.sparse_columns import targets_from_plugin
+from teacher_cache.engines.columns.tail_columns import extend_columns
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 VOCAB, DRAWS, ROWS = 32, 8, 16_384
@@ -60,7 +62,9 @@ def estimates(targets: SparseTargets, j: int) -> np.ndarray:
 
 
 def z_scores(found: np.ndarray, expected: np.ndarray, tail: np.ndarray) -> np.ndarray:
-    """Return [V] deviations of the mean in standard deviations of independent draws from `tail` (which sums to its mass)."""
+    """Return [V] deviations of the mean in standard deviations of independent draws from `tail` (which sums to its
+    mass).
+    """
     mass = tail.sum()
     variance = mass**2 * (tail / mass) * (1 - tail / mass) / (DRAWS * ROWS)
     with np.errstate(divide="ignore", invalid="ignore"):

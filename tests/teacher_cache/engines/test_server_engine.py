@@ -1,4 +1,6 @@
-"""The server engine against fake servers: right arrays, balance, retries, outages, malformed answers, refusals, no key anywhere."""
+"""The server engine against fake servers: right arrays, balance, retries, outages, malformed answers, refusals, no key
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ import numpy as np
 import pytest
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
-from teacher_cache.engines import open_engine, refusal, server_http
+from shared.recipe.recipe import Capture, Generate, Teacher
+from teacher_cache.engines import open_engine, refusal
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
-from teacher_cache.engines.server_answers import read_columns, score_body
-from teacher_cache.engines.server_engine import ServerEngine
-from teacher_cache.engines.server_http import Server, ServerDownError
-from teacher_cache.engines.server_pool import MalformedError
+from teacher_cache.engines.server import server_http
+from teacher_cache.engines.server.server_answers import read_columns, score_body
+from teacher_cache.engines.server.server_engine import ServerEngine
+from teacher_cache.engines.server.server_http import Server
+from teacher_cache.engines.server.server_pool import MalformedError
+from teacher_cache.engines.server_stream import ServerDownError
 from tests.teacher_cache.engines.fake_vllm_server import FakeVllmServer, answer_of, dense_logprobs, drop, respond
 from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 
@@ -30,13 +34,15 @@ KEY = "sk-secret-0123456789"
 def model_dir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "teacher"
     make_tokenizer(directory)
-    (directory / "config.json").write_text(json.dumps({"vocab_size": 512, "max_position_embeddings": 512, "eos_token_id": END}))
+    (directory / "config.json").write_text(
+        json.dumps({"vocab_size": 512, "max_position_embeddings": 512, "eos_token_id": END})
+    )
     return directory
 
 
 @pytest.fixture(scope="module")
 def tokenizer(model_dir):
-    from teacher_cache.model_files import load_tokenizer, resolve_model
+    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 
     return load_tokenizer(resolve_model(str(model_dir)))
 
@@ -55,7 +61,9 @@ def teacher(model_dir: Path, *fakes: FakeVllmServer, **settings) -> Teacher:
     return Teacher.model_validate({"model": str(model_dir), "engine": "server", "servers": urls, **settings})
 
 
-def engine(model_dir: Path, tokenizer, *fakes: FakeVllmServer, capture: Capture | None = None, **settings) -> ServerEngine:
+def engine(
+    model_dir: Path, tokenizer, *fakes: FakeVllmServer, capture: Capture | None = None, **settings
+) -> ServerEngine:
     section = teacher(model_dir, *fakes, **settings)
     capture = capture or Capture(k=8)
     return ServerEngine(section, capture, model_dir, tokenizer=tokenizer, first_backoff_seconds=0.02)
@@ -97,14 +105,25 @@ def test_scores_are_the_distributions_that_the_servers_know(model_dir, tokenizer
 
 def test_answers_follow_their_seeds_and_limits(model_dir, tokenizer, fakes):
     requests = generate_requests(40)
-    results = list(engine(model_dir, tokenizer, *fakes).generate(requests, Generate(max_new_tokens=6, stop=("x",), top_k=7)))
+    results = list(
+        engine(model_dir, tokenizer, *fakes).generate(
+            requests, Generate(max_new_tokens=6, stop=("never said",), top_k=7)
+        )
+    )
     assert len(results) == 40
     for result in results:
         answer = answer_of(requests[result.tag].token_ids, requests[result.tag].seed, VOCAB_SIZE)
         whole = len(answer) < 6
-        assert (result.token_ids, result.finish_reason) == (([*answer, END], "stop") if whole else (answer[:6], "length"))
+        assert (result.token_ids, result.finish_reason) == (
+            ([*answer, END], "stop") if whole else (answer[:6], "length")
+        )
     sent = next(request for fake in fakes for request in fake.requests if "seed" in request)
-    assert (sent["stop"], sent["top_k"], sent["repetition_penalty"], sent["stop_token_ids"]) == (["x"], 7, 1.0, [END])
+    assert (sent["stop"], sent["top_k"], sent["repetition_penalty"], sent["stop_token_ids"]) == (
+        ["never said"],
+        7,
+        1.0,
+        [END],
+    )
 
 
 def test_requests_are_pulled_only_while_there_is_room(model_dir, tokenizer, fakes):
@@ -183,7 +202,9 @@ def test_outage_beyond_the_patience_is_one_sentence_with_every_address(model_dir
     with_servers = engine(model_dir, tokenizer, *fakes, server_patience_seconds=0.3)
     for fake in fakes:
         fake.stop()
-    with pytest.raises(EngineError, match=r"no server was up for 0 seconds .*Connection refused.*run the command again") as error:
+    with pytest.raises(
+        EngineError, match=r"no server was up for 0 seconds .*Connection refused.*run the command again"
+    ) as error:
         list(with_servers.score(score_requests(5)))
     assert all(fake.url in str(error.value) for fake in fakes)
     for fake in fakes:
@@ -239,7 +260,12 @@ def test_key_is_sent_and_appears_nowhere_else(model_dir, tokenizer, monkeypatch,
     with pytest.raises(EngineError) as error:
         list(with_servers.score(score_requests(1)))
     assert "bad key ***" in str(error.value)
-    told = [str(error.value), caplog.text, json.dumps(dict(with_servers.provenance())), repr(with_servers._pool._states)]
+    told = [
+        str(error.value),
+        caplog.text,
+        json.dumps(dict(with_servers.provenance())),
+        repr(with_servers._pool._states),
+    ]
     told += list(capsys.readouterr())
     assert not any(KEY in text for text in told)
     assert "the key ***" in caplog.text
@@ -266,7 +292,11 @@ def test_silent_server_is_left_when_its_health_fails_and_waited_for_while_it_is_
     "change, settings, why",
     [
         ({"cards": []}, {}, "serves nothing where teacher.model is"),
-        ({"cards": [{"id": "llama", "root": "meta/llama", "max_model_len": 129}]}, {}, "'llama' from 'meta/llama' where"),
+        (
+            {"cards": [{"id": "llama", "root": "meta/llama", "max_model_len": 129}]},
+            {},
+            "'llama' from 'meta/llama' where",
+        ),
         ({}, {"max_model_len": 129}, r"takes 129 tokens.*--max-model-len 130.*`teacher.max_model_len: 128`"),
         ({"max_logprobs": 7}, {}, "--max-logprobs 8"),
         ({"shift": 0.7}, {}, "raw_logprobs"),
@@ -279,7 +309,11 @@ def test_server_that_does_not_fit_is_refused(change, settings, why, model_dir, t
     for name, value in change.items():
         setattr(fakes[0], name, value)
     with pytest.raises(EngineError, match=why):
-        list(engine(model_dir, tokenizer, fakes[0], **settings).generate(generate_requests(4), Generate(max_new_tokens=2)))
+        list(
+            engine(model_dir, tokenizer, fakes[0], **settings).generate(
+                generate_requests(4), Generate(max_new_tokens=2)
+            )
+        )
 
 
 def test_16_bit_head_is_accepted_where_the_recipe_says_so(model_dir, tokenizer, fakes):

@@ -9,10 +9,15 @@ import pytest
 import torch
 
 from shared.errors import EngineError
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.sparse_columns import count_draws, predicting_rows, targets_from_plugin, targets_from_stock
-from teacher_cache.engines.tail_columns import extend_columns
-from teacher_cache.engines.vllm_self_test import plugin_problem
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.sparse_columns import (
+    count_draws,
+    predicting_rows,
+    targets_from_plugin,
+    targets_from_stock,
+)
+from teacher_cache.engines.columns.tail_columns import extend_columns
+from teacher_cache.engines.vllm.vllm_self_test import plugin_problem
 
 
 def full_rows(seed: int = 0, rows: int = 30, vocab: int = 60) -> torch.Tensor:
@@ -48,7 +53,10 @@ def test_plugin_rows_become_ragged_arrays():
         for j, draws in enumerate(targets.draws):
             count = draws.counts[s]
             found = dict(
-                zip(*(a[drawn_at[j] : drawn_at[j] + count].tolist() for a in (draws.ids, draws.multiplicities)), strict=True)
+                zip(
+                    *(a[drawn_at[j] : drawn_at[j] + count].tolist() for a in (draws.ids, draws.multiplicities)),
+                    strict=True,
+                )
             )
             assert found == Counter(ids[s, 11 + 3 * j : 14 + 3 * j].tolist())
             assert list(found) == sorted(found)

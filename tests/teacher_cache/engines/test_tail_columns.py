@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.engines import tail_columns
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.draw_keys import prefix_keys_of, uniforms
-from teacher_cache.engines.tail_columns import extend_columns
+from teacher_cache.engines.columns import tail_columns
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of, uniforms
+from teacher_cache.engines.columns.tail_columns import extend_columns
 
 
-def columns(logits: np.ndarray, layout: ColumnLayout, keys: torch.Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+def columns(
+    logits: np.ndarray, layout: ColumnLayout, keys: torch.Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Run the code under test on [P, V] float64 logits with label 0."""
     scores = torch.from_numpy(logits).log_softmax(-1)
     labels = torch.zeros(len(scores), dtype=torch.int64)
@@ -70,6 +72,24 @@ def test_tiny_tail_keeps_its_relative_accuracy_in_float32():
     assert 1.0 - np.exp(scores[0].numpy().astype(np.float64))[:4].sum() != pytest.approx(np.exp(expected), rel=0.5)
 
 
+@pytest.mark.parametrize(("vocab", "k", "temperature"), [(151_936, 8, 4.0), (151_936, 1, 2.0), (32_000, 8, 8.0)])
+def test_a_tail_near_one_keeps_the_relative_accuracy_of_what_it_leaves_out(vocab, k, temperature):
+    """In float32: 1 - tail, which training takes as the head's mass, is right to 1e-5 of itself however small it is."""
+    logits = np.random.default_rng(vocab + k).normal(0, 2.0, (24, vocab))
+    scores = torch.from_numpy(logits).float().log_softmax(-1)
+    top = scores.topk(k)
+    layout = ColumnLayout(k, tuple(sorted({1.0, temperature})), 0, 1.0, vocab)
+    labels = torch.zeros(24, dtype=torch.int64)
+    _, values = extend_columns(scores, labels, scores[:, 0], top.indices, top.values, labels, layout)
+    exact = scores.double().numpy() / temperature
+    softmax = np.exp(exact - np.logaddexp.reduce(exact, axis=1, keepdims=True))
+    head = np.take_along_axis(softmax, top.indices.numpy(), 1).sum(1)
+    found = values[:, -1].double().numpy()
+    assert (head < 0.02).all()
+    np.testing.assert_allclose(-np.expm1(found), head, rtol=1e-5)
+    np.testing.assert_allclose(found, np.log1p(-head), rtol=1e-5)
+
+
 def test_whole_vocabulary_as_head_has_no_tail_and_draws_nothing():
     layout = ColumnLayout(6, (1.0, 2.0), 3, 1.0, 6)
     ids, values = columns(np.random.default_rng(0).normal(size=(4, 6)), layout)
@@ -106,7 +126,9 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_draws_are_unbiased_outside_the_head(temperature):
-    """Each token's pooled count is within 4.5 standard deviations: a false alarm once in 3,000 runs of an honest sampler."""
+    """Each token's pooled count is within 4.5 standard deviations: a false alarm once in 3,000 runs of an honest
+    sampler.
+    """
     rows, draws, vocab = 20_000, 4, 24
     logits = np.repeat(np.random.default_rng(7).normal(0, 1.5, (1, vocab)), rows, 0)
     layout = ColumnLayout(5, (1.0, 2.0), draws, 1.0, vocab - 2)

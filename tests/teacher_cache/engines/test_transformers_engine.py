@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
-from teacher_cache.engines.length_batches import length_batches
-from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.engines.transformers_model import CausalModel
-from teacher_cache.engines.transformers_sampling import next_tokens
+from teacher_cache.engines.transformers.length_batches import length_batches
+from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
+from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.engines.transformers.transformers_sampling import next_tokens
 from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3
 
 PADDED = VOCAB_SIZE + 32
@@ -113,7 +113,10 @@ def test_batches_never_cross_a_unit_and_stay_within_their_tokens():
 
 def prompts(count: int) -> list[GenerateRequest]:
     rng = np.random.default_rng(2)
-    return [GenerateRequest(i, 0, rng.integers(3, VOCAB_SIZE, int(rng.integers(2, 9))).tolist(), 1000 + i) for i in range(count)]
+    return [
+        GenerateRequest(i, 0, rng.integers(3, VOCAB_SIZE, int(rng.integers(2, 9))).tolist(), 1000 + i)
+        for i in range(count)
+    ]
 
 
 def answers(engine: TransformersEngine, requests: list[GenerateRequest], settings: Generate) -> dict:
@@ -162,7 +165,9 @@ def test_stop_text_ends_an_answer(exact):
     assert len(stopped.token_ids) <= 4
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(0, 1.0, 1.0), (5, 1.0, 0.7), (0, 0.8, 1.3), (6, 0.7, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(0, 1.0, 1.0), (5, 1.0, 0.7), (0, 0.8, 1.3), (6, 0.7, 1.0)]
+)
 def test_choice_follows_the_filtered_distribution(top_k, top_p, temperature):
     """Counts of 40,000 choices within 4.5 standard deviations of the distribution that the settings describe."""
     rng, count = np.random.default_rng(4), 40_000

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
-from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine, vllm_arrays, vllm_tail
-from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.engines.transformers_model import CausalModel
+from shared.recipe.recipe import Capture, Generate, Teacher
+from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
+from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
+from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
 from tests.tiny_models import VOCAB_SIZE, make_qwen3
 
 pytest.importorskip("vllm")
@@ -89,7 +90,9 @@ def answers(engine, requests, settings=ANSWER) -> dict:
 
 
 def full_kl(expected, found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return KL in nats, whether the top tokens agree, and the oracle's margin, per position, of whole-vocabulary heads."""
+    """Return KL in nats, whether the top tokens agree, and the oracle's margin, per position, of whole-vocabulary
+    heads.
+    """
     rows = expected.num_positions
     p, q = (np.full((rows, VOCAB_SIZE), -np.inf) for _ in range(2))
     for dense, targets in ((p, expected), (q, found)):
@@ -100,7 +103,9 @@ def full_kl(expected, found) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def compared(expected: dict, found: dict) -> list[np.ndarray]:
-    return [np.concatenate(parts) for parts in zip(*(full_kl(expected[tag], found[tag]) for tag in expected), strict=True)]
+    return [
+        np.concatenate(parts) for parts in zip(*(full_kl(expected[tag], found[tag]) for tag in expected), strict=True)
+    ]
 
 
 def test_float32_with_chunked_prompts_equals_the_oracle(model_dir, exact):
@@ -189,7 +194,9 @@ def bonferroni_limit(comparisons: int) -> float:
 
 
 def test_draws_are_unbiased_over_a_real_text(float32, exact):
-    """Mode top+sample. Confidence: pooled counts within the Bonferroni limit, which honest draws exceed once in a million runs."""
+    """Mode top+sample. Confidence: pooled counts within the Bonferroni limit, which honest draws exceed once in a
+    million runs.
+    """
     requests = sequences(30, seed=5)
     found, full = scored(float32, requests), oracle(exact, Capture(k=VOCAB_SIZE), requests)
     for j in range(len(HYBRID.temperatures)):
@@ -271,7 +278,7 @@ def test_abandoned_results_leave_the_engine_usable(float32):
 
 
 def test_requests_are_pulled_only_as_far_as_they_fit_in_flight(float32, monkeypatch):
-    monkeypatch.setattr("teacher_cache.engines.vllm_engine.MAX_IN_FLIGHT", 3)
+    monkeypatch.setattr("teacher_cache.engines.vllm.vllm_engine.MAX_IN_FLIGHT", 3)
     pulled = []
 
     def source():
@@ -302,7 +309,9 @@ def test_plain_columns_serve_where_the_plugin_cannot(model_dir, exact, monkeypat
 def test_tails_that_need_the_plugin_are_refused_without_it(model_dir, monkeypatch):
     monkeypatch.setattr(vllm_tail, "_installed", {"v1": "made to fail", "v2": "made to fail"})
     with pytest.raises(EngineError, match=r"cannot capture tails at temperatures \[1.0, 2.0\].*made to fail"):
-        open_engine(Teacher(model="m", dtype="float32"), Capture(temperatures=(2.0,)), for_generation=None, model_dir=model_dir)
+        open_engine(
+            Teacher(model="m", dtype="float32"), Capture(temperatures=(2.0,)), for_generation=None, model_dir=model_dir
+        )
 
 
 def test_wrong_arrays_are_found_out_and_lists_used(model_dir, exact, monkeypatch):

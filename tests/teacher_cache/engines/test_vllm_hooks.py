@@ -1,4 +1,6 @@
-"""The GPU runner's hook, on the CPU: vLLM's own batching and chunking code with its two Triton kernels replaced by torch."""
+"""The GPU runner's hook, on the CPU: vLLM's own batching and chunking code with its two Triton kernels replaced by
+torch.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_cache.engines import vllm_arrays, vllm_tail
-from teacher_cache.engines.column_layout import ColumnLayout
-from teacher_cache.engines.draw_keys import prefix_keys_of
-from teacher_cache.engines.sparse_columns import targets_from_plugin
-from teacher_cache.engines.tail_columns import extend_columns
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of
+from teacher_cache.engines.columns.sparse_columns import targets_from_plugin
+from teacher_cache.engines.columns.tail_columns import extend_columns
+from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -42,7 +44,9 @@ def runner_module(monkeypatch):
 
     monkeypatch.setattr(module, "compute_topk_scores", topk_scores)
     monkeypatch.setattr(module, "get_prompt_logprobs_token_ids", next_token_ids)
-    monkeypatch.setattr(module.PromptLogprobsWorker, "compute_prompt_logprobs", module.PromptLogprobsWorker.compute_prompt_logprobs)
+    monkeypatch.setattr(
+        module.PromptLogprobsWorker, "compute_prompt_logprobs", module.PromptLogprobsWorker.compute_prompt_logprobs
+    )
     monkeypatch.setattr(module, "CHUNK_SIZE", 7)
     vllm_tail._install_v2()
     yield module
@@ -86,7 +90,9 @@ def test_gpu_runner_rows_do_not_depend_on_batching_and_chunking(runner_module, m
         num_computed = torch.zeros(4, dtype=torch.int64)
         for n in names:
             num_computed[slots[n]] = computed[n]
-        results |= worker.compute_prompt_logprobs(lambda h: h @ head.T, rows, batch, all_token_ids, num_computed, prompt_lens)
+        results |= worker.compute_prompt_logprobs(
+            lambda h: h @ head.T, rows, batch, all_token_ids, num_computed, prompt_lens
+        )
         for n in names:
             computed[n] += scheduled[n]
     assert set(results) == set(lengths)
@@ -151,7 +157,9 @@ def test_arrays_replace_lists_for_requests_without_text_only():
         assert np.array_equal(logprobs, rows.logprobs.numpy())
         plain._update_prompt_logprobs(rows)
         assert len(plain.pop_prompt_logprobs()) == 5
-        with_text = processor(SimpleNamespace(decode=lambda ids: "x", convert_ids_to_tokens=lambda ids: ["x"] * len(ids)))
+        with_text = processor(
+            SimpleNamespace(decode=lambda ids: "x", convert_ids_to_tokens=lambda ids: ["x"] * len(ids))
+        )
         with_text._update_prompt_logprobs(rows)
         assert list(with_text.prompt_logprobs[1]) == [4, 5, 6]
     finally:

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from shared.errors import EngineError
-from shared.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache import engines
 from teacher_cache.engines import refusal
-from teacher_cache.engines.vllm_arrays import PromptArrays, columns_of
-from teacher_cache.engines.vllm_settings import cache_bytes, plan_settings
+from teacher_cache.engines.vllm.vllm_arrays import PromptArrays, columns_of
+from teacher_cache.engines.vllm.vllm_settings import cache_bytes, plan_settings
 
 CONFIG = {
     "max_position_embeddings": 512,
@@ -67,9 +67,9 @@ def test_float32_head_is_asked_for_only_where_it_differs(model_dir):
     assert settings.head_dtype == "quantised"
 
 
-def test_worker_plugin_is_loaded_only_for_capturing(model_dir):
-    assert "worker_extension_cls" not in plan(model_dir).arguments
-    assert "worker_extension_cls" in plan(model_dir, capture=Capture()).arguments
+def test_worker_plugin_is_loaded_for_every_engine_because_it_watches_the_parent(model_dir):
+    for capture in (None, Capture()):
+        assert plan(model_dir, capture=capture).arguments["worker_extension_cls"].endswith("vllm_worker.TailWorker")
 
 
 def test_longer_than_the_model_knows_is_refused(model_dir):

@@ -1,4 +1,6 @@
-"""The demo data: deterministic, splits apart, and every committed answer scores as right by rules written here a second time."""
+"""The demo data: deterministic, splits apart, and every committed answer scores as right by rules written here a second
+time.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +100,7 @@ def test_references_contain_their_keywords_and_service_and_host_are_in_the_promp
 def test_answers_to_one_kind_of_prompt_come_in_many_phrasings(domain):
     """Digits and drawn names aside, no form of an answer takes more than a tenth of the train split."""
     forms = [
-        re.sub(r"\d+|\b[A-Z]\w*|\bnode\b", "_", record["messages"][1]["content"]) for record in records(f"{domain}.train.jsonl")
+        re.sub(r"\d+|\b[A-Z]\w*|\bnode\b", "_", record["messages"][1]["content"])
+        for record in records(f"{domain}.train.jsonl")
     ]
     assert max(forms.count(form) for form in set(forms)) <= len(forms) / 10

@@ -63,7 +63,13 @@ def test_both_models_load_in_bfloat16_and_the_student_is_at_least_four_times_sma
 @pytest.mark.parametrize("name", MODELS)
 def test_a_models_files_are_small_and_name_no_path_of_a_machine(name):
     files = {path.name: path for path in (DATA / name).iterdir()}
-    assert set(files) >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert set(files) >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+    }
     assert sum(path.stat().st_size for path in files.values()) <= 10 * 2**20
     for path in files.values():
         if path.suffix == ".json":

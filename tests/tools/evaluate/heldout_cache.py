@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.cache_writer import CacheWriter
-from shared.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
+from shared.cache.cache_writer import CacheWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
 from shared.keys import group_key, row_key
-from shared.sequences import SequenceRow, make_row
-from shared.targets import SparseTargets
+from shared.parts.sequences import SequenceRow, make_row
+from shared.payload.targets import SparseTargets
 from tests.tiny_models import VOCAB_SIZE, training_text
 
 K = 16
@@ -37,7 +37,10 @@ def build_cache(path: Path, teacher: Path, num_rows: int = 24) -> Path:
         teacher=str(teacher), weights_hash=weights_hash(teacher), tokenizer_hash=identity.tokenizer_hash,
         vocab_size=VOCAB_SIZE, mode="top", k=K, dtype="float32",
     )  # fmt: skip
-    rows = [_row(tokenizer, text, ("math", "code", "aiops")[number % 3]) for number, text in enumerate(training_text()[:num_rows])]
+    rows = [
+        _row(tokenizer, text, ("math", "code", "aiops")[number % 3])
+        for number, text in enumerate(training_text()[:num_rows])
+    ]
     writer.write_sequences("part-00000000-000000", rows, {})
     scored = writer.layer(None, layer, {})
     scored.write("part-00000000-000000", [row.key for row in rows], [_targets(model, row) for row in rows], {})

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shared.errors import DecantError, EvaluationError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from teacher_cache.engines.protocol import Generated
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
@@ -49,7 +49,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(root: Path, **evaluate: Any) -> Recipe:
     tasks = [{"name": name, "path": str(root / f"{domain}.test.jsonl")} for domain, (name, _) in ROWS.items()]
-    settings = {"models": ["teacher", "base", "kd"], "engine": "transformers", "max_new_tokens": 8, "tasks": tasks, **evaluate}
+    settings = {
+        "models": ["teacher", "base", "kd"],
+        "engine": "transformers",
+        "max_new_tokens": 8,
+        "tasks": tasks,
+        **evaluate,
+    }
     return Recipe.model_validate(
         {
             "name": "x",
@@ -58,7 +64,10 @@ def recipe(root: Path, **evaluate: Any) -> Recipe:
             "cache": str(root / "cache"),
             "student": {"model": str(root / "student")},
             "heldout": {"fraction": 0.4},
-            "stages": [{"name": "kd", "losses": [{"name": "forward_kl"}]}, {"name": "later", "losses": [{"name": "forward_kl"}]}],
+            "stages": [
+                {"name": "kd", "losses": [{"name": "forward_kl"}]},
+                {"name": "later", "losses": [{"name": "forward_kl"}]},
+            ],
             "evaluate": settings,
         }
     )
@@ -146,7 +155,13 @@ def test_identity_follows_every_input(root: Path) -> None:
     first = identity(recipe(root))
     assert same_identity(json.loads(json.dumps(first)), identity(recipe(root)))
     task = {"name": "gsm8k", "path": str(root / "math.test.jsonl")}
-    changed = [{"max_new_tokens": 9}, {"heldout_rows": 3}, {"tasks": [task]}, {"tasks": [{**task, "limit": 2}]}, {"engine": "vllm"}]
+    changed = [
+        {"max_new_tokens": 9},
+        {"heldout_rows": 3},
+        {"tasks": [task]},
+        {"tasks": [{**task, "limit": 2}]},
+        {"engine": "vllm"},
+    ]
     identities = [json.dumps(identity(recipe(root, **change)), sort_keys=True) for change in changed]
     assert len({json.dumps(first, sort_keys=True), *identities}) == len(changed) + 1
     text = (root / "math.test.jsonl").read_text()
@@ -180,7 +195,10 @@ def test_what_cannot_be_evaluated_is_refused_before_any_model_starts(root: Path,
         (recipe(root, models=["later"]), "run `decant train` first"),
         (recipe(root, models=[]), "names no model"),
         (recipe(root, tasks=[{"name": "gsm8k", "path": str(root / "none.jsonl")}]), "No such file"),
-        (recipe(root, tasks=[{"name": "multiple_choice", "path": str(root / "math.test.jsonl")}]), "the column 'choices' is None"),
+        (
+            recipe(root, tasks=[{"name": "multiple_choice", "path": str(root / "math.test.jsonl")}]),
+            "the column 'choices' is None",
+        ),
     ]
     for chosen, says in wrong:
         with pytest.raises(EvaluationError, match=says):
@@ -224,10 +242,12 @@ def test_a_models_process_dies_with_its_parent(root: Path, tmp_path: Path) -> No
     chosen = recipe(root, models=["kd"], max_new_tokens=400)
     (tmp_path / "recipe.json").write_text(chosen.model_dump_json())
     code = (
-        "import sys; from shared.recipe import Recipe; from tools.evaluate.all_models import evaluate_all\n"
+        "import sys; from shared.recipe.recipe import Recipe; from tools.evaluate.all_models import evaluate_all\n"
         "evaluate_all(Recipe.model_validate_json(open(sys.argv[1]).read()))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "recipe.json")], cwd=Path(all_models.__file__).parents[2])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "recipe.json")], cwd=Path(all_models.__file__).parents[2]
+    )
 
     def children() -> list[int]:
         found = []

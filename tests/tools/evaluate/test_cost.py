@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_llama, make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
 from tools.evaluate import cost
@@ -46,7 +46,9 @@ def recipe(root: Path, **evaluate: Any) -> Recipe:
 def test_parameters_are_those_of_the_loaded_model_and_bytes_those_of_its_type_at_run_time(
     root: Path, name: str, directory: str, width: int
 ) -> None:
-    expected = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(root / directory).parameters())
+    expected = sum(
+        parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(root / directory).parameters()
+    )
     found = parameter_figures(model_under_test(recipe(root), name))
     assert found == {"parameters": expected, "weights_bytes": width * expected}
 
@@ -67,14 +69,21 @@ def test_rounds_take_turns_and_the_median_counts(root: Path, monkeypatch: pytest
 
     def measure(chosen: Recipe, name: str, say: Any) -> dict[str, Any]:
         order.append(name)
-        figures = dict.fromkeys(cost.MEASURES, 1.0) | {"parameters": 1000 if name == "teacher" else 250, "memory_of": "memory"}
+        figures = dict.fromkeys(cost.MEASURES, 1.0) | {
+            "parameters": 1000 if name == "teacher" else 250,
+            "memory_of": "memory",
+        }
         return figures | {"tokens_per_second": speed[name][order.count(name) - 1], "memory_above_start_bytes": None}
 
     monkeypatch.setattr(cost, "_measure", measure)
     figures = cost.measure_cost(recipe(root), lambda line: None)
     assert order == ["teacher", "base"] * 3
     assert (figures["teacher"]["tokens_per_second"], figures["base"]["tokens_per_second"]) == (20.0, 100.0)
-    assert (figures["base"]["compression"], figures["base"]["speed_up"], figures["teacher"]["speed_up"]) == (4.0, 5.0, 1.0)
+    assert (figures["base"]["compression"], figures["base"]["speed_up"], figures["teacher"]["speed_up"]) == (
+        4.0,
+        5.0,
+        1.0,
+    )
     assert figures["base"]["memory_above_start_bytes"] is None
     assert cost.measure_cost(recipe(root), lambda line: None) == figures
     assert len(order) == 6
@@ -88,9 +97,16 @@ def test_rounds_take_turns_and_the_median_counts(root: Path, monkeypatch: pytest
 
 
 def test_the_table_has_a_row_per_measured_model() -> None:
-    figures = dict.fromkeys(cost.COST_NUMBERS, None) | {"parameters": 1_500_000, "compression": 5.82, "memory_bytes": 2.5e9}
+    figures = dict.fromkeys(cost.COST_NUMBERS, None) | {
+        "parameters": 1_500_000,
+        "compression": 5.82,
+        "memory_bytes": 2.5e9,
+    }
     report = {
-        "models": {"teacher": {"cost": None}, "kd": {"cost": {**figures, "seconds_to_first_token": 0.0123, "memory_of": "RAM"}}}
+        "models": {
+            "teacher": {"cost": None},
+            "kd": {"cost": {**figures, "seconds_to_first_token": 0.0123, "memory_of": "RAM"}},
+        }
     }
     table = cost_table(report)
     assert table.rows == [["kd", "1,500,000", "5.82x", "–", "2.5 GB", "12 ms", "–", "–", "–", "–"]]

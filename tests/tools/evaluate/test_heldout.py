@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.keys import is_heldout
-from student_train.heldout_rows import heldout_rows
+from student_train.evaluate.heldout_rows import heldout_rows
 from tests.tiny_models import make_llama, make_qwen3, training_text
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
 from tools.evaluate.bootstrap import ratio_interval
@@ -26,7 +26,10 @@ FRACTION = 0.4
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("heldout")
     teacher = make_qwen3(root / "teacher")
-    students = {"qwen3": make_qwen3(root / "qwen3", seed=3), "padded": make_llama(root / "padded", seed=4, vocab_size=544)}
+    students = {
+        "qwen3": make_qwen3(root / "qwen3", seed=3),
+        "padded": make_llama(root / "padded", seed=4, vocab_size=544),
+    }
     return {"teacher": teacher, "cache": build_cache(root / "cache", teacher), "root": root, **students}
 
 
@@ -60,9 +63,13 @@ def binned(confidences: list[float], right: list[bool]) -> list[tuple[float, int
     """Ten bins, those with positions: low edge, positions, mean confidence, share that was right."""
     found = []
     for low in range(10):
-        inside = [(c, r) for c, r in zip(confidences, right, strict=True) if low / 10 <= c < (low + 1) / 10 + (low == 9)]
+        inside = [
+            (c, r) for c, r in zip(confidences, right, strict=True) if low / 10 <= c < (low + 1) / 10 + (low == 9)
+        ]
         if inside:
-            found.append((low / 10, len(inside), float(np.mean([c for c, _ in inside])), float(np.mean([r for _, r in inside]))))
+            found.append(
+                (low / 10, len(inside), float(np.mean([c for c, _ in inside])), float(np.mean([r for _, r in inside])))
+            )
     return found
 
 
@@ -103,7 +110,9 @@ def test_partings_are_the_positions_of_the_largest_divergence_with_what_each_sid
             ids, log_p = row.targets.ids[where], row.targets.logprobs[where].astype(np.float64)
             tail_p, tail_q = math.exp(row.targets.tail_logmass[s, 0]), 1 - np.exp(log_q[s, ids]).sum()
             kl = float((np.exp(log_p) * (log_p - log_q[s, ids])).sum() + tail_p * math.log(tail_p / tail_q))
-            of_row.append((kl, row.source, np.exp(log_p[:5]), np.sort(np.exp(log_q[s]))[::-1][:5], math.exp(log_q[s, label])))
+            of_row.append(
+                (kl, row.source, np.exp(log_p[:5]), np.sort(np.exp(log_q[s]))[::-1][:5], math.exp(log_q[s, label]))
+            )
         every += sorted(of_row, key=lambda entry: -entry[0])[:MOST_PER_ROW]
     expected = sorted(every, key=lambda entry: -entry[0])[:MOST_PARTINGS]
     found = evaluate_heldout(world["qwen3"], [world["cache"]], FRACTION, batch_tokens=128)["partings"]
@@ -122,7 +131,9 @@ def test_sources_add_up_to_the_whole(world: dict[str, Path]) -> None:
     parts = found["by_source"].values()
     assert len(parts) > 1
     assert sum(part["positions"] for part in parts) == found["positions"]
-    assert sum(part["kl_nats"] * part["positions"] for part in parts) == pytest.approx(found["kl_nats"] * found["positions"])
+    assert sum(part["kl_nats"] * part["positions"] for part in parts) == pytest.approx(
+        found["kl_nats"] * found["positions"]
+    )
 
 
 def test_bins_of_sources_add_up_and_perfect_confidence_has_no_calibration_error(world: dict[str, Path]) -> None:
@@ -131,7 +142,9 @@ def test_bins_of_sources_add_up_and_perfect_confidence_has_no_calibration_error(
         for part in found[name]:
             same = [own for source in found["by_source"].values() for own in source[name] if own["low"] == part["low"]]
             assert sum(own["positions"] for own in same) == part["positions"]
-    sure = ConfidenceBins.of(np.array([1.0, 1.0, 0.25, 0.25, 0.25, 0.25]), np.array([True, True, True, False, False, False]))
+    sure = ConfidenceBins.of(
+        np.array([1.0, 1.0, 0.25, 0.25, 0.25, 0.25]), np.array([True, True, True, False, False, False])
+    )
     assert sure.gap() == pytest.approx(0.0)
     assert ConfidenceBins.of(np.array([1.0, 0.5]), np.array([False, False])).gap() == pytest.approx(0.75)
     assert ConfidenceBins().gap() is None

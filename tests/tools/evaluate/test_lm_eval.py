@@ -1,4 +1,6 @@
-"""lm-evaluation-harness: what is asked of it, what is folded into the report, what is reused, and a real local task offline."""
+"""lm-evaluation-harness: what is asked of it, what is folded into the report, what is reused, and a real local task
+offline.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from shared.errors import EvaluationError
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_qwen3
 from tools.cli import main
 from tools.evaluate import lm_eval_tasks
@@ -36,7 +38,10 @@ metric_list:
 
 def write_task(root: Path) -> Path:
     root.mkdir(exist_ok=True)
-    rows = [{"question": f"{i} + {i} =", "choices": [f" {2 * i}", f" {2 * i + 1}", " no idea"], "answer": 0} for i in range(8)]
+    rows = [
+        {"question": f"{i} + {i} =", "choices": [f" {2 * i}", f" {2 * i + 1}", " no idea"], "answer": 0}
+        for i in range(8)
+    ]
     (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "sums.yaml").write_text(TASK.format(data=root / "sums.jsonl"))
     return root / "sums.yaml"
@@ -78,7 +83,13 @@ def test_tasks_are_names_and_files_with_hashes_of_all_that_they_name(tmp_path: P
 
 def test_results_are_folded_with_their_errors_and_filters() -> None:
     results = {
-        "a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.25, "acc_norm,none": 1, "acc_norm_stderr,none": "N/A"},
+        "a": {
+            "alias": "a",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.25,
+            "acc_norm,none": 1,
+            "acc_norm_stderr,none": "N/A",
+        },
         "b": {"alias": "b", "exact_match,strict": 0.0, "exact_match_stderr,strict": 0.0, "bad,none": float("nan")},
         "group": {"alias": "g"},
     }
@@ -86,7 +97,11 @@ def test_results_are_folded_with_their_errors_and_filters() -> None:
         "a": {"acc": {"value": 0.5, "stderr": 0.25}, "acc_norm": {"value": 1.0, "stderr": None}},
         "b": {"exact_match,strict": {"value": 0.0, "stderr": 0.0}},
     }
-    models = {"base": {"lm_eval": fold(results)}, "kd": {"lm_eval": {"a": {"acc": {"value": 0.75, "stderr": None}}}}, "no": {}}
+    models = {
+        "base": {"lm_eval": fold(results)},
+        "kd": {"lm_eval": {"a": {"acc": {"value": 0.75, "stderr": None}}}},
+        "no": {},
+    }
     table = lm_eval_table({"models": models})
     assert table.header == ("task", "metric", "base", "kd")
     assert table.rows[0] == ["a", "acc", "0.5000 ± 0.2500", "0.7500"]
@@ -100,7 +115,9 @@ def test_only_new_weights_tasks_or_files_run_again(tmp_path: Path, monkeypatch: 
         jobs.append(job)
         path = Path(job["result"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"identity": job["identity"], "tasks": {"sums": {"acc": {"value": 0.5, "stderr": 0.1}}}}))
+        path.write_text(
+            json.dumps({"identity": job["identity"], "tasks": {"sums": {"acc": {"value": 0.5, "stderr": 0.1}}}})
+        )
 
     monkeypatch.setattr(lm_eval_tasks, "run_in_process", run)
     monkeypatch.setattr(lm_eval_tasks, "require_lm_eval", lambda: None)

@@ -1,4 +1,6 @@
-"""Multiple choice: published rows, and likelihoods against dense float64 maths, choice by choice and without any batching."""
+"""Multiple choice: published rows, and likelihoods against dense float64 maths, choice by choice and without any
+batching.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from shared.errors import EvaluationError
-from shared.recipe import Recipe, Task
+from shared.recipe.recipe import Recipe, Task
 from teacher_cache.engines import installed_vllm
 from tests.tiny_models import make_qwen3, make_tokenizer
 from tests.tools.evaluate.heldout_cache import dense_logprobs
@@ -27,7 +29,11 @@ from tools.evaluate.tasks import task_kind
 PUBMEDQA = Path(__file__).parents[4] / "shared" / "data" / "pubmedqa" / "ori_pqal.json"
 ROWS = [
     {"question": "Which of them leaves?", "choices": ["The train to the disk", "node 7", " Anna "], "answer": 1},
-    {"question": "How many apples?", "choices": ["7", "seven apples are left", "none"], "answer": "seven apples are left"},
+    {
+        "question": "How many apples?",
+        "choices": ["7", "seven apples are left", "none"],
+        "answer": "seven apples are left",
+    },
     {"question": "Restart?", "choices": ["no", "yes, restart the service"], "answer": "B"},
     {"question": "And now?", "choices": ["no", "yes"], "answer": "A"},
 ]
@@ -63,7 +69,8 @@ def test_published_pubmedqa_scores_all_right_with_its_own_decisions_and_none_wit
     assert len(questions) == 1000
     assert questions[0].prompt.startswith("Abstract: Programmed cell death (PCD) is")
     assert questions[0].prompt.endswith(
-        "\nQuestion: Do mitochondria play a role in remodelling lace plant leaves during programmed cell death?\nAnswer:"
+        "\nQuestion: Do mitochondria play a role in remodelling lace plant leaves during programmed cell "
+        "death?\nAnswer:"
     )
     assert {q.reference for q in questions} == {"yes", "no", "maybe"}
     assert all(score.value == 1 for score in multiple_choice.score_answers([(q, q.reference) for q in questions]))
@@ -126,7 +133,9 @@ def evaluated(chosen: Recipe) -> dict[str, Any]:
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("shots", [0, 1])
-def test_likelihoods_equal_dense_float64_maths(root: Path, plain: bool, shots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_likelihoods_equal_dense_float64_maths(
+    root: Path, plain: bool, shots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = recipe(root, shots=shots, prompt_template="{prompt}\nAnswer:")
     if plain:
         monkeypatch.setattr(
@@ -144,7 +153,9 @@ def test_likelihoods_equal_dense_float64_maths(root: Path, plain: bool, shots: i
             before = "\n\n".join([*(f"{p} {'node 7'}" for p in prompts[:-1]), prompts[-1]])
             joint = " "
         else:
-            before = "".join(f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\nnode 7<|im_end|>\n" for p in prompts[:-1])
+            before = "".join(
+                f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\nnode 7<|im_end|>\n" for p in prompts[:-1]
+            )
             before += f"<|im_start|>user\n{prompts[-1]}<|im_end|>\n<|im_start|>assistant\n"
         start = tokenizer(before)["input_ids"]
         sums, tokens, texts = [], [], [text.strip() for text in row["choices"]]
@@ -181,21 +192,30 @@ def test_shots_that_leave_no_room_are_refused(root: Path) -> None:
     long = {**ROWS[0], "question": "why " * 400}
     write(root / "long.jsonl", [long, ROWS[1]])
     chosen = recipe(root, shots=1, path=str(root / "long.jsonl"))
-    with pytest.raises(EvaluationError, match=r"long\.jsonl:2: the question has \d+ tokens and a choice has .* fewer shots"):
+    with pytest.raises(
+        EvaluationError, match=r"long\.jsonl:2: the question has \d+ tokens and a choice has .* fewer shots"
+    ):
         evaluated(chosen)
 
 
 TASK_ROWS: dict[str, dict] = {
     "gsm8k": {"question": "Ask {}?", "answer": "Solved {} #### 1"},
     "keywords": {"prompt": "Ask {}?", "keywords": ["x"], "reference": "Solved {}"},
-    "humaneval": {"prompt": "Ask {}?", "entry_point": "f", "canonical_solution": "    Solved {}\n", "test": "def check(f): pass"},
+    "humaneval": {
+        "prompt": "Ask {}?",
+        "entry_point": "f",
+        "canonical_solution": "    Solved {}\n",
+        "test": "def check(f): pass",
+    },
     "multiple_choice": {"question": "Ask {}?", "choices": ["Solved {}", "no"], "answer": 0},
 }
 
 
 @pytest.mark.parametrize("name", list(TASK_ROWS))
 @pytest.mark.parametrize("template", ["chat", None])
-def test_shots_of_every_task_stand_before_its_questions(root: Path, tmp_path: Path, name: str, template: str | None) -> None:
+def test_shots_of_every_task_stand_before_its_questions(
+    root: Path, tmp_path: Path, name: str, template: str | None
+) -> None:
     tokenizer = make_tokenizer(tmp_path / "t", **({} if template else {"chat_template": None}))
     rows = [json.loads(json.dumps(TASK_ROWS[name]).replace("{}", str(number))) for number in range(4)]
     path = write(tmp_path / "rows.jsonl", rows)
@@ -220,7 +240,9 @@ def test_vllm_weighs_choices_as_transformers_does_and_answers_in_the_same_start(
     weighed = {}
     for engine in ("transformers", "vllm"):
         settings = {"models": ["teacher"], "engine": engine, "max_new_tokens": 8, "tasks": tasks}
-        chosen = Recipe.model_validate({**plain.model_dump(mode="json"), "output_dir": str(root / engine), "evaluate": settings})
+        chosen = Recipe.model_validate(
+            {**plain.model_dump(mode="json"), "output_dir": str(root / engine), "evaluate": settings}
+        )
         evaluate_all(chosen, say=lambda line: None)
         rows = list(read_answers(root / engine / "evaluate" / "teacher.answers.jsonl"))
         assert [row["domain"] for row in rows] == ["choice"] * 4 + ["sums"] * 3

@@ -1,4 +1,6 @@
-"""Questions become tokens as the student was taught: its template, its source's system text; plain text without a template."""
+"""Questions become tokens as the student was taught: its template, its source's system text; plain text without a
+template.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.recipe import Recipe
+from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_tokenizer
 from tools.evaluate.questions import Question
 from tools.evaluate.rendering import render, source_of

@@ -37,7 +37,12 @@ def test_correct_program_passes_and_failing_ones_do_not(mechanism: str) -> None:
 
 @pytest.mark.parametrize(
     "leave",
-    ["import sys; sys.exit(0)", "raise SystemExit", "import os; os._exit(0)", "quit = None; exit = 0; raise KeyboardInterrupt"],
+    [
+        "import sys; sys.exit(0)",
+        "raise SystemExit",
+        "import os; os._exit(0)",
+        "quit = None; exit = 0; raise KeyboardInterrupt",
+    ],
 )
 def test_leaving_early_is_not_passing(mechanism: str, leave: str) -> None:
     assert not attempt(leave + "\nassert False", mechanism).passed
@@ -75,13 +80,17 @@ def test_files_outside_can_be_neither_read_nor_written_also_by_root(mechanism: s
 
 def test_the_own_directory_can_be_written_and_is_gone_afterwards(mechanism: str) -> None:
     before = set(Path(os.environ.get("TMPDIR", "/tmp")).glob("decant-sandbox-*"))
-    assert attempt("import os\nos.mkdir('d')\nopen('d/a', 'w').write('x')\nassert open('d/a').read() == 'x'", mechanism).passed
+    assert attempt(
+        "import os\nos.mkdir('d')\nopen('d/a', 'w').write('x')\nassert open('d/a').read() == 'x'", mechanism
+    ).passed
     assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("decant-sandbox-*")) <= before
 
 
 def test_the_parents_environment_is_out_of_reach(mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DECANT_TEST_SECRET", "do-not-tell")
-    assert attempt("import os\nassert 'DECANT_TEST_SECRET' not in os.environ\nassert 'PATH' not in os.environ", mechanism).passed
+    assert attempt(
+        "import os\nassert 'DECANT_TEST_SECRET' not in os.environ\nassert 'PATH' not in os.environ", mechanism
+    ).passed
     for pid in (os.getpid(), "self", 1):
         assert not attempt(f"assert b'do-not-tell' in open('/proc/{pid}/environ', 'rb').read()", mechanism).passed
     assert not attempt("import os\nopen(f'/proc/{os.getppid()}/environ', 'rb').read()", mechanism).passed
@@ -89,7 +98,12 @@ def test_the_parents_environment_is_out_of_reach(mechanism: str, monkeypatch: py
 
 @pytest.mark.parametrize(
     "family",
-    ["AF_INET, socket.SOCK_STREAM", "AF_INET, socket.SOCK_DGRAM", "AF_UNIX, socket.SOCK_STREAM", "AF_NETLINK, socket.SOCK_RAW"],
+    [
+        "AF_INET, socket.SOCK_STREAM",
+        "AF_INET, socket.SOCK_DGRAM",
+        "AF_UNIX, socket.SOCK_STREAM",
+        "AF_NETLINK, socket.SOCK_RAW",
+    ],
 )
 def test_no_socket_can_be_opened(mechanism: str, family: str) -> None:
     verdict = attempt(f"import socket\nsocket.socket(socket.{family})", mechanism)
@@ -139,7 +153,9 @@ def test_endless_programs_end(mechanism: str, loop: str) -> None:
 
 def test_output_and_files_are_bounded(mechanism: str) -> None:
     assert "printed more than" in attempt("while True: print('x' * 10000)", mechanism).reason
-    assert not attempt("f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))", mechanism, file_bytes=2 << 20).passed
+    assert not attempt(
+        "f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))", mechanism, file_bytes=2 << 20
+    ).passed
     many = "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(1 << 20))"
     assert "wrote more than" in attempt(many, mechanism, file_bytes=2 << 20, seconds=10).reason
     assert "files" in attempt("i = 0\nwhile True:\n    i += 1\n    open(str(i), 'w')", mechanism, seconds=10).reason
@@ -152,7 +168,9 @@ def test_the_parent_and_others_cannot_be_killed_or_starved(mechanism: str) -> No
             assert not attempt(f"import os, signal\nos.kill({pid}, signal.SIGKILL)", mechanism).passed
         assert not attempt("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)", mechanism).passed
         assert not attempt("import os, signal\nos.killpg(0, signal.SIGKILL)", mechanism).passed
-        assert not attempt(f"import resource\nresource.prlimit({bystander.pid}, resource.RLIMIT_CPU, (1, 1))", mechanism).passed
+        assert not attempt(
+            f"import resource\nresource.prlimit({bystander.pid}, resource.RLIMIT_CPU, (1, 1))", mechanism
+        ).passed
         # F_SETOWN, F_SETSIG: the kernel would send the signal on the program's behalf.
         assert not attempt(f"import fcntl\nfcntl.fcntl(1, fcntl.F_SETOWN, {os.getpid()})", mechanism).passed
         assert bystander.poll() is None

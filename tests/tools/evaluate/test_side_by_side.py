@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from shared.cache import Cache
+from shared.cache.cache import Cache
 from shared.errors import EvaluationError
 from shared.keys import is_heldout
-from shared.recipe import Recipe, SideBySide
+from shared.recipe.recipe import Recipe, SideBySide
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
 from tools.evaluate import all_models
@@ -97,7 +97,9 @@ def test_quick_takes_ten_from_all_sources_in_turn_whatever_the_seed(root: Path) 
 def test_larger_sizes_draw_at_random_by_the_seed_and_take_all_where_there_are_fewer(root: Path) -> None:
     def numbers(**settings: Any) -> list[str]:
         chosen = recipe(root, prompts=["tasks"], **settings)
-        whole = chosen.evaluate.model_copy(update={"tasks": (chosen.evaluate.tasks[0].model_copy(update={"limit": None}),)})
+        whole = chosen.evaluate.model_copy(
+            update={"tasks": (chosen.evaluate.tasks[0].model_copy(update={"limit": None}),)}
+        )
         return [prompt.place for prompt in choose_prompts(chosen.model_copy(update={"evaluate": whole}))]
 
     medium = numbers(size="medium")
@@ -106,7 +108,10 @@ def test_larger_sizes_draw_at_random_by_the_seed_and_take_all_where_there_are_fe
     assert len(numbers(size="full")) == 350
     assert len(choose_prompts(recipe(root, size="full", prompts=["tasks"]))) == 3
     mine = choose_prompts(recipe(root, prompts=[str(root / "mine.jsonl"), "tasks"]))
-    assert [(p.label, p.text, p.reference) for p in mine if p.label == "mine"] == [("mine", "Why?", "So."), ("mine", "How?", "")]
+    assert [(p.label, p.text, p.reference) for p in mine if p.label == "mine"] == [
+        ("mine", "Why?", "So."),
+        ("mine", "How?", ""),
+    ]
 
 
 def test_every_model_answers_every_prompt_at_every_temperature_and_what_is_kept_is_reused(
@@ -162,7 +167,9 @@ def test_identical_models_have_no_distance_and_equal_scores_and_a_second_evaluat
         results = quiet(recipe(root, temperatures=[0.7]))
         files = sorted((root / "out" / "evaluate").rglob("*.answers.jsonl"))
         return {
-            "measured": {name: {part: result[part] for part in ("tasks", "heldout")} for name, result in results.items()},
+            "measured": {
+                name: {part: result[part] for part in ("tasks", "heldout")} for name, result in results.items()
+            },
             "answers": [path.read_text() for path in files],
             "side by side": side_by_side_figures(read_side_answers(root / "out", list(results))),
         }
@@ -180,7 +187,7 @@ def test_identical_models_have_no_distance_and_equal_scores_and_a_second_evaluat
 def test_a_model_with_another_tokenizer_is_not_asked_the_caches_tokens(
     root: Path, here: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("student_train.student.student_tokenizer_hash", lambda *_: "another")
+    monkeypatch.setattr("student_train.student.student.student_tokenizer_hash", lambda *_: "another")
     with pytest.raises(EvaluationError, match=r"'teacher' has tokenizer another .*prompts: \[tasks\]"):
         quiet(recipe(root, ["teacher"], seed=99))
 
@@ -219,15 +226,20 @@ def test_terms_are_identifiers_units_names_and_uncommon_words() -> None:
     assert figures["kd"]["1"]["terms_kept"] == 0.5
 
 
-def side(texts: list[str], prompt: str = "What is the state of it, and what was it?") -> dict[str, dict[int, dict[str, Any]]]:
+def side(
+    texts: list[str], prompt: str = "What is the state of it, and what was it?"
+) -> dict[str, dict[int, dict[str, Any]]]:
     rows = {
-        number: {"prompt": prompt, "answer": text, "tokens": len(text), "truncated": False} for number, text in enumerate(texts)
+        number: {"prompt": prompt, "answer": text, "tokens": len(text), "truncated": False}
+        for number, text in enumerate(texts)
     }
     return {"1": rows}
 
 
 def test_structure_is_counted_by_kind_and_kept_up_to_the_teachers_count() -> None:
-    text = "# Plan\n1. one\n2) two\nStep 3: three\n- a\n* b\n```python\n# no heading\n- no item\n```\n**Then**\n```\nopen"
+    text = (
+        "# Plan\n1. one\n2) two\nStep 3: three\n- a\n* b\n```python\n# no heading\n- no item\n```\n**Then**\n```\nopen"
+    )
     wanted = structure_of(text)
     assert wanted == Counter(steps=3, items=2, code=2, headings=2)
     assert num_kept(wanted, "1. a\n2. b\n3. c\n4. d\n5. e") == 3
@@ -258,7 +270,9 @@ def test_a_switch_is_a_language_that_neither_prompt_nor_teacher_uses() -> None:
     assert has_switched(german, languages_of(english))
     assert not has_switched("restart nginx", languages_of(english))
     assert not has_switched("x = 42", frozenset())
-    figures = side_by_side_figures({"teacher": side([german, english]), "kd": side([german, german]), "base": side(["", "满"])})
+    figures = side_by_side_figures(
+        {"teacher": side([german, english]), "kd": side([german, german]), "base": side(["", "满"])}
+    )
     assert figures["kd"]["1"]["language_switched"] == 0.5
     assert figures["base"]["1"]["language_switched"] == 0.0  # one character is too few to be a language
     alone = side_by_side_figures({"kd": side([german, english])})

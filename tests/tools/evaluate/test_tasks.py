@@ -1,4 +1,6 @@
-"""Task files and scorers: published data scores 100 % with its own answers and 0 % with broken ones; odd answers; bad rows."""
+"""Task files and scorers: published data scores 100 % with its own answers and 0 % with broken ones; odd answers; bad
+rows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import EvaluationError
-from shared.recipe import Task
+from shared.recipe.recipe import Task
 from tools.evaluate import gsm8k, humaneval, keywords, sandbox
 from tools.evaluate.code_answer import program_of
 from tools.evaluate.questions import Question, Score, read_questions
@@ -37,7 +39,8 @@ def test_gsm8k_answers_score_all_right_and_neighbours_all_wrong() -> None:
     assert len(questions) == 7473
     assert all(score.value == 1 for score in gsm8k.score_answers([(q, q.reference) for q in questions]))
     assert all(
-        score.value == 1 for score in gsm8k.score_answers([(q, f"It is ${q.reference.split('#### ')[1]}.00.") for q in questions])
+        score.value == 1
+        for score in gsm8k.score_answers([(q, f"It is ${q.reference.split('#### ')[1]}.00.") for q in questions])
     )
     wrong = [(q, f"#### {gsm8k.final_number(q.reference) + 1}") for q in questions]
     assert not any(score.value for score in gsm8k.score_answers(wrong))
@@ -55,7 +58,9 @@ def test_humaneval_solutions_pass_in_every_form_and_broken_ones_do_not(every: in
     answers = []
     for index, question in enumerate(questions):
         plain, whole = question.reference, question.row["prompt"] + question.reference
-        answers.append([plain, f"Sure!\n```python\n{whole}\n```\nIt works.", plain + "\n\nThat is all, folks!\n", whole][index % 4])
+        answers.append(
+            [plain, f"Sure!\n```python\n{whole}\n```\nIt works.", plain + "\n\nThat is all, folks!\n", whole][index % 4]
+        )
     scores = humaneval.score_answers(list(zip(questions, answers, strict=True)))
     assert [(q.row["task_id"], s.reason) for q, s in zip(questions, scores, strict=True) if s.value != 1] == []
     broken = [
@@ -74,7 +79,9 @@ def test_final_numbers() -> None:
         "a #### 72": "72", "#### $1,234": "1234", "#### -5": "-5", "1 #### 2 #### 3.50": "3.5", "no marker, 18 apples.": "18",
         "#### none, but 7 before": "7", "it costs $1,000,000.00!": "1000000", "16-3=13": "13", "0.5": "0.5", "####12 and 13": "12",
     }  # fmt: skip
-    assert {text: gsm8k.final_number(text) for text in cases} == {text: Decimal(number) for text, number in cases.items()}
+    assert {text: gsm8k.final_number(text) for text in cases} == {
+        text: Decimal(number) for text, number in cases.items()
+    }
     assert gsm8k.final_number("none") is None
     assert gsm8k.final_number("9" * 100_000) is None
 
@@ -164,7 +171,11 @@ def test_gzip_is_read_like_plain_text(tmp_path: Path) -> None:
             '{"prompt": "p", "entry_point": "f(", "test": "def check(f): pass", "canonical_solution": "s"}',
             "'entry_point'",
         ),
-        ("humaneval", '{"prompt": "p", "entry_point": "f", "test": "x", "canonical_solution": "s"}', "check(candidate)"),
+        (
+            "humaneval",
+            '{"prompt": "p", "entry_point": "f", "test": "x", "canonical_solution": "s"}',
+            "check(candidate)",
+        ),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path: Path, name: str, line: str, says: str) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache_writer import CacheWriter
-from shared.identity import LayerIdentity, SequencesIdentity
+from shared.cache.cache_writer import CacheWriter
+from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
-from shared.sequences import make_row
-from shared.targets import SparseTargets
+from shared.parts.sequences import make_row
+from shared.payload.targets import SparseTargets
 
 RECIPE = """name: {name}
 output_dir: {root}
@@ -85,7 +85,11 @@ def write_evaluation(root: Path, model: str, scores: dict[str, float], kl: float
     for domain, score in scores.items():
         for question in range(12):
             value = float(rng.random() < score)
-            answer = f"{model} thinks about {domain} {question}.\n" + "so it goes on and on, " * rng.randrange(1, 9) + "\n#### 7"
+            answer = (
+                f"{model} thinks about {domain} {question}.\n"
+                + "so it goes on and on, " * rng.randrange(1, 9)
+                + "\n#### 7"
+            )
             row = {"domain": domain, "question": question, "prompt": f"Question {question} of {domain}?\n" + "with some words " * 9,
                    "reference": "the reference", "answer": HOSTILE if question == 0 else answer, "score": value,
                    "reason": "" if value else "7 instead of 8", "tokens": 40 + question, "truncated": False}  # fmt: skip
@@ -97,12 +101,18 @@ def write_stage(directory: Path, terms: list[str], steps: int = 400) -> None:
     rng = random.Random(len(terms))
     rows = []
     for step in range(1, steps + 1):
-        values = {term: (3 + index) * math.exp(-step / 90) + 0.4 + 0.1 * rng.random() for index, term in enumerate(terms)}
-        rows.append({"step": step, "loss": sum(values.values()), "terms": values, "grad_norm": 1.0, "learning_rate": 1e-3})
+        values = {
+            term: (3 + index) * math.exp(-step / 90) + 0.4 + 0.1 * rng.random() for index, term in enumerate(terms)
+        }
+        rows.append(
+            {"step": step, "loss": sum(values.values()), "terms": values, "grad_norm": 1.0, "learning_rate": 1e-3}
+        )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     checks = {"all_steps_done": True, "losses_finite": True, "grad_norms_bounded": True, "model_saved": True}
-    write_json(directory / "health.json", {"healthy": True, "checks": checks, "steps_done": steps, "steps_planned": steps})
+    write_json(
+        directory / "health.json", {"healthy": True, "checks": checks, "steps_done": steps, "steps_planned": steps}
+    )
 
 
 def write_cache(path: Path, num_rows: int = 30) -> None:
@@ -130,5 +140,7 @@ def write_cache(path: Path, num_rows: int = 30) -> None:
                           np.full(30, -2.0, np.float32), np.array(tails, np.float32)[:, None])
         )  # fmt: skip
     writer.write_sequences("part-00000000-000000", rows, {})
-    layer = LayerIdentity(teacher="teacher", weights_hash="w", tokenizer_hash="t" * 32, vocab_size=1000, mode="top", k=16)
+    layer = LayerIdentity(
+        teacher="teacher", weights_hash="w", tokenizer_hash="t" * 32, vocab_size=1000, mode="top", k=16
+    )
     writer.layer(None, layer, {}).write("part-00000000-000000", [row.key for row in rows], targets, {})

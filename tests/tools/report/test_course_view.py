@@ -60,6 +60,9 @@ def test_series_of_a_run_are_in_the_json_as_configured_and_drawn_in_the_page(tmp
 
 
 def test_what_did_not_move_is_not_drawn():
-    steps = [{"step": i, "weights": {"a": 1.0}, "temperatures": {"a": 1.0}, "tokens_by_source": {"x": i + 1}} for i in range(9)]
+    steps = [
+        {"step": i, "weights": {"a": 1.0}, "temperatures": {"a": 1.0}, "tokens_by_source": {"x": i + 1}}
+        for i in range(9)
+    ]
     assert course_plots("kd", course_series(steps, [])) == []
     assert course_series([{"step": 1}], []) == {"weights": {}, "temperatures": {}, "shares": {}, "heldout_kl_nats": {}}

@@ -26,7 +26,14 @@ addEventListener('error', e => document.documentElement.setAttribute('data-error
 
 
 def dump(page: Path, profile: Path, width: int) -> str:
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--dump-dom"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+        "--dump-dom",
+    ]
     command = [str(BROWSER), *options, f"--user-data-dir={profile}", f"--window-size={width},900", page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 

@@ -1,4 +1,6 @@
-"""A report of a finished run, an unfinished one and several: its files agree, nothing in it can run, missing parts are named."""
+"""A report of a finished run, an unfinished one and several: its files agree, nothing in it can run, missing parts are
+named.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_every_rendering_shows_the_same_figures(run: Path) -> None:
             assert figure in text
     with (run / "models.csv").open() as stream:
         rows = {row["model"]: row for row in csv.DictReader(stream)}
-    assert {name: float(row["math_score"]) for name, row in rows.items()} == {name: scores[0] for name, scores in SCORES.items()}
+    assert {name: float(row["math_score"]) for name, row in rows.items()} == {
+        name: scores[0] for name, scores in SCORES.items()
+    }
 
 
 def test_held_out_figures_are_shown_by_source_and_bins_are_drawn(run: Path) -> None:
@@ -86,7 +90,12 @@ def test_held_out_figures_are_shown_by_source_and_bins_are_drawn(run: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "change", [{"calibration": [{"confidence": "high"}]}, {"by_source": {"math": {"kl_nats": "far"}}}, {"calibration_error": "big"}]
+    "change",
+    [
+        {"calibration": [{"confidence": "high"}]},
+        {"by_source": {"math": {"kl_nats": "far"}}},
+        {"calibration_error": "big"},
+    ],
 )
 def test_malformed_held_out_details_are_no_evaluation(run: Path, change: dict) -> None:
     result = json.loads((run / "evaluate" / "kd.json").read_text())
@@ -123,7 +132,9 @@ def test_a_models_answer_is_shown_as_text_whatever_it_contains(run: Path) -> Non
     write_json(run / "hostile-is-in-the-answers.json", HOSTILE)
     samples = choose_samples({name: run / "evaluate" / f"{name}.answers.jsonl" for name in SCORES}, per_domain=12)
     assert any("<script>" in answer.text for sample in samples for answer in sample.answers.values())
-    assert not any("\x1b" in answer.text or "\u202e" in answer.text for sample in samples for answer in sample.answers.values())
+    assert not any(
+        "\x1b" in answer.text or "\u202e" in answer.text for sample in samples for answer in sample.answers.values()
+    )
 
 
 def test_hostile_names_and_answers_stay_text_in_the_page(tmp_path: Path) -> None:
@@ -218,7 +229,9 @@ def test_long_curves_are_thinned_by_averages() -> None:
 
 
 def test_a_stage_with_several_terms_shows_each_of_them(run: Path) -> None:
-    plots = re.findall(r"<figcaption>([^<]*)</figcaption>(.*?)</figure>", (run / "report.html").read_text(), flags=re.DOTALL)
+    plots = re.findall(
+        r"<figcaption>([^<]*)</figcaption>(.*?)</figure>", (run / "report.html").read_text(), flags=re.DOTALL
+    )
     shown = dict(plots)
     assert "forward_kl" in shown["Training loss of stage kd"]
     assert "forward_kl" not in shown["Training loss of stage sft"]

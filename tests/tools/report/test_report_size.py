@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from shared.recipe_file import load_recipe
+from shared.recipe.file import load_recipe
 from tests.tools.report.fake_run import SCORES, make_run
 from tools.report.build import build_report
 
@@ -17,7 +17,9 @@ NUM_PROMPTS = 60
 """More than a report shows of any temperature."""
 
 
-def test_a_report_with_more_answers_than_it_shows_at_three_temperatures_stays_below_three_megabytes(tmp_path: Path) -> None:
+def test_a_report_with_more_answers_than_it_shows_at_three_temperatures_stays_below_three_megabytes(
+    tmp_path: Path,
+) -> None:
     run = make_run(tmp_path / "run")
     directory = run / "evaluate" / "side_by_side"
     directory.mkdir()

@@ -1,0 +1,4 @@
+"""How do parts, layers and jobs make a cache?
+
+Layout, writers, readers, statistics, verification, garbage.
+"""

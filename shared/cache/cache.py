@@ -1,0 +1,397 @@
+"""Read a cache: random access to rows and their targets, memory-mapped, checked at every read.
+
+What is checked when a row is read: once per process the checksum of its sequences part; its content against its key;
+its targets' key and number of positions against the sequence; the targets' frame by its checksum. `verify=True` checks
+every part as a whole before the first row.
+
+Memory: a few hundred bytes per part and at most 64 open parts of each kind, whatever the cache's size; `num_tokens`,
+`group_keys` and `sources` take 24 bytes per row once one of them is asked for, and read no token. A cache pickles as
+its path, layer and parts, so every process reads the same rows, also when the cache has grown in between.
+
+Shape letters: R rows shown, T tokens of a row, S its supervised positions.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shared.cache.cache_stats import summed_stats
+from shared.cache.garbage import collect_garbage
+from shared.cache.hidden_reader import HiddenReader
+from shared.cache.layout import Layer, choose_layer, list_hidden_layers, list_layers, read_header, sequences_dir
+from shared.cache.verify import verify_cache
+from shared.cache.visible_rows import hidden_rows
+from shared.errors import CacheError, DamagedError
+from shared.identity.hidden_identity import HiddenIdentity
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.open_parts import OpenParts
+from shared.parts.parts import check_file
+from shared.parts.records import PartRecord, list_records
+from shared.parts.sequences import SequenceRow
+from shared.payload.hidden import HiddenStates
+from shared.payload.narrowing import LayerView, Narrowing, can_narrow, narrow
+from shared.payload.targets import SparseTargets
+
+__all__ = ["Cache", "Row", "collect_garbage", "verify_cache"]
+
+MOST_OPEN_PARTS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row(SequenceRow):
+    """One row with its targets."""
+
+    targets: SparseTargets | None = None
+    """None where the cache was opened without a targets layer."""
+    hidden: HiddenStates | None = None
+    """None where the cache was opened without a hidden layer."""
+
+
+class Cache:
+    """A cache opened for reading; a sequence of rows. Threads may share it, processes may fork or pickle it."""
+
+    def __init__(
+        self,
+        path: Path,
+        layer: Layer | None,
+        records: Sequence[PartRecord],
+        target_records: Sequence[PartRecord],
+        narrowing: Narrowing | None = None,
+        hidden: HiddenReader | None = None,
+    ) -> None:
+        """Use `Cache.open`."""
+        self.path = path
+        self.sequences_identity: SequencesIdentity = read_header(path).identity
+        self._layer = layer
+        self._narrowing = narrowing
+        self._hidden = hidden
+        self._records = list(records)
+        self._target_records = list(target_records)
+        self._masks = hidden_rows(path, self._records)
+        self._shown = [self._masks[r.stem].nonzero()[0] if r.stem in self._masks else None for r in self._records]
+        rows = [r.rows if shown is None else len(shown) for r, shown in zip(self._records, self._shown, strict=True)]
+        self._ends = np.cumsum(rows, dtype=np.int64).tolist()
+        self._codec = layer.identity.make_codec() if layer else None
+        self._checked = bytearray(len(self._records))
+        self._sequences: OpenParts[MappedSequences] = OpenParts(self._open_sequences, MOST_OPEN_PARTS)
+        self._targets: OpenParts[MappedTargets] = OpenParts(self._open_targets, MOST_OPEN_PARTS)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        targets: str | LayerView | None = None,
+        verify: bool = False,
+        allow_partial: bool = False,
+        hidden: str | bool = False,
+    ) -> Cache:
+        """Open a cache.
+
+        Args:
+            path: its directory.
+            targets: NAME or NAME-HASH8 of a targets layer, or a view that narrows one; None for the only one.
+            verify: compare every part with its checksum first (reads everything once).
+            allow_partial: leave out rows that the layer has not scored yet, instead of refusing.
+            hidden: NAME or NAME-HASH8 of a hidden layer, True for the only one, False to read no hidden states.
+
+        Raises:
+            CacheError: no cache, no such layer, several layers and none named, or rows without targets or hidden
+                states.
+            DamagedError: something on disk contradicts the format.
+        """
+        path = Path(path)
+        read_header(path)
+        narrowing = targets.narrowing if isinstance(targets, LayerView) else None
+        layer = choose_layer(list_layers(path), targets.name if isinstance(targets, LayerView) else targets, path)
+        if layer is not None and narrowing is not None and not can_narrow(layer.identity, narrowing):
+            raise CacheError(
+                f"{path}: layer {layer.full_name} does not hold what is asked for ({targets}); score another layer"
+            )
+        records = list_records(sequences_dir(path))
+        if layer is not None:
+            scored = {record.stem: record for record in list_records(layer.directory)}
+            missing = [record for record in records if record.stem not in scored]
+            if missing and not allow_partial:
+                raise CacheError(
+                    f"{path} has {sum(r.rows for r in missing)} rows in {len(missing)} parts that layer "
+                    f"{layer.full_name} has not "
+                    "scored; finish it with 'decant teach' or choose another layer"
+                )
+            records = [record for record in records if record.stem in scored]
+            chosen = [scored[record.stem] for record in records]
+        else:
+            chosen = []
+        return cls._assemble(path, layer, records, chosen, verify, narrowing, hidden)
+
+    @classmethod
+    def open_sequences(cls, path: Path | str, verify: bool = False, hidden: str | bool = False) -> Cache:
+        """Open the rows of a cache without targets, however many layers it has; arguments and errors as for `open`."""
+        path = Path(path)
+        read_header(path)
+        return cls._assemble(path, None, list_records(sequences_dir(path)), [], verify, hidden=hidden)
+
+    @classmethod
+    def _assemble(
+        cls,
+        path: Path,
+        layer: Layer | None,
+        records: list[PartRecord],
+        targets: list[PartRecord],
+        verify: bool,
+        narrowing: Narrowing | None = None,
+        hidden: str | bool = False,
+    ) -> Cache:
+        for record, scored in zip(records, targets, strict=False):
+            if (record.rows, record.positions) != (scored.rows, scored.positions):
+                raise DamagedError(
+                    f"{path}: targets of {record.stem} have {scored.rows} rows and {scored.positions} positions "
+                    "where its "
+                    f"sequences have {record.rows} and {record.positions}; delete the targets part and score it again"
+                )
+        if verify:
+            for directory, listed in ((sequences_dir(path), records), (layer.directory if layer else path, targets)):
+                for record in listed:
+                    check_file(directory, record)
+        return cls(path, layer, records, targets, narrowing, _hidden_reader(path, hidden, records, verify))
+
+    def __reduce__(self) -> tuple[Callable[..., Cache], tuple[Any, ...]]:
+        """Pickle as path, layers, parts and narrowing."""
+        stems = tuple(record.stem for record in self._records)
+        name = self._layer.full_name if self._layer else None
+        return _reopen, (str(self.path), name, stems, self.cache_id, self._narrowing, self.hidden_name)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._ends else 0
+
+    def __getitem__(self, index: int) -> Row:
+        """Return row `index` with its targets.
+
+        Raises:
+            IndexError: there is no such row.
+            DamagedError: the row is not what was committed.
+        """
+        number, local = self._locate(index)
+        row = self._sequences.get(number).row(local)
+        targets = None
+        if self._codec is not None:
+            part = self._targets.get(number)
+            try:
+                targets = self._codec.decode(part.blob(local, row), row.num_positions)
+            except DamagedError as error:
+                message = str(error)
+                raise DamagedError(
+                    message if str(part.path) in message else f"{part.path}:{local}: {message}"
+                ) from None
+            if self._narrowing is not None:
+                targets = narrow(targets, self._narrowing)
+        return Row(
+            row.key,
+            row.row_key,
+            row.group_key,
+            row.source,
+            row.prompt,
+            row.response,
+            row.reference,
+            row.token_ids,
+            row.spans,
+            row.finish_reason,
+            targets,
+            None if self._hidden is None else self._hidden.read(number, local, row),
+        )
+
+    def sequence(self, index: int) -> SequenceRow:
+        """Return row `index` without decoding its targets; errors as for `cache[index]`."""
+        number, local = self._locate(index)
+        return self._sequences.get(number).row(local)
+
+    def where(self, index: int) -> str:
+        """Return part:row of a row, for messages."""
+        number, local = self._locate(index)
+        return f"{sequences_dir(self.path) / self._records[number].stem}.arrow:{local}"
+
+    @property
+    def layer(self) -> LayerIdentity | None:
+        """Identity of the targets as they are read, narrowed where they are; None where the cache was opened without a
+        layer.
+        """
+        if self._layer is None or self._narrowing is None:
+            return self._layer.identity if self._layer else None
+        return replace(self._layer.identity, k=self._narrowing.k, mass=self._narrowing.mass)
+
+    @property
+    def layer_name(self) -> str | None:
+        """NAME-HASH8 of the targets layer."""
+        return self._layer.full_name if self._layer else None
+
+    @property
+    def hidden_layer(self) -> HiddenIdentity | None:
+        """Identity of the hidden layer; None where the cache was opened without one."""
+        return self._hidden.identity if self._hidden else None
+
+    @property
+    def hidden_name(self) -> str | None:
+        """NAME-HASH8 of the hidden layer."""
+        return self._hidden.name if self._hidden else None
+
+    @property
+    def layer_provenance(self) -> dict[str, Any]:
+        """What made the layer: versions and machine; empty without one."""
+        return dict(self._layer.provenance) if self._layer else {}
+
+    def layers(self) -> dict[str, LayerIdentity]:
+        """Return the identity of every targets layer on disk by NAME-HASH8."""
+        return {name: layer.identity for name, layer in list_layers(self.path).items()}
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Directory of the tokenizer that made every `token_ids`."""
+        return self.path / "tokenizer"
+
+    @cached_property
+    def cache_id(self) -> str:
+        """32 hexadecimal digits that name exactly these rows and targets."""
+        digest = xxhash.xxh3_128((self.path / "cache.json").read_bytes())
+        digest.update(b"" if self._layer is None else self._layer.identity.hash8.encode())
+        digest.update(b"" if self._narrowing is None else str(self._narrowing).encode())
+        for record in (*self._records, *self._target_records):
+            digest.update(f"{record.stem} {record.xxh3}\n".encode())
+        if self._hidden is not None:
+            digest.update(self._hidden.identity.hash8.encode())
+            for stem, xxh3 in self._hidden.describe().items():
+                digest.update(f"{stem} {xxh3}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def num_tokens(self) -> NDArray[np.int32]:
+        """[R] int32 tokens of each row, from offsets alone."""
+        return self._columns[0]
+
+    @property
+    def group_keys(self) -> NDArray[np.void]:
+        """[R] void16 group key of each row; `.tobytes()` of one is the key."""
+        return self._columns[1]
+
+    @property
+    def sources(self) -> NDArray[np.int32]:
+        """[R] int32 index into `source_names` of each row."""
+        return self._columns[2]
+
+    @cached_property
+    def source_names(self) -> list[str]:
+        """Names of the sources, sorted."""
+        return sorted({str(name) for record in self._records for name in record.stats.get("sources", {})})
+
+    @cached_property
+    def _columns(self) -> tuple[NDArray[np.int32], NDArray[np.void], NDArray[np.int32]]:
+        """Gather three values per row over all parts, each part mapped once and none read as a whole."""
+        num_tokens = np.empty(len(self), dtype=np.int32)
+        group_keys = np.empty(len(self), dtype="V16")
+        sources = np.empty(len(self), dtype=np.int32)
+        codes = {name: code for code, name in enumerate(self.source_names)}
+        start = 0
+        for end, record, shown in zip(self._ends, self._records, self._shown, strict=True):
+            part = MappedSequences(sequences_dir(self.path), record, verify=False)
+            rows = slice(None) if shown is None else shown
+            indices, found = part.sources()
+            if not codes.keys() >= set(found):
+                raise DamagedError(f"{part.path} has a source that its record does not list; it was altered")
+            recoded = np.asarray([codes[name] for name in found], dtype=np.int32)[indices]
+            num_tokens[start:end] = part.num_tokens()[rows]
+            group_keys[start:end] = np.ascontiguousarray(part.group_keys).view("V16").ravel()[rows]
+            sources[start:end] = recoded[rows]
+            start = end
+        for column in (num_tokens, group_keys, sources):
+            column.setflags(write=False)
+        return num_tokens, group_keys, sources
+
+    def stats(self) -> dict[str, Any]:
+        """Return figures summed from the records: see `shared.cache.cache_stats.summed_stats`."""
+        hidden_positions = 0
+        for number, record in enumerate(self._records):
+            if record.stem in self._masks:
+                part = self._sequences.get(number)
+                hidden_positions += sum(
+                    part.row(int(i)).num_positions for i in (~self._masks[record.stem]).nonzero()[0]
+                )
+        hidden = sum(record.rows for record in self._records) - len(self)
+        stats = summed_stats(self._records, self._target_records, hidden, hidden_positions)
+        return stats if self._hidden is None else stats | self._hidden.stats()
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return part number and row within the part."""
+        size = len(self)
+        index = int(index)
+        if not -size <= index < size:
+            raise IndexError(f"row {index} of {size}")
+        index %= size
+        number = bisect_right(self._ends, index)
+        local = index - (self._ends[number - 1] if number else 0)
+        shown = self._shown[number]
+        return number, local if shown is None else int(shown[local])
+
+    def _open_sequences(self, number: int) -> MappedSequences:
+        part = MappedSequences(sequences_dir(self.path), self._records[number], verify=not self._checked[number])
+        self._checked[number] = 1
+        return part
+
+    def _open_targets(self, number: int) -> MappedTargets:
+        assert self._layer is not None
+        return MappedTargets(self._layer.directory, self._target_records[number], verify=False)
+
+
+def _hidden_reader(path: Path, hidden: str | bool, records: Sequence[PartRecord], verify: bool) -> HiddenReader | None:
+    """Return the reader of a hidden layer by name, of the only one, or None.
+
+    Raises:
+        CacheError: there is no such layer, or it does not cover every row.
+    """
+    if hidden is False:
+        return None
+    layer = choose_layer(list_hidden_layers(path), None if hidden is True else hidden, path, "hidden")
+    if layer is None:
+        raise CacheError(
+            f"{path} has no hidden layer; add `capture.hidden` to the recipe that built it and run 'decant teach' "
+            "again: it "
+            "generates and scores nothing a second time"
+        )
+    return HiddenReader(layer, records, verify)
+
+
+def _reopen(
+    path: str,
+    layer_name: str | None,
+    stems: tuple[str, ...],
+    cache_id: str,
+    narrowing: Narrowing | None,
+    hidden_name: str | None,
+) -> Cache:
+    """Open exactly the parts that a pickled cache had.
+
+    Raises:
+        CacheError: they are gone or have changed.
+    """
+    root = Path(path)
+    layer = list_layers(root).get(layer_name) if layer_name else None
+    sequences = {record.stem: record for record in list_records(sequences_dir(root))}
+    targets = {record.stem: record for record in list_records(layer.directory)} if layer else {}
+    if any(stem not in sequences or (layer_name and stem not in targets) for stem in stems):
+        raise CacheError(f"{path} lost parts while it was in use; restore them and start again")
+    chosen = [targets[stem] for stem in stems] if layer else []
+    cache = Cache._assemble(
+        root, layer, [sequences[stem] for stem in stems], chosen, False, narrowing, hidden_name or False
+    )
+    if cache.cache_id != cache_id:
+        raise CacheError(
+            f"{path} was altered while it was in use (it is {cache.cache_id} and was {cache_id}); start again"
+        )
+    return cache

@@ -1,0 +1,98 @@
+"""Hidden states of the rows that a cache shows, from the mapped parts of one hidden layer.
+
+Cost per row: the bytes of its blob and one decompression; at most 64 parts are open. Threads may share a reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shared.cache.layout import HiddenLayer
+from shared.errors import CacheError, DamagedError
+from shared.identity.hidden_identity import HiddenIdentity
+from shared.parts.mapped_part import MappedBlobs
+from shared.parts.open_parts import OpenParts
+from shared.parts.parts import check_file
+from shared.parts.records import PartRecord, list_records
+from shared.parts.sequences import SequenceRow
+from shared.payload.hidden import HiddenStates
+
+MOST_OPEN_PARTS = 64
+
+
+class HiddenReader:
+    """The parts of a hidden layer that belong to a list of sequences parts."""
+
+    def __init__(self, layer: HiddenLayer, sequences: Sequence[PartRecord], verify: bool = False) -> None:
+        """Find the part of each sequences part.
+
+        Args:
+            layer: the hidden layer.
+            sequences: records of the sequences parts that are read, in order.
+            verify: compare every part with its checksum first.
+
+        Raises:
+            CacheError: the layer does not cover one of them.
+            DamagedError: a part is not what was committed.
+        """
+        covered = {record.stem: record for record in list_records(layer.directory)}
+        missing = [record for record in sequences if record.stem not in covered]
+        if missing:
+            raise CacheError(
+                f"{layer.directory} lacks hidden states of {sum(record.rows for record in missing):,} rows in "
+                f"{len(missing):,} "
+                "parts; finish it with 'decant teach' or choose another layer"
+            )
+        self.layer = layer
+        self.records = [covered[record.stem] for record in sequences]
+        for record, hidden in zip(sequences, self.records, strict=True):
+            if (record.rows, record.positions) != (hidden.rows, hidden.positions):
+                raise DamagedError(
+                    f"{layer.directory / hidden.stem}.arrow has {hidden.rows} rows and {hidden.positions} positions "
+                    "where its "
+                    f"sequences have {record.rows} and {record.positions}; delete the part with its record and teach "
+                    "again"
+                )
+            if verify:
+                check_file(layer.directory, hidden)
+        self._codec = layer.identity.make_codec()
+        self._parts: OpenParts[MappedBlobs] = OpenParts(self._open, MOST_OPEN_PARTS)
+
+    @property
+    def name(self) -> str:
+        """NAME-HASH8 of the layer."""
+        return self.layer.full_name
+
+    @property
+    def identity(self) -> HiddenIdentity:
+        """What the layer is."""
+        return self.layer.identity
+
+    def read(self, number: int, local: int, row: SequenceRow) -> HiddenStates:
+        """Return the hidden states of row `local` of part `number`, whose sequence is `row`.
+
+        Raises:
+            DamagedError: they are not what was committed.
+        """
+        part = self._parts.get(number)
+        try:
+            return self._codec.decode(part.blob(local, row), row.num_positions)
+        except DamagedError as error:
+            message = str(error)
+            raise DamagedError(message if str(part.path) in message else f"{part.path}:{local}: {message}") from None
+
+    def stats(self) -> dict[str, Any]:
+        """Return sizes of the layer's parts, from their records."""
+        num_bytes = sum(record.bytes for record in self.records)
+        return {
+            "hidden_bytes": num_bytes,
+            "hidden_bytes_per_position": num_bytes / max(sum(record.positions for record in self.records), 1),
+        }
+
+    def describe(self) -> Mapping[str, str]:
+        """Return what a cache's id covers of the layer: its hash and each part's checksum."""
+        return {record.stem: record.xxh3 for record in self.records}
+
+    def _open(self, number: int) -> MappedBlobs:
+        return MappedBlobs(self.layer.directory, self.records[number], verify=False)

@@ -1,0 +1,78 @@
+"""Which targets layer a capture means: the one that was captured so, else one that holds more and is cut when it is
+read.
+
+A build and the training after it choose alike: the capture's own layer first; else, of the layers of the same teacher
+that hold everything the capture asks for (`shared.payload.narrowing`), the one with the least more. A recipe names no
+weights, so where layers of two teachers would fit, the choice is left to the reader, who asks for a name; so it is
+where the recipe has no `capture` section.
+Cost: one small file per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from shared.cache.layout import Layer, list_hidden_layers, list_layers
+from shared.identity.hidden_layers import keeps
+from shared.identity.identity import LayerIdentity, difference
+from shared.payload.narrowing import LayerView, holds, narrowing_to
+from shared.recipe.recipe import Recipe
+
+
+def serving_layer(layers: Mapping[str, Layer], wanted: LayerIdentity) -> Layer | None:
+    """Return the layer that has or holds what a new layer of this identity would have; None where none does."""
+    own = [layer for layer in layers.values() if layer.identity.hash8 == wanted.hash8]
+    teacher = _without_capture(wanted)
+    alike = [layer for layer in layers.values() if difference(_without_capture(layer.identity), teacher) is None]
+    holding = [layer for layer in alike if holds(layer.identity, wanted)]
+    return own[0] if own else min(holding, key=_richness, default=None)
+
+
+def layer_of_capture(recipe: Recipe) -> str | LayerView | None:
+    """Return the layer that the recipe's teacher and capture mean, narrowed where it holds more; None leaves it to the
+    reader.
+    """
+    if recipe.teacher is None or len(recipe.cache) != 1:
+        return None
+    teacher, capture = recipe.teacher, recipe.capture
+    dtypes = {teacher.dtype, *(() if teacher.dtype != "auto" else ("float32", "bfloat16", "float16"))}
+    listed = list_layers(recipe.cache[0]).values()
+    layers = [layer for layer in listed if layer.identity.teacher == teacher.model and layer.identity.dtype in dtypes]
+    own = [layer for layer in layers if _same_capture(layer.identity, recipe)]
+    if own:
+        return own[0].full_name if len(own) == 1 else None
+    holding = sorted((layer for layer in layers if holds(layer.identity, capture)), key=_richness)
+    if "capture" not in recipe.model_fields_set or len({_without_capture(layer.identity) for layer in holding}) != 1:
+        return None
+    narrowing = narrowing_to(holding[0].identity, capture)
+    return holding[0].full_name if narrowing is None else LayerView(holding[0].full_name, narrowing)
+
+
+def hidden_layer_of(recipe: Recipe, path: Path) -> str | bool:
+    """Return the name of the one hidden layer that the recipe captures; True leaves it to the reader, who takes the
+    only one.
+    """
+    layers = list_hidden_layers(path)
+    capture = recipe.capture.hidden
+    if capture is None or len(layers) < 2:
+        return True
+    fitting = [name for name, layer in layers.items() if keeps(layer.identity, capture)]
+    if recipe.teacher is not None and len(fitting) > 1:
+        fitting = [name for name in fitting if layers[name].identity.teacher == recipe.teacher.model]
+    return fitting[0] if len(fitting) == 1 else True
+
+
+def _same_capture(identity: LayerIdentity, recipe: Recipe) -> bool:
+    names = ("mode", "k", "draws", "mass", "temperatures", "gap_step")
+    return all(getattr(identity, name) == getattr(recipe.capture, name) for name in names)
+
+
+def _richness(layer: Layer) -> tuple[object, ...]:
+    identity = layer.identity
+    return identity.k, identity.mass, len(identity.temperatures), identity.hash8
+
+
+def _without_capture(identity: LayerIdentity) -> LayerIdentity:
+    return replace(identity, k=0, mass=1.0, temperatures=(1.0,))

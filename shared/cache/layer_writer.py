@@ -1,0 +1,131 @@
+"""What writers of targets and of hidden layers share: where the directory comes from, which parts are missing, whose
+rows they are.
+
+Nothing here needs a lock: layer.json is created by exclusive link and compared afterwards, parts are committed by
+shared/parts/parts.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from shared.atomic import link_exclusive, make_dir
+from shared.cache.layout import AnyLayer, sequences_dir
+from shared.errors import CacheError, IdentityError
+from shared.identity.hidden_identity import HiddenIdentity
+from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
+from shared.keys import stack_keys
+from shared.parts.mapped_part import MappedSequences
+from shared.parts.records import PartRecord, json_bytes, read_record
+from shared.parts.sequences import SequenceRow
+from shared.schema import FORMAT_VERSION, LAYER_NAME_PATTERN, STEM_PATTERN
+
+
+class GrowingCache(Protocol):
+    """What a layer's writer asks of its cache."""
+
+    path: Path
+    identity: SequencesIdentity
+
+    def sequence_records(self) -> list[PartRecord]:
+        """Return the records of committed sequences parts, by stem."""
+        ...
+
+    def read_sequences(self, record: PartRecord) -> list[SequenceRow]:
+        """Return the rows of a committed part after comparing it with its checksum."""
+        ...
+
+
+def create_or_open_layer(
+    cache: GrowingCache,
+    layers: Mapping[str, AnyLayer],
+    name: str | None,
+    identity: LayerIdentity | HiddenIdentity,
+    provenance: Mapping[str, Any],
+    read: Callable[[Path], AnyLayer],
+) -> AnyLayer:
+    """Create a layer's directory with its layer.json, or return the layer of the same identity whatever its name.
+
+    Args:
+        cache: whose layer it is.
+        layers: the layers of this kind that are there.
+        name: short name; None for the identity's own.
+        identity: what the layer is.
+        provenance: versions and machine of the first creation; recorded, never compared.
+        read: reads a directory of this kind.
+
+    Raises:
+        IdentityError: its tokenizer is not the cache's, or `name` belongs to a layer of another identity.
+        CacheError: a name that cannot be one.
+    """
+    if identity.tokenizer_hash != cache.identity.tokenizer_hash:
+        raise IdentityError(
+            f"{cache.path} cannot be scored by {identity.teacher}: its tokenizer is {identity.tokenizer_hash} and the "
+            f"cache's {cache.identity.tokenizer_hash}; use a teacher with the cache's tokenizer or another cache"
+        )
+    if name is not None and not LAYER_NAME_PATTERN.fullmatch(name):
+        raise CacheError(f"{name!r} cannot name a layer; expected lower-case letters, digits, '.', '_', '+' or '-'")
+    identity.make_codec()
+    for layer in layers.values():
+        if layer.identity.hash8 == identity.hash8:
+            if name not in (None, layer.short_name, layer.full_name):
+                raise CacheError(
+                    f"{cache.path} holds this capture as layer {layer.full_name} already; leave out {name!r}"
+                )
+            return layer
+    taken = next((layer for layer in layers.values() if layer.short_name == name), None)
+    if taken is not None:
+        raise IdentityError(
+            f"layer {taken.full_name} of {cache.path} cannot be extended: {difference(taken.identity, identity)}"
+        )
+    kind = "hidden" if isinstance(identity, HiddenIdentity) else "targets"
+    directory = cache.path / kind / f"{name or re.sub(r'[^a-z0-9._+-]', '-', identity.name)}-{identity.hash8}"
+    make_dir(directory.parent)
+    make_dir(directory)
+    document = {"format": FORMAT_VERSION, "identity": identity.to_json(), "provenance": dict(provenance)}
+    link_exclusive(directory / "layer.json", json_bytes(document), "layer_json", step="rename")
+    return read(directory)
+
+
+class RowsWriter:
+    """The rows that a layer's directory covers."""
+
+    def __init__(self, cache: GrowingCache, directory: Path) -> None:
+        """Take the cache and the layer's directory."""
+        self.cache = cache
+        self.directory = directory
+        self.name = directory.name
+
+    def missing(self) -> list[PartRecord]:
+        """Return the records of sequences parts that this layer does not cover, by stem."""
+        covered = {path.stem for path in self.directory.glob("part-*.json")}
+        return [record for record in self.cache.sequence_records() if record.stem not in covered]
+
+    def read_sequences(self, record: PartRecord) -> list[SequenceRow]:
+        """Return the rows of a committed sequences part; as `CacheWriter.read_sequences`."""
+        return self.cache.read_sequences(record)
+
+    def check_rows(self, stem: str, keys: Sequence[bytes], num_positions: Sequence[int]) -> None:
+        """Compare what is to be committed with its sequences part.
+
+        Raises:
+            ValueError: other keys, or another number of positions, than the sequences part has.
+        """
+        record_path = sequences_dir(self.cache.path) / f"{stem}.json"
+        if not STEM_PATTERN.fullmatch(stem) or not record_path.exists() or len(keys) != len(num_positions):
+            raise ValueError(
+                f"{stem} is not a committed sequences part, or {len(keys)} keys came with {len(num_positions)} rows"
+            )
+        record = read_record(record_path)
+        part = MappedSequences(sequences_dir(self.cache.path), record, verify=False)
+        if not np.array_equal(part.keys, stack_keys(list(keys))):
+            raise ValueError(f"the keys for {stem} are not those of its {len(part)} rows in order")
+        if sum(num_positions) != record.positions:
+            raise ValueError(
+                f"what is given for {stem} has {sum(num_positions)} positions where its rows have {record.positions}"
+            )

@@ -1,0 +1,205 @@
+"""Where things lie in a cache directory, and its two kinds of identity file.
+
+Every name read from disk or from a user passes a pattern before it becomes part of a path, so no path leaves the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shared.errors import CacheError, DamagedError
+from shared.identity.hidden_identity import HiddenIdentity
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.parts.records import read_json
+from shared.schema import FORMAT_VERSION, LAYER_PATTERN, MAX_TOKENIZER_FILE_BYTES, TOKENIZER_FILE_PATTERN
+
+
+@dataclass(frozen=True, slots=True)
+class CacheHeader:
+    """What cache.json says."""
+
+    identity: SequencesIdentity
+    tokenizer_files: Mapping[str, Mapping[str, Any]]
+    """Name -> bytes and xxh3 of every file of tokenizer/."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDirectory:
+    """One directory of targets/ or hidden/."""
+
+    directory: Path
+    provenance: Mapping[str, Any]
+
+    @property
+    def full_name(self) -> str:
+        """NAME-HASH8, the directory's name."""
+        return self.directory.name
+
+    @property
+    def short_name(self) -> str:
+        """NAME without its hash."""
+        return self.directory.name[:-9]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer(LayerDirectory):
+    """One directory of targets/."""
+
+    identity: LayerIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenLayer(LayerDirectory):
+    """One directory of hidden/."""
+
+    identity: HiddenIdentity
+
+
+AnyLayer = TypeVar("AnyLayer", Layer, HiddenLayer)
+
+
+def sequences_dir(cache_dir: Path) -> Path:
+    """Return the directory of sequences parts."""
+    return cache_dir / "sequences"
+
+
+def tokenizer_path(cache_dir: Path, name: str) -> Path:
+    """Return the path of a tokenizer file.
+
+    Raises:
+        DamagedError: the name would leave the directory or is no plain file name.
+    """
+    if not TOKENIZER_FILE_PATTERN.fullmatch(name):
+        raise DamagedError(
+            f"{name!r} is not the name of a tokenizer file; expected letters, digits, '.', '_', '+', '-'"
+        )
+    return cache_dir / "tokenizer" / name
+
+
+def check_version(document: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of another format version.
+
+    Raises:
+        CacheError: another version.
+    """
+    if document.get("format") != FORMAT_VERSION:
+        raise CacheError(
+            f"{path} has format {document.get('format')!r} and this version of Decant reads format {FORMAT_VERSION}; "
+            "use the version that wrote it"
+        )
+
+
+def read_header(cache_dir: Path) -> CacheHeader:
+    """Read cache.json.
+
+    Raises:
+        CacheError: there is no cache, or one of another format version.
+        DamagedError: it contradicts the format.
+    """
+    path = cache_dir / "cache.json"
+    if not path.is_file():
+        raise CacheError(
+            f"{cache_dir} is not a cache (it has no cache.json); build one with 'decant teach' or correct the path"
+        )
+    document = read_json(path)
+    check_version(document, path)
+    files = document.get("tokenizer_files")
+    identity = document.get("identity")
+    if not isinstance(files, dict) or not isinstance(identity, dict):
+        raise DamagedError(f"{path} lacks identity or tokenizer_files; it was altered after it was written")
+    for name, entry in files.items():
+        tokenizer_path(cache_dir, name)
+        fits = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3"), str)
+        if not fits or not 0 <= entry["bytes"] <= MAX_TOKENIZER_FILE_BYTES:
+            raise DamagedError(f"{path} says {entry!r} of tokenizer file {name} where bytes and xxh3 are expected")
+    return CacheHeader(SequencesIdentity.from_json(identity, f"{path}: identity"), files)
+
+
+def list_layers(cache_dir: Path) -> dict[str, Layer]:
+    """Return the targets layers of a cache by full name.
+
+    Raises:
+        DamagedError: a layer.json contradicts the format or its directory's name.
+    """
+    return {directory.name: read_layer(directory) for directory in _layer_directories(cache_dir / "targets")}
+
+
+def list_hidden_layers(cache_dir: Path) -> dict[str, HiddenLayer]:
+    """Return the hidden layers of a cache by full name; errors as for `list_layers`."""
+    return {directory.name: read_hidden_layer(directory) for directory in _layer_directories(cache_dir / "hidden")}
+
+
+def _layer_directories(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    names = sorted(path.name for path in root.iterdir() if LAYER_PATTERN.fullmatch(path.name))
+    return [root / name for name in names if (root / name / "layer.json").exists()]
+
+
+def read_layer(directory: Path) -> Layer:
+    """Read the layer.json of a targets layer.
+
+    Raises:
+        DamagedError: it contradicts the format or its directory's name.
+    """
+    identity, provenance = _read_layer_json(directory)
+    layer = Layer(directory, provenance, LayerIdentity.from_json(identity, f"{directory / 'layer.json'}: identity"))
+    return _named_by_its_hash(layer)
+
+
+def read_hidden_layer(directory: Path) -> HiddenLayer:
+    """Read the layer.json of a hidden layer; errors as for `read_layer`."""
+    identity, provenance = _read_layer_json(directory)
+    layer = HiddenLayer(
+        directory, provenance, HiddenIdentity.from_json(identity, f"{directory / 'layer.json'}: identity")
+    )
+    return _named_by_its_hash(layer)
+
+
+def _read_layer_json(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = directory / "layer.json"
+    document = read_json(path)
+    check_version(document, path)
+    identity, provenance = document.get("identity"), document.get("provenance")
+    if not isinstance(identity, dict) or not isinstance(provenance, dict):
+        raise DamagedError(f"{path} lacks identity or provenance; it was altered after it was written")
+    return identity, provenance
+
+
+def _named_by_its_hash(layer: AnyLayer) -> AnyLayer:
+    path, found = layer.directory / "layer.json", layer.identity.hash8
+    if found != layer.directory.name[-8:]:
+        raise DamagedError(f"{path} hashes to {found} in a directory named {layer.directory.name}; it was altered")
+    return layer
+
+
+def choose_layer(
+    layers: Mapping[str, AnyLayer], wanted: str | None, cache_dir: Path, kind: str = "targets"
+) -> AnyLayer | None:
+    """Return the layer that a name means: NAME or NAME-HASH8, or the only one; None where there is none and none is
+    wanted.
+
+    Args:
+        layers: by full name.
+        wanted: the name; None for the only one.
+        cache_dir: for messages.
+        kind: targets or hidden, for messages.
+
+    Raises:
+        CacheError: no such layer, or several that fit.
+    """
+    listed = ", ".join(layers) or "none"
+    if wanted is None:
+        if len(layers) > 1:
+            raise CacheError(f"{cache_dir} has {len(layers)} {kind} layers ({listed}); name the one to use")
+        return next(iter(layers.values()), None)
+    fitting = [layer for layer in layers.values() if wanted in (layer.full_name, layer.short_name)]
+    if len(fitting) != 1:
+        found = f"no {kind} layer" if not fitting else f"{len(fitting)} {kind} layers"
+        raise CacheError(
+            f"{cache_dir} has {found} named {wanted!r} (there are: {listed}); give one of these names in full"
+        )
+    return fitting[0]

@@ -1,0 +1,174 @@
+"""Is this the same tokenizer, the same teacher, the same capture?
+
+Identity is what makes two targets layers, or two sets of sequences, the same thing; provenance (engine, library
+versions, machine) is recorded but never compared. A difference is explained in a sentence with both values, before any
+work. A field that is added is declared with `shared.identity.grown.grown`, which keeps the hash of everything older.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+import xxhash
+from pydantic import ConfigDict, Field
+
+from shared.errors import DamagedError
+from shared.identity.grown import grown, identity_document, read_identity
+from shared.identity.weights_hash import tokenizer_hash, weights_hash
+from shared.keys import canonical_json
+from shared.payload.codec import CODEC_NAME, Codec
+
+__all__ = ["LayerIdentity", "SequencesIdentity", "difference", "tokenizer_hash", "weights_hash"]
+
+
+Size = Annotated[int, Field(ge=0, lt=2**31)]
+"""A number of entries, layers or components; no real one comes near the end."""
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How identities are read: no conversions, no unknown fields, finite numbers."""
+
+
+def hash8_of(identity: Any) -> str:
+    """Return 8 hexadecimal digits that stand for a layer's whole identity, its provenance left out."""
+    document = {name: value for name, value in identity.to_json().items() if name not in identity.provenance}
+    return xxhash.xxh3_128_hexdigest(canonical_json(document))[:8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerIdentity:
+    """Which teacher, captured how: the identity of one targets layer."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    what: ClassVar[str] = "targets layer"
+    provenance: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    """Where the weights lie is not what they are: weights_hash says that."""
+
+    teacher: str
+    """Path or hub id as the recipe named it."""
+    weights_hash: str
+    tokenizer_hash: str
+    vocab_size: Size
+    """Entries of the teacher's head; every id lies below it."""
+    mode: str
+    """top, sample or top+sample."""
+    k: Size
+    """Most head entries per position; 0 in mode sample."""
+    draws: Size = 0
+    """Tokens drawn per position and temperature; 0 in mode top."""
+    mass: float = 1.0
+    temperatures: tuple[float, ...] = (1.0,)
+    gap_step: float = 0.0625
+    codec: str = CODEC_NAME
+    dtype: str = "bfloat16"
+    head_dtype: str = "float32"
+    revision: str | None = None
+    quantization: str | None = None
+    adapter: str | None = None
+    """Hash of the adapter's weights."""
+
+    @property
+    def hash8(self) -> str:
+        """8 hexadecimal digits that stand for the whole identity."""
+        return hash8_of(self)
+
+    @property
+    def name(self) -> str:
+        """Short default name: top64, sample12 or top8-sample4."""
+        parts = {
+            "top": f"top{self.k}",
+            "sample": f"sample{self.draws}",
+            "top+sample": f"top{self.k}-sample{self.draws}",
+        }
+        return parts.get(self.mode, self.mode)
+
+    def make_codec(self) -> Codec:
+        """Return the codec of the layer's blobs.
+
+        Raises:
+            DamagedError: another codec, or settings out of range.
+        """
+        if self.codec != CODEC_NAME:
+            raise DamagedError(f"the layer's codec is {self.codec!r} and this version of Decant knows {CODEC_NAME!r}")
+        try:
+            return Codec(self.gap_step, self.temperatures, self.draws, self.vocab_size, self.k)
+        except ValueError as error:
+            raise DamagedError(f"the layer's identity is impossible: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return identity_document(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: str) -> LayerIdentity:
+        """Rebuild an identity; `where` names its file in errors.
+
+        Raises:
+            DamagedError: a field is missing, unknown, of another type or out of range.
+        """
+        return read_identity(cls, document, where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequencesIdentity:
+    """What all rows of a cache share. Licence and origin of the answers are provenance: recorded, not compared."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    what: ClassVar[str] = "cache"
+    provenance: ClassVar[frozenset[str]] = frozenset({"licence", "answers", "tokenizer"})
+
+    tokenizer_hash: str
+    vocab_size: Size
+    """Ids lie below it."""
+    template: str = ""
+    """Hash of the default chat template."""
+    tokenizer: str = ""
+    """Where the tokenizer came from."""
+    licence: str | None = None
+    """Licence under which the answers may be used."""
+    answers: str | None = None
+    """Who wrote the answers."""
+    groups: Literal["prompt", "first question"] = grown("prompt")
+    """Rule of the group keys (shared/groups.py); a cache keeps the rule that it began with."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return identity_document(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: str) -> SequencesIdentity:
+        """Rebuild an identity; `where` names its file in errors.
+
+        Raises:
+            DamagedError: a field is missing, unknown, of another type or out of range.
+        """
+        return read_identity(cls, document, where)
+
+
+class Identity(Protocol):
+    """A dataclass that says what something on disk is."""
+
+    what: ClassVar[str]
+    """How messages call the thing."""
+    provenance: ClassVar[frozenset[str]]
+    """Fields that are recorded and never compared."""
+
+
+def difference(found: Identity, wanted: Identity) -> str | None:
+    """Return a clause that names the first field in which two identities differ, with both values; None where they
+    agree.
+
+    Args:
+        found: what is on disk.
+        wanted: what the request needs.
+
+    Raises:
+        TypeError: the identities are of two kinds.
+    """
+    if type(found) is not type(wanted):
+        raise TypeError(f"a {type(found).__name__} cannot be compared with a {type(wanted).__name__}")
+    for name in (f.name for f in fields(found) if f.name not in found.provenance):  # type: ignore[arg-type]
+        a, b = getattr(found, name), getattr(wanted, name)
+        if a != b:
+            return f"{name} is {a!r} in this {found.what} and {b!r} in the request"
+    return None

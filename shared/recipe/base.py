@@ -1,0 +1,93 @@
+"""What every section of a recipe has in common: no unknown keys, no changes after loading, plain numbers, named
+problems.
+
+A field's docstring is its help (`recipe_json_schema` carries it). Numbers are numbers: `true` and `"3"` are refused
+where a number belongs, `1e3` is accepted for a count. A check over several fields raises `inconsistent`, which names
+the field to blame.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+Problem = tuple[tuple[str | int, ...], str]
+"""Path below the section that raises, and the sentence."""
+
+SLUG = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Names that become directories."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, attribute docstrings as help."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        validate_default=False,
+    )
+
+
+def inconsistent(*problems: Problem) -> NoReturn:
+    """Refuse a section for reasons that involve more than one field.
+
+    Raises:
+        PydanticCustomError: always; `ctx["problems"]` holds every path and sentence.
+    """
+    text = "; ".join(sentence for _, sentence in problems)
+    raise PydanticCustomError("inconsistent", "{text}", {"text": text, "problems": list(problems)})
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        raise PydanticCustomError("not_a_number", "expected a number")
+    return value
+
+
+_number = BeforeValidator(_plain_number)
+
+Integer = Annotated[int, _number]
+"""Any integer."""
+Count = Annotated[int, _number, Field(ge=1)]
+"""An integer of at least 1."""
+CountOrZero = Annotated[int, _number, Field(ge=0)]
+"""An integer of at least 0."""
+Number = Annotated[float, _number]
+"""Any finite number."""
+Positive = Annotated[float, _number, Field(gt=0)]
+"""A finite number above 0."""
+NonNegative = Annotated[float, _number, Field(ge=0)]
+"""A finite number of at least 0."""
+Fraction = Annotated[float, _number, Field(ge=0, le=1)]
+"""A number from 0 to 1, both included."""
+Probability = Annotated[float, _number, Field(gt=0, le=1)]
+"""A number above 0 and at most 1."""
+Share = Annotated[float, _number, Field(gt=0, lt=1)]
+"""A number between 0 and 1, neither included."""
+Name = Annotated[str, Field(min_length=1, max_length=100, pattern=SLUG)]
+"""A name that becomes a directory."""
+Text = Annotated[str, Field(min_length=1)]
+"""Text that is not empty."""
+
+
+def one_or_many(value: Any) -> Any:
+    """Let a list of one be written as its only entry."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def closest(found: str, choices: Sequence[str]) -> str:
+    """Return `; did you mean 'x'?` for the nearest choice, or nothing where none is near."""
+    near = difflib.get_close_matches(found, choices, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def quoted(names: Sequence[str]) -> str:
+    """List names for a sentence: `'a', 'b'`."""
+    return ", ".join(f"'{name}'" for name in names)

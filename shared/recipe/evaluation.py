@@ -1,0 +1,141 @@
+"""What a recipe may say about evaluation: which models, on which tasks."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from shared.recipe.base import Count, CountOrZero, Integer, NonNegative, Problem, Section, Text, inconsistent
+
+TaskName = Literal["gsm8k", "humaneval", "keywords", "multiple_choice"]
+
+
+class Task(Section):
+    """One set of questions with a way to score answers."""
+
+    NAMES_THE_RESULT: ClassVar[frozenset[str]] = frozenset(
+        ("name", "path", "domain", "limit", "prompt_template", "temperature", "samples", "shots", "seed")
+    )
+    """Fields that an evaluation's identity has always held; a later one joins it where it is not at its default."""
+
+    name: TaskName
+    """How answers are scored: final number, unit tests, keywords, or the most probable choice."""
+    path: Text
+    """A jsonl or json file of questions, as the task is published."""
+    domain: str = ""
+    """Label in reports; left out: the file's name up to its first dot."""
+    limit: Count | None = None
+    """Take at most this many questions from the start."""
+    prompt_template: Text = "{prompt}"
+    """Text of the question, with {column} for columns of the file."""
+    temperature: NonNegative = 0.0
+    """Sampling temperature of answers; 0 takes the most probable token."""
+    samples: Count = 1
+    """Answers per question; the score is their mean."""
+    shots: CountOrZero = 0
+    """Solved examples put before each question."""
+    seed: Integer = 0
+    """Seed of sampled answers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _domain_from_path(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("domain") in (None, "") and isinstance(data.get("path"), str):
+            return {**data, "domain": PurePath(data["path"]).name.split(".")[0]}
+        return data
+
+    @model_validator(mode="after")
+    def _sampling_is_used(self) -> Task:
+        if self.name == "multiple_choice":
+            sampled = {"temperature": self.temperature != 0, "samples": self.samples != 1, "seed": self.seed != 0}
+            problems = [
+                ((key,), "multiple_choice compares likelihoods and samples no answer; leave it out")
+                for key, is_set in sampled.items()
+                if is_set
+            ]
+            if problems:
+                inconsistent(*problems)
+        if self.temperature == 0 and self.samples > 1:
+            inconsistent(
+                (("samples",), "all answers at temperature 0 are the same; raise the temperature or leave it at 1")
+            )
+        return self
+
+
+class SideBySide(Section):
+    """Every model's sampled answers to the same prompts, compared with the teacher's and with the student's before."""
+
+    size: Literal["quick", "medium", "full"] = "quick"
+    """quick: 10 prompts, evenly from every source; medium: 50 at random; full: 350 at random. Fewer where there are no
+    more.
+    """
+    temperatures: Annotated[tuple[NonNegative, ...], Field(min_length=1)] = (0.1, 0.7, 1.2)
+    """Sampling temperatures; every prompt is answered once at each."""
+    seed: Integer = 0
+    """Seed of the choice of prompts and of the answers."""
+    max_new_tokens: Count | None = None
+    """Longest answer in tokens; left out: `evaluate.max_new_tokens`."""
+    prompts: Annotated[tuple[Text, ...], Field(min_length=1)] = ("heldout",)
+    """Where prompts come from: heldout (the cache's held-out rows), tasks (the tasks' questions), jsonl files with a
+    `prompt`.
+    """
+
+    @model_validator(mode="after")
+    def _values_are_known(self) -> SideBySide:
+        problems: list[Problem] = []
+        for name in ("temperatures", "prompts"):
+            values = getattr(self, name)
+            problems += [
+                ((name, i), f"{value} is listed twice") for i, value in enumerate(values) if value in values[:i]
+            ]
+        problems += [
+            (("prompts", i), f"'{place}' is neither 'heldout' nor 'tasks' nor a .jsonl file")
+            for i, place in enumerate(self.prompts)
+            if place not in ("heldout", "tasks") and not place.endswith((".jsonl", ".jsonl.gz"))
+        ]
+        if problems:
+            inconsistent(*problems)
+        return self
+
+
+class Evaluate(Section):
+    """Which models are compared, and how."""
+
+    models: tuple[Text, ...] = ()
+    """teacher, base, and names of stages."""
+    tasks: tuple[Task, ...] = ()
+    """Sets of questions, for every model."""
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What answers the questions."""
+    max_new_tokens: Count = 256
+    """Longest answer in tokens."""
+    heldout_rows: Count | None = None
+    """Held-out rows to measure on, at most; left out: all."""
+    side_by_side: SideBySide | None = None
+    """Sampled answers of every model beside each other; left out: none."""
+    cost: bool = False
+    """Measure parameters, memory, time to first token and tokens per second of every model, all in one run."""
+
+    @model_validator(mode="after")
+    def _labels_are_unique(self) -> Evaluate:
+        problems: list[Problem] = []
+        problems += [
+            (("models", i), f"'{model}' is listed twice")
+            for i, model in enumerate(self.models)
+            if model in self.models[:i]
+        ]
+        if self.side_by_side is not None and "tasks" in self.side_by_side.prompts and not self.tasks:
+            problems.append(
+                (("side_by_side", "prompts"), "there are no `tasks` whose questions could be asked; add some")
+            )
+        domains = [task.domain for task in self.tasks]
+        problems += [
+            (("tasks", i, "domain"), f"another task has the domain '{domain}'; give each its own")
+            for i, domain in enumerate(domains)
+            if domain in domains[:i]
+        ]
+        if problems:
+            inconsistent(*problems)
+        return self

@@ -1,0 +1,231 @@
+"""Recipe files: load with every problem listed by line, override, write back, describe.
+
+Loading parses YAML 1.2 with lines, applies `--set` overrides, validates, and turns each problem into `file:line: path:
+problem`, with the nearest known word where one is close. `dump_recipe` writes all defaults out, so that a saved run
+says what ran.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path as FilePath
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from shared.errors import RecipeError
+from shared.recipe.base import closest
+from shared.recipe.override import apply_override
+from shared.recipe.recipe import Recipe
+from shared.recipe.yaml import MAX_BYTES, Path, YamlProblem, parse_yaml
+
+Where = dict[Path, tuple[int, str]]
+"""Where a value comes from: its line (0 for an override) and how to name the place."""
+
+
+def load_recipe(path: FilePath | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        RecipeError: the file cannot be read or does not validate; one line per problem, `file:line: path: problem`.
+    """
+    text = _read(FilePath(path))
+    try:
+        document = parse_yaml(text)
+    except YamlProblem as problem:
+        raise RecipeError(f"{path}:{problem.line}: {problem.sentence}") from problem
+    if not isinstance(document.data, dict):
+        raise RecipeError(f"{path}:1: expected a mapping such as `name: demo`, found {_shown(document.data)}")
+    where: Where = {place: (line, f"{path}:{line}") for place, line in document.lines.items()}
+    where[()] = (1, f"{path}:1")
+    for override in overrides:
+        place = apply_override(document.data, override)
+        for below in [known for known in where if known[: len(place)] == place]:
+            del where[below]
+        where[place] = (0, f"--set {override}")
+    return _validate(document.data, where)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return YAML that loads to an equal recipe, defaults included."""
+    yaml = YAML(typ="rt", pure=True)
+    yaml.width = 120
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    stream = StringIO()
+    yaml.dump(_quoted_where_needed(recipe.model_dump(mode="json")), stream)
+    return stream.getvalue()
+
+
+def recipe_json_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, with every field's help."""
+    return Recipe.model_json_schema()
+
+
+def _quoted_where_needed(value: Any) -> Any:
+    """Ask for quotes and escapes around texts that hold line breaks or invisible characters, keys included."""
+    if isinstance(value, dict):
+        return {_quoted_where_needed(key): _quoted_where_needed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_quoted_where_needed(item) for item in value]
+    if isinstance(value, str) and not value.isprintable():
+        return DoubleQuotedScalarString(value)
+    return value
+
+
+def _read(path: FilePath) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); expected a recipe, see `decant init`") from error
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(f"{path}: longer than {MAX_BYTES} bytes, so this is no recipe; name a YAML file")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{path}:{line}: byte {raw[error.start]:#04x} is not UTF-8; save the recipe as UTF-8"
+        ) from error
+
+
+def _validate(data: dict[str, Any], where: Where) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        found = _without_consequences(error.errors(include_url=False), data)
+    lines = sorted((*_source(place, where), ".".join(map(str, place)), sentence) for place, sentence in found.items())
+    raise RecipeError(
+        "\n".join(
+            f"{label}: {dotted}: {sentence}" if dotted else f"{label}: {sentence}"
+            for _, label, dotted, sentence in lines
+        )
+    )
+
+
+def _without_consequences(errors: Sequence[Any], data: Any) -> dict[Path, str]:
+    """Map places to sentences, leaving out what follows from another problem.
+
+    A misspelt key also leaves the right one missing, and a bad entry also leaves its list too short.
+    """
+    found: dict[Path, str] = {}
+    kinds: dict[Path, str] = {}
+    for details in errors:
+        for place, sentence in _problems(details, data):
+            kinds.setdefault(place, details["type"])
+            found.setdefault(place, sentence)
+    for place, kind in kinds.items():
+        inside = [other for other in kinds if len(other) > len(place) and other[: len(place)] == place]
+        misspelt = [
+            other
+            for other in kinds
+            if kinds[other] == "extra_forbidden"
+            and other[:-1] == place[:-1]
+            and closest(str(other[-1]), [str(place[-1])])
+        ]
+        if (kind == "too_short" and inside) or (kind == "missing" and misspelt):
+            del found[place]
+    return found
+
+
+def _source(place: Path, where: Where) -> tuple[int, str]:
+    """Find where a place, or the nearest section around it, was written."""
+    while place not in where and place:
+        place = place[:-1]
+    return where.get(place, (1, "recipe"))
+
+
+def _problems(details: Any, data: Any) -> list[tuple[Path, str]]:
+    """Turn one of pydantic's errors into places and sentences."""
+    context = details.get("ctx", {})
+    if details["type"] == "inconsistent":
+        return [(_place((*details["loc"], *below), data), sentence) for below, sentence in context["problems"]]
+    place = _place(details["loc"], data)
+    return [(place, _sentence(details, context, place))]
+
+
+def _sentence(details: Any, context: dict[str, Any], place: Path) -> str:
+    kind, found = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        return _unknown_key(place)
+    if kind == "missing":
+        return "is missing, and has no default"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        return f"{_shown(found)} is not one of {context['expected']}{closest(str(found), choices)}"
+    if kind == "string_pattern_mismatch":
+        return f"{_shown(found)} is no usable name; write letters, digits, '.', '_' and '-', and begin with a letter or digit"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"expected a section with keys, found {_shown(found)}"
+    if kind in ("tuple_type", "list_type"):
+        return f"expected a list, found {_shown(found)}"
+    message = details["msg"].replace("Input should be", "expected").replace("valid ", "").rstrip(".")
+    return f"{message[0].lower()}{message[1:]}, found {_shown(found)}"
+
+
+def _unknown_key(place: Path) -> str:
+    """Say that a key is unknown, and which one was meant."""
+    section = _section_at(place[:-1])
+    key = str(place[-1])
+    if section is None:
+        return "unknown key"
+    hint = closest(key, list(section.model_fields))
+    if not hint:
+        inside = [
+            name
+            for name, field in section.model_fields.items()
+            if key in getattr(_section_in(field.annotation), "model_fields", {})
+        ]
+        inside.sort(key=lambda name: name != "trainer")  # of equals the section where such keys usually stand
+        hint = f"; did you mean '{inside[0]}.{key}'?" if inside else f"; known here: {', '.join(section.model_fields)}"
+    return f"unknown key{hint}"
+
+
+def _section_at(place: Path) -> type[BaseModel] | None:
+    """Return the section class that a place of the recipe holds."""
+    section: type[BaseModel] | None = Recipe
+    for key in place:
+        if isinstance(key, str) and section is not None:
+            field = section.model_fields.get(key)
+            section = _section_in(field.annotation) if field else None
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Find the section class within `X | None`, `tuple[X, ...]` and the like."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in typing.get_args(annotation) if (found := _section_in(part))), None)
+
+
+def _place(location: Sequence[str | int], data: Any) -> Path:
+    """Cut pydantic's location down to what the file can say: no union branches, nothing inside a shorthand."""
+    place: Path = ()
+    for key in location:
+        if isinstance(data, dict) and isinstance(key, str):
+            place = (*place, key)
+            if key not in data:
+                break
+            data = data[key]
+        elif isinstance(data, list) and isinstance(key, int) and key < len(data):
+            place, data = (*place, key), data[key]
+        else:
+            break
+    return place
+
+
+def _shown(value: Any) -> str:
+    """Show a value in a sentence, shortened."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list | tuple):
+        return f"a {'section' if isinstance(value, dict) else 'list'} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,255 @@
+"""The recipe: everything that one experiment may say, validated before any work.
+
+Sections are defined in `recipe_capture` (phase 1), `recipe_training` (phase 2), `recipe_evaluation` and
+`recipe_assumptions` (sizes for the plan); this module puts them together and checks what involves more than one of
+them. What depends on a cache's content (its temperatures, sources, layers) is checked against the cache when it is
+opened. Paths are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from shared.recipe.assumptions import Assume, AssumedModel, AssumedSource
+from shared.recipe.base import Count, Integer, Name, Problem, Section, closest, inconsistent, one_or_many, quoted
+from shared.recipe.capture import Capture, Generate, Heldout, PromptSource, Teacher, Workers
+from shared.recipe.curriculum import Balance, EarlyStopping, Sampling, StageEvaluation
+from shared.recipe.evaluation import Evaluate, SideBySide, Task
+from shared.recipe.hidden import AttentionCapture, HiddenCapture
+from shared.recipe.schedule import Schedule
+from shared.recipe.servers import capture_problems
+from shared.recipe.training import LOSSES_ON_HIDDEN_LAYER, Adapter, Loss, Stage, StageTrainer, Student
+from shared.schema import MAX_ROWS_PER_PART
+
+__all__ = [
+    "Adapter",
+    "Assume",
+    "AssumedModel",
+    "AssumedSource",
+    "AttentionCapture",
+    "Balance",
+    "Capture",
+    "EarlyStopping",
+    "Evaluate",
+    "Generate",
+    "Heldout",
+    "HiddenCapture",
+    "Loss",
+    "PromptSource",
+    "Recipe",
+    "Sampling",
+    "Schedule",
+    "SideBySide",
+    "Stage",
+    "StageEvaluation",
+    "StageTrainer",
+    "Student",
+    "Task",
+    "Teacher",
+    "Workers",
+]
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: Name
+    """Name of the experiment in reports."""
+    output_dir: Path
+    """Where the run writes everything except the cache."""
+    seed: Integer = 0
+    """Seed of everything that has none of its own."""
+    teacher: Teacher | None = None
+    """The model to learn from; may be left out where the cache exists."""
+    prompts: tuple[PromptSource, ...] = ()
+    """What the teacher answers, or the answered prompts that it scores."""
+    generate: Generate | None = None
+    """How the teacher answers; left out: the data's answers are scored."""
+    capture: Capture = Capture()
+    """What is kept of the teacher's distributions."""
+    cache: Annotated[tuple[Path, ...], BeforeValidator(one_or_many), Field(min_length=1)]
+    """The cache directory, or a list of them to train from."""
+    rows_per_part: Annotated[Count, Field(le=MAX_ROWS_PER_PART)] = 1024
+    """Rows in one file of the cache: what is lost at most when a machine dies."""
+    heldout: Heldout = Heldout()
+    """How many prompts are kept from every stage."""
+    student: Student | None = None
+    """The model that learns."""
+    stages: tuple[Stage, ...] = ()
+    """Training runs, in order."""
+    evaluate: Evaluate = Evaluate()
+    """The comparison at the end."""
+    assume: Assume = Assume()
+    """Sizes for `decant plan` where hub or data cannot be reached; nothing else reads them."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        problems = [*_phase1_problems(self), *_stage_problems(self), *_temperature_problems(self)]
+        problems += [*_evaluate_problems(self), *_assume_problems(self)]
+        if problems:
+            inconsistent(*problems)
+        return self
+
+    def stage(self, name: str) -> Stage:
+        """Return the stage of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+    def stage_dir(self, name: str) -> Path:
+        """Return where a stage writes; its final model is in `model` below."""
+        return self.output_dir / "train" / name
+
+
+def _phase1_problems(recipe: Recipe) -> list[Problem]:
+    problems: list[Problem] = []
+    if recipe.prompts and recipe.teacher is None:
+        problems.append(
+            (("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out")
+        )
+    if recipe.generate is not None and not recipe.prompts:
+        problems.append((("generate",), "there are no `prompts` to answer; add some, or leave it out"))
+    if recipe.teacher is not None and recipe.teacher.engine == "server":
+        problems += capture_problems(recipe.capture)
+        if recipe.generate is not None and recipe.generate.model is not None:
+            why = "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then score them with servers"
+            problems.append((("generate", "model"), why))
+    if recipe.prompts and len(recipe.cache) > 1:
+        problems.append(
+            (
+                ("cache",),
+                f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out",
+            )
+        )
+    if recipe.teacher is not None and recipe.teacher.quantization is not None and recipe.capture.hidden is not None:
+        problems.append(
+            (
+                ("capture", "hidden"),
+                f"hidden states are captured by transformers, which does not quantise as teacher.quantization "
+                f"'{recipe.teacher.quantization}' says; leave one of both out",
+            )
+        )
+    if (
+        recipe.teacher is not None
+        and recipe.teacher.workers is not None
+        and recipe.generate
+        and recipe.generate.model is not None
+    ):
+        sentence = "the engines of `teacher.workers` all run the teacher; leave `workers` out and use `decant teach --partition i/n`"
+        problems.append((("generate", "model"), sentence))
+    if recipe.teacher is not None and recipe.teacher.workers is not None and recipe.capture.hidden is not None:
+        sentence = "hidden states are captured by one engine; leave `teacher.workers` out and use `decant teach --partition i/n`"
+        problems.append((("capture", "hidden"), sentence))
+    for i, source in enumerate(recipe.prompts):
+        if source.format == "cache" and recipe.generate is not None:
+            problems.append((("prompts", i, "format"), "rows of a cache are answered already; leave `generate` out"))
+        if source.format == "cache" and any(Path(source.path).resolve() == cache.resolve() for cache in recipe.cache):
+            problems.append(
+                (("prompts", i, "path"), "is the cache that this recipe builds; without `prompts` its rows are scored")
+            )
+    for i, cache in enumerate(recipe.cache):
+        if cache in recipe.cache[:i]:
+            problems.append((("cache", i), f"'{cache}' is listed twice"))
+    return problems
+
+
+def _stage_problems(recipe: Recipe) -> list[Problem]:
+    problems: list[Problem] = []
+    if recipe.stages and recipe.student is None:
+        problems.append((("stages",), "there is no `student` to train; add one"))
+    names = [stage.name for stage in recipe.stages]
+    for i, stage in enumerate(recipe.stages):
+        if stage.name in names[:i]:
+            problems.append((("stages", i, "name"), f"stage '{stage.name}' is listed twice; give each its own name"))
+        problem = _init_from_problem(stage.init_from, names[:i], names)
+        if problem:
+            problems.append((("stages", i, "init_from"), problem))
+        if stage.evaluate is not None and recipe.heldout.fraction == 0:
+            sentence = "heldout.fraction is 0, so there is nothing to evaluate on; raise it, or leave this out"
+            problems.append((("stages", i, "evaluate"), sentence))
+        stops = [
+            other.name
+            for other in recipe.stages
+            if other.evaluate is not None and other.evaluate.early_stopping is not None
+        ]
+        if stage.goes_over_run and stops:
+            sentence = (
+                f"a schedule goes over the run, whose number of steps is unknown since stage '{stops[0]}' may stop "
+                "early; "
+                "let it go over the stage, or leave early_stopping out"
+            )
+            problems.append((("stages", i), sentence))
+    return problems
+
+
+def _init_from_problem(start: str, earlier: list[str], names: list[str]) -> str | None:
+    if start == "base" or start in earlier or (start == "previous" and earlier):
+        return None
+    if start == "previous":
+        return "there is no stage before the first; start from 'base'"
+    if "/" in start:  # a directory, or RUN:STAGE
+        places = (start, start.rpartition(":")[0])
+        return None if any(place and Path(place).is_dir() for place in places) else f"there is no directory '{start}'"
+    if start in names:
+        return f"stage '{start}' does not come earlier; list it first"
+    choices = ["base", *(["previous"] if earlier else []), *earlier]
+    return f"'{start}' is none of {quoted(choices)} nor a directory (written with a '/'){closest(start, choices)}"
+
+
+def _temperature_problems(recipe: Recipe) -> list[Problem]:
+    if recipe.teacher is None or not recipe.prompts:
+        return []
+    problems: list[Problem] = []
+    captured = recipe.capture.temperatures
+    for i, stage in enumerate(recipe.stages):
+        if stage.targets is not None:
+            continue
+        for j, loss in enumerate(stage.losses):
+            if loss.name in LOSSES_ON_HIDDEN_LAYER:
+                continue
+            missing = sorted({value for value in loss.temperature.extremes() if value not in captured})
+            if missing:
+                wanted = ", ".join(f"{value:g}" for value in missing)
+                have = ", ".join(f"{value:g}" for value in captured)
+                sentence = f"temperature {wanted} is not captured, only {have}; add it to capture.temperatures"
+                problems.append((("stages", i, "losses", j, "temperature"), sentence))
+    return problems
+
+
+def _evaluate_problems(recipe: Recipe) -> list[Problem]:
+    problems: list[Problem] = []
+    side_by_side = recipe.evaluate.side_by_side
+    if recipe.evaluate.cost and recipe.heldout.fraction == 0 and not recipe.evaluate.tasks:
+        problems.append(
+            (("evaluate", "cost"), "there is nothing to ask: no prompt is held out and there are no `tasks`; add some")
+        )
+    if side_by_side is not None and "heldout" in side_by_side.prompts and recipe.heldout.fraction == 0:
+        sentence = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
+        problems.append((("evaluate", "side_by_side", "prompts"), sentence))
+    names = [stage.name for stage in recipe.stages]
+    for i, model in enumerate(recipe.evaluate.models):
+        path = ("evaluate", "models", i)
+        if model == "teacher" and recipe.teacher is None:
+            problems.append((path, "the recipe has no `teacher` section; add one, or leave it out here"))
+        elif model == "base" and recipe.student is None:
+            problems.append((path, "the recipe has no `student` section; add one, or leave it out here"))
+        elif model not in (choices := ["teacher", "base", *names]):
+            problems.append((path, f"'{model}' is none of {quoted(choices)}{closest(model, choices)}"))
+    return problems
+
+
+def _assume_problems(recipe: Recipe) -> list[Problem]:
+    sources = sorted({prompt.source for prompt in recipe.prompts})
+    return [
+        (("assume", "sources", name), f"no entry of `prompts` has this source{closest(name, sources)}")
+        for name in recipe.assume.sources
+        if name not in sources
+    ]

@@ -1,0 +1,394 @@
+"""What a recipe may say about phase 2: student, stages, losses, and the arguments of transformers.Trainer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from shared.recipe.base import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Integer,
+    Name,
+    NonNegative,
+    Number,
+    Positive,
+    Problem,
+    Section,
+    Share,
+    Text,
+    inconsistent,
+    one_or_many,
+)
+from shared.recipe.curriculum import Balance, Sampling, StageEvaluation
+from shared.recipe.schedule import Schedule, constant
+
+RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
+"""Names with a meaning of their own."""
+
+LossName = Literal[
+    "cross_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "hidden",
+    "attention",
+    "contrastive",
+]
+LOSSES_ON_HIDDEN_LAYER = ("hidden", "attention", "contrastive")
+"""Losses that read a hidden layer of the cache instead of a targets layer."""
+StudentLayer = Annotated[int, Field(ge=1)] | Literal["final"]
+
+
+class Adapter(Section):
+    """How the student's weights are trained: all of them, or low-rank additions."""
+
+    kind: Literal["none", "lora", "qlora"] = "none"
+    """none: all weights; lora: low-rank additions; qlora: the same over 4-bit weights."""
+    r: Count = 16
+    """Rank."""
+    alpha: Positive = 32
+    """Scale of the additions, divided by the rank."""
+    dropout: Annotated[Fraction, Field(lt=1)] = 0.0
+    """Dropout before the additions."""
+    target_modules: Text | tuple[Text, ...] = "all-linear"
+    """Which layers get additions: all-linear (without the head), a pattern, or names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_is_kind(cls, data: Any) -> Any:
+        return {"kind": data} if isinstance(data, str) else data
+
+
+class Student(Section):
+    """The model that learns."""
+
+    model: Text
+    """A directory or a hub id."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Start from its weights, or from fresh ones of its config."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type in which the weights are kept; float32 masters keep small updates."""
+    adapter: Adapter = Adapter()
+    """none, lora or qlora, or a section with options."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation; packs stay separate in sdpa and flash_attention_2."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model."""
+    gradient_checkpointing: Literal["auto"] | bool = False
+    """Recompute activations in the backward pass: less memory, a third more time; auto: where a first, measured step
+    would not fit the GPU otherwise."""
+    liger: bool = False
+    """Use liger-kernel's norms, MLP and rotary embeddings; needs an NVIDIA GPU. Its losses stay off: the loss is
+    Decant's own.
+    """
+
+
+_TELL_TERMS_APART = {"temperature", "beta", "skew"}
+"""Options that make two entries of one divergence two terms."""
+
+
+def _layer_names(value: Any) -> Any:
+    """Let teacher layers be written as numbers."""
+    if isinstance(value, dict):
+        return {
+            str(key) if isinstance(key, int) and not isinstance(key, bool) else key: entry
+            for key, entry in value.items()
+        }
+    return value
+
+
+class Loss(Section):
+    """One term of the training loss, in nats per supervised position."""
+
+    name: LossName
+    """Which divergence between teacher and student, cross_entropy against the tokens of the text, or a loss on a hidden
+    layer.
+    """
+    weight: Schedule = constant(1.0)
+    """What the term is multiplied by: a number or a schedule."""
+    temperature: Schedule = constant(1.0)
+    """Temperature of both sides: a number or a step schedule; every value must have been captured."""
+    beta: Share = 0.5
+    """Share of the teacher in the mixture of jsd."""
+    skew: Share = 0.1
+    """Share of the other side in skew_forward_kl and skew_reverse_kl."""
+    metric: Literal["mse", "cosine"] = "mse"
+    """Distance of hidden: mean squared error, or 1 minus the cosine."""
+    normalise: bool = True
+    """For hidden with mse: divide each teacher state by its root mean square, so that layers of large states weigh no
+    more.
+    """
+    layer_map: Annotated[dict[str, StudentLayer] | None, BeforeValidator(_layer_names)] = None
+    """For hidden and attention: teacher layer -> student layer, counted from 1, `final` for the state after the last
+    norm; left
+    out: every stored teacher layer to the student layer at the same relative depth."""
+    tau: Positive = 0.07
+    """What cosines are divided by in contrastive."""
+
+    @model_validator(mode="after")
+    def _options_belong_to_it(self) -> Loss:
+        problems: list[Problem] = []
+        if self.name != "jsd" and self.beta != 0.5:
+            problems.append((("beta",), f"only jsd has a beta, '{self.name}' does not, so leave it out"))
+        if not self.name.startswith("skew_") and self.skew != 0.1:
+            problems.append((("skew",), f"only the skew_ losses have a skew, '{self.name}' does not, so leave it out"))
+        problems += self._hidden_problems()
+        if self.name == "cross_entropy" and set(self.temperature.extremes()) != {1.0}:
+            problems.append((("temperature",), "cross_entropy is taken at temperature 1, so leave it out"))
+        if min(self.temperature.extremes()) <= 0:
+            problems.append((("temperature",), "a temperature must be above 0"))
+        if self.temperature.kind in ("linear", "cosine"):
+            moves = f"a {self.temperature.kind} schedule passes through temperatures that were not captured"
+            problems.append(
+                (("temperature", "kind"), f"{moves}; use a number, or kind 'step' with captured temperatures")
+            )
+        if problems:
+            inconsistent(*problems)
+        return self
+
+    def _hidden_problems(self) -> list[Problem]:
+        """Say which options of losses on a hidden layer are set where they mean nothing."""
+        problems: list[Problem] = []
+        if self.name in LOSSES_ON_HIDDEN_LAYER and set(self.temperature.extremes()) != {1.0}:
+            hint = " (its own is `tau`)" if self.name == "contrastive" else ""
+            problems.append((("temperature",), f"'{self.name}' has none{hint}, so leave it out"))
+        if self.name != "hidden" and self.metric != "mse":
+            problems.append((("metric",), f"only hidden has a metric, '{self.name}' does not, so leave it out"))
+        if not self.normalise and (self.name != "hidden" or self.metric == "cosine"):
+            problems.append(
+                (("normalise",), "only hidden with metric mse can leave states unnormalised, so leave it out")
+            )
+        if self.layer_map is not None and self.name not in ("hidden", "attention"):
+            problems.append(
+                (("layer_map",), f"only hidden and attention map layers, '{self.name}' does not, so leave it out")
+            )
+        for teacher, student in (self.layer_map or {}).items():
+            is_number = teacher.isdecimal() and int(teacher) > 0
+            if not is_number and (teacher != "final" or self.name == "attention"):
+                expected = "a number from 1" if self.name == "attention" else "a number from 1, or 'final'"
+                problems.append((("layer_map",), f"'{teacher}' is no layer of a teacher; write {expected}"))
+            if student == "final" and self.name == "attention":
+                problems.append((("layer_map",), "'final' is a state and has no attention; write a number from 1"))
+        if self.layer_map is not None and not self.layer_map:
+            problems.append((("layer_map",), "maps no layer; leave it out to map every stored one"))
+        if self.name != "contrastive" and self.tau != 0.07:
+            problems.append((("tau",), f"only contrastive has a tau, '{self.name}' does not, so leave it out"))
+        return problems
+
+
+class StageTrainer(Section):
+    """Arguments of one stage's training, in the spelling of transformers.TrainingArguments."""
+
+    learning_rate: Positive = 1e-4
+    """Peak learning rate."""
+    max_steps: Count | None = None
+    """Optimizer steps; left out: num_train_epochs decides."""
+    num_train_epochs: Positive = 1.0
+    """Passes over the rows, where max_steps is left out."""
+    pack_tokens: Count = 2048
+    """Tokens in one pack; rows are packed without attention between them."""
+    per_device_train_batch_size: Count = 1
+    """Packs per device and forward pass."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per optimizer step."""
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """How the learning rate moves."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Options of the schedule, such as min_lr."""
+    warmup_steps: CountOrZero = 0
+    """Steps over which the learning rate rises."""
+    warmup_ratio: Annotated[Fraction, Field(lt=1)] = 0.0
+    """The same as a share of all steps."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: Annotated[Fraction, Field(lt=1)] = 0.9
+    """Decay of the mean of gradients."""
+    adam_beta2: Annotated[Fraction, Field(lt=1)] = 0.999
+    """Decay of the mean of squared gradients."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of the latter."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip gradients to this norm; 0 does not clip."""
+    max_grad_norm_factor: Annotated[Number, Field(gt=1)] | None = 100.0
+    """Stop when the gradient's norm before clipping exceeds its running median by this factor in 5 steps in a row;
+    null: never.
+    """
+    optim: Text = "adamw_torch"
+    """Optimizer, by its name in transformers."""
+    bf16: bool = False
+    """Compute in bfloat16 over float32 weights."""
+    fp16: bool = False
+    """Compute in float16 over float32 weights, with loss scaling."""
+    tf32: bool | None = None
+    """Allow TF32 matrix products; left out: torch's default."""
+    torch_compile: bool = False
+    """Compile the model's body."""
+    gradient_checkpointing: Literal["auto"] | bool = False
+    """Recompute activations in the backward pass, as in the student's section."""
+    fsdp: Literal["none", "full_shard"] = "none"
+    """What several processes hold: none: each the whole student; full_shard: a part of its weights and optimizer state
+    each.
+    """
+    operator: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the fused loss; auto: on a GPU whichever is faster on the first pack, elsewhere torch."""
+    operator_chunk_mib: Annotated[Count, Field(le=16384)] = 256
+    """MiB of the fused loss's buffers: smaller ones save memory, larger ones hardly time."""
+    save_steps: Count = 100
+    """Steps between checkpoints."""
+    save_total_limit: Count | None = 2
+    """Checkpoints to keep."""
+    logging_steps: Count = 1
+    """Steps between lines in metrics.jsonl."""
+    dataloader_num_workers: CountOrZero = 0
+    """Processes that read the cache."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "none"], ...], BeforeValidator(one_or_many)] = (
+        "tensorboard",
+    )
+    """Where metrics go besides metrics.jsonl."""
+    seed: Integer | None = None
+    """Seed of order, dropout and fresh weights; left out: the recipe's."""
+
+    @model_validator(mode="after")
+    def _one_of_each_pair(self) -> StageTrainer:
+        problems: list[Problem] = []
+        if self.bf16 and self.fp16:
+            problems.append((("fp16",), "bf16 and fp16 are both on; keep one"))
+        if self.warmup_steps and self.warmup_ratio:
+            problems.append((("warmup_ratio",), "warmup_steps and warmup_ratio are both set; keep one"))
+        if "none" in self.report_to and len(self.report_to) > 1:
+            problems.append((("report_to",), "'none' stands alone"))
+        if problems:
+            inconsistent(*problems)
+        return self
+
+
+class Stage(Section):
+    """One training run: where it starts, what it minimises, on which rows, for how long."""
+
+    name: Name
+    """Directory of the stage below output_dir/train, and its name everywhere else."""
+    init_from: Text = "base"
+    """base (the student's own weights), previous, an earlier stage's name, a model directory (with a '/'), or another
+    run's stage: its directory, or RUN_DIRECTORY:STAGE."""
+    losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
+    """Terms of the loss; they are added."""
+    balance: Balance = Balance()
+    """fixed, grad_norm or uncertainty, or a section with options: what moves the weights of the losses against each
+    other.
+    """
+    mixture: dict[str, Schedule] | None = None
+    """Share of each source in the training tokens, a number or a schedule; left out: as they are in the cache."""
+    sampling: Sampling | None = None
+    """Shares that follow the stage's evaluations, beginning with the mixture; left out: the mixture alone decides."""
+    targets: str | None = None
+    """Targets layer of the cache, where it has more than one."""
+    hidden: str | None = None
+    """Hidden layer of the cache, where it has more than one and losses read it."""
+    max_length: Count | None = None
+    """Longest row in tokens; left out: pack_tokens."""
+    too_long: Literal["cut", "drop", "refuse"] = "cut"
+    """What happens to longer rows."""
+    evaluate: StageEvaluation | None = None
+    """Held-out figures and sample answers while it trains; left out: none."""
+    trainer: StageTrainer = StageTrainer()
+    """Arguments of the training."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Stage:
+        problems: list[Problem] = []
+        if self.name in RESERVED_STAGE_NAMES:
+            problems.append((("name",), f"'{self.name}' is reserved; call the stage something else"))
+        if all(max(loss.weight.extremes()) == 0 for loss in self.losses):
+            problems.append((("losses",), "every weight is 0, so there is nothing to minimise"))
+        seen: set[tuple[str, str]] = set()
+        for i, loss in enumerate(self.losses):
+            identity = (
+                loss.name,
+                "" if loss.name in LOSSES_ON_HIDDEN_LAYER else loss.model_dump_json(include=_TELL_TERMS_APART),
+            )
+            if identity in seen:
+                problems.append(
+                    (("losses", i, "name"), f"'{loss.name}' is listed twice; add up its weights in one entry")
+                )
+            seen.add(identity)
+        if self.hidden is not None and not any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in self.losses):
+            listed = ", ".join(LOSSES_ON_HIDDEN_LAYER)
+            problems.append((("hidden",), f"no loss of the stage reads a hidden layer ({listed} do), so leave it out"))
+        if self.balance.kind != "fixed" and len(self.losses) < 2:
+            problems.append((("balance",), "there is one loss, and nothing to balance it against; leave it out"))
+        if self.mixture is not None and not self.mixture:
+            problems.append((("mixture",), "names no source; leave it out to take the rows as they are"))
+        problems += self._mixture_problems()
+        if self.max_length is not None and self.max_length > self.trainer.pack_tokens:
+            pack = self.trainer.pack_tokens
+            problems.append(
+                (
+                    ("max_length",),
+                    f"a row of {self.max_length} tokens does not fit a pack of {pack}; raise trainer.pack_tokens",
+                )
+            )
+        if problems:
+            inconsistent(*problems)
+        return self
+
+    @property
+    def goes_over_run(self) -> bool:
+        """Return whether one of its schedules goes over all stages."""
+        moving = [schedule for loss in self.losses for schedule in (loss.weight, loss.temperature)]
+        return any(schedule.over == "run" for schedule in (*moving, *(self.mixture or {}).values()))
+
+    def _mixture_problems(self) -> list[Problem]:
+        """Return what is wrong with shares and what moves them."""
+        mixture = self.mixture or {}
+        problems: list[Problem] = [
+            (("mixture", name), "this share is always 0; leave the source out")
+            for name, share in mixture.items()
+            if max(share.extremes()) == 0
+        ]
+        if self.sampling is None:
+            return problems
+        if self.evaluate is None:
+            problems.append(
+                (("sampling",), "shares follow the stage's evaluations and it has none; add an `evaluate` section")
+            )
+        elif self.sampling.every_steps is not None and self.sampling.every_steps % self.evaluate.every_steps:
+            every = self.evaluate.every_steps
+            problems.append(
+                (("sampling", "every_steps"), f"must be a multiple of evaluate.every_steps, which is {every}")
+            )
+        problems += [
+            (
+                ("mixture", name),
+                "sampling moves the shares itself; give a number to begin with, or leave `sampling` out",
+            )
+            for name, share in mixture.items()
+            if share.kind != "constant"
+        ]
+        if mixture and not len(mixture) * self.sampling.floor <= 1 <= len(mixture) * self.sampling.ceiling:
+            problems.append(
+                (("sampling",), f"{len(mixture)} shares within floor and ceiling cannot sum to 1; move one of them")
+            )
+        if self.trainer.dataloader_num_workers:
+            said = "packs are planned while the stage trains, which other processes would not see; set it to 0"
+            problems.append((("trainer", "dataloader_num_workers"), said))
+        return problems
+
+
+__all__ = ["RESERVED_STAGE_NAMES", "Adapter", "Loss", "LossName", "Stage", "StageTrainer", "Student"]

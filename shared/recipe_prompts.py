@@ -1,0 +1,108 @@
+"""What a recipe may say about one source of prompts: where it lies, what its columns mean, how its rows become tokens."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from shared.recipe.base import Count, Problem, Section, Text, closest, inconsistent, quoted
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "prompt", "chosen", "system", "tools", "reference"),
+    "prompt_completion": ("prompt", "completion", "chosen", "history", "system", "tools", "reference"),
+    "alpaca": ("instruction", "input", "output", "chosen", "history", "system", "tools", "reference"),
+    "sharegpt": ("conversations", "chosen", "system", "tools", "reference"),
+    "text": ("text", "reference"),
+    "cache": (),
+}
+"""Format to the columns that it reads (`reference` may also be called `answer`)."""
+ALIASES = {"prompt_completion": {"response": "completion"}, "alpaca": {"response": "output", "prompt": "instruction"}}
+"""Format to other names that `columns` may use."""
+
+
+class PromptSource(Section):
+    """One file, directory or hub data set of prompts or answered prompts."""
+
+    source: str = ""
+    """Label of these rows in the cache, in mixtures and in reports; two entries may share it; format cache may leave it
+    out.
+    """
+    path: Text
+    """A jsonl, json, csv, txt, parquet or arrow file, a directory of them, or a hub id; for format cache, a cache's
+    directory.
+    """
+    format: Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text", "cache"]
+    """What the columns mean; cache: rows of another cache, token for token."""
+    split: Text = "train"
+    """Split of a hub data set or of a directory whose names tell splits apart."""
+    config: Text | None = None
+    """Configuration (subset) of a hub data set or directory that has several."""
+    limit: Count | None = None
+    """Take at most this many rows from the start."""
+    columns: dict[str, Text] = Field(default_factory=dict)
+    """Columns by another name, such as {prompt: question, response: answer}."""
+    ignore: tuple[Text, ...] = ()
+    """Columns and keys of turns that are left out knowingly, such as [tools]."""
+    system: str | None = None
+    """System message put before conversations that have none."""
+    supervise: Literal["all", "last"] = "all"
+    """Given answers that are trained: all of a row, or its last, with the turns before it as context."""
+    template: Literal["chat", "none"] = "chat"
+    """Render with the tokenizer's chat template, or join the plain texts."""
+    chat_template: str | None = None
+    """A Jinja template (or the path of one) instead of the tokenizer's."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the template, such as enable_thinking."""
+    date: datetime.date | None = None
+    """What a template that writes the current date writes instead, such as 2026-01-31."""
+
+    @model_validator(mode="after")
+    def _can_be_honoured(self) -> PromptSource:
+        problems: list[Problem] = [(("columns", name), sentence) for name, sentence in _unread_columns(self)]
+        if self.format == "cache":
+            kept = {"source", "path", "format", "limit"}
+            problems = [
+                ((name,), "rows of a cache are taken as they are, so leave it out") for name in _moved(self) - kept
+            ]
+        else:
+            if not self.source:
+                problems.append(
+                    (("source",), "label these rows (only rows of format 'cache' have labels of their own)")
+                )
+            problems += [((name,), sentence) for name, sentence in _without_template(self)]
+        if problems:
+            inconsistent(*sorted(problems, key=str))
+        return self
+
+
+def _moved(source: PromptSource) -> set[str]:
+    return set(source.model_dump(exclude_defaults=True))
+
+
+def _without_template(source: PromptSource) -> list[tuple[str, str]]:
+    """Return what plain text leaves without effect."""
+    if source.format != "text" and source.template != "none":
+        return []
+    plain = "'text' rows" if source.format == "text" else "rows with template 'none'"
+    names = [name for name in ("chat_template", "chat_template_kwargs", "date") if getattr(source, name)]
+    if source.format == "text":
+        names += [name for name in ("system", "supervise") if name in _moved(source)]
+    why = {"supervise": f"{plain} are trained from their second token on, so leave it out"}
+    return [(name, why.get(name, f"{plain} are not rendered by a template, so leave it out")) for name in names]
+
+
+def _unread_columns(source: PromptSource) -> list[tuple[str, str]]:
+    """Return names that the format does not read, and columns that two names claim."""
+    known = (*COLUMNS[source.format], *ALIASES.get(source.format, {}))
+    found = [
+        (name, f"format '{source.format}' reads no {name!r}, only {quoted(known)}{closest(name, known)}")
+        for name in source.columns
+        if name not in known
+    ]
+    twice = [name for name, column in source.columns.items() if list(source.columns.values()).count(column) > 1]
+    return found + [(name, f"the column {source.columns[name]!r} is given twice; name each once") for name in twice]
+
+
+__all__ = ["ALIASES", "COLUMNS", "PromptSource"]

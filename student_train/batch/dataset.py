@@ -1,0 +1,220 @@
+"""The packs of a stage as arrays, read from one or several caches.
+
+Map-style: item i is the stage's i-th pack, whoever asks and whenever, so a resumed run starts at its position and reads
+nothing before it. Several caches follow one another as one list of rows; sources of the same name are one source. Cost:
+one row's decode per row of the pack (microseconds); memory independent of the caches' size beyond 24 bytes per row and
+4 per row and epoch.
+
+Shape letters: R rows of all caches, B tokens of a pack, S its supervised positions, N its head entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shared.cache.cache import Cache, Row
+from shared.errors import CacheError, IdentityError, TrainingError
+from shared.keys import is_heldout
+from shared.payload.narrowing import LayerView
+from student_train.batch.hidden_batch import HiddenReading
+from student_train.batch.row_targets import at_temperatures, first_positions, within_vocabulary
+from student_train.batch.target_batch import pack_targets
+from student_train.order.stage_plan import StagePlan
+
+Share = TypeVar("Share")
+
+
+class CacheList:
+    """Several caches as one list of rows."""
+
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        """Join opened caches.
+
+        Raises:
+            IdentityError: their tokenizers differ.
+        """
+        assert caches
+        self.caches = tuple(caches)
+        self.path = caches[0].path
+        self.tokenizer_hash = caches[0].sequences_identity.tokenizer_hash
+        self.vocab_size = caches[0].sequences_identity.vocab_size
+        for cache in caches[1:]:
+            other = cache.sequences_identity.tokenizer_hash
+            if other != self.tokenizer_hash:
+                raise IdentityError(
+                    f"{self.path} has tokenizer {self.tokenizer_hash} and {cache.path} has {other}; "
+                    "train on caches of one tokenizer, or build one of them again"
+                )
+        self._ends = np.cumsum([len(cache) for cache in caches])
+
+    @classmethod
+    def open(
+        cls,
+        paths: Sequence[Path],
+        targets: str | LayerView | None,
+        *,
+        with_targets: bool = True,
+        hidden: Sequence[str | bool] | None = None,
+    ) -> CacheList:
+        """Open caches with the named layer, their only one, or none at all, and each with a hidden layer where one is
+        named.
+
+        Raises:
+            CacheError: one cannot be opened, or has no such layer.
+        """
+        hidden = [False] * len(paths) if hidden is None else hidden
+        if with_targets:
+            caches = [Cache.open(path, targets, hidden=name) for path, name in zip(paths, hidden, strict=True)]
+            for cache in caches:
+                if cache.layer is None:
+                    raise CacheError(
+                        f"{cache.path} has no targets layer, and the stage's losses need the teacher's; "
+                        "score it with 'decant teach', or train with cross_entropy alone"
+                    )
+        else:  # labels need no layer, however many there are; the rows are the same, so stages with and without one compare
+            caches = [Cache.open_sequences(path, hidden=name) for path, name in zip(paths, hidden, strict=True)]
+        return cls(caches)
+
+    def __len__(self) -> int:
+        """R, the number of rows."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        """Return one row."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.caches[which][index - (int(self._ends[which - 1]) if which else 0)]
+
+    @property
+    def cache_id(self) -> str:
+        """Identity of what is read: the caches' own, in order."""
+        return "+".join(cache.cache_id for cache in self.caches)
+
+    @cached_property
+    def num_tokens(self) -> NDArray[np.int32]:
+        """[R] tokens per row."""
+        return np.concatenate([cache.num_tokens for cache in self.caches])
+
+    @cached_property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of all sources, sorted."""
+        return tuple(sorted({name for cache in self.caches for name in cache.source_names}))
+
+    @cached_property
+    def sources(self) -> NDArray[np.int32]:
+        """[R] index into `source_names` per row."""
+        codes = {name: code for code, name in enumerate(self.source_names)}
+        parts = [
+            np.array([codes[name] for name in cache.source_names], np.int32)[cache.sources] for cache in self.caches
+        ]
+        return np.concatenate(parts)
+
+    def training_rows(self, heldout_fraction: float) -> NDArray[np.int32]:
+        """Return indices of the rows that are not held out; the decision is by group, so no prompt is on both sides."""
+        keys = (key for cache in self.caches for key in np.asarray(cache.group_keys).tolist())
+        held = np.fromiter((is_heldout(key, heldout_fraction) for key in keys), bool, len(self))
+        return np.flatnonzero(~held).astype(np.int32)
+
+    def mixture_codes(self, mixture: Mapping[str, Share] | None) -> dict[int, Share] | None:
+        """Return a mixture by source code.
+
+        Raises:
+            TrainingError: a source is in none of the caches.
+        """
+        if mixture is None:
+            return None
+        unknown = sorted(set(mixture) - set(self.source_names))
+        if unknown:
+            raise TrainingError(
+                f"the mixture names source '{unknown[0]}', which no cache has (they have "
+                f"{', '.join(self.source_names)}); correct"
+            )
+        return {self.source_names.index(name): share for name, share in mixture.items()}
+
+
+class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
+    """A stage's packs in training order."""
+
+    def __init__(
+        self,
+        caches: CacheList,
+        plan: StagePlan,
+        temperatures: Sequence[float] | None,
+        hidden: HiddenReading | None = None,
+    ) -> None:
+        """Read packs of `plan` from `caches`, with targets at `temperatures` (None for labels alone) and what `hidden`
+        reads.
+        """
+        self.hidden = hidden
+        self.caches = caches
+        self.plan = plan
+        self.temperatures = temperatures
+
+    def __len__(self) -> int:
+        """Packs of all epochs."""
+        return self.plan.num_packs
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Return one pack.
+
+        Keys: `input_ids` int64 [B]; `position_ids` int64 [B], from 0 in each row; `predictor_index` int64 [S], which
+            hidden state
+        predicts; `labels` int64 [S]; and what `pack_targets` returns, unless labels are all that is needed.
+        Where a hidden layer is read, also what `HiddenReading.pack` returns.
+        """
+        rows = [self.caches[int(row)] for row in self.plan.rows_of(index)]
+        return build_pack(rows, self.plan.limit, self.temperatures, self.caches.vocab_size, self.hidden)
+
+    def tokens_by_source(self, step: int) -> dict[str, int]:
+        """Return how many tokens of each source optimizer step `step`, counted from 1, trains on, on all devices
+        together.
+        """
+        plan, names = self.plan, self.caches.source_names
+        packs = range((step - 1) * plan.packs_per_step, min(step * plan.packs_per_step, plan.num_packs))
+        rows = np.concatenate([plan.rows_of(pack) for pack in packs])
+        lengths = np.minimum(self.caches.num_tokens[rows], plan.limit)
+        counts = np.bincount(self.caches.sources[rows], weights=lengths, minlength=len(names))
+        return {name: int(count) for name, count in zip(names, counts, strict=True)}
+
+
+def build_pack(
+    rows: Sequence[Row],
+    limit: int,
+    temperatures: Sequence[float] | None,
+    vocab_size: int,
+    reading: HiddenReading | None = None,
+) -> dict[str, np.ndarray]:
+    """Return one pack's arrays; a row above `limit` tokens loses its end, with the positions whose label falls there."""
+    tokens, positions, predictors, labels, targets, hidden = [], [], [], [], [], []
+    start = 0
+    for row in rows:
+        ids = row.token_ids[:limit]
+        index = row.predictor_index()
+        index = index[index < len(ids) - 1]
+        tokens.append(ids)
+        positions.append(np.arange(len(ids), dtype=np.int64))
+        predictors.append(index.astype(np.int64) + start)
+        labels.append(ids[index + 1])
+        if temperatures is not None:
+            assert row.targets is not None, "the cache was opened without a layer"
+            targets.append(
+                within_vocabulary(first_positions(at_temperatures(row.targets, temperatures), len(index)), vocab_size)
+            )
+        if reading is not None:
+            assert row.hidden is not None, "the cache was opened without a hidden layer"
+            hidden.append((row.hidden, len(index)))
+        start += len(ids)
+    return {
+        "input_ids": np.concatenate(tokens).astype(np.int64),
+        "position_ids": np.concatenate(positions),
+        "predictor_index": np.concatenate(predictors),
+        "labels": np.concatenate(labels).astype(np.int64),
+        **(pack_targets(targets) if targets else {}),
+        **(reading.pack(hidden) if reading is not None else {}),
+    }

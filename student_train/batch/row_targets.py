@@ -1,0 +1,96 @@
+"""One row's targets as a stage needs them: the first positions, some of the temperatures.
+
+Cost: views of the row's arrays, except for temperatures that are left out.
+
+Shape letters: S supervised positions, N head entries, J captured temperatures, D drawn tokens of one temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from shared.errors import TrainingError
+from shared.payload.narrowing import keep_entries
+from shared.payload.ragged import segment_sum
+from shared.payload.targets import Draws, SparseTargets
+
+
+def first_positions(targets: SparseTargets, num_positions: int) -> SparseTargets:
+    """Return the targets of the first `num_positions` positions."""
+    if num_positions >= targets.num_positions:
+        return targets
+    num_head = int(targets.counts[:num_positions].sum())
+    return SparseTargets(
+        counts=targets.counts[:num_positions],
+        ids=targets.ids[:num_head],
+        logprobs=targets.logprobs[:num_head],
+        label_logprobs=targets.label_logprobs[:num_positions],
+        tail_logmass=targets.tail_logmass[:num_positions],
+        temperatures=targets.temperatures,
+        draws=tuple(_first_draws(draws, num_positions) for draws in targets.draws),
+    )
+
+
+def _first_draws(draws: Draws, num_positions: int) -> Draws:
+    num_drawn = int(draws.counts[:num_positions].sum())
+    return Draws(draws.counts[:num_positions], draws.ids[:num_drawn], draws.multiplicities[:num_drawn])
+
+
+def at_temperatures(targets: SparseTargets, wanted: Sequence[float]) -> SparseTargets:
+    """Return the targets with only the `wanted` temperatures, which must have been captured.
+
+    Raises:
+        TrainingError: one was not captured.
+    """
+    columns = [temperature_column(targets.temperatures, temperature) for temperature in wanted]
+    if len(columns) == len(targets.temperatures):
+        return targets
+    return SparseTargets(
+        counts=targets.counts,
+        ids=targets.ids,
+        logprobs=targets.logprobs,
+        label_logprobs=targets.label_logprobs,
+        tail_logmass=targets.tail_logmass[:, columns],
+        temperatures=tuple(targets.temperatures[j] for j in columns),
+        draws=tuple(targets.draws[j] for j in columns) if targets.draws else (),
+    )
+
+
+def temperature_column(captured: Sequence[float], temperature: float) -> int:
+    """Return which of the captured temperatures this is.
+
+    Raises:
+        TrainingError: none.
+    """
+    for j, value in enumerate(captured):
+        if abs(value - temperature) <= 1e-6 * temperature:
+            return j
+    listed = ", ".join(f"{value:g}" for value in captured)
+    raise TrainingError(
+        f"the stage trains at temperature {temperature:g}, which was not captured (captured: {listed}), so the "
+        "teacher's tail "
+        "at it is unknown; train at a captured one, or add it to capture.temperatures and score another layer"
+    )
+
+
+def within_vocabulary(targets: SparseTargets, vocab_size: int) -> SparseTargets:
+    """Return the targets with what lies beyond the tokenizer's vocabulary moved into the tail.
+
+    A teacher's head may be padded beyond its tokenizer, and its padding may reach the top k at a tiny probability.
+    """
+    inside = targets.ids < vocab_size
+    draws = tuple(_draws_within(drawn, vocab_size) for drawn in targets.draws)
+    if inside.all():
+        return targets if draws == targets.draws else replace(targets, draws=draws)
+    return keep_entries(targets, inside, draws)
+
+
+def _draws_within(draws: Draws, vocab_size: int) -> Draws:
+    """Leave out drawn padding; the other draws of the position then carry its tail."""
+    inside = draws.ids < vocab_size
+    if inside.all():
+        return draws
+    return Draws(segment_sum(inside.astype(np.int32), draws.counts), draws.ids[inside], draws.multiplicities[inside])

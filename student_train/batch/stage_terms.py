@@ -1,0 +1,43 @@
+"""A stage's losses at each step: which temperatures they take, whether they need a teacher, which terms they are now.
+
+Cost: nothing.
+"""
+
+from __future__ import annotations
+
+from shared.recipe.recipe import Stage
+from student_train.losses import LossTerm, divergences, registry, representations
+from student_train.losses.representation import Reads
+from student_train.order import schedules
+from student_train.order.schedules import RunSteps
+
+
+def needs_teacher(stage: Stage) -> bool:
+    """Return whether any loss of a stage looks at the teacher's targets."""
+    return any(_reads_targets(loss.name) for loss in stage.losses)
+
+
+def hidden_reads(stage: Stage) -> frozenset[Reads]:
+    """Return what the losses of a stage read of a hidden layer; nothing where none does."""
+    return frozenset(representations[loss.name].reads for loss in stage.losses if loss.name in representations)
+
+
+def _reads_targets(name: str) -> bool:
+    return name in divergences and not divergences[name].on_labels
+
+
+def training_temperatures(stage: Stage) -> tuple[float, ...]:
+    """Return every temperature that a stage's divergences take, and 1, ascending."""
+    on_targets = [loss for loss in stage.losses if _reads_targets(loss.name)]
+    return tuple(sorted({1.0, *(value for loss in on_targets for value in loss.temperature.extremes())}))
+
+
+def terms_at(stage: Stage, step: int, num_steps: int, run: RunSteps | None = None) -> list[LossTerm]:
+    """Return a stage's loss terms at an optimizer step, counted from 0; `run` where a schedule goes over all stages."""
+    terms = []
+    for loss in stage.losses:
+        options = {name: getattr(loss, name) for name in registry[loss.name].options}
+        weight = schedules.value(loss.weight, step, num_steps, run)
+        temperature = schedules.value(loss.temperature, step, num_steps, run)
+        terms.append(LossTerm(loss.name, weight, temperature, options))
+    return terms

@@ -1,0 +1,223 @@
+"""A pack's sparse teacher distributions as tensors, and their members at one temperature, chunk by chunk.
+
+A *member* is a token whose teacher mass is known by itself: an entry of the head, or a drawn token, which stands for
+`tail mass x multiplicity / draws`. What no member holds is the *bucket*: all other tokens together. Where a position
+has draws they carry the tail's mass and its bucket is empty; otherwise the bucket carries it. A padded slot points at
+column V, one beyond
+the vocabulary, which the operator keeps as a dump: it reads as -inf, and what is written there is never used. At T != 1
+the head's ratios are those of logprobs / T and its mass is what the captured tail at T leaves: exact.
+Cost: linear in the entries; where every position has as many entries as the next, views instead of gathers.
+
+Shape letters: S positions, N head entries, D drawn tokens of one temperature, J captured temperatures, C positions of a
+chunk, K members of the chunk's longest position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import TrainingError
+from shared.payload.targets import SparseTargets
+
+
+def pack_targets(rows: Sequence[SparseTargets]) -> dict[str, np.ndarray]:
+    """Concatenate rows' targets into the arrays of one pack, ready to become tensors.
+
+    Returns `support_counts` int32 [S], `support_ids` int64 [N], `support_logprobs` f32 [N], `label_logprobs` f32 [S],
+    `tail_logmass` f32 [S, J], `temperatures` f64 [J]; where draws were made also `draw_counts` int32 [J, S], `draw_ids`
+    int64 and `draw_multiplicities` int32, both flat by temperature, then position.
+
+    Raises:
+        TrainingError: the rows were captured at different temperatures, or only some with draws.
+    """
+    if not rows:
+        raise ValueError("a pack holds at least one row")
+    temperatures = rows[0].temperatures
+    for row in rows:
+        if row.temperatures != temperatures or len(row.draws) != len(rows[0].draws):
+            raise TrainingError(
+                f"one pack mixes targets captured at temperatures {list(temperatures)} with {len(rows[0].draws)} "
+                "sets of draws "
+                f"and at {list(row.temperatures)} with {len(row.draws)}; train on caches whose targets were captured "
+                "alike"
+            )
+    arrays: dict[str, np.ndarray] = {
+        "support_counts": np.concatenate([row.counts for row in rows]).astype(np.int32, copy=False),
+        "support_ids": np.concatenate([row.ids for row in rows]).astype(np.int64),
+        "support_logprobs": np.concatenate([row.logprobs for row in rows]).astype(np.float32, copy=False),
+        "label_logprobs": np.concatenate([row.label_logprobs for row in rows]).astype(np.float32, copy=False),
+        "tail_logmass": np.concatenate([row.tail_logmass for row in rows]).astype(np.float32, copy=False),
+        "temperatures": np.asarray(temperatures, dtype=np.float64),
+    }
+    if rows[0].draws:
+        by_temperature = range(len(temperatures))
+        arrays["draw_counts"] = np.stack(
+            [np.concatenate([row.draws[j].counts for row in rows]) for j in by_temperature]
+        ).astype(np.int32)
+        arrays["draw_ids"] = np.concatenate([row.draws[j].ids for j in by_temperature for row in rows]).astype(np.int64)
+        arrays["draw_multiplicities"] = np.concatenate(
+            [row.draws[j].multiplicities for j in by_temperature for row in rows]
+        ).astype(np.int32)
+    return arrays
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Members:
+    """The teacher's masses at C positions and one temperature."""
+
+    ids: Tensor
+    """[C, K] int64 token ids; V in padded slots."""
+    log_p: Tensor
+    """[C, K + 1] natural logs of the members' masses and, last, the bucket's; -inf in padded slots and empty buckets.
+    """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ragged:
+    """Token ids with one number each, flat, a count per position. `counts_host` stays on the CPU: shapes are decided
+    there.
+    """
+
+    counts: Tensor
+    counts_host: Tensor
+    starts: Tensor
+    ids: Tensor
+    numbers: Tensor
+
+    @staticmethod
+    def of(counts: Tensor, ids: Tensor, numbers: Tensor) -> _Ragged:
+        counts_host = counts.to("cpu", torch.int64)
+        if int(counts_host.sum()) != len(ids) or len(ids) != len(numbers):
+            raise ValueError(
+                f"{int(counts_host.sum())} entries counted, {len(ids)} ids and {len(numbers)} numbers given"
+            )
+        starts_host = counts_host.cumsum(0) - counts_host
+        return _Ragged(
+            counts_host.to(ids.device), counts_host, starts_host.to(ids.device), ids.to(torch.int64), numbers
+        )
+
+    def to(self, device: torch.device | str) -> _Ragged:
+        moved = [tensor.to(device, non_blocking=True) for tensor in (self.counts, self.starts, self.ids, self.numbers)]
+        return _Ragged(moved[0], self.counts_host, *moved[1:])
+
+    def padded(self, where: slice, pad_id: int, pad_number: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return [C, K] ids and numbers of the positions `where`, padded to the longest of them."""
+        counts_host = self.counts_host[where]
+        shortest, longest = int(counts_host.min()), int(counts_host.max())
+        if shortest == longest:
+            first = int(self.counts_host[: where.start].sum())
+            flat = slice(first, first + longest * len(counts_host))
+            shape = (len(counts_host), longest)
+            return self.ids[flat].view(shape), self.numbers[flat].view(shape).to(dtype)
+        slot = torch.arange(longest, device=self.ids.device)
+        outside = slot >= self.counts[where, None]
+        entry = (self.starts[where, None] + slot).masked_fill_(outside, 0)
+        ids = self.ids[entry].masked_fill_(outside, pad_id)
+        return ids, self.numbers[entry].to(dtype).masked_fill_(outside, pad_number)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetBatch:
+    """Sparse teacher distributions of S supervised positions."""
+
+    head: _Ragged
+    """Head entries with their log-probabilities at T = 1."""
+    tail_logmass: Tensor
+    """[S, J] log of the mass outside the head."""
+    temperatures: tuple[float, ...]
+    """J captured temperatures."""
+    draws: tuple[_Ragged, ...]
+    """Drawn tokens with their multiplicities per temperature, or empty."""
+    max_token_id: int
+    """Largest token id of any member, -1 without members."""
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Any]) -> TargetBatch:
+        """Take the tensors that `pack_targets` named out of a batch. Reads the counts back to the host, once."""
+        head = _Ragged.of(batch["support_counts"], batch["support_ids"], batch["support_logprobs"])
+        temperatures = tuple(float(t) for t in batch["temperatures"].tolist())
+        draws: list[_Ragged] = []
+        if "draw_counts" in batch:
+            counts, first = batch["draw_counts"].to("cpu", torch.int64), 0
+            for j in range(len(temperatures)):
+                flat = slice(first, first + int(counts[j].sum()))
+                draws.append(_Ragged.of(counts[j], batch["draw_ids"][flat], batch["draw_multiplicities"][flat]))
+                first = flat.stop
+        every_id = [ragged.ids.max() for ragged in (head, *draws) if len(ragged.ids)]
+        max_token_id = max(int(largest) for largest in every_id) if every_id else -1
+        return cls(head, batch["tail_logmass"], temperatures, tuple(draws), max_token_id)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[SparseTargets]) -> TargetBatch:
+        """Build the batch of one pack of rows on the CPU."""
+        return cls.from_batch({name: torch.from_numpy(array) for name, array in pack_targets(rows).items()})
+
+    @property
+    def num_positions(self) -> int:
+        """S, the number of supervised positions."""
+        return len(self.tail_logmass)
+
+    def to(self, device: torch.device | str) -> TargetBatch:
+        """Return the same batch with its tensors on a device."""
+        draws = tuple(drawn.to(device) for drawn in self.draws)
+        return TargetBatch(
+            self.head.to(device), self.tail_logmass.to(device), self.temperatures, draws, self.max_token_id
+        )
+
+    def temperature_index(self, temperature: float) -> int:
+        """Return the column of a captured temperature.
+
+        Raises:
+            TrainingError: it was not captured.
+        """
+        for j, captured in enumerate(self.temperatures):
+            if abs(captured - temperature) <= 1e-6 * temperature:
+                return j
+        listed = ", ".join(f"{captured:g}" for captured in self.temperatures)
+        raise TrainingError(
+            f"temperature {temperature:g} was not captured (captured: {listed}), so the teacher's tail at it is "
+            "unknown; "
+            "train at a captured temperature or score another layer with it"
+        )
+
+    @property
+    def has_only_draws(self) -> bool:
+        """Say whether there is no head at all, as in mode `sample`."""
+        return bool(self.draws) and self.num_positions > 0 and len(self.head.ids) == 0
+
+    def members(
+        self, where: slice, temperature: float, vocab_size: int, dtype: torch.dtype, *, with_draws: bool
+    ) -> Members:
+        """Return the members of the positions `where` at a captured temperature; without draws the tail stays in the
+        bucket.
+
+        Raises:
+            TrainingError: the temperature was not captured.
+        """
+        j = self.temperature_index(temperature)
+        ids, logprobs = self.head.padded(where, vocab_size, -torch.inf, dtype)
+        tail = self.tail_logmass[where, j].to(dtype)
+        if self.temperatures[j] != 1.0 and ids.shape[1]:
+            logprobs = _head_at(logprobs, tail, self.temperatures[j])
+        if not (self.draws and with_draws):
+            return Members(ids, torch.cat([logprobs, tail[:, None]], dim=1))
+        drawn_ids, multiplicities = self.draws[j].padded(where, vocab_size, 0.0, dtype)
+        num_draws = multiplicities.sum(dim=1)
+        drawn = tail[:, None] + multiplicities.log() - num_draws.clamp_min(1.0).log()[:, None]
+        bucket = tail.masked_fill(num_draws > 0, -torch.inf)
+        return Members(torch.cat([ids, drawn_ids], dim=1), torch.cat([logprobs, drawn, bucket[:, None]], dim=1))
+
+
+def _head_at(logprobs: Tensor, tail_logmass: Tensor, temperature: float) -> Tensor:
+    """Return [C, K] the head's log-probabilities under the full softmax at a temperature whose tail is known."""
+    scaled = logprobs / temperature
+    log_total = torch.logsumexp(scaled, dim=1)
+    head_logmass = torch.log(-torch.expm1(tail_logmass))
+    level = (head_logmass - log_total).masked_fill(log_total == -torch.inf, 0.0)
+    return scaled + level[:, None]

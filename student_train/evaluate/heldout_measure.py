@@ -1,0 +1,161 @@
+"""Held-out figures of the student as it is now: KL from the teacher, agreement and perplexity, by source.
+
+The rows are packed like training packs and go through the same patched forward, so that whatever wraps the model
+(adapters, autocast, several processes, shards) stays in the path; only that the forward scores positions
+(position_scores.py) instead of computing a loss. Rows are measured whole. No random number is drawn and no state of the
+training is touched. Each process measures every n-th pack and sums are added up, so that all hold the same figures.
+Cost: one forward pass over the rows.
+
+Shape letters: S supervised positions of a pack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import TrainingError
+from student_train.batch.collate import collate
+from student_train.batch.dataset import CacheList, build_pack
+from student_train.evaluate.heldout_rows import heldout_rows_per_source
+from student_train.order.packing import pack_rows
+from student_train.student.forward_patch import Objective
+
+_KL, _EQUAL, _NLL, _POSITIONS = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutSet:
+    """The rows that a stage is measured on."""
+
+    caches: CacheList
+    rows: Mapping[str, Sequence[int]]
+    """Row indices in `caches` by source, in the order in which they were chosen."""
+
+    @classmethod
+    def choose(cls, caches: CacheList, fraction: float, rows_per_source: int) -> HeldoutSet:
+        """Choose at most `rows_per_source` held-out rows of each source.
+
+        Raises:
+            TrainingError: no row is held out.
+        """
+        starts = np.concatenate([[0], np.cumsum([len(cache) for cache in caches.caches])])
+        chosen = heldout_rows_per_source(caches.caches, fraction, rows_per_source)
+        if not chosen:
+            raise TrainingError(
+                f"{caches.path}: no row is held out at heldout.fraction {fraction:g}, so there is nothing to "
+                "evaluate on; raise it "
+                "or leave the stage's `evaluate` out"
+            )
+        return cls(
+            caches, {name: [int(starts[cache]) + row for cache, row in places] for name, places in chosen.items()}
+        )
+
+    def within(self, longest: float) -> HeldoutSet:
+        """Return the rows of at most `longest` tokens.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        fitting = {
+            name: [row for row in rows if self.caches.num_tokens[row] <= longest] for name, rows in self.rows.items()
+        }
+        if not any(fitting.values()):
+            raise TrainingError(
+                f"{self.caches.path}: every held-out row is longer than the {longest:g} tokens that the student "
+                "reads; leave the "
+                "stage's `evaluate` out, or choose another student"
+            )
+        return HeldoutSet(self.caches, {name: rows for name, rows in fitting.items() if rows})
+
+    def packs(self, pack_tokens: int) -> list[list[int]]:
+        """Return row indices pack by pack, rows whole: a pack is as long as the longest row where that is above
+        `pack_tokens`.
+        """
+        together = [row for rows in self.rows.values() for row in rows]
+        lengths = self.caches.num_tokens[np.array(together)]
+        packed = pack_rows(lengths, max(pack_tokens, int(lengths.max())))
+        ends = packed.offsets.tolist()
+        members = packed.members.tolist()
+        return [[together[member] for member in members[start:end]] for start, end in pairwise(ends)]
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Who measures which packs, and how sums come together."""
+
+    index: int
+    count: int
+    device: torch.device
+    add_up: Callable[[Tensor], Tensor]
+    """Sums a tensor over the processes."""
+
+
+def measure_heldout(
+    model: Any, objective: Objective, heldout: HeldoutSet, packs: Sequence[Sequence[int]], processes: Processes
+) -> dict[str, Any]:
+    """Return `kl_nats`, `top1_agreement`, `perplexity`, `positions`, `rows`, and the same by source under `by_source`.
+
+    Args:
+        model: the patched student, with whatever wraps it.
+        objective: of the patched forward.
+        heldout: what to measure on.
+        packs: its rows, packed.
+        processes: who measures what.
+    """
+    codes = {row: code for code, rows in enumerate(heldout.rows.values()) for row in rows}
+    sums = torch.zeros(len(heldout.rows), 4, dtype=torch.float64)
+    rounds = -(-len(packs) // processes.count)
+    with scoring(model, objective):
+        for index in range(processes.index, rounds * processes.count, processes.count):
+            counts = index < len(packs)  # shards are gathered by all processes together, so none may stop earlier
+            pack = packs[index if counts else 0]
+            rows = [heldout.caches[row] for row in pack]
+            limit = max(len(row.token_ids) for row in rows)
+            batch = collate([build_pack(rows, limit, (1.0,), heldout.caches.vocab_size)])
+            model(**{name: value.to(processes.device) for name, value in batch.items()})
+            scores = objective.take_scores()
+            if counts:
+                which = torch.repeat_interleave(
+                    torch.tensor([codes[row] for row in pack]), torch.tensor([row.num_positions for row in rows])
+                )
+                sums.index_add_(0, which, scores)
+    added = processes.add_up(sums.to(processes.device)).cpu().numpy()
+    by_source = {name: _figures(added[code], len(rows)) for code, (name, rows) in enumerate(heldout.rows.items())}
+    return {**_figures(added.sum(axis=0), len(codes)), "by_source": by_source}
+
+
+@contextmanager
+def scoring(model: Any, objective: Objective) -> Iterator[None]:
+    """Let forward passes score positions, without dropout or gradient; restore what was before, random state included."""
+    was_training = model.training
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        objective.is_scoring = True
+        try:
+            yield
+        finally:
+            objective.is_scoring = False
+            objective.take_scores()
+            model.train(was_training)
+
+
+def _figures(sums: np.ndarray, num_rows: int) -> dict[str, Any]:
+    positions = float(sums[_POSITIONS])
+    nll = float(sums[_NLL]) / positions
+    return {
+        "kl_nats": float(sums[_KL]) / positions,
+        "top1_agreement": float(sums[_EQUAL]) / positions,
+        "perplexity": math.exp(nll) if nll < 700 else None,
+        "positions": int(positions),
+        "rows": num_rows,
+    }

@@ -1,0 +1,123 @@
+"""Quality samples: the same held-out prompts, answered by the student as it is now, beside the answer in the cache.
+
+Answers are greedy, by the stock `generate` under the model's own forward and attention, one prompt at a time: nothing
+is random, and the training's state is not touched. The prompt is everything before the row's last supervised span.
+Cost: one short generation per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from student_train.evaluate.heldout_measure import HeldoutSet
+from student_train.student.row_attention import switch_attention
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt and the answer in the cache."""
+
+    source: str
+    prompt: str
+    teacher: str
+    """The cached answer."""
+    prompt_ids: np.ndarray
+    """[T] int32."""
+
+
+def choose_samples(heldout: HeldoutSet, count: int, tokenizer: Any) -> list[Sample]:
+    """Return the first `count` held-out prompts, from all sources in turn."""
+    by_source = [[(name, row) for row in rows] for name, rows in heldout.rows.items()]
+    in_turn = [place for place in chain.from_iterable(zip_longest(*by_source)) if place is not None]
+    samples = []
+    for name, index in in_turn[:count]:
+        row = heldout.caches[index]
+        start, end = (int(bound) for bound in row.spans[-1])
+        answer = tokenizer.decode(row.token_ids[start:end].tolist(), skip_special_tokens=True)
+        prompt = tokenizer.decode(row.token_ids[:start].tolist(), skip_special_tokens=False)
+        samples.append(Sample(name, prompt, answer, row.token_ids[:start]))
+    return samples
+
+
+def student_answers(
+    model: Any, base: Any, samples: Sequence[Sample], tokenizer: Any, attention: str, max_tokens: int
+) -> list[str]:
+    """Return the student's greedy answers, at most `max_tokens` tokens each.
+
+    Args:
+        model: the student with its adapter, where it has one.
+        base: the language model below, whose forward is patched.
+        samples: what to answer.
+        tokenizer: the cache's.
+        attention: attention implementation that the recipe names.
+        max_tokens: longest answer.
+    """
+    from transformers import GenerationConfig
+
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    ends = _end_tokens(base, tokenizer)
+    answers = []
+    with _plain(model, base, attention):
+        device = base.get_input_embeddings().weight.device
+        for sample in samples:
+            ids = torch.from_numpy(sample.prompt_ids.astype(np.int64))[None].to(device)
+            config = GenerationConfig(
+                do_sample=False,
+                max_new_tokens=max(1, min(max_tokens, longest - ids.shape[1])),
+                eos_token_id=ends or None,
+                pad_token_id=ends[0] if ends else 0,
+                use_cache=True,
+            )
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            answers.append(tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True))
+    return answers
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load the cache's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory))
+
+
+def _end_tokens(base: Any, tokenizer: Any) -> list[int]:
+    declared = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    others = [declared] if isinstance(declared, int) else list(declared or ())
+    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return list(dict.fromkeys([*own, *others]))
+
+
+@contextmanager
+def _plain(model: Any, base: Any, attention: str) -> Iterator[None]:
+    """Give the model its own forward and attention, evaluating and not compiled; restore all of it, random state
+    included.
+    """
+    was_training, training_attention = model.training, base.config._attn_implementation
+    patched = {name: base.__dict__.pop(name) for name in ("forward", "_original_forward") if name in base.__dict__}
+    compiled = [
+        (module, module._compiled_call_impl) for module in base.modules() if module._compiled_call_impl is not None
+    ]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            if training_attention != attention:
+                switch_attention(base, attention)
+            model.eval()
+            yield
+    finally:
+        model.train(was_training)
+        if training_attention != attention:
+            switch_attention(base, training_attention)
+        for module, call in compiled:
+            module._compiled_call_impl = call
+        base.__dict__.update(patched)

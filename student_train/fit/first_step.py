@@ -1,0 +1,166 @@
+"""Before the first step: does a step at the longest packs fit the card? Measured, not believed.
+
+Forward and backward pass of the stage's longest batch run once on the GPU without an update; the optimizer's state,
+which is not there yet, is added by arithmetic (memory.py). Where that is more than the card has,
+`gradient_checkpointing: auto` turns on recomputation and measures again; otherwise the stage stops with a sentence that
+names the terms, instead of dying hours later.
+Cost: one or two forward and backward passes. A CPU has no card to overfill, so nothing is measured there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.atomic import write_atomic
+from shared.errors import TrainingError
+from shared.recipe.recipe import Stage, StageTrainer, Student
+from student_train.batch.collate import collate
+from student_train.fit.memory import CONTEXT_BYTES, GIB, bytes_of_step, estimate_memory
+from student_train.fit.model_shape import ModelShape, shape_of
+from student_train.records.processes import num_processes
+
+MOST_PACKS_LOOKED_AT = 4096
+Measure = Callable[[bool], int | None]
+"""Whether activations are recomputed -> most bytes of tensors during forward and backward pass; None: they did not fit.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """What was planned, measured and decided."""
+
+    gradient_checkpointing: bool
+    planned_bytes: int
+    """Tensors of a step, by arithmetic."""
+    measured_bytes: int
+    """Tensors of its forward and backward pass."""
+    needed_bytes: int
+    """Tensors of a step, from what was measured."""
+    card_bytes: int
+
+    def text(self) -> str:
+        """Say it in a line."""
+        numbers = (f"{value / GIB:.1f}" for value in (self.needed_bytes, self.card_bytes, self.planned_bytes))
+        needed, card, planned = numbers
+        recomputes = ", activations are recomputed" if self.gradient_checkpointing else ""
+        return f"a step needs {needed} of {card} GiB, measured at the longest packs (planned: {planned}){recomputes}"
+
+
+def check_first_step(stage: Stage, student: Student, shape: ModelShape, card_bytes: int, measure: Measure) -> FirstStep:
+    """Return how the stage's steps fit the card.
+
+    Raises:
+        TrainingError: they do not, whatever the recipe allows.
+    """
+    trainer = stage.trainer
+    settings = (student.gradient_checkpointing, trainer.gradient_checkpointing)
+    ways = [True] if True in settings else [False, True] if "auto" in settings else [False]
+    least: int | None = None
+    for recomputes in ways:
+        planned = estimate_memory(shape, student, trainer, recomputes=recomputes).allocated
+        measured = measure(recomputes)
+        if measured is None:
+            continue
+        needed = bytes_of_step(shape, student, trainer, measured, recomputes=recomputes)
+        least = needed if least is None else min(least, needed)
+        if needed + CONTEXT_BYTES <= card_bytes:
+            return FirstStep(recomputes, planned, measured, needed, card_bytes)
+    raise _too_large(stage, student, shape, card_bytes, least, recomputes=ways[-1])
+
+
+def _too_large(
+    stage: Stage, student: Student, shape: ModelShape, card_bytes: int, least: int | None, *, recomputes: bool
+) -> TrainingError:
+    """Return the sentence for a stage that does not fit."""
+    estimate = estimate_memory(shape, student, stage.trainer, recomputes=recomputes)
+    terms = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(estimate.terms().items())[:3])
+    needs = "more than fits" if least is None else f"{(least + CONTEXT_BYTES) / GIB:.1f} GiB"
+    change = "" if recomputes else "set gradient_checkpointing: auto, or "
+    return TrainingError(
+        f"a step of stage '{stage.name}' at its longest packs needs {needs} where the GPU has {card_bytes / GIB:.1f} "
+        "GiB "
+        f"(planned, in GiB: {terms}); {change}take what `decant plan --card {int(card_bytes / GIB)}GiB` proposes"
+    )
+
+
+def fit_first_step(work: Any, trainer: Any, base: Any, write_to: Path | None) -> FirstStep | None:
+    """Measure a stage's first step on its GPU and turn on what it needs; None where there is nothing to measure.
+
+    Args:
+        work: the stage.
+        trainer: its `DistilTrainer`, before it trains.
+        base: the student below its adapter.
+        write_to: file that the result goes to.
+
+    Raises:
+        TrainingError: the stage does not fit the card.
+    """
+    if trainer.args.device.type != "cuda" or work.stage.trainer.fsdp != "none":
+        return None
+    index = trainer.args.device.index or 0
+    card = int(torch.cuda.get_device_properties(index).total_memory * torch.cuda.get_per_process_memory_fraction(index))
+    lengths = np.minimum(np.asarray(work.caches.num_tokens), work.plan.limit)
+    packs = longest_batch(work.plan.num_packs, lambda i: int(lengths[work.plan.rows_of(i)].sum()), work.stage.trainer)
+    batch = collate([trainer.train_dataset[i] for i in packs])
+    trainer.prepare_terms()
+    measure = _of_all(lambda recomputes: measured_pass(trainer, base, batch, recomputes=recomputes))
+    first = check_first_step(work.stage, work.student, shape_of(base.config), card, measure)
+    if write_to is not None:
+        write_atomic(write_to, json.dumps(asdict(first), indent=1).encode(), what="memory")
+    return first
+
+
+def longest_batch(num_packs: int, tokens_of: Callable[[int], int], trainer: StageTrainer) -> Sequence[int]:
+    """Return the packs of the forward pass that has most tokens, among the first few thousand."""
+    size = min(trainer.per_device_train_batch_size, num_packs)
+    tokens = [tokens_of(i) for i in range(min(num_packs, max(MOST_PACKS_LOOKED_AT, size)))]
+    starts = range(0, len(tokens) - size + 1, size)
+    start = max(starts, key=lambda first: sum(tokens[first : first + size]))
+    return range(start, start + size)
+
+
+def measured_pass(trainer: Any, base: Any, batch: dict[str, Any], *, recomputes: bool) -> int | None:
+    """Run one forward and backward pass and return the most bytes of tensors on the GPU; None where they did not fit.
+
+    Turns recomputation on for good where `recomputes`. Leaves no gradient, no recorded value and the random state as it
+    was.
+    """
+    model, device = trainer.model, trainer.args.device
+    if recomputes:
+        trainer.recompute_activations(base)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with torch.random.fork_rng([device]):
+            inputs = trainer._prepare_inputs(dict(batch))
+            with trainer.accelerator.autocast():
+                loss = model(**inputs, num_items_in_batch=inputs["labels"].numel()).loss
+            loss.backward()
+        return int(torch.cuda.max_memory_allocated(device))
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        model.zero_grad(set_to_none=True)
+        trainer.forget_measured()
+        torch.cuda.empty_cache()
+
+
+def _of_all(measure: Measure) -> Measure:
+    """Return a measure that is the largest of all processes', so that all decide alike."""
+    if num_processes() == 1:
+        return measure
+
+    def largest(recomputes: bool) -> int | None:
+        mine = measure(recomputes)
+        value = torch.tensor(float("inf") if mine is None else float(mine), dtype=torch.float64, device="cuda")
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+        return None if torch.isinf(value) else int(value)
+
+    return largest

@@ -1,0 +1,246 @@
+"""What a stage needs on a training card, by arithmetic: bytes of each term at the moment when the sum of all is
+largest.
+
+A step has four such moments: the end of the forward pass, where the loss makes its gradients; the beginning of the
+backward pass, where every kept activation is still there; its end, where every gradient is; and the optimizer's update.
+They are not added up:
+they never meet. Counted at each: weights (and what autocast casts of them), gradients, optimizer state, activations
+(kept, or recomputed layer by layer), the loss operator's chunk, and the head's copy and gradient. Logits are not
+counted, never held. Bytes of a layer are sums over what torch keeps for one Qwen3 layer, counted storage by storage
+while it ran; other families with the same parts differ by a few percent.
+Cost: a few multiplications; the model's shape is read from its config, without weights (model_shape.py).
+
+Shape letters: H hidden width, I width of the MLP, B tokens of a forward pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.recipe.recipe import StageTrainer, Student
+from student_train.fit.model_shape import ModelShape
+
+GIB, MIB = 2**30, 2**20
+CONTEXT_BYTES = 768 * MIB
+"""What a CUDA process takes before it allocates: context, libraries, their workspaces."""
+FRAGMENTATION = 0.08
+"""Share of the allocated bytes that the allocator holds beyond them."""
+BYTES_PER_4BIT_WEIGHT = 0.516
+"""Half a byte, a byte of scale per 64 weights, and four bytes per 256 scales."""
+SUPPORT_BYTES = 64 * 12
+"""Targets of a position on the card: 64 entries of an id and a number."""
+
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerBytes:
+    """Bytes per token that a layer keeps, and that it has alive in its backward pass, per unit of (H, I, queries,
+    keys).
+    """
+
+    kept: tuple[float, float, float, float]
+    working: tuple[float, float, float, float]
+    outside: float
+    """Bytes per token and unit of H of the last norm, the loss's input and its gradient."""
+
+
+_LAYERS = {
+    ("wide", "narrow", "full"): _LayerBytes((26.0, 8.0, 12.1, 10.1), (26.5, 12.2, 12.5, 10.3), 12),
+    ("wide", "wide", "full"): _LayerBytes((24.0, 16.0, 20.1, 16.1), (21.5, 24.8, 21.4, 16.7), 16),
+    ("narrow", "narrow", "full"): _LayerBytes((16.0, 8.0, 12.1, 10.1), (22.9, 11.5, 11.3, 9.6), 10),
+    ("wide", "narrow", "lora"): _LayerBytes((18.5, 8.2, 10.5, 8.3), (30.6, 14.5, 11.7, 8.6), 8),
+    ("wide", "wide", "lora"): _LayerBytes((17.0, 16.5, 16.9, 12.4), (18.9, 24.7, 18.0, 12.7), 12),
+    ("narrow", "narrow", "lora"): _LayerBytes((28.9, 10.5, 12.9, 8.4), (41.8, 14.5, 13.0, 8.5), 8),
+    ("narrow", "autocast", "lora"): _LayerBytes((18.5, 8.2, 10.5, 8.3), (29.1, 14.4, 10.8, 8.4), 8),
+}
+"""By width of weights, width of products, and whether weights or additions to them are trained. Additions are float32;
+over narrow weights without autocast each keeps a float32 copy of its input."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes on the card when they are most."""
+
+    moment: str
+    """Part of the training step where that is."""
+    weights: int
+    """With the narrow copies that autocast keeps."""
+    gradients: int
+    optimizer: int
+    activations: int
+    chunk: int
+    """Buffers of the loss operator."""
+    head: int
+    """The operator's copy of the head and the gradients that it makes."""
+    workspace: int
+    """What the process takes besides tensors."""
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of tensors: what torch.cuda.max_memory_allocated counts."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.chunk + self.head
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes."""
+        return self.allocated + self.workspace
+
+    def terms(self) -> dict[str, int]:
+        """Return bytes by term, largest first."""
+        names = ("weights", "gradients", "optimizer", "activations", "chunk", "head", "workspace")
+        return dict(sorted(((name, getattr(self, name)) for name in names), key=lambda item: -item[1]))
+
+
+def estimate_memory(
+    shape: ModelShape,
+    student: Student,
+    trainer: StageTrainer,
+    *,
+    recomputes: bool | None = None,
+    has_wide_products: bool = True,
+) -> MemoryEstimate:
+    """Return what a training step of a student of a shape needs on one device that holds all of its weights.
+
+    Args:
+        shape: of the student.
+        student: its section of the recipe.
+        trainer: the stage's arguments.
+        recomputes: activations are recomputed; None: where the recipe says `true`.
+        has_wide_products: the device multiplies bfloat16 into float32, so that the head needs no wider copy. GPUs do.
+    """
+    if recomputes is None:
+        recomputes = True in (student.gradient_checkpointing, trainer.gradient_checkpointing)
+    moments = _Step(shape, student, trainer, recomputes, has_wide_products).moments()
+    return max(moments, key=lambda estimate: estimate.total)
+
+
+def bytes_of_step(
+    shape: ModelShape, student: Student, trainer: StageTrainer, measured: int, *, recomputes: bool
+) -> int:
+    """Return the most bytes of tensors of a whole training step, of which forward and backward pass alone were
+    `measured` to need that many, with nothing else on the card than the weights.
+    """
+    step = _Step(shape, student, trainer, recomputes, True)
+    update = step.weights() + step.gradients + step.optimizer + step.update
+    return max(measured + step.optimizer + step.carried, update)
+
+
+class _Step:
+    """One training step's sizes."""
+
+    def __init__(
+        self, shape: ModelShape, student: Student, trainer: StageTrainer, recomputes: bool, has_wide_products: bool
+    ) -> None:
+        self.shape, self.recomputes = shape, recomputes
+        self.chunk = trainer.operator_chunk_mib * MIB
+        self.num_tokens = trainer.per_device_train_batch_size * trainer.pack_tokens
+        self.kind = student.adapter.kind
+        self.width = _WIDTH[student.dtype]
+        self.autocast = trainer.bf16 or trainer.fp16
+        self.is_full = self.kind == "none"
+        self.trained = shape.num_parameters if self.is_full else student.adapter.r * shape.lora_size
+        self.trained_width = self.width if self.is_full else 4
+        self.gradients = self.trained * self.trained_width
+        self.carried = self.gradients if trainer.gradient_accumulation_steps > 1 else 0
+        self.optimizer = _state_bytes(trainer.optim, self.trained, self.trained_width, self._embeddings_trained())
+        self.update = 0 if _updates_in_place(trainer.optim) else self.gradients
+        narrow_hidden = trainer.bf16 or (student.dtype == "bfloat16" and not trainer.fp16)
+        self.head_width = 2 if narrow_hidden and has_wide_products else 4
+        self.has_wide_temporary = narrow_hidden and has_wide_products
+        self.layer = _LAYERS[self._layer_key()]
+        self.eager_bytes = 3 * (2 if self.width == 2 or self.autocast else 4) if student.attention == "eager" else 0
+
+    def _embeddings_trained(self) -> int:
+        return self.shape.num_head_parameters if self.is_full else 0
+
+    def _layer_key(self) -> tuple[str, str, str]:
+        kind = "full" if self.is_full else "lora"
+        if self.width == 4:
+            return ("wide", "narrow" if self.autocast else "wide", kind)
+        return ("narrow", "autocast" if self.autocast and kind == "lora" else "narrow", kind)
+
+    def _per_token(self, units: tuple[float, float, float, float]) -> float:
+        shape = self.shape
+        sizes = (shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_size)
+        return sum(unit * size for unit, size in zip(units, sizes, strict=True))
+
+    def weights(self) -> int:
+        """Return bytes of the weights themselves."""
+        shape, additions = self.shape, 0 if self.is_full else self.trained * 4
+        if self.kind != "qlora":
+            return shape.num_parameters * self.width + additions
+        plain = shape.num_parameters - shape.num_linear_parameters
+        return int(plain * self.width + shape.num_linear_parameters * BYTES_PER_4BIT_WEIGHT) + additions
+
+    def copies(self, *, in_forward: bool) -> int:
+        """Return bytes of weights in the type of the products: autocast's, or a 4-bit layer unpacked."""
+        if self.kind == "qlora":
+            return self.shape.largest_linear * 2
+        if self.width == 2 or not self.autocast:
+            return 0
+        all_kept = not self.recomputes or (in_forward and self.is_full)  # frozen weights are cast anew at every use
+        return 2 * (self.shape.num_linear_parameters if all_kept else self.shape.largest_linear)
+
+    def activations(self, moment: str) -> int:
+        """Return bytes of what the backward pass finds again, and of what it works with."""
+        shape, layers = self.shape, self.shape.num_layers
+        squares = self.num_tokens * shape.num_heads * self.eager_bytes
+        kept, working = self._per_token(self.layer.kept) + squares, self._per_token(self.layer.working) + squares
+        residual, outside = shape.hidden_size * self.width, self.layer.outside * shape.hidden_size
+        if moment == "forward":
+            per_token = layers * (residual if self.recomputes else kept) + outside
+        elif moment == "backward begins":
+            per_token = layers * residual + working if self.recomputes else layers * kept + max(outside, working - kept)
+        else:
+            per_token = residual + max(working, kept)
+        mask = self.num_tokens**2 if self.eager_bytes else 0
+        return int(self.num_tokens * (per_token + SUPPORT_BYTES)) + mask
+
+    def moments(self) -> list[MemoryEstimate]:
+        """Return the sizes at each moment where they may be largest."""
+        shape, weights = self.shape, self.weights()
+        head = shape.num_head_parameters
+        copy = 0 if self.width == self.head_width else head * self.head_width
+        made = (head * 4 * (2 if self.has_wide_temporary else 1)) if self.is_full else 0
+        loss_head = copy + made
+        handed = head * (4 if self.width == 4 else 4 + self.width) if self.is_full else 0
+        narrow_chunk = self.chunk * 3 // 2 if self.has_wide_temporary else self.chunk
+        embeddings = head * self.width if self.is_full else 0
+        last = self.gradients - (0 if shape.is_tied else embeddings)
+        of_ties = embeddings if shape.is_tied else 0
+        forward, begins, ends = (self.activations(moment) for moment in ("forward", "backward begins", "backward ends"))
+        return [
+            self._at(
+                "the loss", weights + self.copies(in_forward=True), self.carried, 0, forward, narrow_chunk, loss_head
+            ),
+            self._at("the backward pass", weights + self.copies(in_forward=False), self.carried, 0, begins, 0, handed),
+            self._at("the end of the backward pass", weights, last, 0, ends, 0, 0),
+            self._at("the end of the backward pass", weights, self.gradients, 0, 0, 0, of_ties),
+            self._at("the optimizer's update", weights, self.gradients, self.update, 0, 0, 0),
+        ]
+
+    def _at(
+        self, moment: str, weights: int, gradients: int, update: int, activations: int, chunk: int, head: int
+    ) -> MemoryEstimate:
+        optimizer = self.optimizer + update
+        allocated = weights + gradients + optimizer + activations + chunk + head
+        workspace = CONTEXT_BYTES + int(FRAGMENTATION * allocated)
+        return MemoryEstimate(moment, weights, gradients, optimizer, activations, chunk, head, workspace)
+
+
+def _state_bytes(optim: str, trained: int, trained_width: int, embeddings: int) -> int:
+    """Return bytes of the optimizer's state, by its name in transformers."""
+    if "paged" in optim:
+        return 0  # in memory that the driver moves to the host when the card is full
+    if "8bit" in optim:
+        return int((trained - embeddings) * 2.04 + embeddings * 8)  # transformers keeps those of embeddings in 32 bits
+    if "adafactor" in optim:
+        return int(0.1 * trained)
+    per_weight = {"sgd": 0.0, "adagrad": 1.0 * trained_width, "rmsprop": 1.0 * trained_width}
+    return int(trained * per_weight.get(optim, 2.0 * trained_width))
+
+
+def _updates_in_place(optim: str) -> bool:
+    """Tell whether an update needs no copy of the state; torch's AdamW takes square roots of all of it at once."""
+    return "8bit" in optim or "fused" in optim or "paged" in optim or optim == "sgd"

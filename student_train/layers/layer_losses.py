@@ -1,0 +1,226 @@
+"""The losses of a stage on the cache's hidden layer: which layers they pair, what they watch, and their values for a
+batch.
+
+Values are per supervised position of the global batch, as for the head's losses: `hidden` and `attention` are sums over
+positions divided by that number, averaged over their pairs of layers. `contrastive` is the mean over the rows of a
+forward pass, times the pass's share of the global batch's positions, so that passes add up to a mean; its negatives are
+the rows of the same pass.
+Cost: the projections, and what student_attention.py says.
+
+Shape letters: B tokens of the packs, S supervised positions, R rows with a pooled state, H student width, D stored
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.errors import TrainingError
+from shared.identity.hidden_identity import FINAL, HiddenIdentity
+from shared.identity.hidden_layers import layer_name
+from shared.recipe.recipe import Loss, Stage, Student
+from student_train.batch.hidden_batch import teacher_masses, teacher_pooled, teacher_states
+from student_train.layers.layer_map import LayerPair, pair_layers
+from student_train.layers.projections import (
+    add_projections,
+    load_projections,
+    projected,
+    remove_projections,
+    save_projections,
+    without_projections,
+)
+from student_train.layers.student_attention import stored_masses
+from student_train.layers.student_watch import StudentWatch, check_watchable
+from student_train.losses import LossTerm, representations
+
+POOLED = "pooled"
+"""Name of the projection of pooled states."""
+
+
+def check_layer_losses(stage: Stage, student: Student) -> None:
+    """Refuse what losses on a hidden layer cannot be combined with, before anything is loaded.
+
+    Raises:
+        TrainingError: with the setting to change.
+    """
+    reads = {representations[loss.name].reads for loss in stage.losses if loss.name in representations}
+    if reads and stage.trainer.fsdp != "none":
+        raise TrainingError(
+            "the losses hidden, attention and contrastive need the student whole, which trainer.fsdp: full_shard "
+            "does not leave "
+            "it; set it to none, or leave the losses out"
+        )
+    if reads & {"states", "attention"}:
+        if stage.balance.kind == "grad_norm":
+            _check_measurable(fp16=stage.trainer.fp16, liger=student.liger)
+        check_watchable(
+            attention=student.attention, compiles=stage.trainer.torch_compile, reads_attention="attention" in reads
+        )
+
+
+def _check_measurable(*, fp16: bool, liger: bool) -> None:
+    """Refuse settings under which gradients cannot be measured below the last hidden states."""
+    if fp16:
+        raise TrainingError(
+            "balance grad_norm measures gradients of the losses hidden and attention without a loss scale, so "
+            "trainer.fp16 would "
+            "turn small ones into 0; set trainer.bf16 instead, or balance to uncertainty"
+        )
+    if liger:
+        raise TrainingError(
+            "balance grad_norm goes back through the layers several times with the losses hidden and attention, "
+            "which the layers "
+            "of student.liger do not allow, since they overwrite what they keep; leave liger out, or set balance to "
+            "uncertainty"
+        )
+
+
+class LayerLosses:
+    """Losses on one hidden layer, for one student."""
+
+    def __init__(self, base: Any, losses: Sequence[Loss], identity: HiddenIdentity, *, seed: int) -> None:
+        """Pair the layers, watch the student's and give it its projections.
+
+        Args:
+            base: the causal language model below any adapter.
+            losses: the stage's; others than those on a hidden layer are left alone.
+            identity: of the hidden layer.
+            seed: of the projections.
+
+        Raises:
+            TrainingError: a loss needs what the layer does not keep, or what the student does not have.
+        """
+        self._base = base
+        self._identity = identity
+        num_layers = base.config.get_text_config().num_hidden_layers
+        by_name = {loss.name: loss for loss in losses if loss.name in representations}
+        self._pairs: dict[str, tuple[LayerPair, ...]] = {}
+        for name, stored in (("hidden", identity.layers), ("attention", identity.attention_layers)):
+            if name in by_name:
+                given = by_name[name].layer_map
+                self._pairs[name] = pair_layers(name, stored, identity.num_layers, num_layers, given)
+        if "contrastive" in by_name and identity.pooled == "none":
+            raise TrainingError(
+                "loss 'contrastive' needs pooled teacher states and the hidden layer of the cache has none; set "
+                "capture.hidden.pooled to mean or last and run 'decant teach'"
+            )
+        states = [pair.student for pair in self._pairs.get("hidden", ()) if pair.student != FINAL]
+        attention = sorted({pair.student for pair in self._pairs.get("attention", ())})
+        lowest = min(
+            [*states, *(layer - 1 for layer in attention)], default=None
+        )  # queries and keys come from a layer's input
+        self._watch = StudentWatch(base, states, attention, lowest)
+        names = [_projection_name(pair) for pair in self._pairs.get("hidden", ())]
+        names += [POOLED] if "contrastive" in by_name else []
+        add_projections(base, names, identity.stored_width, seed=seed)
+
+    @contextmanager
+    def watching(self, *, measures: bool = False) -> Iterator[None]:
+        """Watch one forward pass of the student's body; `measures`: keep the states where gradients are measured, too."""
+        with self._watch.on(shares=measures):
+            yield
+
+    def shared_states(self, final: Tensor) -> Tensor:
+        """Return the states of a pass watched with `measures` that all terms share: [1, B, H], or `final` [S, H]
+        itself.
+        """
+        return final if self._watch.shared is None else self._watch.shared
+
+    def remove(self) -> None:
+        """Stop watching the student and take its projections off, so that nothing of them is exported."""
+        self._watch.clear()
+        self._watch.remove()
+        remove_projections(self._base)
+
+    def student_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of a checkpoint's student: all but the projections'."""
+        return without_projections(weights)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the projections into a checkpoint's directory."""
+        save_projections(self._base, checkpoint)
+
+    def load(self, checkpoint: Path) -> None:
+        """Read the projections of a checkpoint back; errors as for `load_projections`."""
+        load_projections(self._base, checkpoint)
+
+    def values(
+        self,
+        terms: Sequence[LossTerm],
+        final: Tensor,
+        position_ids: Tensor,
+        batch: Mapping[str, Tensor],
+        num_positions: Tensor | float,
+    ) -> list[Tensor]:
+        """Return the value of each term, with gradient and without its weight, and drop what was watched.
+
+        Args:
+            terms: those of `representations`.
+            final: [S, H] states after the last norm that predict the supervised tokens.
+            position_ids: [1, B] of the batch.
+            batch: tensors of the batch, `predictor_index` among them.
+            num_positions: supervised positions of the global batch.
+        """
+        predictors, positions = batch["predictor_index"], position_ids[0]
+        values = []
+        for term in terms:
+            if term.name == "hidden":
+                values.append(self._hidden(term, final, predictors, batch) / num_positions)
+            elif term.name == "attention":
+                values.append(self._attention(term, predictors, positions, batch) / num_positions)
+            else:
+                values.append(self._contrastive(term, final, batch) * (len(predictors) / num_positions))
+        self._watch.clear()
+        return values
+
+    def _hidden(self, term: LossTerm, final: Tensor, predictors: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum over positions of the distance, averaged over pairs."""
+        function, pairs = representations["hidden"].function, self._pairs["hidden"]
+        total = final.new_zeros((), dtype=torch.float32)
+        for pair in pairs:
+            states = final if pair.student == FINAL else self._watch.states[pair.student].index_select(0, predictors)
+            student = projected(self._base, _projection_name(pair), states)
+            total = total + function(student, teacher_states(batch, pair.column), **term.options).sum()
+        return total / len(pairs)
+
+    def _attention(self, term: LossTerm, predictors: Tensor, positions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum over positions of the KL, averaged over pairs."""
+        function, pairs = representations["attention"].function, self._pairs["attention"]
+        visible = positions[predictors] + 1
+        total = predictors.new_zeros((), dtype=torch.float32)
+        for pair in pairs:
+            distances, masses, rest = teacher_masses(batch, pair.column, visible)
+            student, student_rest = stored_masses(self._watch.attention[pair.student], predictors, positions, distances)
+            total = total + function(student, student_rest, masses, rest, **term.options).sum()
+        return total / len(pairs)
+
+    def _contrastive(self, term: LossTerm, final: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean over rows; 0, with its place in the graph, where there is no pair of rows to tell apart."""
+        teacher, owner = teacher_pooled(batch), batch["pooled_row"]
+        pooled = pool_rows(final, owner, len(teacher), self._identity.pooled)
+        student = projected(self._base, POOLED, pooled)
+        if len(teacher) < 2:
+            return student.sum() * 0.0 + final.float().sum() * 0.0
+        return representations["contrastive"].function(student, teacher, **term.options).mean()
+
+
+def pool_rows(states: Tensor, owner: Tensor, num_rows: int, how: str) -> Tensor:
+    """Return [R, H] float32: mean or last of each row's states [S, H]; `owner` [S] is the row of each, -1 for none."""
+    belongs = owner >= 0
+    kept, rows = states[belongs].float(), owner[belongs]
+    if how == "last":
+        is_last = torch.ones_like(rows, dtype=torch.bool)
+        is_last[:-1] = rows[1:] != rows[:-1]
+        return kept[is_last]
+    sums = kept.new_zeros(num_rows, states.shape[1]).index_add(0, rows, kept)
+    return sums / torch.bincount(rows, minlength=num_rows).clamp_min(1)[:, None]
+
+
+def _projection_name(pair: LayerPair) -> str:
+    return f"teacher_{layer_name(pair.teacher)}_student_{layer_name(pair.student)}"

@@ -1,0 +1,215 @@
+"""The student's head over chunks of positions: logits into one reused buffer, and gradients of logits back through the
+head.
+
+Logits are softcap(scale (h W^T + b)), in float32 even where h and W are bfloat16 (`torch.mm` with a wide output where
+the device has one, else products of float32 copies), in float64 where the inputs are. Buffers are a little wider than
+the vocabulary: what lies beyond column V reads as -inf and serves as the dump of padded slots. The gradient of W is
+accumulated in float32.
+Cost: one matrix product forward, one per gradient asked for; memory: the chunk's buffers, W's gradient once, and, where
+    the type
+of W must change, one copy of W. [positions, vocabulary] is never held.
+
+Shape letters: S positions, C positions of a chunk, H hidden width, V vocabulary, W width of a buffer (above V, a
+multiple of 16).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.errors import TrainingError
+from student_train.batch.target_batch import TargetBatch
+
+CHUNK_BYTES = 256 * 2**20
+"""Bytes of all buffers [C, W] together, where nothing else is asked for; chunks are as long as that allows."""
+MIN_CHUNK_POSITIONS = 16
+"""Shorter chunks starve the matrix products, so the budget gives way."""
+
+
+@functools.cache
+def _has_wide_products(device_type: str) -> bool:
+    """Say whether products of bfloat16 matrices can be written as float32 into a strided buffer on this kind of device."""
+    if device_type != "cuda":
+        return False
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device_type)
+    wide = torch.zeros(16, 32, dtype=torch.float32, device=device_type)
+    try:
+        with torch.autocast(device_type, enabled=False):
+            torch.mm(ones, ones, out_dtype=torch.float32, out=wide[:, :16])
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((wide[:, :16] == 16).all() and (wide[:, 16:] == 0).all())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A student's output head, detached, ready for products in `compute_dtype`."""
+
+    weight: Tensor
+    """[V, H] in `compute_dtype`."""
+    bias: Tensor | None
+    """[V] in `dtype`, scaled already."""
+    scale: float
+    """What logits are multiplied by before the soft cap."""
+    softcap: float | None
+    """Logits are softcap tanh(logits / softcap)."""
+    dtype: torch.dtype
+    """Type of logits and of accumulated gradients: float32, or float64 where the inputs are."""
+
+    @staticmethod
+    def of(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        vocab_size: int | None = None,
+    ) -> Head:
+        """Prepare a head for the given hidden states; the first `vocab_size` rows of the weight are the vocabulary.
+
+        Raises:
+            TrainingError: the head is smaller than the vocabulary, or the soft cap is not above 0.
+        """
+        num_rows = weight.shape[0] if vocab_size is None else vocab_size
+        if num_rows > weight.shape[0]:
+            raise TrainingError(
+                f"the student's head has {weight.shape[0]} rows and the tokenizer {num_rows} tokens; "
+                "use a student of the same tokenizer"
+            )
+        if softcap is not None and softcap <= 0:
+            raise TrainingError(
+                f"the student's logits have a soft cap of {softcap:g}; it must be above 0, or None for no cap"
+            )
+        types = {hidden.dtype, weight.dtype}
+        dtype = torch.float64 if torch.float64 in types else torch.float32
+        narrow = hidden.dtype == torch.bfloat16 and dtype == torch.float32 and _has_wide_products(hidden.device.type)
+        weight = weight.detach()[:num_rows].to(torch.bfloat16 if narrow else dtype)
+        if bias is not None:
+            bias = bias.detach()[:num_rows].to(dtype) * scale
+        return Head(weight, bias, scale, softcap, dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the head that count."""
+        return int(self.weight.shape[0])
+
+    @property
+    def buffer_width(self) -> int:
+        """W, columns of a buffer: at least one beyond the vocabulary, rows aligned to 64 bytes."""
+        return (self.vocab_size // 16 + 1) * 16
+
+    def buffer(self, num_positions: int) -> Tensor:
+        """Return [C, W] uninitialised memory for a chunk's logits."""
+        return torch.empty(num_positions, self.buffer_width, dtype=self.dtype, device=self.weight.device)
+
+    def chunks(self, num_positions: int, num_buffers: int, chunk_positions: int | None) -> Iterator[slice]:
+        """Yield slices of the positions, each small enough that `num_buffers` buffers stay within the budget."""
+        size = self.chunk_size(num_positions, num_buffers, chunk_positions)
+        for start in range(0, num_positions, size):
+            yield slice(start, min(start + size, num_positions))
+
+    def chunk_size(
+        self, num_positions: int, num_buffers: int, chunk_positions: int | None, chunk_bytes: int | None = None
+    ) -> int:
+        """Return how many positions a chunk has at most; at least 1. The budget is `chunk_bytes`, or `CHUNK_BYTES`.
+
+        Raises:
+            TrainingError: `chunk_positions` is below 1.
+        """
+        if chunk_positions is not None and chunk_positions < 1:
+            raise TrainingError(
+                f"chunk_positions is {chunk_positions}; it must be at least 1, or None for what fits {CHUNK_BYTES} "
+                "bytes"
+            )
+        by_budget = (chunk_bytes or CHUNK_BYTES) // (self.buffer_width * self.dtype.itemsize * num_buffers)
+        size: int = max(by_budget, MIN_CHUNK_POSITIONS) if chunk_positions is None else chunk_positions
+        return max(min(size, num_positions), 1)
+
+    def input_of(self, hidden: Tensor) -> Tensor:
+        """Return [C, H] scaled hidden states in the type of the weight."""
+        hidden = hidden.detach()
+        return (hidden.to(self.dtype) * self.scale if self.scale != 1.0 else hidden).to(self.weight.dtype)
+
+    def logits_into(self, out: Tensor, hidden: Tensor, slope: Tensor | None = None) -> None:
+        """Write [C, V] logits of `input_of` hidden states into a buffer, -inf beyond them.
+
+        With a soft cap, `slope` [C, W] receives the derivative of capped by uncapped logits.
+        """
+        logits = out[:, : self.vocab_size]
+        if hidden.dtype == self.dtype:
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:
+            torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=logits)
+        if self.bias is not None:
+            logits.add_(self.bias)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_()
+            if slope is not None:
+                torch.mul(logits, logits, out=slope[:, : self.vocab_size]).neg_().add_(1.0)
+            logits.mul_(self.softcap)
+        out[:, self.vocab_size :] = -torch.inf
+
+
+def check_positions(head: Head, hidden: Tensor, labels: Tensor, targets: TargetBatch | None) -> None:
+    """Check that hidden states, labels and targets are of the same positions and that every id is in the vocabulary.
+
+    Raises:
+        TrainingError: an id is outside the vocabulary.
+        ValueError: the lengths differ.
+    """
+    lengths = {len(hidden), len(labels)} | (set() if targets is None else {targets.num_positions})
+    if len(lengths) != 1:
+        raise ValueError(f"hidden states, labels and targets must have one entry per position, not {sorted(lengths)}")
+    if len(labels) == 0:
+        return
+    lowest, highest = (int(x) for x in torch.aminmax(labels))
+    highest = max(highest, -1 if targets is None else targets.max_token_id)
+    if lowest < 0 or highest >= head.vocab_size:
+        raise TrainingError(
+            f"token id {lowest if lowest < 0 else highest} was found where the student's head has tokens 0 to "
+            f"{head.vocab_size - 1}; use a cache made with the student's tokenizer"
+        )
+
+
+@dataclass(slots=True, eq=False)
+class HeadGradients:
+    """Gradients that build up chunk by chunk; None where they are not asked for."""
+
+    hidden: Tensor | None
+    """[S, H] in the head's `dtype`."""
+    weight: Tensor | None
+    """[all rows of the weight, H] in the head's `dtype`; rows beyond the vocabulary stay 0."""
+    bias: Tensor | None
+    """[all rows of the weight]."""
+
+    @staticmethod
+    def zeros(head: Head, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> HeadGradients:
+        """Allocate accumulators for those inputs that are given."""
+        inputs = (hidden, weight, bias)
+        return HeadGradients(
+            *(None if x is None else torch.zeros(x.shape, dtype=head.dtype, device=x.device) for x in inputs)
+        )
+
+    def add(self, head: Head, where: slice, hidden: Tensor, logits_gradient: Tensor) -> None:
+        """Add a chunk: `hidden` [C, H] from `input_of`, `logits_gradient` [C, W] by uncapped logits."""
+        gradient = logits_gradient[:, : head.vocab_size]
+        if self.bias is not None:
+            self.bias[: head.vocab_size].add_(gradient.sum(0), alpha=head.scale)
+        if head.weight.dtype == head.dtype:
+            if self.hidden is not None:
+                torch.mm(gradient, head.weight, out=self.hidden[where])
+            if self.weight is not None:
+                self.weight[: head.vocab_size].addmm_(gradient.t(), hidden)
+        else:
+            narrow = gradient.to(head.weight.dtype)
+            if self.hidden is not None:
+                torch.mm(narrow, head.weight, out_dtype=head.dtype, out=self.hidden[where])
+            if self.weight is not None:
+                self.weight[: head.vocab_size].add_(torch.mm(narrow.t(), hidden, out_dtype=head.dtype))
+        if self.hidden is not None and head.scale != 1.0:
+            self.hidden[where].mul_(head.scale)

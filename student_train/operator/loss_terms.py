@@ -1,0 +1,111 @@
+"""Loss terms of one step, checked and grouped: terms of a group share one softmax over the vocabulary.
+
+A group is a temperature and a way to see the tail. Divergences that are linear in the teacher take the tail from drawn
+tokens
+where there are any: right on average. The others would take a token that was not drawn for an impossible one, so they
+see head and bucket, as on a layer without draws; where there is no head either (mode `sample`), they are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shared.errors import TrainingError
+from student_train.batch.target_batch import TargetBatch
+from student_train.losses import Divergence, LossTerm, divergences
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedDivergence:
+    """A divergence with its options bound, and the place of its value among all terms."""
+
+    index: int
+    function: Callable[[Tensor, Tensor], Tensor]
+    coefficient: Tensor | float
+    """Weight x T^2 / positions of the global batch."""
+    on_labels: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TermGroup:
+    """Terms that share one softmax."""
+
+    temperature: float
+    with_draws: bool
+    """The tail's mass goes to drawn tokens, where there are any."""
+    terms: list[WeightedDivergence]
+
+    @property
+    def needs_members(self) -> bool:
+        """Say whether any term looks at the teacher."""
+        return not all(term.on_labels for term in self.terms)
+
+
+def term_keys(terms: Sequence[LossTerm]) -> list[str]:
+    """Return a unique key per term: its name, with _2, _3 ... where a name comes again.
+
+    >>> term_keys([LossTerm("forward_kl"), LossTerm("cross_entropy"), LossTerm("forward_kl", temperature=2.0)])
+    ['forward_kl', 'cross_entropy', 'forward_kl_2']
+    """
+    names = [term.name for term in terms]
+    return [name if name not in names[:i] else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
+
+
+def group_terms(
+    terms: Sequence[LossTerm], targets: TargetBatch | None, num_positions: float | Tensor
+) -> list[TermGroup]:
+    """Return the terms in groups that share a softmax; cross-entropy joins any group at temperature 1.
+
+    Raises:
+        TrainingError: there is no term, or one cannot be honoured: unknown name or option, a temperature that was not
+            captured, a divergence that these targets cannot give.
+    """
+    if not terms:
+        raise TrainingError("a stage without losses has nothing to train; name at least one")
+    groups: dict[tuple[float, bool], TermGroup] = {}
+    checked = [_checked(term, targets) for term in terms]
+    for index in sorted(range(len(terms)), key=lambda i: checked[i].on_labels):
+        term, divergence = terms[index], checked[index]
+        key = (term.temperature, divergence.linear_in_teacher and targets is not None and bool(targets.draws))
+        if divergence.on_labels:
+            key = next((existing for existing in groups if existing[0] == 1.0), key)
+        coefficient = term.weight * term.temperature**2 / num_positions
+        function = functools.partial(divergence.function, **term.options)
+        group = groups.setdefault(key, TermGroup(*key, []))
+        group.terms.append(WeightedDivergence(index, function, coefficient, divergence.on_labels))
+    return list(groups.values())
+
+
+def _checked(term: LossTerm, targets: TargetBatch | None) -> Divergence:
+    """Return the term's divergence, or raise TrainingError where the term cannot be honoured."""
+    divergence = divergences.get(term.name)
+    if divergence is None:
+        raise TrainingError(f"loss '{term.name}' is unknown; use one of {', '.join(divergences)}")
+    unknown = set(term.options) - set(divergence.options)
+    if unknown:
+        takes = ", ".join(divergence.options) or "none"
+        raise TrainingError(
+            f"loss '{term.name}' was given the option '{min(unknown)}', which it does not have; it takes {takes}"
+        )
+    if divergence.on_labels:
+        if term.temperature != 1.0:
+            raise TrainingError(
+                f"{term.name} was asked for at temperature {term.temperature:g}; it is taken at 1, so leave it out"
+            )
+        return divergence
+    if targets is None:
+        raise TrainingError(
+            f"loss '{term.name}' needs the teacher's targets and the batch has none; name a targets layer"
+        )
+    targets.temperature_index(term.temperature)
+    if targets.has_only_draws and not divergence.linear_in_teacher:
+        raise TrainingError(
+            f"loss '{term.name}' was asked for on targets of mode 'sample', where it is biased, since a token that "
+            "was not "
+            "drawn would count as impossible; use forward_kl, or a layer captured in mode 'top' or 'top+sample'"
+        )
+    return divergence

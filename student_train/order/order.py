@@ -1,0 +1,200 @@
+"""Order of training packs: a pure function of seed, epoch, mixture and row lengths.
+
+Every rank and every resumed run computes the same list, so the only state to save is a position in it. Rows are sorted
+by random keys from a counter-based generator (Philox, whose raw stream numpy guarantees), packed, and the packs sorted
+by keys again.
+
+A mixture gives each source a share of the *tokens drawn*. An epoch then draws as many tokens as the named sources have
+together. A source's draws run through one random pass over its rows after another, each row once per pass; they form
+one endless stream of tokens, and epoch e takes the rows that begin in the e-th slice of it. So a source below its share
+repeats rows evenly, one above it is sub-sampled without neglecting any row, and shares are exact to one row. A source
+that the mixture does not name is not drawn.
+Cost: O(rows log rows) once per epoch, 12 bytes per row at its peak and 4 afterwards; no sequence is read.
+
+Shape letters: R rows in the caches, D rows drawn in the epoch, P packs in the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shared.errors import TrainingError
+from student_train.order.packing import pack_rows
+
+_ROWS, _PACKS, _FIRST_SOURCE = 0, 1, 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EpochPlan:
+    """The packs of one epoch in training order."""
+
+    rows: NDArray[np.int32]
+    """[D] row indices, pack after pack."""
+    offsets: NDArray[np.int64]
+    """[P + 1] offsets of each pack in `rows`."""
+    num_tokens: int
+    """Tokens in all packs, after cutting."""
+    fill: float
+    """Share of the packs' room that holds tokens, 0 to 1."""
+    num_cut: int
+    """Rows drawn that lose their end because they are longer than a pack or `max_length`."""
+    num_dropped: int
+    """Rows left out because they are too long."""
+    hash: str
+    """xxh3-128 of rows and offsets, in hex."""
+
+    @property
+    def num_packs(self) -> int:
+        """P, the number of packs."""
+        return len(self.offsets) - 1
+
+    def pack(self, index: int) -> NDArray[np.int32]:
+        """Return the row indices of one pack."""
+        return self.rows[self.offsets[index] : self.offsets[index + 1]]
+
+
+def random_keys(seed: int, purpose: int, round_: int, count: int) -> NDArray[np.uint64]:
+    """Return `count` random 64-bit keys that depend on the three numbers alone."""
+    generator = np.random.Philox(key=np.array([seed % 2**64, (purpose << 40) + round_], dtype=np.uint64))
+    return generator.random_raw(count)
+
+
+def length_limit(pack_tokens: int, max_length: int | None) -> int:
+    """Return the longest row, in tokens, that is trained on whole."""
+    return pack_tokens if max_length is None else min(pack_tokens, max_length)
+
+
+def plan_epoch(
+    seed: int,
+    epoch: int,
+    num_tokens: NDArray[np.integer],
+    sources: NDArray[np.integer] | None,
+    mixture: Mapping[int, float] | None,
+    pack_tokens: int,
+    max_length: int | None = None,
+    too_long: str = "cut",
+    *,
+    eligible: NDArray[np.integer] | None = None,
+) -> EpochPlan:
+    """Plan the packs of one epoch.
+
+    Args:
+        seed: what the order depends on beside the data.
+        epoch: from 0.
+        num_tokens: [R] tokens per row.
+        sources: [R] source code per row; needed with a mixture only.
+        mixture: share per source code, scaled to sum to 1; None draws every row once.
+        pack_tokens: room of a pack.
+        max_length: longest row in tokens, if shorter than a pack.
+        too_long: `cut` keeps a longer row's beginning, `drop` leaves it out, `refuse` raises.
+        eligible: indices of the rows that may be drawn, ascending; None for all.
+
+    Raises:
+        TrainingError: nothing is left to train on, or a row is too long and `too_long` is `refuse`.
+    """
+    limit = length_limit(pack_tokens, max_length)
+    candidates, num_dropped = usable_rows(num_tokens, limit, too_long, eligible)
+    lengths = np.minimum(num_tokens, limit)
+    drawn = (
+        _shuffled(seed, epoch, candidates)
+        if mixture is None
+        else _mixed(seed, epoch, candidates, lengths, sources, mixture)
+    )
+    if len(drawn) == 0:
+        raise TrainingError(
+            f"no row is left to train on: {num_dropped} are longer than {limit} tokens, and the rest are held out or "
+            "not in the "
+            "mixture; raise max_length, lower heldout.fraction or name another source"
+        )
+    packs = pack_rows(lengths[drawn], pack_tokens)
+    num_packs = len(packs.offsets) - 1
+    order = np.argsort(random_keys(seed, _PACKS, epoch, num_packs), kind="stable")
+    sizes = np.diff(packs.offsets)[order]
+    offsets = np.zeros(num_packs + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    within = np.arange(len(drawn), dtype=np.int64) - np.repeat(offsets[:-1], sizes)
+    rows = drawn[packs.members[np.repeat(packs.offsets[:-1][order], sizes) + within]]
+    total = int(lengths[drawn].sum(dtype=np.int64))
+    num_cut = int(np.count_nonzero(num_tokens[drawn] > limit))
+    digest = xxhash.xxh3_128(rows.astype("<i4").tobytes())
+    digest.update(offsets.astype("<i8").tobytes())
+    return EpochPlan(rows, offsets, total, total / (num_packs * pack_tokens), num_cut, num_dropped, digest.hexdigest())
+
+
+def usable_rows(
+    num_tokens: NDArray[np.integer], limit: int, too_long: str, eligible: NDArray[np.integer] | None
+) -> tuple[NDArray[np.int32], int]:
+    """Return the rows that may be drawn, ascending, and how many are left out because they are too long.
+
+    Raises:
+        TrainingError: a row is too long and `too_long` is `refuse`.
+    """
+    candidates = np.arange(len(num_tokens), dtype=np.int32) if eligible is None else eligible.astype(np.int32)
+    too_many = num_tokens[candidates] > limit
+    if too_long == "refuse" and too_many.any():
+        row = int(candidates[np.argmax(too_many)])
+        raise TrainingError(
+            f"row {row} has {int(num_tokens[row])} tokens where max_length and pack_tokens allow {limit} "
+            f"({int(too_many.sum())} such rows); raise them, or set too_long to cut or drop"
+        )
+    if too_long == "drop":
+        return candidates[~too_many], int(too_many.sum())
+    return candidates, 0
+
+
+def source_pass(seed: int, code: int, pass_index: int, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the rows of source `code` in the order of one random pass over them."""
+    return rows[np.argsort(random_keys(seed, _FIRST_SOURCE + code, pass_index, len(rows)), kind="stable")]
+
+
+def _shuffled(seed: int, epoch: int, candidates: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return every candidate once, in random order."""
+    return candidates[np.argsort(random_keys(seed, _ROWS, epoch, len(candidates)), kind="stable")]
+
+
+def _mixed(
+    seed: int,
+    epoch: int,
+    candidates: NDArray[np.int32],
+    lengths: NDArray[np.integer],
+    sources: NDArray[np.integer] | None,
+    mixture: Mapping[int, float],
+) -> NDArray[np.int32]:
+    """Return the epoch's draws of all sources in the mixture, in random order."""
+    assert sources is not None
+    members = {code: candidates[sources[candidates] == code] for code, share in sorted(mixture.items()) if share > 0}
+    empty = [code for code, rows in members.items() if len(rows) == 0]
+    if empty:
+        raise TrainingError(
+            f"the mixture asks for source number {empty[0]}, which has no row to train on; leave it out of the "
+            "mixture or add rows"
+        )
+    total = sum(int(lengths[rows].sum(dtype=np.int64)) for rows in members.values())
+    scale = total / sum(mixture[code] for code in members)
+    streams = [
+        _slice_of_source(seed, epoch, code, rows, lengths, round(mixture[code] * scale))
+        for code, rows in members.items()
+    ]
+    return _shuffled(seed, epoch, np.concatenate([np.empty(0, np.int32), *streams]))
+
+
+def _slice_of_source(
+    seed: int, epoch: int, code: int, rows: NDArray[np.int32], lengths: NDArray[np.integer], budget: int
+) -> NDArray[np.int32]:
+    """Return the rows that begin within tokens `epoch * budget` to `(epoch + 1) * budget` of endless random passes over
+    `rows`.
+    """
+    pass_tokens = int(lengths[rows].sum(dtype=np.int64))
+    first, end = epoch * budget, (epoch + 1) * budget
+    pieces = [np.empty(0, np.int32)]
+    for pass_index in range(first // pass_tokens, (end - 1) // pass_tokens + 1 if budget else 0):
+        order = source_pass(seed, code, pass_index, rows)
+        ends = np.cumsum(lengths[order], dtype=np.int64)
+        begins = ends - lengths[order] + pass_index * pass_tokens
+        pieces.append(order[np.searchsorted(begins, first) : np.searchsorted(begins, end)])
+    return np.concatenate(pieces)

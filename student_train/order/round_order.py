@@ -1,0 +1,154 @@
+"""Order of training packs where the mixture changes: planned in rounds, each pure given the shares so far.
+
+A round is a number of packs with one share of the tokens per source. Each source is an endless stream of random passes
+over its rows, each row once per pass, as in `order`. A row of a source with share a, before which the round drew b
+tokens of that source, is due at time (b + half of its own tokens) / a; rows are taken in the order of their times, so
+that shares hold not only on average but all along. They are packed, the first packs make the round, and rows of the
+others go back to the front of their streams. What a source got too little of in a round is added to what it is due in
+the next.
+Cost: O(rows log rows) once; 4 bytes per row that is drawn.
+
+Shape letters: R rows in the caches, P packs of a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shared.errors import TrainingError
+from student_train.order.order import EpochPlan, length_limit, random_keys, source_pass, usable_rows
+from student_train.order.packing import pack_rows
+
+_SPARE = 8
+"""A round is packed from an eighth more tokens than it holds, so that its last packs fill as well as its first."""
+
+_SMALLEST = 1e-9
+"""A share below it draws nothing."""
+
+
+class RowStream:
+    """Endless random passes over the rows of one source."""
+
+    def __init__(self, seed: int, code: int, rows: NDArray[np.int32], lengths: NDArray[np.integer]) -> None:
+        """Begin with the first pass over `rows`; `lengths` [R] are tokens of every row of the caches."""
+        self._seed, self._code, self._rows, self._lengths = seed, code, rows, lengths
+        self._next_pass = 0
+        self._waiting = np.empty(0, np.int32)
+
+    def peek(self, num_tokens: float) -> NDArray[np.int32]:
+        """Return the next rows, at least `num_tokens` tokens of them; they stay in the stream."""
+        held = int(self._lengths[self._waiting].sum(dtype=np.int64))
+        pieces = [self._waiting]
+        while held < num_tokens:
+            pieces.append(source_pass(self._seed, self._code, self._next_pass, self._rows))
+            held += int(self._lengths[self._rows].sum(dtype=np.int64))
+            self._next_pass += 1
+        self._waiting = np.concatenate(pieces)
+        ends = np.cumsum(self._lengths[self._waiting], dtype=np.int64)
+        return self._waiting[: int(np.searchsorted(ends, num_tokens)) + 1]
+
+    def remove(self, places: NDArray[np.int64]) -> None:
+        """Take rows out, by their places among the next ones."""
+        self._waiting = np.delete(self._waiting, places)
+
+
+class RoundPlanner:
+    """Plans one round after another."""
+
+    def __init__(
+        self,
+        seed: int,
+        num_tokens: NDArray[np.integer],
+        sources: NDArray[np.integer],
+        codes: tuple[int, ...],
+        pack_tokens: int,
+        max_length: int | None,
+        too_long: str,
+        eligible: NDArray[np.integer] | None,
+    ) -> None:
+        """Prepare the streams of the sources `codes`; the other arguments as in `order.plan_epoch`.
+
+        Raises:
+            TrainingError: a source has no row to train on, or a row is too long and `too_long` is `refuse`.
+        """
+        self._limit = length_limit(pack_tokens, max_length)
+        rows, self._num_dropped = usable_rows(num_tokens, self._limit, too_long, eligible)
+        self._num_tokens, self._pack_tokens = num_tokens, pack_tokens
+        self._lengths = np.minimum(num_tokens, self._limit)
+        members = {code: rows[sources[rows] == code] for code in sorted(codes)}
+        for code, own in members.items():
+            if len(own) == 0:
+                raise TrainingError(
+                    f"the mixture asks for source number {code}, which has no row to train on; leave it out or add rows"
+                )
+        self._streams = {code: RowStream(seed, code, own, self._lengths) for code, own in members.items()}
+        self._credit = dict.fromkeys(members, 0.0)
+        self.tokens_per_source = {code: int(self._lengths[own].sum(dtype=np.int64)) for code, own in members.items()}
+        """Tokens of one pass over each source."""
+        together = np.concatenate(list(members.values()))
+        epoch = pack_rows(
+            self._lengths[together[np.argsort(random_keys(seed, 0, 0, len(together)), kind="stable")]], pack_tokens
+        )
+        self.packs_per_epoch = len(epoch.offsets) - 1
+        """Packs that hold every row of the sources once."""
+        digest = xxhash.xxh3_128(f"{seed} {pack_tokens} {self._limit} {sorted(codes)}".encode())
+        digest.update(together.astype("<i4").tobytes())
+        digest.update(self._lengths[together].astype("<i4").tobytes())
+        self.hash = digest.hexdigest()
+        """xxh3-128 of everything that the rounds depend on beside their shares, in hex."""
+
+    def next_round(self, shares: Mapping[int, float], num_packs: int) -> EpochPlan:
+        """Plan the next round of `num_packs` packs with a share per source code, scaled to sum to 1.
+
+        Raises:
+            TrainingError: every share is 0.
+        """
+        total = sum(shares.values())
+        if total <= 0:
+            raise TrainingError(
+                "every share of the mixture is 0 at some step, so there is nothing to draw then; raise one of them"
+            )
+        wanted = {code: share / total for code, share in sorted(shares.items()) if share > _SMALLEST * total}
+        budget = (num_packs + max(1, num_packs // _SPARE)) * self._pack_tokens
+        drawn, codes, places = self._in_time_order(wanted, budget)
+        packs = pack_rows(self._lengths[drawn], self._pack_tokens)
+        offsets = packs.offsets[: num_packs + 1]
+        used = packs.members[: offsets[-1]]
+        kept = self._lengths[drawn[used]]
+        kept_tokens = int(kept.sum(dtype=np.int64))
+        for code in wanted:
+            mine = codes[used] == code
+            self._streams[code].remove(places[used[mine]])
+            self._credit[code] += wanted[code] * kept_tokens - int(kept[mine].sum(dtype=np.int64))
+        rows = drawn[used]
+        digest = xxhash.xxh3_128(rows.astype("<i4").tobytes())
+        digest.update(offsets.astype("<i8").tobytes())
+        num_cut = int(np.count_nonzero(self._num_tokens[rows] > self._limit))
+        num_dropped, self._num_dropped = self._num_dropped, 0  # said once
+        fill = kept_tokens / (num_packs * self._pack_tokens)
+        return EpochPlan(rows, offsets, kept_tokens, fill, num_cut, num_dropped, digest.hexdigest())
+
+    def _in_time_order(
+        self, wanted: Mapping[int, float], budget: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """Return at least `budget` tokens of rows in the order in which they are due, each one's source, and its place
+        there.
+        """
+        rows, times, codes, places = [], [], [], []
+        for code, share in wanted.items():
+            own = self._streams[code].peek(max(share * budget + self._credit[code], 0.0) + 2 * self._limit)
+            lengths = self._lengths[own].astype(np.int64)
+            due = (np.cumsum(lengths) - 0.5 * lengths - self._credit[code]) / share
+            rows.append(own)
+            times.append(due)
+            codes.append(np.full(len(own), code, np.int64))
+            places.append(np.arange(len(own), dtype=np.int64))
+        order = np.argsort(np.concatenate(times), kind="stable")
+        drawn = np.concatenate(rows)[order]
+        ends = np.cumsum(self._lengths[drawn], dtype=np.int64)
+        order = order[: int(np.searchsorted(ends, budget)) + 1]
+        return np.concatenate(rows)[order], np.concatenate(codes)[order], np.concatenate(places)[order]

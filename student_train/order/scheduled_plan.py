@@ -1,0 +1,132 @@
+"""The packs of a stage whose mixture moves: by a schedule, planned at once, or by its evaluations, planned round by
+round.
+
+By a schedule: shares are constant within a round, which is as long as 1/64 of the stage or what fills packs well, and
+ends wherever
+a stepwise share changes. By evaluations: round k begins one step after evaluation k, since the first packs of the step
+that follows
+an evaluation are read before it is made. Cost: see round_order.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import xxhash
+
+from shared.recipe.recipe import Schedule, Stage
+from student_train.order import schedules
+from student_train.order.order import EpochPlan
+from student_train.order.round_order import RoundPlanner
+from student_train.order.schedules import RunSteps
+from student_train.order.stage_plan import StagePlan
+
+_ROUNDS = 64
+"""Rounds of a scheduled stage, at least, where it has as many steps."""
+_ROUND_PACKS = 16
+"""Packs of a round, where that leaves `_ROUNDS` of them: enough to fill them well."""
+READ_AHEAD_STEPS = 1
+"""Steps whose packs are read before the step before them is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSize:
+    """How many packs and steps a stage has."""
+
+    num_packs: int
+    num_steps: int
+    packs_per_step: int
+
+    @classmethod
+    def of(cls, stage: Stage, packs_per_epoch: int, num_devices: int) -> StageSize:
+        """Return the size of a stage from its trainer arguments."""
+        trainer = stage.trainer
+        packs_per_step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * num_devices
+        wanted = math.ceil(trainer.num_train_epochs * packs_per_epoch)
+        num_packs = wanted if trainer.max_steps is None else trainer.max_steps * packs_per_step
+        return cls(num_packs, math.ceil(num_packs / packs_per_step), packs_per_step)
+
+    def packs_between(self, first_step: int, end_step: int) -> int:
+        """Return how many packs the steps from one to before another have."""
+        return min(end_step * self.packs_per_step, self.num_packs) - first_step * self.packs_per_step
+
+
+def shares_at(mixture: Mapping[int, Schedule], step: int, num_steps: int, run: RunSteps | None) -> dict[int, float]:
+    """Return the share of each source at an optimizer step, counted from 0, scaled to sum to 1 (all 0 where they are)."""
+    shares = {code: schedules.value(share, step, num_steps, run) for code, share in mixture.items()}
+    total = sum(shares.values())
+    return {code: share / total if total else 0.0 for code, share in shares.items()}
+
+
+def plan_scheduled(
+    planner: RoundPlanner, size: StageSize, mixture: Mapping[int, Schedule], run: RunSteps | None, limit: int, seed: int
+) -> StagePlan:
+    """Plan all rounds of a stage whose shares follow schedules.
+
+    Raises:
+        TrainingError: every share is 0 at some step.
+    """
+    starts = _round_starts(size, mixture, run)
+    rounds: list[EpochPlan] = []
+    for start, end in zip(starts, [*starts[1:], size.num_steps], strict=True):
+        by_step = [shares_at(mixture, step, size.num_steps, run) for step in range(start, end)]
+        shares = {code: math.fsum(shares[code] for shares in by_step) / len(by_step) for code in mixture}
+        rounds.append(planner.next_round(shares, size.packs_between(start, end)))
+    return StagePlan(
+        tuple(rounds),
+        size.num_packs,
+        size.num_steps,
+        size.packs_per_step,
+        limit,
+        seed,
+        packs_per_epoch=planner.packs_per_epoch,
+    )
+
+
+def _round_starts(size: StageSize, mixture: Mapping[int, Schedule], run: RunSteps | None) -> list[int]:
+    """Return the first step of each round."""
+    length = min(-(-_ROUND_PACKS // size.packs_per_step), size.num_steps // _ROUNDS)
+    length = max(length, size.num_steps // (16 * _ROUNDS), 1)
+    starts = set(range(0, size.num_steps, length))
+    for share in mixture.values():
+        if share.kind == "step":
+            values = [schedules.value(share, step, size.num_steps, run) for step in range(size.num_steps)]
+            starts |= {step for step in range(1, size.num_steps) if values[step] != values[step - 1]}
+    return sorted(starts)
+
+
+@dataclass(frozen=True, eq=False)
+class GrowingPlan(StagePlan):
+    """A plan whose rounds become known while the stage trains."""
+
+    planner: RoundPlanner | None = None
+    every_steps: int = 1
+    """Steps between rounds."""
+    settings: str = ""
+    """What the shares depend on beside the evaluations."""
+
+    @cached_property
+    def hash(self) -> str:
+        """Hex xxh3-128 of everything that the rounds depend on beside the evaluations."""
+        assert self.planner is not None
+        size = f"{self.num_packs} {self.num_steps} {self.packs_per_step} {self.limit} {self.seed} {self.every_steps}"
+        return xxhash.xxh3_128_hexdigest(f"{size} {self.planner.hash} {self.settings}".encode())
+
+    @property
+    def is_complete(self) -> bool:
+        """Say whether every round is planned."""
+        return self._first_step(len(self.epochs)) >= self.num_steps
+
+    def add_round(self, shares: Mapping[int, float]) -> None:
+        """Plan the next round with a share per source code."""
+        assert self.planner is not None
+        assert isinstance(self.epochs, list)
+        start, end = self._first_step(len(self.epochs)), min(self._first_step(len(self.epochs) + 1), self.num_steps)
+        size = StageSize(self.num_packs, self.num_steps, self.packs_per_step)
+        self.epochs.append(self.planner.next_round(shares, size.packs_between(start, end)))
+
+    def _first_step(self, round_: int) -> int:
+        return round_ * self.every_steps + READ_AHEAD_STEPS if round_ else 0

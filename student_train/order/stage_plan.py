@@ -1,0 +1,143 @@
+"""All packs of one stage: as many epochs of `order` as its steps need, and one hash for them.
+
+A stage's order depends on the seed and the data and never on the stage's name or losses, so that two stages with the
+same trainer
+arguments see the same packs at the same steps. Cost: that of planning the epochs; 4 bytes per row and epoch afterwards.
+
+Shape letters: R rows in the caches, P packs in an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shared.recipe.recipe import Stage
+from student_train.order.order import EpochPlan, length_limit, plan_epoch
+
+
+@dataclass(frozen=True, eq=False)
+class StagePlan:
+    """The packs of one stage in training order."""
+
+    epochs: Sequence[EpochPlan]
+    """Or rounds, where the mixture changes."""
+    num_packs: int
+    """Packs that are trained on; the last epoch may hold more."""
+    num_steps: int
+    """Optimizer steps."""
+    packs_per_step: int
+    """Packs of all devices in one optimizer step."""
+    limit: int
+    """Longest row in tokens; a longer one is cut here."""
+    seed: int
+    packs_per_epoch: int | None = None
+    """Packs that hold every row once, where the stage is planned in rounds."""
+
+    @cached_property
+    def hash(self) -> str:
+        """Hex xxh3-128 of every pack, in order, and of how they form steps."""
+        digest = xxhash.xxh3_128(
+            f"{self.num_packs} {self.num_steps} {self.packs_per_step} {self.limit} {self.seed}".encode()
+        )
+        for epoch in self.epochs:
+            digest.update(epoch.hash.encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _known_ends(self) -> list[int]:
+        return []
+
+    @property
+    def _ends(self) -> list[int]:
+        if len(self._known_ends) != len(self.epochs):
+            self._known_ends[:] = accumulate(epoch.num_packs for epoch in self.epochs)
+        return self._known_ends
+
+    def rows_of(self, index: int) -> NDArray[np.int32]:
+        """Return the row indices of the stage's pack `index`."""
+        if not 0 <= index < self.num_packs:
+            raise IndexError(f"pack {index} of {self.num_packs}")
+        epoch = bisect_right(self._ends, index)
+        assert epoch < len(self.epochs), f"pack {index} is read before its round is planned"
+        return self.epochs[epoch].pack(index - (self._ends[epoch - 1] if epoch else 0))
+
+    def epoch_at(self, num_steps: int) -> float:
+        """Return how many epochs `num_steps` steps cover."""
+        done = min(num_steps * self.packs_per_step, self.num_packs)
+        if self.packs_per_epoch is not None:
+            return done / self.packs_per_epoch
+        epoch = min(bisect_right(self._ends, done), len(self.epochs) - 1)
+        before = self._ends[epoch - 1] if epoch else 0
+        return epoch + (done - before) / self.epochs[epoch].num_packs
+
+    @property
+    def is_complete(self) -> bool:
+        """Say whether every pack is known already."""
+        return True
+
+    @property
+    def fill(self) -> float:
+        """Share of the packs' room that holds tokens, over all epochs."""
+        if not self.epochs:
+            return 0.0
+        room = sum(epoch.num_tokens / epoch.fill for epoch in self.epochs)
+        return sum(epoch.num_tokens for epoch in self.epochs) / room
+
+
+def plan_stage(
+    stage: Stage,
+    seed: int,
+    num_tokens: NDArray[np.integer],
+    sources: NDArray[np.integer],
+    mixture: Mapping[int, float] | None,
+    eligible: NDArray[np.integer] | None,
+    num_devices: int = 1,
+) -> StagePlan:
+    """Plan as many epochs as `max_steps` or `num_train_epochs` of the stage needs.
+
+    Args:
+        stage: its trainer arguments, `max_length` and `too_long` count.
+        seed: seed of the order.
+        num_tokens: [R] tokens per row.
+        sources: [R] source code per row.
+        mixture: share per source code, or None.
+        eligible: rows that are not held out, or None for all.
+        num_devices: processes that train together.
+
+    Raises:
+        TrainingError: nothing is left to train on, or a row is too long and must not be.
+    """
+    trainer = stage.trainer
+    packs_per_step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * num_devices
+    wanted_packs = None if trainer.max_steps is None else trainer.max_steps * packs_per_step
+    epochs: list[EpochPlan] = []
+    num_packs = 0
+    while num_packs < wanted_packs if wanted_packs is not None else len(epochs) < trainer.num_train_epochs:
+        epoch = plan_epoch(
+            seed,
+            len(epochs),
+            num_tokens,
+            sources,
+            mixture,
+            trainer.pack_tokens,
+            stage.max_length,
+            stage.too_long,
+            eligible=eligible,
+        )
+        part = 1.0 if wanted_packs is not None else min(1.0, trainer.num_train_epochs - len(epochs))
+        num_packs += math.ceil(part * epoch.num_packs)
+        epochs.append(epoch)
+    num_packs = num_packs if wanted_packs is None else wanted_packs
+    num_steps = math.ceil(num_packs / packs_per_step)
+    return StagePlan(
+        tuple(epochs), num_packs, num_steps, packs_per_step, length_limit(trainer.pack_tokens, stage.max_length), seed
+    )

@@ -1,0 +1,126 @@
+"""A trained student as a plain model directory that transformers and vLLM load.
+
+Adapters are merged and also kept by themselves. The directory is written under a temporary name, synced and renamed, so
+it is whole or absent. Tokenizer and chat template are those of the cache, since the student was trained on them; the
+end token of generation is theirs.
+Cost: the size of the model, once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from shared.atomic import fsync_dir
+from shared.failpoints import failpoint
+from shared.recipe.recipe import Student
+from student_train.records.checkpoints import fsync_tree
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a tokenizer may consist of."""
+
+
+def export_student(
+    model: Any,
+    student: Student,
+    start: str,
+    tokenizer_dir: Path,
+    stage_dir: Path,
+) -> Path:
+    """Write `model` and, where there is one, `adapter` below a stage's directory; return the model's directory.
+
+    Args:
+        model: the trained student, with or without adapter; an adapter is merged into it.
+        student: the recipe's section.
+        start: directory or hub id that the student was loaded from, to merge into where its own weights are in 4 bits.
+        tokenizer_dir: tokenizer and chat template of the cache.
+        stage_dir: directory of the stage.
+    """
+    if student.adapter.kind != "none":
+        adapted = model
+        _write(stage_dir / "adapter", lambda path: adapted.save_pretrained(path))
+        if student.adapter.kind == "qlora":
+            model = _merged_from_disk(student, start, stage_dir / "adapter")
+        else:
+            model = model.merge_and_unload()
+    set_generation(model, tokenizer_dir)
+
+    def save(path: Path) -> None:
+        model.save_pretrained(path)
+        copy_tokenizer(tokenizer_dir, path)
+
+    target = stage_dir / "model"
+    failpoint("export.before_write")
+    _write(target, save)
+    failpoint("export.after_write")
+    return target
+
+
+def _merged_from_disk(student: Student, start: str, adapter_dir: Path) -> Any:
+    """Return the unquantised start model with the adapter merged: merging into 4-bit weights would round once more."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from student_train.student.student import DTYPES
+
+    base = AutoModelForCausalLM.from_pretrained(
+        start, revision=student.revision, dtype=DTYPES[student.dtype], trust_remote_code=student.trust_remote_code
+    )
+    return PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload()
+
+
+def set_generation(model: Any, tokenizer_dir: Path) -> None:
+    """Give a model the end and padding tokens of the cache's tokenizer, and its cache back, which training switched
+    off.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    model.config.use_cache = True
+    generation = getattr(model, "generation_config", None) or GenerationConfig()
+    before = generation.eos_token_id
+    others = [before] if isinstance(before, int) else list(before or ())
+    ends = list(dict.fromkeys([token for token in [tokenizer.eos_token_id] if token is not None] + others))
+    if ends:
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+        model.config.eos_token_id = ends[0]
+    if tokenizer.pad_token_id is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    generation.use_cache = True
+    model.generation_config = generation
+
+
+def copy_tokenizer(tokenizer_dir: Path, model_dir: Path) -> None:
+    """Copy a tokenizer's files beside a model's."""
+    for name in TOKENIZER_FILES:
+        if (tokenizer_dir / name).is_file():
+            shutil.copyfile(tokenizer_dir / name, model_dir / name)
+    config = model_dir / "tokenizer_config.json"
+    if not config.exists():
+        config.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def _write(target: Path, save: Any) -> None:
+    """Write a directory that is whole or absent."""
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    save(partial)
+    fsync_tree(partial)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    fsync_dir(target.parent)

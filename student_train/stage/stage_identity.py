@@ -1,0 +1,137 @@
+"""What a stage's result depends on, so that a finished stage is reused only where nothing of it changed.
+
+What does not change the result is left out: how often is saved, logged and reported, when it stops
+as diverged, how many processes read, whether they hold shards. Cost: samples of the start model's weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shared.atomic import write_atomic
+from shared.errors import TrainingError
+from shared.identity.grown import first_difference
+from shared.identity.identity import weights_hash
+from shared.keys import canonical_json
+from shared.recipe.base import Section
+from shared.recipe.recipe import Student
+from student_train.stage.stage_work import StageWork
+
+IDENTITY_FILE = "identity.json"
+DONE_FILE = "done.json"
+
+_WITHOUT_EFFECT = (
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "max_grad_norm_factor",
+    "dataloader_num_workers",
+    "report_to",
+    "seed",
+    "fsdp",
+)
+
+
+def stage_identity(work: StageWork, *, only_moved: bool = False) -> dict[str, Any]:
+    """Return what a stage's final weights depend on, as JSON values; `only_moved` leaves out settings at their default."""
+    not_trained_with: Any = {
+        "name": True,
+        "init_from": True,
+        "evaluate": True,
+        "sampling": True,
+        "balance": True,
+        "trainer": set(_WITHOUT_EFFECT),
+    }
+
+    def said(section: Section, **kept: Any) -> dict[str, Any]:
+        return section.model_dump(mode="json", exclude_defaults=only_moved, **kept)
+
+    evaluate = work.stage.evaluate
+    course: dict[str, Any] = {}
+    if work.run is not None:
+        course["run"] = {"steps_before": work.run.before, "steps": work.run.total}
+    if work.stage.balance.kind != "fixed":
+        course["balance"] = said(work.stage.balance)
+    if work.stage.sampling is not None:
+        course["sampling"] = said(work.stage.sampling)
+    if evaluate is not None and (evaluate.decides or work.stage.sampling is not None):
+        course["evaluate"] = said(evaluate, exclude={"samples", "sample_tokens"})
+    return {
+        "stage": said(work.stage, exclude=not_trained_with) | course,
+        "student": said(work.student, exclude={"model", "revision", "init", "trust_remote_code"}),
+        "start": start_identity(work.student, work.start, work.seed),
+        "cache": work.caches.cache_id,
+        "plan": work.plan.hash,
+        "heldout_fraction": work.recipe.heldout.fraction,
+        "seed": work.seed,
+    }
+
+
+def start_identity(student: Student, start: Path | None, seed: int) -> str:
+    """Return what the starting weights are: a hash of them, a hub's commit, or the seed and config of fresh ones."""
+    if start is None and student.init == "random":
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+        volatile = ("transformers_version", "_name_or_path")
+        document = {name: value for name, value in config.to_dict().items() if name not in volatile}
+        text = json.dumps(document, sort_keys=True, default=str)
+        return f"random, seed {seed}, config {xxhash.xxh3_64_hexdigest(text.encode())}"
+    directory = Path(student.model) if start is None else start
+    if directory.is_dir():
+        return f"weights {weights_hash(directory)}"
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    path = cached_file(student.model, "config.json", revision=student.revision)
+    return f"{student.model} at {extract_commit_hash(path, None)}"
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """Return 32 hexadecimal digits for an identity."""
+    return xxhash.xxh3_128_hexdigest(canonical_json(dict(identity)))
+
+
+def claim_stage(work: StageWork) -> bool:
+    """Take a stage's directory for this identity; return whether the stage is finished already.
+
+    A setting that the recorded identity lacks, since it was written before the setting existed, means the setting's
+    default.
+
+    Raises:
+        TrainingError: the directory holds a stage of another identity.
+    """
+    stage_dir, path = work.directory, work.directory / IDENTITY_FILE
+    wanted = json.loads(json.dumps(stage_identity(work)))
+    if path.exists():
+        moved = json.loads(json.dumps(stage_identity(work, only_moved=True)))
+        other = first_difference(json.loads(path.read_text()), wanted, moved)
+        if other is not None:
+            name, old, new = other
+            state = "a finished stage" if (stage_dir / DONE_FILE).exists() else "a begun stage"
+            raise TrainingError(
+                f"{stage_dir} holds {state} with {name} {_short(old)} where the recipe now has {_short(new)}; "
+                "remove or rename the directory to train it again, or change the recipe back"
+            )
+        return (stage_dir / DONE_FILE).exists() and (stage_dir / "model" / "config.json").is_file()
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(wanted, indent=1).encode(), what="identity")
+    return False
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def mark_done(work: StageWork, num_steps: int) -> None:
+    """Mark a stage finished, after everything else of it is on disk."""
+    document = {"identity": identity_hash(stage_identity(work, only_moved=True)), "steps": num_steps}
+    write_atomic(work.directory / DONE_FILE, json.dumps(document, indent=1).encode(), what="done")

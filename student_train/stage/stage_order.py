@@ -1,0 +1,162 @@
+"""Which plan a stage's packs follow: epochs of a fixed mixture, rounds of a scheduled one, or rounds that follow
+evaluations.
+
+Also where a stage lies in its run, for schedules that go over all stages: their steps are planned without loading a
+model.
+Cost: columns of the caches without their tokens, and the plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from shared.cache.layer_choice import hidden_layer_of, layer_of_capture
+from shared.errors import TrainingError
+from shared.identity.grown import unmoved
+from shared.recipe.recipe import Recipe, Sampling, Stage
+from student_train.batch.dataset import CacheList
+from student_train.batch.stage_terms import hidden_reads, needs_teacher
+from student_train.evaluate.heldout_measure import HeldoutSet
+from student_train.order.evaluation_sampling import EvaluationSampling
+from student_train.order.order import length_limit
+from student_train.order.round_order import RoundPlanner
+from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled
+from student_train.order.schedules import RunSteps
+from student_train.order.stage_plan import StagePlan, plan_stage
+from student_train.records.processes import num_processes
+
+
+def stage_seed(recipe: Recipe, stage: Stage) -> int:
+    """Return the seed of a stage."""
+    return recipe.seed if stage.trainer.seed is None else stage.trainer.seed
+
+
+def open_caches(recipe: Recipe, stage: Stage) -> CacheList:
+    """Open what a stage trains on.
+
+    Raises:
+        CacheError: a cache cannot be opened or lacks the layer.
+    """
+    layer = stage.targets or layer_of_capture(recipe)
+    hidden = [stage.hidden or hidden_layer_of(recipe, path) for path in recipe.cache] if hidden_reads(stage) else None
+    return CacheList.open(recipe.cache, layer, with_targets=needs_teacher(stage), hidden=hidden)
+
+
+def run_steps(recipe: Recipe, stage: Stage) -> RunSteps | None:
+    """Return where a stage lies in its run, or None where none of its schedules goes over the run.
+
+    Raises:
+        TrainingError: another stage cannot be planned.
+        CacheError: a cache cannot be opened or lacks a layer.
+    """
+    if not stage.goes_over_run:
+        return None
+    steps = [_num_steps(recipe, other) for other in recipe.stages]
+    place = [other.name for other in recipe.stages].index(stage.name)
+    return RunSteps(sum(steps[:place]), sum(steps))
+
+
+def _num_steps(recipe: Recipe, stage: Stage) -> int:
+    """Return a stage's optimizer steps, from its arguments alone where they say so."""
+    if stage.trainer.max_steps is not None:
+        return stage.trainer.max_steps
+    caches = open_caches(recipe, stage)
+    if not _moves(stage):
+        return plan_order(recipe, stage, caches, None).num_steps
+    return StageSize.of(stage, _planner(recipe, stage, caches).packs_per_epoch, num_processes()).num_steps
+
+
+def _moves(stage: Stage) -> bool:
+    """Return whether a stage is planned in rounds."""
+    return stage.sampling is not None or any(share.kind != "constant" for share in (stage.mixture or {}).values())
+
+
+def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | None) -> StagePlan:
+    """Plan a stage's packs.
+
+    Raises:
+        TrainingError: a source is unknown or empty, or nothing is left to train on.
+    """
+    seed, trainer = stage_seed(recipe, stage), stage.trainer
+    mixture = caches.mixture_codes(stage.mixture)
+    if not _moves(stage):
+        shares = None if mixture is None else {code: share.value(0.0) for code, share in mixture.items()}
+        eligible = caches.training_rows(recipe.heldout.fraction)
+        return plan_stage(stage, seed, caches.num_tokens, caches.sources, shares, eligible, num_devices=num_processes())
+    planner = _planner(recipe, stage, caches)
+    size = StageSize.of(stage, planner.packs_per_epoch, num_processes())
+    limit = length_limit(trainer.pack_tokens, stage.max_length)
+    if stage.sampling is None:
+        assert mixture is not None
+        return plan_scheduled(planner, size, mixture, run, limit, seed)
+    return GrowingPlan(
+        [],
+        size.num_packs,
+        size.num_steps,
+        size.packs_per_step,
+        limit,
+        seed,
+        packs_per_epoch=planner.packs_per_epoch,
+        planner=planner,
+        every_steps=_every_steps(stage, stage.sampling),
+        settings=stage.sampling.model_dump_json(exclude=unmoved(stage.sampling, Sampling.NAMES_THE_PLAN)),
+    )
+
+
+def evaluation_sampling(
+    stage: Stage, plan: StagePlan, caches: CacheList, heldout: HeldoutSet | None
+) -> EvaluationSampling | None:
+    """Return what moves a stage's shares, where its evaluations do.
+
+    Raises:
+        TrainingError: a source has no held-out row, or its shares cannot keep within floor and ceiling.
+    """
+    rule = stage.sampling
+    if rule is None:
+        return None
+    assert isinstance(plan, GrowingPlan)
+    assert plan.planner is not None
+    assert heldout is not None
+    codes = {caches.source_names[code]: code for code in plan.planner.tokens_per_source}
+    unseen = sorted(set(codes) - set(heldout.rows))
+    if unseen:
+        raise TrainingError(
+            f"stage '{stage.name}' samples by evaluation and source '{unseen[0]}' has no held-out row; raise "
+            "heldout.fraction, "
+            "or leave the source out of the mixture"
+        )
+    if not len(codes) * rule.floor <= 1 <= len(codes) * rule.ceiling:
+        raise TrainingError(
+            f"stage '{stage.name}' draws from {len(codes)} sources, whose shares cannot sum to 1 between "
+            "sampling.floor "
+            f"{rule.floor:g} and sampling.ceiling {rule.ceiling:g}; lower the floor or raise the ceiling"
+        )
+    if stage.mixture is None:
+        base = {name: float(plan.planner.tokens_per_source[code]) for name, code in codes.items()}
+    else:
+        base = {name: share.value(0.0) for name, share in stage.mixture.items()}
+    return EvaluationSampling(rule, plan, base, codes)
+
+
+def _every_steps(stage: Stage, rule: Sampling) -> int:
+    assert stage.evaluate is not None
+    return rule.every_steps or stage.evaluate.every_steps
+
+
+def _planner(recipe: Recipe, stage: Stage, caches: CacheList) -> RoundPlanner:
+    """Return what plans a stage's rounds, over the sources that it names, or all that have rows to train on."""
+    eligible = caches.training_rows(recipe.heldout.fraction)
+    named: Mapping[int, object] | None = caches.mixture_codes(stage.mixture)
+    codes = tuple(np.unique(caches.sources[eligible]).tolist()) if named is None else tuple(named)
+    return RoundPlanner(
+        stage_seed(recipe, stage),
+        caches.num_tokens,
+        caches.sources,
+        codes,
+        stage.trainer.pack_tokens,
+        stage.max_length,
+        stage.too_long,
+        eligible,
+    )

@@ -1,0 +1,306 @@
+"""Train one stage: reuse it where it is finished, continue it where it was killed, refuse it where the recipe has
+changed.
+
+Cost: the training.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from shared.atomic import write_atomic
+from shared.recipe.file import dump_recipe
+from shared.recipe.recipe import Recipe, Stage
+from student_train.batch.dataset import PackDataset
+from student_train.evaluate.evaluation_run import EvaluationRun, evaluations_until
+from student_train.evaluate.verdict import Verdict, judge
+from student_train.fit.disk_space import check_disk_space
+from student_train.fit.first_step import fit_first_step
+from student_train.layers.layer_losses import LayerLosses, check_layer_losses
+from student_train.operator.operator_choice import operator_for
+from student_train.records.checkpoints import (
+    Checkpoint,
+    list_checkpoints,
+    newest_checkpoint,
+    remove_incomplete,
+    rotate_checkpoints,
+)
+from student_train.records.health import health_of
+from student_train.records.metrics_log import read_steps
+from student_train.records.processes import first_then_others, is_first, wait_for_all
+from student_train.records.progress import OpenProgress, SilentProgress, StageProgress
+from student_train.records.run_seconds import SecondsLog
+from student_train.stage.export import export_student
+from student_train.stage.stage_identity import claim_stage, mark_done
+from student_train.stage.stage_work import StageWork, resolve_stage
+from student_train.student.forward_patch import Objective, patch_forward, restore_forward
+from student_train.student.liger import check_liger, liger_layers
+from student_train.student.row_attention import switch_attention
+from student_train.student.row_separation import separate_rows
+from student_train.student.student import add_adapter, load_student
+from student_train.student.student_head import body_of, check_head, head_of
+from student_train.train.course import Course
+from student_train.train.gradient_watch import DivergedError, GradientWatch
+from student_train.train.sharding import check_sharding, load_weights, shard
+from student_train.train.trainer import DistilTrainer
+from student_train.train.training_arguments import training_arguments
+from student_train.train.training_problems import explained
+
+
+def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path:
+    """Train one stage, or reuse or continue what is there, and return its model's directory.
+
+    Raises:
+        TrainingError: it cannot start, its directory holds another stage, the disk is too small, or it has diverged.
+        CacheError: a cache cannot be opened, or is of another tokenizer than the student.
+    """
+    work = resolve_stage(recipe, stage)
+    phase, total, model_dir = f"train {stage.name}", work.plan.num_steps, work.directory / "model"
+    args = _arguments(work)  # joins the other processes, where there are any
+    display = open_progress if is_first() else SilentProgress
+    if first_then_others(lambda: claim_stage(work)):
+        progress = display(phase, total, unit="steps", done=total)
+        progress.note(f"{phase}: finished before with the same settings, {model_dir} is reused")
+        progress.close()
+        return model_dir
+    if is_first():
+        write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
+        remove_incomplete(work.directory)
+        _rotate(work)
+    wait_for_all()
+    checkpoint = newest_checkpoint(work.directory, work.belongs_to)
+    seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
+    progress = display(phase, total, unit="steps", done=checkpoint.step if checkpoint else 0)
+    progress.note(_description(work, checkpoint))
+    is_saved, stopped = False, None
+    try:
+        with _deterministic(), _without_bars(), explained(stage.trainer):
+            _train_and_export(work, args, checkpoint, progress, seconds)
+        is_saved = True
+    except DivergedError as error:
+        stopped = str(error)
+        raise
+    finally:
+        if is_first():
+            _write_health(work, model_saved=is_saved, stopped=stopped)
+            seconds.save()
+        progress.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if is_first():
+        mark_done(work, _verdict(work, total).stopped_at or total)
+    wait_for_all()
+    return model_dir
+
+
+def _rotate(work: StageWork) -> None:
+    """Remove checkpoints that a run would have removed, had it not been killed just before."""
+    checkpoints = list_checkpoints(work.directory)
+    keeps_best = work.stage.evaluate is not None and work.stage.evaluate.keep_best
+    best = _verdict(work, checkpoints[-1].step).best_step if checkpoints and keeps_best else None
+    rotate_checkpoints(work.directory, work.stage.trainer.save_total_limit, best)
+
+
+def _verdict(work: StageWork, step: int) -> Verdict:
+    """Return what the evaluations up to a step say."""
+    settings = work.stage.evaluate
+    return judge(evaluations_until(work.directory, step), settings.early_stopping if settings else None)
+
+
+def _arguments(work: StageWork) -> TrainingArguments:
+    """Return the Trainer's arguments for a stage."""
+    check_sharding(work.student, work.stage.trainer)
+    check_liger(wanted=work.student.liger)
+    check_layer_losses(work.stage, work.student)
+    return training_arguments(
+        work.stage.trainer, work.directory, work.seed, work.plan.num_steps, gradient_checkpointing=_recomputes(work)
+    )
+
+
+def _recomputes(work: StageWork) -> bool:
+    """Tell whether the recipe says so; `auto` is decided once the student is on its card."""
+    return True in (work.student.gradient_checkpointing, work.stage.trainer.gradient_checkpointing)
+
+
+def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
+    """Return a line on what will be trained."""
+    plan = work.plan
+    cut = sum(epoch.num_cut for epoch in plan.epochs)
+    dropped = sum(epoch.num_dropped for epoch in plan.epochs)
+    parts = [
+        f"{plan.num_steps:,} steps of {plan.packs_per_step} packs" + (f", {plan.fill:.1%} full" if plan.epochs else "")
+    ]
+    parts += ["mixture follows the evaluations"] if work.sampling else []
+    parts += [f"{plan.epoch_at(plan.num_steps):.3g} epochs"]
+    parts += [f"{cut:,} rows cut to {plan.limit} tokens"] if cut else []
+    parts += [f"{dropped:,} rows above {plan.limit} tokens dropped"] if dropped else []
+    parts += [f"started from {work.start}"] if work.start else []
+    parts += [f"continued after step {checkpoint.step:,}"] if checkpoint else []
+    return f"train {work.stage.name}: {', '.join(parts)}"
+
+
+def _train_and_export(
+    work: StageWork,
+    args: TrainingArguments,
+    checkpoint: Checkpoint | None,
+    progress: StageProgress,
+    seconds: SecondsLog,
+) -> None:
+    """Load the student, train it to the stage's last step and write its model's directory."""
+    base = load_student(work.student, work.start, work.caches, seed=work.seed)
+    with liger_layers(base, wanted=work.student.liger):
+        _train_loaded(work, args, base, checkpoint, progress, seconds)
+
+
+def _train_loaded(
+    work: StageWork,
+    args: TrainingArguments,
+    base: Any,
+    checkpoint: Checkpoint | None,
+    progress: StageProgress,
+    seconds: SecondsLog,
+) -> None:
+    """Train a loaded student and write its model's directory."""
+    model, objective = _student(work, args, base)
+    adapted = work.student.adapter.kind != "none"
+    check_disk_space(model, work.stage, work.plan.num_steps, work.directory, adapted=adapted)
+    done = checkpoint.step if checkpoint else 0
+    trainer = DistilTrainer(
+        model,
+        args,
+        PackDataset(work.caches, work.plan, work.temperatures, work.hidden),
+        objective,
+        Course(work.stage, work.plan.num_steps, work.run, _evaluation(work, base, objective), work.sampling),
+        belongs_to=work.belongs_to,
+        keep_checkpoints=work.stage.trainer.save_total_limit,
+        watch=GradientWatch(work.stage.trainer.max_grad_norm_factor, scales_loss=work.stage.trainer.fp16),
+        progress=progress,
+        on_checkpoint=seconds.save if is_first() else lambda: None,
+        callbacks=_callbacks(work, done) if is_first() else [],
+    )
+    first = fit_first_step(work, trainer, base, work.directory / "memory.json" if is_first() else None)
+    if first is not None:
+        progress.note(f"train {work.stage.name}: {first.text()}")
+    trainer.run(checkpoint.path if checkpoint else None, done)
+    best = trainer.load_best()
+    if best is not None:
+        progress.note(f"train {work.stage.name}: the model is that of step {best:,}, whose held-out KL is the lowest")
+    gathered = trainer.whole_weights()
+    restore_forward(base)
+    if objective.layers is not None:
+        objective.layers.remove()
+    switch_attention(base, work.student.attention)
+    if is_first():
+        if gathered is not None:
+            model = add_adapter(
+                load_student(work.student, work.start, work.caches, seed=work.seed), work.student.adapter
+            )
+            load_weights(model, gathered)
+        export_student(model, work.student, work.origin, work.caches.caches[0].tokenizer_dir, work.directory)
+    wait_for_all()
+
+
+def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, Objective]:
+    """Patch the forward of the student's base model; return it with its adapter, and what it minimises."""
+    shards = work.stage.trainer.fsdp == "full_shard"
+    if work.student.adapter.kind != "qlora" and not shards:
+        base.to(args.device)
+    head = head_of(base, work.caches.vocab_size)
+    check_head(base, head)
+    separate_rows(base, head.vocab_size)
+    model = add_adapter(base, work.student.adapter, seed=work.seed)
+    if _recomputes(work) and model is not base:
+        base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for
+    if work.stage.trainer.torch_compile:
+        body_of(base).compile(dynamic=True)
+    trainer = work.stage.trainer
+    operator = operator_for(trainer.operator, args.device.type)
+    objective = Objective(head, chunk_bytes=trainer.operator_chunk_mib << 20, operator=operator)
+    if work.hidden is not None:
+        objective.layers = LayerLosses(base, work.stage.losses, work.hidden.identity, seed=work.seed)
+    patch_forward(base, objective)
+    if shards:
+        shard(model, base, args.device)
+    return model, objective
+
+
+def _evaluation(work: StageWork, base: Any, objective: Objective) -> EvaluationRun | None:
+    """Return what evaluates the student while it trains, where the recipe wants it."""
+    if work.stage.evaluate is None or work.heldout is None:
+        return None
+    pack_tokens, attention = work.stage.trainer.pack_tokens, work.student.attention
+    return EvaluationRun(work.stage.evaluate, work.heldout, base, objective, pack_tokens, attention)
+
+
+def _callbacks(work: StageWork, done: int) -> list[Any]:
+    """Return the TensorBoard callback, writing below the stage's directory, where the recipe wants it."""
+    if "tensorboard" not in work.stage.trainer.report_to:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [
+        TensorBoardCallback(SummaryWriter(str(work.directory / "tensorboard"), purge_step=done + 1 if done else None))
+    ]
+
+
+def _write_health(work: StageWork, *, model_saved: bool, stopped: str | None) -> None:
+    """Write health.json from what is on disk."""
+    steps = read_steps(work.directory / "metrics.jsonl")
+    verdict = _verdict(work, work.plan.num_steps)
+    health = health_of(
+        steps,
+        steps[-1]["step"] if verdict.stops and steps else work.plan.num_steps,
+        model_saved=model_saved,
+        checkpoint_steps=[checkpoint.step for checkpoint in list_checkpoints(work.directory)],
+        logging_steps=work.stage.trainer.logging_steps,
+        stopped=stopped,
+    )
+    if work.stage.evaluate is not None:
+        best = verdict.best_step
+        health |= {
+            "stopped_early_at": verdict.stopped_at,
+            "best_step": best,
+            "best_kl_nats": verdict.best_kl_nats,
+            "model_is_of_step": best if work.stage.evaluate.keep_best and best else health["steps_done"],
+        }
+    write_atomic(work.directory / "health.json", json.dumps(health, indent=1).encode(), what="health")
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Choose deterministic kernels while a stage trains on a CPU, where they cost nothing; restore what was set before."""
+    if torch.cuda.is_available():
+        yield
+        return
+    before, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep bars of loading and saving out of the stage's own display."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()

@@ -1,0 +1,129 @@
+"""One stage, resolved: where it starts, what it reads, in which order. No model is loaded.
+
+Cost: columns of the caches without their tokens, and the plan of the stage's epochs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.cache.layer_choice import layer_of_capture
+from shared.errors import TrainingError
+from shared.identity.hidden_identity import HiddenIdentity
+from shared.identity.identity import difference
+from shared.recipe.recipe import Recipe, Stage, Student
+from student_train.batch.dataset import CacheList
+from student_train.batch.hidden_batch import HiddenReading
+from student_train.batch.row_targets import temperature_column
+from student_train.batch.stage_terms import hidden_reads, needs_teacher, training_temperatures
+from student_train.evaluate.heldout_measure import HeldoutSet
+from student_train.order.evaluation_sampling import EvaluationSampling
+from student_train.order.schedules import RunSteps
+from student_train.order.stage_plan import StagePlan
+from student_train.stage.stage_order import evaluation_sampling, open_caches, plan_order, run_steps, stage_seed
+from student_train.stage.stage_start import start_directory
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """Everything that training one stage needs to know."""
+
+    recipe: Recipe
+    stage: Stage
+    student: Student
+    directory: Path
+    """Where the stage writes."""
+    start: Path | None
+    """Model directory that it starts from; None for the student's own weights."""
+    seed: int
+    caches: CacheList
+    plan: StagePlan
+    temperatures: tuple[float, ...] | None
+    """Temperatures of its targets; None where labels are all it needs."""
+    heldout: HeldoutSet | None
+    """Rows that it is evaluated on while it trains."""
+    run: RunSteps | None
+    """Where it lies in the run; None where no schedule of it asks."""
+    sampling: EvaluationSampling | None
+    """What moves its shares, where its evaluations do."""
+    hidden: HiddenReading | None = None
+    """What its losses read of a hidden layer; None where none does."""
+
+    @property
+    def belongs_to(self) -> dict[str, str]:
+        """What a checkpoint of the stage records."""
+        return {"plan": self.plan.hash, "cache": self.caches.cache_id}
+
+    @property
+    def origin(self) -> str:
+        """Directory or hub id of the weights that it starts from."""
+        return self.student.model if self.start is None else str(self.start)
+
+
+def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
+    """Resolve a stage of a recipe that has a student.
+
+    Raises:
+        TrainingError: a temperature was not captured, a source is unknown, its start is not there, or nothing is left
+            to train on.
+        CacheError: a cache cannot be opened or lacks the layer.
+    """
+    assert recipe.student is not None
+    start = start_directory(recipe, stage)
+    caches = open_caches(recipe, stage)
+    temperatures = training_temperatures(stage) if needs_teacher(stage) else None
+    for cache in caches.caches:
+        for temperature in temperatures or ():
+            assert cache.layer is not None
+            temperature_column(cache.layer.temperatures, temperature)
+    run = run_steps(recipe, stage)
+    plan = plan_order(recipe, stage, caches, run)
+    heldout = _heldout(recipe, stage, caches)
+    reads = hidden_reads(stage)
+    return StageWork(
+        recipe=recipe,
+        stage=stage,
+        student=recipe.student,
+        directory=recipe.stage_dir(stage.name),
+        start=start,
+        seed=stage_seed(recipe, stage),
+        caches=caches,
+        plan=plan,
+        temperatures=temperatures,
+        heldout=heldout,
+        run=run,
+        sampling=evaluation_sampling(stage, plan, caches, heldout),
+        hidden=HiddenReading(_one_hidden_layer(caches), reads) if reads else None,
+    )
+
+
+def _one_hidden_layer(caches: CacheList) -> HiddenIdentity:
+    """Return the identity of the hidden layer that all caches were opened with.
+
+    Raises:
+        TrainingError: their hidden layers differ.
+    """
+    first = caches.caches[0].hidden_layer
+    assert first is not None
+    for cache in caches.caches[1:]:
+        assert cache.hidden_layer is not None
+        problem = difference(first, cache.hidden_layer)
+        if problem:
+            raise TrainingError(
+                f"the hidden layers of {caches.path} and {cache.path} differ: "
+                f"{problem.replace('the request', 'the other')}; train "
+                "on caches whose hidden states were captured alike"
+            )
+    return first
+
+
+def _heldout(recipe: Recipe, stage: Stage, caches: CacheList) -> HeldoutSet | None:
+    """Return the rows that a stage is evaluated on; their distance to the teacher needs targets, even where the losses
+    do not.
+    """
+    if stage.evaluate is None:
+        return None
+    layer = stage.targets or layer_of_capture(recipe)
+    scored = caches if needs_teacher(stage) else CacheList.open(recipe.cache, layer, with_targets=True)
+    return HeldoutSet.choose(scored, recipe.heldout.fraction, stage.evaluate.rows_per_source)

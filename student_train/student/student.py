@@ -1,0 +1,235 @@
+"""The student: weights from a directory, a hub or a seed, its tokenizer checked, an adapter where one is asked for.
+
+Cost: loading. A random student's vocabulary is its tokenizer's, without padded rows: nothing would ever train those
+    down, and what
+samples from the student would meet them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.errors import IdentityError, TrainingError
+from shared.identity.identity import tokenizer_hash
+from shared.recipe.recipe import Adapter, Student
+
+_OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+"""Files that older tokenizers come as."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_student(student: Student, start: Path | None, cache: Any, *, seed: int = 0) -> Any:
+    """Load the student's base model in training mode, without its adapter.
+
+    Args:
+        student: the recipe's section.
+        start: a model directory to start from, instead of the student's own weights.
+        cache: what it will train on; needs `tokenizer_hash`, `vocab_size` and `path`.
+        seed: of fresh weights, where the student's `init` is random and there is no `start`.
+
+    Raises:
+        IdentityError: its tokenizer is not the cache's.
+        TrainingError: it cannot be loaded, or bitsandbytes is missing for a 4-bit one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quantization = _quantization(student)
+    if student.init == "random" and start is None:
+        return _fresh(student, cache, seed)
+    source, revision = (str(start), None) if start is not None else (student.model, student.revision)
+    check_tokenizer(source, revision, cache, required=True)
+    settings: dict[str, Any] = {"dtype": DTYPES[student.dtype], "attn_implementation": student.attention}
+    if quantization is not None:
+        settings |= {
+            "quantization_config": quantization,
+            "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        }
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, trust_remote_code=student.trust_remote_code, **settings
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(source, error) from None
+    if quantization is not None:
+        _keep_gradients(model)
+    return model.train()
+
+
+def _keep_gradients(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for CPUs after an evaluation: no gradient comes through the packed
+    ones.
+    """
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _fresh(student: Student, cache: Any, seed: int) -> Any:
+    """Return a model with weights drawn from `seed`, in the config of `student.model`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_tokenizer(student.model, student.revision, cache, required=False)
+    try:
+        config = AutoConfig.from_pretrained(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(student.model, error) from None
+    config.get_text_config().vocab_size = cache.vocab_size
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=DTYPES[student.dtype],
+                attn_implementation=student.attention,
+                trust_remote_code=student.trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise _cannot_load(student.model, error) from None
+    return model.train()
+
+
+def _cannot_load(source: str, error: Exception) -> TrainingError:
+    reason = " ".join(str(error).split())[:300]
+    return TrainingError(
+        f"the student '{source}' cannot be loaded as a language model: {reason}; correct the student section"
+    )
+
+
+def check_tokenizer(source: str, revision: str | None, cache: Any, *, required: bool) -> None:
+    """Refuse a student whose tokenizer is not the cache's.
+
+    Raises:
+        IdentityError: the tokenizers differ.
+        TrainingError: the student has none although one is `required`.
+    """
+    found = student_tokenizer_hash(source, revision, cache.tokenizer_hash)
+    if found is None:
+        if required:
+            raise TrainingError(
+                f"the student '{source}' comes without tokenizer.json, so nothing says that its tokens are those of "
+                f"{cache.path}; "
+                f"add the tokenizer to it (the cache's is in {cache.path}/tokenizer)"
+            )
+        return
+    if found != cache.tokenizer_hash:
+        raise IdentityError(
+            f"the student '{source}' has tokenizer {found} where {cache.path} was built with {cache.tokenizer_hash}; "
+            "choose a student of the teacher's family, or build the cache for this tokenizer"
+        )
+
+
+def student_tokenizer_hash(source: str, revision: str | None = None, wanted: str | None = None) -> str | None:
+    """Return the hash of a model's tokenizer, or None where it has none.
+
+    For some types of models transformers puts the type's own normaliser and pre-tokeniser over those of the file, and a
+    cache
+    holds tokenizers as loaded: `wanted` is returned where either the file or what is loaded from it has that hash.
+    """
+    from transformers.utils import cached_file
+
+    def find(name: str) -> str | None:
+        try:
+            found: str | None = cached_file(
+                source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+        except OSError:
+            return None
+        return found
+
+    path = find("tokenizer.json")
+    if path is not None:
+        found = tokenizer_hash(Path(path).read_bytes())
+        return found if wanted in (None, found) or _loaded_tokenizer_hash(source, revision) != wanted else wanted
+    if not any(find(name) for name in _OTHER_TOKENIZERS):  # transformers would make an empty one up from the config
+        return None
+    return _loaded_tokenizer_hash(source, revision)
+
+
+def _loaded_tokenizer_hash(source: str, revision: str | None) -> str | None:
+    """Return the hash of a tokenizer as transformers loads it, or None where it does not load."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError):
+        return None
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    return None if inner is None else tokenizer_hash(inner.to_str().encode())
+
+
+def _quantization(student: Student) -> Any | None:
+    """Return how weights are held in 4 bits, or None.
+
+    Raises:
+        TrainingError: bitsandbytes is missing, or there are no weights to hold.
+    """
+    if student.adapter.kind != "qlora":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise TrainingError(
+            "student.adapter is qlora, which needs the package bitsandbytes; install decant-kd[gpu], or set it to lora"
+        )
+    if student.init == "random":
+        raise TrainingError(
+            "student.adapter is qlora over fresh weights (init: random); set it to none, since all of them must learn"
+        )
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.float32 if student.dtype == "float32" else DTYPES[student.dtype]
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
+    """Wrap a model with low-rank additions to every linear layer but the head; `model` itself where the adapter is
+    none.
+
+    Raises:
+        TrainingError: the adapter would touch head or embeddings, which the fused loss reads directly, or matches no
+            layer.
+    """
+    if adapter.kind == "none":
+        return model
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    modules = adapter.target_modules if isinstance(adapter.target_modules, str) else list(adapter.target_modules)
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=modules,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise TrainingError(
+            f"student.adapter.target_modules {json.dumps(modules)} cannot be adapted: "
+            f"{' '.join(str(error).split())[:200]}; "
+            "set it to all-linear or to names of the student's linear layers"
+        ) from None
+    _refuse_adapted_head(wrapped, model)
+    return wrapped
+
+
+def _refuse_adapted_head(wrapped: Any, model: Any) -> None:
+    """Refuse an adapter on the head or the embeddings."""
+    for role, layer in (("head", model.get_output_embeddings()), ("embeddings", model.get_input_embeddings())):
+        adapted = any(name.startswith(("lora_", "modules_to_save")) for name, _ in layer.named_modules() if name)
+        if adapted or hasattr(layer, "base_layer"):
+            raise TrainingError(
+                f"student.adapter.target_modules puts an adapter on the {role}, which the fused loss reads without it; "
+                "leave it out (all-linear does), or train all weights with adapter: none"
+            )

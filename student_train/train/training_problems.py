@@ -1,0 +1,77 @@
+"""What goes wrong inside the stock Trainer, said in one sentence with the setting to change."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from shared.errors import TrainingError
+from shared.recipe.recipe import StageTrainer
+
+_BITSANDBYTES = ("8bit", "4bit", "paged", "bnb")
+
+
+def check_installed(trainer: StageTrainer) -> None:
+    """Refuse an optimizer or a reporter whose package is missing.
+
+    Raises:
+        TrainingError: one is.
+    """
+    if any(mark in trainer.optim for mark in _BITSANDBYTES) and importlib.util.find_spec("bitsandbytes") is None:
+        raise TrainingError(
+            f"trainer.optim is {trainer.optim}, which needs the package bitsandbytes; install decant-kd[gpu] on a "
+            "machine "
+            "with an NVIDIA GPU, or set it to adamw_torch"
+        )
+    if "paged" in trainer.optim and not torch.cuda.is_available():
+        raise TrainingError(
+            f"trainer.optim is {trainer.optim}, whose pages need an NVIDIA GPU; use adamw_8bit, which needs none, or "
+            "adamw_torch"
+        )
+    for name in trainer.report_to:
+        if name != "none" and importlib.util.find_spec(name) is None:
+            raise TrainingError(f"trainer.report_to names {name}, which is not installed; install it, or leave it out")
+
+
+@contextmanager
+def explained(trainer: StageTrainer) -> Iterator[None]:
+    """Turn what building an optimizer or a schedule, or a full card, raises into a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise TrainingError(
+            f"the GPU's memory is full with {trainer.per_device_train_batch_size} packs of {trainer.pack_tokens} "
+            "tokens; lower "
+            "pack_tokens or per_device_train_batch_size, set gradient_checkpointing, or train an adapter (`decant "
+            "plan --card`)"
+        ) from None
+
+
+@contextmanager
+def setting_explained(name: str, value: str) -> Iterator[None]:
+    """Turn what a setting's own code raises into a sentence that names the setting."""
+    try:
+        yield
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"trainer.{name} {value} cannot be used: {reason}; choose another, or correct its options"
+        ) from None
+
+
+@contextmanager
+def writing_explained(directory: str) -> Iterator[None]:
+    """Turn what a full disk makes of saving a checkpoint into a sentence."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"a checkpoint cannot be written in {directory}: {reason}; free some space or correct its permissions, "
+            "then run the same command again"
+        ) from None

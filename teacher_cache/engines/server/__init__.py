@@ -1,0 +1,1 @@
+"""How do running vLLM servers answer and score?"""

@@ -1,0 +1,1 @@
+"""How does transformers answer, score and show hidden states? The reference engine."""

@@ -1,0 +1,231 @@
+"""The reference teacher: plain transformers, exact and slow; the oracle that other engines are held against.
+
+Requests of one unit are collected, ordered by length and cut into batches of at most `teacher.batch_tokens` padded
+tokens; a batch never crosses a unit, so a continued build computes the same bytes. Answers depend on their own seed
+only (up to the rounding of batched matrix products). Scoring runs the body once per batch and the head over a few
+positions at a time, with log-softmax in float32 (float64 for the oracle), so memory stays bounded at any vocabulary.
+Cost: one forward pass per batch and generated token, or per batch of scored sequences.
+
+Columns of the model's head beyond the tokenizer's vocabulary are padding: they are never captured or generated, and the
+tiny probability they hold stays in the tail, as it does in vLLM.
+
+Shape letters: R rows of a batch, T tokens of the longest, P positions of a chunk, V entries of the model's head, W
+columns.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.errors import EngineError
+from shared.recipe.recipe import Capture, Generate, Teacher
+from teacher_cache.engines.answer_ends import AnswerEnds
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of
+from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin
+from teacher_cache.engines.columns.tail_columns import chunk_rows, extend_columns
+from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
+from teacher_cache.engines.transformers.length_batches import length_batches
+from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.engines.transformers.transformers_sampling import next_tokens
+
+
+class TransformersEngine:
+    """A teacher in transformers, in this process."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        capture: Capture | None,
+        *,
+        max_model_len: int | None = None,
+        batch_tokens: int = 4096,
+        softmax_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Take a loaded model.
+
+        Args:
+            model: body and head.
+            capture: what `score` keeps; None where nothing will be scored.
+            max_model_len: longest sequence in tokens; None: what the model knows.
+            batch_tokens: padded tokens of a batch.
+            softmax_dtype: type of logits and log-softmax when scoring.
+
+        Raises:
+            EngineError: the recipe asks for a longer sequence than the model knows.
+        """
+        self.tokenizer: Any = model.tokenizer
+        self.vocab_size: int = len(model.tokenizer)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if max_model_len and longest and max_model_len > longest and not getattr(model.config, "rope_scaling", None):
+            raise EngineError(
+                f"teacher.max_model_len is {max_model_len} but the model knows {longest} positions; lower it or "
+                "leave it out"
+            )
+        self.max_model_len: int = max_model_len or longest or 2048
+        self._model: CausalModel | None = model
+        self._layout = None if capture is None else ColumnLayout.of(capture, self.vocab_size)
+        self._batch_tokens = batch_tokens
+        self._softmax_dtype = softmax_dtype
+
+    @classmethod
+    def open(cls, teacher: Teacher, capture: Capture | None, model_dir: Path) -> TransformersEngine:
+        """Load a teacher as the recipe says.
+
+        Raises:
+            EngineError: the files cannot be loaded.
+        """
+        model = CausalModel.load(teacher, model_dir)
+        return cls(model, capture, max_model_len=teacher.max_model_len, batch_tokens=teacher.batch_tokens)
+
+    def generate(self, requests: Iterable[GenerateRequest], settings: Generate) -> Iterator[Generated]:
+        """Answer each request once, batch by batch.
+
+        Raises:
+            EngineError: a prompt leaves no room for an answer, or the engine is closed.
+        """
+        ends = AnswerEnds.of(self.tokenizer, self._loaded().declared_end_ids(), settings)
+        for batch in length_batches(requests, settings.max_new_tokens, self._batch_tokens):
+            for request in batch:
+                if not 1 <= len(request.token_ids) < self.max_model_len:
+                    raise EngineError(
+                        f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within "
+                        f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
+                    )
+            with torch.inference_mode():
+                answered = self._answer(batch, settings, ends)
+            yield from answered
+
+    def _answer(self, batch: Sequence[GenerateRequest], settings: Generate, ends: AnswerEnds) -> list[Generated]:
+        """Decode one batch, padded on the left, with a key-value cache."""
+        from transformers import DynamicCache
+
+        model = self._loaded()
+        longest = max(len(request.token_ids) for request in batch)
+        tokens = torch.zeros((len(batch), longest), dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, request in enumerate(batch):
+            tokens[row, longest - len(request.token_ids) :] = torch.tensor(request.token_ids)
+            mask[row, longest - len(request.token_ids) :] = 1
+        tokens, mask = tokens.to(model.device), mask.to(model.device)
+        seeds = torch.tensor([request.seed for request in batch], dtype=torch.int64)
+        end_ids = [set(ends.with_template(request.end_token_ids)) for request in batch]
+        limits = [min(settings.max_new_tokens, self.max_model_len - len(request.token_ids)) for request in batch]
+        answers: list[list[int]] = [[] for _ in batch]
+        reasons: list[str | None] = [None] * len(batch)
+        cache = DynamicCache(config=model.config)
+        for step in range(max(limits)):
+            hidden = model.hidden(tokens, mask, cache)[:, -1]
+            chosen = next_tokens(model.logits(hidden), seeds, step, settings, self.vocab_size)
+            for row, token in enumerate(chosen.tolist()):
+                if reasons[row] is None:
+                    answers[row].append(token)
+                    reasons[row] = _reason(answers[row], end_ids[row], limits[row], ends)
+            if all(reasons):
+                break
+            tokens = chosen[:, None].to(model.device)
+            mask = torch.cat([mask, mask.new_ones((len(batch), 1))], 1)
+        return [ends.answer(r.tag, a, reason or "length") for r, a, reason in zip(batch, answers, reasons, strict=True)]
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Scored]:
+        """Score each request once, batch by batch.
+
+        Raises:
+            EngineError: the engine was opened without a capture, a sequence is too long, or the engine is closed.
+        """
+        if self._layout is None:
+            raise EngineError("this engine was opened without a capture and cannot score; open it with one")
+        for batch in length_batches(requests, 0, self._batch_tokens):
+            for request in batch:
+                if not 2 <= len(request.token_ids) <= self.max_model_len:
+                    found, most = len(request.token_ids), self.max_model_len
+                    raise EngineError(
+                        f"a sequence to score has {found} tokens; expected 2 to teacher.max_model_len {most}"
+                    )
+            with torch.inference_mode():
+                scored = self._score(batch, self._layout)
+            yield from scored
+
+    def _score(self, batch: Sequence[ScoreRequest], layout: ColumnLayout) -> list[Scored]:
+        """Score one batch, padded on the right."""
+        model = self._loaded()
+        longest = max(len(request.token_ids) for request in batch)
+        tokens = torch.zeros((len(batch), longest), dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, request in enumerate(batch):
+            tokens[row, : len(request.token_ids)] = torch.from_numpy(request.token_ids.astype(np.int64))
+            mask[row, : len(request.token_ids)] = 1
+        hidden = model.hidden(tokens.to(model.device), mask.to(model.device))
+        results = []
+        for row, request in enumerate(batch):
+            rows = torch.from_numpy(predicting_rows(request.spans))
+            ids, values = self._columns(hidden[row], tokens[row], rows, layout)
+            results.append(Scored(request.tag, targets_from_plugin(ids, values, layout)))
+        return results
+
+    def _columns(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, layout: ColumnLayout
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and values [len(rows), W] of one sequence with [T, H] hidden states and [T] tokens."""
+        model = self._loaded()
+        keys = prefix_keys_of(tokens.numpy())[rows].to(model.device)
+        labels = tokens[rows + 1].to(model.device)
+        rows = rows.to(model.device)
+        all_ids = np.empty((len(rows), 1 + layout.num_extra), dtype=np.int32)
+        all_values = np.empty(all_ids.shape, dtype=np.float32)
+        step = chunk_rows(model.num_entries, model.device)
+        for start in range(0, len(rows), step):
+            chunk = slice(start, start + step)
+            logprobs = model.logits(hidden[rows[chunk]]).to(self._softmax_dtype).log_softmax(-1)
+            # Padded entries may tie into the top; asking for more keeps K real ones in reach. They are cut in
+            # extend_columns.
+            head_logprobs, head_ids = logprobs[:, : layout.vocab_size].topk(layout.num_head, dim=-1)
+            label_logprobs = logprobs.gather(1, labels[chunk, None])[:, 0]
+            ids, values = extend_columns(
+                logprobs, labels[chunk], label_logprobs, head_ids, head_logprobs, keys[chunk], layout
+            )
+            all_ids[chunk], all_values[chunk] = ids.cpu().numpy(), values.float().cpu().numpy()
+        return all_ids, all_values
+
+    def _loaded(self) -> CausalModel:
+        if self._model is None:
+            raise EngineError("the engine is closed; open another")
+        return self._model
+
+    def provenance(self) -> Mapping[str, Any]:
+        """Say what ran."""
+        model = self._loaded()
+        return {
+            "engine": "transformers",
+            "torch": metadata.version("torch"),
+            "transformers": metadata.version("transformers"),
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "head_dtype": str(model.head_dtype).removeprefix("torch."),
+            "quantization": None,
+            "max_model_len": self.max_model_len,
+            "batch_tokens": self._batch_tokens,
+            "seeds_honoured": True,
+            "capture_path": "none" if self._layout is None else "full width",
+        }
+
+    def close(self) -> None:
+        """Release the model; safe to call twice."""
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _reason(answer: list[int], end_ids: set[int], limit: int, ends: AnswerEnds) -> str | None:
+    """Return why an answer ends here, or None."""
+    if answer[-1] in end_ids or (ends.texts and ends.cut(answer) is not None):
+        return "stop"
+    return "length" if len(answer) >= limit else None

@@ -1,0 +1,1 @@
+"""How does vLLM generate, and give exact sparse distributions with tails?"""

@@ -1,0 +1,123 @@
+"""Find out, on a short probe, which capture path of the running vLLM can be trusted.
+
+1. Score the probe the stock way (flat lists), then with arrays, at full width: equal, or arrays stay off.
+2. Switch the tail plug-in on, score the probe again, and recompute its head and tails from the full-width rows in
+float64
+   numpy: equal within `TOLERANCE_NATS`, or the plug-in stays off.
+3. Without the plug-in, plain top-k columns still do where only temperature 1 and no draws are asked; anything else is
+refused.
+
+Cost: three prefills of 24 tokens.
+
+Shape letters: P positions of the probe, V entries of the model's head, K head entries, J temperatures, m draws.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import EngineError
+from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.vllm import vllm_arrays
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 24
+TOLERANCE_NATS = 0.01
+
+
+def choose_capture_path(llm: Any, layout: ColumnLayout) -> str:
+    """Switch on what works and return its name: "plugin+arrays", "plugin+flat", "stock+arrays" or "stock+flat".
+
+    Raises:
+        EngineError: the plug-in does not work and plain columns cannot hold what the layout asks for.
+    """
+    probe = [int(token) for token in (np.arange(1, PROBE_TOKENS + 1, dtype=np.int64) * 7919) % layout.vocab_size]
+    vllm_arrays.uninstall()
+    flat_ids, flat_logprobs = _score(llm, probe, 4)
+    reason = vllm_arrays.install()
+    container = "arrays"
+    dense = _dense(*_score(llm, probe, -1))
+    if reason is None and not np.allclose(np.take_along_axis(dense, flat_ids, 1), flat_logprobs, atol=TOLERANCE_NATS):
+        reason = "its arrays differ from its lists"
+    if reason is not None:
+        logger.warning("vLLM's log-probabilities are read from lists, which is about 30 times slower: %s", reason)
+        vllm_arrays.uninstall()
+        container = "flat"
+        dense = _dense(*_score(llm, probe, -1))
+    problem = _try_plugin(llm, layout, probe, dense)
+    if problem is None:
+        return f"plugin+{container}"
+    llm.collective_rpc("decant_capture", args=(None,))
+    if not layout.stock_columns_suffice:
+        raise EngineError(
+            f"this vLLM cannot capture tails at temperatures {list(layout.temperatures)} with {layout.num_draws} draws "
+            f"({problem}); use capture.temperatures [1.0] without draws, or teacher.engine transformers"
+        )
+    logger.warning("the tail is taken as 1 minus the head's sum, which is exact to about 1e-7: %s", problem)
+    return f"stock+{container}"
+
+
+def _score(llm: Any, probe: list[int], num_logprobs: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Return ids and natural logs of the probe's rows."""
+    from teacher_cache.engines.vllm.vllm_engine import scoring_parameters
+
+    engine = llm.llm_engine
+    engine.add_request("decant-probe", {"prompt_token_ids": probe}, scoring_parameters(num_logprobs))
+    finished: list[Any] = []
+    while not finished:
+        finished = [output for output in engine.step() if output.finished]
+    width = 1 + (num_logprobs if num_logprobs >= 0 else llm.model_config.get_vocab_size())
+    return vllm_arrays.columns_of(finished[0].prompt_logprobs, width)
+
+
+def _dense(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return [P, V] natural logs of full-width rows."""
+    dense = np.full((len(ids), ids.shape[1] - 1), -np.inf)
+    np.put_along_axis(dense, ids[:, 1:].astype(np.int64), logprobs[:, 1:].astype(np.float64), 1)
+    return dense
+
+
+def _try_plugin(llm: Any, layout: ColumnLayout, probe: list[int], dense: NDArray[np.float64]) -> str | None:
+    """Switch the plug-in on in every worker and return what is wrong with it, or None."""
+    statuses = llm.collective_rpc("decant_capture", args=(layout.to_plain(),))
+    for status in statuses:
+        if status["installed"] != "yes":
+            return f"its {status['runner']} runner cannot be extended: {status['installed']}"
+    ids, values = _score(llm, probe, layout.num_extra)
+    return plugin_problem(ids, values, dense, layout)
+
+
+def plugin_problem(
+    ids: NDArray[np.int32], values: NDArray[np.float32], dense: NDArray[np.float64], layout: ColumnLayout
+) -> str | None:
+    """Compare rows that the plug-in filled with full-width rows [P, V] and say what differs, or None."""
+    if not (ids[:, layout.tail_start : layout.draw_start] == np.asarray(layout.sentinels)).all():
+        return "its rows do not carry the sentinels"
+    head = ids[:, 1 : layout.tail_start].astype(np.int64)
+    kept = head >= 0
+    in_head = np.zeros(dense.shape, dtype=bool)
+    rows = np.broadcast_to(np.arange(len(dense))[:, None], head.shape)
+    in_head[rows[kept], head[kept]] = True
+    found = values[:, 1 : layout.tail_start].astype(np.float64)
+    if not np.allclose(np.take_along_axis(dense, np.maximum(head, 0), 1)[kept], found[kept], atol=TOLERANCE_NATS):
+        return "its head differs from the full rows"
+    outside = np.where(in_head, -np.inf, dense)[:, : layout.vocab_size].max(-1, keepdims=True)
+    if bool((kept & (found < outside - TOLERANCE_NATS)).any()):
+        return "its head leaves out more probable tokens"
+    for j, temperature in enumerate(layout.temperatures):
+        scaled = np.exp((dense - dense.max(-1, keepdims=True)) / temperature)
+        with np.errstate(divide="ignore"):
+            expected = np.log((scaled * ~in_head).sum(-1) / scaled.sum(-1))
+        found = values[:, layout.tail_start + j].astype(np.float64)
+        if not np.allclose(np.maximum(found, -30), np.maximum(expected, -30), atol=TOLERANCE_NATS):
+            worst = float(np.abs(np.maximum(found, -30) - np.maximum(expected, -30)).max())
+            return f"its tails at temperature {temperature:g} are up to {worst:.3g} nats off"
+    drawn = ids[:, layout.draw_start :].astype(np.int64)
+    if drawn.size and bool((np.take_along_axis(in_head, np.maximum(drawn, 0), 1) & (drawn >= 0)).any()):
+        return "it drew tokens of the head"
+    return None

@@ -1,0 +1,203 @@
+"""How Decant starts vLLM: environment defaults, arguments of `LLM`, and what follows from them (seeds, chunked
+prefill).
+
+On a CPU the engine core runs inside this process: separate core and worker processes cost two more imports of vLLM and,
+on two cores, gain nothing now that results arrive as arrays. Eager execution and an explicit key-value cache skip
+compilation and profiling. CPU seconds from import to close, 4-million-parameter model: 10 so, 3 for each further start
+in the process; 18 with a core process; 27 with vLLM's own core and worker processes; compiling adds minutes where its
+compiler cache is cold. On a GPU vLLM's own defaults stay: a core process of its own, compiled graphs.
+
+vLLM's CPU runner dies on a per-request seed when a prompt is split over two forward passes, so chunked prefill is
+switched off there while answers are generated; where the longest sequence does not fit one pass, seeds are left out and
+the provenance says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import EngineError
+from shared.recipe.recipe import Capture, Generate, Teacher
+
+MIN_CACHE_BYTES = 2**28
+MAX_CACHE_BYTES = 2**35
+SEQUENCES_IN_CACHE = 64
+"""On a CPU the key-value cache holds this many sequences of the greatest length, within the bounds above."""
+
+NARROW = 768
+"""Hidden width below which one matrix product is not worth all cores."""
+
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+"""Defaults; what the environment already says wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class VllmSettings:
+    """Arguments of `LLM` and what they mean for Decant."""
+
+    arguments: dict[str, Any]
+    max_model_len: int | None
+    """L, prompt and answer together; vLLM gets L + 1, so that a full sequence can be scored with one token sampled
+    after it.
+    """
+    head_dtype: str
+    honours_seeds: bool
+    on_cpu: bool
+    num_threads: int | None
+    """Threads of the engine on a CPU; None: torch's default."""
+
+
+def set_environment() -> None:
+    """Set vLLM's environment defaults; call before the first import of vllm, and of torch, which reads one of them
+    then.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
+        # Said before vLLM reads its own logging level, on every CPU that has a Triton for GPUs.
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+
+
+def plan_settings(
+    teacher: Teacher, capture: Capture | None, generate: Generate | None, model_dir: Path, *, on_cpu: bool
+) -> VllmSettings:
+    """Work out how to start vLLM.
+
+    Raises:
+        EngineError: the model's config cannot be read, or the recipe asks for a longer sequence than the model knows.
+    """
+    config = _read_config(model_dir)
+    text = config.get("text_config") or config
+    longest = text.get("max_position_embeddings")
+    length = teacher.max_model_len
+    if length is not None and longest is not None and length > longest and not text.get("rope_scaling"):
+        raise EngineError(
+            f"teacher.max_model_len is {length} but {model_dir} knows {longest} positions; lower it or leave it out"
+        )
+    if length is None and isinstance(longest, int):
+        length = longest
+    if length is not None and length == longest:
+        # The one token sampled after a full sequence is never fed back, so no position beyond the model's last is used.
+        os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    fits_one_pass = length is not None and length + 1 <= teacher.max_num_batched_tokens
+    unchunked = on_cpu and generate is not None and fits_one_pass
+    dtype = _dtype(teacher, config)
+    head_dtype = _head_dtype(teacher, config, dtype)
+    arguments: dict[str, Any] = {
+        "model": str(model_dir),
+        "dtype": dtype,
+        "quantization": teacher.quantization,
+        "tensor_parallel_size": teacher.tensor_parallel_size,
+        "max_model_len": None if length is None else length + 1,
+        "gpu_memory_utilization": teacher.gpu_memory_utilization,
+        "max_num_batched_tokens": teacher.max_num_batched_tokens,
+        "trust_remote_code": teacher.trust_remote_code,
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": not unchunked,
+        "max_logprobs": -1,
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+        "worker_extension_cls": "teacher_cache.engines.vllm_worker.TailWorker",
+    }
+    if head_dtype == "float32" and dtype != "float32":
+        arguments["hf_overrides"] = {"head_dtype": "float32"}
+    if on_cpu:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        arguments["enforce_eager"] = True
+        if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            arguments["kv_cache_memory_bytes"] = cache_bytes(text, (length or 4096) + 1, dtype)
+    return VllmSettings(
+        arguments,
+        length,
+        head_dtype,
+        honours_seeds=not on_cpu or unchunked,
+        on_cpu=on_cpu,
+        num_threads=_num_threads(text),
+    )
+
+
+def _num_threads(text_config: dict[str, Any]) -> int | None:
+    """Halve the threads for narrow models, unless the environment says how many.
+
+    Their matrices are too small to share: at width 256 on two cores a second thread adds 14 % speed for 66 % more work,
+    and a busy machine then waits at every barrier.
+    """
+    if os.environ.get("OMP_NUM_THREADS") or int(text_config.get("hidden_size") or NARROW) >= NARROW:
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else None
+
+
+def cache_bytes(text_config: dict[str, Any], max_model_len: int, dtype: str) -> int:
+    """Return bytes of key-value cache for `SEQUENCES_IN_CACHE` sequences, within bounds and a quarter of the free
+    memory.
+
+    Raises:
+        EngineError: one sequence does not fit.
+    """
+    layers = int(text_config.get("num_hidden_layers") or 32)
+    heads = int(text_config.get("num_attention_heads") or 32)
+    key_heads = int(text_config.get("num_key_value_heads") or heads)
+    head_dim = int(text_config.get("head_dim") or int(text_config.get("hidden_size") or 4096) // heads)
+    per_token = 2 * layers * key_heads * head_dim * (4 if dtype == "float32" else 2)
+    sequence = per_token * (max_model_len + 256)  # whole blocks
+    free = _available_bytes()
+    if sequence > free // 2:
+        raise EngineError(
+            f"one sequence of {max_model_len:,} tokens needs {sequence / 2**30:.1f} GiB of key-value cache but "
+            f"{free / 2**30:.1f} GiB of memory are free; lower teacher.max_model_len"
+        )
+    wanted = min(max(SEQUENCES_IN_CACHE * sequence, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
+    return max(min(wanted, free // 4), sequence)
+
+
+def _available_bytes() -> int:
+    """Return bytes of memory that can be taken without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # no Linux: count what the system calls free
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read_config(model_dir: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{model_dir / 'config.json'}: cannot be read ({error}); expected a model directory of transformers"
+        ) from error
+    if not isinstance(config, dict):
+        raise EngineError(f"{model_dir / 'config.json'}: holds no object; expected a model's config")
+    return config
+
+
+def _dtype(teacher: Teacher, config: dict[str, Any]) -> str:
+    """Resolve `auto` to the stored type: vLLM's own auto would turn float32 into 16 bits."""
+    if teacher.dtype != "auto":
+        return teacher.dtype
+    text = config.get("text_config") or config
+    return str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
+
+
+def _head_dtype(teacher: Teacher, config: dict[str, Any], dtype: str) -> str:
+    """Return the head's type: float32 where asked and where the head is not quantised."""
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, dict) and quantised.get("lm_head"):
+        return "quantised"
+    return "float32" if teacher.head_dtype == "float32" else dtype

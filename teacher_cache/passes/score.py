@@ -1,0 +1,133 @@
+"""Pass 2: every sequences part that a layer lacks is scored once, prefill only, and becomes a targets part.
+
+Pass 3 (hidden_pass.py) goes the same way with another engine and another layer.
+
+The engine is fed across parts without draining; encoding and compression run in the writer thread.
+Cost: one part of sequences and its targets per part in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow.compute as pc
+import xxhash
+
+from shared.cache.cache_writer import LayerWriter
+from shared.cache.hidden_writer import HiddenWriter
+from shared.cache.layer_writer import RowsWriter
+from shared.cache.layout import sequences_dir
+from shared.errors import EngineError
+from shared.parts.parts import PartRecord, open_part
+from shared.parts.sequences import SequenceRow
+from teacher_cache.engines.protocol import Captured, Scored, ScoreRequest
+from teacher_cache.passes.feeding import Desk, feed_units
+from teacher_cache.passes.summary import PassFigures
+
+
+class ScoreUnit:
+    """One part on its way through an engine."""
+
+    def __init__(
+        self,
+        number: int,
+        record: PartRecord,
+        layer: LayerWriter | HiddenWriter,
+        software: Callable[[], Mapping[str, Any]],
+        figures: PassFigures,
+    ) -> None:
+        """Remember the part; its rows are read when its first request is pulled."""
+        self.number = number
+        self._record = record
+        self._layer = layer
+        self._software = software
+        self._figures = figures
+        self._rows: list[SequenceRow] = []
+        self._kept: dict[int, Any] = {}
+
+    def requests(self) -> Iterator[ScoreRequest]:
+        """Yield one request per row."""
+        self._rows = self._layer.read_sequences(self._record)
+        for index, row in enumerate(self._rows):
+            yield ScoreRequest((self.number, index), self.number, row.token_ids, row.spans)
+
+    def take(self, index: int, result: Scored | Captured) -> int:
+        """Keep one row's targets or hidden states and return the row's tokens.
+
+        Raises:
+            EngineError: they do not cover the row's positions.
+        """
+        row = self._rows[index]
+        kept = result.targets if isinstance(result, Scored) else result.hidden
+        if kept.num_positions != row.num_positions:
+            raise EngineError(
+                f"{self._record.stem}:{index}: the engine returned {kept.num_positions:,} positions for a row of "
+                f"{row.num_positions:,}; report this as a defect of the engine"
+            )
+        self._kept[index] = kept
+        self._figures.rows += 1
+        self._figures.positions += row.num_positions
+        return len(row.token_ids)
+
+    def commit(self) -> Callable[[], object]:
+        """Return the write that commits the part."""
+        keys = [row.key for row in self._rows]
+        kept: list[Any] = [self._kept[index] for index in range(len(self._rows))]
+        return partial(self._layer.write, self._record.stem, keys, kept, self._software())
+
+
+def parts_to_score(
+    layer: RowsWriter, own_stems: frozenset[str], id8: str | None, partition: tuple[int, int]
+) -> list[PartRecord]:
+    """Return the parts that this process scores: of its own job by unit, of older jobs by a hash of the name.
+
+    Args:
+        layer: the targets or hidden layer.
+        own_stems: parts of this job's units that belong to this partition.
+        id8: first 8 digits of this job; None where there is none.
+        partition: (index, count).
+    """
+    index, count = partition
+
+    def is_mine(record: PartRecord) -> bool:
+        if record.id8 == id8:
+            return record.stem in own_stems
+        return xxhash.xxh3_64_intdigest(record.stem.encode()) % count == index
+
+    return [record for record in layer.missing() if is_mine(record)]
+
+
+def require_length(layer: RowsWriter, records: Sequence[PartRecord], max_model_len: int) -> None:
+    """Refuse parts with a row that is longer than the teacher takes; reads offsets only.
+
+    Raises:
+        EngineError: with part and row.
+    """
+    directory = sequences_dir(layer.directory.parents[1])
+    for record in records:
+        lengths = pc.list_value_length(open_part(directory, record, verify=False).column("token_ids"))
+        longest = pc.max(lengths).as_py() or 0
+        if longest > max_model_len:
+            row = pc.index(lengths, longest).as_py()
+            raise EngineError(
+                f"{record.stem}:{row}: the row has {longest:,} tokens and the teacher takes {max_model_len:,}; raise "
+                "`teacher.max_model_len`, or score this cache with a teacher that takes longer sequences"
+            )
+
+
+def score_parts(
+    layer: LayerWriter | HiddenWriter,
+    records: Sequence[PartRecord],
+    serve: Callable[[Iterator[ScoreRequest]], Iterator[Any]],
+    software: Callable[[], Mapping[str, Any]],
+    desk: Desk,
+    figures: PassFigures,
+    phase: str = "score",
+) -> None:
+    """Score or capture these parts with an engine, and commit each."""
+    desk.progress.start(phase, sum(record.rows for record in records))
+    units = (ScoreUnit(number, record, layer, software, figures) for number, record in enumerate(records))
+    feed_units(units, serve, desk, figures)
+    desk.progress.finish()

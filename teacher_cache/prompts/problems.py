@@ -1,0 +1,79 @@
+"""Rows that cannot be used: set aside, counted and listed, and fatal only above a share.
+
+One bad row among a million must not cost the other rows, and a wrong column must not pass for a few bad rows. So every
+row that cannot be used is added here with its place and reason; `check` fails once they are more than a share of what
+was read.
+Cost: the list is bounded; counts are exact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from shared.errors import PromptError
+
+THRESHOLD = 0.01
+"""Largest share of unusable rows that a command accepts."""
+
+MAX_LISTED = 1000
+"""Problems that are kept in words; the rest are only counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One row that was set aside."""
+
+    path: str
+    line: int
+    reason: str
+
+    def sentence(self) -> str:
+        """Return `path:line: reason`."""
+        return f"{self.path}:{self.line}: {self.reason}"
+
+
+@dataclass(slots=True)
+class Problems:
+    """What was set aside so far."""
+
+    listed: list[Problem] = field(default_factory=list)
+    """The first of them, in the order in which they were met."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Rows set aside per path."""
+    rows_read: int = 0
+    """Rows met, good and bad."""
+    unread: dict[str, Counter[str]] = field(default_factory=dict)
+    """Columns that the format does not read, per source, with the rows that have them."""
+    unread_files: list[str] = field(default_factory=list)
+    """A sentence for each source beside whose files others lie."""
+
+    @property
+    def total(self) -> int:
+        """Rows set aside."""
+        return sum(self.counts.values())
+
+    def add(self, path: str, line: int, reason: str) -> None:
+        """Set one row aside."""
+        self.counts[path] += 1
+        if len(self.listed) < MAX_LISTED:
+            self.listed.append(Problem(path, line, reason))
+
+    def notes(self) -> list[str]:
+        """Return a sentence for everything that lies in the sources and was not read."""
+        columns = [
+            f"source {source}: columns that are not read: {', '.join(sorted(counts))}"
+            for source, counts in self.unread.items()
+        ]
+        return self.unread_files + [note for note, counts in zip(columns, self.unread.values(), strict=True) if counts]
+
+    def check(self, threshold: float = THRESHOLD, total: int | None = None) -> None:
+        """Fail when more than `threshold` of the rows (`total`, or all that were read) were set aside.
+
+        Raises:
+            PromptError: with the first problem and the count.
+        """
+        rows = self.rows_read if total is None else total
+        if self.total and self.total > threshold * rows:
+            bad = f"{self.total:,} of {rows:,} rows cannot be used, more than the {threshold:.0%} that are set aside"
+            raise PromptError(f"{self.listed[0].sentence()} ({bad})")

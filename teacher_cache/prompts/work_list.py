@@ -1,0 +1,293 @@
+"""The work list: every conversation becomes plan rows with keys, duplicates dropped and counted.
+
+A row is a prompt with a sample index (to be answered), or a prompt with its given answer (to be taken over). Only equal
+row_keys are duplicates; the first source listed wins. What the recipe says about rendering and sampling is part of a
+row_key, so a changed `system` or `temperature` makes new rows instead of silently keeping old ones. Rows that the cache
+holds already are left out by `shared.parts.jobs.create_job`.
+
+The request names the job: everything that decides which rows exist and what their sequences are, with files by content,
+so that moving a file changes nothing and changing it does.
+
+Cost: one pass; 20 to 60 bytes per row for the keys seen, nothing else per row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from shared.cache.growing_key_set import GrowingKeySet
+from shared.errors import PromptError
+from shared.groups import GroupRule
+from shared.identity.grown import unmoved
+from shared.keys import canonical_json, content_key, group_key, row_key
+from shared.parts.jobs import PlanRow
+from shared.recipe.recipe import Generate, PromptSource, Recipe
+from teacher_cache.prompts.cache_source import FORMAT, cache_content_hash
+from teacher_cache.prompts.chat_template import template_text
+from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.prompt_files import content_hash
+from teacher_cache.prompts.prompt_formats import (
+    Conversation,
+    GivenSequence,
+    Message,
+    group_text,
+    prompt_text,
+    prompt_turns,
+)
+
+RENDERING_SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs", "supervise", "date")
+READING_SETTINGS = ("config", "columns", "ignore")
+"""Settings that decide which rows a source has; a request says them where they are not at their default."""
+SEED_BITS = 63
+
+
+@dataclass(slots=True)
+class Tally:
+    """What listing met."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    """Rows listed per source, those that the cache holds already included."""
+    duplicates: Counter[str] = field(default_factory=Counter)
+    """Rows dropped per source because an earlier row has the same row_key."""
+
+
+def list_rows(
+    conversations: Iterable[Conversation],
+    sources: Sequence[PromptSource],
+    generate: Generate | None,
+    seed: int,
+    problems: Problems,
+    tally: Tally,
+    answerer: str | None = None,
+    groups: GroupRule = "first question",
+    foreign_ends: Sequence[int | None] = (),
+) -> Iterator[PlanRow]:
+    """Yield the plan rows of conversations, each row_key once; what cannot be a row goes to `problems`.
+
+    Args:
+        conversations: as read from `sources`.
+        sources: entries of the recipe's `prompts`.
+        generate: how answers are drawn; None where they are given.
+        seed: the recipe's seed, for answers whose section has none.
+        problems: collects rows without a prompt or an answer.
+        tally: counts rows and duplicates per source.
+        answerer: identity of the model that answers, where it is not the teacher.
+        groups: the cache's rule of which rows belong together.
+        foreign_ends: of each source, the end token that its template adds to those of the model that answers.
+    """
+    seen = GrowingKeySet()
+    renderings = [_rendering(source) for source in sources]
+    ends = [_end(foreign_ends, origin) for origin in range(len(sources))]
+    for conversation in conversations:
+        try:
+            origin = conversation.origin
+            rows = list(_rows_of(conversation, renderings[origin], ends[origin], generate, seed, answerer, groups))
+        except ValueError as error:
+            problems.add(conversation.path, conversation.line, str(error))
+            continue
+        for row in rows:
+            if not seen.add(row.row_key):
+                tally.duplicates[row.source] += 1
+                continue
+            tally.rows[row.source] += 1
+            yield row
+
+
+def conversation_of(row: PlanRow) -> Conversation:
+    """Return the conversation that a plan row was made from, its origin in the recipe included.
+
+    Raises:
+        PromptError: the plan was written by something else.
+    """
+    try:
+        document = json.loads(row.messages)
+        taken = document.get("sequence")
+        return Conversation(
+            source=row.source,
+            path=document["path"],
+            line=row.line,
+            format=row.format,
+            messages=document.get("messages"),
+            text=document.get("text"),
+            reference=row.reference,
+            origin=int(document["origin"]),
+            sequence=GivenSequence(prompt=row.prompt, group_key=row.group_key, **taken) if taken is not None else None,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise PromptError(
+            f"source {row.source!r} line {row.line}: the plan's row cannot be read ({error}); build a new cache"
+        ) from error
+
+
+def request_of(
+    recipe: Recipe,
+    generator: Mapping[str, Any] | None,
+    tokenizer_hash: str,
+    max_model_len: int,
+    foreign_ends: Sequence[int | None] = (),
+) -> dict[str, Any]:
+    """Return what names a build's job.
+
+    Args:
+        recipe: the recipe, with prompts.
+        generator: identity of the model that answers; None where answers are given.
+        tokenizer_hash: of the tokenizer that makes the sequences.
+        max_model_len: longest sequence in tokens, which decides what is set aside.
+        foreign_ends: as for `list_rows`.
+
+    Raises:
+        PromptError: a source is missing or cannot be read.
+    """
+    generate = None
+    if recipe.generate is not None:
+        # The generator says which model answers, whatever its directory is called.
+        answers = {"seed": answer_seed(recipe.generate, recipe.seed), "model": None}
+        later = unmoved(recipe.generate, Generate.NAMES_THE_JOB)
+        generate = {**recipe.generate.model_dump(mode="json", exclude=later), **answers}
+    return {
+        "prompts": [
+            {
+                "source": source.source,
+                "content": cache_content_hash(source) if source.format == FORMAT else content_hash(source),
+                "format": source.format,
+                "split": source.split,
+                "limit": source.limit,
+                **source.model_dump(mode="json", include=set(READING_SETTINGS), exclude_defaults=True),
+                **_rendering(source),
+                **(_end(foreign_ends, origin) if generate else {}),
+            }
+            for origin, source in enumerate(recipe.prompts)
+        ],
+        "generate": generate,
+        "generator": None if generator is None else dict(generator),
+        "tokenizer": tokenizer_hash,
+        "max_model_len": max_model_len,
+        "rows_per_part": recipe.rows_per_part,
+    }
+
+
+def answer_seed(generate: Generate, seed: int) -> int:
+    """Return the seed of the answers: the section's own, or the recipe's."""
+    return seed if generate.seed is None else generate.seed
+
+
+def request_seed(key: bytes, seed: int) -> int:
+    """Return the 63-bit seed of one answer, a function of its row_key and the seed of the answers."""
+    return xxhash.xxh3_64_intdigest(key + canonical_json(seed)) >> (64 - SEED_BITS)
+
+
+def _rows_of(
+    conversation: Conversation,
+    rendering: Mapping[str, Any],
+    end: Mapping[str, int],
+    generate: Generate | None,
+    seed: int,
+    answerer: str | None,
+    groups: GroupRule,
+) -> Iterator[PlanRow]:
+    if conversation.sequence is not None:
+        yield _row_of_cache(conversation, conversation.sequence)
+        return
+    answered = conversation.messages if generate else _answered(conversation)
+    prompt = prompt_text(answered, conversation.text)
+    group, asked = group_key(group_text(answered, conversation.text, groups)), group_key(prompt)
+    rendering = {**rendering, **_unsaid(answered, generate is None)}
+    place = {"origin": conversation.origin, "path": conversation.path}
+    if generate is None:
+        keys = [row_key(asked, None, 0, _answer(answered) + _suffix(rendering))]
+        content: dict[str, Any] = {"text": conversation.text} if answered is None else {"messages": answered}
+        reference = conversation.reference
+    else:
+        if conversation.messages is None:
+            raise ValueError("`format: text` has no prompt to answer; leave `generate` out or change the format")
+        turns = prompt_turns(conversation.messages)
+        given = conversation.messages[len(turns) :]
+        sampling = {
+            **generate.model_dump(mode="json", include={"temperature", "top_p", "top_k", "stop", "max_new_tokens"}),
+            **rendering,
+            **end,
+            "seed": answer_seed(generate, seed),
+        }
+        if answerer is not None:
+            sampling["model"] = answerer
+        keys = [row_key(asked, sampling, index, None) for index in range(generate.samples_per_prompt)]
+        content = {"messages": turns}
+        reference = conversation.reference
+        if reference is None and given:
+            reference = given[-1]["content"]
+    messages = canonical_json({**content, **place}).decode()
+    for index, key in enumerate(keys):
+        yield PlanRow(
+            group, key, conversation.source, conversation.line, index, prompt, messages, reference, conversation.format
+        )
+
+
+def _row_of_cache(conversation: Conversation, sequence: GivenSequence) -> PlanRow:
+    """Return the row of a sequence that is taken over from another cache; its answer is its tokens and spans."""
+    content = content_key(np.asarray(sequence.token_ids, dtype=np.int32), np.asarray(sequence.spans, dtype=np.int32))
+    key = row_key(sequence.group_key, None, 0, f"tokens {content.hex()}")
+    taken = {name: getattr(sequence, name) for name in ("token_ids", "spans", "response", "finish_reason")}
+    messages = canonical_json({"sequence": taken, "origin": conversation.origin, "path": conversation.path}).decode()
+    place = conversation.source, conversation.line, 0
+    return PlanRow(
+        sequence.group_key, key, *place, sequence.prompt, messages, conversation.reference, conversation.format
+    )
+
+
+def _answered(conversation: Conversation) -> list[Message] | None:
+    """Return the turns up to the last answer, or None for text."""
+    if conversation.messages is None:
+        return None
+    last = max((i for i, turn in enumerate(conversation.messages) if turn["role"] == "assistant"), default=None)
+    if last is None:
+        raise ValueError("the row has no answer; give one or add a `generate` section to the recipe")
+    return conversation.messages[: last + 1]
+
+
+def _answer(answered: list[Message] | None) -> str:
+    """Return the given answer's text as a row_key hashes it; nothing for text, whose group says it all."""
+    if answered is None:
+        return ""
+    given = answered[len(prompt_turns(answered)) :]
+    if len(given) == 1 and set(given[0]) == {"role", "content"}:
+        return given[0]["content"]
+    return canonical_json(given).decode()
+
+
+def _unsaid(answered: list[Message] | None, given: bool) -> dict[str, Any]:
+    """Return what of the earlier turns a prompt's text does not say, such as tool calls, so that a row_key says it.
+
+    Earlier thoughts are left out, as they always were: templates drop them.
+    """
+    hidden = {"role", "content", "reasoning_content"} | (set() if given else {"train"})
+    said = [
+        [index, {name: value for name, value in turn.items() if name not in hidden}]
+        for index, turn in enumerate(prompt_turns(answered) if answered else ())
+    ]
+    context = [entry for entry in said if entry[1]]
+    return {"context": context} if context else {}
+
+
+def _rendering(source: PromptSource) -> dict[str, Any]:
+    """Return the settings that decide how a source's turns become tokens, without those that are left at their default."""
+    settings = source.model_dump(mode="json", include=set(RENDERING_SETTINGS), exclude_defaults=True)
+    if source.chat_template is not None:
+        settings["chat_template"] = template_text(source.chat_template)
+    return settings
+
+
+def _end(foreign_ends: Sequence[int | None], origin: int) -> dict[str, int]:
+    """Return the end token that a source's template adds, as keys hash it; empty where the model ends there anyway."""
+    end = foreign_ends[origin] if foreign_ends else None
+    return {} if end is None else {"end_token": end}
+
+
+def _suffix(rendering: Mapping[str, Any]) -> str:
+    return "\x00" + canonical_json(dict(rendering)).decode() if rendering else ""

@@ -1,0 +1,90 @@
+"""Who answers the prompts: the teacher itself, or the model of `generate.model`, such as a student whose answers are to
+be scored.
+
+Another model answers through the same engine kind and settings as the teacher, without the teacher's adapter and
+quantisation, and with prompts in the teacher's template, because that is what a student of this cache will see. Its
+tokenizer must be the teacher's. Its engine is closed before the teacher's opens, so each has the machine to itself. Its
+identity is part of every row_key, so answers of both models to one prompt are different rows.
+Cost: the other model's tokenizer is loaded once; its weights are sampled, not read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shared.errors import EngineError, IdentityError
+from shared.identity.identity import weights_hash
+from shared.recipe.recipe import Generate, Teacher
+from teacher_cache.teacher.model_files import resolve_model
+from teacher_cache.teacher.teacher_identity import KnownTeacher, know_teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """The model that answers prompts."""
+
+    section: Teacher
+    """How its engine is opened."""
+    known: KnownTeacher
+    key: str | None
+    """What of it enters a row_key; None where it is the teacher."""
+    max_model_len: int
+    """Longest sequence in tokens that both models take."""
+
+    @property
+    def generator(self) -> dict[str, Any]:
+        """What of the model decides its answers, as a request records it."""
+        return self.known.generator
+
+    @property
+    def name(self) -> str:
+        """The model as the recipe spells it."""
+        return self.section.model
+
+
+def know_answerer(generate: Generate | None, teacher: Teacher, known: KnownTeacher) -> Answerer:
+    """Read the files of the model that answers.
+
+    Args:
+        generate: the recipe's section; without one, or without a model in it, the teacher answers.
+        teacher: the recipe's teacher.
+        known: its files.
+
+    Raises:
+        IdentityError: the other model writes with another tokenizer.
+        EngineError: its files are missing or broken.
+    """
+    if generate is None or generate.model is None:
+        return Answerer(teacher, known, None, known.max_model_len)
+    alone = {"model": generate.model, "revision": None, "adapter": None, "quantization": None, "max_model_len": None}
+    section = teacher.model_copy(update=alone)
+    try:
+        other = know_teacher(section)
+    except EngineError as error:
+        raise EngineError(f"generate.model: {error}") from error
+    if other.tokenizer_hash != known.tokenizer_hash:
+        raise IdentityError(
+            f"generate.model {generate.model} has another tokenizer (hash {other.tokenizer_hash[:8]}) than the teacher "
+            f"{teacher.model} ({known.tokenizer_hash[:8]}), so its tokens cannot be scored; expected a model of the "
+            "same family"
+        )
+    if other.vocab_size > known.vocab_size:
+        raise IdentityError(
+            f"generate.model {generate.model} can answer with {other.vocab_size:,} tokens and the teacher "
+            f"{teacher.model} knows "
+            f"{known.vocab_size:,}; expected a model of the same family"
+        )
+    length = min(other.max_model_len, known.max_model_len)
+    return Answerer(section.model_copy(update={"max_model_len": length}), other, other.weights_hash, length)
+
+
+def answerer_key(generate: Generate | None) -> str | None:
+    """Return what of the model that answers enters a row_key, from its files alone; None where it is the teacher.
+
+    Raises:
+        EngineError: it is neither a model directory nor a hub id that can be fetched.
+    """
+    if generate is None or generate.model is None:
+        return None
+    return weights_hash(resolve_model(generate.model).directory)

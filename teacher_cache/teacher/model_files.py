@@ -1,0 +1,170 @@
+"""The teacher's files: a directory or a hub id becomes a local directory, and what its files say becomes plain values.
+
+Everything that an identity needs is read here from files, so that a mismatch is refused before an engine starts.
+Cost: small JSON files; a hub id is downloaded once by `huggingface_hub` into its own store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import EngineError
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+SMALL_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+MAX_CONFIG_BYTES = 2**24
+MAX_TOKENIZER_BYTES = 2**28
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on disk."""
+
+    name: str
+    """As the recipe spells it."""
+    directory: Path
+    revision: str | None
+    """Commit of a hub id; None for a directory."""
+    config: dict[str, Any]
+    """config.json"""
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the config, where it is a part."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def dtype(self) -> str:
+        """Type of the stored weights, as `dtype: auto` understands it."""
+        found = self.config.get("dtype") or self.config.get("torch_dtype") or self.text_config.get("dtype") or "float32"
+        return str(found)
+
+    @property
+    def quantization(self) -> str | None:
+        """Scheme that the checkpoint itself is quantised with; None where its config says none."""
+        found = self.config.get("quantization_config") or self.text_config.get("quantization_config")
+        if not isinstance(found, dict) or not found:
+            return None
+        bits = found.get("bits")
+        return str(found.get("quant_method") or "unnamed") + (f"-{bits}bit" if isinstance(bits, int) else "")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head, padding included."""
+        return self._integer("vocab_size")
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest sequence that the model knows, in tokens."""
+        return self._integer("max_position_embeddings")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks of the model."""
+        return self._integer("num_hidden_layers")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its hidden states."""
+        return self._integer("hidden_size")
+
+    def _integer(self, key: str) -> int:
+        value = self.text_config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise EngineError(f"{self.directory / 'config.json'}: `{key}` is {value!r}; expected a positive integer")
+        return value
+
+
+def resolve_model(model: str, revision: str | None = None) -> ModelFiles:
+    """Find a model on disk, downloading a hub id if need be.
+
+    Raises:
+        EngineError: it is neither a model directory nor a hub id that can be fetched.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        if revision is not None:
+            raise EngineError(
+                f"{model}: `revision: {revision}` is set but the model is a directory; leave the revision out"
+            )
+        commit = None
+    else:
+        directory, commit = _download(model, revision)
+    return ModelFiles(model, directory, commit, _read_json(directory / "config.json"))
+
+
+def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer through transformers.
+
+    Raises:
+        EngineError: there is none, or it is not a fast one (spans and identity need `tokenizer.json`).
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a thread pool only costs hand-overs
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the library raises whatever a broken file makes it raise
+        reason = " ".join(str(error).split())[:300]
+        raise EngineError(
+            f"{files.directory}: the tokenizer cannot be loaded ({reason}); expected tokenizer.json there"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise EngineError(f"{files.directory}: the tokenizer has no tokenizer.json form; expected a fast tokenizer")
+    return tokenizer
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """Return the files that a tokenizer loads from again, by name; `tokenizer.json` is among them.
+
+    Raises:
+        EngineError: a file is larger than 256 MiB, or the directory for temporary files is full.
+    """
+    with tempfile.TemporaryDirectory(prefix="decant-tokenizer-") as scratch:
+        try:
+            tokenizer.save_pretrained(scratch)
+        except Exception as error:  # the tokenizers library raises plain `Exception` for a full disk
+            raise EngineError(
+                f"{scratch}: the tokenizer's files cannot be written there ({error}); free space, or set TMPDIR to a "
+                "larger disk"
+            ) from error
+        found = sorted(path for path in Path(scratch).iterdir() if path.suffix in TOKENIZER_SUFFIXES)
+        for path in found:
+            if path.stat().st_size > MAX_TOKENIZER_BYTES:
+                raise EngineError(
+                    f"{path.name} of the tokenizer has {path.stat().st_size:,} bytes; at most "
+                    f"{MAX_TOKENIZER_BYTES:,} fit"
+                )
+        return {path.name: path.read_bytes() for path in found}
+
+
+def _download(model: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(model, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, *SMALL_PATTERNS]))
+    except Exception as error:  # offline, missing, forbidden, not a valid id: none of them gives a model
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise EngineError(f"{model}: neither a model directory nor a hub id that can be fetched ({reason})") from error
+    return found, found.name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise EngineError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; expected a model's config")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{path}: cannot be read as a model's config ({error}); expected a model directory of transformers"
+        ) from error
+    if not isinstance(value, dict):
+        raise EngineError(f"{path}: holds no object; expected a model's config")
+    return value

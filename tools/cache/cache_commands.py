@@ -1,0 +1,297 @@
+"""`decant cache ...`: what is in a cache, whether it is whole, what can go, and how caches become one or something
+else.
+
+Nothing here loads a model or a framework; `ls` and `stats` read commit records alone, `verify` reads every byte once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir
+from shared.identity.hidden_layers import layer_name
+from shared.parts.jobs import list_jobs
+from shared.parts.part_stats import ENTROPY_BIN_NATS
+from shared.parts.records import list_records
+from shared.progress import Progress
+from tools.cache.cache_show import row_document, row_text
+
+
+def run_cache_command(args: argparse.Namespace) -> int:
+    """Run one of the commands and return its exit code.
+
+    Raises:
+        CacheError: the path is no cache, or what was asked for is not in it.
+    """
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "ls": _ls,
+        "show": _show,
+        "stats": _stats,
+        "verify": _verify,
+        "gc": _gc,
+        "merge": _merge,
+        "export": _export,
+        "import": _import,
+        "audit": _audit,
+    }
+    return commands[args.cache_command](args)
+
+
+def _print(args: argparse.Namespace, document: Any, text: str) -> None:
+    print(json.dumps(document, indent=2) if args.json else text)
+
+
+def listing(path: Path) -> dict[str, Any]:
+    """Return identity, rows, layers and jobs of a cache, from its small files alone.
+
+    Raises:
+        CacheError: the path is no cache, or one of its small files is damaged.
+    """
+    header = read_header(path)
+    records = list_records(sequences_dir(path))
+    stems = {record.stem for record in records}
+    layers = {name: _layer_listing(layer, stems) for name, layer in list_layers(path).items()}
+    hidden = {name: _layer_listing(layer, stems) for name, layer in list_hidden_layers(path).items()}
+    jobs = {}
+    for job in list_jobs(path):
+        done = sum(job.part_stem(unit) in stems for unit in range(job.num_units))
+        jobs[job.id] = {"units": job.num_units, "committed": done}
+    return {
+        "path": str(path),
+        "identity": header.identity.to_json(),
+        "parts": len(records),
+        "rows": sum(record.rows for record in records),
+        "positions": sum(record.positions for record in records),
+        "bytes": sum(record.bytes for record in records),
+        "set_aside": sum(len(record.set_aside) for record in records),
+        "layers": layers,
+        "hidden": hidden,
+        "jobs": jobs,
+    }
+
+
+def _layer_listing(layer: Layer | HiddenLayer, stems: set[str]) -> dict[str, Any]:
+    """Return identity and sizes of a layer, over the sequences parts that exist."""
+    covered = [record for record in list_records(layer.directory) if record.stem in stems]
+    return {
+        "identity": layer.identity.to_json(),
+        "parts": len(covered),
+        "rows": sum(record.rows for record in covered),
+        "positions": sum(record.positions for record in covered),
+        "bytes": sum(record.bytes for record in covered),
+    }
+
+
+def _ls(args: argparse.Namespace) -> int:
+    found = listing(args.cache)
+    identity = found["identity"]
+    lines = [
+        f"{found['path']}: {found['rows']:,} rows, {found['positions']:,} positions in {found['parts']:,} parts, "
+        f"{size(found['bytes'])}",
+        f"  tokenizer {identity['tokenizer'] or '-'} ({identity['vocab_size']:,} entries, "
+        f"{identity['tokenizer_hash'][:8]})",
+    ]
+    lines += [f"  {name} {identity[name]}" for name in ("answers", "licence") if identity[name]]
+    lines += [f"  {found['set_aside']:,} rows were set aside"] if found["set_aside"] else []
+    for name, layer in found["layers"].items():
+        lines.append(
+            f"  targets {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, "
+            f"{size(layer['bytes'])}"
+        )
+        lines.append(f"    {_layer_text(layer['identity'])}")
+    for name, layer in found["hidden"].items():
+        lines.append(
+            f"  hidden {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, "
+            f"{size(layer['bytes'])}"
+        )
+        lines.append(f"    {_hidden_text(layer['identity'])}")
+    lines += [] if found["layers"] else ["  no targets layer yet"]
+    lines += [
+        f"  job {job[:8]}: {counts['committed']:,} of {counts['units']:,} units committed"
+        for job, counts in found["jobs"].items()
+    ]
+    _print(args, found, "\n".join(lines))
+    return 0
+
+
+def _layer_text(identity: Mapping[str, Any]) -> str:
+    temperatures = ", ".join(f"{value:g}" for value in identity["temperatures"])
+    parts = [
+        f"teacher {identity['teacher']}",
+        f"dtype {identity['dtype']}",
+        f"mode {identity['mode']}",
+        f"k {identity['k']}",
+    ]
+    parts += [f"draws {identity['draws']}"] if identity["draws"] else []
+    parts += [f"mass {identity['mass']:g}", f"temperatures {temperatures}", f"weights {identity['weights_hash'][:8]}"]
+    parts += [f"{name} {identity[name]}" for name in ("revision", "quantization", "adapter") if identity[name]]
+    return ", ".join(parts)
+
+
+def _hidden_text(identity: Mapping[str, Any]) -> str:
+    width = (
+        identity["width"]
+        if identity["projection"] is None
+        else f"{identity['width']} projected to {identity['projection']}"
+    )
+    parts = [f"teacher {identity['teacher']}", f"dtype {identity['dtype']}", f"width {width}"]
+    parts += [f"layers {', '.join(map(layer_name, identity['layers']))}"] if identity["layers"] else []
+    parts += [f"pooled {identity['pooled']}"] if identity["pooled"] != "none" else []
+    if identity["attention_layers"]:
+        parts.append(
+            f"attention of layers {', '.join(map(str, identity['attention_layers']))}, strongest "
+            f"{identity['strongest']} keys"
+        )
+    return ", ".join([*parts, f"weights {identity['weights_hash'][:8]}"])
+
+
+def _show(args: argparse.Namespace) -> int:
+    cache = Cache.open(args.cache, args.targets, allow_partial=True)
+    document = row_document(cache, args.row, args.top)
+    _print(args, document, row_text(document))
+    return 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    cache = Cache.open(args.cache, args.targets, allow_partial=True)
+    stats = {"layer": cache.layer_name, **cache.stats(), "hidden": _hidden_sizes(args.cache)}
+    lines = [f"{args.cache}, layer {cache.layer_name}" if cache.layer_name else f"{args.cache}, no targets layer"]
+    for name, value in stats.items():
+        if isinstance(value, int | float) and name != "entropy_bin_nats":
+            lines.append(
+                f"  {name.replace('_', ' ')}: {value:,}"
+                if isinstance(value, int)
+                else f"  {name.replace('_', ' ')}: {value:,.4g}"
+            )
+    for source, figures in stats["sources"].items():
+        lines.append(
+            f"  source {source}: {figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['positions']:,} "
+            "positions"
+        )
+    for name, figures in stats["hidden"].items():
+        lines.append(
+            f"  hidden {name}: {figures['positions']:,} positions, {figures['bytes_per_position']:,.1f} bytes per "
+            "position"
+        )
+    lines += [f"  finish reason {reason}: {count:,} rows" for reason, count in stats["finish_reasons"].items()]
+    lines += [f"  set aside: {count:,} rows, {reason}" for reason, count in stats["set_aside"].items()]
+    if "entropy_histogram" in stats:
+        lines += [
+            "  entropy of the teacher, nats:",
+            *_bars(stats["entropy_histogram"], lambda i: f"{i * ENTROPY_BIN_NATS:5.2f}"),
+        ]
+        lines += [
+            "  entries kept, at least:",
+            *_bars(stats["support_histogram"], lambda i: f"{0 if i == 0 else 2 ** (i - 1):5d}"),
+        ]
+    _print(args, stats, "\n".join(lines))
+    return 0
+
+
+def _hidden_sizes(path: Path) -> dict[str, dict[str, float]]:
+    """Return positions, bytes and bytes per position of every hidden layer."""
+    return {
+        name: {
+            "positions": layer["positions"],
+            "bytes": layer["bytes"],
+            "bytes_per_position": layer["bytes"] / max(layer["positions"], 1),
+        }
+        for name, layer in listing(path)["hidden"].items()
+    }
+
+
+def _bars(counts: list[int], label: Callable[[int], str]) -> list[str]:
+    """Draw a histogram up to its last count that is not 0."""
+    last = max((i for i, count in enumerate(counts) if count), default=-1)
+    total, most = max(sum(counts), 1), max(*counts, 1)
+    return [
+        f"    {label(i)} {'#' * round(40 * count / most):40} {100 * count / total:5.1f} %".rstrip()
+        for i, count in enumerate(counts[: last + 1])
+    ]
+
+
+def _verify(args: argparse.Namespace) -> int:
+    problems = []
+    for problem in verify_cache(args.cache):
+        problems.append(problem)
+        if not args.json:
+            print(problem, flush=True)
+    if args.json:
+        print(json.dumps({"problems": problems}, indent=2))
+    elif problems:
+        print(
+            f"{len(problems)} problems; damaged parts are rebuilt by `decant teach` once they and their records are "
+            "deleted"
+        )
+    else:
+        found = listing(args.cache)
+        layers = len(found["layers"]) + len(found["hidden"])
+        print(f"{args.cache}: {found['rows']:,} rows and {layers} layers are as they were committed")
+    return 1 if problems else 0
+
+
+def _gc(args: argparse.Namespace) -> int:
+    sizes = {path: path.lstat().st_size for path in collect_garbage(args.cache, dry_run=True)}
+    removed = [] if args.dry_run else collect_garbage(args.cache, dry_run=False)
+    chosen = list(sizes) if args.dry_run else removed
+    total = sum(sizes.get(path, 0) for path in chosen)
+    verb = "would be removed" if args.dry_run else "removed"
+    lines = [*map(str, chosen), f"{len(chosen)} files, {size(total)} {verb}"]
+    _print(args, {"files": [str(path) for path in chosen], "bytes": total, "dry_run": args.dry_run}, "\n".join(lines))
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from tools.cache.cache_merge import merge_caches, merge_text
+
+    total = sum(record.rows for path in args.caches for record in list_records(sequences_dir(path)))
+    with Progress("merge", total) as progress:
+        result = merge_caches(args.out, args.caches, args.targets, args.copy, progress.advance)
+    _print(args, result, merge_text(result))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tools.cache.parquet_export import export_cache, export_text
+
+    total = sum(record.rows for record in list_records(sequences_dir(args.cache)))
+    with Progress("export", total) as progress:
+        result = export_cache(args.cache, args.out, args.targets, progress.advance)
+    _print(args, result, f"{export_text(result)}, {size(result['bytes'])}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from tools.cache.parquet_import import import_parquet, import_text
+
+    with Progress("import", None) as progress:
+        result = import_parquet(args.parquet, args.out, progress.advance)
+    _print(args, result, import_text(result))
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from tools.audit.command import run_audit
+
+    found, text = run_audit(args)
+    _print(args, found, text)
+    return 1 if found["faithfulness"]["unfaithful"] else 0
+
+
+def size(num_bytes: int) -> str:
+    """Write a size for people, in powers of ten.
+
+    >>> size(999), size(1_500_000)
+    ('999 B', '1.5 MB')
+    """
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{num_bytes} B" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,148 @@
+"""One row of a cache for people: every supervised token with its log-probability and what else the teacher considered.
+
+Token texts come from the tokenizer in the cache, through the light `tokenizers` library; without it, ids are shown.
+
+Shape letters: S supervised positions, N head entries, J captured temperatures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shared.cache.cache import Cache
+from shared.errors import CacheError
+from shared.payload.targets import SparseTargets
+
+MOST_TEXT = 400
+"""Characters shown of a prompt."""
+
+
+def row_document(cache: Cache, index: int, top: int) -> dict[str, Any]:
+    """Return one row with `top` alternatives per supervised token.
+
+    Raises:
+        CacheError: there is no such row.
+        DamagedError: the row is not what was committed.
+    """
+    if index >= len(cache):
+        raise CacheError(f"{cache.path} has {len(cache):,} rows, so there is no row {index}; rows count from 0")
+    row = cache[index]
+    text_of, note = _token_texts(cache.tokenizer_dir)
+    labels, predictors = row.labels(), row.predictor_index()
+    tokens: list[dict[str, Any]] = []
+    for s, (label, predictor) in enumerate(zip(labels.tolist(), predictors.tolist(), strict=True)):
+        token = {"at": predictor + 1, "id": label, "text": text_of(label)}
+        if row.targets is not None:
+            token |= _position(row.targets, s, top, text_of)
+        tokens.append(token)
+    return {
+        "row": index,
+        "rows": len(cache),
+        "where": cache.where(index),
+        "layer": cache.layer_name,
+        "source": row.source,
+        "finish_reason": row.finish_reason,
+        "num_tokens": len(row.token_ids),
+        "prompt": row.prompt,
+        "response": row.response,
+        "reference": row.reference,
+        "note": note,
+        "tokens": tokens,
+    }
+
+
+def _position(targets: SparseTargets, s: int, top: int, text_of: Callable[[int], str]) -> dict[str, Any]:
+    """Describe what the teacher said at position s."""
+    offsets = targets.offsets()
+    begin, end = int(offsets[s]), int(offsets[s + 1])
+    entries = [
+        {"id": i, "text": text_of(i), "logprob": round(logprob, 4)}
+        for i, logprob in zip(targets.ids[begin:end].tolist(), targets.logprobs[begin:end].tolist(), strict=True)
+    ]
+    tails = {
+        f"{t:g}": round(math.exp(float(targets.tail_logmass[s, j])), 6) for j, t in enumerate(targets.temperatures)
+    }
+    label = float(targets.label_logprobs[s])
+    described = {
+        "logprob": round(label, 4) if math.isfinite(label) else None,
+        "kept": end - begin,
+        "alternatives": entries[:top],
+        "tail_mass": tails,
+    }
+    if targets.draws:
+        drawn = targets.draws[targets.temperatures.index(1.0)]
+        first = int(drawn.counts[:s].sum())
+        last = first + int(drawn.counts[s])
+        pairs = zip(drawn.ids[first:last].tolist(), drawn.multiplicities[first:last].tolist(), strict=True)
+        described["draws"] = [{"id": i, "text": text_of(i), "times": times} for i, times in pairs]
+    return described
+
+
+def row_text(document: dict[str, Any]) -> str:
+    """Lay a row out in columns: token, probability, log-probability, alternatives, the mass of the rest."""
+    prompt, response = document["prompt"], document["response"]
+    lines = [
+        f"row {document['row']} of {document['rows']:,}, source {document['source']}, {document['where']}",
+        f"layer {document['layer'] or '(none)'}, {document['num_tokens']} tokens, {len(document['tokens'])} "
+        "supervised, "
+        f"finished by {document['finish_reason']}",
+        *([document["note"]] if document["note"] else []),
+        "",
+        f"prompt:   {_shortened(prompt)}",
+        f"response: {_shortened(response)}",
+        *([f"reference: {_shortened(document['reference'])}"] if document["reference"] else []),
+        "",
+    ]
+    width = min(max([len(token["text"]) for token in document["tokens"]] + [5]), 20)
+    lines.append(
+        f"{'at':>6}  {'token':{width}}  {'p %':>6}  {'log p':>8}  {'rest %':>6}  {'kept':>4}  the teacher would say"
+    )
+    lines += [_token_line(token, width) for token in document["tokens"]]
+    return "\n".join(lines)
+
+
+def _token_line(token: dict[str, Any], width: int) -> str:
+    start = f"{token['at']:6d}  {token['text'][:width]:{width}}"
+    if "kept" not in token:
+        return start.rstrip()
+    logprob = token["logprob"]
+    probability = f"{100 * math.exp(logprob):6.2f}  {logprob:8.3f}" if logprob is not None else f"{0:6.2f}  {'-inf':>8}"
+    said = "  ".join(f"{entry['text']} {100 * math.exp(entry['logprob']):.1f}" for entry in token["alternatives"])
+    said += "".join(f"  {draw['text']} x{draw['times']}" for draw in token.get("draws", []))
+    return f"{start}  {probability}  {100 * token['tail_mass']['1']:6.2f}  {token['kept']:4d}  {said}".rstrip()
+
+
+def _shortened(text: str) -> str:
+    """Show a text on one line, its middle left out where it is long."""
+    line = (
+        text.encode("unicode_escape").decode()
+        if not text.replace("\n", "").isprintable()
+        else text.replace("\n", "\\n")
+    )
+    return line if len(line) <= MOST_TEXT else f"{line[: MOST_TEXT // 2]} ... {line[-MOST_TEXT // 2 :]}"
+
+
+def _token_texts(directory: Path) -> tuple[Callable[[int], str], str | None]:
+    """Return how to write a token, and a note where only ids can be shown."""
+    path = directory / "tokenizer.json"
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return str, "ids are shown, because the library `tokenizers` is not installed (pip install tokenizers)"
+    if not path.is_file():
+        return str, f"ids are shown, because {path} does not exist"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        return str, f"ids are shown, because {path} is not for the installed `tokenizers`: {str(error).splitlines()[0]}"
+    return lambda i: json_text(tokenizer.decode([i], skip_special_tokens=False)), None
+
+
+def json_text(text: str) -> str:
+    """Put a token's text in quotes, with escapes for what cannot be seen."""
+    import json
+
+    return json.dumps(text, ensure_ascii=not text.isprintable())

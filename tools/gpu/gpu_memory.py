@@ -1,0 +1,180 @@
+"""The plan's memory against what a GPU allocates: students at true size with random weights, trained a few steps on
+made-up rows.
+
+The trainer, the packs, the loss and the optimizer are those of `decant train`; only weights, rows and targets are made
+up. The process is capped to a card's memory. Each student in a process of its own, started by tools/gpu_check.py.
+Cost: a build on the device, a cache of a few megabytes, three steps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CARD_GIB = 24
+SIZES: dict[str, tuple[int, int, int, int, bool]] = {
+    "tiny": (64, 128, 2, 2, True),
+    "0.6B": (1024, 3072, 28, 16, True),
+    "1.7B": (2048, 6144, 28, 16, True),
+    "4B": (2560, 9728, 36, 32, True),
+    "8B": (4096, 12288, 36, 32, False),
+}
+"""Qwen3: hidden width, width of the MLP, layers, heads, tied."""
+STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "full": ("0.6B", {"dtype": "float32"}, {"bf16": True}),
+    "adam8": ("1.7B", {"dtype": "bfloat16"}, {"optim": "adamw_8bit"}),
+    "lora": ("4B", {"dtype": "bfloat16", "adapter": "lora"}, {"bf16": True}),
+    "qlora": ("8B", {"dtype": "bfloat16", "adapter": "qlora"}, {"bf16": True}),
+}
+"""Name -> size, student section, trainer section."""
+
+
+def qwen3(size: str) -> Any:
+    """Return the config of a Qwen3 of one of `SIZES`."""
+    from transformers import Qwen3Config
+
+    hidden, intermediate, layers, heads, tied = SIZES[size]
+    return Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=min(8, heads),
+        head_dim=128 if size != "tiny" else 32,
+        tie_word_embeddings=tied,
+    )
+
+
+def measure_memory(name: str, *, dry_run: bool, num_tokens: int = 4096) -> dict[str, Any]:
+    """Train one of `STUDENTS` for three steps and return planned and allocated bytes; a dry run is tiny and counts
+    nothing.
+    """
+    import torch
+
+    from shared.recipe.recipe import Stage, Student
+
+    size, student_settings, trainer_settings = STUDENTS[name]
+    needs_bitsandbytes = "8bit" in trainer_settings.get("optim", "") or student_settings.get("adapter") == "qlora"
+    if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
+        return {"skipped": "bitsandbytes is not installed"}
+    size, tokens = ("tiny", 192) if dry_run else (size, num_tokens)
+    if not dry_run:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CARD_GIB * 2**30 / total))
+    student = Student.model_validate({"model": "made-up", "gradient_checkpointing": True, **student_settings})
+    arguments = {"pack_tokens": tokens, "max_steps": 3, "report_to": "none", "learning_rate": 1e-5, **trainer_settings}
+    losses = [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}]
+    stage = Stage.model_validate({"name": "kd", "losses": losses, "trainer": arguments})
+    with tempfile.TemporaryDirectory(prefix="decant-gpu-check-") as directory:
+        return {"size": size, "tokens": tokens, **_train(student, stage, qwen3(size), Path(directory), dry_run=dry_run)}
+
+
+def _train(student: Any, stage: Any, config: Any, directory: Path, *, dry_run: bool) -> dict[str, Any]:
+    """Train and measure."""
+    import torch
+    from transformers.trainer_utils import SaveStrategy
+
+    from student_train.batch.dataset import CacheList, PackDataset
+    from student_train.fit.memory import estimate_memory
+    from student_train.fit.model_shape import shape_of
+    from student_train.operator.operator_choice import operator_for
+    from student_train.order.stage_plan import plan_stage
+    from student_train.records.progress import SilentProgress
+    from student_train.student.forward_patch import Objective, patch_forward
+    from student_train.student.row_separation import separate_rows
+    from student_train.student.student import add_adapter
+    from student_train.student.student_head import head_of
+    from student_train.train.course import Course
+    from student_train.train.gradient_watch import GradientWatch
+    from student_train.train.trainer import DistilTrainer
+    from student_train.train.training_arguments import training_arguments
+    from tools.bench.reader_bench import build
+
+    trainer = stage.trainer
+    build(directory / "cache", 1, 64 if dry_run else 512)
+    caches = CacheList.open([directory / "cache"], None)
+    plan = plan_stage(stage, 0, caches.num_tokens, caches.sources, None, None)
+    args = training_arguments(trainer, directory / "stage", 0, plan.num_steps, gradient_checkpointing=True)
+    args.save_strategy = SaveStrategy.NO  # nothing of it is worth a disk
+    base = random_student(config, student, args.device)
+    head = head_of(base, config.vocab_size)
+    separate_rows(base, config.vocab_size)
+    model = add_adapter(base, student.adapter)
+    if model is not base:
+        base.enable_input_require_grads()
+    objective = Objective(
+        head, chunk_bytes=trainer.operator_chunk_mib << 20, operator=operator_for(trainer.operator, args.device.type)
+    )
+    patch_forward(base, objective)
+    distil = DistilTrainer(
+        model,
+        args,
+        PackDataset(caches, plan, (1.0,)),
+        objective,
+        Course(stage, plan.num_steps),
+        belongs_to={},
+        keep_checkpoints=None,
+        watch=GradientWatch(None),
+        progress=SilentProgress("gpu check", plan.num_steps),
+        on_checkpoint=lambda: None,
+    )
+    on_gpu = args.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    (directory / "stage").mkdir(exist_ok=True)
+    distil.run(None, 0)
+    estimate = estimate_memory(shape_of(config), student, trainer)
+    allocated = torch.cuda.max_memory_allocated() if on_gpu else None
+    return {
+        "planned_bytes": estimate.allocated,
+        "allocated_bytes": allocated,
+        "planned_over_allocated": None if allocated is None else estimate.allocated / allocated,
+        "moment": estimate.moment,
+        "operator": objective.operator,
+    }
+
+
+def random_student(config: Any, student: Any, device: Any) -> Any:
+    """Return a model with random weights on a device, its linear layers in 4 bits where the student's adapter is qlora."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from student_train.student.student import DTYPES
+
+    dtype = DTYPES[student.dtype]
+    if student.adapter.kind != "qlora":
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, torch.nn.Linear) or layer is head:
+                continue
+            packed = Linear4bit(1, 1, bias=False, compute_dtype=dtype, quant_type="nf4")
+            packed.in_features, packed.out_features = layer.in_features, layer.out_features
+            values = torch.randn(layer.weight.shape, dtype=dtype, device=device) * 0.02
+            packed.weight = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
+                device
+            )
+            packed.support_avx512bf16_for_cpu = False
+            setattr(parent, name, packed)
+    for parent in model.modules():
+        for name, weight in list(parent.named_parameters(recurse=False)):
+            if weight.is_meta:
+                values = torch.ones if weight.ndim == 1 else torch.randn
+                scale = 1.0 if weight.ndim == 1 else 0.02
+                made = values(weight.shape, dtype=dtype, device=device) * scale
+                setattr(parent, name, torch.nn.Parameter(made, requires_grad=False))
+    model.tie_weights()
+    body = getattr(model, model.base_model_prefix)
+    body.rotary_emb = type(body.rotary_emb)(config).to(device)
+    model.is_loaded_in_4bit = True  # peft asks for it
+    return model.train()

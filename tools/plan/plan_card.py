@@ -1,0 +1,290 @@
+"""`decant plan --card 24GiB`: does each stage's training fit the card, with which micro-batch, checkpointing and chunk?
+
+For each stage the settings that keep its arithmetic are searched, fastest first: activations kept before recomputed,
+large forward passes before small ones (packs per forward pass times accumulation stays what the recipe says), a large
+chunk of the loss before a small one. What fits is given as `--set` options; what cannot fit is refused with the
+smallest change that would. Bytes are those of student_train/fit/memory.py.
+Cost: building the student's shape without weights, then a few hundred multiplications per stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.errors import DecantError, TrainingError, UsageError
+from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student
+
+GIB = 2**30
+UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
+CARDS_GIB = (12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
+"""Cards that are sold, for naming one that would do."""
+SMALLEST_CHUNK_MIB = 64
+WORTHWHILE_TOKENS = 2048
+"""Below so many tokens per forward pass a GPU starves, so activations are recomputed first."""
+SHORTEST_PACK = 512
+
+
+def card_bytes(text: str) -> int:
+    """Return the bytes of a card such as `24GiB`.
+
+    Raises:
+        UsageError: it is no size.
+
+    >>> card_bytes("24GiB"), card_bytes("1.5 GB")
+    (25769803776, 1500000000)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)", text.strip())
+    if not match or float(match[1]) <= 0:
+        raise UsageError(f"--card {text} is no size; expected one such as 24GiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def plan_card(recipe: Recipe, card: int) -> dict[str, Any]:
+    """Return settings and bytes of every stage's training on a card of so many bytes.
+
+    Raises:
+        TrainingError: the recipe trains nothing, the student's sizes are unknown, or a stage cannot fit.
+    """
+    from student_train.fit.model_shape import shape_of
+
+    if recipe.student is None or not recipe.stages:
+        raise TrainingError(
+            "the recipe has no student with stages to train, so nothing is to fit on a card; leave --card out"
+        )
+    configs: dict[str, tuple[Any, str | None]] = {}
+    stages: dict[str, Any] = {}
+    for stage in recipe.stages:
+        source = _source(recipe, stage)
+        if source not in configs:
+            config, note = student_config(recipe, source)
+            configs[source] = (shape_of(config), note)
+        shape, note = configs[source]
+        stages[stage.name] = {
+            "parameters": shape.num_parameters,
+            "note": note,
+            **_stage(shape, recipe.student, stage, card),
+        }
+    return {"card_bytes": card, "stages": stages}
+
+
+def _source(recipe: Recipe, stage: Stage) -> str:
+    """Return the model whose sizes a stage has: the directory that it starts from, or the student."""
+    assert recipe.student is not None
+    start = stage.init_from
+    known = {"base", "previous", *(other.name for other in recipe.stages)}
+    return start if start not in known and (Path(start) / "config.json").is_file() else recipe.student.model
+
+
+def student_config(recipe: Recipe, source: str) -> tuple[Any, str | None]:
+    """Return a student's transformers config, and a sentence where the recipe stated it.
+
+    Raises:
+        TrainingError: it can be had neither from the model nor from the recipe.
+    """
+    from transformers import AutoConfig
+
+    assert recipe.student is not None
+    student, stated = recipe.student, recipe.assume.student
+    try:
+        revision = student.revision if source == student.model else None
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=student.trust_remote_code), None
+    except (OSError, ValueError) as error:
+        if stated is None:
+            reason = " ".join(str(error).split())[:160]
+            raise TrainingError(
+                f"the config of the student '{source}' cannot be read ({reason}); download the model, or state its "
+                "config in "
+                "assume.student.config of the recipe"
+            ) from None
+    values = dict(stated.config)
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values), "sizes are those that assume.student states"
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"assume.student.config is no config of transformers: {reason}; copy the model's config.json"
+        ) from None
+
+
+def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, Any]:
+    """Return what fits, or raise with the smallest change that would."""
+    from student_train.fit.memory import estimate_memory
+
+    as_written = estimate_memory(shape, student, stage.trainer)
+    chosen = _first_fit(shape, student, stage, card)
+    if chosen is None:
+        raise _refusal(shape, student, stage, card)
+    trainer, recomputes, estimate = chosen
+    settings = {
+        "pack_tokens": trainer.pack_tokens,
+        "per_device_train_batch_size": trainer.per_device_train_batch_size,
+        "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
+        "gradient_checkpointing": recomputes,
+        "operator_chunk_mib": trainer.operator_chunk_mib,
+    }
+    wrote = {**{name: getattr(stage.trainer, name) for name in settings}}
+    wrote["gradient_checkpointing"] = True in (student.gradient_checkpointing, stage.trainer.gradient_checkpointing)
+    overrides = [
+        f"stages.{stage.name}.trainer.{name}={str(value).lower()}"
+        for name, value in settings.items()
+        if value != wrote[name]
+    ]
+    return {
+        "as_written_bytes": as_written.total,
+        "as_written_fits": as_written.total <= card,
+        "settings": settings,
+        "set": overrides,
+        "tokens_per_forward": trainer.pack_tokens * trainer.per_device_train_batch_size,
+        "moment": estimate.moment,
+        "terms": estimate.terms(),
+        "allocated_bytes": estimate.allocated,
+        "total_bytes": estimate.total,
+    }
+
+
+def _first_fit(shape: Any, student: Student, stage: Stage, card: int) -> tuple[StageTrainer, bool, Any] | None:
+    """Return the fastest settings that fit: arguments, whether activations are recomputed, bytes."""
+    from student_train.fit.memory import estimate_memory
+
+    for trainer, recomputes in _candidates(student, stage):
+        estimate = estimate_memory(shape, student, trainer, recomputes=recomputes)
+        if estimate.total <= card:
+            return trainer, recomputes, estimate
+    return None
+
+
+def _candidates(student: Student, stage: Stage) -> Iterator[tuple[StageTrainer, bool]]:
+    """Yield settings with the same tokens per optimizer step, fastest first."""
+    trainer = stage.trainer
+    packs = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    must = True in (student.gradient_checkpointing, trainer.gradient_checkpointing)
+    for recomputes in (True,) if must else (False, True):
+        for pack_tokens in _pack_lengths(stage):
+            num_packs = packs * trainer.pack_tokens // pack_tokens
+            for batch in (size for size in range(num_packs, 0, -1) if num_packs % size == 0):
+                is_starved = batch * pack_tokens < min(WORTHWHILE_TOKENS, num_packs * pack_tokens)
+                if is_starved and not recomputes:
+                    continue
+                shares = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": num_packs // batch}
+                chunk = trainer.operator_chunk_mib
+                while True:
+                    update = {"pack_tokens": pack_tokens, "operator_chunk_mib": chunk, **shares}
+                    yield trainer.model_copy(update=update), recomputes
+                    if chunk // 2 < SMALLEST_CHUNK_MIB:
+                        break
+                    chunk //= 2
+
+
+def _pack_lengths(stage: Stage) -> Iterator[int]:
+    """Yield lengths of a pack that cut no further row: halves, down to the longest row that the recipe allows."""
+    length = stage.trainer.pack_tokens
+    yield length
+    while stage.max_length is not None and length % 2 == 0 and length // 2 >= max(stage.max_length, SHORTEST_PACK):
+        length //= 2
+        yield length
+
+
+def _refusal(shape: Any, student: Student, stage: Stage, card: int) -> DecantError:
+    """Return the sentence for a stage that cannot fit, with the smallest change that would."""
+    least = min(
+        (_estimate(shape, student, trainer, recomputes) for trainer, recomputes in _candidates(student, stage)),
+        key=lambda estimate: estimate.total,
+    )
+    largest = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(least.terms().items())[:3])
+    wanted = (
+        f"stage '{stage.name}' of a student of {shape.num_parameters / 1e9:.2f} billion parameters needs at least "
+        f"{least.total / GIB:.1f} GiB ({largest}) where the card has {card / GIB:.1f} GiB"
+    )
+    change = _smallest_change(shape, student, stage, card)
+    return TrainingError(f"{wanted}; {change}")
+
+
+def _estimate(shape: Any, student: Student, trainer: StageTrainer, recomputes: bool) -> Any:
+    from student_train.fit.memory import estimate_memory
+
+    return estimate_memory(shape, student, trainer, recomputes=recomputes)
+
+
+def _smallest_change(shape: Any, student: Student, stage: Stage, card: int) -> str:
+    """Return what to change, the least first: shorter packs, the optimizer's state, the weights' type, an adapter, the
+    card.
+    """
+    for words, changed_student, changed_trainer in _changes(student, stage):
+        changed = stage.model_copy(
+            update={"trainer": stage.trainer.model_copy(update=changed_trainer), "max_length": None}
+        )
+        fit = _first_fit(shape, student.model_copy(update=changed_student), changed, card)
+        if fit is not None:
+            return f"{words} ({fit[2].total / GIB:.1f} GiB)"
+    least = min(_estimate(shape, student, *candidate).total for candidate in _candidates(student, stage))
+    enough = next((size for size in CARDS_GIB if size * GIB >= least), None)
+    return f"use a card of {enough} GiB" if enough else "choose a smaller student"
+
+
+def _changes(student: Student, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield changes in words, as fields of the student and of the trainer, alone and then together with shorter packs."""
+    narrow = {"dtype": "bfloat16"}
+    ways: list[tuple[str, dict[str, Any], dict[str, Any]]] = [("", {}, {})]
+    if student.adapter.kind == "none":
+        lora, qlora = (student.adapter.model_copy(update={"kind": kind}) for kind in ("lora", "qlora"))
+        if "8bit" not in stage.trainer.optim:
+            ways.append(("set optim: adamw_8bit", {}, {"optim": "adamw_8bit"}))
+        if student.dtype == "float32":
+            ways.append(("set student.dtype: bfloat16 and optim: adamw_8bit", narrow, {"optim": "adamw_8bit"}))
+        ways.append(("use adapter: lora with dtype: bfloat16", {"adapter": lora, **narrow}, {}))
+        ways.append(("use adapter: qlora with dtype: bfloat16", {"adapter": qlora, **narrow}, {}))
+    else:
+        if student.dtype == "float32":
+            ways.append(("set student.dtype: bfloat16", narrow, {}))
+        if student.adapter.kind == "lora":
+            qlora = student.adapter.model_copy(update={"kind": "qlora"})
+            ways.append(("use adapter: qlora with dtype: bfloat16", {"adapter": qlora, **narrow}, {}))
+    pack = stage.trainer.pack_tokens
+    shorter = [
+        pack >> halving for halving in range(1, 12) if pack % (1 << halving) == 0 and pack >> halving >= SHORTEST_PACK
+    ]
+    for words, changed_student, changed_trainer in ways:
+        if words:
+            yield words, changed_student, changed_trainer
+        for length in shorter[:2] if words == "" else shorter:
+            also = f"{words} and pack_tokens: {length}" if words else f"set pack_tokens: {length}"
+            accumulation = stage.trainer.gradient_accumulation_steps * (pack // length)
+            update = {"pack_tokens": length, "gradient_accumulation_steps": accumulation}
+            yield also, changed_student, {**changed_trainer, **update}
+
+
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "chunk", "head", "workspace")
+
+
+def card_text(result: dict[str, Any]) -> str:
+    """Lay it out for people, in GiB."""
+    width = max(len("stage"), *(len(name) for name in result["stages"]))
+    heads = ["stage".ljust(width), *(name.rjust(11) for name in COLUMNS), "total".rjust(7)]
+    lines = [
+        f"on a card of {result['card_bytes'] / GIB:.1f} GiB, in GiB at the moment of most memory:",
+        "  " + " ".join(heads),
+    ]
+    notes: list[str] = []
+    for name, stage in result["stages"].items():
+        cells = [f"{stage['terms'][column] / GIB:11.2f}" for column in COLUMNS]
+        lines.append("  " + " ".join([name.ljust(width), *cells, f"{stage['total_bytes'] / GIB:7.2f}"]))
+        chosen = stage["settings"]
+        how = (
+            f"{stage['tokens_per_forward']:,} tokens per forward pass, activations "
+            f"{'recomputed' if chosen['gradient_checkpointing'] else 'kept'}, chunk {chosen['operator_chunk_mib']} "
+            "MiB; most at "
+            f"{stage['moment']}"
+        )
+        notes.append(f"  {name}: {stage['parameters'] / 1e9:.2f} billion parameters, {how}")
+        written = f"{stage['as_written_bytes'] / GIB:.1f} GiB as written"
+        if stage["set"]:
+            fits = "fits too" if stage["as_written_fits"] else "does not fit"
+            notes.append(f"    {written}, which {fits}; use " + " ".join(f"--set {option}" for option in stage["set"]))
+        if stage["note"]:
+            notes.append(f"    {stage['note']}")
+    lines += notes
+    lines.append("  assumed: one device holds all weights; bytes by arithmetic, checked against a small model on a CPU")
+    return "\n".join(lines)

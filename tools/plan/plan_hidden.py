@@ -1,0 +1,132 @@
+"""What a hidden layer takes on disk, priced before it is built: from the teacher's shape alone, compression not
+assumed.
+
+Per position: L (D + 4) bytes of states (8-bit integers and a float32 scale), and per attention layer 2 bytes and 5 for
+each kept key; per row D + 4 bytes of pooled state. Where the cache has such a layer, its bytes per position are
+measured instead.
+Cost: the teacher's config.json and the records of the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.cache.layout import list_hidden_layers, sequences_dir
+from shared.errors import EngineError
+from shared.identity.hidden_layers import keeps, numbered
+from shared.parts.records import list_records
+from shared.payload.hidden_codec import HiddenCodec
+from shared.recipe.recipe import HiddenCapture, Recipe
+
+Figures = dict[str, Any]
+
+
+def hidden_figures(
+    recipe: Recipe, rows_to_do: int, positions_to_do: dict[str, int], assumptions: list[str]
+) -> Figures | None:
+    """Return positions, bytes and bytes per position of the recipe's hidden layer; None where it asks for none.
+
+    Args:
+        recipe: the recipe.
+        rows_to_do: rows that are not in the cache yet.
+        positions_to_do: their positions, `expected` and `at_most`.
+        assumptions: gains what is assumed, or why nothing can be said.
+
+    Raises:
+        UsageError: the teacher has no such layer.
+    """
+    capture = recipe.capture.hidden
+    if capture is None or recipe.teacher is None:
+        return None
+    shape = _teacher_shape(recipe, assumptions)
+    if shape is None:
+        return None
+    num_layers, width = shape
+    layers = numbered(capture.layers, num_layers, "capture.hidden.layers")
+    attention = capture.attention
+    attention_layers = numbered(attention.layers, num_layers, "capture.hidden.attention.layers") if attention else ()
+    strongest = attention.strongest if attention else 0
+    codec = HiddenCodec(len(layers), capture.projection or width, False, len(attention_layers), strongest)
+    most = codec.max_content_bytes(1)
+    per_row = codec.width + 4 if capture.pooled != "none" else 0
+    rows, positions, measured = _existing(recipe, capture)
+    expected = most if measured is None else measured
+    total = {name: positions + count for name, count in positions_to_do.items()}
+    if measured is None:
+        assumptions.append(f"{most:,} bytes of hidden states per position before compression, which takes a little off")
+    else:
+        assumptions.append(f"{measured:,.1f} bytes of hidden states per position, measured in the cache's layer")
+    num_rows = rows + rows_to_do
+    bytes_at_most = total["at_most"] * most + num_rows * per_row
+    return {
+        "layers": list(layers),
+        "attention_layers": list(attention_layers),
+        "width": codec.width,
+        "rows": num_rows,
+        "positions": total,
+        "bytes_per_position": expected,
+        "bytes": {"expected": round(total["expected"] * expected + num_rows * per_row), "at_most": bytes_at_most},
+        "part_bytes": round(bytes_at_most * min(1.0, recipe.rows_per_part / max(num_rows, 1))),
+    }
+
+
+def _teacher_shape(recipe: Recipe, assumptions: list[str]) -> tuple[int, int] | None:
+    """Return blocks and width of the teacher, from its files or from what the recipe assumes; None where neither says."""
+    from teacher_cache.teacher.model_files import ModelFiles, resolve_model
+
+    assert recipe.teacher is not None
+    try:
+        files = resolve_model(recipe.teacher.model, recipe.teacher.revision)
+        return files.num_hidden_layers, files.hidden_size
+    except EngineError as error:
+        assumed = recipe.assume.teacher
+        reason = str(error)
+    if assumed is None:
+        assumptions.append(f"the hidden layer is not priced: {reason}; state the teacher's shape in assume.teacher")
+        return None
+    files = ModelFiles(recipe.teacher.model, recipe.output_dir, None, dict(assumed.config))
+    try:
+        shape = files.num_hidden_layers, files.hidden_size
+    except EngineError:
+        assumptions.append(
+            "the hidden layer is not priced: assume.teacher.config lacks num_hidden_layers or hidden_size"
+        )
+        return None
+    assumptions.append(f"hidden layer: a teacher of {shape[0]} blocks of width {shape[1]:,}, as the recipe assumes")
+    return shape
+
+
+def _existing(recipe: Recipe, capture: HiddenCapture) -> tuple[int, int, float | None]:
+    """Return rows and positions that are in the cache without hidden states, and what a position takes where some have
+    them.
+    """
+    rows = positions = 0
+    measured: float | None = None
+    for path in recipe.cache:
+        if not (path / "cache.json").is_file():
+            continue
+        found = [layer for layer in list_hidden_layers(path).values() if keeps(layer.identity, capture)]
+        records = list_records(found[0].directory) if found else []
+        covered = {record.stem for record in records}
+        for record in list_records(sequences_dir(path)):
+            rows += record.rows if record.stem not in covered else 0
+            positions += record.positions if record.stem not in covered else 0
+        if sum(record.positions for record in records):
+            measured = sum(record.bytes for record in records) / sum(record.positions for record in records)
+    return rows, positions, measured
+
+
+def hidden_lines(figures: Figures, size: Any) -> list[str]:
+    """Lay the figures out for people; `size` writes a number of bytes."""
+    bytes_, positions = figures["bytes"], figures["positions"]
+    lines = [
+        f"  hidden layer: {len(figures['layers'])} layers of width {figures['width']:,}, attention of "
+        f"{len(figures['attention_layers'])}, {positions['expected']:,} positions to do",
+        f"    disk     {size(bytes_['expected'])} expected, {size(bytes_['at_most'])} at most "
+        f"({figures['bytes_per_position']:,.1f} bytes per position)",
+    ]
+    if figures["part_bytes"] > 2**30:
+        lines.append(
+            f"    memory   {size(figures['part_bytes'])} for one part at a time; lower rows_per_part to need less"
+        )
+    return lines

@@ -1,0 +1,248 @@
+"""Rows and tokens that a build would make, counted from the prompts before any engine starts.
+
+The rows are those of the build itself (same keys, same duplicates, same rows that the cache already holds). Tokens are
+counted with the teacher's tokenizer and template for the first rows of each source and scaled up for the rest. Cost:
+one pass over the prompts, a millisecond more for each of at most 2,000 rows per source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared.cache.layout import sequences_dir
+from shared.errors import DecantError, EngineError, PromptError
+from shared.parts.jobs import committed_keys
+from shared.parts.records import list_records
+from shared.recipe.recipe import Recipe
+
+ROWS_COUNTED = 2000
+"""Rows per source whose tokens are counted one by one."""
+CHARACTERS_PER_TOKEN = 4.0
+
+
+@dataclass(slots=True)
+class SourceCount:
+    """One source of prompts."""
+
+    rows: int = 0
+    rows_in_cache: int = 0
+    duplicates: int = 0
+    rows_counted: int = 0
+    prompt_tokens_counted: int = 0
+    answer_tokens_counted: int = 0
+    longest_tokens: int = 0
+    """Longest prompt, or prompt with its given answer, among the rows counted."""
+    answer_tokens_assumed: int | None = None
+    """Mean tokens of an answer where the recipe states the source's size; None where the rows were counted."""
+
+    def scaled(self, counted: int) -> int:
+        """Scale a count of the rows counted to the rows that are still to be done."""
+        return round(counted / max(self.rows_counted, 1) * (self.rows - self.rows_in_cache))
+
+
+@dataclass(slots=True)
+class PromptCount:
+    """All sources."""
+
+    sources: dict[str, SourceCount] = field(default_factory=dict)
+    set_aside: int = 0
+    first_problem: str | None = None
+    tokenizer_note: str | None = None
+    """Why tokens are estimated from characters; None where the tokenizer counts."""
+    assumed: list[str] = field(default_factory=list)
+    """A sentence for each source that cannot be reached and has the size that the recipe states."""
+
+
+def count_prompts(recipe: Recipe) -> PromptCount:
+    """Count rows and tokens of a recipe's prompts; a source out of reach has the size that the recipe's `assume`
+    states.
+
+    Raises:
+        PromptError: a source is missing, cannot be read or has no row, and the recipe states no size for it.
+    """
+    from teacher_cache.prompts.prompts import Problems, read_prompts
+    from teacher_cache.prompts.work_list import Tally, list_rows
+
+    problems, tally, result = Problems(), Tally(), PromptCount()
+    recipe = _reachable(recipe, result)
+    if not recipe.prompts:
+        return result
+    counter = _TokenCounter(recipe, result)
+    committed = _committed(recipe.cache[0])
+    current = _Current(read_prompts(recipe.prompts, problems))
+    ends = _foreign_ends(recipe, counter)
+    for row in list_rows(
+        current, recipe.prompts, recipe.generate, recipe.seed, problems, tally, _answerer(recipe), foreign_ends=ends
+    ):
+        source = result.sources.setdefault(row.source, SourceCount())
+        source.rows += 1
+        source.rows_in_cache += row.row_key in committed
+        if source.rows_counted < ROWS_COUNTED:
+            try:
+                prompt, answer = counter.count(current.item)
+            except PromptError as error:
+                problems.add(current.item.path, current.item.line, str(error))
+                source.rows -= 1
+                continue
+            source.rows_counted += 1
+            source.prompt_tokens_counted += prompt
+            source.answer_tokens_counted += answer
+            source.longest_tokens = max(source.longest_tokens, prompt + answer)
+    for name, count in tally.duplicates.items():
+        result.sources.setdefault(name, SourceCount()).duplicates = count
+    result.set_aside = problems.total
+    result.first_problem = problems.listed[0].sentence() if problems.listed else None
+    return result
+
+
+def _answerer(recipe: Recipe) -> str | None:
+    """Return what of the answering model enters row_keys; one out of reach has no row in the cache that could be found."""
+    from teacher_cache.teacher.answerer import answerer_key
+
+    try:
+        return answerer_key(recipe.generate)
+    except EngineError:
+        return "out of reach"
+
+
+def _foreign_ends(recipe: Recipe, counter: _TokenCounter) -> list[int | None]:
+    """Return the end tokens that enter row_keys; without its tokenizer no row could be found in the cache anyway."""
+    from teacher_cache.engines.answer_ends import foreign_ends
+    from teacher_cache.teacher.model_files import resolve_model
+
+    if recipe.generate is None or recipe.teacher is None or not counter.template_ends:
+        return []
+    try:
+        other = recipe.generate.model
+        files = resolve_model(other) if other else resolve_model(recipe.teacher.model, recipe.teacher.revision)
+        return foreign_ends(counter.template_ends, counter.tokenizer, files.directory, recipe.generate)
+    except EngineError:
+        return []
+
+
+def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
+    """Enter the sources of which something is out of reach with their stated sizes, and return the recipe with the
+    others alone.
+    """
+    from teacher_cache.prompts.prompt_files import locate
+
+    reasons: dict[str, PromptError] = {}
+    for prompt in recipe.prompts:
+        if prompt.format == "cache":
+            continue  # a cache is on this machine
+        try:
+            locate(prompt)
+        except PromptError as error:
+            if prompt.source not in recipe.assume.sources:
+                raise
+            reasons.setdefault(prompt.source, error)
+    for name, reason in reasons.items():
+        stated = recipe.assume.sources[name]
+        rows = stated.rows * (1 if recipe.generate is None else recipe.generate.samples_per_prompt)
+        result.sources[name] = SourceCount(
+            rows=rows,
+            rows_counted=1,
+            prompt_tokens_counted=stated.prompt_tokens,
+            answer_tokens_counted=stated.answer_tokens,
+            answer_tokens_assumed=stated.answer_tokens,
+        )
+        sizes = f"{stated.rows:,} prompts of {stated.prompt_tokens:,} tokens, answers of {stated.answer_tokens:,}"
+        result.assumed.append(f"source {name} has {sizes}, as the recipe states, since it cannot be reached ({reason})")
+    return recipe.model_copy(
+        update={"prompts": tuple(prompt for prompt in recipe.prompts if prompt.source not in reasons)}
+    )
+
+
+class _Current:
+    """Passes conversations on and remembers the last."""
+
+    def __init__(self, conversations: Iterable[Any]) -> None:
+        self._conversations = conversations
+        self.item: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._conversations:
+            self.item = item
+            yield item
+
+
+class _TokenCounter:
+    """Counts prompt and answer tokens of conversations: with the teacher's tokenizer, or from characters."""
+
+    def __init__(self, recipe: Recipe, result: PromptCount) -> None:
+        self._given = recipe.generate is None
+        self._templates: list[Any] = []
+        self._last: tuple[Any, tuple[int, int]] | None = None
+        self.tokenizer: Any = None
+        """The teacher's; None where it is out of reach."""
+        try:
+            self.tokenizer, self._templates = _templates(recipe)
+        except DecantError as error:
+            result.tokenizer_note = str(error)
+
+    @property
+    def template_ends(self) -> list[int]:
+        """End token of each source's template."""
+        return [template.end_token_id for template in self._templates]
+
+    def count(self, conversation: Any) -> tuple[int, int]:
+        """Return tokens of the prompt and of the given answer (0 where it is to be generated).
+
+        Raises:
+            PromptError: the template cannot render the conversation.
+        """
+        if self._last is None or self._last[0] is not conversation:
+            self._last = conversation, self._count(conversation)
+        return self._last[1]
+
+    def _count(self, conversation: Any) -> tuple[int, int]:
+        if conversation.sequence is not None:
+            supervised = sum(end - start for start, end in conversation.sequence.spans)
+            return len(conversation.sequence.token_ids) - supervised, supervised
+        if not self._templates:
+            return _estimate(conversation, self._given)
+        template = self._templates[conversation.origin]
+        if not self._given:
+            return len(template.prompt_ids(conversation)), 0
+        token_ids, spans = template.complete(conversation)
+        supervised = int((spans[:, 1] - spans[:, 0]).sum())
+        return len(token_ids) - supervised, supervised
+
+
+def _templates(recipe: Recipe) -> tuple[Any, list[Any]]:
+    """Load the teacher's tokenizer; return it and a template per source.
+
+    Raises:
+        EngineError: the tokenizer cannot be loaded.
+        PromptError: it has no template that renders.
+    """
+    from teacher_cache.prompts.spans import Template
+    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
+
+    assert recipe.teacher is not None
+    files = resolve_model(recipe.teacher.model, recipe.teacher.revision)
+    tokenizer = load_tokenizer(files, trust_remote_code=recipe.teacher.trust_remote_code)
+    return tokenizer, [Template(tokenizer, source) for source in recipe.prompts]
+
+
+def _estimate(conversation: Any, given: bool) -> tuple[int, int]:
+    """Estimate tokens from characters."""
+    from teacher_cache.prompts.prompts import group_text
+
+    prompt = group_text(conversation.messages, conversation.text)
+    if conversation.text is not None:
+        return (
+            (1, round(len(prompt) / CHARACTERS_PER_TOKEN)) if given else (round(len(prompt) / CHARACTERS_PER_TOKEN), 0)
+        )
+    answers = sum(len(turn["content"]) for turn in conversation.messages if turn["role"] == "assistant") if given else 0
+    return round(len(prompt) / CHARACTERS_PER_TOKEN), round(answers / CHARACTERS_PER_TOKEN)
+
+
+def _committed(cache: Path) -> frozenset[bytes]:
+    """Return the row_keys that the cache holds already."""
+    directory = sequences_dir(cache)
+    keys = committed_keys(directory, list_records(directory))
+    return frozenset(key.tobytes() for key in keys)

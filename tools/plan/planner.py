@@ -1,0 +1,265 @@
+"""`decant plan`: rows, tokens and gigabytes of a recipe before anything runs, with every assumption stated.
+
+Rows and prompt tokens are counted; answers that do not exist are bounded by `max_new_tokens` and expected at half of
+it; bytes per position are measured where the cache has such a layer and assumed otherwise. Hours are given only where
+an earlier build of the
+same run measured a rate: a guess about an unknown machine would be worse than none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.cache.layout import Layer, list_layers, sequences_dir
+from shared.parts.records import list_records
+from shared.payload.narrowing import holds
+from shared.recipe.recipe import Capture, Recipe, Stage
+from tools.cache.cache_commands import size
+from tools.plan.plan_hidden import hidden_figures, hidden_lines
+from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
+
+EXPECTED_SHARE_OF_MAX_NEW_TOKENS = 0.5
+BYTES_PER_ENTRY_EXPECTED, BYTES_PER_ENTRY_AT_MOST = 1.1, 2.44
+"""Head entries of real text (70 bytes at k = 64) and of random ids in a vocabulary of 152,000 (156 bytes)."""
+BYTES_PER_DRAW = 3.0
+BYTES_PER_POSITION_FIXED = 6.0
+"""Count, label and frame; 2 more for each temperature."""
+BYTES_PER_TOKEN_OF_SEQUENCES = 12.0
+"""4 for the id, the rest for the texts."""
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe would do, as plain data.
+
+    Raises:
+        PromptError: prompts cannot be read.
+        CacheError: the cache cannot be read.
+    """
+    there = _existing(recipe)
+    result: dict[str, Any] = {"name": recipe.name, "cache": there, "assumptions": [], "sources": {}}
+    if recipe.prompts:
+        counted = count_prompts(recipe)
+        result |= _build_figures(recipe, counted, there, result["assumptions"])
+    if recipe.teacher is not None and there["unscored_tokens"]:
+        low, high = _bytes_per_position(recipe, there)
+        result["rescore"] = {
+            "tokens": there["unscored_tokens"],
+            "positions": there["unscored_positions"],
+            "bytes": {
+                "expected": round(there["unscored_positions"] * low),
+                "at_most": round(there["unscored_positions"] * high),
+            },
+        }
+    nothing = {"expected": 0, "at_most": 0}
+    hidden = hidden_figures(
+        recipe, result.get("rows_to_do", 0), result.get("positions", nothing), result["assumptions"]
+    )
+    if hidden is not None:
+        result["hidden"] = hidden
+    expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
+    result["stages"] = {stage.name: _stage_figures(stage, expected_rows_tokens, recipe) for stage in recipe.stages}
+    return result
+
+
+def _existing(recipe: Recipe) -> dict[str, Any]:
+    """Return what the caches hold already: rows, tokens, positions, and measured bytes per position where the layer
+    exists.
+    """
+    total: dict[str, Any] = {"rows": 0, "tokens": 0, "positions": 0, "unscored_tokens": 0, "unscored_positions": 0}
+    total["bytes_per_position"] = None
+    for path in recipe.cache:
+        if not (path / "cache.json").is_file():
+            continue
+        alike = _serving(list_layers(path), recipe.capture)
+        scored = list_records(alike.directory) if alike else []
+        stems = {record.stem for record in scored}
+        for record in list_records(sequences_dir(path)):
+            total["rows"] += record.rows
+            total["tokens"] += record.stats["tokens"]
+            total["positions"] += record.positions
+            total["unscored_tokens"] += record.stats["tokens"] if record.stem not in stems else 0
+            total["unscored_positions"] += record.positions if record.stem not in stems else 0
+        if sum(record.positions for record in scored):
+            total["bytes_per_position"] = sum(record.bytes for record in scored) / sum(
+                record.positions for record in scored
+            )
+    return total
+
+
+def _serving(layers: Mapping[str, Layer], capture: Capture) -> Layer | None:
+    """Return the layer that has a capture or holds it, as far as can be said without the teacher's files."""
+    holding = [layer for layer in layers.values() if holds(layer.identity, capture)]
+    return min(
+        holding,
+        key=lambda layer: (layer.identity.k, layer.identity.mass, len(layer.identity.temperatures)),
+        default=None,
+    )
+
+
+def assumed_bytes_per_position(capture: Capture) -> tuple[float, float]:
+    """Return bytes per position of a capture, expected and at most; a `mass` below 1 makes it less."""
+    fixed = (
+        BYTES_PER_POSITION_FIXED
+        + 2 * len(capture.temperatures)
+        + BYTES_PER_DRAW * capture.draws * len(capture.temperatures)
+    )
+    return fixed + BYTES_PER_ENTRY_EXPECTED * capture.k, fixed + BYTES_PER_ENTRY_AT_MOST * capture.k
+
+
+def _bytes_per_position(recipe: Recipe, there: dict[str, Any]) -> tuple[float, float]:
+    """Return bytes per position, expected and at most: both the measured ones where the cache has such a layer."""
+    measured = there["bytes_per_position"]
+    return assumed_bytes_per_position(recipe.capture) if measured is None else (measured, measured)
+
+
+def _build_figures(
+    recipe: Recipe, counted: PromptCount, there: dict[str, Any], assumptions: list[str]
+) -> dict[str, Any]:
+    """Return rows, tokens, bytes and, where a rate is known, hours of phase 1."""
+    sources = {name: _source_figures(recipe, source) for name, source in counted.sources.items()}
+    prompt = sum(figures["prompt_tokens"] for figures in sources.values())
+    expected = sum(figures["answer_tokens"]["expected"] for figures in sources.values())
+    at_most = sum(figures["answer_tokens"]["at_most"] for figures in sources.values())
+    assumptions += counted.assumed
+    if recipe.generate is not None and any(source.answer_tokens_assumed is None for source in counted.sources.values()):
+        half = f"{EXPECTED_SHARE_OF_MAX_NEW_TOKENS:.0%} of max_new_tokens ({recipe.generate.max_new_tokens})"
+        assumptions.append(f"answers are expected at {half}, and at most all of it")
+    if counted.tokenizer_note:
+        assumptions.append(
+            f"tokens are estimated at {CHARACTERS_PER_TOKEN:g} characters each: {counted.tokenizer_note}"
+        )
+    counted_rows = [source for source in counted.sources.values() if source.answer_tokens_assumed is None]
+    if any(source.rows > source.rows_counted for source in counted_rows):
+        assumptions.append(f"tokens are counted for {ROWS_COUNTED:,} rows per source and scaled up for the rest")
+    per_position = _bytes_per_position(recipe, there)
+    if there["bytes_per_position"] is not None:
+        assumptions.append(f"{per_position[0]:.1f} bytes per position, measured in the cache's layer")
+    else:
+        real, random = (f"{value:.0f}" for value in per_position)
+        assumptions.append(
+            f"{real} bytes per position expected (real text), {random} at most (random ids); mass below 1 saves more"
+        )
+    rows = sum(figures["rows"] - figures["rows_in_cache"] for figures in sources.values())
+    score = {"expected": prompt + expected, "at_most": prompt + at_most}
+    text = BYTES_PER_TOKEN_OF_SEQUENCES
+    figures: dict[str, Any] = {
+        "sources": sources,
+        "set_aside": counted.set_aside,
+        "first_problem": counted.first_problem,
+        "rows_to_do": rows,
+        "units": -(-rows // recipe.rows_per_part),
+        "generate_tokens": {"expected": expected, "at_most": at_most} if recipe.generate is not None else None,
+        "score_tokens": score,
+        "positions": {"expected": expected, "at_most": at_most},
+        "bytes": {
+            "expected": round(expected * per_position[0] + score["expected"] * text),
+            "at_most": round(at_most * per_position[1] + score["at_most"] * text),
+        },
+        "hours": _hours(recipe, there, score["expected"]),
+    }
+    if figures["hours"] is None:
+        assumptions.append("hours are not given: no build of this run has measured a rate on this machine yet")
+    return figures
+
+
+def _source_figures(recipe: Recipe, source: SourceCount) -> dict[str, Any]:
+    to_do = source.rows - source.rows_in_cache
+    if recipe.generate is None:
+        answers = {
+            "expected": source.scaled(source.answer_tokens_counted),
+            "at_most": source.scaled(source.answer_tokens_counted),
+        }
+    else:
+        most = to_do * recipe.generate.max_new_tokens
+        assumed = source.answer_tokens_assumed
+        expected = most * EXPECTED_SHARE_OF_MAX_NEW_TOKENS if assumed is None else min(assumed * to_do, most)
+        answers = {"expected": round(expected), "at_most": most}
+    return {
+        "rows": source.rows,
+        "rows_in_cache": source.rows_in_cache,
+        "duplicates": source.duplicates,
+        "prompt_tokens": source.scaled(source.prompt_tokens_counted),
+        "longest_tokens": source.longest_tokens,
+        "answer_tokens": answers,
+    }
+
+
+def _hours(recipe: Recipe, there: dict[str, Any], tokens: int) -> float | None:
+    """Return hours of phase 1 at the rate that this run's earlier builds measured, or None."""
+    try:
+        seconds = float(json.loads(Path(recipe.output_dir / "seconds.json").read_text(encoding="utf-8"))["teach"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tokens / there["tokens"] * seconds / 3600 if there["tokens"] and seconds > 0 else None
+
+
+def _stage_figures(stage: Stage, cache_tokens: int, recipe: Recipe) -> dict[str, Any]:
+    """Return a stage's steps and tokens on one device."""
+    trainer = stage.trainer
+    per_step = trainer.pack_tokens * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    trained = cache_tokens * (1 - recipe.heldout.fraction)
+    steps = (
+        trainer.max_steps
+        if trainer.max_steps is not None
+        else max(round(trainer.num_train_epochs * trained / per_step), 1)
+    )
+    tokens = steps * per_step
+    return {
+        "steps": steps,
+        "tokens_per_step": per_step,
+        "tokens": tokens,
+        "epochs": round(tokens / trained, 2) if trained else None,
+    }
+
+
+def plan_text(result: dict[str, Any]) -> str:
+    """Lay a plan out for people."""
+    lines = [f"plan of {result['name']}"]
+    there = result["cache"]
+    if there["rows"]:
+        lines.append(
+            f"  there already: {there['rows']:,} rows, {there['tokens']:,} tokens, {there['positions']:,} positions"
+        )
+    for name, source in result["sources"].items():
+        extra = f", {source['rows_in_cache']:,} of them in the cache" if source["rows_in_cache"] else ""
+        extra += f", {source['duplicates']:,} duplicates left out" if source["duplicates"] else ""
+        lines.append(
+            f"  source {name}: {source['rows']:,} rows{extra}, {source['prompt_tokens']:,} prompt tokens to do"
+        )
+    if "rows_to_do" in result:
+        if result["set_aside"]:
+            lines.append(f"  {result['set_aside']:,} rows cannot be used, the first: {result['first_problem']}")
+        lines.append(f"  teach: {result['rows_to_do']:,} rows to do in {result['units']:,} units")
+        if result["generate_tokens"]:
+            lines.append(f"    generate {_range(result['generate_tokens'])} tokens")
+        lines.append(f"    score    {_range(result['score_tokens'])} tokens, {_range(result['positions'])} positions")
+        bytes_ = result["bytes"]
+        lines.append(f"    disk     {size(bytes_['expected'])} expected, {size(bytes_['at_most'])} at most")
+        if result["hours"] is not None:
+            lines.append(f"    time     {result['hours']:.2g} hours at the rate of this run's earlier build")
+    if "rescore" in result:
+        again = result["rescore"]
+        lines.append(
+            f"  teach: score {again['tokens']:,} tokens, {again['positions']:,} positions that this capture lacks"
+        )
+        lines.append(
+            f"    disk     {size(again['bytes']['expected'])} expected, {size(again['bytes']['at_most'])} at most"
+        )
+    if "hidden" in result:
+        lines += hidden_lines(result["hidden"], size)
+    for name, stage in result["stages"].items():
+        epochs = f", about {stage['epochs']:g} passes over the rows" if stage["epochs"] else ""
+        steps = f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens"
+        lines.append(f"  train {name}: {steps}, {stage['tokens']:,} tokens{epochs}")
+    lines += [f"  assumed: {assumption}" for assumption in result["assumptions"]]
+    return "\n".join(lines)
+
+
+def _range(count: dict[str, int]) -> str:
+    """Write an expectation and its bound, once where they agree."""
+    if count["expected"] == count["at_most"]:
+        return f"{count['expected']:,}"
+    return f"{count['expected']:,} (at most {count['at_most']:,})"
