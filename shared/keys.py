@@ -81,6 +81,11 @@ def is_heldout(group: bytes, fraction: float) -> bool:
     return xxhash.xxh3_64_intdigest(group, seed=_HELDOUT_SEED) < fraction * _HASH64_RANGE
 
 
+def row_salt(row_key: bytes) -> int:
+    """Return what keys the random numbers of a row, 63 bits; never 0, which means none."""
+    return (xxhash.xxh3_64_intdigest(row_key) >> 1) or 1
+
+
 class KeySet:
     """A sorted set of 16-byte keys at 16 bytes each (a Python set of bytes takes about 100).
 

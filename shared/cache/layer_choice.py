@@ -75,4 +75,5 @@ def _richness(layer: Layer) -> tuple[object, ...]:
 
 
 def _without_capture(identity: LayerIdentity) -> LayerIdentity:
-    return replace(identity, k=0, mass=1.0, temperatures=(1.0,))
+    """Return what layers of one teacher share; one whose draws have the older key serves too and keeps it."""
+    return replace(identity, k=0, mass=1.0, temperatures=(1.0,), draw_key="context")

@@ -66,6 +66,8 @@ class LayerIdentity:
     quantization: str | None = None
     adapter: str | None = None
     """Hash of the adapter's weights."""
+    draw_key: Literal["context", "row"] = grown("context")
+    """What keys a position's draws: the tokens before it, or its row as well (all that are begun now)."""
 
     @property
     def hash8(self) -> str:

@@ -64,6 +64,8 @@ class ScoreRequest:
     """[T]"""
     spans: NDArray[np.int32]
     """[n, 2] start and end (exclusive) of supervised tokens; start >= 1."""
+    draw_salt: int = 0
+    """Keys the row's draws (63 bits); 0: they depend on the tokens before a position alone."""
 
 
 @dataclass(frozen=True, slots=True)

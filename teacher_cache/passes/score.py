@@ -20,6 +20,7 @@ from shared.cache.hidden_writer import HiddenWriter
 from shared.cache.layer_writer import RowsWriter
 from shared.cache.layout import sequences_dir
 from shared.errors import EngineError
+from shared.keys import row_salt
 from shared.parts.parts import PartRecord, open_part
 from shared.parts.sequences import SequenceRow
 from teacher_cache.engines.protocol import Captured, Scored, ScoreRequest
@@ -44,6 +45,7 @@ class ScoreUnit:
         self._layer = layer
         self._software = software
         self._figures = figures
+        self._salts = isinstance(layer, LayerWriter) and layer.identity.draw_key == "row"
         self._rows: list[SequenceRow] = []
         self._kept: dict[int, Any] = {}
 
@@ -51,7 +53,8 @@ class ScoreUnit:
         """Yield one request per row."""
         self._rows = self._layer.read_sequences(self._record)
         for index, row in enumerate(self._rows):
-            yield ScoreRequest((self.number, index), self.number, row.token_ids, row.spans)
+            salt = row_salt(row.row_key) if self._salts else 0
+            yield ScoreRequest((self.number, index), self.number, row.token_ids, row.spans, salt)
 
     def take(self, index: int, result: Scored | Captured) -> int:
         """Keep one row's targets or hidden states and return the row's tokens.

@@ -28,9 +28,12 @@ def reuse_line(layers: Mapping[str, Layer], serving: Layer | None, wanted: Layer
     """
     if serving is not None:
         clause = _left_out(serving.identity, wanted)
+        if not clause and serving.identity.draw_key != wanted.draw_key:
+            return f"layer {serving.full_name} was begun with an older rule and keeps it: equal contexts share draws"
         if not clause:
             return None
-        return f"layer {serving.full_name} holds this capture ({clause}) and is cut exactly when it is read; no layer is added"
+        held = f"layer {serving.full_name} holds this capture ({clause})"
+        return f"{held} and is cut exactly when it is read; no layer is added"
     if not layers or not num_rows:
         return None
     other = min(layers.values(), key=lambda layer: (_num_differences(layer.identity, wanted), layer.full_name))
@@ -61,4 +64,4 @@ def _differs(name: str, found: LayerIdentity, wanted: LayerIdentity) -> bool:
 
 def _num_differences(found: LayerIdentity, wanted: LayerIdentity) -> int:
     mine, theirs = found.to_json(), wanted.to_json()
-    return sum(mine[name] != theirs[name] for name in mine)
+    return sum(mine.get(name) != theirs.get(name) for name in mine | theirs)

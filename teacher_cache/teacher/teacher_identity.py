@@ -100,6 +100,7 @@ def layer_identity(known: KnownTeacher, teacher: Teacher, capture: Capture) -> L
         head_dtype=teacher.head_dtype,
         quantization=teacher.quantization or known.files.quantization,
         adapter=known.adapter_hash,
+        draw_key="row" if capture.draws else "context",
     )
 
 

@@ -29,6 +29,7 @@ CHANGES: dict[str, Any] = {
     "revision": "main",
     "quantization": "fp8",
     "adapter": "hash",
+    "draw_key": "row",
 }
 
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from shared.keys import row_salt
 from shared.parts.sequences import SequenceRow
 from shared.payload.targets import SparseTargets
 from teacher_cache.engines.columns.column_layout import ColumnLayout
-from teacher_cache.engines.columns.draw_keys import prefix_keys_of
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of, salted
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin
 from teacher_cache.engines.columns.tail_columns import extend_columns
 
@@ -25,7 +26,7 @@ Columns = tuple[torch.Tensor, torch.Tensor]
 def capture_chunk(logprobs: torch.Tensor, row: SequenceRow, where: slice, layout: ColumnLayout) -> Columns:
     """Return the columns of [C, V] log-probabilities of some of a row's positions."""
     predicting = torch.from_numpy(predicting_rows(row.spans))[where]
-    keys = prefix_keys_of(row.token_ids)[predicting]
+    keys = salted(prefix_keys_of(row.token_ids)[predicting], row_salt(row.row_key))
     labels = torch.from_numpy(row.labels().astype(np.int64))[where]
     head_logprobs, head_ids = logprobs[:, : layout.vocab_size].topk(layout.num_head, dim=-1)
     own = logprobs.gather(1, labels[:, None])[:, 0]

@@ -1,9 +1,12 @@
-"""Uniform numbers for draws that depend on the text before a position alone, not on batching, engine or order of work.
+"""Uniform numbers for draws that depend on a row and the text before a position, not on batching or engine.
 
-A position's key is a 64-bit hash of the tokens up to and including the one that the position's hidden state belongs to.
-Uniform number j at a temperature is a counter-based mix (splitmix64, Steele et al. 2014) of key, temperature and j,
-stratified: (j + u) / m. Each draw's expected counts are those of independent draws, with less variance, and two engines
-that agree on the distribution agree on the draws.
+A position's key is a 64-bit hash of the tokens up to and including the one that the position's hidden state belongs to,
+mixed with a salt of the row. Without the salt equal contexts share their draws (the first position of every plain text,
+the first answered token of a prompt's samples), and what one set of draws gets wrong there no number of rows averages
+out: so only layers do that were begun before rows had salts (`draw_key` of their identity). Uniform number j at a
+temperature is a counter-based mix (splitmix64, Steele et al. 2014) of key, temperature and j, stratified: (j + u) / m.
+Each draw's expected counts are those of independent draws, with less variance, and two engines that agree on the
+distribution agree on the draws.
 Cost: a few integer operations per token and draw.
 
 Shape letters: T tokens of a sequence, P positions, m draws per position.
@@ -50,6 +53,12 @@ def prefix_keys(token_ids: torch.Tensor) -> torch.Tensor:
 def prefix_keys_of(token_ids: NDArray[np.int32] | list[int]) -> torch.Tensor:
     """Return [T] int64 keys of one sequence, on the CPU."""
     return prefix_keys(torch.as_tensor(np.asarray(token_ids, dtype=np.int64)))
+
+
+def salted(keys: torch.Tensor, salts: int | torch.Tensor) -> torch.Tensor:
+    """Return [P] keys mixed with a row's salt, or with [P] salts; salt 0 leaves a key as it is."""
+    salts = torch.as_tensor(salts, dtype=torch.int64, device=keys.device)
+    return torch.where(salts == 0, keys, mix(keys ^ salts))
 
 
 def uniforms(keys: torch.Tensor, temperature: float, num_draws: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ from shared.errors import EngineError
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout
-from teacher_cache.engines.columns.draw_keys import prefix_keys_of
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of, salted
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin
 from teacher_cache.engines.columns.tail_columns import chunk_rows, extend_columns
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
@@ -166,16 +166,16 @@ class TransformersEngine:
         results = []
         for row, request in enumerate(batch):
             rows = torch.from_numpy(predicting_rows(request.spans))
-            ids, values = self._columns(hidden[row], tokens[row], rows, layout)
+            ids, values = self._columns(hidden[row], tokens[row], rows, request.draw_salt, layout)
             results.append(Scored(request.tag, targets_from_plugin(ids, values, layout)))
         return results
 
     def _columns(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, layout: ColumnLayout
+        self, hidden: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor, draw_salt: int, layout: ColumnLayout
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return ids and values [len(rows), W] of one sequence with [T, H] hidden states and [T] tokens."""
         model = self._loaded()
-        keys = prefix_keys_of(tokens.numpy())[rows].to(model.device)
+        keys = salted(prefix_keys_of(tokens.numpy())[rows], draw_salt).to(model.device)
         labels = tokens[rows + 1].to(model.device)
         rows = rows.to(model.device)
         all_ids = np.empty((len(rows), 1 + layout.num_extra), dtype=np.int32)

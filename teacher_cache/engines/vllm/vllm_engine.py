@@ -184,7 +184,7 @@ class VllmEngine:
                     if request is None:
                         exhausted = True
                         break
-                    name = f"decant-{self._next_id}"
+                    name = vllm_tail.request_name(self._next_id, getattr(request, "draw_salt", 0))
                     self._next_id += 1
                     token_ids = [int(token) for token in request.token_ids]
                     sampling = parameters(request)

@@ -9,8 +9,8 @@ Stock code runs unchanged whenever a request has another width or no layout is s
 - V2 runner (GPU): the name `compute_topk_scores` in `vllm.v1.worker.gpu.sample.prompt_logprob`, while inside
   `PromptLogprobsWorker.compute_prompt_logprobs`; it gets logits in the model's type.
 
-Both are replaced only where their signatures are the known ones. Draw keys come from the prompt's own tokens, so draws
-do not depend on how requests were batched or chunked.
+Both are replaced only where their signatures are the known ones. Draw keys come from the prompt's own tokens and its
+row's salt, which travels in the request's name, so draws do not depend on how requests were batched or chunked.
 
 Shape letters: P positions scored in one call, V entries of the model's head.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from teacher_cache.engines.columns.column_layout import ColumnLayout
-from teacher_cache.engines.columns.draw_keys import prefix_keys
+from teacher_cache.engines.columns.draw_keys import prefix_keys, salted
 from teacher_cache.engines.columns.tail_columns import extend_columns
 
 _layout: ColumnLayout | None = None
@@ -37,6 +38,24 @@ _row_keys: torch.Tensor | None = None
 """V2, while scoring: draw keys of the rows still to come."""
 _installed: dict[str, str] = {}
 """Runner -> "yes" or why not."""
+
+
+_SALT = re.compile(r"decant-\d+-salt([0-9a-f]{16})(?![0-9a-f])")
+
+
+def request_name(number: int, draw_salt: int) -> str:
+    """Return the name of a request, which carries its row's salt to the workers; vLLM may append to it."""
+    return f"decant-{number}-salt{draw_salt:016x}" if draw_salt else f"decant-{number}"
+
+
+def salt_of(request_id: str) -> int:
+    """Return the salt in a request's name, 0 where it has none.
+
+    >>> salt_of(request_name(7, 255) + "-1b9ce0aa"), salt_of("decant-7")
+    (255, 0)
+    """
+    found = _SALT.match(request_id)
+    return 0 if found is None else int(found[1], 16)
 
 
 class TailWorker:
@@ -120,7 +139,7 @@ def _install_v1() -> None:
 
 
 def _scored_slices(runner: Any, num_scheduled_tokens: dict[str, int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (labels, draw keys) of each slice of a prompt that this pass scores, as the V1 runner walks through them."""
+    """Yield (labels, draw keys) of each slice of a prompt that this pass scores, in the V1 runner's order."""
     for request_id in runner.num_prompt_logprobs:
         num_tokens = num_scheduled_tokens.get(request_id)
         request = runner.requests[request_id] if num_tokens is not None else None
@@ -130,10 +149,8 @@ def _scored_slices(runner: Any, num_scheduled_tokens: dict[str, int]) -> Iterato
         start = request.num_computed_tokens
         stop = min(start + num_tokens, len(token_ids) - 1)
         if stop > start:
-            yield (
-                torch.from_numpy(token_ids[start + 1 : stop + 1]),
-                prefix_keys(torch.from_numpy(token_ids))[start:stop],
-            )
+            keys = prefix_keys(torch.from_numpy(token_ids))[start:stop]
+            yield torch.from_numpy(token_ids[start + 1 : stop + 1]), salted(keys, salt_of(request_id))
 
 
 def _install_v2() -> None:
@@ -193,4 +210,5 @@ def _batch_keys(input_batch: Any, all_token_ids: torch.Tensor) -> torch.Tensor:
     keys = prefix_keys(all_token_ids[slots, :longest])
     rows = torch.as_tensor(request.astype(np.int64), device=keys.device)
     places = torch.as_tensor(np.minimum(place, longest - 1).astype(np.int64), device=keys.device)
-    return keys[rows, places]
+    salts = torch.tensor([salt_of(name) for name in input_batch.req_ids], dtype=torch.int64, device=keys.device)
+    return salted(keys[rows, places], salts[rows])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from shared.errors import EngineError
+from shared.keys import row_salt
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
 from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
@@ -56,14 +57,17 @@ def float32(model_dir):
 
 
 def sequences(count: int, seed: int = 0) -> list[ScoreRequest]:
-    """Random tokens of many lengths, the longest that fits among them, some with two spans."""
+    """Random tokens of many lengths, the longest that fits among them, some with two spans; every other one with a
+    salt.
+    """
     rng = np.random.default_rng(seed)
     found = []
     for i in range(count):
         length = LONGEST if i == 0 else int(rng.integers(2, 200))
         ids = rng.integers(0, VOCAB_SIZE, length).astype(np.int32)
         spans = [[1, length]] if length < 8 else [[2, length // 2], [length // 2 + 2, length]]
-        found.append(ScoreRequest(("row", i), i // 8, ids, np.array(spans, np.int32)))
+        salt = row_salt(bytes([i]) * 16) if i % 2 else 0
+        found.append(ScoreRequest(("row", i), i // 8, ids, np.array(spans, np.int32), salt))
     return found
 
 

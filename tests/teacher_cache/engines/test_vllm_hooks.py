@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from teacher_cache.engines.columns.column_layout import ColumnLayout
-from teacher_cache.engines.columns.draw_keys import prefix_keys_of
+from teacher_cache.engines.columns.draw_keys import prefix_keys_of, salted
 from teacher_cache.engines.columns.sparse_columns import targets_from_plugin
 from teacher_cache.engines.columns.tail_columns import extend_columns
 from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
@@ -115,6 +115,28 @@ def test_gpu_runner_rows_do_not_depend_on_batching_and_chunking(runner_module, m
         assert torch.allclose(found.logprobs, values, atol=1e-5)
         targets = targets_from_plugin(found.logprob_token_ids.numpy().astype(np.int32), found.logprobs.numpy(), LAYOUT)
         assert targets.num_positions == length - 1
+
+
+def test_rows_of_a_batch_are_keyed_by_their_own_prefix_and_the_salt_in_their_name():
+    """Two requests with the same tokens, one of them salted and begun in an earlier pass, and one without a salt."""
+    tokens = torch.arange(5, 17).repeat(3, 1)
+    names = [
+        vllm_tail.request_name(3, 2**62 + 5) + "-1b9ce0aa",
+        vllm_tail.request_name(4, 9),
+        vllm_tail.request_name(5, 0),
+    ]
+    batch = SimpleNamespace(
+        req_ids=names,
+        idx_mapping_np=np.array([2, 0, 1]),
+        num_computed_prefill_tokens_np=np.array([4, 0, 0]),
+        query_start_loc_np=np.array([0, 3, 8, 12]),
+    )
+    found = vllm_tail._batch_keys(batch, tokens)
+    plain = prefix_keys_of(tokens[0].numpy())
+    expected = [salted(plain[4:7], 2**62 + 5), salted(plain[:5], 9), plain[:4]]
+    assert torch.equal(found, torch.cat(expected))
+    assert not set(expected[1].tolist()) & set(plain.tolist())
+    assert [vllm_tail.salt_of(name) for name in (*names, "decant-probe", "x-" + names[0])] == [2**62 + 5, 9, 0, 0, 0]
 
 
 def test_other_widths_pass_through(runner_module, monkeypatch):
