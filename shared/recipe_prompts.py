@@ -1,4 +1,6 @@
-"""What a recipe may say about one source of prompts: where it lies, what its columns mean, how its rows become tokens."""
+"""What a recipe may say about one source of prompts: where it lies, what its columns mean, how its rows
+become tokens.
+"""
 
 from __future__ import annotations
 

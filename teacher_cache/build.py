@@ -200,7 +200,9 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
 def _open_engine(
     recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal, opener: Callable[..., Engine]
 ) -> Engine:
-    """Start the engine, with the same settings whether or not pass 1 is done, so that a continued build scores alike."""
+    """Start the engine, with the same settings whether or not pass 1 is done, so that a continued
+    build scores alike.
+    """
     settings = teacher.model_copy(update={"max_model_len": known.max_model_len})
     return opener(
         settings,

@@ -1,4 +1,6 @@
-"""The options of every command that exists, and what --help says about them. Imports nothing but the standard library."""
+"""The options of every command that exists, and what --help says about them. Imports nothing but the
+standard library.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ def build_parser() -> Parser:
         type=_sample,
         const=SAMPLE_ROWS,
         metavar="ROWS",
-        help=f"build a sample (default: {SAMPLE_ROWS} rows) with the real engine and extrapolate hours, gigabytes, memory, money",
+        help=(
+            f"build a sample (default: {SAMPLE_ROWS} rows) with the real engine and extrapolate hours, gigabytes, "
+            "memory, money"
+        ),
     )
     plan.set_defaults(parser=plan)
     plan.add_argument(

@@ -74,7 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     if not args.dry_run and not torch.cuda.is_available():
-        sentence = "no NVIDIA GPU was found, so nothing was measured; run it on a machine with one, or try its code with --dry-run"
+        sentence = (
+            "no NVIDIA GPU was found, so nothing was measured; run it on a machine with one, or try its code "
+            "with --dry-run"
+        )
         print(f"gpu_check: error: {sentence}", file=sys.stderr)
         return 1
     if args.part:

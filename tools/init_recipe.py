@@ -46,7 +46,7 @@ generate:                         # leave this section out to score the answers 
   max_new_tokens: 512
 
 capture:
-  mode: top                       # top | sample | top+sample; {{mode: sample, draws: 12}} is smaller and enough for forward_kl
+  mode: top                       # top | sample | top+sample; {{mode: sample, draws: 12}} is enough for forward_kl
   k: 64                           # most probable tokens per position; the rest is kept as one exact mass
   mass: 0.999                     # stop earlier once this much probability is covered
   temperatures: [1.0]             # every temperature that a loss will use

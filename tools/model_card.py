@@ -136,7 +136,10 @@ def _stage_lines(stage: Stage, report: Mapping[str, Any]) -> list[str]:
     figures = report.get("stages", {}).get(stage.name, {})
     steps = figures.get("steps_done") or figures.get("steps") or trainer.max_steps
     done = f"{steps} steps" if steps else f"{trainer.num_train_epochs:g} epochs"
-    rate = f"learning rate {trainer.learning_rate:g} ({trainer.lr_scheduler_type}), {packs} packs of {trainer.pack_tokens} tokens"
+    rate = (
+        f"learning rate {trainer.learning_rate:g} ({trainer.lr_scheduler_type}), {packs} packs of "
+        f"{trainer.pack_tokens} tokens"
+    )
     return [f"- `{_plain(stage.name)}` from `{_plain(stage.init_from)}`: {losses}; {done}, {rate}"]
 
 

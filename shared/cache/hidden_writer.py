@@ -32,7 +32,9 @@ class HiddenWriter(RowsWriter):
     def create_or_open(
         cls, cache: GrowingCache, name: str | None, identity: HiddenIdentity, provenance: Mapping[str, Any]
     ) -> HiddenWriter:
-        """Create a hidden layer, or open the one of the same identity; arguments and errors as for `CacheWriter.layer`."""
+        """Create a hidden layer, or open the one of the same identity; arguments and errors as for
+        `CacheWriter.layer`.
+        """
         layers = list_hidden_layers(cache.path)
         return cls(cache, create_or_open_layer(cache, layers, name, identity, provenance, read_hidden_layer))
 

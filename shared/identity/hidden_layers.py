@@ -51,7 +51,9 @@ def layer_name(layer: int) -> str:
 
 
 def keeps(identity: HiddenIdentity, capture: HiddenCapture) -> bool:
-    """Tell whether a hidden layer is what a recipe would capture, as far as can be said without the teacher's weights."""
+    """Tell whether a hidden layer is what a recipe would capture, as far as can be said without the
+    teacher's weights.
+    """
     attention = capture.attention
     try:
         wanted = (

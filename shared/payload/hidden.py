@@ -58,7 +58,9 @@ class Vectors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attention:
-    """Head-averaged attention of one layer, from each supervised position's query: that of the token before the label."""
+    """Head-averaged attention of one layer, from each supervised position's query: that of the token
+    before the label.
+    """
 
     counts: NDArray[np.int32]
     """[S] keys kept per query."""

@@ -18,7 +18,9 @@ from shared.payload.targets import Draws
 
 
 def has_repeated_id(counts: NDArray[np.int32], ids: NDArray[np.int32], draws: Sequence[Draws] = ()) -> bool:
-    """Tell whether a position names an id twice in its head, or in its head and the draws of one temperature together."""
+    """Tell whether a position names an id twice in its head, or in its head and the draws of one
+    temperature together.
+    """
     count = uniform_count(counts)
     if not draws:
         if len(ids) == 0:

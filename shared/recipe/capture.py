@@ -79,7 +79,10 @@ class Teacher(Section):
     def _exists_in_this_build(self) -> Teacher:
         problems: list[Problem] = teacher_problems(self)
         if self.adapter is not None and self.quantization is not None:
-            why = "it is folded into the weights, which `quantization` then changes; merge it beforehand and leave one of both out"
+            why = (
+                "it is folded into the weights, which `quantization` then changes; merge it beforehand and leave "
+                "one of both out"
+            )
             problems.append((("adapter",), why))
         if self.workers is not None:
             problems += _misplaced(self.workers, self.engine, self.tensor_parallel_size)

@@ -159,7 +159,10 @@ def _sentence(details: Any, context: dict[str, Any], place: Path) -> str:
         choices = re.findall(r"'([^']*)'", context["expected"])
         return f"{_shown(found)} is not one of {context['expected']}{closest(str(found), choices)}"
     if kind == "string_pattern_mismatch":
-        return f"{_shown(found)} is no usable name; write letters, digits, '.', '_' and '-', and begin with a letter or digit"
+        return (
+            f"{_shown(found)} is no usable name; write letters, digits, '.', '_' and '-', and begin with a letter "
+            "or digit"
+        )
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"expected a section with keys, found {_shown(found)}"
     if kind in ("tuple_type", "list_type"):

@@ -120,7 +120,10 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
     if recipe.teacher is not None and recipe.teacher.engine == "server":
         problems += capture_problems(recipe.capture)
         if recipe.generate is not None and recipe.generate.model is not None:
-            why = "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then score them with servers"
+            why = (
+                "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then "
+                "score them with servers"
+            )
             problems.append((("generate", "model"), why))
     if recipe.prompts and len(recipe.cache) > 1:
         problems.append(
@@ -143,10 +146,16 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
         and recipe.generate
         and recipe.generate.model is not None
     ):
-        sentence = "the engines of `teacher.workers` all run the teacher; leave `workers` out and use `decant teach --partition i/n`"
+        sentence = (
+            "the engines of `teacher.workers` all run the teacher; leave `workers` out and use `decant teach "
+            "--partition i/n`"
+        )
         problems.append((("generate", "model"), sentence))
     if recipe.teacher is not None and recipe.teacher.workers is not None and recipe.capture.hidden is not None:
-        sentence = "hidden states are captured by one engine; leave `teacher.workers` out and use `decant teach --partition i/n`"
+        sentence = (
+            "hidden states are captured by one engine; leave `teacher.workers` out and use `decant teach "
+            "--partition i/n`"
+        )
         problems.append((("capture", "hidden"), sentence))
     for i, source in enumerate(recipe.prompts):
         if source.format == "cache" and recipe.generate is not None:

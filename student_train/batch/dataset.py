@@ -78,7 +78,8 @@ class CacheList:
                         f"{cache.path} has no targets layer, and the stage's losses need the teacher's; "
                         "score it with 'decant teach', or train with cross_entropy alone"
                     )
-        else:  # labels need no layer, however many there are; the rows are the same, so stages with and without one compare
+        else:
+            # labels need no layer; the rows are the same, so stages with and without one compare
             caches = [Cache.open_sequences(path, hidden=name) for path, name in zip(paths, hidden, strict=True)]
         return cls(caches)
 
@@ -190,7 +191,9 @@ def build_pack(
     vocab_size: int,
     reading: HiddenReading | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return one pack's arrays; a row above `limit` tokens loses its end, with the positions whose label falls there."""
+    """Return one pack's arrays; a row above `limit` tokens loses its end, with the positions whose
+    label falls there.
+    """
     tokens, positions, predictors, labels, targets, hidden = [], [], [], [], [], []
     start = 0
     for row in rows:

@@ -135,7 +135,9 @@ def measure_heldout(
 
 @contextmanager
 def scoring(model: Any, objective: Objective) -> Iterator[None]:
-    """Let forward passes score positions, without dropout or gradient; restore what was before, random state included."""
+    """Let forward passes score positions, without dropout or gradient; restore what was before, random
+    state included.
+    """
     was_training = model.training
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():

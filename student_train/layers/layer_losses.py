@@ -122,7 +122,9 @@ class LayerLosses:
 
     @contextmanager
     def watching(self, *, measures: bool = False) -> Iterator[None]:
-        """Watch one forward pass of the student's body; `measures`: keep the states where gradients are measured, too."""
+        """Watch one forward pass of the student's body; `measures`: keep the states where gradients are
+        measured, too.
+        """
         with self._watch.on(shares=measures):
             yield
 

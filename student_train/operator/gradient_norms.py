@@ -57,7 +57,9 @@ def head_squares(
 
 
 def brought_down(gradient: Tensor, final: Tensor, shared: Tensor) -> Tensor:
-    """Return the gradient by the states `shared` of what has the `gradient` [S, H] by the last hidden states `final`."""
+    """Return the gradient by the states `shared` of what has the `gradient` [S, H] by the last hidden
+    states `final`.
+    """
     return gradient if shared is final else _gradient(final, shared, gradient.to(final.dtype))
 
 

@@ -33,7 +33,9 @@ MIN_CHUNK_POSITIONS = 16
 
 @functools.cache
 def _has_wide_products(device_type: str) -> bool:
-    """Say whether products of bfloat16 matrices can be written as float32 into a strided buffer on this kind of device."""
+    """Say whether products of bfloat16 matrices can be written as float32 into a strided buffer on this kind of
+    device.
+    """
     if device_type != "cuda":
         return False
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device_type)

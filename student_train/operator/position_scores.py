@@ -95,7 +95,9 @@ def _score_chunk(
 
 
 def _likeliest_members(members: Members, *, with_draws: bool) -> Tensor:
-    """Return [C, up to 5] ids of the teacher's most likely members, best first; a slot that is padded equals no token."""
+    """Return [C, up to 5] ids of the teacher's most likely members, best first; a slot that is padded
+    equals no token.
+    """
     if not with_draws:  # a head is sorted already, and its padding comes last
         return members.ids[:, :5]
     order = members.log_p[:, :-1].sort(dim=1, descending=True, stable=True).indices

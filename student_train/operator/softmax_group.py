@@ -4,7 +4,7 @@ With z the logits at T and M the members' columns: read z at M, write -inf there
 log-sum-exp l (a tail of 1 - sum of members would lose half of its gradient at 2e-8); the masses q are the members' and
 the bucket's. Divergences see log p and log q alone; with u = dD/dlog q, U = sum(u) - a and a the weight of
 cross-entropy, the gradient by z is
-    u - q U                                    at members (overwritten, so nothing of size p/q is ever added and cancelled)
+    u - q U                                    at members (overwritten: nothing of size p/q is added and cancelled)
     exp(z - l) (u_bucket - q_bucket U)         elsewhere
     and - a at the label.
 Cost: four passes over [C, W] (maximum, exp, sum, scale), one exp per logit however many terms there are; the rest is

@@ -66,7 +66,9 @@ def _rest_gradient(
 
 
 def add_to_logsumexp(tile: Tensor, temperature: float, row_max: Tensor, row_sum: Tensor) -> None:
-    """Take a tile [S, W] of plain logits into running maxima [S] and sums [S] of exp(logits / T - maximum), in place."""
+    """Take a tile [S, W] of plain logits into running maxima [S] and sums [S] of exp(logits / T -
+    maximum), in place.
+    """
     _online_logsumexp[(len(tile),)](tile, tile.stride(0), tile.shape[1], temperature, row_max, row_sum, BLOCK=BLOCK)
 
 

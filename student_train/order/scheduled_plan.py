@@ -55,7 +55,9 @@ class StageSize:
 
 
 def shares_at(mixture: Mapping[int, Schedule], step: int, num_steps: int, run: RunSteps | None) -> dict[int, float]:
-    """Return the share of each source at an optimizer step, counted from 0, scaled to sum to 1 (all 0 where they are)."""
+    """Return the share of each source at an optimizer step, counted from 0, scaled to sum to 1 (all 0
+    where they are).
+    """
     shares = {code: schedules.value(share, step, num_steps, run) for code, share in mixture.items()}
     total = sum(shares.values())
     return {code: share / total if total else 0.0 for code, share in shares.items()}

@@ -38,7 +38,9 @@ _WITHOUT_EFFECT = (
 
 
 def stage_identity(work: StageWork, *, only_moved: bool = False) -> dict[str, Any]:
-    """Return what a stage's final weights depend on, as JSON values; `only_moved` leaves out settings at their default."""
+    """Return what a stage's final weights depend on, as JSON values; `only_moved` leaves out settings at their
+    default.
+    """
     not_trained_with: Any = {
         "name": True,
         "init_from": True,

@@ -278,7 +278,9 @@ def _write_health(work: StageWork, *, model_saved: bool, stopped: str | None) ->
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Choose deterministic kernels while a stage trains on a CPU, where they cost nothing; restore what was set before."""
+    """Choose deterministic kernels while a stage trains on a CPU, where they cost nothing; restore what was set
+    before.
+    """
     if torch.cuda.is_available():
         yield
         return

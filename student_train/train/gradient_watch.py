@@ -33,7 +33,9 @@ class GradientWatch:
     """Follows the norms of one stage's gradients."""
 
     def __init__(self, factor: float | None, *, scales_loss: bool = False) -> None:
-        """Watch norms; `factor` None looks only for what is not finite, `scales_loss` expects overflows now and then."""
+        """Watch norms; `factor` None looks only for what is not finite, `scales_loss` expects
+        overflows now and then.
+        """
         self._factor = factor
         self._scales_loss = scales_loss
         self._norms: deque[float] = deque(maxlen=WINDOW)

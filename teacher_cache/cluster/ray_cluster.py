@@ -137,7 +137,10 @@ def _check_room(resources: dict[str, float], workers: Workers, *, local: bool) -
     needed, found = workers.count * workers.gpus_per_engine, int(resources.get("GPU", 0))
     if found >= needed:
         return
-    sentence = f"`teacher.workers` asks for {workers.count} engines of {workers.gpus_per_engine} GPUs and there are {found} GPUs"
+    sentence = (
+        f"`teacher.workers` asks for {workers.count} engines of {workers.gpus_per_engine} GPUs and there are "
+        f"{found} GPUs"
+    )
     if local:
         raise UsageError(
             f"{sentence} here; lower `count`, set `gpus_per_engine: 0` for engines on CPUs, or set RAY_ADDRESS to a "

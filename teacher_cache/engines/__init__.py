@@ -40,7 +40,10 @@ def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
         return None
     found = installed_vllm()
     if found is None:
-        return "vLLM is not installed; install the extra `teacher` (GPU) or `teacher-cpu`, or write `teacher.engine: transformers`"
+        return (
+            "vLLM is not installed; install the extra `teacher` (GPU) or `teacher-cpu`, or write "
+            "`teacher.engine: transformers`"
+        )
     version = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
     if version < OLDEST_VLLM:
         return f"vLLM {found} is installed; expected at least {'.'.join(map(str, OLDEST_VLLM))}, so upgrade it"

@@ -13,7 +13,9 @@ class Progress(Protocol):
     """Receives a build's progress, one phase after the other."""
 
     def start(self, phase: str, total_rows: int) -> None:
-        """Begin a phase (`list`, `generate`, `import` or `score`) of so many rows; 0 where the number is not known yet."""
+        """Begin a phase (`list`, `generate`, `import` or `score`) of so many rows; 0 where the number is not known
+        yet.
+        """
         ...
 
     def advance(self, rows: int, tokens: int) -> None:

@@ -276,7 +276,9 @@ def _unsaid(answered: list[Message] | None, given: bool) -> dict[str, Any]:
 
 
 def _rendering(source: PromptSource) -> dict[str, Any]:
-    """Return the settings that decide how a source's turns become tokens, without those that are left at their default."""
+    """Return the settings that decide how a source's turns become tokens, without those that are left at their
+    default.
+    """
     settings = source.model_dump(mode="json", include=set(RENDERING_SETTINGS), exclude_defaults=True)
     if source.chat_template is not None:
         settings["chat_template"] = template_text(source.chat_template)

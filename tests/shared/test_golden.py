@@ -1,4 +1,5 @@
-"""The golden cache: every later version must read what this one wrote, and docs/format.md must suffice to read it too."""
+"""The golden cache: every later version must read what this one wrote, and docs/format.md must suffice
+to read it too."""
 
 from __future__ import annotations
 

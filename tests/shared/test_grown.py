@@ -1,4 +1,5 @@
-"""Identities may grow: a later field at its default changes no hash, elsewhere it does, and an earlier reader says so."""
+"""Identities may grow: a later field at its default changes no hash, elsewhere it does, and an earlier
+reader says so."""
 
 from __future__ import annotations
 
@@ -125,10 +126,10 @@ def test_every_field_of_today_is_either_of_the_first_version_or_has_a_default() 
 
 
 FIRST: dict[type[Any], str] = {
-    LayerIdentity: "teacher weights_hash tokenizer_hash vocab_size mode k draws mass temperatures gap_step codec dtype head_dtype"
-    " revision quantization adapter",
-    HiddenIdentity: "teacher weights_hash tokenizer_hash num_layers width layers projection projection_seed projection_kind pooled"
-    " attention_layers strongest codec dtype revision adapter",
+    LayerIdentity: "teacher weights_hash tokenizer_hash vocab_size mode k draws mass temperatures gap_step codec dtype"
+    " head_dtype revision quantization adapter",
+    HiddenIdentity: "teacher weights_hash tokenizer_hash num_layers width layers projection projection_seed"
+    " projection_kind pooled attention_layers strongest codec dtype revision adapter",
     SequencesIdentity: "tokenizer_hash vocab_size template tokenizer licence answers",
 }
 """Fields of the first version, which are always written; every later one is declared with `grown`."""

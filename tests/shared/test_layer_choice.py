@@ -1,4 +1,5 @@
-"""A recipe that captured one of several layers means that one; where that is not clear the reader's own refusal stands."""
+"""A recipe that captured one of several layers means that one; where that is not clear the reader's own refusal
+stands."""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ def recipe_of(tiny, tmp_path):
 
 @pytest.fixture(scope="session")
 def run_apart():
-    """Return a function that trains a recipe's stages in a process of its own, killed at a fail-point if one is named."""
+    """Return a function that trains a recipe's stages in a process of its own, killed at a fail-point
+    if one is named."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.student_train.preload"])
 

@@ -242,7 +242,8 @@ SHOWN = {
         "adam_beta2": argument("adam_beta2", 0.5),
         "adam_epsilon": argument("adam_epsilon", 1e-3),
         "max_grad_norm": argument("max_grad_norm", 0.5),
-        "max_grad_norm_factor": "test_divergence_stops.py::test_exploding_gradients_stop_with_the_newest_state_from_before",
+        "max_grad_norm_factor": "test_divergence_stops.py::"
+        "test_exploding_gradients_stop_with_the_newest_state_from_before",
         "optim": argument("optim", "sgd"),
         "bf16": argument("bf16", True),
         "fp16": "test_training_steps.py::test_setting_that_cannot_be_honoured_is_refused_in_a_sentence",
@@ -268,7 +269,8 @@ SHOWN = {
         "attention": shows_eager_attention,
         "trust_remote_code": loaded_with("trust_remote_code", trust_remote_code=True),
         "gradient_checkpointing": "test_students.py::test_recomputed_activations_change_nothing",
-        "liger": "test_card_settings.py::test_liger_replaces_norm_mlp_and_rotary_but_no_loss_and_leaves_transformers_as_it_was",
+        "liger": "test_card_settings.py::"
+        "test_liger_replaces_norm_mlp_and_rotary_but_no_loss_and_leaves_transformers_as_it_was",
     },
     Adapter: {
         "kind": "test_card_settings.py::test_four_bit_student_trains_its_adapter_alone_and_exports_the_unquantised_sum",

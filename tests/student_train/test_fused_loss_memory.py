@@ -22,9 +22,11 @@ def run(positions):
         support_counts=torch.full((positions,), 8), support_ids=torch.arange(8).repeat(positions),
         support_logprobs=torch.full((positions * 8,), 0.1).log(), tail_logmass=torch.full((positions, 1), 0.2).log(),
         temperatures=torch.tensor([1.0])))
-    hidden, weight = torch.randn(positions, {WIDTH}, requires_grad=True), torch.randn({VOCAB}, {WIDTH}, requires_grad=True)
+    hidden, weight = torch.randn(positions, {WIDTH}, requires_grad=True), torch.randn({VOCAB}, {WIDTH},
+    requires_grad=True)
     terms = [LossTerm("forward_kl"), LossTerm("cross_entropy")]
-    fused_sparse_loss(hidden, weight, torch.zeros(positions, dtype=torch.int64), targets, terms, positions).loss.backward()
+    fused_sparse_loss(hidden, weight, torch.zeros(positions, dtype=torch.int64), targets, terms,
+    positions).loss.backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 small = run(64)
 print(run({POSITIONS}) - small)

@@ -19,7 +19,8 @@ def decant(
     """Run `decant WORDS` in `directory`, check its exit code and that no traceback was printed."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "tools.cli", *words],
-        cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True, timeout=seconds,
+        cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True,
+        timeout=seconds,
     )  # fmt: skip
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr

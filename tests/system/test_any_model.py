@@ -67,7 +67,8 @@ if __name__ == "__main__":
     chat = [[{{"role": "user", "content": "Say hello"}}]]
     out = llm.chat(chat, SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)[0]
     tokenizer = llm.get_tokenizer()
-    seen = {{"prompt_ids": list(out.prompt_token_ids), "eos": tokenizer.eos_token_id, "n": len(out.outputs[0].token_ids)}}
+    seen = {{"prompt_ids": list(out.prompt_token_ids), "eos": tokenizer.eos_token_id,
+    "n": len(out.outputs[0].token_ids)}}
     print("RESULT " + json.dumps(seen))
 """
     script = model_dir.parent / "load.py"
@@ -114,7 +115,8 @@ def test_llama_scores_given_texts_and_conversations(tmp_path):
     texts = [f"Sort the numbers {i}, {i + 3} and {i * 2} first; then return the largest of them." for i in range(20)]
     write_lines(tmp_path / "prose.jsonl", ({"text": text} for text in texts))
     talks = [[
-        {"role": "user", "content": f"How many are {i} and {i + 1}?"}, {"role": "assistant", "content": f"They are {2 * i + 1}."},
+        {"role": "user", "content": f"How many are {i} and {i + 1}?"}, {"role": "assistant",
+        "content": f"They are {2 * i + 1}."},
         {"role": "user", "content": "And one more?"}, {"role": "assistant", "content": f"Then {2 * i + 2}."},
     ] for i in range(20)]  # fmt: skip
     write_lines(tmp_path / "talks.jsonl", ({"messages": talk} for talk in talks))
@@ -170,7 +172,8 @@ def give_qwen_tokenizer(directory: Path) -> None:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token=TURN_END, pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"],
+        tokenizer_object=inner, eos_token=TURN_END, pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
     )  # fmt: skip
     tokenizer.chat_template = CHATML
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -179,7 +182,8 @@ def give_qwen_tokenizer(directory: Path) -> None:
 
 
 def fill_vocabulary(directory: Path, size: int) -> None:
-    """Give every row of the head an entry in the tokenizer and random weights, so that whatever is sampled is a token."""
+    """Give every row of the head an entry in the tokenizer and random weights, so that whatever is
+    sampled is a token."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -76,7 +76,8 @@ class Twin:
         return [json.loads(line) for line in text.splitlines()]
 
     def check_every_stage(self) -> None:
-        """Weights and temperatures of every step are those of the recipe, losses are finite, every model was evaluated."""
+        """Weights and temperatures of every step are those of the recipe, losses are finite, every model was
+        evaluated."""
         for stage in self.recipe.stages:
             steps = self.steps(stage.name)
             assert [step["step"] for step in steps] == list(range(1, STEPS + 1))

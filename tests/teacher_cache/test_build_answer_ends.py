@@ -1,4 +1,5 @@
-"""Answers in a cache end at their template's end token or before a stop text; those the engine gave up are set aside."""
+"""Answers in a cache end at their template's end token or before a stop text; those the engine gave up
+are set aside."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ THINGS = list(enumerate(("apples", "disks", "servers", "trains", "alarms", "line
 
 
 def reference(teacher: Path, token_ids: np.ndarray) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Hidden states [T, W] of the embeddings, every block and, last, the final norm; attention [T, T] of every block."""
+    """Hidden states [T, W] of the embeddings, every block and, last, the final norm; attention [T, T]
+    of every block."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32, attn_implementation="eager")
@@ -265,7 +266,8 @@ def test_attention_that_is_not_its_queries_and_keys_is_refused(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_vllm_scores_and_transformers_captures_on_the_same_weights(tmp_path: Path, teacher: Path) -> None:
-    """Targets of vLLM and a hidden layer of transformers come of one build, in one process, one engine after the other."""
+    """Targets of vLLM and a hidden layer of transformers come of one build, in one process, one engine after the
+    other."""
     pytest.importorskip("vllm")
     build = recipe(tmp_path, teacher, EVERYTHING, engine="vllm")
     (tmp_path / "build.py").write_text(SCRIPT)

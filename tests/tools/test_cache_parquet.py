@@ -211,7 +211,8 @@ def test_directories_that_are_no_export_are_refused(copy: Path, exported: Path, 
 
 
 @pytest.mark.parametrize("work, place", [
-    ("export", "sequences.before_rename@2"), ("export", "cache_json.after_rename"), ("import", "sequences_record.after_rename"),
+    ("export", "sequences.before_rename@2"), ("export", "cache_json.after_rename"), ("import",
+    "sequences_record.after_rename"),
     ("import", "targets_record.before_rename@2"),
 ])  # fmt: skip
 def test_killed_export_or_import_is_not_there_and_is_continued(

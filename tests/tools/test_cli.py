@@ -67,7 +67,8 @@ def test_help_of_every_command_loads_nothing_heavy():
     code = f"""
 import sys, contextlib, io
 from tools.cli import main, COMMANDS
-for words in [[], *[[name] for name in COMMANDS], *[["cache", name] for name in ("ls", "show", "stats", "verify", "gc")]]:
+of_caches = [["cache", name] for name in ("ls", "show", "stats", "verify", "gc")]
+for words in [[], *[[name] for name in COMMANDS], *of_caches]:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             main([*words, "--help"])
@@ -87,8 +88,10 @@ def test_every_listed_command_exists():
 
 @pytest.mark.parametrize("words", [
     [], ["tech"], ["--nonsense"], ["teach"], ["teach", "a.yaml", "b.yaml"], ["teach", "a.yaml", "--partition", "4/4"],
-    ["teach", "a.yaml", "--partition", "x"], ["teach", "a.yaml", "--max-set-aside", "2"], ["run", "a.yaml", "--only", "sleep"],
-    ["cache"], ["cache", "look"], ["cache", "ls"], ["cache", "show", "c", "--row", "-1"], ["report"], ["train", "a.yaml", "--set"],
+    ["teach", "a.yaml", "--partition", "x"], ["teach", "a.yaml", "--max-set-aside", "2"], ["run", "a.yaml", "--only",
+    "sleep"],
+    ["cache"], ["cache", "look"], ["cache", "ls"], ["cache", "show", "c", "--row", "-1"], ["report"], ["train",
+    "a.yaml", "--set"],
     ["plan", "no-such-recipe.yaml"], ["init", "../up"],
 ])  # fmt: skip
 def test_wrong_usage_leaves_with_two_and_no_traceback(words, capsys):
@@ -103,7 +106,8 @@ def test_wrong_usage_leaves_with_two_and_no_traceback(words, capsys):
 
 
 @pytest.mark.parametrize("override, code, part", [
-    ("sede=1", 2, "did you mean 'seed'?"), ("stages.kd.trainer.max_steps=x", 2, "expected a number"), ("a", 2, "path=value"),
+    ("sede=1", 2, "did you mean 'seed'?"), ("stages.kd.trainer.max_steps=x", 2, "expected a number"), ("a", 2,
+    "path=value"),
 ])  # fmt: skip
 def test_recipe_error_is_printed_once_with_its_place(recipe, capsys, override, code, part):
     assert cli.main(["plan", str(recipe), "--set", override]) == code

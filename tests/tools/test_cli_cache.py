@@ -94,7 +94,8 @@ def test_show_writes_tokens_with_the_tokenizer_of_the_cache(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, part", [
-    (["show", "--row", "99"], "there is no row 99"), (["show", "--targets", "nothing"], "nothing"), (["show"], "targets"),
+    (["show", "--row", "99"], "there is no row 99"), (["show", "--targets", "nothing"], "nothing"), (["show"],
+    "targets"),
 ])  # fmt: skip
 def test_show_of_what_is_not_there_is_one_line(both, capsys, words, part):
     extra = ["--targets", TOP.name] if "--row" in words else []

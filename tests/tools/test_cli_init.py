@@ -46,7 +46,8 @@ def test_name_that_cannot_be_a_directory_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("row, expected", [
     ({"messages": []}, "messages"), ({"conversations": []}, "sharegpt"), ({"instruction": "", "output": ""}, "alpaca"),
-    ({"prompt": "", "completion": ""}, "prompt_completion"), ({"text": ""}, "text"), ({"other": 1}, "messages"), ([1], "messages"),
+    ({"prompt": "", "completion": ""}, "prompt_completion"), ({"text": ""}, "text"), ({"other": 1}, "messages"), ([1],
+    "messages"),
 ])  # fmt: skip
 def test_format_is_guessed_from_the_first_row(tmp_path, row, expected):
     path = tmp_path / "p.jsonl"

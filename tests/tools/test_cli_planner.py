@@ -1,4 +1,5 @@
-"""`decant plan`: rows and tokens against the tokenizer itself, bytes against the codec, estimates said to be estimates."""
+"""`decant plan`: rows and tokens against the tokenizer itself, bytes against the codec, estimates said to be
+estimates."""
 
 from __future__ import annotations
 

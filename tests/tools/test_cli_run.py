@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("first, last, only, expected", [
     (None, None, None, ("teach", "train", "eval", "report")), ("train", None, None, ("train", "eval", "report")),
-    (None, "train", None, ("teach", "train")), ("train", "eval", None, ("train", "eval")), (None, None, "report", ("report",)),
+    (None, "train", None, ("teach", "train")), ("train", "eval", None, ("train", "eval")), (None, None, "report",
+    ("report",)),
 ])  # fmt: skip
 def test_chosen_phases_are_a_stretch_or_one(first, last, only, expected):
     assert chosen_phases(first, last, only) == expected
@@ -77,7 +78,8 @@ def test_phase_gets_recipe_overrides_and_options():
 
 
 @pytest.mark.parametrize("code, part", [
-    ("raise SystemExit(1)", "exit code 1"), ("import os; os.kill(os.getpid(), 9)", "signal 9; the machine may have run out"),
+    ("raise SystemExit(1)", "exit code 1"), ("import os; os.kill(os.getpid(), 9)",
+    "signal 9; the machine may have run out"),
 ])  # fmt: skip
 def test_failed_phase_stops_the_run_and_says_how_it_ended(code, part):
     with pytest.raises(PhaseFailedError, match=part):

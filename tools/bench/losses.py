@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     text = table(["stage", *columns], rows)
     print(text)
     steps = recipe.stages[0].trainer.max_steps
-    said = f"{measured_by('python -m tools.bench.losses')} {steps} steps each, seeds {options.seeds}; mean ± 95 % interval."
+    said = (
+        f"{measured_by('python -m tools.bench.losses')} {steps} steps each, seeds {options.seeds}; mean ± 95 % "
+        "interval."
+    )
     replace_section("losses", f"{said}\n\n{text}", Path("docs/losses.md"))
     return 0
 

@@ -53,7 +53,9 @@ def measure(module: str, timeout_seconds: int) -> dict[str, object]:
 
 
 def with_headlines(section: str, figures: dict[str, object]) -> dict[str, object]:
-    """Put the figures of the default settings on top of a section: the codec's chosen step, the capture's array path."""
+    """Put the figures of the default settings on top of a section: the codec's chosen step, the
+    capture's array path.
+    """
     nested: dict[str, dict[str, dict[str, object]]] = figures  # type: ignore[assignment]
     if section == "codec":
         return {**nested["synthetic"]["step_1/16"], **figures}

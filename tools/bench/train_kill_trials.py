@@ -122,7 +122,9 @@ def steps_logged(output_dir: Path, stage: str = "*") -> int:
 
 
 def inodes(output_dir: Path) -> set[int]:
-    """Return which files the step logs are; a run writes its own, cut back to where it goes on, before its first step."""
+    """Return which files the step logs are; a run writes its own, cut back to where it goes on, before
+    its first step.
+    """
     return {path.stat().st_ino for path in output_dir.glob("train/*/metrics.jsonl")}
 
 

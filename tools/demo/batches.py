@@ -37,7 +37,9 @@ def encode(tokenizer: Any, examples: list[Example]) -> tuple[torch.Tensor, torch
 
 
 def batches(tokenizer: Any, seed: int, rows: dict[str, int]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Yield one list of (ids, labels) per step without end, a block for each domain with `rows[domain]` fresh examples."""
+    """Yield one list of (ids, labels) per step without end, a block for each domain with `rows[domain]` fresh
+    examples.
+    """
     sources = {domain: stream(domain, seed) for domain in DOMAINS}
     while True:
         yield [encode(tokenizer, list(islice(sources[domain], rows[domain]))) for domain in DOMAINS]

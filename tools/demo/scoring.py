@@ -55,8 +55,8 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: list[str], max_new_token
         )
         with torch.no_grad():
             out = model.generate(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False, max_new_tokens=max_new_tokens,
-                eos_token_id=end, pad_token_id=tokenizer.pad_token_id,
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, do_sample=False,
+                max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
         for index, row in zip(chosen, out[:, batch.input_ids.shape[1] :], strict=True):
             answers[index] = tokenizer.decode(row, skip_special_tokens=True)

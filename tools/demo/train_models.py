@@ -99,7 +99,9 @@ def summed_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor, pad: int)
 
 
 def make_optimizers(model: Any, plan: Plan) -> list[torch.optim.Optimizer]:
-    """Muon (orthogonalised momentum) for the matrices of the layers, AdamW for embeddings (at a lower rate) and norms."""
+    """Muon (orthogonalised momentum) for the matrices of the layers, AdamW for embeddings (at a lower
+    rate) and norms.
+    """
     embeddings = model.model.embed_tokens.weight
     layers = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "layers" in name]
     norms = [weight for weight in model.parameters() if weight.ndim == 1]
@@ -111,7 +113,9 @@ def make_optimizers(model: Any, plan: Plan) -> list[torch.optim.Optimizer]:
 
 
 def train(plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int) -> Any:
-    """Train one model, print loss, speed and task scores, and save a checkpoint at every evaluation; returns the model."""
+    """Train one model, print loss, speed and task scores, and save a checkpoint at every evaluation; returns the
+    model.
+    """
     model = new_model(plan, tokenizer)
     optimizers = make_optimizers(model, plan)
     print(f"{sum(weight.numel() for weight in model.parameters())} parameters", flush=True)

@@ -21,12 +21,27 @@ _SCRIPTS = {
 """Code points of each script, both ends included."""
 _WHOLE_WORDS = ("kana", "hangul", "han")
 _STOP_WORDS = {
-    "en": "the of and to is that it was for on are with as they at be this have from or had by but what were when your which",
-    "de": "der die und das ist nicht ein eine zu den mit von auf für im dem sich des auch es an werden aus er hat dass sie wird",
-    "fr": "le la les des et est une pour dans qui que sur pas au avec ce il sont plus par se ne elle ont cette mais nous vous",
-    "es": "el los las y es una por con para del se su al lo como más pero sus le ya o este sí porque esta entre cuando muy",
+    "en": (
+        "the of and to is that it was for on are with as they at be this have from or had by but what were when "
+        "your which"
+    ),
+    "de": (
+        "der die und das ist nicht ein eine zu den mit von auf für im dem sich des auch es an werden aus er hat "
+        "dass sie wird"
+    ),
+    "fr": (
+        "le la les des et est une pour dans qui que sur pas au avec ce il sont plus par se ne elle ont cette "
+        "mais nous vous"
+    ),
+    "es": (
+        "el los las y es una por con para del se su al lo como más pero sus le ya o este sí porque esta entre "
+        "cuando muy"
+    ),
     "it": "il di che e la un per una in non sono con del si come ma gli della al le dei nel anche più questo ha alla",
-    "pt": "o os as e um uma para com não que do da em por mais dos como mas foi ao ele das à seu sua ou quando muito nos já",
+    "pt": (
+        "o os as e um uma para com não que do da em por mais dos como mas foi ao ele das à seu sua ou quando "
+        "muito nos já"
+    ),
     "nl": "de het een en van ik te dat die in je is niet op aan met voor er maar om zijn hij ook als dan bij nog uit",
 }
 _WORD_SETS = {name: frozenset(words.split()) for name, words in _STOP_WORDS.items()}

@@ -139,7 +139,9 @@ def _train(student: Any, stage: Any, config: Any, directory: Path, *, dry_run: b
 
 
 def random_student(config: Any, student: Any, device: Any) -> Any:
-    """Return a model with random weights on a device, its linear layers in 4 bits where the student's adapter is qlora."""
+    """Return a model with random weights on a device, its linear layers in 4 bits where the student's adapter is
+    qlora.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 

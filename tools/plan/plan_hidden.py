@@ -71,7 +71,9 @@ def hidden_figures(
 
 
 def _teacher_shape(recipe: Recipe, assumptions: list[str]) -> tuple[int, int] | None:
-    """Return blocks and width of the teacher, from its files or from what the recipe assumes; None where neither says."""
+    """Return blocks and width of the teacher, from its files or from what the recipe assumes; None
+    where neither says.
+    """
     from teacher_cache.teacher.model_files import ModelFiles, resolve_model
 
     assert recipe.teacher is not None

@@ -99,7 +99,9 @@ def count_prompts(recipe: Recipe) -> PromptCount:
 
 
 def _answerer(recipe: Recipe) -> str | None:
-    """Return what of the answering model enters row_keys; one out of reach has no row in the cache that could be found."""
+    """Return what of the answering model enters row_keys; one out of reach has no row in the cache that could be
+    found.
+    """
     from teacher_cache.teacher.answerer import answerer_key
 
     try:

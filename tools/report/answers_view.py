@@ -66,7 +66,8 @@ def _box(domains: Sequence[str]) -> str:
     outcome_choices = "".join(f'<option value="{name}">{escape(text)}</option>' for name, text in OUTCOMES.items())
     return (
         '<div id="filter" class="card filter" hidden>'
-        '<input name="search" type="search" placeholder="Search questions and answers" aria-label="Search questions and answers">'
+        '<input name="search" type="search" placeholder="Search questions and answers" '
+        'aria-label="Search questions and answers">'
         f'<select name="domain" aria-label="Domain"><option value="">every domain</option>{domain_choices}</select>'
         f'<select name="outcome" aria-label="Outcome"><option value="">every outcome</option>{outcome_choices}</select>'
         '<output class="soft"></output></div>'

@@ -94,7 +94,8 @@ def _models(report: Mapping[str, Any]) -> str:
             cells += f"<td{mark}>{escape(cell)}{f'<small>{spread}</small>' if spread else ''}</td>"
         body += f"<tr>{cells}</tr>"
     legend = _legend(report)
-    table = f'<div class="card"><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    table = f'<div class="card"><div class="scroll"><table>{rows}</table></div>'
     return f'{table}<p class="legend">{legend}</p></div>'
 
 
@@ -115,7 +116,9 @@ def _legend(report: Mapping[str, Any]) -> str:
 
 
 def _best_cells(report: Mapping[str, Any]) -> set[tuple[str, int]]:
-    """Return (model, column) of the best figure among all models but the teacher, where there is anything to compare."""
+    """Return (model, column) of the best figure among all models but the teacher, where there is
+    anything to compare.
+    """
     header = tables.model_header(report)
     found = set()
     for column, title in enumerate(header):
@@ -266,7 +269,8 @@ def _basis(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> str:
     ):
         if value:
             parts.append(
-                f"<details><summary>{title}</summary><pre>{escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre></details>"
+                f"<details><summary>{title}</summary>"
+                f"<pre>{escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre></details>"
             )
     for run in runs:
         if run.recipe_text:

@@ -1,4 +1,6 @@
-"""Where student and teacher part most, as HTML: the text around the token, and what each side would have said, escaped."""
+"""Where student and teacher part most, as HTML: the text around the token, and what each side would have said,
+escaped.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def _card(parting: Mapping[str, Any], name: str) -> str:
     label = parting["token_probability"]
     text = f'<pre class="context">{before}<mark>{token}</mark><span class="soft">{after}</span></pre>'
     said = _side("teacher", parting["teacher"], label["teacher"]) + _side(name, parting["student"], label["student"])
-    head = f'<span class="who">{parting["kl_nats"]:.2f} nats</span> <span class="soft">{escape(str(parting["source"]))}</span>'
+    source = escape(str(parting["source"]))
+    head = f'<span class="who">{parting["kl_nats"]:.2f} nats</span> <span class="soft">{source}</span>'
     return f'<div class="card parting">{head}{text}<div class="answers">{said}</div></div>'
 
 

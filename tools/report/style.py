@@ -5,14 +5,16 @@ preferred.
 from __future__ import annotations
 
 CSS = """
-:root { --font: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; --ink: #1c2430; --soft: #5b6675;
+:root { --font: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; --ink: #1c2430;
+  --soft: #5b6675;
   --page: #f6f7f9; --card: #ffffff; --line: #dfe3e9; --good: #157a4f; --bad: #b3402c; --mark: #eef4fb; --note: #fff6df;
   color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa6b5; --page: #12161c; --card: #1a2029; --line:
   #2d3642;
   --good: #5ccf9b; --bad: #f0907c; --mark: #202b39; --note: #332b15; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--font); -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--font);
+  -webkit-text-size-adjust: 100%; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 40px 0 12px; }
@@ -35,11 +37,13 @@ tbody th { color: var(--ink); font-size: 1rem; vertical-align: middle; } td smal
 td.best { font-weight: 700; background: var(--mark); }
 i.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; margin-top: 14px; }
-.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px; min-width: 0; }
+.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px;
+  min-width: 0; }
 .facts dt, .facts span { color: var(--soft); font-size: .8rem; display: block; } .facts b { font-size: 1.15rem;
   font-weight: 600; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
-figure { margin: 0; min-width: 0; } figure svg { width: 100%; height: auto; display: block; } figcaption { margin-bottom:
+figure { margin: 0; min-width: 0; } figure svg { width: 100%; height: auto; display: block; } figcaption {
+  margin-bottom:
   6px; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 12px; margin-top:
   10px; }
@@ -49,14 +53,17 @@ pre { font: .82rem/1.45 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono",
   max-height: 22em; overflow-y: auto; }
 .who { font-weight: 600; font-size: .9rem; } .good { color: var(--good); } .bad { color: var(--bad); }
 details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
-.sample details { margin-top: 4px; } .sample summary { font-weight: 400; font-size: .875rem; color: var(--soft); padding: 2px 0; }
+.sample details { margin-top: 4px; } .sample summary { font-weight: 400; font-size: .875rem; color: var(--soft);
+  padding: 2px 0; }
 .sample + .sample { margin-top: 14px; }
-.filter { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 10px 0; } .filter[hidden] { display: none; }
+.filter { display: flex; flex-wrap: wrap; gap: 10px; align-items: center; margin: 10px 0; } .filter[hidden] {
+  display: none; }
 .filter input, .filter select { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--line);
   border-radius: 8px; padding: 6px 10px; min-width: 0; max-width: 100%; } .filter input { flex: 1 1 240px; }
 .parting { margin-top: 10px; } .parting .context { max-height: 9em; }
 mark { background: #ffd76a; color: #1c2430; border-radius: 3px; }
-.said { list-style: none; margin: 4px 0 0; padding: 0; font-size: .85rem; } .said li { display: flex; gap: 8px; align-items:
+.said { list-style: none; margin: 4px 0 0; padding: 0; font-size: .85rem; } .said li { display: flex; gap: 8px;
+  align-items:
   center; min-width: 0; } .said code { flex: 0 0 30%; overflow-wrap: anywhere; white-space: pre-wrap; } .said .bar {
   height: .7em; background: var(--soft); opacity: .5; border-radius: 2px; }
 .checks { list-style: none; padding: 0; margin: 6px 0 0; font-size: .9rem; } .checks li { overflow-wrap: anywhere; }
@@ -65,6 +72,7 @@ mark { background: #ffd76a; color: #1c2430; border-radius: 3px; }
 @media print { .filter { display: none; }
   :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb; --mark: #eee; --note: #f4f4f4;
   color-scheme: light; }
-  body { font-size: 11pt; } main { max-width: none; padding: 0; } .card, figure, .sample, tr { break-inside: avoid; } pre
+  body { font-size: 11pt; } main { max-width: none; padding: 0; } .card, figure, .sample, tr { break-inside: avoid; }
+    pre
   { max-height: none; } h2 { break-after: avoid; } }
 """

@@ -1,1 +1,3 @@
-"""What does an engine hand over per position? Columns of ids and log-probabilities, with sentinels for tails and draws."""
+"""What does an engine hand over per position? Columns of ids and log-probabilities, with sentinels for tails and
+draws.
+"""

@@ -113,7 +113,9 @@ class ServerCheck:
         )
 
     def _check_length(self, server: Server, card: dict[str, Any], cards: list[dict[str, Any]]) -> None:
-        """Hold the longest sequence against the recipe's; the card of an adapter has none, so its base model's counts."""
+        """Hold the longest sequence against the recipe's; the card of an adapter has none, so its base
+        model's counts.
+        """
         base = next((other["max_model_len"] for other in cards if other.get("max_model_len")), None)
         length = card.get("max_model_len", base if card.get("parent") else None)
         if isinstance(length, bool) or not isinstance(length, int) or length < 2:

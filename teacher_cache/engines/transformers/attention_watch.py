@@ -164,7 +164,9 @@ def blocks_of(model: CausalModel) -> torch.nn.ModuleList:
 
 
 def _wrap(name: str) -> None:
-    """Let the attention function of that name show watched layers; once per process, and others pass straight through."""
+    """Let the attention function of that name show watched layers; once per process, and others pass
+    straight through.
+    """
     from transformers import AttentionInterface
 
     functions = AttentionInterface()

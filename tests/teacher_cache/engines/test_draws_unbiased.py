@@ -73,7 +73,8 @@ def z_scores(found: np.ndarray, expected: np.ndarray, tail: np.ndarray) -> np.nd
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_mean_of_many_draws_is_the_dense_distribution(drawn, temperature):
-    """No token of the tail deviates by more than the Bonferroni quantile; the stored head is within its quantisation."""
+    """No token of the tail deviates by more than the Bonferroni quantile; the stored head is within
+    its quantisation."""
     dense = np.exp(logits() / temperature)
     dense /= dense.sum()
     found = estimates(drawn, TEMPERATURES.index(temperature))

@@ -52,7 +52,8 @@ def _row(tokenizer, text: str, source: str) -> SequenceRow:
     third = len(ids) // 3
     group = group_key(text)
     return make_row(
-        row_key=row_key(group, None, 0, text), group_key=group, source=source, prompt=text[:20], response=text[20:], reference=None,
+        row_key=row_key(group, None, 0, text), group_key=group, source=source, prompt=text[:20], response=text[20:],
+        reference=None,
         token_ids=ids, spans=[(third, third + 3), (2 * third, len(ids))], finish_reason="given",
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Cost of models: counted parameters, ratios, rounds by turns, and figures that are used again only for the same run."""
+"""Cost of models: counted parameters, ratios, rounds by turns, and figures that are used again only
+for the same run."""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ def reference(cache_dir: Path, model_dir: Path) -> dict[str, float]:
             teacher_sure.append(math.exp(log_p[0]))
     calibration, agreement = binned(sure, followed), binned(teacher_sure, equal)
     error = sum(n * abs(right - confidence) for _, n, confidence, right in calibration) / len(kl)
-    return {"kl_nats": np.mean(kl), "top1_agreement": np.mean(equal), "perplexity": math.exp(np.mean(nll)), "positions": len(kl),
+    return {"kl_nats": np.mean(kl), "top1_agreement": np.mean(equal), "perplexity": math.exp(np.mean(nll)),
+    "positions": len(kl),
             "top1_in_teacher_top5": np.mean(in_five), "calibration_error": error, "calibration": calibration,
             "agreement_by_teacher_confidence": agreement}  # fmt: skip
 

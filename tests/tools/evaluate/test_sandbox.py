@@ -1,4 +1,5 @@
-"""Attempts to get out of the sandbox, each with each mechanism that this machine has; and what must still work inside."""
+"""Attempts to get out of the sandbox, each with each mechanism that this machine has; and what must
+still work inside."""
 
 from __future__ import annotations
 

@@ -76,8 +76,10 @@ def test_humaneval_solutions_pass_in_every_form_and_broken_ones_do_not(every: in
 
 def test_final_numbers() -> None:
     cases = {
-        "a #### 72": "72", "#### $1,234": "1234", "#### -5": "-5", "1 #### 2 #### 3.50": "3.5", "no marker, 18 apples.": "18",
-        "#### none, but 7 before": "7", "it costs $1,000,000.00!": "1000000", "16-3=13": "13", "0.5": "0.5", "####12 and 13": "12",
+        "a #### 72": "72", "#### $1,234": "1234", "#### -5": "-5", "1 #### 2 #### 3.50": "3.5",
+        "no marker, 18 apples.": "18",
+        "#### none, but 7 before": "7", "it costs $1,000,000.00!": "1000000", "16-3=13": "13", "0.5": "0.5",
+        "####12 and 13": "12",
     }  # fmt: skip
     assert {text: gsm8k.final_number(text) for text in cases} == {
         text: Decimal(number) for text, number in cases.items()

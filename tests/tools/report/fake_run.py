@@ -56,7 +56,8 @@ def make_run(root: Path, name: str = "demo") -> Path:
 
 def write_evaluation(root: Path, model: str, scores: dict[str, float], kl: float) -> None:
     tasks = {
-        domain: {"task": DOMAINS.get(domain, "gsm8k"), "metric": f"metric of {domain}", "score": score, "low": max(0, score - 0.08),
+        domain: {"task": DOMAINS.get(domain, "gsm8k"), "metric": f"metric of {domain}", "score": score, "low": max(0,
+        score - 0.08),
                  "high": min(1, score + 0.08), "num_questions": 100, "extra": {}, "samples": 1, "temperature": 0.0,
                  "truncated": 0.01, "mean_tokens": 41.5}
         for domain, score in scores.items()
@@ -67,7 +68,8 @@ def write_evaluation(root: Path, model: str, scores: dict[str, float], kl: float
     ]
     part = {"kl_nats": 2 * kl, "top1_agreement": 0.515, "top1_in_teacher_top5": 0.737, "calibration_error": 0.0471,
             "positions": 1234, "perplexity": 4.0}  # fmt: skip
-    heldout = {"kl_nats": kl, "kl_low": kl * 0.9, "kl_high": kl * 1.1, "top1_agreement": 1 / (1 + kl), "perplexity": 3 + kl,
+    heldout = {"kl_nats": kl, "kl_low": kl * 0.9, "kl_high": kl * 1.1, "top1_agreement": 1 / (1 + kl),
+    "perplexity": 3 + kl,
                "teacher_perplexity": 3.0, "positions": 5000, "rows": 120, "rows_too_long": 0,
                "top1_in_teacher_top5": 0.876, "calibration_error": 0.0321, "calibration": bins,
                "agreement_by_teacher_confidence": bins, "by_source": {"math": part, "code": part}}  # fmt: skip
@@ -90,9 +92,11 @@ def write_evaluation(root: Path, model: str, scores: dict[str, float], kl: float
                 + "so it goes on and on, " * rng.randrange(1, 9)
                 + "\n#### 7"
             )
-            row = {"domain": domain, "question": question, "prompt": f"Question {question} of {domain}?\n" + "with some words " * 9,
+            row = {"domain": domain, "question": question,
+            "prompt": f"Question {question} of {domain}?\n" + "with some words " * 9,
                    "reference": "the reference", "answer": HOSTILE if question == 0 else answer, "score": value,
-                   "reason": "" if value else "7 instead of 8", "tokens": 40 + question, "truncated": False}  # fmt: skip
+                   "reason": "" if value else "7 instead of 8", "tokens": 40 + question,
+                   "truncated": False}  # fmt: skip
             lines.append(json.dumps(row))
     (root / "evaluate" / f"{model}.answers.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -124,7 +128,8 @@ def write_cache(path: Path, num_rows: int = 30) -> None:
         ids = rng.integers(0, 1000, size=40)
         group = group_key(f"prompt {number}")
         rows.append(
-            make_row(row_key=row_key(group, None, 0, "a"), group_key=group, source=list(DOMAINS)[number % 3], prompt="p",
+            make_row(row_key=row_key(group, None, 0, "a"), group_key=group, source=list(DOMAINS)[number % 3],
+            prompt="p",
                      response="a", reference=None, token_ids=ids, spans=[(10, 40)], finish_reason="given")
         )  # fmt: skip
         counts = rng.integers(1, 17, size=30).astype(np.int32)

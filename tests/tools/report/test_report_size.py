@@ -25,8 +25,10 @@ def test_a_report_with_more_answers_than_it_shows_at_three_temperatures_stays_be
     directory.mkdir()
     for model in SCORES:
         rows = [
-            {"temperature": temperature, "number": number, "label": "math", "prompt": f"Question {number} " + "and so on " * 150,
-             "reference": "r " * 1000, "answer": f"{model} says {number} " + "at length " * 150, "tokens": 900, "truncated": False}
+            {"temperature": temperature, "number": number, "label": "math",
+            "prompt": f"Question {number} " + "and so on " * 150,
+             "reference": "r " * 1000, "answer": f"{model} says {number} " + "at length " * 150, "tokens": 900,
+             "truncated": False}
             for temperature in (0.1, 0.7, 1.2) for number in range(NUM_PROMPTS)
         ]  # fmt: skip
         (directory / f"{model}.answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
