@@ -20,8 +20,8 @@ from shared.cache.layout import list_layers, read_header
 from shared.errors import DecantError, PromptError, UsageError
 from shared.parts.jobs import Job, PlanRow, create_job
 from shared.parts.parts import PartRecord
-from shared.recipe.capture import Workers
 from shared.recipe.recipe import Recipe, Teacher
+from shared.recipe.teacher import Workers
 from teacher_cache import engines
 from teacher_cache.cluster.unit_board import UnitsSetAsideError
 from teacher_cache.engines.answer_ends import foreign_ends

@@ -15,12 +15,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from shared.recipe.assumptions import Assume, AssumedModel, AssumedSource
 from shared.recipe.base import Count, Integer, Name, Problem, Section, closest, inconsistent, one_or_many, quoted
-from shared.recipe.capture import Capture, Generate, Heldout, PromptSource, Teacher, Workers
+from shared.recipe.capture import Capture, server_problems
 from shared.recipe.curriculum import Balance, EarlyStopping, Sampling, StageEvaluation
 from shared.recipe.evaluation import Evaluate, SideBySide, Task
+from shared.recipe.generate import Generate
+from shared.recipe.heldout import Heldout
 from shared.recipe.hidden import AttentionCapture, HiddenCapture
+from shared.recipe.prompts import PromptSource
 from shared.recipe.schedule import Schedule
-from shared.recipe.servers import capture_problems
+from shared.recipe.teacher import Teacher, Workers
 from shared.recipe.training import LOSSES_ON_HIDDEN_LAYER, Adapter, Loss, Stage, StageTrainer, Student
 from shared.schema import MAX_ROWS_PER_PART
 
@@ -118,7 +121,7 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
     if recipe.generate is not None and not recipe.prompts:
         problems.append((("generate",), "there are no `prompts` to answer; add some, or leave it out"))
     if recipe.teacher is not None and recipe.teacher.engine == "server":
-        problems += capture_problems(recipe.capture)
+        problems += server_problems(recipe.capture)
         if recipe.generate is not None and recipe.generate.model is not None:
             why = (
                 "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then "

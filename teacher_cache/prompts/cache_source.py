@@ -14,9 +14,9 @@ from pathlib import Path
 import xxhash
 
 from shared.cache.cache import Cache
+from shared.cache.groups import GroupRule
 from shared.cache.layout import read_header, sequences_dir
 from shared.errors import IdentityError
-from shared.groups import GroupRule
 from shared.parts.records import list_records
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.prompt_formats import Conversation, GivenSequence

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.groups import normalised
+from shared.cache.groups import normalised
 
 Message = dict[str, str]
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from shared.cache.groups import GroupRule
 from shared.cache.growing_key_set import GrowingKeySet
 from shared.errors import PromptError
-from shared.groups import GroupRule
 from shared.identity.grown import unmoved
 from shared.keys import canonical_json, content_key, group_key, row_key
 from shared.parts.jobs import PlanRow

@@ -9,8 +9,8 @@ import pytest
 
 from shared.cache.cache import Cache
 from shared.cache.cache_writer import CacheWriter
+from shared.cache.groups import question_key, questions_among
 from shared.errors import DamagedError
-from shared.groups import question_key, questions_among
 from shared.identity.identity import SequencesIdentity
 from shared.parts.sequences import make_row
 from teacher_cache.prompts.prompt_formats import group_text

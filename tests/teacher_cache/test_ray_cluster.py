@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 
 from shared.errors import UsageError
-from shared.recipe.capture import Workers
+from shared.recipe.teacher import Workers
 from teacher_cache.cluster import ray_cluster
 
 

@@ -174,7 +174,7 @@ def _teach(engine: Kept, recipe: Recipe, cache: Path) -> BuildSummary:
 
 def _straight(inner: Any, kind: str, requests: list[Any], recipe: Recipe) -> tuple[float, float]:
     """Return seconds and CPU seconds of vLLM alone with these requests, as many in flight as a build keeps there."""
-    from teacher_cache.engines.vllm import vllm_engine
+    from teacher_cache.engines.vllm import vllm_engine, vllm_self_test
 
     gc.collect()
     core = inner._llm.llm_engine
@@ -183,7 +183,7 @@ def _straight(inner: Any, kind: str, requests: list[Any], recipe: Recipe) -> tup
     def parameters(request: Any) -> Any:
         if kind == "generate":
             return inner.answer_parameters(request, recipe.generate)
-        return vllm_engine.scoring_parameters(num_columns)
+        return vllm_self_test.scoring_parameters(num_columns)
 
     started, cpu_started = time.monotonic(), time.thread_time()
     running, number = 0, 0

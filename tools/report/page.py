@@ -94,8 +94,8 @@ def _models(report: Mapping[str, Any]) -> str:
             cells += f"<td{mark}>{escape(cell)}{f'<small>{spread}</small>' if spread else ''}</td>"
         body += f"<tr>{cells}</tr>"
     legend = _legend(report)
-    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    table = f'<div class="card"><div class="scroll"><table>{rows}</table></div>'
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    table = f'<div class="card"><div class="scroll"><table>{inside}</table></div>'
     return f'{table}<p class="legend">{legend}</p></div>'
 
 

@@ -31,7 +31,7 @@ from shared.recipe.recipe import Teacher
 from teacher_cache.engines.server.server_answers import read_columns, score_body, score_bytes
 from teacher_cache.engines.server.server_http import Answer, Server
 from teacher_cache.engines.server.server_pool import MalformedError, error_text
-from teacher_cache.engines.server_stream import ServerDownError
+from teacher_cache.engines.server.server_stream import ServerDownError
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import httpcore
 
 from shared.errors import EngineError
 from shared.recipe.servers import KEY_VARIABLE, address_problem
-from teacher_cache.engines.server_stream import BoundedBackend, Patience, ServerDownError
+from teacher_cache.engines.server.server_stream import BoundedBackend, Patience, ServerDownError
 
 SILENCE_SECONDS = 60.0
 """After this long without an answer a server is asked for its health."""

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from shared.errors import EngineError
 from shared.recipe.servers import KEY_VARIABLE
 from teacher_cache.engines.server.server_http import Answer, Server, TooLargeError
-from teacher_cache.engines.server_stream import ServerDownError
+from teacher_cache.engines.server.server_stream import ServerDownError
 
 logger = logging.getLogger(__name__)
 

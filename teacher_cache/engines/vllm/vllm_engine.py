@@ -24,15 +24,15 @@ import numpy as np
 from shared.errors import DecantError, EngineError
 from shared.models.end_tokens import declared_end_ids
 from shared.recipe.recipe import Capture, Generate, Teacher
-from teacher_cache.engines import installed_vllm, parent_watch
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.transformers.adapters import fold_adapter
-from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
-from teacher_cache.engines.vllm.vllm_self_test import choose_capture_path
+from teacher_cache.engines.vllm import parent_watch, vllm_arrays, vllm_tail
+from teacher_cache.engines.vllm.vllm_self_test import choose_capture_path, scoring_parameters
 from teacher_cache.engines.vllm.vllm_settings import VllmSettings, plan_settings
+from teacher_cache.engines.vllm.vllm_version import installed_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -240,21 +240,6 @@ class VllmEngine:
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
-
-
-def scoring_parameters(num_logprobs: int) -> Any:
-    """Return vLLM's parameters of a request that scores its prompt with this many columns besides the label."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        prompt_logprobs=num_logprobs,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
 
 
 def _translated(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -62,10 +62,23 @@ def choose_capture_path(llm: Any, layout: ColumnLayout) -> str:
     return f"stock+{container}"
 
 
+def scoring_parameters(num_logprobs: int) -> Any:
+    """Return vLLM's parameters of a request that scores its prompt with this many columns besides the label."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=num_logprobs,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
 def _score(llm: Any, probe: list[int], num_logprobs: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return ids and natural logs of the probe's rows."""
-    from teacher_cache.engines.vllm.vllm_engine import scoring_parameters
-
     engine = llm.llm_engine
     engine.add_request("decant-probe", {"prompt_token_ids": probe}, scoring_parameters(num_logprobs))
     finished: list[Any] = []

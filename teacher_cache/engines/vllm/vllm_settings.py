@@ -111,7 +111,7 @@ def plan_settings(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "seed": 0,
-        "worker_extension_cls": "teacher_cache.engines.vllm_worker.TailWorker",
+        "worker_extension_cls": "teacher_cache.engines.vllm.vllm_worker.TailWorker",
     }
     if head_dtype == "float32" and dtype != "float32":
         arguments["hf_overrides"] = {"head_dtype": "float32"}

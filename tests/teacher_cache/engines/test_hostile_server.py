@@ -19,14 +19,13 @@ import pytest
 
 from shared.errors import EngineError
 from shared.recipe.recipe import Capture, Teacher
-from teacher_cache.engines import server_stream
 from teacher_cache.engines.protocol import ScoreRequest
-from teacher_cache.engines.server import server_http
+from teacher_cache.engines.server import server_http, server_stream
 from teacher_cache.engines.server.server_answers import read_columns
 from teacher_cache.engines.server.server_engine import ServerEngine
 from teacher_cache.engines.server.server_http import Server, TooLargeError
 from teacher_cache.engines.server.server_pool import MalformedError
-from teacher_cache.engines.server_stream import ServerDownError
+from teacher_cache.engines.server.server_stream import ServerDownError
 from tests.teacher_cache.engines.fake_vllm_server import FakeVllmServer, respond
 from tests.tiny_models import make_tokenizer
 

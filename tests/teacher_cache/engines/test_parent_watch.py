@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.engines import parent_watch
+from teacher_cache.engines.vllm import parent_watch
 from tests.system.program import ROOT
 
-CHILD = "from teacher_cache.engines.parent_watch import end_with_parent; import time; end_with_parent(); time.sleep(60)"
+WATCH = "from teacher_cache.engines.vllm.parent_watch import end_with_parent; import time"
+CHILD = f"{WATCH}; end_with_parent(); time.sleep(60)"
 PARENT = f"""
 import subprocess, sys, time
-from teacher_cache.engines.parent_watch import announced
+from teacher_cache.engines.vllm.parent_watch import announced
 with announced():
     child = subprocess.Popen([sys.executable, "-c", {CHILD!r}])
 print(child.pid, flush=True)
@@ -27,7 +28,7 @@ time.sleep(60)
 # A worker of a core: spawned by multiprocessing, so its parent is the core and not the process that was announced.
 CORE = """
 import multiprocessing, os, sys, time
-from teacher_cache.engines.parent_watch import end_with_parent
+from teacher_cache.engines.vllm.parent_watch import end_with_parent
 def work():
     end_with_parent()
     time.sleep(60)

@@ -22,7 +22,7 @@ from teacher_cache.engines.server.server_answers import read_columns, score_body
 from teacher_cache.engines.server.server_engine import ServerEngine
 from teacher_cache.engines.server.server_http import Server
 from teacher_cache.engines.server.server_pool import MalformedError
-from teacher_cache.engines.server_stream import ServerDownError
+from teacher_cache.engines.server.server_stream import ServerDownError
 from tests.teacher_cache.engines.fake_vllm_server import FakeVllmServer, answer_of, dense_logprobs, drop, respond
 from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 

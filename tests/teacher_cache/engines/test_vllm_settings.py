@@ -8,8 +8,8 @@ import pytest
 
 from shared.errors import EngineError
 from shared.recipe.recipe import Capture, Generate, Teacher
-from teacher_cache import engines
 from teacher_cache.engines import refusal
+from teacher_cache.engines.vllm import entry
 from teacher_cache.engines.vllm.vllm_arrays import PromptArrays, columns_of
 from teacher_cache.engines.vllm.vllm_settings import cache_bytes, plan_settings
 
@@ -115,7 +115,7 @@ def test_threads_are_halved_for_narrow_models_unless_the_environment_says(model_
     ],
 )
 def test_versions_that_cannot_capture_are_refused(monkeypatch, version, capture, words):
-    monkeypatch.setattr(engines, "installed_vllm", lambda: version)
+    monkeypatch.setattr(entry, "installed_vllm", lambda: version)
     found = refusal(Teacher(model="m"), capture)
     assert found is None if words is None else words in found
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe, Task
-from teacher_cache.engines import installed_vllm
+from teacher_cache.engines.vllm.vllm_version import installed_vllm
 from tests.tiny_models import make_qwen3, make_tokenizer
 from tests.tools.evaluate.heldout_cache import dense_logprobs
 from tools.evaluate import multiple_choice

