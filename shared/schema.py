@@ -33,7 +33,13 @@ MAX_STRONGEST_KEYS = 4096
 MAX_ROWS_PER_PART = 65_536
 MAX_TOKENS_PER_PART = 2**31 - 1
 MAX_JSON_BYTES = 2**26
-MAX_TOKENIZER_FILE_BYTES = 2**30
+MAX_JSON_VALUES = 2**22
+"""Values of one JSON file: 65,536 rows set aside with 60 facts about each; parsed, a value takes up to 72 bytes."""
+MAX_TOKENIZER_FILE_BYTES = 2**28
+MAX_PART_BYTES = 2**50
+MAX_FRAME_FREE_BYTES = 2**24
+MAX_FRAME_RATIO = 256
+"""A frame holds at most so many bytes for each of its own, beyond the free ones; real ones hold 1.1 to 20."""
 MIN_GAP_STEP = 2.0**-10
 MAX_GAP_STEP = 1.0
 

@@ -23,6 +23,7 @@ import xxhash
 
 from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import list_layers, read_header, sequences_dir
+from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import UsageError
 from shared.parts.mapped_part import MappedSequences
 from shared.parts.records import PartRecord, list_records
@@ -239,7 +240,7 @@ def _cache_samples(recipe: Recipe, root: Path, num_rows: int) -> list[Recipe]:
     """Return two recipes that score disjoint samples of an existing cache's rows."""
     origin = recipe.cache[0]
     header = read_header(origin)
-    files = {name: (origin / "tokenizer" / name).read_bytes() for name in header.tokenizer_files}
+    files = read_tokenizer_files(origin)
     recipes = []
     for name, rows in zip(("first", "second"), _divided(_sample_rows(origin, num_rows)), strict=True):
         writer = CacheWriter.create_or_open(root / name, header.identity, files)

@@ -33,6 +33,7 @@ from shared.cache.visible_rows import hidden_rows
 from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.parts.cache_files import read_bounded
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.open_parts import OpenParts
 from shared.parts.parts import check_file
@@ -41,6 +42,7 @@ from shared.parts.sequences import SequenceRow
 from shared.payload.hidden import HiddenStates
 from shared.payload.narrowing import LayerView, Narrowing, can_narrow, narrow
 from shared.payload.targets import SparseTargets
+from shared.schema import MAX_JSON_BYTES
 
 __all__ = ["Cache", "Row", "collect_garbage", "verify_cache"]
 
@@ -72,6 +74,13 @@ class Cache:
         """Use `Cache.open`."""
         self.path = path
         self.sequences_identity: SequencesIdentity = read_header(path).identity
+        for other in (layer, hidden.layer if hidden else None):
+            if other is not None and other.identity.tokenizer_hash != self.sequences_identity.tokenizer_hash:
+                raise DamagedError(
+                    f"{other.directory / 'layer.json'} says tokenizer {other.identity.tokenizer_hash} where "
+                    f"{path / 'cache.json'} says {self.sequences_identity.tokenizer_hash}; one of them was altered: "
+                    "restore it from a copy"
+                )
         self._layer = layer
         self._narrowing = narrowing
         self._hidden = hidden
@@ -252,15 +261,10 @@ class Cache:
         """Return the identity of every targets layer on disk by NAME-HASH8."""
         return {name: layer.identity for name, layer in list_layers(self.path).items()}
 
-    @property
-    def tokenizer_dir(self) -> Path:
-        """Directory of the tokenizer that made every `token_ids`."""
-        return self.path / "tokenizer"
-
     @cached_property
     def cache_id(self) -> str:
         """32 hexadecimal digits that name exactly these rows and targets."""
-        digest = xxhash.xxh3_128((self.path / "cache.json").read_bytes())
+        digest = xxhash.xxh3_128(read_bounded(self.path / "cache.json", MAX_JSON_BYTES))
         digest.update(b"" if self._layer is None else self._layer.identity.hash8.encode())
         digest.update(b"" if self._narrowing is None else str(self._narrowing).encode())
         for record in (*self._records, *self._target_records):
@@ -340,7 +344,8 @@ class Cache:
         return number, local if shown is None else int(shown[local])
 
     def _open_sequences(self, number: int) -> MappedSequences:
-        part = MappedSequences(sequences_dir(self.path), self._records[number], verify=not self._checked[number])
+        vocab_size = self.sequences_identity.vocab_size
+        part = MappedSequences(sequences_dir(self.path), self._records[number], not self._checked[number], vocab_size)
         self._checked[number] = 1
         return part
 

@@ -24,7 +24,7 @@ from shared.parts.jobs import committed_keys
 from shared.parts.mapped_part import MappedSequences
 from shared.parts.part_stats import sequences_stats, targets_stats
 from shared.parts.parts import commit_part, hash_file
-from shared.parts.records import PartRecord, json_bytes, list_records
+from shared.parts.records import PartRecord, list_records, sealed_json
 from shared.parts.sequences import SequenceRow, row_problem, rows_to_table
 from shared.payload.targets import SparseTargets
 from shared.schema import FORMAT_VERSION, TARGETS
@@ -62,7 +62,7 @@ class CacheWriter:
             tokenizer_path(path, name)
         document = {"format": FORMAT_VERSION, "identity": sequences.to_json(), "tokenizer_files": described}
         if not (path / "cache.json").exists():
-            link_exclusive(path / "cache.json", json_bytes(document), "cache_json", step="rename")
+            link_exclusive(path / "cache.json", sealed_json(document), "cache_json", step="rename")
         header = read_header(path)
         differing = difference(header.identity, sequences)
         if differing:
@@ -132,7 +132,7 @@ class CacheWriter:
         Raises:
             DamagedError: the part is not what was committed.
         """
-        part = MappedSequences(sequences_dir(self.path), record, verify=True)
+        part = MappedSequences(sequences_dir(self.path), record, verify=True, vocab_size=self.identity.vocab_size)
         return [part.row(i) for i in range(len(part))]
 
 

@@ -1,11 +1,17 @@
 """Remove what killed writers left behind: temporary files and parts without a record.
 
-A writer at work has such files too, so only those that nobody touched for an hour count. Nothing that a reader sees is
-touched.
+A writer at work has such files too, so only those that nobody touched for an hour count. Nothing that a reader sees
+is touched, and no link is followed. A part without a record may be adopted by a build at any moment. So it is renamed
+first, then removed if there is still no record, else linked back; and a build looks for its part once the record is
+written (shared/parts/parts.py). Whichever comes first, no record stays without its part.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +19,7 @@ from pathlib import Path
 from shared.atomic import TEMPORARY_MARK
 from shared.cache.layout import read_header
 from shared.errors import CacheError
+from shared.parts.cache_files import list_folder
 from shared.schema import STEM_PATTERN
 
 MIN_AGE_SECONDS = 3600.0
@@ -27,30 +34,54 @@ def collect_garbage(path: Path | str, dry_run: bool, min_age_seconds: float = MI
         min_age_seconds: leave what changed since.
 
     Raises:
-        CacheError: not a cache, or a file cannot be removed.
+        CacheError: not a cache, one of its folders is a link, or a file cannot be removed.
     """
     path = Path(path)
     read_header(path)
     newest = time.time() - min_age_seconds
     try:
-        found = sorted(file for file in _abandoned(path) if file.lstat().st_mtime <= newest)
-        if not dry_run:
-            for file in found:
-                file.unlink(missing_ok=True)
+        found = sorted(file for file in _abandoned(path) if _is_old(file, newest))
+        return found if dry_run else [file for file in found if _remove(file)]
     except OSError as error:
         raise CacheError(f"{path} cannot be cleaned: {error}; check its permissions") from None
-    return found
+
+
+def _is_old(file: Path, newest: float) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        found = file.lstat()
+        return stat.S_ISREG(found.st_mode) and found.st_mtime <= newest
+    return False
+
+
+def _remove(file: Path) -> bool:
+    """Remove a file; False where somebody else did, or a part got its record in the meantime."""
+    if TEMPORARY_MARK in file.name:
+        with contextlib.suppress(FileNotFoundError):
+            file.unlink()
+            return True
+        return False
+    aside = file.with_name(f".{file.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(6)}")
+    try:
+        file.rename(aside)
+    except FileNotFoundError:
+        return False
+    adopted = file.with_suffix(".json").exists()
+    if adopted:
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, file)
+    aside.unlink()
+    return not adopted
 
 
 def _abandoned(path: Path) -> Iterator[Path]:
-    """Yield temporary files and parts without a record; directories that are links are not entered."""
+    """Yield temporary files and parts without a record."""
     places = [path, path / "sequences", path / "tokenizer"]
     for parent in (path / "jobs", path / "targets", path / "hidden", path / "tokenizer"):
-        places += [child for child in parent.glob("*") if child.is_dir() and not child.is_symlink()]
+        places += [parent / name for name in list_folder(parent) if stat.S_ISDIR((parent / name).lstat().st_mode)]
     for place in places:
-        for file in place.glob(f".*{TEMPORARY_MARK}*"):
-            if file.is_file() and not file.is_symlink():
-                yield file
-        for file in place.glob("part-*.arrow"):
-            if STEM_PATTERN.fullmatch(file.stem) and not file.with_suffix(".json").exists():
-                yield file
+        names = {entry.name for entry in os.scandir(path)} if place == path else set(list_folder(place))
+        for name in names:
+            stem = name.removesuffix(".arrow")
+            orphan = stem != name and STEM_PATTERN.fullmatch(stem) and f"{stem}.json" not in names
+            if orphan or (name.startswith(".") and TEMPORARY_MARK in name):
+                yield place / name

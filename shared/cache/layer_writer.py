@@ -21,7 +21,7 @@ from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
 from shared.keys import stack_keys
 from shared.parts.mapped_part import MappedSequences
-from shared.parts.records import PartRecord, json_bytes, read_record
+from shared.parts.records import PartRecord, read_record, sealed_json
 from shared.parts.sequences import SequenceRow
 from shared.schema import FORMAT_VERSION, LAYER_NAME_PATTERN, STEM_PATTERN
 
@@ -88,7 +88,7 @@ def create_or_open_layer(
     make_dir(directory.parent)
     make_dir(directory)
     document = {"format": FORMAT_VERSION, "identity": identity.to_json(), "provenance": dict(provenance)}
-    link_exclusive(directory / "layer.json", json_bytes(document), "layer_json", step="rename")
+    link_exclusive(directory / "layer.json", sealed_json(document), "layer_json", step="rename")
     return read(directory)
 
 

@@ -1,6 +1,7 @@
 """Where things lie in a cache directory, and its two kinds of identity file.
 
-Every name read from disk or from a user passes a pattern before it becomes part of a path, so no path leaves the cache.
+Every name read from disk or from a user passes a pattern before it becomes part of a path, and no folder may be a
+link, so no path leaves the cache.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity
-from shared.parts.records import read_json
-from shared.schema import FORMAT_VERSION, LAYER_PATTERN, MAX_TOKENIZER_FILE_BYTES, TOKENIZER_FILE_PATTERN
+from shared.parts.cache_files import list_folder
+from shared.parts.records import checked_model, read_sealed
+from shared.schema import LAYER_PATTERN, MAX_TOKENIZER_FILE_BYTES, MAX_VOCAB_SIZE, TOKENIZER_FILE_PATTERN
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +83,45 @@ def tokenizer_path(cache_dir: Path, name: str) -> Path:
     return cache_dir / "tokenizer" / name
 
 
-def check_version(document: Mapping[str, Any], path: Path) -> None:
-    """Refuse a file of another format version.
+class _TokenizerFile(BaseModel):
+    """What cache.json says of a tokenizer file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: int = Field(ge=0, le=MAX_TOKENIZER_FILE_BYTES)
+    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class _Header(BaseModel):
+    """cache.json, its identity apart."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    identity: dict[str, Any]
+    tokenizer_files: dict[str, _TokenizerFile]
+
+
+class _LayerHeader(BaseModel):
+    """layer.json, its identity apart."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    identity: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def tokenizer_entries(described: Mapping[str, Any], where: object) -> dict[str, Mapping[str, Any]]:
+    """Return size and checksum by name of tokenizer files that a document lists, once each is one of a cache.
 
     Raises:
-        CacheError: another version.
+        DamagedError: something else.
     """
-    if document.get("format") != FORMAT_VERSION:
-        raise CacheError(
-            f"{path} has format {document.get('format')!r} and this version of Decant reads format {FORMAT_VERSION}; "
-            "use the version that wrote it"
-        )
+    for name, entry in described.items():
+        tokenizer_path(Path(), name)
+        checked_model(_TokenizerFile, entry, f"{where}: tokenizer_files.{name}")
+    return dict(described)
 
 
 def read_header(cache_dir: Path) -> CacheHeader:
@@ -100,22 +132,19 @@ def read_header(cache_dir: Path) -> CacheHeader:
         DamagedError: it contradicts the format.
     """
     path = cache_dir / "cache.json"
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         raise CacheError(
             f"{cache_dir} is not a cache (it has no cache.json); build one with 'decant teach' or correct the path"
         )
-    document = read_json(path)
-    check_version(document, path)
-    files = document.get("tokenizer_files")
-    identity = document.get("identity")
-    if not isinstance(files, dict) or not isinstance(identity, dict):
-        raise DamagedError(f"{path} lacks identity or tokenizer_files; it was altered after it was written")
-    for name, entry in files.items():
-        tokenizer_path(cache_dir, name)
-        fits = isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3"), str)
-        if not fits or not 0 <= entry["bytes"] <= MAX_TOKENIZER_FILE_BYTES:
-            raise DamagedError(f"{path} says {entry!r} of tokenizer file {name} where bytes and xxh3 are expected")
-    return CacheHeader(SequencesIdentity.from_json(identity, f"{path}: identity"), files)
+    document = read_sealed(path, _Header.model_fields.keys())
+    checked_model(_Header, document, path)
+    files = tokenizer_entries(document["tokenizer_files"], path)
+    identity = SequencesIdentity.from_json(document["identity"], f"{path}: identity")
+    if not 0 < identity.vocab_size <= MAX_VOCAB_SIZE:
+        raise DamagedError(
+            f"{path} says vocab_size {identity.vocab_size} where 1 to {MAX_VOCAB_SIZE} are possible; it was altered"
+        )
+    return CacheHeader(identity, files)
 
 
 def list_layers(cache_dir: Path) -> dict[str, Layer]:
@@ -133,10 +162,8 @@ def list_hidden_layers(cache_dir: Path) -> dict[str, HiddenLayer]:
 
 
 def _layer_directories(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    names = sorted(path.name for path in root.iterdir() if LAYER_PATTERN.fullmatch(path.name))
-    return [root / name for name in names if (root / name / "layer.json").exists()]
+    names = [name for name in list_folder(root) if LAYER_PATTERN.fullmatch(name)]
+    return [root / name for name in names if "layer.json" in list_folder(root / name)]
 
 
 def read_layer(directory: Path) -> Layer:
@@ -161,12 +188,9 @@ def read_hidden_layer(directory: Path) -> HiddenLayer:
 
 def _read_layer_json(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = directory / "layer.json"
-    document = read_json(path)
-    check_version(document, path)
-    identity, provenance = document.get("identity"), document.get("provenance")
-    if not isinstance(identity, dict) or not isinstance(provenance, dict):
-        raise DamagedError(f"{path} lacks identity or provenance; it was altered after it was written")
-    return identity, provenance
+    document = read_sealed(path, _LayerHeader.model_fields.keys())
+    checked_model(_LayerHeader, document, path)
+    return document["identity"], document["provenance"]
 
 
 def _named_by_its_hash(layer: AnyLayer) -> AnyLayer:

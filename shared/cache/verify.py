@@ -1,30 +1,50 @@
-"""Check a whole cache: every checksum, key, span, blob and cross-reference.
+"""Check a whole cache: every checksum, key, span, blob and cross-reference, and every figure that a record keeps of its
+part.
 
-Cost: reads everything once and decodes it; about a million positions of 64 entries per second.
+What is compared: each JSON file with its checksum; tokenizer files with cache.json, and tokenizer.json with
+`tokenizer_hash`; each plan's units; each part with its record, the record with what the Arrow file repeats of it and
+with figures counted anew; rows with the vocabulary, their keys and their unit of the plan; row_keys with each other;
+targets with the layer, the sequences and `teacher_nll_nats`; and what `Cache.open` compares.
+
+Cost: reads everything once and decodes it; about a million positions of 64 entries per second. Memory: one part's
+rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from shared.atomic import TEMPORARY_MARK
 from shared.cache.layout import (
+    CacheHeader,
     HiddenLayer,
     Layer,
     list_hidden_layers,
     list_layers,
     read_header,
     sequences_dir,
-    tokenizer_path,
 )
+from shared.cache.tokenizer_files import read_tokenizer_file
 from shared.cache.visible_rows import hidden_rows
-from shared.errors import CacheError
-from shared.parts.jobs import list_jobs
-from shared.parts.mapped_part import MappedBlobs, MappedSequences
-from shared.parts.parts import check_file, hash_file
+from shared.errors import CacheError, DamagedError
+from shared.identity.weights_hash import tokenizer_hash
+from shared.keys import KeySet, stack_keys
+from shared.parts.cache_files import list_folder
+from shared.parts.jobs import Job, list_jobs
+from shared.parts.mapped_part import MappedBlobs, MappedSequences, MappedTargets
+from shared.parts.part_stats import sequences_stats, targets_stats
 from shared.parts.records import PartRecord, list_records
+from shared.parts.repeated_rows import repeated_rows
+from shared.payload.quantise import LEAST_LABEL_LOGPROB, MOST_LABEL_ERROR
+from shared.payload.targets import SparseTargets
 
 _MOST_PER_PART = 10
+_HASH_DIGITS = 32
 
 
 def verify_cache(path: Path | str) -> Iterator[str]:
@@ -37,28 +57,58 @@ def verify_cache(path: Path | str) -> Iterator[str]:
         header = read_header(path)
         records = list_records(sequences_dir(path))
         layers: list[Layer | HiddenLayer] = [*list_layers(path).values(), *list_hidden_layers(path).values()]
-        jobs = list_jobs(path)
-        hidden_rows(path, records)
-        for job in jobs:
-            for unit in range(job.num_units):
-                job.unit(unit)
+        jobs = {job.id8: job for job in list_jobs(path)}
+        masks = hidden_rows(path, records)
     except CacheError as error:
         yield str(error)
         return
-    for name, entry in header.tokenizer_files.items():
-        target = tokenizer_path(path, name)
-        try:
-            if hash_file(target) != (entry["xxh3"], entry["bytes"]):
-                yield f"{target} was altered after it was written; restore it from a copy"
-        except CacheError as error:
-            yield str(error)
+    yield from _tokenizer_problems(path, header)
+    for job in jobs.values():
+        yield from _said(lambda job=job: [job.unit(unit) for unit in range(job.num_units)])  # type: ignore[misc]
+    sound = True
     for record in records:
-        yield from _bounded(_sequences_problems(path, record, header.identity.vocab_size))
+        problems = list(_bounded(_sequences_problems(path, record, header.identity.vocab_size, jobs.get(record.id8))))
+        sound = sound and not problems
+        yield from problems
+    if sound:
+        yield from _bounded(_repeats(path, records, masks))
     for layer in layers:
-        yield from _layer_problems(path, layer, {record.stem: record for record in records})
+        yield from _layer_problems(path, header, layer, {record.stem: record for record in records})
 
 
-def _bounded(problems: Iterator[str]) -> Iterator[str]:
+def parts_without_layer(path: Path | str) -> dict[str, int]:
+    """Return, by layer, how many parts do not say which layer they are of, as versions before that did not.
+
+    Raises:
+        CacheError: the cache cannot be read.
+    """
+    layers: list[Layer | HiddenLayer] = [*list_layers(Path(path)).values(), *list_hidden_layers(Path(path)).values()]
+    silent = {
+        layer.full_name: sum(record.layer is None for record in list_records(layer.directory)) for layer in layers
+    }
+    return {name: count for name, count in silent.items() if count}
+
+
+def nll_problem(teacher_nll_nats: float, targets: SparseTargets) -> str | None:
+    """Say how `teacher_nll_nats`, summed before labels were rounded, contradicts a row's decoded ones, if it does."""
+    labels = targets.label_logprobs.astype(np.float64)
+    if not math.isfinite(teacher_nll_nats) or bool(np.isneginf(labels).any()):
+        fits = teacher_nll_nats == math.inf and bool(np.isneginf(labels).any())
+    else:
+        error = MOST_LABEL_ERROR * len(labels) + 1e-5 * (1 + abs(teacher_nll_nats))
+        capped = bool((labels <= LEAST_LABEL_LOGPROB).any())  # such labels may have been lower
+        fits = -error <= teacher_nll_nats + labels.sum() and (capped or teacher_nll_nats + labels.sum() <= error)
+    return None if fits else f"teacher_nll_nats {teacher_nll_nats:.6g} is not that of its labels, {-labels.sum():.6g}"
+
+
+def _said(do: Callable[[], object]) -> Iterator[str]:
+    try:
+        do()
+    except CacheError as error:
+        yield str(error)
+
+
+def _bounded(problems: Iterable[str]) -> Iterator[str]:
     for number, problem in enumerate(problems):
         if number == _MOST_PER_PART:
             yield f"{problem.split(':', 1)[0]} has more problems; they are not listed"
@@ -66,60 +116,160 @@ def _bounded(problems: Iterator[str]) -> Iterator[str]:
         yield problem
 
 
-def _sequences_problems(path: Path, record: PartRecord, vocab_size: int) -> Iterator[str]:
+def _tokenizer_problems(path: Path, header: CacheHeader) -> Iterator[str]:
+    listed = header.tokenizer_files
+    for name, entry in listed.items():
+        yield from _said(lambda name=name, entry=entry: read_tokenizer_file(path, name, entry))  # type: ignore[misc]
     try:
-        part = MappedSequences(sequences_dir(path), record, verify=True)
-        part.num_tokens()
-        _, sources = part.sources()
+        names = list_folder(path / "tokenizer")
     except CacheError as error:
         yield str(error)
         return
-    if set(sources) != set(record.stats.get("sources", {})):
-        yield f"{part.path} has sources {sorted(sources)} and its record others"
-    positions = 0
-    for i in range(len(part)):
+    folders = {name.split("/", 1)[0] for name in listed}
+    for name in names:
+        if name not in folders and TEMPORARY_MARK not in name:
+            yield f"{path / 'tokenizer' / name} is not listed in cache.json, so nothing reads it; delete it"
+    if "tokenizer.json" in listed and len(header.identity.tokenizer_hash) == _HASH_DIGITS:
+        file = path / "tokenizer" / "tokenizer.json"
         try:
-            row = part.row(i)
+            found = tokenizer_hash(read_tokenizer_file(path, "tokenizer.json", listed["tokenizer.json"]))
         except CacheError as error:
             yield str(error)
-            continue
-        positions += row.num_positions
-        if len(row.token_ids) and not 0 <= int(row.token_ids.min()) <= int(row.token_ids.max()) < vocab_size:
-            yield f"{part.path}:{i} has token ids outside the vocabulary of {vocab_size}"
-    if positions != record.positions:
-        yield f"{part.path} has {positions} positions where its record says {record.positions}"
+            return
+        if found != header.identity.tokenizer_hash:
+            yield f"{file} hashes to {found} where cache.json says tokenizer_hash {header.identity.tokenizer_hash}"
 
 
-def _layer_problems(path: Path, layer: Layer | HiddenLayer, sequences: dict[str, PartRecord]) -> Iterator[str]:
+def _sequences_problems(path: Path, record: PartRecord, vocab_size: int, job: Job | None) -> Iterator[str]:
+    try:
+        part = MappedSequences(sequences_dir(path), record, verify=True, vocab_size=vocab_size)
+        part.num_tokens()
+        part.sources()
+    except CacheError as error:
+        yield str(error)
+        return
+    rows, whole = [], True
+    for i in range(len(part)):
+        try:
+            rows.append(part.row(i))
+        except CacheError as error:
+            whole = False
+            yield str(error)
+    if whole and sequences_stats(rows) != record.stats:
+        yield f"{part.path} has other rows, tokens or sources than its record counts; restore the record from a copy"
+    unit = int(record.stem[14:])
+    if job is None or not job.num_units:  # of another cache, or taken over by a merge or an import
+        return
+    if unit >= job.num_units:
+        yield f"{part.path} is unit {unit} of a plan that has {job.num_units}; delete the part with its record"
+        return
+    try:
+        planned = KeySet(stack_keys([row.row_key for row in job.unit(unit)]))
+    except CacheError as error:
+        yield str(error)
+        return
+    for i in np.flatnonzero(~planned.contains(part.row_keys)).tolist():
+        yield f"{part.path}:{i} is no row of unit {unit} of its plan; delete the part with its record and build again"
+
+
+def _repeats(path: Path, records: list[PartRecord], masks: Mapping[str, Any]) -> Iterator[str]:
+    """Yield rows that are shown although an earlier row has their row_key."""
+    try:
+        repeats = repeated_rows([(sequences_dir(path), record) for record in records])
+    except CacheError as error:
+        yield str(error)
+        return
+    for number, repeated in repeats.items():
+        stem = records[number].stem
+        shown = repeated & masks[stem] if stem in masks else repeated
+        for row in np.flatnonzero(shown).tolist():
+            where = f"{sequences_dir(path) / stem}.arrow:{row}"
+            yield f"{where} has the row_key of an earlier row; delete the part with its record"
+
+
+def _layer_problems(
+    path: Path, header: CacheHeader, layer: Layer | HiddenLayer, sequences: dict[str, PartRecord]
+) -> Iterator[str]:
     try:
         records = list_records(layer.directory)
         layer.identity.make_codec()
     except CacheError as error:
         yield str(error)
         return
+    if layer.identity.tokenizer_hash != header.identity.tokenizer_hash:
+        yield (
+            f"{layer.directory / 'layer.json'} says tokenizer {layer.identity.tokenizer_hash} where cache.json says "
+            f"{header.identity.tokenizer_hash}; restore both from a copy"
+        )
     for record in records:
-        if record.stem not in sequences:
+        found = sequences.get(record.stem)
+        if found is None:
             yield f"{layer.directory / record.stem}.arrow scores a sequences part that does not exist"
+        elif (found.rows, found.positions) != (record.rows, record.positions):
+            yield (
+                f"{layer.directory / record.stem}.json says {record.rows} rows and {record.positions} positions where "
+                f"its sequences have {found.rows} and {found.positions}; delete part and record and build again"
+            )
         else:
-            yield from _bounded(_blob_problems(path, layer, record, sequences[record.stem]))
+            yield from _bounded(_blob_problems(path, layer, record, found))
 
 
 def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, sequences: PartRecord) -> Iterator[str]:
     codec = layer.identity.make_codec()
     try:
-        check_file(layer.directory, record)
-        targets = MappedBlobs(layer.directory, record, verify=False)
+        kind = MappedTargets if isinstance(layer, Layer) else MappedBlobs
+        blobs = kind(layer.directory, record, verify=True)
         part = MappedSequences(sequences_dir(path), sequences, verify=False)
     except CacheError as error:
         yield str(error)
         return
-    if len(part) != len(targets):
-        yield f"{targets.path} has {len(targets)} rows where its sequences have {len(part)}"
+    if len(part) != len(blobs):
+        yield f"{blobs.path} has {len(blobs)} rows where its sequences have {len(part)}"
         return
-    for i in range(len(part)):
-        try:
-            row = part.row(i)
-            codec.decode(targets.blob(i, row), row.num_positions)
-        except CacheError as error:
-            message = str(error)
-            yield message if message.startswith(str(path)) else f"{targets.path}:{i}: {message}"
+    counted: list[str] = []
+
+    def decoded() -> Iterator[SparseTargets]:
+        for i in range(len(part)):
+            try:
+                row = part.row(i)
+                content = codec.decode(blobs.blob(i, row), row.num_positions)
+                if isinstance(content, SparseTargets) and isinstance(blobs, MappedTargets):
+                    problem = nll_problem(float(blobs.teacher_nll_nats[i]), content)
+                    if problem:
+                        raise DamagedError(problem)
+                    yield content
+            except CacheError as error:
+                message = str(error)
+                counted.append(message if message.startswith(str(path)) else f"{blobs.path}:{i}: {message}")
+
+    figures = targets_stats(decoded(), blobs.blob_bytes())
+    yield from counted
+    if not counted:
+        yield from _figure_problems(layer, record, figures, blobs)
+
+
+def _figure_problems(
+    layer: Layer | HiddenLayer, record: PartRecord, figures: Mapping[str, Any], blobs: MappedBlobs
+) -> Iterator[str]:
+    """Compare a record's figures with those of what was decoded; sums of reals within what the codec rounds."""
+    said = record.stats
+    exact: dict[str, Any] = {
+        "rows": len(blobs),
+        "positions": int(blobs.num_positions.sum(dtype=np.int64)),
+        "blob_bytes": blobs.blob_bytes(),
+    }
+    near: dict[str, float] = {}
+    if isinstance(layer, Layer):
+        exact |= {name: figures[name] for name in ("support_sum", "impossible_labels", "support_histogram")}
+        near = dict.fromkeys(
+            ("entropy_nats_sum", "tail_mass_sum"), figures["positions"] * (layer.identity.gap_step + 1e-3) + 1e-6
+        )
+        exact["entropy_histogram"] = (
+            said["entropy_histogram"] if sum(said["entropy_histogram"]) == figures["positions"] else None
+        )
+    for name, value in exact.items():
+        if said[name] != value:
+            yield f"{blobs.path} has {name} {value} where its record says {said[name]}; restore the record from a copy"
+    for name, error in near.items():
+        if not abs(said[name] - figures[name]) <= error:
+            yield f"{blobs.path} has {name} {figures[name]:.6g} where its record says {said[name]:.6g}; restore that"

@@ -92,6 +92,8 @@ class LayerIdentity:
         """
         if self.codec != CODEC_NAME:
             raise DamagedError(f"the layer's codec is {self.codec!r} and this version of Decant knows {CODEC_NAME!r}")
+        if self.mode not in ("top", "sample", "top+sample") or not 0 < self.mass <= 1:
+            raise DamagedError(f"the layer's identity is impossible: mode {self.mode[:40]!r} with mass {self.mass}")
         try:
             return Codec(self.gap_step, self.temperatures, self.draws, self.vocab_size, self.k)
         except ValueError as error:

@@ -103,7 +103,7 @@ def tokenizer_hash(tokenizer_json: bytes) -> str:
         model = document["model"]
         vocabulary = model["vocab"]
         added = sorted([token["id"], token["content"]] for token in document.get("added_tokens") or [])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"the tokenizer is not a tokenizer.json ({type(error).__name__}: {error})") from None
     identity: dict[str, Any] = {
         "type": model.get("type"),

@@ -13,23 +13,25 @@ Cost: planning streams (one batch of rows in memory, 16 bytes per committed row)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from shared.atomic import fill_exclusive, make_dir
 from shared.errors import CacheError, DamagedError, first_line
 from shared.keys import KEY_BYTES, KeySet, canonical_json, stack_keys
-from shared.parts.parts import open_part
-from shared.parts.records import PartRecord, list_records
+from shared.parts.arrow_layout import ArrowLayout
+from shared.parts.cache_files import list_folder, open_regular, parse_json
+from shared.parts.parts import check_whole, open_part
+from shared.parts.records import PartRecord, checked_model, list_records
 from shared.schema import JOB_PATTERN, MAX_ROWS_PER_PART, PLAN
 
 _METADATA_KEY = b"decant"
@@ -54,6 +56,16 @@ class PlanRow:
     format: str
 
 
+class _Plan(BaseModel):
+    """What a plan says about itself."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    request: dict[str, Any]
+    rows_per_part: int = Field(ge=1, le=MAX_ROWS_PER_PART)
+    complete_jobs: list[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]]
+
+
 class Job:
     """A job on disk; safe to open in any number of processes."""
 
@@ -68,6 +80,9 @@ class Job:
         if not JOB_PATTERN.fullmatch(self.id):
             raise DamagedError(f"{directory} is not the directory of a job")
         try:
+            with open_regular(self.path), pa.memory_map(str(self.path)) as source:
+                layout = ArrowLayout(memoryview(source.read_buffer()))
+            self._layout, self._num_bytes = layout, self.path.stat().st_size
             metadata = self._reader.schema.metadata or {}
             if not self._reader.schema.equals(PLAN):
                 raise DamagedError(
@@ -75,10 +90,19 @@ class Job:
                 )
             if metadata[_CHECKSUM_KEY] != xxhash.xxh3_128_hexdigest(metadata[_METADATA_KEY]).encode():
                 raise DamagedError(f"{self.path} was altered after it was planned; restore it from a copy")
-            document = json.loads(metadata[_METADATA_KEY])
+            document = parse_json(metadata[_METADATA_KEY], self.path)
+            checked_model(_Plan, document, self.path)
             self.request: dict[str, Any] = document["request"]
-            self.rows_per_part = int(document["rows_per_part"])
-            self.complete_jobs: frozenset[str] = frozenset(str(job) for job in document["complete_jobs"])
+            if job_id(self.request) != self.id:
+                raise DamagedError(
+                    f"{self.path} answers a request that its directory is not named by; restore it from a copy"
+                )
+            self.rows_per_part: int = document["rows_per_part"]
+            self.complete_jobs: frozenset[str] = frozenset(document["complete_jobs"])
+        except DamagedError as error:
+            raise (
+                error if str(error).startswith(str(self.path)) else DamagedError(f"{self.path} is not a plan: {error}")
+            ) from None
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
             raise DamagedError(f"{self.path} is not a plan ({first_line(error)})") from None
 
@@ -96,7 +120,7 @@ class Job:
     @property
     def num_units(self) -> int:
         """How many parts the job makes."""
-        return int(self._reader.num_record_batches)
+        return len(self._layout.blocks)
 
     @property
     def num_rows(self) -> int:
@@ -131,9 +155,15 @@ class Job:
         return all(self.part_stem(unit) in committed for unit in range(self.num_units))
 
     def _batch(self, unit: int) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:
+        check_whole(self.path, self._num_bytes)
         try:
+            rows = self._layout.check_batch(unit, PLAN)
+            if not rows <= self.rows_per_part:
+                raise DamagedError(f"it has {rows} rows where a unit has at most {self.rows_per_part}")
             found = self._reader.get_batch_with_custom_metadata(unit)
             found.batch.validate(full=True)
+        except DamagedError as error:
+            raise DamagedError(f"{self.path} unit {unit} is damaged: {error}") from None
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
             raise DamagedError(f"{self.path} unit {unit} cannot be read ({first_line(error)})") from None
         return found.batch, dict(found.custom_metadata or {})
@@ -151,10 +181,8 @@ def list_jobs(cache_dir: Path) -> list[Job]:
         DamagedError: a plan contradicts the format.
     """
     root = cache_dir / "jobs"
-    if not root.is_dir():
-        return []
-    names = sorted(path.name for path in root.iterdir() if JOB_PATTERN.fullmatch(path.name))
-    return [Job(root / name) for name in names if (root / name / "plan.arrow").exists()]
+    names = [name for name in list_folder(root) if JOB_PATTERN.fullmatch(name)]
+    return [Job(root / name) for name in names if "plan.arrow" in list_folder(root / name)]
 
 
 def create_job(cache_dir: Path, request: Mapping[str, Any], rows: Iterable[PlanRow], rows_per_part: int) -> Job:
@@ -214,9 +242,14 @@ def key_column(table: pa.Table, name: str) -> NDArray[np.uint8]:
     if table.num_rows == 0:
         return np.zeros((0, KEY_BYTES), np.uint8)
     chunk = table.column(name).chunk(0)
-    octets = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
-    start = chunk.offset * KEY_BYTES
-    return octets[start : start + len(chunk) * KEY_BYTES].reshape(len(chunk), KEY_BYTES)
+    try:
+        octets = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
+        start = chunk.offset * KEY_BYTES
+        return octets[start : start + len(chunk) * KEY_BYTES].reshape(len(chunk), KEY_BYTES)
+    except (ValueError, TypeError) as error:
+        raise DamagedError(
+            f"a column {name} of {len(chunk)} keys has an impossible buffer ({first_line(error)})"
+        ) from None
 
 
 def _units(rows: Iterable[PlanRow], rows_per_part: int, committed: KeySet) -> Iterator[list[PlanRow]]:

@@ -1,7 +1,8 @@
 """Rows of one memory-mapped part, taken straight from Arrow's buffers.
 
-Arrow's own scalars cost microseconds each; here a row is a few slices of numpy views. Offsets come from disk, so every
-slice is checked against its buffer before use. Cost per row: a few microseconds and the bytes of the row.
+Arrow's own scalars cost microseconds each; here a row is a few slices of numpy views. Offsets come from disk, so
+every slice is checked against its buffer before use, and the file's size before each row: a page beyond its end would
+kill the process. Cost per row: a few microseconds and the bytes of the row.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from numpy.typing import NDArray
 from shared.errors import DamagedError, first_line
 from shared.keys import content_key
 from shared.parts.jobs import key_column
-from shared.parts.parts import open_part
+from shared.parts.parts import check_whole, open_part
 from shared.parts.records import PartRecord
-from shared.parts.sequences import SequenceRow, spans_problem
-from shared.schema import FINISH_REASONS, MAX_TEXT_BYTES_PER_ROW, MAX_TOKENS_PER_ROW
+from shared.parts.sequences import SequenceRow, spans_problem, token_ids_problem
+from shared.schema import FINISH_REASONS, MAX_TEXT_BYTES_PER_ROW, MAX_TOKENS_PER_ROW, MAX_VOCAB_SIZE
 
 _NO_OFFSETS = np.zeros(1, np.int64)
 
@@ -75,19 +76,21 @@ class _Ragged:
 class MappedSequences:
     """One mapped part of sequences/."""
 
-    def __init__(self, directory: Path, record: PartRecord, verify: bool) -> None:
+    def __init__(self, directory: Path, record: PartRecord, verify: bool, vocab_size: int = MAX_VOCAB_SIZE) -> None:
         """Map a committed part.
 
         Args:
             directory: `sequences/`.
             record: the part's commit record.
-            verify: compare the whole file with its checksum first.
+            verify: compare the whole file with its checksum first, and see that no two rows have one row_key.
+            vocab_size: of the cache; no row with another token id is given out.
 
         Raises:
             DamagedError: it is not what was committed.
         """
         self._table = open_part(directory, record, verify)
         self.path = directory / f"{record.stem}.arrow"
+        self._num_bytes, self._vocab_size = record.bytes, vocab_size
         with _damage_named(self.path):
             self.keys = key_column(self._table, "key")
             self.row_keys = key_column(self._table, "row_key")
@@ -99,6 +102,10 @@ class MappedSequences:
             self._has_reference = self._valid("reference")
             self._tokens = _Ragged(self._chunk("token_ids"), f"{self.path}:token_ids", 4, MAX_TOKENS_PER_ROW)
             self._spans = _Ragged(self._chunk("spans"), f"{self.path}:spans", 8, MAX_TOKENS_PER_ROW)
+        if verify and len(np.unique(np.ascontiguousarray(self.row_keys).view("V16"))) < len(self):
+            raise DamagedError(
+                f"{self.path} has rows of one row_key; each row is kept once: restore the part from a copy"
+            )
 
     def _chunk(self, name: str) -> pa.Array | None:
         return self._table.column(name).chunk(0) if self._table.num_rows else None
@@ -147,6 +154,7 @@ class MappedSequences:
         Raises:
             DamagedError: the row is not what was committed.
         """
+        check_whole(self.path, self._num_bytes)
         token_ids = np.frombuffer(self._tokens.slice(i), dtype="<i4").astype(np.int32)
         spans = np.frombuffer(self._spans.slice(i), dtype="<i4").astype(np.int32).reshape(-1, 2)
         key = self.keys[i].tobytes()
@@ -154,7 +162,7 @@ class MappedSequences:
             raise DamagedError(
                 f"{self.path}:{i} has content that does not fit its key {key.hex()}; restore the part from a copy"
             )
-        problem = spans_problem(spans, len(token_ids))
+        problem = spans_problem(spans, len(token_ids)) or token_ids_problem(token_ids, self._vocab_size)
         if problem:
             raise DamagedError(f"{self.path}:{i}: {problem}")
         texts = self._texts
@@ -182,6 +190,7 @@ class MappedBlobs:
         """Map a committed part; arguments and errors as for `MappedSequences`."""
         table = open_part(directory, record, verify)
         self.path = directory / f"{record.stem}.arrow"
+        self._num_bytes = record.bytes
         self._table = table
         with _damage_named(self.path):
             self.keys = key_column(table, "key")
@@ -193,12 +202,17 @@ class MappedBlobs:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def blob_bytes(self) -> int:
+        """Return the bytes of all blobs together."""
+        return int(self._blobs.offsets[-1]) - int(self._blobs.offsets[0])
+
     def blob(self, i: int, row: SequenceRow) -> memoryview:
         """Return the blob of row i after comparing key and positions with its sequence.
 
         Raises:
             DamagedError: it belongs to another sequence.
         """
+        check_whole(self.path, self._num_bytes)
         key = self.keys[i].tobytes()
         if key != row.key:
             raise DamagedError(f"{self.path}:{i} scores content {key.hex()} where the sequence has {row.key.hex()}")

@@ -10,10 +10,11 @@ Shape letters: S positions, N head entries.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from shared.parts.sequences import SequenceRow
 from shared.payload.ragged import segment_sum
@@ -25,6 +26,57 @@ ENTROPY_BINS = 64
 """Bin i counts positions with entropy within [0.25 i, 0.25 (i + 1)); the last bin takes the rest."""
 SUPPORT_BINS = 18
 """Bin 0 counts positions without head; bin i >= 1 those with 2^(i-1) <= entries < 2^i; the last bin takes the rest."""
+
+_Count = Annotated[int, Field(ge=0, le=2**53)]
+_Sum = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Figures(BaseModel):
+    """What the record of every part counts."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rows: _Count
+    positions: _Count
+
+
+class SourceFigures(_Figures):
+    """Rows, positions and tokens."""
+
+    tokens: _Count
+
+
+class SequencesFigures(SourceFigures):
+    """Figures of a sequences part."""
+
+    sources: dict[str, SourceFigures]
+    finish_reasons: dict[str, _Count]
+
+
+class HiddenFigures(_Figures):
+    """Figures of a hidden part."""
+
+    blob_bytes: _Count
+
+
+class TargetsFigures(HiddenFigures):
+    """Figures of a targets part."""
+
+    support_sum: _Count
+    entropy_nats_sum: _Sum
+    tail_mass_sum: _Sum
+    label_nll_nats_sum: _Sum
+    impossible_labels: _Count
+    entropy_histogram: Annotated[list[_Count], Field(min_length=ENTROPY_BINS, max_length=ENTROPY_BINS)]
+    support_histogram: Annotated[list[_Count], Field(min_length=SUPPORT_BINS, max_length=SUPPORT_BINS)]
+
+
+STATS_OF: dict[str, type[_Figures]] = {
+    "sequences": SequencesFigures,
+    "targets": TargetsFigures,
+    "hidden": HiddenFigures,
+}
+"""Shape of a record's `stats` by kind of part."""
 
 
 def sequences_stats(rows: Sequence[SequenceRow]) -> dict[str, Any]:

@@ -1,19 +1,21 @@
 """One committed part: an Arrow IPC file and its commit record. A part without a record does not exist.
 
-Commit: the Arrow file, which carries the content of its record in its schema's metadata, is created by exclusive link,
-    so it
-never changes afterwards; the record, which adds size and checksum, is a pure function of that file. So a crash between
-the two loses nothing (the next writer of the same unit adopts the file), and two writers of one unit cannot leave a
-record that does not fit its file, whatever their order.
+Commit: the Arrow file, which carries the content of its record in its schema's metadata, is created by exclusive
+link, so it never changes afterwards; the record, which adds size and checksum, is a pure function of that file. So a
+crash between the two loses nothing (the next writer of the same unit adopts the file), and two writers of one unit
+cannot leave a record that does not fit its file, whatever their order.
 
-Cost: writing streams through the checksum once; listing reads one small JSON per part; opening maps the file and reads
-    only
-its footer.
+Cleaning up (shared/cache/garbage.py) may take away a file whose record is not there yet, so a writer looks for its
+file once the record is there, and begins again where it is gone.
+
+Cost: writing streams through the checksum once; listing reads one small JSON per part; opening maps the file and
+reads only its footer and one header.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,14 +24,17 @@ import pyarrow as pa
 import xxhash
 
 from shared.atomic import fill_exclusive, write_atomic
-from shared.errors import DamagedError, first_line
-from shared.parts.records import PartRecord, json_bytes, list_records, read_record
-from shared.schema import FORMAT_VERSION, HIDDEN, MAX_ROWS_PER_PART, SEQUENCES, STEM_PATTERN, TARGETS
+from shared.errors import CacheError, DamagedError, first_line
+from shared.parts.arrow_layout import ArrowLayout
+from shared.parts.cache_files import hash_file, open_regular, parse_json
+from shared.parts.records import PartRecord, check_layer, kind_of, layer_of, list_records, read_record, sealed_json
+from shared.schema import FORMAT_VERSION, HIDDEN, MAX_JSON_BYTES, MAX_ROWS_PER_PART, SEQUENCES, STEM_PATTERN, TARGETS
 
-__all__ = ["PartRecord", "check_file", "commit_part", "hash_file", "list_records", "map_table", "open_part"]
+__all__ = ["PartRecord", "check_file", "commit_part", "hash_file", "kind_of", "list_records", "map_table", "open_part"]
 
 _METADATA_KEY = b"decant"
-_READ_BYTES = 2**20
+_LAYER_KEY = b"layer"
+_MOST_ATTEMPTS = 5
 
 
 class _HashingFile:
@@ -80,14 +85,13 @@ def commit_part(
         CacheError: the disk is full or the directory cannot be written.
         ValueError: a name or table that contradicts the format.
     """
-    what = kind_of(directory)
     if not STEM_PATTERN.fullmatch(stem):
         raise ValueError(f"{stem!r} is not the name of a part")
     if not table.schema.equals(_schema_of(directory)) or table.num_rows > MAX_ROWS_PER_PART:
-        raise ValueError(f"the table does not fit the schema of {what} or has more than {MAX_ROWS_PER_PART} rows")
+        raise ValueError(
+            f"the table does not fit the schema of {kind_of(directory)} or has more than {MAX_ROWS_PER_PART} rows"
+        )
     record_path = directory / f"{stem}.json"
-    if record_path.exists():
-        return read_record(record_path)
     content = {
         "rows": table.num_rows,
         "positions": int(stats["positions"]),
@@ -95,9 +99,26 @@ def commit_part(
         "software": dict(software),
         "set_aside": [dict(item) for item in set_aside],
     }
+    for _ in range(_MOST_ATTEMPTS):
+        if not record_path.exists():
+            _write_part(directory, stem, table, content)
+        if record_path.with_suffix(".arrow").exists():
+            return read_record(record_path)
+        record_path.unlink(missing_ok=True)  # the part was cleaned up as an orphan while its writer was asleep
+    raise CacheError(
+        f"{record_path.with_suffix('.arrow')} is removed as soon as it is written; run one clean-up at a time"
+    )
+
+
+def _write_part(directory: Path, stem: str, table: pa.Table, content: Mapping[str, Any]) -> None:
+    """Write or adopt the Arrow file, then its record."""
+    what, path = kind_of(directory), directory / f"{stem}.arrow"
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    schema = table.schema.with_metadata({_METADATA_KEY: text.encode("utf-8", "surrogatepass")})
-    path = directory / f"{stem}.arrow"
+    metadata = {_METADATA_KEY: text.encode("utf-8", "surrogatepass")}
+    layer = layer_of(directory)
+    if layer is not None:
+        metadata[_LAYER_KEY] = layer.encode()
+    schema = table.schema.with_metadata(metadata)
     hashed: list[_HashingFile] = []
 
     def fill(file: BinaryIO) -> None:
@@ -110,37 +131,24 @@ def commit_part(
     if fill_exclusive(path, fill, what, table.nbytes, step="rename"):
         xxh3, num_bytes = hashed[0].digest.hexdigest(), hashed[0].num_bytes
     else:  # a writer that was killed before its record, or one that is about to write the same record
-        content, xxh3, num_bytes = _adopt(path)
+        content, layer, xxh3, num_bytes = _adopt(path)
     document = {"format": FORMAT_VERSION, "stem": stem, "bytes": num_bytes, "xxh3": xxh3, **content}
-    write_atomic(record_path, json_bytes(document), f"{what}_record")
-    return read_record(record_path)
+    if layer is not None:
+        document["layer"] = layer
+    write_atomic(directory / f"{stem}.json", sealed_json(document), f"{what}_record")
 
 
-def _adopt(path: Path) -> tuple[dict[str, Any], str, int]:
-    """Return record content, checksum and size of a part that another writer created without finishing its record."""
+def _adopt(path: Path) -> tuple[dict[str, Any], str | None, str, int]:
+    """Return record content, layer, checksum and size of a part whose writer did not finish its record."""
     metadata = map_table(path, _schema_of(path.parent)).schema.metadata or {}
     if _METADATA_KEY not in metadata:
         raise DamagedError(f"{path} is not a part of a cache; move it away and run the same command again")
     xxh3, num_bytes = hash_file(path)
-    return json.loads(metadata[_METADATA_KEY].decode("utf-8", "surrogatepass")), xxh3, num_bytes
+    return parse_json(metadata[_METADATA_KEY], path), _layer_said(metadata), xxh3, num_bytes
 
 
-def hash_file(path: Path) -> tuple[str, int]:
-    """Return xxh3-128 in hexadecimal and the size in bytes of a file, read in pieces.
-
-    Raises:
-        DamagedError: it cannot be read.
-    """
-    digest = xxhash.xxh3_128()
-    num_bytes = 0
-    try:
-        with path.open("rb") as file:
-            while piece := file.read(_READ_BYTES):
-                digest.update(piece)
-                num_bytes += len(piece)
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest(), num_bytes
+def _layer_said(metadata: Mapping[bytes, bytes]) -> str | None:
+    return metadata[_LAYER_KEY].decode("ascii", "replace") if _LAYER_KEY in metadata else None
 
 
 def check_file(directory: Path, record: PartRecord) -> None:
@@ -164,29 +172,33 @@ def map_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Map an Arrow file into memory; nothing but its metadata is read.
 
     Raises:
-        DamagedError: it cannot be read, is not an Arrow file of these columns, has more than one batch, or is
-            compressed inside.
+        DamagedError: it cannot be read, is no regular file, is not an Arrow file of these columns, has more than one
+            batch, is compressed inside, has nulls where the format has none, or is of another layer.
     """
     try:
-        with pa.memory_map(str(path)) as source:
-            low = source.read_buffer(1).address
-            high = low + source.size()
-            reader = pa.ipc.open_file(source)
-            if not reader.schema.equals(schema):
-                raise DamagedError(
-                    f"{path} has not the columns {', '.join(schema.names)}; it is another file or was altered"
-                )
-            if reader.num_record_batches > 1:
-                raise DamagedError(
-                    f"{path} has {reader.num_record_batches} record batches where a part has at most one"
-                )
-            table = reader.read_all()
+        with open_regular(path) as file, pa.memory_map(str(path)) as source:
+            if source.size() != os.fstat(file.fileno()).st_size:
+                raise DamagedError(f"{path} changed while it was opened; open it again once nothing writes it")
+            buffer = source.read_buffer()
+        layout = ArrowLayout(memoryview(buffer))
+        if len(layout.blocks) > 1:
+            raise DamagedError(f"it has {len(layout.blocks)} record batches where a part has at most one")
+        for number in range(len(layout.blocks)):
+            layout.check_batch(number, schema)
+        reader = pa.ipc.open_file(pa.BufferReader(buffer))
+        if not reader.schema.equals(schema):
+            raise DamagedError(f"it has not the columns {', '.join(schema.names)}; it is another file or was altered")
+        table = reader.read_all()
         table.validate()
+        low, high = buffer.address, buffer.address + buffer.size
         inside = all(_lies_within(chunk, low, high) for column in table.columns for chunk in column.chunks)
+    except DamagedError as error:
+        raise error if str(error).startswith(str(path)) else DamagedError(f"{path} is damaged: {error}") from None
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DamagedError(f"{path} is not a readable Arrow file ({first_line(error)})") from None
     if not inside:
         raise DamagedError(f"{path} is compressed inside where a part is stored plain")
+    check_layer(_layer_said(table.schema.metadata or {}), path)
     return table
 
 
@@ -202,7 +214,7 @@ def open_part(directory: Path, record: PartRecord, verify: bool) -> pa.Table:
     Args:
         directory: `sequences/` or a layer.
         record: the part's commit record.
-        verify: compare the whole file with the record's checksum first.
+        verify: compare the whole file with the record's checksum first, and with what the file repeats.
 
     Raises:
         DamagedError: it is not what was committed.
@@ -215,14 +227,39 @@ def open_part(directory: Path, record: PartRecord, verify: bool) -> pa.Table:
         raise DamagedError(
             f"{path} has {table.num_rows} rows where its record says {record.rows}; it is another part or was altered"
         )
+    check_whole(path, record.bytes)
+    if verify:
+        _check_content(path, table.schema.metadata or {}, record)
     return table
 
 
-def kind_of(directory: Path) -> str:
-    """Return what a directory's parts are: sequences, targets or hidden."""
-    if directory.name == "sequences":
-        return "sequences"
-    return "hidden" if directory.parent.name == "hidden" else "targets"
+def check_whole(path: Path, num_bytes: int) -> None:
+    """Refuse a mapped part that was cut or replaced since: touching a page beyond its end would kill the process.
+
+    Raises:
+        DamagedError: its size is not `num_bytes`.
+    """
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DamagedError(f"{path} is gone while it is in use: {error.strerror}; restore it and start again") from None
+    if found != num_bytes:
+        raise DamagedError(
+            f"{path} has {found:,} bytes where its record says {num_bytes:,}; it was cut or altered after it was "
+            "committed: restore it from a copy"
+        )
+
+
+def _check_content(path: Path, metadata: Mapping[bytes, bytes], record: PartRecord) -> None:
+    text = metadata.get(_METADATA_KEY, b"")
+    if len(text) > MAX_JSON_BYTES:
+        raise DamagedError(
+            f"{path} repeats {len(text):,} bytes of its record where at most {MAX_JSON_BYTES:,} are expected"
+        )
+    if parse_json(text, path) != record.content() or record.layer not in (None, _layer_said(metadata)):
+        raise DamagedError(
+            f"{path.with_suffix('.json')} says something else than the part it describes; restore it from a copy"
+        )
 
 
 def _schema_of(directory: Path) -> pa.Schema:

@@ -1,23 +1,53 @@
-"""Commit records: the small JSON beside each part, whose presence is the part's commit.
+"""Commit records: the small JSON beside each part, whose presence is its commit; and how JSON says that it is whole.
 
-Cost: one file of a few kilobytes per part, read once. What a reader needs of a record is kept as it is, its figures and
-    versions as
-the text they came in, zlib-compressed, and parsed when they are asked for: a record takes half a kilobyte instead of
-several.
+A JSON file that Decant writes carries `checksum`, the xxh3-128 of its own text with the checksum's digits as zeros.
+Files of versions without it are accepted. Every field is checked for kind and range as it is read, so no figure is of
+another shape. Cost: one file of a few kilobytes per part, read once. What a reader needs of a record is kept as it
+is, its figures and versions as the text they came in, zlib-compressed, and parsed when they are asked for: a record
+takes half a kilobyte instead of several.
 """
 
 from __future__ import annotations
 
 import builtins
 import json
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import CacheError, DamagedError
-from shared.schema import FORMAT_VERSION, MAX_JSON_BYTES, MAX_ROWS_PER_PART, STEM_PATTERN
+from shared.parts.cache_files import list_folder, parse_json, read_bounded, read_json
+from shared.parts.part_stats import STATS_OF
+from shared.schema import (
+    FORMAT_VERSION,
+    MAX_JSON_BYTES,
+    MAX_PART_BYTES,
+    MAX_ROWS_PER_PART,
+    MAX_TOKENS_PER_ROW,
+    STEM_PATTERN,
+)
+
+__all__ = [
+    "PartRecord",
+    "json_bytes",
+    "kind_of",
+    "list_records",
+    "read_json",
+    "read_record",
+    "read_sealed",
+    "sealed_json",
+]
+
+_CHECKSUM = re.compile(rb'\n "checksum": "([0-9a-f]{32})"')
+"""Within sealed JSON: at the first level of indentation, where no text of a value can stand."""
+_UNSEALED = b'\n "checksum": "' + b"0" * 32 + b'"'
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +65,8 @@ class PartRecord:
     """xxh3-128 of the Arrow file in hexadecimal."""
     details: builtins.bytes = b""
     """`stats`, `software` and `set_aside` as compressed JSON."""
+    layer: str | None = None
+    """HASH8 of the layer that the part is of; None for sequences and for parts of versions that did not say."""
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -51,6 +83,11 @@ class PartRecord:
         """Rows of the plan's unit that this part leaves out, each with a `reason`."""
         return list(self._detail("set_aside", []))
 
+    def content(self) -> dict[str, Any]:
+        """Return what the Arrow file repeats in its metadata."""
+        details = json.loads(zlib.decompress(self.details)) if self.details else {}
+        return {"rows": self.rows, "positions": self.positions, **details}
+
     def _detail(self, name: str, missing: Any) -> Any:
         return json.loads(zlib.decompress(self.details))[name] if self.details else missing
 
@@ -60,60 +97,133 @@ class PartRecord:
         return self.stem[5:13]
 
 
+class _Document(BaseModel):
+    """A commit record's fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    stem: str
+    rows: int = Field(ge=0, le=MAX_ROWS_PER_PART)
+    positions: int = Field(ge=0, le=MAX_ROWS_PER_PART * MAX_TOKENS_PER_ROW)
+    bytes: int = Field(ge=0, le=MAX_PART_BYTES)
+    xxh3: _Hash
+    stats: dict[str, Any]
+    software: dict[str, Any]
+    set_aside: list[dict[str, Any]] = []
+    layer: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")] | None = None
+
+
+def kind_of(directory: Path) -> str:
+    """Return what a directory's parts are: sequences, targets or hidden."""
+    if directory.name == "sequences":
+        return "sequences"
+    return "hidden" if directory.parent.name == "hidden" else "targets"
+
+
+def layer_of(directory: Path) -> str | None:
+    """Return the HASH8 that a layer's directory is named by; None for sequences."""
+    return None if kind_of(directory) == "sequences" else directory.name[-8:]
+
+
 def json_bytes(document: Mapping[str, Any]) -> bytes:
     """Return a document as indented JSON with sorted keys and a final newline."""
     text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "surrogatepass") + b"\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of bounded size.
+def sealed_json(document: Mapping[str, Any]) -> bytes:
+    """Return `json_bytes` of a document with a checksum of itself; one that it has is replaced."""
+    data = json_bytes({**document, "checksum": "0" * 32})
+    digest = xxhash.xxh3_128_hexdigest(data).encode()
+    return data.replace(_UNSEALED, _UNSEALED.replace(b"0" * 32, digest), 1)
+
+
+def read_sealed(path: Path, fields: Collection[str]) -> dict[str, Any]:
+    """Read a JSON file of a cache; return its fields without the checksum, which is compared where there is one.
+
+    Args:
+        path: the file.
+        fields: names that it may have.
 
     Raises:
-        DamagedError: it is missing, too large, or no JSON object.
+        CacheError: a file of another format version.
+        DamagedError: it cannot be read, has other fields, or is not what was written.
+    """
+    data = read_bounded(path, MAX_JSON_BYTES)
+    document = parse_json(data, path)
+    if document.get("format") != FORMAT_VERSION or isinstance(document.get("format"), bool):
+        raise CacheError(
+            f"{path} has format {document.get('format')!r} and this version of Decant reads format {FORMAT_VERSION}; "
+            "use the version that wrote it"
+        )
+    unknown = sorted(document.keys() - {*fields, "checksum"})
+    if unknown:
+        raise DamagedError(
+            f"{path} says {unknown[0][:60]!r}, which this version of Decant does not know; "
+            "restore it from a copy, or use the version that wrote it"
+        )
+    if document.pop("checksum", None) is not None:
+        found = _CHECKSUM.findall(data)
+        plain = _CHECKSUM.sub(_UNSEALED, data, count=1)
+        if len(found) != 1 or xxhash.xxh3_128_hexdigest(plain).encode() != found[0]:
+            raise DamagedError(
+                f"{path} does not fit its own checksum; it was altered after it was written: restore it from a copy"
+            )
+    return document
+
+
+def checked_model(model: type[BaseModel], document: Mapping[str, Any], where: object) -> None:
+    """Compare a document with a strict model.
+
+    Raises:
+        DamagedError: a field is missing, unknown, of another kind or out of range.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise DamagedError(f"{path} has {size} bytes where at most {MAX_JSON_BYTES} are expected")
-        document = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is not JSON ({error}); it was altered after it was written") from None
-    if not isinstance(document, dict):
-        raise DamagedError(f"{path} holds a {type(document).__name__} where a JSON object is expected")
-    return document
+        model.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        raise DamagedError(
+            f"{where} says {name}: {str(first['input'])[:60]!r}; {first['msg'][:200]}; it was altered"
+        ) from None
 
 
 def read_record(path: Path) -> PartRecord:
     """Read one commit record.
 
     Raises:
-        DamagedError: it contradicts the format.
+        DamagedError: it contradicts the format, or is of a part of another layer.
     """
-    document = read_json(path)
-    wanted = {"stem": str, "rows": int, "positions": int, "bytes": int, "xxh3": str, "stats": dict, "software": dict}
-    for name, kind in wanted.items():
-        if not isinstance(document.get(name), kind):
-            raise DamagedError(f"{path} says {name}: {document.get(name)!r} where a {kind.__name__} is expected")
-    if document.get("format") != FORMAT_VERSION:
-        raise CacheError(
-            f"{path} has format {document.get('format')!r} and this version of Decant reads format {FORMAT_VERSION}; "
-            "use the version that wrote it"
-        )
-    set_aside = document.get("set_aside", [])
-    if not isinstance(set_aside, list) or not all(isinstance(item, dict) for item in set_aside):
-        raise DamagedError(f"{path} says set_aside: where a list of objects is expected")
-    if document["stem"] != path.stem or not 0 <= document["rows"] <= MAX_ROWS_PER_PART or document["positions"] < 0:
+    document = read_sealed(path, _Document.model_fields.keys())
+    checked_model(_Document, document, path)
+    if document["stem"] != path.stem:
+        raise DamagedError(f"{path} describes {document['stem'][:60]!r}; it is another part's record")
+    stats = document["stats"]
+    checked_model(STATS_OF[kind_of(path.parent)], stats, f"{path}: stats")
+    if (stats["rows"], stats["positions"]) != (document["rows"], document["positions"]):
         raise DamagedError(
-            f"{path} describes {document['stem']} with {document['rows']} rows; it is another part's record"
+            f"{path} says other rows or positions than its stats; it was altered: restore it from a copy"
         )
-    details = json.dumps(
-        {"stats": document["stats"], "software": document["software"], "set_aside": set_aside}, separators=(",", ":")
-    )
+    check_layer(document.get("layer"), path)
+    kept = {"stats": stats, "software": document["software"], "set_aside": document.get("set_aside", [])}
     plain = {name: document[name] for name in ("stem", "rows", "positions", "bytes", "xxh3")}
-    return PartRecord(**plain, details=zlib.compress(details.encode(), 1))
+    details = zlib.compress(json.dumps(kept, separators=(",", ":")).encode(), 1)
+    return PartRecord(**plain, details=details, layer=document.get("layer"))
+
+
+def check_layer(layer: str | None, path: Path) -> None:
+    """Refuse a part, or its record, that says it is of another layer than its directory.
+
+    Raises:
+        DamagedError: it does.
+    """
+    expected = layer_of(path.parent)
+    if layer is not None and layer != expected:
+        raise DamagedError(
+            f"{path} is of layer {layer} where its directory is of {expected or 'sequences'}; "
+            "delete the part with its record and build again, or restore it from a copy"
+        )
 
 
 def list_records(directory: Path) -> list[PartRecord]:
@@ -122,7 +232,5 @@ def list_records(directory: Path) -> list[PartRecord]:
     Raises:
         DamagedError: a record contradicts the format.
     """
-    if not directory.is_dir():
-        return []
-    stems = sorted(path.stem for path in directory.glob("part-*.json") if STEM_PATTERN.fullmatch(path.stem))
-    return [read_record(directory / f"{stem}.json") for stem in stems]
+    names = [name for name in list_folder(directory) if name.endswith(".json") and STEM_PATTERN.fullmatch(name[:-5])]
+    return [read_record(directory / name) for name in names]

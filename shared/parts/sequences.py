@@ -109,11 +109,18 @@ def row_problem(row: SequenceRow, vocab_size: int | None = None) -> str | None:
         return f"every key has {KEY_BYTES} bytes"
     if row.finish_reason not in FINISH_REASONS:
         return f"finish_reason {row.finish_reason!r} is none of {', '.join(FINISH_REASONS)}"
-    if len(row.token_ids) and int(row.token_ids.min()) < 0:
-        return "a token id is negative"
-    if vocab_size is not None and len(row.token_ids) and int(row.token_ids.max()) >= vocab_size:
-        return f"token id {int(row.token_ids.max())} lies outside the vocabulary of {vocab_size}"
-    return spans_problem(row.spans, len(row.token_ids))
+    return token_ids_problem(row.token_ids, vocab_size) or spans_problem(row.spans, len(row.token_ids))
+
+
+def token_ids_problem(token_ids: NDArray[np.int32], vocab_size: int | None = None) -> str | None:
+    """Say which of a row's token ids is negative or outside the vocabulary, if any."""
+    if not len(token_ids):
+        return None
+    if int(token_ids.min()) < 0:
+        return f"token id {int(token_ids.min())} is negative"
+    if vocab_size is not None and int(token_ids.max()) >= vocab_size:
+        return f"token id {int(token_ids.max())} lies outside the vocabulary of {vocab_size}"
+    return None
 
 
 def spans_problem(spans: NDArray[np.int32], num_tokens: int) -> str | None:

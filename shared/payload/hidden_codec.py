@@ -25,6 +25,8 @@ from shared.schema import MAX_HIDDEN_BYTES_PER_ROW, MAX_TOKENS_PER_ROW
 
 HIDDEN_CODEC_NAME = "int8-1"
 """Name of this codec in a hidden layer's identity."""
+_LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
+"""127 times it is a float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,6 @@ def _shifted(values: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 def _vectors_problem(vectors: Vectors) -> str | None:
     """Say what is wrong with vectors, if anything."""
-    if not bool((np.isfinite(vectors.scales) & (vectors.scales >= 0)).all()):
-        return "the scale of a hidden state is negative or not finite"
+    if not bool(((vectors.scales >= 0) & (vectors.scales <= _LARGEST_SCALE)).all()):
+        return "the scale of a hidden state is negative, not finite, or makes states that are not"
     return "an integer of a hidden state is -128" if vectors.values.size and int(vectors.values.min()) < -127 else None

@@ -19,6 +19,10 @@ from numpy.typing import NDArray
 
 LABEL_STEPS_PER_NAT = 512
 LABEL_IMPOSSIBLE = 65_535
+LEAST_LABEL_LOGPROB = -(LABEL_IMPOSSIBLE - 1) / LABEL_STEPS_PER_NAT
+"""Lower ones are stored as this."""
+MOST_LABEL_ERROR = 1e-3
+"""Half a step, or what a label above 0 by rounding loses."""
 TAIL_STEPS_PER_UNIT = 1024
 TAIL_MIDDLE = 32_768
 TAIL_NONE = 0

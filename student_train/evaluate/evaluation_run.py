@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.cache.tokenizer_files import checked_tokenizer
 from shared.recipe.recipe import StageEvaluation
 from student_train.evaluate.heldout_measure import HeldoutSet, Processes, measure_heldout
 from student_train.evaluate.quality_samples import choose_samples, load_tokenizer, student_answers
@@ -53,7 +54,7 @@ class EvaluationRun:
         self._heldout = heldout if longest is None else heldout.within(longest)
         self._packs = self._heldout.packs(pack_tokens)
         self._base, self._objective, self._attention = base, objective, attention
-        self._tokenizer = load_tokenizer(heldout.caches.caches[0].tokenizer_dir) if settings.samples else None
+        self._tokenizer = _tokenizer_of(heldout.caches.caches[0].path) if settings.samples else None
         self._samples = choose_samples(self._heldout, settings.samples, self._tokenizer) if settings.samples else []
         self._evaluations: list[dict[str, Any]] = []
         self._logs: tuple[StepLog, ...] = ()
@@ -123,6 +124,11 @@ class EvaluationRun:
 def evaluations_until(directory: Path, step: int) -> list[dict[str, Any]]:
     """Return a stage's evaluations up to a step, oldest first."""
     return [record for record in read_steps(directory / EVALUATIONS_FILE) if record["step"] <= step]
+
+
+def _tokenizer_of(cache_dir: Path) -> Any:
+    with checked_tokenizer(cache_dir) as directory:
+        return load_tokenizer(directory)
 
 
 def evaluation_line(figures: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainingArguments
 
 from shared.atomic import write_atomic
+from shared.cache.tokenizer_files import checked_tokenizer
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe, Stage
 from student_train.batch.dataset import PackDataset
@@ -205,7 +206,8 @@ def _train_loaded(
                 load_student(work.student, work.start, work.caches, seed=work.seed), work.student.adapter
             )
             load_weights(model, gathered)
-        export_student(model, work.student, work.origin, work.caches.caches[0].tokenizer_dir, work.directory)
+        with checked_tokenizer(work.caches.caches[0].path) as tokenizer_dir:
+            export_student(model, work.student, work.origin, tokenizer_dir, work.directory)
     wait_for_all()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import pickle
@@ -20,6 +19,7 @@ from shared.cache.cache import Cache, collect_garbage, verify_cache
 from shared.cache.cache_writer import CacheWriter
 from shared.errors import CacheError, DamagedError, IdentityError
 from shared.parts.part_stats import position_entropy_nats
+from tests.shared.altered import edit
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import (
     HYBRID,
@@ -171,18 +171,14 @@ def test_layer_of_the_same_identity_is_continued_whatever_its_provenance(copy: P
 def test_tokenizer_files_stay_inside_the_cache(copy: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(DamagedError, match="not the name of a tokenizer file"):
         CacheWriter.create_or_open(tmp_path / "new", SEQUENCES, {name: b"x"})
-    header = json.loads((copy / "cache.json").read_text())
-    header["tokenizer_files"][name] = {"bytes": 1, "xxh3": "00"}
-    (copy / "cache.json").write_text(json.dumps(header))
+    edit(copy / "cache.json", lambda header: header["tokenizer_files"].update({name: {"bytes": 1, "xxh3": "0" * 32}}))
     with pytest.raises(DamagedError, match="not the name of a tokenizer file"):
         opened(copy)
 
 
 def test_altered_layer_identity_is_refused(copy: Path) -> None:
     layer = copy / "targets" / f"top6-{TOP.hash8}" / "layer.json"
-    document = json.loads(layer.read_text())
-    document["identity"]["k"] = 64
-    layer.write_text(json.dumps(document))
+    edit(layer, lambda document: document["identity"].update(k=64))
     with pytest.raises(DamagedError, match="hashes to"):
         opened(copy)
 

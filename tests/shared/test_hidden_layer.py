@@ -5,7 +5,6 @@ committed.
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import pickle
@@ -27,6 +26,7 @@ from shared.identity.hidden_layers import numbered, spread_evenly
 from shared.payload.hidden import MASS_UNIT, Attention, HiddenStates, Vectors
 from shared.payload.hidden_codec import HiddenCodec
 from shared.payload.projection import projection_matrix
+from tests.shared.altered import edit
 from tests.shared.small_cache import build, tree
 
 STATES = HiddenIdentity(
@@ -294,12 +294,12 @@ def test_altered_part_is_found_by_verify_and_by_the_row(cache_path: Path) -> Non
 
 def test_altered_identity_and_another_tokenizer_are_refused(cache_path: Path) -> None:
     path = next((cache_path / "hidden").iterdir()) / "layer.json"
-    document = json.loads(path.read_text())
+    before = path.read_bytes()
     for change in ({"width": 10}, {"layers": "2"}, {"strongest": None}):
-        path.write_text(json.dumps({**document, "identity": {**document["identity"], **change}}))
-        with pytest.raises(DamagedError):
+        edit(path, lambda document, change=change: document["identity"].update(change))
+        with pytest.raises(DamagedError, match=r"hashes to|which does not fit"):
             Cache.open(cache_path, hidden=True)
-    path.write_text(json.dumps(document))
+        path.write_bytes(before)
     with pytest.raises(IdentityError, match="tokenizer"):
         add_hidden(cache_path, dataclasses.replace(STATES, tokenizer_hash="another"))
 

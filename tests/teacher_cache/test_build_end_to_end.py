@@ -98,7 +98,7 @@ def test_given_conversations_are_scored_at_the_positions_that_predict_their_answ
     rows = {cache[i].source: cache[i] for i in range(2)}
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(cache.tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(cache.path / "tokenizer")
     texts = [tokenizer.decode(rows["talk"].token_ids[start:end].tolist()) for start, end in rows["talk"].spans]
     assert texts == ["It is two.<|im_end|>", "Three apples.<|im_end|>"]
     assert rows["story"].spans.tolist() == [[1, len(rows["story"].token_ids)]]

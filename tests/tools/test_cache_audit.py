@@ -55,7 +55,7 @@ def found(world: dict[str, Path]) -> dict:
 def with_layer(world: dict[str, Path], name: str, change, **identity) -> Path:
     """Copy the cache's sequences with one layer whose targets `change(row number, targets)` gives."""
     source = Cache.open(world["cache"])
-    tokenizer = (source.tokenizer_dir / "tokenizer.json").read_bytes()
+    tokenizer = (source.path / "tokenizer" / "tokenizer.json").read_bytes()
     writer = CacheWriter.create_or_open(world["root"] / name, source.sequences_identity, {"tokenizer.json": tokenizer})
     rows = [source[i] for i in range(len(source))]
     writer.write_sequences("part-00000000-000000", [source.sequence(i) for i in range(len(source))], {})

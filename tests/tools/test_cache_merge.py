@@ -18,6 +18,8 @@ from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import sequences_dir
 from shared.errors import CacheError, DamagedError, IdentityError
 from shared.parts.records import list_records
+from shared.parts.repeated_rows import repeated_rows
+from tests.shared.altered import edit
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import (
     HYBRID,
@@ -32,7 +34,6 @@ from tests.shared.small_cache import (
     tree,
 )
 from tools import cli
-from tools.cache.cache_duplicates import repeated_rows
 from tools.cache.cache_merge import merge_caches
 
 
@@ -217,9 +218,7 @@ def test_unfinished_merge_of_other_caches_is_left_alone_and_named(inputs, tmp_pa
 def altered(path: Path, target: Path, **changes: object) -> Path:
     """A cache with other sequences identity."""
     shutil.copytree(path, target)
-    document = json.loads((target / "cache.json").read_text())
-    document["identity"].update(changes)
-    (target / "cache.json").write_text(json.dumps(document))
+    edit(target / "cache.json", lambda document: document["identity"].update(changes))
     return target
 
 

@@ -10,7 +10,7 @@ Everything is written into `.OUT.merging-JOB8` beside OUT, cache.json last, and 
 the contents
 of the inputs, so a killed merge is continued by the same command, and by no other. Cost: each byte is read once, or
 copied; memory: the commit records, one part that is written again, and what shared keys take
-(tools/cache/cache_duplicates.py).
+(shared/parts/repeated_rows.py).
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from shared.cache.layout import (
     sequences_dir,
     tokenizer_path,
 )
+from shared.cache.tokenizer_files import read_tokenizer_file
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
 from shared.identity.identity import difference
+from shared.parts.cache_files import read_bounded
 from shared.parts.jobs import create_job, job_id
-from shared.parts.parts import hash_file
-from shared.parts.records import PartRecord, json_bytes, list_records
-from shared.schema import FORMAT_VERSION
-from tools.cache.cache_duplicates import repeated_rows
+from shared.parts.records import PartRecord, list_records, sealed_json
+from shared.parts.repeated_rows import repeated_rows
+from shared.schema import FORMAT_VERSION, MAX_JSON_BYTES
 from tools.cache.part_takeover import TakeOver, rewrite_part
 from tools.cache.staged_directory import publish, refuse_existing, staging_path, unfinished
 
@@ -199,7 +200,7 @@ def _check_names(sources: Sequence[Source], chosen: set[str]) -> None:
 
 def _fingerprint(source: Source, layers: dict[str, str]) -> str:
     """Return 32 hexadecimal digits for what is taken from a cache; where it lies does not count."""
-    digest = xxhash.xxh3_128((source.path / "cache.json").read_bytes())
+    digest = xxhash.xxh3_128(read_bounded(source.path / "cache.json", MAX_JSON_BYTES))
     for record in source.records:
         digest.update(f"{record.stem} {record.xxh3}\n".encode())
     for hash8 in layers:
@@ -230,7 +231,7 @@ def _write_layers(merge: Merge) -> None:
         directory = merge.staging / "targets" / name
         make_dir(directory)
         document = {"format": FORMAT_VERSION, "identity": found[0].identity.to_json(), "provenance": provenance}
-        link_exclusive(directory / "layer.json", json_bytes(document), "layer_json", step="rename")
+        link_exclusive(directory / "layer.json", sealed_json(document), "layer_json", step="rename")
 
 
 def _write_parts(
@@ -295,19 +296,16 @@ def _write_header(merge: Merge) -> None:
     """Write tokenizer and cache.json: from now on the directory is a cache."""
     first = merge.sources[0]
     for name, entry in first.header.tokenizer_files.items():
-        path = tokenizer_path(first.path, name)
-        if hash_file(path) != (entry["xxh3"], entry["bytes"]):
-            raise DamagedError(f"{path} was altered after it was written; restore it from a copy")
         target = tokenizer_path(merge.staging, name)
         make_dir(target.parent)
-        write_atomic(target, path.read_bytes(), "tokenizer")
+        write_atomic(target, read_tokenizer_file(first.path, name, entry), "tokenizer")
     identity = first.header.identity.to_json()
     headers = [source.header.identity for source in merge.sources]
     identity["licence"] = _joined([header.licence for header in headers], " AND ")
     identity["answers"] = _joined([header.answers for header in headers], "; ")
     document = {"format": FORMAT_VERSION, "identity": identity, "tokenizer_files": first.header.tokenizer_files}
     make_dir(merge.staging / "targets")
-    write_atomic(merge.staging / "cache.json", json_bytes(document), "cache_json")
+    write_atomic(merge.staging / "cache.json", sealed_json(document), "cache_json")
 
 
 def _joined(values: Sequence[str | None], separator: str) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.cache import Cache
+from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import CacheError
 from shared.payload.targets import SparseTargets
 
@@ -30,7 +31,7 @@ def row_document(cache: Cache, index: int, top: int) -> dict[str, Any]:
     if index >= len(cache):
         raise CacheError(f"{cache.path} has {len(cache):,} rows, so there is no row {index}; rows count from 0")
     row = cache[index]
-    text_of, note = _token_texts(cache.tokenizer_dir)
+    text_of, note = _token_texts(cache.path)
     labels, predictors = row.labels(), row.predictor_index()
     tokens: list[dict[str, Any]] = []
     for s, (label, predictor) in enumerate(zip(labels.tolist(), predictors.tolist(), strict=True)):
@@ -125,17 +126,19 @@ def _shortened(text: str) -> str:
     return line if len(line) <= MOST_TEXT else f"{line[: MOST_TEXT // 2]} ... {line[-MOST_TEXT // 2 :]}"
 
 
-def _token_texts(directory: Path) -> tuple[Callable[[int], str], str | None]:
+def _token_texts(cache_dir: Path) -> tuple[Callable[[int], str], str | None]:
     """Return how to write a token, and a note where only ids can be shown."""
-    path = directory / "tokenizer.json"
+    path = cache_dir / "tokenizer" / "tokenizer.json"
     try:
         from tokenizers import Tokenizer
     except ImportError:
         return str, "ids are shown, because the library `tokenizers` is not installed (pip install tokenizers)"
-    if not path.is_file():
-        return str, f"ids are shown, because {path} does not exist"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(read_tokenizer_files(cache_dir)["tokenizer.json"])
+    except KeyError:
+        return str, f"ids are shown, because {path} does not exist"
+    except CacheError as error:
+        return str, f"ids are shown, because of the tokenizer: {error}"
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
         return str, f"ids are shown, because {path} is not for the installed `tokenizers`: {str(error).splitlines()[0]}"
     return lambda i: json_text(tokenizer.decode([i], skip_special_tokens=False)), None

@@ -27,10 +27,10 @@ from shared.parts.jobs import create_job, job_id
 from shared.parts.part_stats import targets_stats
 from shared.parts.parts import commit_part, hash_file
 from shared.parts.records import list_records, read_json
+from shared.parts.repeated_rows import repeated_rows
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.codec import Codec
 from shared.schema import MAX_ROWS_PER_PART, MAX_TOKENIZER_FILE_BYTES, STEM_PATTERN, TARGETS
-from tools.cache.cache_duplicates import repeated_rows
 from tools.cache.parquet_columns import (
     EXPORT_FORMAT,
     METADATA_FILE,

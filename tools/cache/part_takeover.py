@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from shared.atomic import fill_exclusive, fsync_dir, write_atomic
 from shared.cache.layout import Layer
 from shared.errors import CacheError, DamagedError
+from shared.parts.cache_files import open_regular
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.part_stats import sequences_stats, targets_stats
 from shared.parts.parts import check_file, commit_part, hash_file
-from shared.parts.records import PartRecord, json_bytes, read_json, read_record
+from shared.parts.records import PartRecord, read_json, read_record, sealed_json
 from shared.parts.sequences import SequenceRow, rows_to_table
 from shared.schema import TARGETS
 
@@ -63,7 +64,7 @@ class TakeOver:
         if not (not self.copy and self._link(directory, record, final)):
             self._copy(directory, record, final, what)
         document = {**read_json(directory / f"{record.stem}.json"), "stem": stem}
-        write_atomic(record_path, json_bytes(document), f"{what}_record")
+        write_atomic(record_path, sealed_json(document), f"{what}_record")
 
     def _link(self, directory: Path, record: PartRecord, final: Path) -> bool:
         """Link a part after comparing it with its checksum; False where the file system cannot."""
@@ -88,7 +89,7 @@ class TakeOver:
 
         def fill(target: BinaryIO) -> None:
             digest = xxhash.xxh3_128()
-            with path.open("rb") as source:
+            with open_regular(path) as source:
                 while piece := source.read(_COPY_BYTES):
                     digest.update(piece)
                     target.write(piece)

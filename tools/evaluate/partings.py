@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from shared.cache.cache import Cache
+from shared.cache.tokenizer_files import read_tokenizer_files
 from student_train.student.student_head import body_of, head_of
 
 MOST_PARTINGS = 12
@@ -100,5 +101,5 @@ def _decoder(cache: Cache) -> Any:
     """Return how to write token ids: the cache's tokenizer, special tokens included."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(cache.tokenizer_dir / "tokenizer.json"))
+    tokenizer = Tokenizer.from_buffer(read_tokenizer_files(cache.path)["tokenizer.json"])
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
