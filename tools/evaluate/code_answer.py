@@ -18,10 +18,22 @@ import textwrap
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*[\w+.-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
+_FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+[\w, \t]+\n", re.MULTILINE)
+
+
+def preamble_of(prompt: str, entry_point: str) -> str:
+    r"""Return what a prompt has before the function that it asks for: its imports and helpers.
+
+    >>> preamble_of("import math\n\n@cached\ndef f(x):\n", "f")
+    'import math\n\n'
+    """
+    last = list(_definition(entry_point).finditer(prompt))
+    return re.sub(r"(?:^[ \t]*@.*\n)+\Z", "", prompt[: last[-1].start()], flags=re.MULTILINE) if last else ""
+
 
 def program_of(prompt: str, answer: str, entry_point: str) -> str:
     """Return source that defines `entry_point` if the answer contains it at all."""
-    definition = re.compile(rf"^[ \t]*(?:async[ \t]+)?def[ \t]+{re.escape(entry_point)}[ \t]*\(", re.MULTILINE)
+    definition = _definition(entry_point)
     answer = answer.replace("\r\n", "\n")
     blocks = [match.group(1) for match in _FENCE.finditer(answer)]
     defining = [block for block in blocks if definition.search(block)]
@@ -29,9 +41,13 @@ def program_of(prompt: str, answer: str, entry_point: str) -> str:
     found = definition.search(code)
     if found is None:
         return prompt + _body(code)
-    last = list(definition.finditer(prompt))
-    preamble = prompt[: last[-1].start()] if last else ""
-    return f"{preamble}\n{_whole_functions(textwrap.dedent(code), bool(blocks))}"
+    whole = _whole_functions(textwrap.dedent(code), bool(blocks))
+    futures = _FUTURE.findall(whole)  # Python wants them before the preamble
+    return "".join(futures) + f"{preamble_of(prompt, entry_point)}\n{_FUTURE.sub('', whole)}"
+
+
+def _definition(entry_point: str) -> re.Pattern[str]:
+    return re.compile(rf"^[ \t]*(?:async[ \t]+)?def[ \t]+{re.escape(entry_point)}[ \t]*\(", re.MULTILINE)
 
 
 def _body(code: str) -> str:

@@ -1,20 +1,25 @@
 """Functions to write, in HumanEval's published shape: {"task_id", "prompt", "entry_point", "canonical_solution",
 "test"}.
 
-An answer passes when the problem's own `check(function)` runs to its end in the sandbox. pass@k over n samples with c
-correct ones is the unbiased 1 - C(n-c, k) / C(n, k); the score is pass@1. Chen et al., Evaluating Large Language Models
-Trained on Code (2107.03374).
-Only the standard library can be imported. Cost: one interpreter start per answer, 30-50 ms, two at a time.
+An answer passes when the problem's own `check(function)` runs to its end in the sandbox. The answer's code is in
+another process than the tests, and only data crosses (`function_calls`): nothing that it defines, patches or looks
+into can change the verdict, and a function that is to change its argument in place, or takes or returns a function,
+cannot be tested.
+
+pass@k over n samples with c correct ones is the unbiased 1 - C(n-c, k) / C(n, k); the score is pass@1. Chen et al.,
+Evaluating Large Language Models Trained on Code (2107.03374).
+Only the standard library can be imported. Cost: two interpreter starts per answer, 60-100 ms, two at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from tools.evaluate import sandbox
-from tools.evaluate.code_answer import program_of
+from tools.evaluate import function_calls, sandbox
+from tools.evaluate.code_answer import preamble_of, program_of
 from tools.evaluate.questions import Question, Score, text_column
 
 METRIC = "pass@1: the function passes its tests"
@@ -30,13 +35,16 @@ def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
     return text_column(row, "prompt"), text_column(row, "canonical_solution")
 
 
-def program(question: Question, answer: str) -> str:
-    """Return the program that passes if the answer is right."""
-    row = question.row
-    function = program_of(row["prompt"], answer, row["entry_point"])
-    # The tests come through a string, so that an answer with an open quote or bracket cannot swallow them.
-    tests = f"exec(compile({row['test']!r}, 'tests', 'exec'), globals())\ncheck({row['entry_point']})"
-    return f"exec(compile({function!r}, 'answer', 'exec'), globals())\n{tests}\n"
+def programs(question: Question, answer: str) -> tuple[str, str]:
+    """Return the program that passes if the answer is right, and the one beside it that has the answer's code."""
+    row, calls = question.row, Path(function_calls.__file__).read_text(encoding="utf-8")
+    helpers = preamble_of(row["prompt"], row["entry_point"])
+    tests = f"""
+function = execute("tests", {helpers!r})[{row["entry_point"]!r}] = caller(PIPES)
+execute("tests", {row["test"]!r})["check"](function)
+"""
+    code = program_of(row["prompt"], answer, row["entry_point"])
+    return calls + tests, f"{calls}\nserve(execute('answer', {code!r})[{row['entry_point']!r}], PIPES)\n"
 
 
 def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool = False) -> list[Score]:
@@ -46,7 +54,7 @@ def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool
         EvaluationError: no sandbox works on this machine and the user did not allow code without one.
     """
     mechanism = sandbox.require(allow_unsafe_code)
-    verdicts = sandbox.run_many([program(question, answer) for question, answer in pairs], mechanism=mechanism)
+    verdicts = sandbox.run_many([programs(question, answer) for question, answer in pairs], mechanism=mechanism)
     return [Score(float(verdict.passed), verdict.reason) for verdict in verdicts]
 
 

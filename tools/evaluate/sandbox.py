@@ -8,8 +8,9 @@ read or write anything but the Python installation and its own directory. Walls,
 Each is believed only after a probe that tries to get out. These hold for root, too: RLIMIT_NPROC does not stop root, a
 filter does.
 
-A program that digs its verdict's nonce out of the interpreter that runs it can claim to have passed: scores are meant
-for models that answer, not for opponents. Nothing else that it does leaves the walls.
+A program can say of itself that it passed (it can dig its verdict's nonce out of the interpreter that runs it). So
+code that is to be judged runs `beside` its judge, each behind its own walls, and only data crosses between them
+(`function_calls`).
 
 Cost: about 30 ms a program with Landlock, 40 ms with bubblewrap; `run_many` keeps two at work.
 """
@@ -17,14 +18,10 @@ Cost: about 30 ms a program with Landlock, 40 ms with bubblewrap; `run_many` kee
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import platform
-import secrets
-import selectors
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -37,35 +34,16 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
+from tools.evaluate import scratch_directory
+from tools.evaluate.confined_process import Confined, Limits, watch
 from tools.evaluate.sandbox_filter import seccomp_filter
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/nix/store")
 _FILES = ("/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom")
-_TICK_SECONDS = 0.05
-_START_SECONDS = 20.0
-"""Longest start of an interpreter on a busy machine."""
-_WALL_PER_CPU = 3.0
-"""Wall seconds allowed per second of processor time, so that a busy machine does not decide who passes."""
 
 UNSAFE = "none"
 """The mechanism named when the user allowed code without walls."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one program may use."""
-
-    seconds: float = 5.0
-    """Processor time; three times as much wall time after the start."""
-    memory_bytes: int = 512 << 20
-    """Address space."""
-    file_bytes: int = 8 << 20
-    """Any one file, and four times that for all files together."""
-    num_files: int = 256
-    """Files and directories in its directory."""
-    output_bytes: int = 1 << 20
-    """Standard output and error together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,28 +86,89 @@ def available() -> str | None:
     return None
 
 
-def run(code: str, limits: Limits | None = None, mechanism: str | None = None) -> Verdict:
-    """Run one program to its end or its limits.
+def run(code: str, limits: Limits | None = None, mechanism: str | None = None, beside: str | None = None) -> Verdict:
+    """Run one program to its end or its limits; its end is the verdict.
+
+    With `beside`, a second program runs behind walls of its own at the same time; in both, `PIPES` are two descriptors
+    (read, write) to the other. The second cannot touch the first, its files or its verdict, only answer it.
 
     Raises:
-        EvaluationError: the walls could not be put up; the program did not run.
+        EvaluationError: the walls could not be put up; no program ran.
     """
-    limits = limits or Limits()
+    limits, started = limits or Limits(), time.monotonic()
     mechanism = mechanism or require()
-    scratch = Path(tempfile.mkdtemp(prefix="decant-sandbox-"))
+    codes = [code] if beside is None else [code, beside]
+    scratches: list[Path] = []
     try:
-        return _run_in(scratch, code, limits, mechanism)
+        try:
+            scratches += [Path(tempfile.mkdtemp(prefix="decant-sandbox-")) for _ in codes]
+        except OSError as error:
+            raise EvaluationError(f"the sandbox has no directory to run a program in: {error}") from error
+        reason = _run_in(scratches, codes, limits, mechanism)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        left = [sentence for scratch in scratches if (sentence := _remove(scratch))]
+    reason = reason or next(iter(left), "")
+    return Verdict(not reason, reason, time.monotonic() - started)
 
 
 def run_many(
-    programs: Sequence[str], limits: Limits | None = None, mechanism: str | None = None, workers: int = 2
+    programs: Sequence[str | tuple[str, str]],
+    limits: Limits | None = None,
+    mechanism: str | None = None,
+    workers: int = 2,
 ) -> list[Verdict]:
-    """Run programs, `workers` at a time; verdicts come in the order of the programs."""
+    """Run programs, or pairs of one and the one beside it, `workers` at a time; verdicts come in their order."""
     mechanism = mechanism or require()
+
+    def verdict_of(program: str | tuple[str, str]) -> Verdict:
+        code, beside = (program, None) if isinstance(program, str) else program
+        try:
+            return run(code, limits, mechanism, beside)
+        except EvaluationError:
+            raise  # of this machine, not of this program
+        except Exception as error:  # noqa: BLE001 - one program's doing must not cost the others their verdicts
+            return Verdict(False, f"it could not be judged: {type(error).__name__}: {error}"[:400], 0.0)
+
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        return list(pool.map(lambda code: run(code, limits, mechanism), programs))
+        return list(pool.map(verdict_of, programs))
+
+
+def _remove(scratch: Path) -> str:
+    try:
+        scratch_directory.remove(scratch)
+    except OSError as error:
+        return f"left {scratch}, which cannot be removed: {error.strerror}"
+    return ""
+
+
+def _run_in(scratches: Sequence[Path], codes: Sequence[str], limits: Limits, mechanism: str) -> str:
+    """Return what became of the first program: empty where it came to its end."""
+    ends = [(), ()] if len(codes) == 1 else _pipes()
+    programs: list[Confined] = []
+    try:
+        try:
+            for scratch, code, pipes in zip(scratches, codes, ends, strict=False):
+                job = _job(mechanism, scratch, code, limits)
+                programs.append(Confined.start(_command(mechanism, scratch), job, scratch, pipes))
+        finally:
+            for descriptor in (*ends[0], *ends[1]):
+                os.close(descriptor)
+        stopped = watch(programs, limits)
+    finally:
+        for program in programs:
+            program.stop()
+    failures = [program.failure() for program in programs]
+    if stopped or failures[0] == "":
+        return stopped
+    if failures[0] is not None and failures[0].startswith("Broken:") and len(programs) == 2:
+        return failures[1] or (programs[1].death() if failures[1] is None else failures[0])
+    return failures[0] or programs[0].death()
+
+
+def _pipes() -> list[tuple[int, int]]:
+    """Return (read, write) of each of two programs that are to talk."""
+    (read_first, write_second), (read_second, write_first) = os.pipe(), os.pipe()
+    return [(read_first, write_first), (read_second, write_second)]
 
 
 def _readable() -> list[str]:
@@ -138,14 +177,13 @@ def _readable() -> list[str]:
     return [str(path) for path in dict.fromkeys([*own, *stdlib, *_LIBRARIES, *_FILES]) if Path(path).exists()]
 
 
-def _command(mechanism: str, scratch: Path, verdict_fd: int) -> list[str]:
+def _command(mechanism: str, scratch: Path) -> list[str]:
     # -E is left out on purpose: the environment is ours, and PYTHONHASHSEED makes the order of sets the same in every
     # run.
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     python = [interpreter, "-s", "-P", "-S", "-B", "-X", "utf8"]
-    child = [str(_CHILD), str(verdict_fd)]
     if mechanism != "bubblewrap":
-        return [*python, *child]
+        return [*python, str(_CHILD)]
     binds = [
         word
         for path in [*_readable(), str(_CHILD)]
@@ -155,7 +193,7 @@ def _command(mechanism: str, scratch: Path, verdict_fd: int) -> list[str]:
     walls = ["--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     walls += ["--setenv", "PYTHONHASHSEED", "0"]
     places = ["--dev", "/dev", "--bind", str(scratch), str(scratch), "--chdir", str(scratch)]
-    return [str(shutil.which("bwrap")), *walls, *binds, *places, "--", *python, *child]
+    return [str(shutil.which("bwrap")), *walls, *binds, *places, "--", *python, str(_CHILD)]
 
 
 @functools.cache
@@ -165,12 +203,11 @@ def _landlock_works() -> bool:
     return found.returncode == 0 and int(found.stdout or 0) > 0
 
 
-def _job(mechanism: str, scratch: Path, code: str, limits: Limits, nonce: str) -> dict[str, Any]:
+def _job(mechanism: str, scratch: Path, code: str, limits: Limits) -> dict[str, Any]:
     filter_bytes = seccomp_filter(platform.machine()) if sys.platform == "linux" else None
     cpu_seconds = max(1, math.ceil(limits.seconds))
     return {
         "code": code,
-        "nonce": nonce,
         "parent": None if mechanism == "bubblewrap" else os.getpid(),
         "unsafe": mechanism == UNSAFE,
         "landlock": _landlock_works() if mechanism == "bubblewrap" else mechanism == "landlock+seccomp",
@@ -185,129 +222,6 @@ def _job(mechanism: str, scratch: Path, code: str, limits: Limits, nonce: str) -
             "RLIMIT_CORE": 0,
         },
     }
-
-
-def _run_in(scratch: Path, code: str, limits: Limits, mechanism: str) -> Verdict:
-    started, nonce = time.monotonic(), secrets.token_hex(16)
-    job = json.dumps(_job(mechanism, scratch, code, limits, nonce)).encode("utf-8", errors="replace")
-    verdict_fd, child_fd = os.pipe()
-    try:
-        process = subprocess.Popen(  # noqa: S603 - confining it is this module's purpose
-            _command(mechanism, scratch, child_fd),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=scratch,
-            env={"PYTHONHASHSEED": "0"},
-            pass_fds=(child_fd,),
-            start_new_session=True,
-        )
-    except OSError as error:
-        os.close(verdict_fd)
-        raise EvaluationError(f"the sandbox ({mechanism}) could not start: {error}") from error
-    finally:
-        os.close(child_fd)
-    try:
-        _send(process, job)
-        stopped, output, message = _watch(process, verdict_fd, scratch, limits)
-    finally:
-        _kill(process)
-        os.close(verdict_fd)
-    return _judge(stopped, output, message, nonce, process.returncode, time.monotonic() - started)
-
-
-def _send(process: subprocess.Popen[bytes], job: bytes) -> None:
-    assert process.stdin is not None
-    try:
-        process.stdin.write(job)
-        process.stdin.close()
-    except BrokenPipeError:
-        return  # it died first; the missing verdict says so
-
-
-def _watch(
-    process: subprocess.Popen[bytes], verdict_fd: int, scratch: Path, limits: Limits
-) -> tuple[str, bytes, bytes]:
-    """Read until the program ends or breaks a limit; return which (empty: none), its first output and the verdict's
-    bytes.
-    """
-    assert process.stdout is not None
-    output, message, num_output_bytes = b"", b"", 0
-    deadline = time.monotonic() + _START_SECONDS
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        selector.register(verdict_fd, selectors.EVENT_READ)
-        next_look = time.monotonic() + _TICK_SECONDS
-        while selector.get_map():
-            for key, _ in selector.select(_TICK_SECONDS):
-                chunk = os.read(key.fd, 1 << 16)
-                if not chunk:
-                    selector.unregister(key.fileobj)
-                elif key.fd == verdict_fd:
-                    if not message:
-                        deadline = time.monotonic() + _WALL_PER_CPU * limits.seconds
-                    message = (message + chunk)[: 1 << 14]
-                else:
-                    num_output_bytes += len(chunk)
-                    output = (output + chunk)[: 1 << 12]
-            if num_output_bytes > limits.output_bytes:
-                return f"printed more than {limits.output_bytes} bytes", output, message
-            if time.monotonic() > deadline:
-                return "ran out of time", output, message
-            if time.monotonic() > next_look:
-                if too_full := _too_full(scratch, limits):
-                    return too_full, output, message
-                next_look = time.monotonic() + _TICK_SECONDS
-    return "", output, message
-
-
-def _too_full(scratch: Path, limits: Limits) -> str:
-    num_bytes = 0
-    waiting, num_entries = [scratch], 0
-    while waiting:
-        try:
-            entries = list(os.scandir(waiting.pop()))
-            num_entries += len(entries)
-            num_bytes += sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
-            waiting += [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
-        except FileNotFoundError:
-            continue  # the program removed it meanwhile
-        if num_entries > limits.num_files:
-            return f"made more than {limits.num_files} files"
-    return f"wrote more than {4 * limits.file_bytes} bytes" if num_bytes > 4 * limits.file_bytes else ""
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            process.kill()
-    process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
-
-
-def _judge(stopped: str, output: bytes, message: bytes, nonce: str, status: int, seconds: float) -> Verdict:
-    try:
-        verdict = json.loads(message) if message.strip() else {}
-    except ValueError:
-        verdict = {}
-    if not isinstance(verdict, dict) or verdict.get("nonce") != nonce:
-        text = output.decode("utf-8", errors="replace").strip().splitlines()
-        reason = stopped or _death(status, text[-1][:200] if text else "")
-        return Verdict(False, reason, seconds)
-    if not verdict["confined"]:
-        raise EvaluationError(f"the sandbox could not confine a program and did not run it: {verdict['error']}")
-    return Verdict(not verdict["error"], str(verdict["error"]), seconds)
-
-
-def _death(status: int, last_line: str) -> str:
-    if status == -signal.SIGXCPU or status == 128 + signal.SIGXCPU:
-        return "ran out of processor time"
-    if status < 0:
-        return f"killed by signal {-status}"
-    return f"left without a verdict (status {status}) {last_line}".strip()
 
 
 def _holds(mechanism: str) -> bool:
