@@ -53,6 +53,14 @@ class EvaluationError(DecantError):
     """A model cannot be evaluated or a report cannot be built."""
 
 
+class ModelError(EngineError, TrainingError, EvaluationError):
+    """A model, tokenizer or adapter that the recipe names is not there, not whole or of another kind, whoever wanted to
+    load it.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, or its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

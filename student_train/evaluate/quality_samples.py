@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.models import files as model_files
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.student.row_attention import switch_attention
 
@@ -83,9 +84,7 @@ def student_answers(
 
 def load_tokenizer(directory: Path) -> Any:
     """Load the cache's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(directory))
+    return model_files.load_tokenizer(directory, trust_remote_code=False)
 
 
 def _end_tokens(base: Any, tokenizer: Any) -> list[int]:

@@ -111,7 +111,8 @@ def fit_first_step(work: Any, trainer: Any, base: Any, write_to: Path | None) ->
     batch = collate([trainer.train_dataset[i] for i in packs])
     trainer.prepare_terms()
     measure = _of_all(lambda recomputes: measured_pass(trainer, base, batch, recomputes=recomputes))
-    first = check_first_step(work.stage, work.student, shape_of(base.config), card, measure)
+    shape = shape_of(base.config, trust_remote_code=work.student.trust_remote_code)
+    first = check_first_step(work.stage, work.student, shape, card, measure)
     if write_to is not None:
         write_atomic(write_to, json.dumps(asdict(first), indent=1).encode(), what="memory")
     return first

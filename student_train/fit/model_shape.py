@@ -35,13 +35,13 @@ class ModelShape:
     """Embeddings and head are one weight."""
 
 
-def shape_of(config: Any) -> ModelShape:
+def shape_of(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
     """Return the sizes of the model that a transformers config describes, without allocating it."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = head.weight is embeddings.weight or bool(text.tie_word_embeddings)

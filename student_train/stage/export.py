@@ -15,6 +15,8 @@ from typing import Any
 
 from shared.atomic import fsync_dir
 from shared.failpoints import failpoint
+from shared.models.files import load_tokenizer
+from shared.models.loading import load_causal_lm
 from shared.recipe.recipe import Student
 from student_train.records.checkpoints import fsync_tree
 
@@ -70,24 +72,25 @@ def export_student(
 
 def _merged_from_disk(student: Student, start: str, adapter_dir: Path) -> Any:
     """Return the unquantised start model with the adapter merged: merging into 4-bit weights would round once more."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     from student_train.student.student import DTYPES
 
-    base = AutoModelForCausalLM.from_pretrained(
-        start, revision=student.revision, dtype=DTYPES[student.dtype], trust_remote_code=student.trust_remote_code
+    return load_causal_lm(
+        start,
+        what="the student",
+        revision=None if Path(start).is_dir() else student.revision,
+        trust_remote_code=student.trust_remote_code,
+        adapter=adapter_dir,
+        dtype=DTYPES[student.dtype],
     )
-    return PeftModel.from_pretrained(base, str(adapter_dir)).merge_and_unload()
 
 
 def set_generation(model: Any, tokenizer_dir: Path) -> None:
     """Give a model the end and padding tokens of the cache's tokenizer, and its cache back, which training switched
     off.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=False)
     model.config.use_cache = True
     generation = getattr(model, "generation_config", None) or GenerationConfig()
     before = generation.eos_token_id

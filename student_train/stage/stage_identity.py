@@ -18,6 +18,8 @@ from shared.errors import TrainingError
 from shared.identity.grown import first_difference
 from shared.identity.identity import weights_hash
 from shared.keys import canonical_json
+from shared.models.files import load_config
+from shared.models.load_report import loading
 from shared.recipe.base import Section
 from shared.recipe.recipe import Student
 from student_train.stage.stage_work import StageWork
@@ -77,11 +79,8 @@ def stage_identity(work: StageWork, *, only_moved: bool = False) -> dict[str, An
 def start_identity(student: Student, start: Path | None, seed: int) -> str:
     """Return what the starting weights are: a hash of them, a hub's commit, or the seed and config of fresh ones."""
     if start is None and student.init == "random":
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(
-            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
-        )
+        trust = student.trust_remote_code
+        config = load_config(student.model, what="the student", revision=student.revision, trust_remote_code=trust)
         volatile = ("transformers_version", "_name_or_path")
         document = {name: value for name, value in config.to_dict().items() if name not in volatile}
         text = json.dumps(document, sort_keys=True, default=str)
@@ -92,7 +91,8 @@ def start_identity(student: Student, start: Path | None, seed: int) -> str:
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
-    path = cached_file(student.model, "config.json", revision=student.revision)
+    with loading(f"the student '{student.model}'"):
+        path = cached_file(student.model, "config.json", revision=student.revision)
     return f"{student.model} at {extract_commit_hash(path, None)}"
 
 

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
-from shared.errors import IdentityError, TrainingError
+from shared.errors import IdentityError, ModelError, TrainingError
 from shared.identity.identity import tokenizer_hash
+from shared.models.files import load_config, load_tokenizer
+from shared.models.load_report import loading
+from shared.models.loading import load_causal_lm
 from shared.recipe.recipe import Adapter, Student
 
 _OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -35,27 +38,22 @@ def load_student(student: Student, start: Path | None, cache: Any, *, seed: int 
 
     Raises:
         IdentityError: its tokenizer is not the cache's.
-        TrainingError: it cannot be loaded, or bitsandbytes is missing for a 4-bit one.
+        TrainingError: it cannot be loaded or lacks weights, or bitsandbytes is missing for a 4-bit one.
     """
-    from transformers import AutoModelForCausalLM
-
     quantization = _quantization(student)
     if student.init == "random" and start is None:
         return _fresh(student, cache, seed)
     source, revision = (str(start), None) if start is not None else (student.model, student.revision)
-    check_tokenizer(source, revision, cache, required=True)
+    check_tokenizer(student, source, revision, cache, required=True)
     settings: dict[str, Any] = {"dtype": DTYPES[student.dtype], "attn_implementation": student.attention}
     if quantization is not None:
         settings |= {
             "quantization_config": quantization,
             "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         }
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, trust_remote_code=student.trust_remote_code, **settings
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load(source, error) from None
+    model = load_causal_lm(
+        source, what="the student", revision=revision, trust_remote_code=student.trust_remote_code, **settings
+    )
     if quantization is not None:
         _keep_gradients(model)
     return model.train()
@@ -72,45 +70,28 @@ def _keep_gradients(model: Any) -> None:
 
 def _fresh(student: Student, cache: Any, seed: int) -> Any:
     """Return a model with weights drawn from `seed`, in the config of `student.model`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    check_tokenizer(student.model, student.revision, cache, required=False)
-    try:
-        config = AutoConfig.from_pretrained(
-            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise _cannot_load(student.model, error) from None
+    trust = student.trust_remote_code
+    check_tokenizer(student, student.model, student.revision, cache, required=False)
+    config = load_config(student.model, what="the student", revision=student.revision, trust_remote_code=trust)
     config.get_text_config().vocab_size = cache.vocab_size
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=DTYPES[student.dtype],
-                attn_implementation=student.attention,
-                trust_remote_code=student.trust_remote_code,
-            )
-    except (ValueError, ImportError) as error:
-        raise _cannot_load(student.model, error) from None
+    with loading(f"the student '{student.model}'"), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[student.dtype], attn_implementation=student.attention, trust_remote_code=trust
+        )
     return model.train()
 
 
-def _cannot_load(source: str, error: Exception) -> TrainingError:
-    reason = " ".join(str(error).split())[:300]
-    return TrainingError(
-        f"the student '{source}' cannot be loaded as a language model: {reason}; correct the student section"
-    )
-
-
-def check_tokenizer(source: str, revision: str | None, cache: Any, *, required: bool) -> None:
+def check_tokenizer(student: Student, source: str, revision: str | None, cache: Any, *, required: bool) -> None:
     """Refuse a student whose tokenizer is not the cache's.
 
     Raises:
         IdentityError: the tokenizers differ.
         TrainingError: the student has none although one is `required`.
     """
-    found = student_tokenizer_hash(source, revision, cache.tokenizer_hash)
+    found = student_tokenizer_hash(source, revision, cache.tokenizer_hash, trust_remote_code=student.trust_remote_code)
     if found is None:
         if required:
             raise TrainingError(
@@ -126,7 +107,9 @@ def check_tokenizer(source: str, revision: str | None, cache: Any, *, required: 
         )
 
 
-def student_tokenizer_hash(source: str, revision: str | None = None, wanted: str | None = None) -> str | None:
+def student_tokenizer_hash(
+    source: str, revision: str | None = None, wanted: str | None = None, *, trust_remote_code: bool
+) -> str | None:
     """Return the hash of a model's tokenizer, or None where it has none.
 
     For some types of models transformers puts the type's own normaliser and pre-tokeniser over those of the file, and a
@@ -147,19 +130,19 @@ def student_tokenizer_hash(source: str, revision: str | None = None, wanted: str
     path = find("tokenizer.json")
     if path is not None:
         found = tokenizer_hash(Path(path).read_bytes())
-        return found if wanted in (None, found) or _loaded_tokenizer_hash(source, revision) != wanted else wanted
+        if wanted in (None, found) or _loaded_tokenizer_hash(source, revision, trust_remote_code) != wanted:
+            return found
+        return wanted
     if not any(find(name) for name in _OTHER_TOKENIZERS):  # transformers would make an empty one up from the config
         return None
-    return _loaded_tokenizer_hash(source, revision)
+    return _loaded_tokenizer_hash(source, revision, trust_remote_code)
 
 
-def _loaded_tokenizer_hash(source: str, revision: str | None) -> str | None:
+def _loaded_tokenizer_hash(source: str, revision: str | None, trust_remote_code: bool) -> str | None:
     """Return the hash of a tokenizer as transformers loads it, or None where it does not load."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, ImportError):
+        tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    except ModelError:
         return None
     inner = getattr(tokenizer, "backend_tokenizer", None)
     return None if inner is None else tokenizer_hash(inner.to_str().encode())

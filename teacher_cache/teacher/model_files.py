@@ -7,13 +7,13 @@ Cost: small JSON files; a hub id is downloaded once by `huggingface_hub` into it
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EngineError
+from shared.errors import EngineError, ModelError
+from shared.models import files as text_files
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
@@ -78,7 +78,7 @@ class ModelFiles:
     def _integer(self, key: str) -> int:
         value = self.text_config.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise EngineError(f"{self.directory / 'config.json'}: `{key}` is {value!r}; expected a positive integer")
+            raise ModelError(f"{self.directory / 'config.json'}: `{key}` is {value!r}; expected a positive integer")
         return value
 
 
@@ -91,7 +91,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelFiles:
     directory = Path(model).expanduser()
     if directory.is_dir():
         if revision is not None:
-            raise EngineError(
+            raise ModelError(
                 f"{model}: `revision: {revision}` is set but the model is a directory; leave the revision out"
             )
         commit = None
@@ -106,18 +106,9 @@ def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any
     Raises:
         EngineError: there is none, or it is not a fast one (spans and identity need `tokenizer.json`).
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a thread pool only costs hand-overs
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(files.directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the library raises whatever a broken file makes it raise
-        reason = " ".join(str(error).split())[:300]
-        raise EngineError(
-            f"{files.directory}: the tokenizer cannot be loaded ({reason}); expected tokenizer.json there"
-        ) from error
+    tokenizer = text_files.load_tokenizer(files.directory, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "is_fast", False):
-        raise EngineError(f"{files.directory}: the tokenizer has no tokenizer.json form; expected a fast tokenizer")
+        raise ModelError(f"{files.directory}: the tokenizer has no tokenizer.json form; expected a fast tokenizer")
     return tokenizer
 
 
@@ -152,19 +143,19 @@ def _download(model: str, revision: str | None) -> tuple[Path, str]:
         found = Path(snapshot_download(model, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, *SMALL_PATTERNS]))
     except Exception as error:  # offline, missing, forbidden, not a valid id: none of them gives a model
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise EngineError(f"{model}: neither a model directory nor a hub id that can be fetched ({reason})") from error
+        raise ModelError(f"{model}: neither a model directory nor a hub id that can be fetched ({reason})") from error
     return found, found.name
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise EngineError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; expected a model's config")
+            raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; expected a model's config")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EngineError(
+        raise ModelError(
             f"{path}: cannot be read as a model's config ({error}); expected a model directory of transformers"
         ) from error
     if not isinstance(value, dict):
-        raise EngineError(f"{path}: holds no object; expected a model's config")
+        raise ModelError(f"{path}: holds no object; expected a model's config")
     return value

@@ -156,7 +156,7 @@ def test_unknown_student_is_refused_and_stated_sizes_are_named():
     assert "assume.student" in card_text(stated)
     bare = recipe("0.6B").model_copy(update={"assume": Recipe.model_fields["assume"].default})
     with pytest.raises(
-        TrainingError, match=r"config of the student '\./not-here' cannot be read .*assume\.student\.config"
+        TrainingError, match=r"config of the student '\./not-here' cannot be loaded: .*assume\.student\.config"
     ):
         plan_card(bare, 24 * GIB)
 

@@ -161,7 +161,7 @@ def _student(settings: AuditSettings, cache: Cache) -> Any:
 
     files = resolve_model(settings.student)
     wanted = cache.sequences_identity.tokenizer_hash
-    found = student_tokenizer_hash(str(files.directory), None, wanted)
+    found = student_tokenizer_hash(str(files.directory), None, wanted, trust_remote_code=settings.trust_remote_code)
     if found is not None and found != wanted:
         raise IdentityError(
             f"{settings.student} has tokenizer {found} and {cache.path} has {wanted}; name another with --student DIR"

@@ -27,11 +27,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from shared.cache.cache import Cache
 from shared.errors import EvaluationError, UsageError
+from shared.models.loading import load_causal_lm
 from shared.progress import Progress
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
@@ -122,7 +122,7 @@ def dense_kl(teacher: Any, student: Any, cache: Cache, fraction: float) -> float
 
 def load(directory: Path | str) -> Any:
     """Load a model in float32, to be asked and not trained."""
-    return AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
+    return load_causal_lm(directory, what="the model", trust_remote_code=False, dtype=torch.float32).eval()
 
 
 def train(recipe: Recipe, teacher: Any | None) -> Path:

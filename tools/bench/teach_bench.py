@@ -107,11 +107,11 @@ def _run_model(model: str, rounds: int) -> dict[str, dict[str, float]]:
 def _random_model(scratch: Path) -> Path:
     """Save a Qwen3 of 26 million random weights with the demo's tokenizer."""
     import torch
-    from transformers import AutoTokenizer
 
+    from shared.models.files import load_tokenizer
     from tools.demo.train_models import PLANS, new_model
 
-    tokenizer = AutoTokenizer.from_pretrained("data/demo/teacher")
+    tokenizer = load_tokenizer("data/demo/teacher", trust_remote_code=False)
     plan = replace(
         PLANS["teacher"],
         hidden_size=512,

@@ -176,9 +176,9 @@ def main() -> None:
     for name in [arguments.only] if arguments.only else ["teacher", "student"]:
         folder = arguments.output_dir / name
         train(PLANS[name], tokenizer, folder, arguments.evaluate_every)
-        from transformers import AutoModelForCausalLM
+        from shared.models.loading import load_causal_lm
 
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        saved = load_causal_lm(folder, what="the model", trust_remote_code=False, dtype=torch.float32).eval()
         print(f"{name}, as saved: {json.dumps(task_scores(saved, tokenizer))}", flush=True)
 
 

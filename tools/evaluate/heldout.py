@@ -23,6 +23,7 @@ import torch
 
 from shared.cache.cache import Cache
 from shared.errors import EvaluationError
+from shared.models.loading import load_causal_lm
 from shared.payload.narrowing import LayerView
 from student_train.batch.target_batch import TargetBatch
 from student_train.evaluate.heldout_rows import heldout_rows
@@ -95,21 +96,10 @@ def load_model(model: str, adapter: str | None, dtype: str, trust_remote_code: b
     Raises:
         EvaluationError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
-    if torch.cuda.is_available():
-        options["device_map"] = "auto"
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, **options)
-        if adapter is not None:
-            from peft import PeftModel
-
-            loaded = PeftModel.from_pretrained(loaded, adapter).merge_and_unload()
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            f"{model}: cannot be loaded to measure it: {str(error).strip().splitlines()[0][:300]}"
-        ) from error
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)} | (
+        {"device_map": "auto"} if torch.cuda.is_available() else {}
+    )
+    loaded = load_causal_lm(model, what="the model", trust_remote_code=trust_remote_code, adapter=adapter, **options)
     return loaded.eval()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
+from shared.models.checkpoint import check_checkpoint
 from tools.evaluate.lm_eval_tasks import fold
 from tools.evaluate.model_process import leave, serve
 from tools.evaluate.results import write_result
@@ -22,6 +23,8 @@ def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
     settings = {"pretrained": job["model"], "dtype": job["dtype"], "trust_remote_code": job["trust_remote_code"]}
     settings |= {"peft": job["adapter"]} if job["adapter"] else {}
     settings |= {"parallelize": True} if torch.cuda.device_count() > 1 else {}
+    trust = job["trust_remote_code"]
+    check_checkpoint(Path(job["model"]), what="the model", trust_remote_code=trust, adapter=job["adapter"])
     say(f"lm-eval: {', '.join(job['names'])}")
     try:
         manager = TaskManager(include_path=job["directories"] or None, include_defaults=job["needs_defaults"])

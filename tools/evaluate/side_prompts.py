@@ -94,7 +94,9 @@ def prompt_ids(
     from student_train.student.student import student_tokenizer_hash
 
     if any(prompt.token_ids is not None for prompt in prompts):
-        found = student_tokenizer_hash(str(model.files.directory), None, cache_tokenizer)
+        found = student_tokenizer_hash(
+            str(model.files.directory), None, cache_tokenizer, trust_remote_code=model.trust_remote_code
+        )
         if found is not None and found != cache_tokenizer:
             raise EvaluationError(
                 f"'{model.name}' has tokenizer {found} and the cache's held-out prompts have {cache_tokenizer}; "

@@ -150,11 +150,11 @@ def random_student(config: Any, student: Any, device: Any) -> Any:
     dtype = DTYPES[student.dtype]
     if student.adapter.kind != "qlora":
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):

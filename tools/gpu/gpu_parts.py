@@ -168,7 +168,8 @@ def measure_kernels(*, dry_run: bool) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
 
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(qwen3("tiny"), dtype=torch.bfloat16, attn_implementation=attention)
+            settings = {"dtype": torch.bfloat16, "attn_implementation": attention, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_config(qwen3("tiny"), **settings)
         separate_rows(model, 1000)  # raises where rows see each other
         figures[f"rows_apart_{attention}"] = model.config._attn_implementation
     if not has_flash:

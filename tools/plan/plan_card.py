@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.errors import DecantError, TrainingError, UsageError
+from shared.errors import DecantError, ModelError, TrainingError, UsageError
 from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student
 
 GIB = 2**30
@@ -60,7 +60,7 @@ def plan_card(recipe: Recipe, card: int) -> dict[str, Any]:
         source = _source(recipe, stage)
         if source not in configs:
             config, note = student_config(recipe, source)
-            configs[source] = (shape_of(config), note)
+            configs[source] = (shape_of(config, trust_remote_code=recipe.student.trust_remote_code), note)
         shape, note = configs[source]
         stages[stage.name] = {
             "parameters": shape.num_parameters,
@@ -86,19 +86,17 @@ def student_config(recipe: Recipe, source: str) -> tuple[Any, str | None]:
     """
     from transformers import AutoConfig
 
+    from shared.models.files import load_config
+
     assert recipe.student is not None
     student, stated = recipe.student, recipe.assume.student
     try:
         revision = student.revision if source == student.model else None
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=student.trust_remote_code), None
-    except (OSError, ValueError) as error:
+        trust = student.trust_remote_code
+        return load_config(source, what="the student", revision=revision, trust_remote_code=trust), None
+    except ModelError as error:
         if stated is None:
-            reason = " ".join(str(error).split())[:160]
-            raise TrainingError(
-                f"the config of the student '{source}' cannot be read ({reason}); download the model, or state its "
-                "config in "
-                "assume.student.config of the recipe"
-            ) from None
+            raise ModelError(f"{error}; or state its config in assume.student.config of the recipe") from None
     values = dict(stated.config)
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values), "sizes are those that assume.student states"

@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 
 from shared.errors import EngineError
+from shared.models.adapters import merge_adapter
+from shared.models.loading import load_causal_lm
 
 SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
 
@@ -21,19 +23,13 @@ def fold_adapter(model_dir: Path, adapter: Path, destination: Path, *, trust_rem
     Raises:
         EngineError: model or adapter cannot be loaded, do not fit each other, or cannot be written.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    if not (adapter / "adapter_config.json").is_file():
-        raise EngineError(f"{adapter}: holds no adapter_config.json; expected a LoRA adapter's directory")
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", trust_remote_code=trust_remote_code)
+        model = load_causal_lm(model_dir, what="the teacher", trust_remote_code=trust_remote_code, dtype="auto")
         if getattr(model, "hf_quantizer", None) is not None:
             raise EngineError(
                 f"{model_dir}: quantised weights cannot take the adapter {adapter}; merge it before quantising"
             )
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-        merged.save_pretrained(destination)
+        merge_adapter(model, adapter).save_pretrained(destination)
         for path in model_dir.iterdir():
             copied = destination / path.name
             if path.suffix in SMALL_SUFFIXES and not copied.exists() and not path.name.endswith(".index.json"):

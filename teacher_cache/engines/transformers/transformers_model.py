@@ -17,6 +17,8 @@ import torch
 
 from shared.errors import EngineError
 from shared.models.end_tokens import checked_ids
+from shared.models.files import load_tokenizer
+from shared.models.loading import load_causal_lm
 from shared.recipe.recipe import Teacher
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,9 +64,8 @@ class CausalModel:
             dtype: overrides the recipe's, float64 among them.
 
         Raises:
-            EngineError: the files cannot be loaded.
+            EngineError: the files cannot be loaded, or weights or adapter are not whole.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         wanted = dtype or teacher.dtype
@@ -73,15 +74,14 @@ class CausalModel:
         if hide_progress:
             logging.disable_progress_bar()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=teacher.trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=DTYPES.get(wanted, "auto"), trust_remote_code=teacher.trust_remote_code
-            )
-            if teacher.adapter is not None:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, teacher.adapter).merge_and_unload()
-            model = model.to(device)
+            trust = teacher.trust_remote_code
+            tokenizer = load_tokenizer(model_dir, trust_remote_code=trust)
+            dtype = DTYPES.get(wanted, "auto")
+            model = load_causal_lm(
+                model_dir, what="the teacher", trust_remote_code=trust, adapter=teacher.adapter, dtype=dtype
+            ).to(device)
+        except EngineError:
+            raise
         except Exception as error:  # the library raises whatever a broken file makes it raise
             reason = " ".join(str(error).split())[:300]
             raise EngineError(

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from shared.errors import DecantError, EngineError
+from shared.models.checkpoint import check_checkpoint
 from shared.models.end_tokens import declared_end_ids
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
@@ -51,7 +52,7 @@ class VllmEngine:
         """Start vLLM and find out how it can capture.
 
         Raises:
-            EngineError: vLLM cannot start, or cannot capture what is asked.
+            EngineError: vLLM cannot start, or cannot capture what is asked, or weights or adapter are not whole.
         """
         # vLLM trips over torch's deprecations on every start; nothing that a user could mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
@@ -64,7 +65,9 @@ class VllmEngine:
             from vllm.platforms import current_platform
 
             on_cpu = bool(current_platform.is_cpu())
-            if teacher.adapter is not None:
+            if teacher.adapter is None:
+                check_checkpoint(model_dir, what="the teacher", trust_remote_code=teacher.trust_remote_code)
+            else:
                 model_dir = self._folded(teacher, model_dir)
             self._declared_ends = declared_end_ids(model_dir)
             self._settings: VllmSettings = plan_settings(teacher, capture, for_generation, model_dir, on_cpu=on_cpu)

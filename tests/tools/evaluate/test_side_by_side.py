@@ -187,7 +187,7 @@ def test_identical_models_have_no_distance_and_equal_scores_and_a_second_evaluat
 def test_a_model_with_another_tokenizer_is_not_asked_the_caches_tokens(
     root: Path, here: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("student_train.student.student.student_tokenizer_hash", lambda *_: "another")
+    monkeypatch.setattr("student_train.student.student.student_tokenizer_hash", lambda *_, **__: "another")
     with pytest.raises(EvaluationError, match=r"'teacher' has tokenizer another .*prompts: \[tasks\]"):
         quiet(recipe(root, ["teacher"], seed=99))
 

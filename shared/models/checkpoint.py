@@ -1,0 +1,165 @@
+"""Compare a checkpoint with its class before anything is loaded: names and shapes of its tensors, none of their
+numbers.
+
+The tensors go through transformers' own loading as empty ones on torch's meta device, so that renamed, fused and tied
+weights and what a class ignores count as they do when the model is loaded. This is for engines that load weights
+themselves (vLLM takes one missing tensor without a word), and for looking before any work.
+Cost: the headers of the files and the modules of the class, a second or two for any size; no weight is read or
+    allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ModelError
+from shared.models.adapters import add_saved_adapter
+from shared.models.files import load_config
+from shared.models.load_report import Gaps, loading
+
+logger = logging.getLogger(__name__)
+
+MAX_INDEX_BYTES = 2**26
+
+
+def check_checkpoint(directory: Path, *, what: str, trust_remote_code: bool, adapter: str | Path | None = None) -> None:
+    """Refuse a model directory whose tensors are not those of the class that its config names, and an adapter that does
+    not fit.
+
+    Args:
+        directory: of the model.
+        what: how messages call it: `the teacher`.
+        trust_remote_code: run Python that comes with it.
+        adapter: an adapter's directory.
+
+    Raises:
+        ModelError: the first missing, unexpected and reshaped tensor are named.
+    """
+    name = f"{what} '{directory}'"
+    config = load_config(directory, what=what, trust_remote_code=trust_remote_code)
+    model_class = _class_of(config, trust_remote_code)
+    if model_class is None:
+        logger.warning(
+            "%s: transformers does not know %s, so names of tensors are left to the engine",
+            directory,
+            config.architectures,
+        )
+        return
+    model, gaps = _meta_model(model_class, config, directory, name)
+    gaps.refuse(name, model_class.__name__)
+    if adapter is not None:
+        add_saved_adapter(model, adapter)
+
+
+def fits_named_class(source: str | Path, revision: str | None, loaded: type, *, trust_remote_code: bool) -> bool:
+    """Tell whether a checkpoint is whole for the class that its config names, where that is another than the one
+    `loaded`.
+    """
+    from transformers.utils import cached_file
+
+    directory = Path(cached_file(str(source), "config.json", revision=revision)).parent
+    config = load_config(directory, what="the model", trust_remote_code=trust_remote_code)
+    model_class = _named_class(config)
+    if model_class is None or model_class.__name__ == loaded.__name__:
+        return False
+    try:
+        _meta_model(model_class, config, directory, str(source))[1].refuse(str(source), model_class.__name__)
+    except ModelError:
+        return False
+    return True
+
+
+def _named_class(config: Any) -> Any:
+    """Return the class of transformers that a config's `architectures` names, or None."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or [""]
+    found = getattr(transformers, str(names[0]), None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def _class_of(config: Any, trust_remote_code: bool) -> Any:
+    """Return the language model's class, or the larger one that the config names; None where there is neither."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            causal = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    except ValueError:
+        return _named_class(config)
+    return causal if causal.config_class is type(config) else _named_class(config) or causal
+
+
+def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tuple[Any, Gaps]:
+    """Return an empty model and where the checkpoint differs from it."""
+    tensors = dict(_meta_tensors(directory))
+    quantised = getattr(config, "quantization_config", None) is not None
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    with loading(name):
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    return model, Gaps.of(report, quantised=quantised)
+
+
+def _meta_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (name, empty tensor of that shape and dtype) of a checkpoint."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    for path in weight_files(directory):
+        try:
+            if path.suffix == ".bin":
+                yield from torch.load(path, map_location="meta", weights_only=True, mmap=True).items()
+                continue
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    yield name, torch.empty(opened.get_slice(name).get_shape(), device="meta")
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"{path}: cannot be read as weights ({error}); copy or download the file again") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that hold a model's weights, as transformers chooses them, and vLLM after it.
+
+    Raises:
+        ModelError: there are none, or the index names one that is not there.
+    """
+    for ending, stem in ((".safetensors", "model"), (".bin", "pytorch_model")):
+        whole, index = directory / f"{stem}{ending}", directory / f"{stem}{ending}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return _indexed(index)
+    if found := sorted(directory.glob("*.safetensors")):
+        return found
+    raise ModelError(
+        f"{directory}: holds no weights; expected model.safetensors, or model.safetensors.index.json with its files"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"larger than {MAX_INDEX_BYTES:,} bytes")
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{index}: cannot be read as an index of weights ({error}); copy or download it again"
+        ) from error
+    for name in names:
+        if Path(str(name)).name != name or not (index.parent / name).is_file():
+            raise ModelError(f"{index} names the file {name!r}, which is not beside it; copy or download it again")
+    return [index.parent / name for name in names]

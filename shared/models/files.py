@@ -1,0 +1,36 @@
+"""A model's config and tokenizer, from a directory or a hub, without its weights. Cost: small files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from shared.models.load_report import loading
+
+CONFIG = "a directory with config.json, or a hub id that can be fetched"
+
+
+def load_config(source: str | Path, *, what: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+    """Return the transformers config of a model directory or hub id.
+
+    Raises:
+        ModelError: there is none, or it is of a type that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    with loading(f"the config of {what} '{source}'", CONFIG):
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool, revision: str | None = None) -> Any:
+    """Return the transformers tokenizer of a directory or hub id.
+
+    Raises:
+        ModelError: there is none, or its code would have to be run and `trust_remote_code` is false.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a thread pool only costs hand-overs
+    from transformers import AutoTokenizer
+
+    with loading(f"{source}: the tokenizer", expected="tokenizer.json there"):
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

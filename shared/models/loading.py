@@ -1,0 +1,57 @@
+"""Load a causal language model, and refuse one that was not all there. Cost: loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shared.models.adapters import merge_adapter
+from shared.models.checkpoint import fits_named_class
+from shared.models.load_report import Gaps, loading
+
+
+def load_causal_lm(
+    source: str | Path,
+    *,
+    what: str,
+    trust_remote_code: bool,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    **settings: Any,
+) -> Any:
+    """Load a causal language model whose tensors are all in its checkpoint, with an adapter merged where one is given.
+
+    Args:
+        source: a model directory or a hub id.
+        what: how messages call it: `the student`.
+        trust_remote_code: run Python that comes with it.
+        revision: of a hub id.
+        adapter: an adapter's directory.
+        settings: more arguments of `from_pretrained`: `dtype`, `device_map`, `attn_implementation`,
+            `quantization_config`.
+
+    Raises:
+        ModelError: it cannot be loaded, a tensor is missing, unexpected or of another shape, or the adapter does not
+            fit.
+
+    >>> load_causal_lm("Qwen/Qwen3-0.6B", what="the student", trust_remote_code=False, dtype="auto")  # doctest: +SKIP
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = f"{what} '{source}'"
+    with loading(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are in the report, with their names
+            **settings,
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    gaps = Gaps.of(report, quantised=quantizer is not None and quantizer.pre_quantized)
+    is_only_more = gaps.unexpected and not gaps.missing and not gaps.reshaped
+    if is_only_more and fits_named_class(source, revision, type(model), trust_remote_code=trust_remote_code):
+        gaps = Gaps()  # the text model of a larger one, whose other parts are the rest
+    gaps.refuse(name, type(model).__name__)
+    return model if adapter is None else merge_adapter(model, adapter)
