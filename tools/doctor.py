@@ -98,7 +98,12 @@ def _gpu() -> Check:
     """Compare what the driver lists with what torch can use; a machine without either is fine."""
     listed = _output([shutil.which("nvidia-smi") or "", "--query-gpu=name,memory.total", "--format=csv,noheader"])
     usable = _output(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"]
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)",
+        ]
     )
     names = [line.strip() for line in (listed or "").splitlines() if line.strip()]
     if not names:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.bench.benchmarks_page import measured_by, replace_section, table
+from tools.own_process import own_command, own_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"operator": 120, "kernels": 60, "full": 90, "adam8": 90, "lora": 100, "qlora": 130}
@@ -36,9 +37,11 @@ def run_part(name: str, *, dry_run: bool) -> dict[str, Any]:
 
 def run_apart(name: str, *, dry_run: bool) -> dict[str, Any]:
     """Return the figures of one part, measured in a process of its own, or why there are none."""
-    command = [sys.executable, "-m", "tools.gpu_check", "--part", name, *(["--dry-run"] if dry_run else [])]
+    command = own_command("-m", "tools.gpu_check", "--part", name, *(["--dry-run"] if dry_run else []))
     try:
-        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PARTS[name], check=False)  # noqa: S603
+        child = subprocess.run(  # noqa: S603 - our own interpreter
+            command, env=own_environment(), capture_output=True, text=True, timeout=PARTS[name], check=False
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"did not finish within {PARTS[name]} s"}
     if child.returncode:

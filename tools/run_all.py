@@ -8,17 +8,14 @@ changes no figure.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from shared.errors import DecantError, UsageError
 from shared.recipe.recipe import Recipe
 from tools.cli_parser import PHASES
-
-_ROOT = Path(__file__).resolve().parents[1]
+from tools.own_process import own_command, own_environment
 
 
 class PhaseFailedError(DecantError):
@@ -76,7 +73,7 @@ def nothing_to_do(recipe: Recipe, phase: str) -> str | None:
 
 def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[str]:
     """Return the command line of one phase in a process of its own."""
-    command = [sys.executable, "-P", "-m", "tools.cli", phase]
+    command = own_command("-m", "tools.cli", phase)
     if phase == "report":
         command.append(str(recipe.output_dir))
     else:
@@ -93,8 +90,7 @@ def _run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
     """Run one phase to its end, its output going to a file descriptor or, for None, to ours; stop it where we are
     stopped.
     """
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=output)  # noqa: S603 - our own interpreter
+    process = subprocess.Popen(command, env=own_environment(), stdout=output)  # noqa: S603 - our own interpreter
     try:
         code = process.wait()
     except BaseException:

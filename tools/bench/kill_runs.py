@@ -13,13 +13,14 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+from tools.own_process import own_command, own_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_DIE = 90.0
@@ -88,10 +89,9 @@ class ProgramBuild:
         path.write_text(json.dumps(recipe))  # JSON is YAML
         self._mark = f"decant-trial-{secrets.token_hex(8)}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - read after the process ended
-        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(  # noqa: S603 - this program itself
-            [sys.executable, "-P", "-m", "tools.cli", "teach", str(path), "--max-set-aside", "0.5"],
-            env={**os.environ, "PYTHONPATH": python_path, "DECANT_TRIAL_MARK": self._mark},
+            own_command("-m", "tools.cli", "teach", str(path), "--max-set-aside", "0.5"),
+            env={**own_environment(), "DECANT_TRIAL_MARK": self._mark},
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

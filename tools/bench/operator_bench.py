@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tools.own_process import own_command, own_environment
+
 NUM_POSITIONS, WIDTH, VOCABULARY, K = 2048, 256, 151_936, 64
 NUM_PAIRS = int(os.environ.get("DECANT_BENCH_PAIRS", "5"))
 KD_WEIGHT, CE_WEIGHT = 0.9, 0.1
@@ -137,9 +139,10 @@ def _highest_resident_mb() -> float:
 
 def peak_mb_in_own_process(form: str) -> float:
     """Return `peak_mb` of a fresh process."""
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "tools.bench.operator_bench", form]
-    child = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 - our own interpreter
+    command = own_command("-m", "tools.bench.operator_bench", form)
+    child = subprocess.run(  # noqa: S603 - our own interpreter
+        command, env=own_environment(), stdout=subprocess.PIPE, text=True, check=True
+    )
     return float(child.stdout)
 
 

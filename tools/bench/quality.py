@@ -20,6 +20,7 @@ from pathlib import Path
 from shared.errors import EvaluationError
 from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import measured_by, replace_section, table
+from tools.own_process import own_command, own_environment
 
 STUDENT_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Two-sided 95 % quantile of Student's t by number of seeds."""
@@ -36,7 +37,7 @@ def interval(values: list[float]) -> str:
 
 def decant(*arguments: str) -> None:
     """Run one command of the program itself and stop with it where it fails."""
-    done = subprocess.run([sys.executable, "-m", "tools.cli", *arguments], check=False)  # noqa: S603 - our own interpreter
+    done = subprocess.run(own_command("-m", "tools.cli", *arguments), env=own_environment(), check=False)  # noqa: S603 - our own interpreter
     if done.returncode:
         raise EvaluationError(
             f"`decant {' '.join(arguments)}` ended with exit code {done.returncode}; its message stands above"

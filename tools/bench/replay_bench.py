@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,6 +28,7 @@ import numpy as np
 from shared.recipe.recipe import Recipe
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from tools.bench import synthetic_teacher
+from tools.own_process import own_command, own_environment
 
 SIZES = (10_000, 100_000)
 WARM_ROWS = 1000
@@ -111,7 +111,7 @@ def run(sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for size in sizes:
         child = subprocess.run(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-c", CHILD, str(size)], stdout=subprocess.PIPE, text=True, check=True
+            own_command("-c", CHILD, str(size)), env=own_environment(), stdout=subprocess.PIPE, text=True, check=True
         )
         result[f"rows_{size}"] = json.loads(child.stdout.strip().splitlines()[-1])
     first, last = (result[f"rows_{size}"] for size in (sizes[0], sizes[-1]))

@@ -14,6 +14,7 @@ from pathlib import Path
 from shared.atomic import write_atomic
 from shared.errors import EvaluationError
 from tools.bench.benchmarks_page import measured_by, replace_section, table
+from tools.own_process import own_command, own_environment
 
 BENCHES = {
     "codec": ("tools.bench.codec_bench", 900),
@@ -36,7 +37,8 @@ def measure(module: str, timeout_seconds: int) -> dict[str, object]:
     """
     try:
         child = subprocess.run(  # noqa: S603 - our own interpreter and module
-            [sys.executable, "-c", CHILD, module],
+            own_command("-c", CHILD, module),
+            env=own_environment(),
             stdout=subprocess.PIPE,
             text=True,
             timeout=timeout_seconds,

@@ -29,6 +29,7 @@ from shared.parts.jobs import create_job
 from shared.parts.part_stats import ENTROPY_BINS, SUPPORT_BINS
 from shared.parts.records import json_bytes, list_records
 from shared.schema import FORMAT_VERSION
+from tools.own_process import own_command, own_environment
 
 ROWS_PER_PART = 1024
 POSITIONS_PER_ROW = 512
@@ -123,7 +124,7 @@ def run(parts: list[int]) -> dict[str, Any]:
 
 def _in_child(root: Path, what: str) -> dict[str, float]:
     child = subprocess.run(  # noqa: S603 - our own interpreter and module
-        [sys.executable, "-c", CHILD, str(root), what], stdout=subprocess.PIPE, text=True, check=True
+        own_command("-c", CHILD, str(root), what), env=own_environment(), stdout=subprocess.PIPE, text=True, check=True
     )
     figures: dict[str, float] = json.loads(child.stdout)
     return figures

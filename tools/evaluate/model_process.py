@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from shared.errors import DecantError, EvaluationError
-
-_ROOT = Path(__file__).resolve().parents[2]
+from tools.own_process import own_command, own_environment
 
 
 def run_in_process(module: str, job: Mapping[str, Any], log: Path, name: str, say: Callable[[str], None]) -> None:
@@ -31,17 +30,13 @@ def run_in_process(module: str, job: Mapping[str, Any], log: Path, name: str, sa
         EvaluationError: it failed; the sentence is its own, or names its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
-    }
     with log.open("wb") as stream:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            [sys.executable, "-m", module],
+            own_command("-m", module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
-            env=environment,
+            env=own_environment(),
             start_new_session=True,
         )
         try:

@@ -39,8 +39,10 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONSAFEPATH": "1",
 }
-"""Defaults; what the environment already says wins."""
+"""Defaults; what the environment already says wins. The last keeps the directory that a user works in out of what
+vLLM's own processes import."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,30 @@
+"""Where the command `decant` begins: a name that no other package has, so that another package named `tools` can be
+told.
+
+Cost: looking for one package.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+TOOLS = Path(__file__).resolve().parent / "tools"
+
+
+def main() -> int:
+    """Run the command line and return its exit code; 2 where its package `tools` is another's."""
+    spec = find_spec("tools")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not places or Path(places[0]).resolve() != TOOLS:
+        found = f"would be loaded from {places[0]}" if places else "is not found"
+        print(
+            f"decant: error: the package `tools` {found}; expected {TOOLS}; take other folders of that name out of "
+            "PYTHONPATH",
+            file=sys.stderr,
+        )
+        return 2
+    from tools.cli import main as run
+
+    return run()

@@ -1,0 +1,35 @@
+"""Would the packages that run be this program's own?
+
+Packages named `shared` or `tools` are common, and Python takes the first of that name: a folder where it was started
+with `python
+-m`, or one on PYTHONPATH. Half of the program would then be somebody else's, so that is refused in a sentence before
+  anything of it
+is imported. Cost: looking for three packages, importing none.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("shared", "teacher_cache", "student_train")
+
+
+def require_own_packages() -> None:
+    """Leave with exit code 2 and a sentence where a package would come from another place than this one."""
+    for name in PACKAGES:
+        loaded = sys.modules.get(name)
+        spec = find_spec(name) if loaded is None else loaded.__spec__
+        places = list(spec.submodule_search_locations or []) if spec is not None else []
+        if places and Path(places[0]).resolve() == ROOT / name:
+            continue
+        found = f"would be loaded from {places[0]}" if places else "is not found"
+        print(
+            f"decant: error: the package `{name}` {found}; expected {ROOT / name}; start the program as `decant` or "
+            "with "
+            "`python -P -m tools.cli`, and take other folders of that name out of PYTHONPATH",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
