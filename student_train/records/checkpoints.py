@@ -1,10 +1,14 @@
-"""Which checkpoints exist: those with a marker, written last.
+"""Which checkpoints exist: those with a marker, written last, whose files are still what the marker says.
 
 A checkpoint is a directory of many files; killed half-way through, it looks like one. So the marker `complete.json` is
 written after everything else is on disk, and it is removed first when the checkpoint is: a directory without it is no
 checkpoint, is removed on resume, and the one before is taken. The marker also says which plan and caches the checkpoint
-belongs to.
-Cost: one fsync per file of the checkpoint.
+belongs to,
+and holds size and checksum of every file and a checksum of itself. Before a stage goes on, they are compared: a
+checkpoint that was altered is put aside by name and an older one is taken. Markers of earlier versions hold no
+checksums; of their files is told what their own formats tell.
+Cost: one fsync per file and one reading of the checkpoint, when it is written and when it is continued; about a second
+    per GB.
 """
 
 from __future__ import annotations
@@ -13,16 +17,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from shared.atomic import fsync_dir, write_atomic
 from shared.errors import TrainingError
 from shared.failpoints import failpoint
+from shared.keys import canonical_json
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_ASIDE = "damaged-"
+_FILES, _CHECKSUM = "files", "xxh3_128"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +45,22 @@ class Checkpoint:
     """Optimizer steps done."""
     belongs_to: Mapping[str, str]
     """What it was made with: `plan`, `cache`."""
+    files: Mapping[str, Mapping[str, Any]] | None = None
+    """By path below the checkpoint: `bytes` and `xxh3_128`; None: written before there were checksums."""
+    marker_problem: str | None = None
+    """Why the marker itself cannot be trusted."""
 
 
 def complete_checkpoint(path: Path, belongs_to: Mapping[str, str]) -> None:
     """Make a written checkpoint durable and mark it complete."""
     fsync_tree(path)
     failpoint("checkpoint.before_marker")
-    write_atomic(path / MARKER, json.dumps(dict(belongs_to), indent=1).encode(), what="checkpoint")
+    names = sorted(
+        file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() and file != path / MARKER
+    )
+    marker = {**belongs_to, _FILES: {name: _summed(path / name) for name in names}}
+    marker[_CHECKSUM] = xxhash.xxh3_128_hexdigest(canonical_json(marker))
+    write_atomic(path / MARKER, json.dumps(marker, indent=1).encode(), what="checkpoint")
     failpoint("checkpoint.after_marker")
 
 
@@ -59,7 +79,7 @@ def list_checkpoints(stage_dir: Path) -> list[Checkpoint]:
     found = []
     for path, step in _directories(stage_dir):
         if (path / MARKER).is_file():
-            found.append(Checkpoint(path, step, json.loads((path / MARKER).read_text())))
+            found.append(_read_marker(path, step))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -70,6 +90,66 @@ def remove_incomplete(stage_dir: Path) -> list[Path]:
     for path in paths:
         shutil.rmtree(path)
     return paths
+
+
+def put_damaged_aside(stage_dir: Path, also: Callable[[int], int | None] = lambda step: None) -> str | None:
+    """Rename the newest checkpoints until one can be continued, and return a sentence on them; None where the newest
+    can be.
+
+    Args:
+        stage_dir: directory of the stage.
+        also: step of a checkpoint that continuing after a step needs besides, or None.
+
+    Raises:
+        TrainingError: none can be continued.
+    """
+    checkpoints = list_checkpoints(stage_dir)
+    problems: dict[Path, str] = {}
+    by_step = {checkpoint.step: checkpoint for checkpoint in checkpoints}
+    for checkpoint in reversed(checkpoints):
+        needed = by_step.get(also(checkpoint.step) or checkpoint.step, checkpoint)
+        problem = damage(checkpoint) or (None if needed == checkpoint else damage(needed))
+        if problem is None:
+            break
+        problems[checkpoint.path] = problem
+    if not problems:
+        return None
+    told = "; ".join(dict.fromkeys(problems.values()))
+    if len(problems) == len(checkpoints):
+        places = " ".join(str(checkpoint.path) for checkpoint in checkpoints)
+        raise TrainingError(
+            f"no checkpoint of {stage_dir} can be continued: {told}; put the files back, or remove {places} to train "
+            "the stage from "
+            "its start"
+        )
+    for path in problems:
+        aside = path.with_name(f"{_ASIDE}{path.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+    fsync_dir(stage_dir)
+    last = checkpoints[-1 - len(problems)]
+    names = ", ".join(path.name for path in problems)
+    return f"{told}; so {names} was renamed to {_ASIDE}... and the training goes on from {last.path}"
+
+
+def damage(checkpoint: Checkpoint) -> str | None:
+    """Say which file of a checkpoint is not what it was when it was written, or None."""
+    if checkpoint.marker_problem is not None:
+        return f"{checkpoint.path / MARKER} {checkpoint.marker_problem}"
+    if checkpoint.files is None:
+        return _told_by_formats(checkpoint.path)
+    for name, wanted in checkpoint.files.items():
+        path = checkpoint.path / name
+        try:
+            found = _summed(path)
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        if found["bytes"] != wanted["bytes"]:
+            return f"{path} has {found['bytes']:,} bytes where {wanted['bytes']:,} were written"
+        if found != wanted:
+            return f"{path} was altered after it was written (its checksum differs)"
+    return None
 
 
 def rotate_checkpoints(stage_dir: Path, keep: int | None, also: int | None = None) -> None:
@@ -102,6 +182,60 @@ def newest_checkpoint(stage_dir: Path, belongs_to: Mapping[str, str]) -> Checkpo
                 f"remove or rename {stage_dir} to train the stage again, or go back to what it was made with"
             )
     return newest
+
+
+def _read_marker(path: Path, step: int) -> Checkpoint:
+    """Read the marker of a checkpoint; one that cannot be trusted is told by `marker_problem`."""
+    try:
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        summed = {name: value for name, value in marker.items() if name != _CHECKSUM}
+        files = summed.pop(_FILES, None)
+        whole = summed if files is None else {**summed, _FILES: files}
+        told = None if files is None and _CHECKSUM not in marker else xxhash.xxh3_128_hexdigest(canonical_json(whole))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return Checkpoint(path, step, {}, marker_problem=f"cannot be read ({type(error).__name__})")
+    if told != marker.get(_CHECKSUM):
+        return Checkpoint(path, step, {}, marker_problem="was altered after it was written (its checksum differs)")
+    return Checkpoint(path, step, summed, files)
+
+
+def _summed(path: Path) -> dict[str, Any]:
+    """Return size and checksum of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+        return {"bytes": file.tell(), "xxh3_128": digest.hexdigest()}
+
+
+def _told_by_formats(path: Path) -> str | None:
+    """Say which file of a checkpoint without checksums its own format finds damaged, or None."""
+    for file in sorted(path.iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(file) as archive:
+                    bad = archive.testzip()
+                if bad is not None:
+                    return f"{file} is damaged at {bad}"
+            elif file.suffix == ".safetensors":
+                _check_safetensors(file)
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+            return f"{file} cannot be read ({' '.join(str(error).split())[:100] or type(error).__name__})"
+    return None
+
+
+def _check_safetensors(file: Path) -> None:
+    """Raise ValueError unless header and length of a file fit."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size - 8:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(opened.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if 8 + length + max(ends, default=0) != file.stat().st_size:
+        raise ValueError("its length is not what its header says")
 
 
 def _directories(stage_dir: Path) -> list[tuple[Path, int]]:

@@ -31,6 +31,7 @@ from student_train.records.checkpoints import (
     Checkpoint,
     list_checkpoints,
     newest_checkpoint,
+    put_damaged_aside,
     remove_incomplete,
     rotate_checkpoints,
 )
@@ -75,11 +76,12 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     if is_first():
         write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
         remove_incomplete(work.directory)
-        _rotate(work)
-    wait_for_all()
+    damaged = first_then_others(lambda: _tidy(work))
     checkpoint = newest_checkpoint(work.directory, work.belongs_to)
     seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
     progress = display(phase, total, unit="steps", done=checkpoint.step if checkpoint else 0)
+    if damaged is not None:
+        progress.note(f"{phase}: {damaged}")
     progress.note(_description(work, checkpoint))
     is_saved, stopped = False, None
     try:
@@ -103,12 +105,22 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     return model_dir
 
 
-def _rotate(work: StageWork) -> None:
-    """Remove checkpoints that a run would have removed, had it not been killed just before."""
-    checkpoints = list_checkpoints(work.directory)
+def _tidy(work: StageWork) -> str | None:
+    """Put damaged checkpoints aside, and remove those that a run would have removed, had it not been killed before.
+
+    Returns:
+        A sentence on what was damaged, or None.
+    """
     keeps_best = work.stage.evaluate is not None and work.stage.evaluate.keep_best
-    best = _verdict(work, checkpoints[-1].step).best_step if checkpoints and keeps_best else None
-    rotate_checkpoints(work.directory, work.stage.trainer.save_total_limit, best)
+
+    def best(step: int) -> int | None:
+        return _verdict(work, step).best_step if keeps_best else None
+
+    damaged = put_damaged_aside(work.directory, best)
+    checkpoints = list_checkpoints(work.directory)
+    if checkpoints and is_first():
+        rotate_checkpoints(work.directory, work.stage.trainer.save_total_limit, best(checkpoints[-1].step))
+    return damaged
 
 
 def _verdict(work: StageWork, step: int) -> Verdict:

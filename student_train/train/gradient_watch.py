@@ -11,12 +11,16 @@ Cost: a median of 64 numbers per step.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import deque
+from pathlib import Path
 
+from shared.atomic import write_atomic
 from shared.errors import TrainingError
 
+STATE_FILE = "gradient_watch.json"
 WINDOW = 64
 """Norms that the median is taken of."""
 PATIENCE = 5
@@ -46,6 +50,31 @@ class GradientWatch:
     def median(self) -> float | None:
         """Median of the last norms; None before the first."""
         return statistics.median(self._norms) if self._norms else None
+
+    def save(self, checkpoint: Path) -> None:
+        """Store what the judgement of the next steps depends on."""
+        state = {"norms": list(self._norms), "num_suspicious": self.num_suspicious}
+        write_atomic(checkpoint / STATE_FILE, json.dumps(state).encode(), what="gradient_watch")
+
+    def restore(self, checkpoint: Path) -> bool:
+        """Take up what a checkpoint stores; False where it was written before checkpoints stored it.
+
+        Raises:
+            TrainingError: it stores something else.
+        """
+        path = checkpoint / STATE_FILE
+        if not path.is_file():
+            return False
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self._norms.extend(float(norm) for norm in state["norms"])
+            self.num_suspicious = int(state["num_suspicious"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{path} does not hold the gradients' norms so far ({type(error).__name__}); remove {checkpoint} to go "
+                "on from the checkpoint before it"
+            ) from None
+        return True
 
     def see(self, norm: float) -> str | None:
         """Take the norm of one step; return why the training has diverged, or None."""

@@ -18,13 +18,14 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from shared.errors import TrainingError
 from shared.failpoints import failpoint
 from student_train.batch.collate import collate
 from student_train.batch.dataset import PackDataset
 from student_train.evaluate.evaluation_run import evaluation_line, reported_figures, show_samples
 from student_train.evaluate.heldout_measure import Processes
 from student_train.operator.loss_terms import term_keys
-from student_train.records.checkpoints import complete_checkpoint, list_checkpoints, rotate_checkpoints
+from student_train.records.checkpoints import complete_checkpoint, damage, list_checkpoints, rotate_checkpoints
 from student_train.records.metrics_log import StepLog, flattened, read_steps
 from student_train.records.processes import wait_for_all
 from student_train.records.progress import StageProgress
@@ -109,10 +110,11 @@ class DistilTrainer(ShardedTrainer):
             self._timing = StepLog(directory / "timing.jsonl", step)
         if self._evaluation is not None:
             self._evaluation.open(directory, None if checkpoint is None else step, writes=self.is_world_process_zero())
-        for record in read_steps(directory / "metrics.jsonl"):
-            if record["step"] <= step:
-                self._watch.see(math.nan if record["grad_norm"] is None else record["grad_norm"])
         if checkpoint is not None:
+            if not self._watch.restore(checkpoint):  # of an earlier version: what was logged is all that is known
+                for record in read_steps(directory / "metrics.jsonl"):
+                    if record["step"] <= step:
+                        self._watch.see(math.nan if record["grad_norm"] is None else record["grad_norm"])
             self._course.restore(checkpoint)
         self._last_written = step
         self._step_started = time.perf_counter()
@@ -291,9 +293,20 @@ class DistilTrainer(ShardedTrainer):
         return self._evaluation.verdict.best_step if self._evaluation is not None and keeps_best else None
 
     def load_best(self) -> int | None:
-        """Load the weights of the best checkpoint, where the recipe wants them; return their step."""
+        """Load the weights of the best checkpoint, where the recipe wants them; return their step.
+
+        Raises:
+            TrainingError: it is gone or was altered since it was written.
+        """
         step = self._step_to_keep()
         if step is not None and step != self.state.global_step:
+            kept = [one for one in list_checkpoints(Path(self.args.output_dir)) if one.step == step]
+            problem = damage(kept[0]) if kept else f"the checkpoint of step {step} is gone"
+            if problem is not None:
+                raise TrainingError(
+                    f"{problem}; it holds the stage's best student, so run the same command again: an older "
+                    "checkpoint is continued"
+                )
             self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{step}"))
         return step
 
@@ -366,6 +379,7 @@ class DistilTrainer(ShardedTrainer):
         if self.args.should_save:
             directory = Path(self.args.output_dir)
             self._course.save(directory / f"checkpoint-{step}")
+            self._watch.save(directory / f"checkpoint-{step}")
             complete_checkpoint(directory / f"checkpoint-{step}", self._belongs_to)
             rotate_checkpoints(directory, self._keep_checkpoints, self._step_to_keep())
         wait_for_all()

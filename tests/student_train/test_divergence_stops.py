@@ -121,3 +121,31 @@ def test_bytes_needed_are_those_that_a_run_leaves_on_the_disk(recipe_of, tiny, a
     slack = 1 << 20
     assert checkpoint - slack < on_disk(directory / "checkpoint-4") <= checkpoint
     assert final - slack < on_disk(directory / "model") + sum(map(on_disk, directory.glob("adapter"))) <= final
+
+
+def test_resumed_watch_knows_the_norms_of_steps_that_were_not_logged(tmp_path):
+    norms = [1.0, 1.2, 0.9, 50.0, 1.1, 60.0, 70.0]
+    whole = GradientWatch(10.0)
+    for norm in norms:
+        whole.see(norm)
+    whole.save(tmp_path)
+    resumed = GradientWatch(10.0)
+    assert resumed.restore(tmp_path)
+    assert (resumed.median, resumed.num_suspicious) == (whole.median, 2)
+    assert [whole.see(80.0) for _ in range(3)] == [resumed.see(80.0) for _ in range(3)]
+    (tmp_path / "other").mkdir()
+    assert not GradientWatch(10.0).restore(tmp_path / "other")
+    (tmp_path / "gradient_watch.json").write_text('{"norms": 7}')
+    with pytest.raises(TrainingError, match=r"remove .* to go on from the checkpoint before it"):
+        GradientWatch(10.0).restore(tmp_path)
+
+
+def test_stage_that_logs_seldom_judges_after_a_resume_as_it_would_have(recipe_of):
+    """Without the norms of all steps the first ones after a resume would be judged against two norms, or none."""
+    recipe = recipe_of(trainer={"max_steps": 6, "save_steps": 3, "logging_steps": 4})
+    run_stages(recipe)
+    directory = recipe.output_dir / "train/kd"
+    checkpoints = list_checkpoints(directory)
+    kept = [json.loads((checkpoint.path / "gradient_watch.json").read_text()) for checkpoint in checkpoints]
+    assert [len(state["norms"]) for state in kept] == [checkpoint.step for checkpoint in checkpoints] == [3, 6]
+    assert kept[1]["norms"][:3] == kept[0]["norms"]

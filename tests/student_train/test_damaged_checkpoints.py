@@ -1,0 +1,154 @@
+"""A checkpoint that was altered after it was written is named and left, an older one is continued to the same model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shared.errors import TrainingError
+from student_train.records.checkpoints import MARKER, damage, list_checkpoints, put_damaged_aside
+from student_train.stage.stages import run_stages
+
+FILES = [
+    "complete.json",
+    "config.json",
+    "gradient_watch.json",
+    "model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def wrong_json(path: Path) -> None:
+    path.write_text("[1, 2]")
+
+
+DAMAGES = [flip, cut, empty, grow, wrong_json, Path.unlink]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """A run of 6 steps with checkpoints after 2, 4 and 6."""
+    from shared.recipe.recipe import Recipe
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    trainer = {"learning_rate": 3e-3, "max_steps": 6, "pack_tokens": 192, "save_steps": 2, "save_total_limit": None}
+    losses = [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}]
+    recipe = Recipe.model_validate(
+        {
+            "name": "test",
+            "output_dir": str(run),
+            "cache": [str(tiny.cache)],
+            "student": {"model": str(tiny.qwen3)},
+            "stages": [{"name": "kd", "losses": losses, "trainer": {**trainer, "report_to": "none"}}],
+        }
+    )
+    run_stages(recipe)
+    return recipe
+
+
+@pytest.fixture
+def killed(trained, tmp_path):
+    """The same run as if it had been killed before its model was saved, in a place of its own."""
+    shutil.copytree(trained.output_dir, tmp_path / "run")
+    stage = tmp_path / "run/train/kd"
+    (stage / "done.json").unlink()
+    shutil.rmtree(stage / "model")
+    return trained.model_copy(update={"output_dir": tmp_path / "run"})
+
+
+def weights(recipe) -> bytes:
+    return (recipe.output_dir / "train/kd/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_every_damage_to_every_file_is_named_and_the_checkpoint_before_is_taken(killed, name, how):
+    if name == MARKER and how in (Path.unlink, grow):
+        pytest.skip("without a marker it is no checkpoint, and a space behind JSON is none of its content")
+    stage = killed.output_dir / "train/kd"
+    assert put_damaged_aside(stage) is None
+    how(stage / "checkpoint-6" / name)
+    told = put_damaged_aside(stage)
+    assert told is not None
+    assert told.startswith(str(stage / "checkpoint-6" / name))
+    assert told.endswith(
+        f"so checkpoint-6 was renamed to damaged-... and the training goes on from {stage / 'checkpoint-4'}"
+    )
+    assert [checkpoint.step for checkpoint in list_checkpoints(stage)] == [2, 4]
+    assert (stage / "damaged-checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize("name, how", [("model.safetensors", flip), ("optimizer.pt", cut), (MARKER, flip)])
+def test_training_goes_on_from_an_intact_checkpoint_to_the_same_model_and_says_so(trained, killed, name, how, capfd):
+    stage = killed.output_dir / "train/kd"
+    for step in (4, 6):
+        how(stage / f"checkpoint-{step}" / name)
+    run_stages(killed)
+    said = capfd.readouterr().err
+    assert "checkpoint-6, checkpoint-4 was renamed" in said
+    assert "continued after step 2" in said
+    assert weights(killed) == weights(trained)
+    assert all(damage(checkpoint) is None for checkpoint in list_checkpoints(stage))
+
+
+def test_stage_without_an_intact_checkpoint_is_refused_and_its_advice_works(trained, killed):
+    stage = killed.output_dir / "train/kd"
+    for step in (2, 4, 6):
+        flip(stage / f"checkpoint-{step}" / "model.safetensors")
+    with pytest.raises(TrainingError, match=r"no checkpoint of .* can be continued") as error:
+        run_stages(killed)
+    words = str(error.value).split("remove ")[1].split(" to train")[0].split()
+    assert len(words) == 3
+    for word in words:
+        shutil.rmtree(word)
+    run_stages(killed)
+    assert weights(killed) == weights(trained)
+
+
+def test_checkpoint_that_is_needed_for_its_weights_must_be_intact_too(killed):
+    stage = killed.output_dir / "train/kd"
+    flip(stage / "checkpoint-4" / "model.safetensors")
+    assert put_damaged_aside(stage, lambda step: None) is None
+    told = put_damaged_aside(stage, lambda step: min(step, 4))
+    assert "checkpoint-4/model.safetensors was altered" in told
+    assert "so checkpoint-6, checkpoint-4 was renamed" in told
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [("optimizer.pt", flip), ("model.safetensors", cut), ("trainer_state.json", cut), ("config.json", empty)],
+)
+def test_checkpoint_of_a_version_without_checksums_is_continued_and_told_by_its_formats(trained, killed, name, how):
+    stage = killed.output_dir / "train/kd"
+    for checkpoint in list_checkpoints(stage):
+        (checkpoint.path / MARKER).write_text(json.dumps(dict(checkpoint.belongs_to)))
+        (checkpoint.path / "gradient_watch.json").unlink()
+    assert put_damaged_aside(stage) is None
+    how(stage / "checkpoint-6" / name)
+    run_stages(killed)
+    assert (stage / "damaged-checkpoint-6").is_dir()
+    assert weights(killed) == weights(trained)
