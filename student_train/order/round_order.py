@@ -6,7 +6,7 @@ tokens of that source, is due at time (b + half of its own tokens) / a; rows are
 that shares hold not only on average but all along. They are packed, the first packs make the round, and rows of the
 others go back to the front of their streams. What a source got too little of in a round is added to what it is due in
 the next.
-Cost: O(rows log rows) once; 4 bytes per row that is drawn.
+Cost: O(rows log rows) per pass over a source; a round touches the rows that it looks at. 4 bytes per row that is drawn.
 
 Shape letters: R rows in the caches, P packs of a round.
 """
@@ -26,6 +26,9 @@ from student_train.order.packing import pack_rows
 _SPARE = 8
 """A round is packed from an eighth more tokens than it holds, so that its last packs fill as well as its first."""
 
+_FIRST_LOOK = 256
+"""Rows that a look ahead begins with; it doubles until they suffice."""
+
 _SMALLEST = 1e-9
 """A share below it draws nothing."""
 
@@ -36,24 +39,38 @@ class RowStream:
     def __init__(self, seed: int, code: int, rows: NDArray[np.int32], lengths: NDArray[np.integer]) -> None:
         """Begin with the first pass over `rows`; `lengths` [R] are tokens of every row of the caches."""
         self._seed, self._code, self._rows, self._lengths = seed, code, rows, lengths
+        self._pass_tokens = int(lengths[rows].sum(dtype=np.int64))
         self._next_pass = 0
-        self._waiting = np.empty(0, np.int32)
+        self._waiting, self._start = np.empty(0, np.int32), 0  # rows before `_start` are drawn already
+        self._held = 0
+        """Tokens of the rows that wait."""
 
     def peek(self, num_tokens: float) -> NDArray[np.int32]:
         """Return the next rows, at least `num_tokens` tokens of them; they stay in the stream."""
-        held = int(self._lengths[self._waiting].sum(dtype=np.int64))
-        pieces = [self._waiting]
-        while held < num_tokens:
-            pieces.append(source_pass(self._seed, self._code, self._next_pass, self._rows))
-            held += int(self._lengths[self._rows].sum(dtype=np.int64))
-            self._next_pass += 1
-        self._waiting = np.concatenate(pieces)
-        ends = np.cumsum(self._lengths[self._waiting], dtype=np.int64)
-        return self._waiting[: int(np.searchsorted(ends, num_tokens)) + 1]
+        if self._held < num_tokens:
+            pieces = [self._waiting[self._start :]]
+            while self._held < num_tokens:
+                pieces.append(source_pass(self._seed, self._code, self._next_pass, self._rows))
+                self._held += self._pass_tokens
+                self._next_pass += 1
+            self._waiting, self._start = np.concatenate(pieces), 0
+        count = _FIRST_LOOK
+        while True:
+            next_rows = self._waiting[self._start : self._start + count]
+            ends = np.cumsum(self._lengths[next_rows], dtype=np.int64)
+            if len(next_rows) < count or ends[-1] >= num_tokens:
+                return next_rows[: int(np.searchsorted(ends, num_tokens)) + 1].copy()
+            count *= 2
 
     def remove(self, places: NDArray[np.int64]) -> None:
         """Take rows out, by their places among the next ones."""
-        self._waiting = np.delete(self._waiting, places)
+        if len(places) == 0:
+            return
+        looked_at = self._waiting[self._start : self._start + int(places.max()) + 1]
+        self._held -= int(self._lengths[looked_at[places]].sum(dtype=np.int64))
+        left = np.delete(looked_at, places)
+        looked_at[len(places) :] = left
+        self._start += len(places)
 
 
 class RoundPlanner:

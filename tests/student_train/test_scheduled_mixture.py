@@ -4,6 +4,7 @@ inputs.
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from shared.errors import TrainingError
 from shared.recipe.recipe import Sampling, Schedule, Stage
 from student_train.order.evaluation_sampling import next_shares, within_bounds
-from student_train.order.round_order import RoundPlanner
+from student_train.order.order import source_pass
+from student_train.order.round_order import RoundPlanner, RowStream
 from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled, shares_at
 from student_train.order.schedules import RunSteps
 from student_train.records.metrics_log import read_steps
@@ -241,3 +243,49 @@ def stage(**settings):
 def test_mixture_and_sampling_that_cannot_be_honoured_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         Stage.model_validate(stage(**settings))
+
+
+class WholeStream:
+    """The definition of a stream, looking at every row that waits each time."""
+
+    def __init__(self, seed, code, rows, lengths):
+        self.seed, self.code, self.rows, self.lengths = seed, code, rows, lengths
+        self.passes, self.waiting = 0, np.empty(0, np.int32)
+
+    def peek(self, num_tokens):
+        while self.lengths[self.waiting].sum() < num_tokens:
+            self.waiting = np.append(self.waiting, source_pass(self.seed, self.code, self.passes, self.rows))
+            self.passes += 1
+        return self.waiting[: int(np.searchsorted(np.cumsum(self.lengths[self.waiting]), num_tokens)) + 1]
+
+    def remove(self, places):
+        self.waiting = np.delete(self.waiting, places)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 3000), st.lists(st.floats(0, 9000), min_size=1, max_size=12))
+def test_stream_gives_the_rows_that_a_look_at_all_of_them_gives(seed, num_rows, looks):
+    chance = np.random.default_rng(seed)
+    lengths = chance.integers(1, 60, num_rows).astype(np.int32)
+    rows = np.flatnonzero(chance.random(num_rows) < 0.7).astype(np.int32)
+    rows = rows if len(rows) else np.zeros(1, np.int32)
+    stream, whole = RowStream(seed, 0, rows, lengths), WholeStream(seed, 0, rows, lengths)
+    for num_tokens in looks:
+        found = stream.peek(num_tokens)
+        np.testing.assert_array_equal(found, whole.peek(num_tokens))
+        taken = np.flatnonzero(chance.random(len(found)) < 0.6)
+        stream.remove(taken)
+        whole.remove(taken)
+
+
+def test_round_of_a_large_source_touches_only_the_rows_that_it_looks_at():
+    """Many rounds over many rows would otherwise cost their product."""
+    lengths = np.full(1_000_000, 50, np.int32)
+    stream = RowStream(0, 0, np.arange(len(lengths), dtype=np.int32), lengths)
+    stream.peek(1.0)  # draws the pass
+    tracemalloc.start()
+    for _ in range(20):
+        stream.remove(np.arange(len(stream.peek(5_000.0))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000, "a look at every row takes 4 MB and more"
