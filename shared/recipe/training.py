@@ -240,8 +240,8 @@ class StageTrainer(Section):
     """Allow TF32 matrix products; left out: torch's default."""
     torch_compile: bool = False
     """Compile the model's body."""
-    gradient_checkpointing: Literal["auto"] | bool = False
-    """Recompute activations in the backward pass, as in the student's section."""
+    gradient_checkpointing: Literal["auto"] | bool | None = None
+    """Recompute activations in the backward pass of this stage; left out: as the student's section says."""
     fsdp: Literal["none", "full_shard"] = "none"
     """What several processes hold: none: each the whole student; full_shard: a part of its weights and optimizer state
     each.
@@ -391,4 +391,9 @@ class Stage(Section):
         return problems
 
 
-__all__ = ["RESERVED_STAGE_NAMES", "Adapter", "Loss", "LossName", "Stage", "StageTrainer", "Student"]
+def recomputation(student: Student, trainer: StageTrainer) -> Literal["auto"] | bool:
+    """Return whether a stage recomputes activations: what the stage says, or else what the student's section says."""
+    return student.gradient_checkpointing if trainer.gradient_checkpointing is None else trainer.gradient_checkpointing
+
+
+__all__ = ["RESERVED_STAGE_NAMES", "Adapter", "Loss", "LossName", "Stage", "StageTrainer", "Student", "recomputation"]

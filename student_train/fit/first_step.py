@@ -21,6 +21,7 @@ import torch
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, StageTrainer, Student
+from shared.recipe.training import recomputation
 from student_train.batch.collate import collate
 from student_train.fit.memory import CONTEXT_BYTES, GIB, bytes_of_step, estimate_memory
 from student_train.fit.model_shape import ModelShape, shape_of
@@ -60,8 +61,7 @@ def check_first_step(stage: Stage, student: Student, shape: ModelShape, card_byt
         TrainingError: they do not, whatever the recipe allows.
     """
     trainer = stage.trainer
-    settings = (student.gradient_checkpointing, trainer.gradient_checkpointing)
-    ways = [True] if True in settings else [False, True] if "auto" in settings else [False]
+    ways = {True: [True], "auto": [False, True], False: [False]}[recomputation(student, trainer)]
     least: int | None = None
     for recomputes in ways:
         planned = estimate_memory(shape, student, trainer, recomputes=recomputes).allocated

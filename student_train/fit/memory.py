@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shared.recipe.recipe import StageTrainer, Student
+from shared.recipe.training import recomputation
 from student_train.fit.model_shape import ModelShape
 
 GIB, MIB = 2**30, 2**20
@@ -110,7 +111,7 @@ def estimate_memory(
         has_wide_products: the device multiplies bfloat16 into float32, so that the head needs no wider copy. GPUs do.
     """
     if recomputes is None:
-        recomputes = True in (student.gradient_checkpointing, trainer.gradient_checkpointing)
+        recomputes = recomputation(student, trainer) is True
     moments = _Step(shape, student, trainer, recomputes, has_wide_products).moments()
     return max(moments, key=lambda estimate: estimate.total)
 

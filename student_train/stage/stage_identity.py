@@ -55,6 +55,11 @@ def stage_identity(work: StageWork, *, only_moved: bool = False) -> dict[str, An
     def said(section: Section, **kept: Any) -> dict[str, Any]:
         return section.model_dump(mode="json", exclude_defaults=only_moved, **kept)
 
+    trainer = work.stage.trainer  # not recomputing is one thing, whoever says it
+    trainer = trainer.model_copy(update={"gradient_checkpointing": trainer.gradient_checkpointing or None})
+    stage = said(work.stage.model_copy(update={"trainer": trainer}), exclude=not_trained_with)
+    if not only_moved:
+        stage["trainer"]["gradient_checkpointing"] = trainer.gradient_checkpointing or False
     evaluate = work.stage.evaluate
     course: dict[str, Any] = {}
     if work.run is not None:
@@ -66,7 +71,7 @@ def stage_identity(work: StageWork, *, only_moved: bool = False) -> dict[str, An
     if evaluate is not None and (evaluate.decides or work.stage.sampling is not None):
         course["evaluate"] = said(evaluate, exclude={"samples", "sample_tokens"})
     return {
-        "stage": said(work.stage, exclude=not_trained_with) | course,
+        "stage": stage | course,
         "student": said(work.student, exclude={"model", "revision", "init", "trust_remote_code"}),
         "start": start_identity(work.student, work.start, work.seed),
         "cache": work.caches.cache_id,

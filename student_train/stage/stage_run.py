@@ -20,6 +20,7 @@ from shared.atomic import write_atomic
 from shared.cache.tokenizer_files import checked_tokenizer
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe, Stage
+from shared.recipe.training import recomputation
 from student_train.batch.dataset import PackDataset
 from student_train.evaluate.evaluation_run import EvaluationRun, evaluations_until
 from student_train.evaluate.verdict import Verdict, judge
@@ -141,7 +142,7 @@ def _arguments(work: StageWork) -> TrainingArguments:
 
 def _recomputes(work: StageWork) -> bool:
     """Tell whether the recipe says so; `auto` is decided once the student is on its card."""
-    return True in (work.student.gradient_checkpointing, work.stage.trainer.gradient_checkpointing)
+    return recomputation(work.student, work.stage.trainer) is True
 
 
 def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:

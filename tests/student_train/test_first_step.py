@@ -135,3 +135,41 @@ def test_auto_keeps_activations_on_a_cpu_and_trains(recipe_of):
 
     (model_dir,) = run_stages(recipe_of(trainer={"max_steps": 1, "gradient_checkpointing": "auto"}))
     assert not (model_dir.parent / "memory.json").exists(), "nothing is measured where there is no card"
+
+
+@pytest.mark.parametrize(
+    "student, stage, expected",
+    [
+        (True, None, True),
+        (True, False, False),
+        ("auto", False, False),
+        (False, True, True),
+        (True, "auto", "auto"),
+        (False, None, False),
+    ],
+)
+def test_stage_that_says_whether_it_recomputes_is_not_overruled_by_the_student(student, stage, expected):
+    from shared.recipe.recipe import StageTrainer, Student
+    from shared.recipe.training import recomputation
+
+    settings = {} if stage is None else {"gradient_checkpointing": stage}
+    found = recomputation(Student(model="m", gradient_checkpointing=student), StageTrainer(**settings))
+    assert found == expected
+
+
+def test_stage_overrules_the_student_when_it_trains_and_keeps_its_identity(recipe_of):
+    from student_train.stage.stage_identity import stage_identity
+    from student_train.stage.stage_run import _arguments
+    from student_train.stage.stage_work import resolve_stage
+
+    found, identities = [], []
+    for said in ({}, {"gradient_checkpointing": False}, {"gradient_checkpointing": True}):
+        recipe = recipe_of(student={"gradient_checkpointing": True}, trainer=said)
+        work = resolve_stage(recipe, recipe.stages[0])
+        found.append(_arguments(work).gradient_checkpointing)
+        identities.append([stage_identity(work), stage_identity(work, only_moved=True)])
+    assert found == [True, False, True]
+    assert identities[0] == identities[1] != identities[2]
+    whole, moved = identities[0]
+    assert whole["stage"]["trainer"]["gradient_checkpointing"] is False  # as every earlier version wrote it
+    assert "gradient_checkpointing" not in moved["stage"].get("trainer", {})

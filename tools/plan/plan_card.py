@@ -16,6 +16,7 @@ from typing import Any
 
 from shared.errors import DecantError, ModelError, TrainingError, UsageError
 from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student
+from shared.recipe.training import recomputation
 
 GIB = 2**30
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
@@ -124,7 +125,7 @@ def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, A
         "operator_chunk_mib": trainer.operator_chunk_mib,
     }
     wrote = {**{name: getattr(stage.trainer, name) for name in settings}}
-    wrote["gradient_checkpointing"] = True in (student.gradient_checkpointing, stage.trainer.gradient_checkpointing)
+    wrote["gradient_checkpointing"] = recomputation(student, stage.trainer) is True
     overrides = [
         f"stages.{stage.name}.trainer.{name}={str(value).lower()}"
         for name, value in settings.items()
@@ -158,7 +159,7 @@ def _candidates(student: Student, stage: Stage) -> Iterator[tuple[StageTrainer, 
     """Yield settings with the same tokens per optimizer step, fastest first."""
     trainer = stage.trainer
     packs = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
-    must = True in (student.gradient_checkpointing, trainer.gradient_checkpointing)
+    must = recomputation(student, trainer) is True
     for recomputes in (True,) if must else (False, True):
         for pack_tokens in _pack_lengths(stage):
             num_packs = packs * trainer.pack_tokens // pack_tokens
