@@ -37,6 +37,12 @@ def end_token_ids(tokenizer: Any, declared: Iterable[int] = (), templates: Itera
     return tuple(token for token in found if 0 <= token < len(tokenizer))
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of every token that the tokenizer marks as special."""
+    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset([*tokenizer.all_special_ids, *added])
+
+
 def declared_end_ids(model_dir: Path) -> tuple[int, ...]:
     """Return `eos_token_id` of a model's generation_config.json, or of its config.json where that says none.
 

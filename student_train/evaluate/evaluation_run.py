@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.tokenizer_files import checked_tokenizer
+from shared.cache.trained_ends import trained_ends
+from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import StageEvaluation
 from student_train.evaluate.heldout_measure import HeldoutSet, Processes, measure_heldout
 from student_train.evaluate.quality_samples import choose_samples, load_tokenizer, student_answers
@@ -56,6 +58,11 @@ class EvaluationRun:
         self._base, self._objective, self._attention = base, objective, attention
         self._tokenizer = _tokenizer_of(heldout.caches.caches[0].path) if settings.samples else None
         self._samples = choose_samples(self._heldout, settings.samples, self._tokenizer) if settings.samples else []
+        self._trained_end_ids: tuple[int, ...] = ()
+        if self._samples:
+            special = special_ids(self._tokenizer)
+            ends = (end for cache in heldout.caches.caches for end in trained_ends(cache, special))
+            self._trained_end_ids = tuple(dict.fromkeys(ends))
         self._evaluations: list[dict[str, Any]] = []
         self._logs: tuple[StepLog, ...] = ()
 
@@ -107,7 +114,13 @@ class EvaluationRun:
             return []
         settings = self.settings
         answers = student_answers(
-            model, self._base, self._samples, self._tokenizer, self._attention, settings.sample_tokens
+            model,
+            self._base,
+            self._samples,
+            self._tokenizer,
+            self._trained_end_ids,
+            self._attention,
+            settings.sample_tokens,
         )
         return [
             {

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from shared.models import files as model_files
+from shared.models.end_tokens import checked_ids, end_token_ids
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.student.row_attention import switch_attention
 
@@ -49,7 +50,13 @@ def choose_samples(heldout: HeldoutSet, count: int, tokenizer: Any) -> list[Samp
 
 
 def student_answers(
-    model: Any, base: Any, samples: Sequence[Sample], tokenizer: Any, attention: str, max_tokens: int
+    model: Any,
+    base: Any,
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    trained_end_ids: Sequence[int],
+    attention: str,
+    max_tokens: int,
 ) -> list[str]:
     """Return the student's greedy answers, at most `max_tokens` tokens each.
 
@@ -58,13 +65,15 @@ def student_answers(
         base: the language model below, whose forward is patched.
         samples: what to answer.
         tokenizer: the cache's.
+        trained_end_ids: tokens that the cache's answers end with.
         attention: attention implementation that the recipe names.
         max_tokens: longest answer.
     """
     from transformers import GenerationConfig
 
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    ends = _end_tokens(base, tokenizer)
+    declared = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    ends = list(end_token_ids(tokenizer, checked_ids(declared, "eos_token_id of the student"), trained_end_ids))
     answers = []
     with _plain(model, base, attention):
         device = base.get_input_embeddings().weight.device
@@ -85,13 +94,6 @@ def student_answers(
 def load_tokenizer(directory: Path) -> Any:
     """Load the cache's tokenizer."""
     return model_files.load_tokenizer(directory, trust_remote_code=False)
-
-
-def _end_tokens(base: Any, tokenizer: Any) -> list[int]:
-    declared = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
-    others = [declared] if isinstance(declared, int) else list(declared or ())
-    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return list(dict.fromkeys([*own, *others]))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """A trained student as a plain model directory that transformers and vLLM load.
 
 Adapters are merged and also kept by themselves. The directory is written under a temporary name, synced and renamed, so
-it is whole or absent. Tokenizer and chat template are those of the cache, since the student was trained on them; the
-end token of generation is theirs.
+it is whole or absent. Tokenizer, chat template and end tokens are those that the student was trained with, whether they
+are the tokenizer's own or the recipe's (shared/cache/leaving.py).
 Cost: the size of the model, once.
 """
 
@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shared.atomic import fsync_dir
+from shared.cache.leaving import Leaving, settle
 from shared.failpoints import failpoint
+from shared.models.end_tokens import checked_ids, end_token_ids
 from shared.models.files import load_tokenizer
 from shared.models.loading import load_causal_lm
 from shared.recipe.recipe import Student
@@ -40,6 +43,7 @@ def export_student(
     start: str,
     tokenizer_dir: Path,
     stage_dir: Path,
+    leaving: Callable[[Any], Leaving],
 ) -> Path:
     """Write `model` and, where there is one, `adapter` below a stage's directory; return the model's directory.
 
@@ -49,6 +53,7 @@ def export_student(
         start: directory or hub id that the student was loaded from, to merge into where its own weights are in 4 bits.
         tokenizer_dir: tokenizer and chat template of the cache.
         stage_dir: directory of the stage.
+        leaving: says for that tokenizer which chat template and end tokens the student was trained with.
     """
     if student.adapter.kind != "none":
         adapted = model
@@ -57,11 +62,12 @@ def export_student(
             model = _merged_from_disk(student, start, stage_dir / "adapter")
         else:
             model = model.merge_and_unload()
-    set_generation(model, tokenizer_dir)
+    tokenizer = set_generation(model, tokenizer_dir)
 
     def save(path: Path) -> None:
         model.save_pretrained(path)
         copy_tokenizer(tokenizer_dir, path)
+        settle(path, leaving(tokenizer), tokenizer)
 
     target = stage_dir / "model"
     failpoint("export.before_write")
@@ -84,25 +90,34 @@ def _merged_from_disk(student: Student, start: str, adapter_dir: Path) -> Any:
     )
 
 
-def set_generation(model: Any, tokenizer_dir: Path) -> None:
-    """Give a model the end and padding tokens of the cache's tokenizer, and its cache back, which training switched
-    off.
-    """
+def set_generation(model: Any, tokenizer_dir: Path) -> Any:
+    """Give a model the end and padding tokens of the cache's tokenizer and its cache back; return the tokenizer."""
     from transformers import GenerationConfig
 
     tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=False)
     model.config.use_cache = True
     generation = getattr(model, "generation_config", None) or GenerationConfig()
-    before = generation.eos_token_id
-    others = [before] if isinstance(before, int) else list(before or ())
-    ends = list(dict.fromkeys([token for token in [tokenizer.eos_token_id] if token is not None] + others))
+    ends = end_token_ids(tokenizer, checked_ids(generation.eos_token_id, "eos_token_id of the student"))
     if ends:
-        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+        generation.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
         model.config.eos_token_id = ends[0]
     if tokenizer.pad_token_id is not None:
         generation.pad_token_id = tokenizer.pad_token_id
     generation.use_cache = True
     model.generation_config = generation
+    make_savable(model)
+    return tokenizer
+
+
+def make_savable(model: Any) -> None:
+    """Let settings of sampling say `do_sample`: without it transformers reads them and refuses to save them."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
 
 
 def copy_tokenizer(tokenizer_dir: Path, model_dir: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainingArguments
 
 from shared.atomic import write_atomic
+from shared.cache.leaving import Leaving, leaving_of
 from shared.cache.tokenizer_files import checked_tokenizer
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe, Stage
@@ -41,7 +42,7 @@ from student_train.records.metrics_log import read_steps
 from student_train.records.processes import first_then_others, is_first, wait_for_all
 from student_train.records.progress import OpenProgress, SilentProgress, StageProgress
 from student_train.records.run_seconds import SecondsLog
-from student_train.stage.export import export_student
+from student_train.stage.export import export_student, make_savable
 from student_train.stage.stage_identity import claim_stage, mark_done
 from student_train.stage.stage_work import StageWork, resolve_stage
 from student_train.student.forward_patch import Objective, patch_forward, restore_forward
@@ -184,6 +185,7 @@ def _train_loaded(
     seconds: SecondsLog,
 ) -> None:
     """Train a loaded student and write its model's directory."""
+    make_savable(base)
     model, objective = _student(work, args, base)
     adapted = work.student.adapter.kind != "none"
     check_disk_space(model, work.stage, work.plan.num_steps, work.directory, adapted=adapted)
@@ -220,8 +222,23 @@ def _train_loaded(
             )
             load_weights(model, gathered)
         with checked_tokenizer(work.caches.caches[0].path) as tokenizer_dir:
-            export_student(model, work.student, work.origin, tokenizer_dir, work.directory)
+            export_student(
+                model,
+                work.student,
+                work.origin,
+                tokenizer_dir,
+                work.directory,
+                lambda tokenizer: _leaving(work, tokenizer, progress),
+            )
     wait_for_all()
+
+
+def _leaving(work: StageWork, tokenizer: Any, progress: StageProgress) -> Leaving:
+    """Return what leaves with the model besides its weights; say where the sources do not agree."""
+    leaving = leaving_of(work.recipe, work.caches.caches, tokenizer)
+    if leaving.note:
+        progress.note(f"train {work.stage.name}: {leaving.note}")
+    return leaving
 
 
 def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, Objective]:

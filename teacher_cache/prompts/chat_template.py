@@ -9,21 +9,15 @@ Cost: one rendering for the probe; then one rendering and tokenization per call.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from shared.cache.rendering import template_text
 from shared.errors import PromptError
+from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.prompt_formats import Message
 
 PROBE_QUESTION, PROBE_ANSWER = "decant probe question", "decant probe answer"
-MAX_TEMPLATE_BYTES = 2**20
-
-
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids of every token that the tokenizer marks as special."""
-    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return frozenset([*tokenizer.all_special_ids, *added])
 
 
 class ChatTemplate:
@@ -107,23 +101,6 @@ class ChatTemplate:
             "so that a "
             "student learns to stop; change `chat_template`"
         )
-
-
-def template_text(setting: str | None) -> str | None:
-    """Return the recipe's template: its text, or the content of the file that it names; None stays None.
-
-    Raises:
-        PromptError: it names a file that is not there.
-    """
-    if setting is None or "{" in setting or "\n" in setting:
-        return setting
-    path = Path(setting)
-    if not path.is_file() or path.stat().st_size > MAX_TEMPLATE_BYTES:
-        raise PromptError(
-            f"{setting}: no such template file (of at most 1 MiB); expected Jinja text or a path to it in "
-            "`chat_template`"
-        )
-    return path.read_text(encoding="utf-8")
 
 
 def _own_text(tokenizer: Any, source: PromptSource) -> str:

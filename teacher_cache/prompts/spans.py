@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import PromptError
+from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.chat_template import ChatTemplate, special_ids
+from teacher_cache.prompts.chat_template import ChatTemplate
 from teacher_cache.prompts.prompt_formats import Conversation, Message, prompt_turns
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.int32]]

@@ -24,13 +24,13 @@ import xxhash
 
 from shared.cache.groups import GroupRule
 from shared.cache.growing_key_set import GrowingKeySet
+from shared.cache.rendering import template_text
 from shared.errors import PromptError
 from shared.identity.grown import unmoved
 from shared.keys import canonical_json, content_key, group_key, row_key
 from shared.parts.jobs import PlanRow
 from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.prompts.cache_source import FORMAT, cache_content_hash
-from teacher_cache.prompts.chat_template import template_text
 from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompt_files import content_hash
 from teacher_cache.prompts.prompt_formats import (
