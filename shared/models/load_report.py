@@ -37,6 +37,10 @@ def loading(name: str, expected: str = MODEL) -> Iterator[None]:
     except Exception as error:  # the libraries raise whatever a broken file makes them raise
         if isinstance(error, ModelError | MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
+        if "does not support an attention implementation through torch" in str(error):  # only a student asks for one
+            raise ModelError(
+                f"{name} has no attention 'sdpa' in transformers; set student.attention to eager"
+            ) from error
         reason = lines.conversion() or " ".join(str(error).split())[:300] or type(error).__name__
         kind = " as a language model" if expected == MODEL else ""
         raise ModelError(f"{name} cannot be loaded{kind}: {reason}; expected {expected}") from error

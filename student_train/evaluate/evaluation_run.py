@@ -15,6 +15,7 @@ from typing import Any
 from shared.cache.tokenizer_files import checked_tokenizer
 from shared.cache.trained_ends import trained_ends
 from shared.models.end_tokens import special_ids
+from shared.models.row_length import known_positions
 from shared.recipe.recipe import StageEvaluation
 from student_train.evaluate.heldout_measure import HeldoutSet, Processes, measure_heldout
 from student_train.evaluate.quality_samples import choose_samples, load_tokenizer, student_answers
@@ -51,7 +52,7 @@ class EvaluationRun:
         Raises:
             TrainingError: every row is longer than the student reads.
         """
-        longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        longest = known_positions(base.config.get_text_config())
         self.settings = settings
         self._heldout = heldout if longest is None else heldout.within(longest)
         self._packs = self._heldout.packs(pack_tokens)

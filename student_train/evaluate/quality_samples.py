@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from shared.models import files as model_files
+from shared.models.attention_choice import faithful_attention
 from shared.models.end_tokens import checked_ids, end_token_ids
+from shared.models.row_length import known_positions, reset_rotations
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.student.row_attention import switch_attention
 
@@ -71,7 +73,7 @@ def student_answers(
     """
     from transformers import GenerationConfig
 
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest = known_positions(base.config.get_text_config()) or 2**31
     declared = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
     ends = list(end_token_ids(tokenizer, checked_ids(declared, "eos_token_id of the student"), trained_end_ids))
     answers = []
@@ -111,14 +113,15 @@ def _plain(model: Any, base: Any, attention: str) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            if training_attention != attention:
-                switch_attention(base, attention)
             model.eval()
+            switch_attention(base, attention)
+            probe = torch.zeros(1, 2, dtype=torch.int64, device=base.get_input_embeddings().weight.device)
+            switch_attention(base, faithful_attention(base, lambda: base(input_ids=probe, use_cache=False)))
             yield
     finally:
         model.train(was_training)
-        if training_attention != attention:
-            switch_attention(base, training_attention)
+        switch_attention(base, training_attention)
+        reset_rotations(base)
         for module, call in compiled:
             module._compiled_call_impl = call
         base.__dict__.update(patched)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shared.errors import TrainingError
@@ -110,10 +111,19 @@ class StudentWatch:
         for module in self._marked:
             module.__dict__.pop(_MARK, None)
 
-    def see(self, layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
-        """Keep queries [1, A, B, D] and keys [1, G, B, D] of a layer."""
+    def see(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
+        """Keep queries [1, A, B, D] and keys [1, G, B, D] of a layer.
+
+        Raises:
+            TrainingError: the layer hides keys that its options do not name.
+        """
         if not self._is_on:
             return
+        if mask is not None and options.get("sliding_window") is None and not _shows_whole_rows(mask):
+            raise TrainingError(
+                f"student layer {layer} hides keys of a row by its mask alone, which the loss 'attention' does not "
+                "know; leave the loss out, or map it to layers that see whole rows"
+            )
         if options.get("s_aux") is not None:
             raise TrainingError(
                 "the student's attention has sinks, which the loss 'attention' does not know; leave the loss out"
@@ -155,6 +165,14 @@ class StudentWatch:
         return keep
 
 
+def _shows_whole_rows(mask: Tensor) -> bool:
+    """Say whether each query sees one key more than the one before, or begins a row; [1, 1, B, B] bool, or added to
+    scores.
+    """
+    visible = (mask if mask.dtype == torch.bool else mask == 0)[0, 0].sum(-1)
+    return bool(((visible[1:] == visible[:-1] + 1) | (visible[1:] == 1)).all())
+
+
 def blocks_of(base: Any) -> nn.ModuleList:
     """Return the student's blocks, first to last.
 
@@ -191,7 +209,7 @@ def _wrap(name: str) -> None:
         watched = module.__dict__.get(_MARK)
         if watched is not None:
             watch, layer = watched
-            watch.see(layer, query, key, options)
+            watch.see(layer, query, key, attention_mask, options)
         return plain(module, query, key, value, attention_mask, **options)
 
     attend.shows_watched_students = True  # type: ignore[attr-defined]

@@ -26,6 +26,7 @@ from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_sche
 from student_train.order.schedules import RunSteps
 from student_train.order.stage_plan import StagePlan, plan_stage
 from student_train.records.processes import num_processes
+from student_train.stage.student_length import within_positions
 
 
 def stage_seed(recipe: Recipe, stage: Stage) -> int:
@@ -65,6 +66,7 @@ def _num_steps(recipe: Recipe, stage: Stage) -> int:
     caches = open_caches(recipe, stage)
     if not _moves(stage):
         return plan_order(recipe, stage, caches, None).num_steps
+    stage = _readable(recipe, stage, caches)
     return StageSize.of(stage, _planner(recipe, stage, caches).packs_per_epoch, num_processes()).num_steps
 
 
@@ -79,6 +81,7 @@ def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | 
     Raises:
         TrainingError: a source is unknown or empty, or nothing is left to train on.
     """
+    stage = _readable(recipe, stage, caches)
     seed, trainer = stage_seed(recipe, stage), stage.trainer
     mixture = caches.mixture_codes(stage.mixture)
     if not _moves(stage):
@@ -103,6 +106,13 @@ def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | 
         every_steps=_every_steps(stage, stage.sampling),
         settings=stage.sampling.model_dump_json(exclude=unmoved(stage.sampling, Sampling.NAMES_THE_PLAN)),
     )
+
+
+def _readable(recipe: Recipe, stage: Stage, caches: CacheList) -> Stage:
+    """Return a stage whose rows are no longer than its student can read."""
+    if recipe.student is None or not len(caches):
+        return stage
+    return within_positions(stage, recipe.student, int(caches.num_tokens.max()))
 
 
 def evaluation_sampling(

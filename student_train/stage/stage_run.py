@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from shared.atomic import write_atomic
 from shared.cache.leaving import Leaving, leaving_of
 from shared.cache.tokenizer_files import checked_tokenizer
+from shared.errors import TrainingError
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe, Stage
 from shared.recipe.training import recomputation
@@ -29,6 +30,7 @@ from student_train.fit.disk_space import check_disk_space
 from student_train.fit.first_step import fit_first_step
 from student_train.layers.layer_losses import LayerLosses, check_layer_losses
 from student_train.operator.operator_choice import operator_for
+from student_train.order.order import length_limit
 from student_train.records.checkpoints import (
     Checkpoint,
     list_checkpoints,
@@ -49,6 +51,7 @@ from student_train.student.forward_patch import Objective, patch_forward, restor
 from student_train.student.liger import check_liger, liger_layers
 from student_train.student.row_attention import switch_attention
 from student_train.student.row_separation import separate_rows
+from student_train.student.rows_alone import are_rows_alone
 from student_train.student.student import add_adapter, load_student
 from student_train.student.student_head import body_of, check_head, head_of
 from student_train.train.course import Course
@@ -156,8 +159,10 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
     ]
     parts += ["mixture follows the evaluations"] if work.sampling else []
     parts += [f"{plan.epoch_at(plan.num_steps):.3g} epochs"]
-    parts += [f"{cut:,} rows cut to {plan.limit} tokens"] if cut else []
-    parts += [f"{dropped:,} rows above {plan.limit} tokens dropped"] if dropped else []
+    positions = plan.limit < length_limit(work.stage.trainer.pack_tokens, work.stage.max_length)
+    reason = ", the positions that the student knows" if positions else ""
+    parts += [f"{cut:,} rows cut to {plan.limit} tokens{reason}"] if cut else []
+    parts += [f"{dropped:,} rows above {plan.limit} tokens{reason} dropped"] if dropped else []
     parts += [f"started from {work.start}"] if work.start else []
     parts += [f"continued after step {checkpoint.step:,}"] if checkpoint else []
     return f"train {work.stage.name}: {', '.join(parts)}"
@@ -187,6 +192,11 @@ def _train_loaded(
     """Train a loaded student and write its model's directory."""
     make_savable(base)
     model, objective = _student(work, args, base)
+    if are_rows_alone(body_of(base)):
+        progress.note(
+            f"train {work.stage.name}: layers of {type(base).__name__} do not keep the rows of a pack apart, so each "
+            "length of rows runs alone"
+        )
     adapted = work.student.adapter.kind != "none"
     check_disk_space(model, work.stage, work.plan.num_steps, work.directory, adapted=adapted)
     done = checkpoint.step if checkpoint else 0
@@ -248,7 +258,8 @@ def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, 
         base.to(args.device)
     head = head_of(base, work.caches.vocab_size)
     check_head(base, head)
-    separate_rows(base, head.vocab_size)
+    if separate_rows(base, head.vocab_size, longest=_longest_row(work)) == "alone":
+        _check_rows_alone(work, base)
     model = add_adapter(base, work.student.adapter, seed=work.seed)
     if _recomputes(work) and model is not base:
         base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for
@@ -263,6 +274,27 @@ def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, 
     if shards:
         shard(model, base, args.device)
     return model, objective
+
+
+def _longest_row(work: StageWork) -> int:
+    """Return the tokens of the longest row that the student will see in training or in an evaluation."""
+    longest = min(int(work.caches.num_tokens.max()), work.plan.limit)
+    held = [row for rows in work.heldout.rows.values() for row in rows] if work.heldout is not None else []
+    return max([longest, *(int(work.caches.num_tokens[row]) for row in held)])
+
+
+def _check_rows_alone(work: StageWork, base: Any) -> None:
+    """Refuse what needs all rows of a pack in one pass, of a student whose layers do not keep them apart.
+
+    Raises:
+        TrainingError: with the setting to change.
+    """
+    asked = "trainer.fsdp: full_shard" if work.stage.trainer.fsdp != "none" else "losses on a hidden layer"
+    if work.stage.trainer.fsdp != "none" or work.hidden is not None:
+        raise TrainingError(
+            f"layers of {type(base).__name__} do not keep the rows of a pack apart, so each length of rows runs alone, "
+            f"which {asked} does not allow; leave that out, or choose a student whose layers keep packed rows apart"
+        )
 
 
 def _evaluation(work: StageWork, base: Any, objective: Objective) -> EvaluationRun | None:

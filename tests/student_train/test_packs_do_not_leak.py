@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -40,15 +42,32 @@ def test_hidden_states_in_a_pack_are_those_of_each_row_alone(tiny, family, atten
     torch.testing.assert_close(packed[batch["predictor_index"]], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_check_refuses_a_model_whose_packed_rows_see_each_other(tiny):
+@torch.no_grad()
+def test_model_whose_packed_rows_see_each_other_runs_each_length_alone(tiny):
     model = load(tiny.qwen3, "eager")
     body = body_of(model)
     original = body.forward
     body.forward = lambda position_ids=None, **kwargs: original(
         position_ids=torch.arange(kwargs["input_ids"].shape[1])[None], **kwargs
     )
-    with pytest.raises(TrainingError, match="see each other"):
+    assert separate_rows(model, 512) == "alone"
+    rows = [torch.arange(start, start + length) for start, length in ((5, 20), (50, 3), (90, 21))]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    packed = run_body(body, torch.cat(rows)[None], positions[None])[0]
+    alone = torch.cat([original(input_ids=row[None], use_cache=False)[0][0] for row in rows])
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_check_refuses_a_model_whose_tokens_see_what_follows(tiny):
+    model = load(tiny.qwen3, "eager")
+    for layer in body_of(model).layers:
+        layer.self_attn.forward = functools.partial(_without_mask, layer.self_attn.forward)
+    with pytest.raises(TrainingError, match="see what comes after"):
         separate_rows(model, 512)
+
+
+def _without_mask(forward, *args, attention_mask=None, **kwargs):
+    return forward(*args, attention_mask=None, **kwargs)
 
 
 def test_batch_of_several_packs_equals_one_pack_of_all_rows(tiny):
@@ -98,8 +117,7 @@ def _stage():
 
 def test_padding_in_the_teachers_top_k_moves_into_the_tail(tiny):
     """Against the full distribution: what is left of the head keeps its mass, and each row still sums to 1 at each
-    temperature.
-    """
+    temperature."""
     row = CacheList.open([tiny.cache], None)[0]
     vocab_size = int(np.median(row.targets.ids))
     inside = within_vocabulary(row.targets, vocab_size)

@@ -1,11 +1,11 @@
 """How close a model is to the teacher on prompts that no stage trained on, from the cache alone; no teacher is loaded.
 
 Held-out rows are those whose group's hash says so, capped to the rows with the smallest group keys, which is a random
-sample. A row's tokens go through the model once, in batches padded on the right (causal attention never looks there, so
-no mask is needed); only the hidden states at supervised positions meet the head, in chunks. Reported per position: KL
-in nats from the cached sparse distribution to the model's on the same k + 1 masses (T = 1), agreement of the two most
-probable tokens (in all, and by how sure the teacher is), whether the model's is among the teacher's five, calibration,
-and the exponential of the mean NLL of labels.
+sample. A row's tokens go through the model once, rows of similar length together; only the hidden states at
+supervised positions meet the head, in chunks. Reported per position: KL in nats from the cached sparse distribution
+to the model's on the same k + 1 masses (T = 1), agreement of the two most probable tokens (in all, and by how sure
+the teacher is), whether the model's is among the teacher's five, calibration, and the exponential of the mean NLL of
+labels.
 
 Cost: one forward pass over the held-out tokens.
 Shape letters: R rows of a batch, L longest of them, S supervised positions, H hidden width.
@@ -23,11 +23,14 @@ import torch
 
 from shared.cache.cache import Cache
 from shared.errors import EvaluationError
+from shared.models.attention_choice import faithful_attention
 from shared.models.loading import load_causal_lm
+from shared.models.row_length import known_positions
 from shared.payload.narrowing import LayerView
 from student_train.batch.target_batch import TargetBatch
 from student_train.evaluate.heldout_rows import heldout_rows
 from student_train.operator.fused_loss import PositionScores, evaluate_positions
+from student_train.student.rows_alone import run_rows_alone
 from student_train.student.student_head import body_of, check_head, head_of
 from tools.evaluate.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout_sums import HeldoutSums, RowMeasure
@@ -74,7 +77,7 @@ def evaluate_heldout(
         )
     model = load_model(str(model_dir), adapter, dtype, trust_remote_code)
     check_head(model, head_of(model, layer.vocab_size))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = known_positions(model.config.get_text_config()) or math.inf
     fitting = [(cache, row) for cache, row in chosen if opened[cache].num_tokens[row] <= limit]
     if not fitting:
         raise EvaluationError(f"{model_dir}: every held-out row is longer than the {limit} tokens that the model reads")
@@ -100,22 +103,24 @@ def load_model(model: str, adapter: str | None, dtype: str, trust_remote_code: b
         {"device_map": "auto"} if torch.cuda.is_available() else {}
     )
     loaded = load_causal_lm(model, what="the model", trust_remote_code=trust_remote_code, adapter=adapter, **options)
-    return loaded.eval()
+    loaded.eval()
+    probe = torch.zeros(1, 2, dtype=torch.int64, device=loaded.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        loaded.set_attn_implementation(faithful_attention(loaded, lambda: loaded(input_ids=probe, use_cache=False)))
+    return loaded
 
 
 def measure_batch(model: Any, vocab_size: int, rows: Sequence[Any]) -> list[RowMeasure]:
     """Measure rows of a cache in one forward pass."""
     head, body = head_of(model, vocab_size), body_of(model)
     device = model.get_input_embeddings().weight.device
-    longest = max(len(row.token_ids) for row in rows)
-    input_ids = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row.token_ids)] = torch.from_numpy(row.token_ids.astype(np.int64))
+    token_ids = torch.from_numpy(np.concatenate([row.token_ids for row in rows]).astype(np.int64))[None].to(device)
+    positions = torch.cat([torch.arange(len(row.token_ids), device=device) for row in rows])[None]
+    first = np.cumsum([0, *(len(row.token_ids) for row in rows)])
+    predictors = np.concatenate([row.predictor_index() + start for row, start in zip(rows, first, strict=False)])
     with torch.no_grad():
-        states = body(input_ids=input_ids.to(device), use_cache=False)[0]
-    hidden = torch.cat(
-        [states[i, torch.from_numpy(row.predictor_index().astype(np.int64))] for i, row in enumerate(rows)]
-    )
+        states = run_rows_alone(body, token_ids, positions)[0]
+    hidden = states[torch.from_numpy(predictors.astype(np.int64)).to(device)]
     labels = torch.from_numpy(np.concatenate([row.labels() for row in rows]).astype(np.int64)).to(device)
     batch = TargetBatch.from_rows([row.targets for row in rows]).to(device)
     scores = evaluate_positions(

@@ -17,6 +17,7 @@ import torch
 
 from shared.cache.cache import Cache
 from shared.cache.tokenizer_files import read_tokenizer_files
+from student_train.student.rows_alone import run_rows_alone
 from student_train.student.student_head import body_of, head_of
 
 MOST_PARTINGS = 12
@@ -67,10 +68,10 @@ def _student_logprobs(model: Any, row: Any, position: int, vocab_size: int) -> n
     """Return the student's log-probabilities [V] at one position of a row."""
     head = head_of(model, vocab_size)
     device = model.get_input_embeddings().weight.device
-    end = int(row.predictor_index()[position]) + 1
-    input_ids = torch.from_numpy(row.token_ids[:end].astype(np.int64))[None].to(device)
+    token_ids = torch.from_numpy(row.token_ids.astype(np.int64))[None].to(device)
     with torch.no_grad():
-        state = body_of(model)(input_ids=input_ids, use_cache=False)[0][0, -1]
+        states = run_rows_alone(body_of(model), token_ids, torch.arange(token_ids.shape[1], device=device)[None])
+        state = states[0, int(row.predictor_index()[position])]
         logprobs: np.ndarray = torch.log_softmax(head.logits(state).double(), 0).cpu().numpy()
         return logprobs
 

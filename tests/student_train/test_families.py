@@ -1,0 +1,121 @@
+"""Losses and gradients of a pack against each family's own eager forward of each row alone, or a refusal.
+
+Rows are shorter and longer than the families' window (32) and rotation's switch (64), one exactly as long as each.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from shared.errors import ModelError, TrainingError
+from student_train.losses import LossTerm
+from student_train.student.forward_patch import Objective, patch_forward
+from student_train.student.row_separation import separate_rows
+from student_train.student.student_head import StudentHead, check_head, head_of
+from tests.tiny_families import FAMILIES, VOCAB_SIZE, make_family
+
+LENGTHS = (5, 90, 33, 2, 64, 65, 32, 77)
+ALONE = {
+    *("bamba", "bloom", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "llama_dynamic", "mamba", "mamba2", "mpt"),
+    *("phi3_longrope", "qwen3_5", "qwen3_next", "recurrent_gemma", "falcon"),
+}
+"""Families whose layers cannot keep rows apart in one pass."""
+QUICK = {
+    *("doge", "gemma2", "gpt_oss", "lfm2", "llama_dynamic", "mistral", "phi3_longrope"),
+    *("phimoe", "qwen2_moe", "qwen3_5"),
+}
+EAGER_ONLY = {"bloom", "gpt_neo", "gpt_oss", "gptj", "mamba", "mamba2", "mpt"}
+"""Families that transformers runs with no other attention."""
+
+
+def quick_and_slow(names):
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(names)]
+
+
+def rows_of(lengths):
+    return [torch.randint(3, VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+
+
+def own_loss(name, spread, rows):
+    """Return the mean cross entropy of a fresh model's own forward, row by row, and its gradient by the embeddings."""
+    model = make_family(name, spread=spread)
+    total, num_positions = 0.0, sum(len(row) - 1 for row in rows)
+    for row in rows:
+        if "dynamic" in name:  # its rotation remembers the longest row so far
+            rotary = model.model.rotary_emb
+            rotary.max_seq_len_cached, rotary.inv_freq = rotary.original_max_seq_len, rotary.original_inv_freq
+        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.double(), row[1:], reduction="sum") / num_positions
+        loss.backward()
+        total += float(loss.detach())
+    return total, model.get_input_embeddings().weight.grad
+
+
+def pack_loss(model, rows):
+    """Return the loss of all rows in one pack, as training computes it, and its gradient by the embeddings."""
+    starts = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    labels = torch.cat([row[1:] for row in rows])
+    places = [torch.arange(len(row) - 1) + start for row, start in zip(rows, starts.tolist(), strict=False)]
+    loss = model(
+        input_ids=torch.cat(rows)[None],
+        position_ids=torch.cat([torch.arange(len(row)) for row in rows])[None],
+        labels=labels,
+        num_items_in_batch=torch.tensor(len(labels)),
+        predictor_index=torch.cat(places),
+    ).loss
+    loss.backward()
+    return loss.item(), model.get_input_embeddings().weight.grad
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.3])
+@pytest.mark.parametrize("name", quick_and_slow(FAMILIES))
+def test_pack_has_the_loss_and_gradient_of_each_row_alone(name, spread):
+    rows = rows_of(LENGTHS)
+    expected, expected_gradient = own_loss(name, spread, rows)
+    model = make_family(name, spread=spread, attention="eager" if name in EAGER_ONLY else "sdpa")
+    head = head_of(model, VOCAB_SIZE)
+    check_head(model, head)
+    assert (separate_rows(model, VOCAB_SIZE) == "alone") == (name in ALONE)
+    objective = Objective(head, terms=[LossTerm("cross_entropy")])
+    patch_forward(model, objective)
+    loss, gradient = pack_loss(model, rows)
+    assert loss == pytest.approx(expected, abs=1e-5)
+    assert float((gradient - expected_gradient).abs().max()) < 2e-3 * float(expected_gradient.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("qwen2_moe", "stock"), ("lfm2", "alone"), ("phi3_longrope", "alone"), ("gemma2", "rows")]
+)
+def test_narrow_weights_are_judged_in_float32_and_left_as_they_were(name, way):
+    """Rounding of 16-bit products would hide a window or a convolution of fresh weights."""
+    model = make_family(name, attention="sdpa").to(torch.bfloat16)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert separate_rows(model, VOCAB_SIZE) == way
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["gemma2", "recurrent_gemma", "granite", "cohere"])
+def test_logits_are_read_as_the_model_makes_them_whatever_their_size(name):
+    changes = {"final_logit_softcapping": 3.0} if name == "gemma2" else {}
+    model = make_family(name, **changes)
+    head = head_of(model, VOCAB_SIZE)
+    check_head(model, head)
+    wrong = StudentHead(head.module, head.vocab_size, head.logit_scale * (1.0 if head.softcap else 1.01))
+    with pytest.raises(TrainingError, match="does not declare"):
+        check_head(model, wrong)
+
+
+def test_student_without_sdpa_is_told_the_attention_that_works(tmp_path):
+    from shared.recipe.recipe import Student
+    from student_train.student.student import load_student
+
+    make_family("gpt_oss").save_pretrained(tmp_path)
+    cache = SimpleNamespace(tokenizer_hash=None, vocab_size=VOCAB_SIZE, path="cache")
+    with pytest.raises(ModelError, match=r"set student\.attention to eager"):
+        load_student(Student(model=str(tmp_path), init="random"), None, cache)
+    model = load_student(Student(model=str(tmp_path), init="random", attention="eager"), None, cache)
+    assert separate_rows(model, VOCAB_SIZE) == "rows"
