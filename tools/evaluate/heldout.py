@@ -54,7 +54,7 @@ def evaluate_heldout(
     """Measure one model on the held-out rows of caches.
 
     Returns:
-        kl_nats, kl_low, kl_high (95 % over rows), top1_agreement, top1_in_teacher_top5,
+        kl_nats, kl_low, kl_high (95 % over rows; None of one row), top1_agreement, top1_in_teacher_top5,
         agreement_by_teacher_confidence, calibration_error, calibration, perplexity, teacher_perplexity, positions,
         rows, rows_too_long, dtype, by_source with
         the same figures per source, and partings: the positions of the largest KL in their context.

@@ -65,7 +65,8 @@ class HeldoutSums:
         calibration = sum((self.calibration[name] for name in sources), start=ConfidenceBins())
         agreement = sum((self.agreement[name] for name in sources), start=ConfidenceBins())
         total = float(positions.sum())
-        low, high = ratio_interval(kl, positions, seed)
+        # One row says nothing about how rows differ.
+        low, high = ratio_interval(kl, positions, seed) if len(rows) > 1 else (None, None)
         return {
             "kl_nats": math.fsum(kl) / total,
             "kl_low": low,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from pydantic import BaseModel
 
 from shared.atomic import write_atomic
 from shared.cache.cache import Cache
@@ -27,6 +28,7 @@ from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe, Task
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.rendering import source_of
+from tools.evaluate.run_shapes import AnswerRow, read_lines
 
 RESULT_FORMAT = 3
 """Raised whenever figures would come out differently for the same inputs."""
@@ -95,18 +97,9 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     write_atomic(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(), "evaluation")
 
 
-def read_answers(path: Path) -> Iterator[dict[str, Any]]:
+def read_answers(path: Path, shape: type[BaseModel] = AnswerRow) -> Iterator[dict[str, Any]]:
     """Yield the kept answers of a model; a torn or foreign line is left out."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+    yield from read_lines(path, shape)[0]
 
 
 def same_identity(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 
 from tools.evaluate.language import has_switched, languages_of
 from tools.evaluate.results import read_answers
+from tools.evaluate.run_shapes import SideRow
 from tools.evaluate.structure import num_kept as structure_kept
 from tools.evaluate.structure import structure_of
 from tools.evaluate.terms import num_kept as terms_kept
@@ -42,18 +43,8 @@ def read_side_answers(directory: Path, names: Sequence[str]) -> dict[str, Answer
     """Return what each model answered, from `evaluate/side_by_side` of a run; models without answers are left out."""
     found: dict[str, Answers] = {}
     for name in names:
-        for row in read_answers(directory / "evaluate" / "side_by_side" / f"{name}.answers.jsonl"):
-            temperature, number, texts = (
-                row.get("temperature"),
-                row.get("number"),
-                (row.get("prompt"), row.get("answer")),
-            )
-            if (
-                isinstance(temperature, int | float)
-                and isinstance(number, int)
-                and all(isinstance(text, str) for text in texts)
-            ):
-                found.setdefault(name, {}).setdefault(f"{temperature:g}", {}).setdefault(number, row)
+        for row in read_answers(directory / "evaluate" / "side_by_side" / f"{name}.answers.jsonl", SideRow):
+            found.setdefault(name, {}).setdefault(f"{row['temperature']:g}", {}).setdefault(row["number"], row)
     return found
 
 
@@ -90,7 +81,7 @@ def _figures(
     texts = [str(row["answer"]) for row in own]
     figures: dict[str, Any] = {
         "answers": len(own),
-        "mean_tokens": sum(row["tokens"] for row in own if isinstance(row.get("tokens"), int)) / len(own),
+        "mean_tokens": sum(row.get("tokens") or 0 for row in own) / len(own),
         "truncated": sum(bool(row.get("truncated")) for row in own) / len(own),
         "same_as_teacher": _same(own, teacher),
         "same_as_base": _same(own, base),

@@ -9,7 +9,7 @@ A term is one of
   them).
 Terms are compared without case and with single spaces, and found only between characters that are neither letters nor
 digits.
-Cost: linear in the text.
+Cost: linear in the text; a pass of it for each term of several words.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ _PATTERNS = (
     r"\b([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)\b",
     r"\b([A-Za-z]+\d\w*)\b",
     r"(?<![\w.])([$€£]\s?\d[\d.,]*\d|[$€£]\s?\d)",
-    rf"(?i)(?<![\w.])(\d[\d.,]*\s?(?:{_UNITS}))(?![\w])",
+    # A number without a unit is taken, too (as nothing), or each digit of a long list would look for one at its end.
+    rf"(?i)(?<![\w.])(?:(\d[\d.,]*+\s?(?:{_UNITS})(?!\w))|\d[\d.,]*+)",
     r"\b([A-Z][A-Z0-9]+)\b",
     r"(?<=[a-z,;:)] )([A-Z][a-z]+)\b",
 )
 _UNIT = re.compile(_UNITS)
+_WORD = re.compile(r"\w+")
 _LONG_WORD = re.compile(r"\b[^\W\d_]{7,}\b")
 _COMMON_SHARE = 5
 """A word in more than one of so many answers is common."""
@@ -70,4 +72,8 @@ def plain(text: str) -> str:
 def num_kept(terms: set[str], answer: str) -> int:
     """Return how many of the terms occur in an answer."""
     text = plain(answer)
-    return sum(re.search(rf"(?<!\w){re.escape(term)}(?!\w)", text) is not None for term in terms)
+    words = set(_WORD.findall(text))
+    return sum(
+        term in words if _WORD.fullmatch(term) else re.search(rf"(?<!\w){re.escape(term)}(?!\w)", text) is not None
+        for term in terms
+    )

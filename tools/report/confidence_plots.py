@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tools.report.plots import INK, colour_of, svg_of
+from tools.report.plots import INK, colour_of, short, svg_of
 
 
 def calibration_plot(models: Mapping[str, Any]) -> str:
@@ -38,7 +38,13 @@ def _lines(label: str, models: Mapping[str, Any], key: str, across: str, up: str
             if bins:
                 xs, ys = ([100 * part[column] for part in bins] for column in ("confidence", "right"))
                 axes.plot(
-                    xs, ys, color=colour_of(list(models), name), linewidth=1.2, marker="o", markersize=3, label=name
+                    xs,
+                    ys,
+                    color=colour_of(list(models), name),
+                    linewidth=1.2,
+                    marker="o",
+                    markersize=3,
+                    label=short(name),
                 )
         axes.set_xlim(0, 102)
         axes.set_ylim(0, 102)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.report.plots import COLOURS, MOST_POINTS, svg_of, thinned
+from tools.report.plots import COLOURS, MOST_POINTS, short, svg_of, thinned
 
 Series = dict[str, list[tuple[float, float]]]
 """Points (step, value) by name."""
@@ -77,7 +77,7 @@ def _plot(label: str, named: Series, axis: str, scale: float, *, stepped: bool) 
             xs, ys = [step for step, _ in points], [scale * value for _, value in points]
             style = "steps-post" if stepped else "default"
             axes.plot(
-                xs, ys, color=COLOURS[(2 + index) % len(COLOURS)], linewidth=1.2, drawstyle=style, label=name[:20]
+                xs, ys, color=COLOURS[(2 + index) % len(COLOURS)], linewidth=1.2, drawstyle=style, label=short(name)
             )
         axes.set_xlabel("step")
         axes.set_ylabel(axis)

@@ -77,7 +77,7 @@ def _model(run: RunFiles, name: str, evaluation: Mapping[str, Any]) -> dict[str,
         "heldout": evaluation["heldout"],
         "answers": _answers(run, name),
         "seconds": evaluation.get("seconds", {}),
-        "engine": evaluation.get("identity", {}).get("engine"),
+        "engine": (evaluation.get("identity") or {}).get("engine"),
     }
 
 
@@ -90,7 +90,7 @@ def _answers(run: RunFiles, name: str) -> dict[str, Any]:
         return {}
     figures: dict[str, Any] = {
         "count": len(own),
-        "mean_tokens": math.fsum(tokens for _, tokens, _ in own if isinstance(tokens, int)) / len(own),
+        "mean_tokens": sum(tokens or 0 for _, tokens, _ in own) / len(own),
         "truncated": sum(bool(truncated) for _, _, truncated in own) / len(own),
     }
     for other in ("base", "teacher"):
@@ -113,7 +113,7 @@ def _add_gaps(models: dict[str, Any]) -> None:
 
 
 def _stage(stage: StageFiles) -> dict[str, Any]:
-    losses = [row["loss"] for row in stage.steps if isinstance(row.get("loss"), int | float)]
+    losses = [row["loss"] for row in stage.steps if row.get("loss") is not None]
     return {
         "steps": stage.steps[-1]["step"],
         "first_loss": losses[0] if losses else None,

@@ -92,15 +92,15 @@ def cost_table(report: Mapping[str, Any]) -> Table:
     for name, model in report["models"].items():
         if figures := model.get("cost"):
             memory = memory or str(figures.get("memory_of") or "")
-            first = figures["seconds_to_first_token"]
+            first = figures.get("seconds_to_first_token")
             cells = [
-                number(figures["parameters"], 0),
-                times(figures["compression"]),
-                data_size(figures["weights_bytes"]),
+                number(figures.get("parameters"), 0),
+                times(figures.get("compression")),
+                data_size(figures.get("weights_bytes")),
             ]
-            cells += [data_size(figures["memory_bytes"]), NONE if first is None else f"{1000 * first:,.0f} ms"]
+            cells += [data_size(figures.get("memory_bytes")), NONE if first is None else f"{1000 * first:,.0f} ms"]
             for kind in ("", "_batched"):
-                cells += [number(figures[f"tokens_per_second{kind}"], 0), times(figures[f"speed_up{kind}"])]
+                cells += [number(figures.get(f"tokens_per_second{kind}"), 0), times(figures.get(f"speed_up{kind}"))]
             rows.append([name, *cells])
     return Table("Cost", COST_HEADER, rows, COST_LEGEND.format(memory=memory), 1)
 
@@ -159,7 +159,7 @@ def lm_eval_table(report: Mapping[str, Any]) -> Table:
         cells = []
         for tasks in models.values():
             found = tasks.get(task, {}).get(metric)
-            error = "" if found is None or found["stderr"] is None else f" ± {found['stderr']:.4f}"
+            error = "" if found is None or found.get("stderr") is None else f" ± {found['stderr']:.4f}"
             cells.append(NONE if found is None else f"{found['value']:.4f}{error}")
         rows.append([str(task), str(metric), *cells])
     return Table("Published benchmarks", ("task", "metric", *models), rows, LM_EVAL_LEGEND, 2)

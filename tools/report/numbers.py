@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 NONE = "–"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
     """Return a share in percent; a dash where there is none."""
     return NONE if share is None else f"{100 * share:.{digits}f} %"
+
+
+def kl_interval(heldout: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the 95 % interval of a held-out KL in nats; None where one row, or an older file, gives none."""
+    low, high = heldout.get("kl_low"), heldout.get("kl_high")
+    return None if low is None or high is None or heldout.get("rows") == 1 else (low, high)
 
 
 def number(value: float | None, digits: int) -> str:

@@ -16,6 +16,7 @@ from tools.report.answer_filter import SCRIPT, script_source
 from tools.report.answers_view import answers_section
 from tools.report.course_view import course_plots, course_series
 from tools.report.more_tables import Table, more_tables
+from tools.report.numbers import kl_interval
 from tools.report.partings_view import partings_section
 from tools.report.run_files import RunFiles
 from tools.report.samples import Sample
@@ -147,7 +148,8 @@ def _value(model: Mapping[str, Any], title: str) -> Any:
 def _spread(model: Mapping[str, Any], title: str) -> str:
     heldout = model["heldout"] or {}
     if title == "held-out KL" and heldout:
-        return f"{heldout['kl_low']:.4f}–{heldout['kl_high']:.4f}"
+        interval = kl_interval(heldout)
+        return f"{interval[0]:.4f}–{interval[1]:.4f}" if interval else "one row" if heldout.get("rows") == 1 else ""
     task = model["tasks"].get(title)
     return f"{100 * task['low']:.0f}–{100 * task['high']:.0f}" if task else ""
 

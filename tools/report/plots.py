@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tools.report.numbers import kl_interval
+
 INK = "#010203"
 """Stands for the page's text colour, replaced by currentColor."""
 COLOURS = ("#7a869a", "#c98a1b", "#2f7fd1", "#1f9d6b", "#b0509e", "#d1553f", "#6a5acd", "#4c9aa8")
@@ -44,10 +46,10 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
             heights = [100 * task["score"] for _, task in shown]
             below = [100 * (task["score"] - task["low"]) for _, task in shown]
             above = [100 * (task["high"] - task["score"]) for _, task in shown]
-            axes.bar(places, heights, width * 0.92, color=colour_of(names, name), label=name)
+            axes.bar(places, heights, width * 0.92, color=colour_of(names, name), label=short(name))
             spread = [[max(0.0, value) for value in below], [max(0.0, value) for value in above]]
             axes.errorbar(places, heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
-        axes.set_xticks(range(len(domains)), [_short(domain) for domain in domains])
+        axes.set_xticks(range(len(domains)), [short(domain) for domain in domains])
         axes.set_ylim(0, 105)
         axes.set_ylabel("score, %")
         axes.grid(axis="y")
@@ -67,21 +69,17 @@ def divergence_plot(models: Mapping[str, Any]) -> str:
 
     def _draw(axes: Any) -> None:
         for place, (name, heldout) in enumerate(shown):
-            spread = [
-                [max(0.0, heldout["kl_nats"] - heldout["kl_low"])],
-                [max(0.0, heldout["kl_high"] - heldout["kl_nats"])],
-            ]
-            axes.barh(place, heldout["kl_nats"], 0.7, color=colour_of(list(models), name))
-            axes.errorbar(heldout["kl_nats"], place, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
-            axes.annotate(
-                f"{heldout['kl_nats']:.4f}",
-                (max(heldout["kl_high"], heldout["kl_nats"]), place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-            )
-        axes.set_yticks(range(len(shown)), [_short(name) for name, _ in shown])
-        axes.set_xlim(0, 1.22 * max([heldout["kl_high"] for _, heldout in shown] + [1e-6]))
+            kl = heldout["kl_nats"]
+            low, high = kl_interval(heldout) or (kl, kl)
+            axes.barh(place, kl, 0.7, color=colour_of(list(models), name))
+            spread = [[max(0.0, kl - low)], [max(0.0, high - kl)]]
+            axes.errorbar(kl, place, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
+            end = (max(high, kl), place)
+            axes.annotate(f"{kl:.4f}", end, xytext=(4, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(shown)), [short(name) for name, _ in shown])
+        axes.set_xlim(
+            0, 1.22 * max([max(kl_interval(heldout) or [heldout["kl_nats"]]) for _, heldout in shown] + [1e-6])
+        )
         axes.set_xlabel("held-out KL from the teacher, nats per position")
         axes.grid(axis="x")
 
@@ -103,7 +101,7 @@ def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[st
                     color=INK if main else COLOURS[2 + index % 6],
                     linewidth=1.3 if main else 1.0,
                     alpha=0.9,
-                    label=term,
+                    label=short(term),
                 )
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
@@ -163,8 +161,10 @@ def _support_label(index: int) -> str:
     return f"{low}" if low == high else f"{low}–{high}"
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:15]}…"
+def short(name: str) -> str:
+    """Return a name that fits a plot, without what no font can show."""
+    shown = "".join(character if character.isprintable() else "\ufffd" for character in name)
+    return shown if len(shown) <= 16 else f"{shown[:15]}…"
 
 
 def svg_of(label: str, draw: Callable[[Any], None]) -> str:

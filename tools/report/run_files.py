@@ -6,22 +6,36 @@ bounded and whatever is not of the expected shape counts as missing.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
-from tools.evaluate.cost import COST_NUMBERS
 from tools.evaluate.results import heldout_layer
+from tools.evaluate.run_shapes import (
+    MAX_FILE_BYTES,
+    AnswerRow,
+    Audit,
+    Cost,
+    Evaluation,
+    Harness,
+    Health,
+    HeldoutStep,
+    Seconds,
+    SideRow,
+    Step,
+    fault_of,
+    read_lines,
+    read_object,
+)
 from tools.evaluate.side_figures import Answers, read_side_answers
-
-MAX_FILE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +102,9 @@ def read_run(directory: Path) -> RunFiles:
     }
     evaluations = _evaluations(directory / "evaluate", recipe, missing)
     cache, layers = _caches(recipe, missing)
+    for name in evaluations:
+        for folder, shape in ((directory / "evaluate", AnswerRow), (directory / "evaluate" / "side_by_side", SideRow)):
+            _sound_lines(folder / f"{name}.answers.jsonl", shape, f"'{name}'", missing)
     return RunFiles(
         directory=directory,
         name=recipe.name if recipe else directory.resolve().name,
@@ -99,13 +116,15 @@ def read_run(directory: Path) -> RunFiles:
             name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()
         },
         side_answers=read_side_answers(directory, list(evaluations)),
-        cost=_cost(directory / "evaluate" / "cost" / "figures.json"),
+        cost=(_sound(directory / "evaluate" / "cost" / "figures.json", Cost, "the cost", missing) or {}).get(
+            "models", {}
+        ),
         lm_eval={
-            name: found
+            name: found["tasks"]
             for name in evaluations
-            if (found := _lm_eval(directory / "evaluate" / "lm_eval" / f"{name}.json"))
+            if (found := _sound(directory / "evaluate" / "lm_eval" / f"{name}.json", Harness, f"'{name}'", missing))
         },
-        audit=_audit(directory / "audit.json"),
+        audit=_sound(directory / "audit.json", Audit, "the audit", missing) or {},
         seconds=_seconds(directory / "seconds.json", stage_names, missing),
         cache=cache,
         layers=layers,
@@ -125,16 +144,16 @@ def _recipe(path: Path, missing: list[str]) -> Recipe | None:
 
 
 def _stage(directory: Path, name: str, missing: list[str]) -> StageFiles | None:
-    rows = [row for row in _json_lines(directory / "metrics.jsonl") if isinstance(row.get("step"), int)]
-    terms = [row["terms"] if isinstance(row.get("terms"), dict) else {} for row in rows]
+    rows = _sound_lines(directory / "metrics.jsonl", Step, f"stage '{name}'", missing)
+    terms = [row.get("terms") or {} for row in rows]
     steps = [{**measured, **row} for row, measured in zip(rows, terms, strict=True)]
-    health = _json(directory / "health.json")
+    health = _sound(directory / "health.json", Health, f"stage '{name}'", missing)
     if not steps:
         missing.append(f"stage '{name}' has no metrics: it was not trained")
         return None
     if health is None:
         missing.append(f"stage '{name}' has no health.json: it did not finish")
-    evaluations = [row for row in _json_lines(directory / "evaluations.jsonl") if isinstance(row.get("step"), int)]
+    evaluations = _sound_lines(directory / "evaluations.jsonl", HeldoutStep, f"stage '{name}'", missing)
     return StageFiles(steps, list(terms[-1]), health, evaluations)
 
 
@@ -143,98 +162,19 @@ def _evaluations(directory: Path, recipe: Recipe | None, missing: list[str]) -> 
     wanted = list(recipe.evaluate.models) if recipe else []
     found = {}
     for name in [*wanted, *(name for name in on_disk if name not in wanted)]:
-        result = _json(directory / f"{name}.json")
-        if result is not None and is_evaluation(result):
+        result, why = read_object(directory / f"{name}.json", Evaluation)
+        if result is not None:
             found[name] = result
-        elif name in on_disk:
-            missing.append(f"the evaluation of '{name}' cannot be read; delete it and run `decant eval` again")
+        elif why:
+            missing.append(f"the evaluation of '{name}' cannot be read: {why}; delete it and run `decant eval` again")
         else:
             missing.append(f"'{name}' was not evaluated; run `decant eval`")
     return found
 
 
 def is_evaluation(result: Mapping[str, Any]) -> bool:
-    """Tell whether a file has the shape of an evaluation: finite scores per task, finite held-out figures or null."""
-    tasks, heldout = result.get("tasks"), result.get("heldout")
-    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
-        return False
-    if not all(_finite(task.get(key)) for task in tasks.values() for key in ("score", "low", "high")):
-        return False
-    figures = ("kl_nats", "kl_low", "kl_high", "top1_agreement")
-    if heldout is None:
-        return True
-    return (
-        isinstance(heldout, dict) and all(_finite(heldout.get(key)) for key in figures) and _has_sound_details(heldout)
-    )
-
-
-def _has_sound_details(heldout: Mapping[str, Any]) -> bool:
-    """Tell whether what an older evaluation lacks is, where it is there, of the right shape, in all and by source."""
-    sources = heldout.get("by_source") or {}
-    if not isinstance(sources, dict) or not all(isinstance(part, dict) for part in sources.values()):
-        return False
-    for part in (heldout, *sources.values()):
-        numbers = [part.get(key) for key in _HELDOUT_NUMBERS]
-        if not all(value is None or _finite(value) for value in numbers):
-            return False
-        for key in ("calibration", "agreement_by_teacher_confidence"):
-            bins = part.get(key) or []
-            if not isinstance(bins, list) or not all(isinstance(one, dict) for one in bins):
-                return False
-            if not all(_finite(one.get(column)) for one in bins for column in ("confidence", "right")):
-                return False
-    return True
-
-
-_HELDOUT_NUMBERS = ("positions", "kl_nats", "top1_agreement", "top1_in_teacher_top5", "calibration_error", "perplexity")
-
-
-def _cost(path: Path) -> dict[str, Any]:
-    models = (_json(path) or {}).get("models")
-    found = models if isinstance(models, dict) else {}
-    return {
-        name: figures
-        for name, figures in found.items()
-        if isinstance(figures, dict) and all(figures.get(key) is None or _finite(figures[key]) for key in COST_NUMBERS)
-    }
-
-
-def _lm_eval(path: Path) -> dict[str, Any]:
-    tasks = (_json(path) or {}).get("tasks")
-    metrics = (
-        [m for t in tasks.values() for m in (t.values() if isinstance(t, dict) else [None])]
-        if isinstance(tasks, dict)
-        else []
-    )
-    sound = all(
-        isinstance(m, dict) and _finite(m.get("value")) and (m.get("stderr") is None or _finite(m["stderr"]))
-        for m in metrics
-    )
-    return tasks if isinstance(tasks, dict) and sound else {}
-
-
-def _audit(path: Path) -> dict[str, Any]:
-    """Return a kept audit, or nothing where its tables could not be drawn."""
-    found = _json(path) or {}
-    faith, truncation = found.get("faithfulness"), found.get("truncation")
-    if not isinstance(faith, dict) or not isinstance(truncation, list) or not isinstance(faith.get("unfaithful"), list):
-        return {}
-    parts = [faith.get(key) for key in ("stored", "control", "codec")]
-    numbers = [part.get(key) if isinstance(part, dict) else None for part in parts for key in AUDIT_NUMBERS]
-    numbers += [one.get(key) if isinstance(one, dict) else None for one in truncation for key in TRUNCATION_NUMBERS]
-    return found if all(_finite(number) for number in numbers) else {}
-
-
-AUDIT_NUMBERS = ("mean_kl", "worst_kl", "worst_label", "worst_tail")
-TRUNCATION_NUMBERS = (
-    "k",
-    "draws",
-    "mass",
-    "temperature",
-    "gradient_error",
-    "mean_gradient_error",
-    "bytes_per_position",
-)
+    """Tell whether a file has the shape of an evaluation."""
+    return not fault_of(Evaluation, result)
 
 
 def _caches(recipe: Recipe | None, missing: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -284,11 +224,11 @@ def _sum_dicts(values: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _seconds(path: Path, stages: Sequence[str], missing: list[str]) -> dict[str, float]:
     """Return seconds per phase in the order in which phases run."""
-    found = _json(path)
+    found, _ = read_object(path, Seconds)
     if found is None:
         missing.append("seconds.json is missing or cannot be read, so no phase has its time")
     order = ["teach", *(f"train.{stage}" for stage in stages)]
-    known = {str(phase): float(value) for phase, value in (found or {}).items() if _finite(value)}
+    known = {str(phase): float(value) for phase, value in (found or {}).items() if _is_seconds(value)}
     first, last = [phase for phase in order if phase in known], ("evaluate", "report")
     rest = sorted(phase for phase in known if phase not in (*order, *last))
     return {phase: known[phase] for phase in (*first, *rest, *last) if phase in known}
@@ -298,33 +238,28 @@ def _subdirectories(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _bounded(path: Path) -> bool:
-    try:
-        return path.is_file() and path.stat().st_size <= MAX_FILE_BYTES
-    except OSError:
-        return False
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if _bounded(path) else ""
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    return _object(_text(path))
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = [_object(line) for line in _text(path).splitlines()]
-    return [row for row in rows if row is not None]
-
-
-def _object(text: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        sound = path.is_file() and path.stat().st_size <= MAX_FILE_BYTES
+        return path.read_text(encoding="utf-8", errors="replace") if sound else ""
+    except OSError:
+        return ""
+
+
+def _sound(path: Path, shape: type[BaseModel], of: str, missing: list[str]) -> dict[str, Any] | None:
+    """Return a file's object; a file that is there and not of its shape is named among what is missing."""
+    value, why = read_object(path, shape)
+    if why:
+        missing.append(f"{of}: {path.name} is left out: {why}")
+    return value
+
+
+def _sound_lines(path: Path, shape: type[BaseModel], of: str, missing: list[str]) -> list[dict[str, Any]]:
+    rows, faults = read_lines(path, shape)
+    if faults:
+        missing.append(f"{of}: {len(faults)} lines are left out, the first is {faults[0]}")
+    return rows

@@ -52,8 +52,8 @@ def choose_samples(files: Mapping[str, Path], per_domain: int = PER_DOMAIN) -> l
     table: dict[tuple[str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
     for name, path in files.items():
         for row in islice(read_answers(path), MOST_ANSWERS):
-            if isinstance(row.get("question"), int) and isinstance(row.get("score"), int | float):
-                table[str(row.get("domain")), row["question"]].setdefault(name, row)
+            if row.get("score") is not None:
+                table[row["domain"], row["question"]].setdefault(name, row)
     found: list[Sample] = []
     for domain in dict.fromkeys(domain for domain, _ in table):
         questions = [number for of, number in table if of == domain]

@@ -154,12 +154,12 @@ def models_csv(report: Mapping[str, Any]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     ends = [f"{domain}_{end}" for domain in domains for end in ("score", "low", "high")]
-    writer.writerow(["model", *ends, "mean_score", "gap_closed", *measures])
+    writer.writerow(["model", *map(_cell, ends), "mean_score", "gap_closed", *measures])
     for name, model in report["models"].items():
         tasks, heldout = model["tasks"], model["heldout"] or {}
         cells = [tasks.get(domain, {}).get(end) for domain in domains for end in ("score", "low", "high")]
         cells += [model["mean_score"], model["gap_closed"], *(heldout.get(key) for key in measures)]
-        writer.writerow([name, *("" if cell is None else repr(cell) for cell in cells)])
+        writer.writerow([_cell(name), *("" if cell is None else repr(cell) for cell in cells)])
     return out.getvalue()
 
 
@@ -189,10 +189,16 @@ def _aligned(rows: Sequence[Sequence[str]], num_labels: int = 1) -> list[str]:
     ]
 
 
+def _cell(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula, on one line."""
+    plain = _printable(" ".join(text.split()))
+    return f"'{plain}" if plain.startswith(("=", "+", "-", "@")) else plain
+
+
 def _printable(text: str) -> str:
     """Drop what a terminal would obey: names and sentences may come from files."""
     return "".join(character for character in text if character == "\n" or character.isprintable())
 
 
 def _md(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", _printable(" ".join(str(text).split())))
