@@ -13,10 +13,11 @@ from shared.recipe.recipe import Recipe, Task
 from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.choose_answers import choice_ids, choose_answers
 from tools.evaluate.generate_answers import Answer, Ask, generate_answers, open_for
+from tools.evaluate.model_ends import taught_end_ids
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.questions import Question
 from tools.evaluate.rendering import joints, render, source_of
-from tools.evaluate.side_prompts import SidePrompt, cache_tokenizer, prompt_ids
+from tools.evaluate.side_prompts import SidePrompt, cache_tokenizer, prompt_ids, sources_of
 
 Asked = dict[str, tuple[Task, list[Question]]]
 """domain -> task and its questions"""
@@ -57,6 +58,7 @@ def ask_model(
             temperature=task.temperature,
             samples=task.samples,
             seed=task.seed,
+            end_token_ids=taught_end_ids(recipe, tokenizer, [source]),
         )
         if task.name == "multiple_choice":
             ids = choice_ids(tokenizer, questions, joints(tokenizer, source, questions))
@@ -88,6 +90,7 @@ def _side_asks(
         return {}
     of_cache = any(prompt.token_ids is not None for prompt in prompts)
     ids = prompt_ids(prompts, model, tokenizer, cache_tokenizer(recipe) if of_cache else None)
+    ends = taught_end_ids(recipe, tokenizer, sources_of(prompts))
     return {
         temperature: Ask(
             name=f"side by side/{temperature:g}",
@@ -96,6 +99,7 @@ def _side_asks(
             max_new_tokens=settings.max_new_tokens or recipe.evaluate.max_new_tokens,
             temperature=temperature,
             seed=settings.seed,
+            end_token_ids=ends,
         )
         for temperature in settings.temperatures
     }

@@ -22,9 +22,10 @@ from teacher_cache.engines.protocol import GenerateRequest
 from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.cost import cost_prompts
 from tools.evaluate.generate_answers import Ask, open_for
+from tools.evaluate.model_ends import taught_end_ids
 from tools.evaluate.model_process import leave, serve
 from tools.evaluate.models import ModelUnderTest, model_under_test
-from tools.evaluate.side_prompts import cache_tokenizer, prompt_ids
+from tools.evaluate.side_prompts import cache_tokenizer, prompt_ids, sources_of
 
 LONGEST_ANSWER = 64
 ALONE = 4
@@ -48,13 +49,14 @@ def measure_model(recipe: Recipe, name: str) -> dict[str, Any]:
     import torch
 
     before = resident_bytes("VmRSS")
-    ask = Ask("cost", ids, [prompt.place for prompt in prompts], length)
+    ends = taught_end_ids(recipe, tokenizer, sources_of(prompts))
+    ask = Ask("cost", ids, [prompt.place for prompt in prompts], length, end_token_ids=ends)
     engine = open_for(model, recipe, [ask])
     try:
-        _timed(engine, ids[:1], min(8, length))
-        first = [_timed(engine, [prompt], 1)[1] for prompt in ids]
-        alone = [_timed(engine, [prompt], length) for prompt in ids[:ALONE]]
-        together = _timed(engine, ids, length)
+        _timed(engine, ids[:1], ends, min(8, length))
+        first = [_timed(engine, [prompt], ends, 1)[1] for prompt in ids]
+        alone = [_timed(engine, [prompt], ends, length) for prompt in ids[:ALONE]]
+        together = _timed(engine, ids, ends, length)
         memory, what = _peak_memory(torch, recipe.evaluate.engine)
         provenance = dict(engine.provenance())
     finally:
@@ -109,9 +111,11 @@ def resident_bytes(what: str) -> int:
     return total
 
 
-def _timed(engine: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[int, float]:
+def _timed(
+    engine: Any, prompts: Sequence[Sequence[int]], ends: tuple[int, ...], max_new_tokens: int
+) -> tuple[int, float]:
     """Answer prompts and return (tokens, seconds)."""
-    requests = [GenerateRequest(number, 0, list(prompt), number) for number, prompt in enumerate(prompts)]
+    requests = [GenerateRequest(number, 0, list(prompt), number, ends) for number, prompt in enumerate(prompts)]
     started = time.perf_counter()
     tokens = sum(len(done.token_ids) for done in engine.generate(iter(requests), _greedy(max_new_tokens)))
     return tokens, time.perf_counter() - started

@@ -16,7 +16,7 @@ import xxhash
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Capture, Generate, Recipe
-from teacher_cache.engines.protocol import GenerateRequest
+from teacher_cache.engines.protocol import FINISHED, GenerateRequest
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.multiple_choice import Choice
 
@@ -52,6 +52,8 @@ class Ask:
     temperature: float = 0.0
     samples: int = 1
     seed: int = 0
+    end_token_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, besides those that the model's files name."""
     longest_choice: int = 0
     """Tokens that are scored after a prompt, where choices are."""
 
@@ -86,6 +88,7 @@ def generate_answers(
 
     Raises:
         EngineError: the engine died.
+        EvaluationError: it gave up on an answer.
     """
     found: dict[str, dict[tuple[int, int], Answer]] = {ask.name: {} for ask in asks}
     total = sum(len(ask.prompts) * ask.samples for ask in asks)
@@ -96,6 +99,12 @@ def generate_answers(
     for group in (shared[settings] for settings in sorted(shared)):
         for done in engine.generate(_requests(group), group[0].sampling):
             name, question, sample = done.tag
+            if done.finish_reason not in FINISHED:
+                place = next(ask for ask in group if ask.name == name).places[question]
+                raise EvaluationError(
+                    f"{place}: the engine ended an answer with {done.finish_reason[:60]!r}, so it is no whole answer; "
+                    "run the same command again"
+                )
             text = tokenizer.decode(done.token_ids, skip_special_tokens=True)
             found[name][question, sample] = Answer(text, len(done.token_ids), done.finish_reason == "length")
             num_done += 1
@@ -109,7 +118,7 @@ def _requests(asks: Sequence[Ask]) -> Iterator[GenerateRequest]:
         for question, token_ids in enumerate(ask.prompts):
             for sample in range(ask.samples):
                 seed = xxhash.xxh3_64_intdigest(f"{ask.seed}/{ask.name}/{question}/{sample}".encode()) >> 1
-                yield GenerateRequest((ask.name, question, sample), 0, list(token_ids), seed)
+                yield GenerateRequest((ask.name, question, sample), 0, list(token_ids), seed, ask.end_token_ids)
 
 
 def _needed_length(model: ModelUnderTest, asks: Sequence[Ask]) -> int:

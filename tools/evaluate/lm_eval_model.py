@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
 from shared.models.checkpoint import check_checkpoint
+from shared.models.end_tokens import checked_ids
 from tools.evaluate.lm_eval_tasks import fold
 from tools.evaluate.model_process import leave, serve
 from tools.evaluate.results import write_result
@@ -18,6 +19,7 @@ CPU_BATCH = 8
 def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
     import torch
     from lm_eval import simple_evaluate
+    from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
     settings = {"pretrained": job["model"], "dtype": job["dtype"], "trust_remote_code": job["trust_remote_code"]}
@@ -26,15 +28,17 @@ def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
     trust = job["trust_remote_code"]
     check_checkpoint(Path(job["model"]), what="the model", trust_remote_code=trust, adapter=job["adapter"])
     say(f"lm-eval: {', '.join(job['names'])}")
+    on_gpu = torch.cuda.is_available()
+    runs = {"batch_size": "auto" if on_gpu else CPU_BATCH, "device": "cuda" if on_gpu else "cpu"}
     try:
         manager = TaskManager(include_path=job["directories"] or None, include_defaults=job["needs_defaults"])
+        model = get_model("hf").create_from_arg_obj(settings, runs)
+        _stop_at(model.model, job["identity"].get("end_token_ids", []))
         found = simple_evaluate(
-            model="hf",
-            model_args=settings,
+            model=model,
             tasks=job["names"],
             task_manager=manager,
-            batch_size="auto" if torch.cuda.is_available() else CPU_BATCH,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            batch_size=runs["batch_size"],
             log_samples=False,
         )
     except (
@@ -46,6 +50,12 @@ def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
     if not tasks:
         raise EvaluationError(f"lm-evaluation-harness returned no figure for {', '.join(job['names'])}")
     write_result(Path(job["result"]), {"identity": job["identity"], "tasks": tasks})
+
+
+def _stop_at(model: Any, end_token_ids: Sequence[int]) -> None:
+    """Let the model's own `generate` end at these tokens too."""
+    declared = checked_ids(model.generation_config.eos_token_id, "eos_token_id of the model")
+    model.generation_config.eos_token_id = list(dict.fromkeys([*declared, *end_token_ids])) or None
 
 
 if __name__ == "__main__":

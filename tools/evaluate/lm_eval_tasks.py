@@ -24,8 +24,10 @@ import xxhash
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from teacher_cache.teacher.seconds_file import add_seconds
+from tools.evaluate.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.model_process import run_in_process
 from tools.evaluate.models import ModelUnderTest, model_under_test
+from tools.evaluate.rendering import rendering_sources
 from tools.evaluate.results import read_result, same_identity
 
 LM_EVAL_FORMAT = 1
@@ -96,7 +98,7 @@ def run_lm_eval(recipe: Recipe, tasks: LmEvalTasks, say: Callable[[str], None]) 
     found = {}
     for name in recipe.evaluate.models:
         model = model_under_test(recipe, name)
-        identity = lm_eval_identity(model, tasks)
+        identity = lm_eval_identity(model, tasks, foreign_end_ids(recipe, model, rendering_sources(recipe)))
         kept = read_result(lm_eval_path(recipe, name))
         if kept is not None and same_identity(kept["identity"], identity):
             say(f"reused lm-eval of {name}")
@@ -121,8 +123,8 @@ def require_lm_eval() -> None:
         )
 
 
-def lm_eval_identity(model: ModelUnderTest, tasks: LmEvalTasks) -> dict[str, Any]:
-    """Return everything that a model's results depend on.
+def lm_eval_identity(model: ModelUnderTest, tasks: LmEvalTasks, ends: Sequence[int]) -> dict[str, Any]:
+    """Return everything that a model's results depend on; `ends` are end tokens that its files do not name.
 
     Raises:
         CacheError: the model's weights cannot be read.
@@ -134,6 +136,7 @@ def lm_eval_identity(model: ModelUnderTest, tasks: LmEvalTasks) -> dict[str, Any
         "tasks": list(tasks.names),
         "files": dict(tasks.files),
         "lm_eval": metadata.version("lm_eval"),
+        **named_ends(ends),
     }
 
 

@@ -1,7 +1,8 @@
 """From a question to the tokens that a model is asked with: its own chat template, or plain text where it has none.
 
 System text and template settings (`enable_thinking`, say) are those of the prompt source with the task's domain as its
-label, else of the recipe's first source, so that a student is asked in the way it was taught.
+label, else of the first source that renders, in the recipe or in what its caches were made from, so that a student is
+asked in the way it was taught.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from shared.cache.rendering import rendered_sources
 from shared.recipe.recipe import PromptSource, Recipe, Task
 from teacher_cache.prompts.prompts import Conversation
 from teacher_cache.prompts.spans import Template
@@ -16,11 +18,29 @@ from tools.evaluate.questions import Question
 
 
 def source_of(recipe: Recipe, task: Task) -> PromptSource:
-    """Return the prompt source whose template settings a task takes over; a plain one where the recipe has none."""
-    named = [source for source in recipe.prompts if source.source == task.domain]
-    found = (named or list(recipe.prompts))[:1]
+    """Return the prompt source whose template settings a task takes over: of its domain, else the first.
+
+    Where the recipe renders nothing itself, the settings that its caches were rendered with stand in.
+    """
+    rendered = rendering_sources(recipe)
+    named = [source for source in rendered if source.source == task.domain]
     plain = PromptSource(source=task.domain, path=task.path, format="messages")
-    return found[0] if found and found[0].format not in ("text", "cache") else plain
+    return [*named, *rendered, plain][0]
+
+
+def rendering_sources(recipe: Recipe) -> list[PromptSource]:
+    """Return the sources of a recipe that render conversations; of its caches, where it has none."""
+    own = [source for source in recipe.prompts if source.format not in ("text", "cache")]
+    return own or [source for source in rendered_sources(recipe) if source.format not in ("text", "cache")]
+
+
+def template_end(tokenizer: Any, source: PromptSource) -> int:
+    """Return the token that ends an answer to a question which `render` renders.
+
+    Raises:
+        PromptError: the template does not render, or ends no answer.
+    """
+    return Template(tokenizer, _settings(tokenizer, source)).end_token_id
 
 
 def render(tokenizer: Any, source: PromptSource, questions: Sequence[Question]) -> list[list[int]]:

@@ -26,6 +26,7 @@ from shared.errors import EvaluationError
 from shared.identity.grown import unmoved
 from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe, Task
+from tools.evaluate.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.rendering import source_of
 from tools.evaluate.run_shapes import AnswerRow, read_lines
@@ -55,7 +56,10 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
         asked = task.model_dump(mode="json", exclude=unmoved(task, Task.NAMES_THE_RESULT))
         tasks.append({**asked, "file": _file_hash(Path(task.path)), "rendering": rendering})
     layer = heldout_layer(recipe)
+    sources = [source_of(recipe, task) for task in recipe.evaluate.tasks]
+    ends = foreign_end_ids(recipe, model, sources) if sources else []
     return {
+        **named_ends(ends),
         "format": RESULT_FORMAT,
         "weights": model.weights_id(),
         "dtype": model.dtype,

@@ -25,7 +25,7 @@ from shared.recipe.recipe import PromptSource, Recipe, SideBySide
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.question_files import read_rows
 from tools.evaluate.questions import Question, read_questions, text_column
-from tools.evaluate.rendering import render, source_of
+from tools.evaluate.rendering import render, rendering_sources, source_of
 from tools.evaluate.results import heldout_layer
 from tools.evaluate.tasks import task_kind
 
@@ -113,6 +113,12 @@ def prompt_ids(
     return rendered
 
 
+def sources_of(prompts: Sequence[SidePrompt]) -> list[PromptSource]:
+    """Return the template settings that prompts are rendered with, each once."""
+    found = {prompt.source.model_dump_json(): prompt.source for prompt in prompts if prompt.source is not None}
+    return list(found.values())
+
+
 def digest_of(prompts: Sequence[SidePrompt]) -> str:
     """Return a hash of everything about prompts that answers depend on."""
     digest = xxhash.xxh3_128()
@@ -171,7 +177,7 @@ def _tasks(recipe: Recipe) -> Iterator[SidePrompt]:
 def _file(recipe: Recipe, path: Path) -> Iterator[SidePrompt]:
     label = path.name.split(".")[0]
     plain = PromptSource(source=label, path=str(path), format="messages")
-    named = [source for source in recipe.prompts if source.format not in ("text", "cache")]
+    named = rendering_sources(recipe)
     for place, row in read_rows(path):
         try:
             text = text_column(row, "prompt")

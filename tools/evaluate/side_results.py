@@ -16,9 +16,10 @@ from typing import Any
 
 from shared.recipe.recipe import Recipe
 from tools.evaluate.generate_answers import Answer
+from tools.evaluate.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.results import write_result
-from tools.evaluate.side_prompts import SidePrompt, digest_of
+from tools.evaluate.side_prompts import SidePrompt, digest_of, sources_of
 
 SIDE_FORMAT = 1
 """Raised whenever answers would come out differently for the same inputs."""
@@ -48,6 +49,7 @@ def side_identity(recipe: Recipe, model: ModelUnderTest, prompts: Sequence[SideP
         "temperatures": list(settings.temperatures),
         "seed": settings.seed,
         "max_new_tokens": settings.max_new_tokens or recipe.evaluate.max_new_tokens,
+        **named_ends(foreign_end_ids(recipe, model, sources_of(prompts))),
     }
 
 
