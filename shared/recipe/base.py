@@ -9,7 +9,7 @@ the field to blame.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -53,12 +53,21 @@ def _plain_number(value: Any) -> Any:
 
 _number = BeforeValidator(_plain_number)
 
+MOST = 2**31 - 1
+"""Largest count: rows, tokens and steps are held in 32 bits."""
+MOST_SEED = 2**32 - 1
+"""Largest seed that every library takes."""
+_LISTED = 30
+"""Most names in a sentence, and most that are searched for one that was meant."""
+
 Integer = Annotated[int, _number]
 """Any integer."""
-Count = Annotated[int, _number, Field(ge=1)]
-"""An integer of at least 1."""
-CountOrZero = Annotated[int, _number, Field(ge=0)]
-"""An integer of at least 0."""
+Seed = Annotated[int, _number, Field(ge=0, le=MOST_SEED)]
+"""A seed, from 0 to 4294967295."""
+Count = Annotated[int, _number, Field(ge=1, le=MOST)]
+"""An integer from 1 to 2147483647."""
+CountOrZero = Annotated[int, _number, Field(ge=0, le=MOST)]
+"""An integer from 0 to 2147483647."""
 Number = Annotated[float, _number]
 """Any finite number."""
 Positive = Annotated[float, _number, Field(gt=0)]
@@ -82,12 +91,19 @@ def one_or_many(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
 
 
+def repeated(values: Iterable[Hashable]) -> list[int]:
+    """Return the places of values that came before: [0, 1, 0] -> [2]."""
+    seen: set[Hashable] = set()
+    return [place for place, value in enumerate(values) if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
+
+
 def closest(found: str, choices: Sequence[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest choice, or nothing where none is near."""
-    near = difflib.get_close_matches(found, choices, n=1, cutoff=0.6)
+    """Return `; did you mean 'x'?` for the nearest of the first choices, or nothing where none is near."""
+    near = difflib.get_close_matches(found, choices[: 4 * _LISTED], n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def quoted(names: Sequence[str]) -> str:
-    """List names for a sentence: `'a', 'b'`."""
-    return ", ".join(f"'{name}'" for name in names)
+    """List names for a sentence: `'a', 'b'`, the first of many."""
+    more = len(names) - _LISTED
+    return ", ".join(f"'{name}'" for name in names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from shared.recipe.base import Count, CountOrZero, Integer, NonNegative, Problem, Section, Text, inconsistent
+from shared.recipe.base import Count, CountOrZero, Integer, NonNegative, Problem, Section, Text, inconsistent, repeated
 
 TaskName = Literal["gsm8k", "humaneval", "keywords", "multiple_choice"]
 
@@ -87,9 +87,7 @@ class SideBySide(Section):
         problems: list[Problem] = []
         for name in ("temperatures", "prompts"):
             values = getattr(self, name)
-            problems += [
-                ((name, i), f"{value} is listed twice") for i, value in enumerate(values) if value in values[:i]
-            ]
+            problems += [((name, i), f"{values[i]} is listed twice") for i in repeated(values)]
         problems += [
             (("prompts", i), f"'{place}' is neither 'heldout' nor 'tasks' nor a .jsonl file")
             for i, place in enumerate(self.prompts)
@@ -121,20 +119,15 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Evaluate:
         problems: list[Problem] = []
-        problems += [
-            (("models", i), f"'{model}' is listed twice")
-            for i, model in enumerate(self.models)
-            if model in self.models[:i]
-        ]
+        problems += [(("models", i), f"'{self.models[i]}' is listed twice") for i in repeated(self.models)]
         if self.side_by_side is not None and "tasks" in self.side_by_side.prompts and not self.tasks:
             problems.append(
                 (("side_by_side", "prompts"), "there are no `tasks` whose questions could be asked; add some")
             )
         domains = [task.domain for task in self.tasks]
         problems += [
-            (("tasks", i, "domain"), f"another task has the domain '{domain}'; give each its own")
-            for i, domain in enumerate(domains)
-            if domain in domains[:i]
+            (("tasks", i, "domain"), f"another task has the domain '{domains[i]}'; give each its own")
+            for i in repeated(domains)
         ]
         if problems:
             inconsistent(*problems)

@@ -24,6 +24,9 @@ from shared.recipe.override import apply_override
 from shared.recipe.recipe import Recipe
 from shared.recipe.yaml import MAX_BYTES, Path, YamlProblem, parse_yaml
 
+MOST_PROBLEMS = 50
+"""Problems of a recipe that are listed."""
+
 Where = dict[Path, tuple[int, str]]
 """Where a value comes from: its line (0 for an override) and how to name the place."""
 
@@ -98,39 +101,43 @@ def _validate(data: dict[str, Any], where: Where) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        found = _without_consequences(error.errors(include_url=False), data)
-    lines = sorted((*_source(place, where), ".".join(map(str, place)), sentence) for place, sentence in found.items())
-    raise RecipeError(
-        "\n".join(
-            f"{label}: {dotted}: {sentence}" if dotted else f"{label}: {sentence}"
-            for _, label, dotted, sentence in lines
-        )
-    )
+        found, more = _without_consequences(error.errors(include_url=False), data)
+    lines = sorted((*_source(place, where), _dotted(place), sentence) for place, sentence in found.items())
+    shown = lines[:MOST_PROBLEMS]
+    more += len(lines) - len(shown)
+    text = [
+        f"{label}: {dotted}: {sentence}" if dotted else f"{label}: {sentence}" for _, label, dotted, sentence in shown
+    ]
+    raise RecipeError("\n".join(text + [f"and {more:,} problems more"] * bool(more)))
 
 
-def _without_consequences(errors: Sequence[Any], data: Any) -> dict[Path, str]:
-    """Map places to sentences, leaving out what follows from another problem.
+def _dotted(place: Path) -> str:
+    """Write a place for people, long keys shortened."""
+    return ".".join(key if len(key) <= 60 else key[:57] + "..." for key in map(str, place))
+
+
+def _without_consequences(errors: Sequence[Any], data: Any) -> tuple[dict[Path, str], int]:
+    """Map places to sentences, leaving out what follows from another problem; count those beyond `MOST_PROBLEMS` only.
 
     A misspelt key also leaves the right one missing, and a bad entry also leaves its list too short.
     """
     found: dict[Path, str] = {}
     kinds: dict[Path, str] = {}
-    for details in errors:
+    for details in errors[:MOST_PROBLEMS]:
         for place, sentence in _problems(details, data):
             kinds.setdefault(place, details["type"])
             found.setdefault(place, sentence)
+    sections = {place[:i] for place in kinds for i in range(len(place))}
+    unknown: dict[Path, list[str]] = {}
+    for details in errors:
+        if details["type"] == "extra_forbidden":
+            place = _place(details["loc"], data)
+            unknown.setdefault(place[:-1], []).append(str(place[-1]))
     for place, kind in kinds.items():
-        inside = [other for other in kinds if len(other) > len(place) and other[: len(place)] == place]
-        misspelt = [
-            other
-            for other in kinds
-            if kinds[other] == "extra_forbidden"
-            and other[:-1] == place[:-1]
-            and closest(str(other[-1]), [str(place[-1])])
-        ]
-        if (kind == "too_short" and inside) or (kind == "missing" and misspelt):
+        misspelt = kind == "missing" and closest(str(place[-1]), unknown.get(place[:-1], []))
+        if misspelt or (kind == "too_short" and place in sections):
             del found[place]
-    return found
+    return found, max(0, len(errors) - MOST_PROBLEMS)
 
 
 def _source(place: Path, where: Where) -> tuple[int, str]:

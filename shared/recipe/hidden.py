@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from shared.recipe.base import Count, CountOrZero, Problem, Section, inconsistent
+from shared.recipe.base import Count, Integer, Problem, Section, inconsistent
 from shared.schema import MAX_HIDDEN_LAYERS, MAX_HIDDEN_WIDTH, MAX_STRONGEST_KEYS
 
 StateLayer = int | Literal["final"]
@@ -55,7 +55,7 @@ class HiddenCapture(Section):
     spread evenly with the last among them."""
     projection: Annotated[Count, Field(le=MAX_HIDDEN_WIDTH)] | None = None
     """Width of a fixed random projection of every state; left out: the teacher's own width."""
-    projection_seed: CountOrZero = 0
+    projection_seed: Annotated[Integer, Field(ge=0)] = 0
     """Seed of the projection's matrix, which is drawn again instead of stored."""
     pooled: Literal["none", "mean", "last"] = "none"
     """One vector per row: the final state, averaged over the supervised positions or of the last one."""

@@ -46,8 +46,8 @@ def _step(here: Any, part: str, label: str, where: str) -> str | int:
         return part
     if not isinstance(here, list):
         raise RecipeError(f"{label}: '{where}' is {here!r}, which has nothing inside; set '{where}' itself")
-    if part.isdigit():
-        if int(part) < len(here):
+    if part.isascii() and part.isdigit():
+        if len(part) < 10 and int(part) < len(here):
             return int(part)
         raise RecipeError(f"{label}: '{where}' has {len(here)} entries, so there is no {part} (they count from 0)")
     names = [str(item.get("name", item.get("source", ""))) if isinstance(item, dict) else "" for item in here]

@@ -14,7 +14,19 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, model_validator
 
 from shared.recipe.assumptions import Assume, AssumedModel, AssumedSource
-from shared.recipe.base import Count, Integer, Name, Problem, Section, closest, inconsistent, one_or_many, quoted
+from shared.recipe.base import (
+    MOST_SEED,
+    Count,
+    Integer,
+    Name,
+    Problem,
+    Section,
+    closest,
+    inconsistent,
+    one_or_many,
+    quoted,
+    repeated,
+)
 from shared.recipe.capture import Capture, server_problems
 from shared.recipe.curriculum import Balance, EarlyStopping, Sampling, StageEvaluation
 from shared.recipe.evaluation import Evaluate, SideBySide, Task
@@ -167,9 +179,7 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
             problems.append(
                 (("prompts", i, "path"), "is the cache that this recipe builds; without `prompts` its rows are scored")
             )
-    for i, cache in enumerate(recipe.cache):
-        if cache in recipe.cache[:i]:
-            problems.append((("cache", i), f"'{cache}' is listed twice"))
+    problems += [(("cache", i), f"'{recipe.cache[i]}' is listed twice") for i in repeated(recipe.cache)]
     return problems
 
 
@@ -177,21 +187,25 @@ def _stage_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
     if recipe.stages and recipe.student is None:
         problems.append((("stages",), "there is no `student` to train; add one"))
-    names = [stage.name for stage in recipe.stages]
+    if (recipe.stages or recipe.evaluate.models) and not 0 <= recipe.seed <= MOST_SEED:
+        problems.append((("seed",), f"expected a number from 0 to {MOST_SEED}, found {recipe.seed}"))
+    places: dict[str, int] = {}
     for i, stage in enumerate(recipe.stages):
-        if stage.name in names[:i]:
+        if places.setdefault(stage.name, i) != i:
             problems.append((("stages", i, "name"), f"stage '{stage.name}' is listed twice; give each its own name"))
-        problem = _init_from_problem(stage.init_from, names[:i], names)
+    names = list(places)
+    stops = [
+        other.name
+        for other in recipe.stages
+        if other.evaluate is not None and other.evaluate.early_stopping is not None
+    ]
+    for i, stage in enumerate(recipe.stages):
+        problem = _init_from_problem(stage.init_from, i, places, names)
         if problem:
             problems.append((("stages", i, "init_from"), problem))
         if stage.evaluate is not None and recipe.heldout.fraction == 0:
             sentence = "heldout.fraction is 0, so there is nothing to evaluate on; raise it, or leave this out"
             problems.append((("stages", i, "evaluate"), sentence))
-        stops = [
-            other.name
-            for other in recipe.stages
-            if other.evaluate is not None and other.evaluate.early_stopping is not None
-        ]
         if stage.goes_over_run and stops:
             sentence = (
                 f"a schedule goes over the run, whose number of steps is unknown since stage '{stops[0]}' may stop "
@@ -202,17 +216,18 @@ def _stage_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def _init_from_problem(start: str, earlier: list[str], names: list[str]) -> str | None:
-    if start == "base" or start in earlier or (start == "previous" and earlier):
+def _init_from_problem(start: str, place: int, places: dict[str, int], names: list[str]) -> str | None:
+    """Say what is wrong with where stage number `place` starts; `places` has every stage's number by its name."""
+    if start == "base" or places.get(start, place) < place or (start == "previous" and place):
         return None
     if start == "previous":
         return "there is no stage before the first; start from 'base'"
     if "/" in start:  # a directory, or RUN:STAGE
-        places = (start, start.rpartition(":")[0])
-        return None if any(place and Path(place).is_dir() for place in places) else f"there is no directory '{start}'"
-    if start in names:
+        directories = (start, start.rpartition(":")[0])
+        return None if any(each and Path(each).is_dir() for each in directories) else f"there is no directory '{start}'"
+    if start in places:
         return f"stage '{start}' does not come earlier; list it first"
-    choices = ["base", *(["previous"] if earlier else []), *earlier]
+    choices = ["base", *(["previous"] if place else []), *(name for name in names if places[name] < place)]
     return f"'{start}' is none of {quoted(choices)} nor a directory (written with a '/'){closest(start, choices)}"
 
 
@@ -246,14 +261,15 @@ def _evaluate_problems(recipe: Recipe) -> list[Problem]:
     if side_by_side is not None and "heldout" in side_by_side.prompts and recipe.heldout.fraction == 0:
         sentence = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
         problems.append((("evaluate", "side_by_side", "prompts"), sentence))
-    names = [stage.name for stage in recipe.stages]
+    choices = ["teacher", "base", *(stage.name for stage in recipe.stages)]
+    known = set(choices)
     for i, model in enumerate(recipe.evaluate.models):
         path = ("evaluate", "models", i)
         if model == "teacher" and recipe.teacher is None:
             problems.append((path, "the recipe has no `teacher` section; add one, or leave it out here"))
         elif model == "base" and recipe.student is None:
             problems.append((path, "the recipe has no `student` section; add one, or leave it out here"))
-        elif model not in (choices := ["teacher", "base", *names]):
+        elif model not in known:
             problems.append((path, f"'{model}' is none of {quoted(choices)}{closest(model, choices)}"))
     return problems
 

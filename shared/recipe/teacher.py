@@ -19,6 +19,7 @@ from shared.recipe.base import (
     Section,
     Text,
     inconsistent,
+    repeated,
 )
 from shared.recipe.servers import address_problem
 
@@ -132,9 +133,9 @@ def _server_problems(teacher: Teacher) -> list[Problem]:
         problems.append(
             (("servers",), "the engine 'server' needs at least one address, such as http://127.0.0.1:8000/v1")
         )
-    names = [url.rstrip("/").removesuffix("/v1") for url in teacher.servers]
+    again = set(repeated(url.rstrip("/").removesuffix("/v1") for url in teacher.servers))
     for i, url in enumerate(teacher.servers):
-        problem = address_problem(url) or ("the same server is listed twice" if names[i] in names[:i] else None)
+        problem = address_problem(url) or ("the same server is listed twice" if i in again else None)
         if problem:
             problems.append((("servers", i), problem))
     for name in _OF_THE_SERVER:

@@ -10,13 +10,13 @@ from shared.recipe.base import (
     Count,
     CountOrZero,
     Fraction,
-    Integer,
     Name,
     NonNegative,
     Number,
     Positive,
     Problem,
     Section,
+    Seed,
     Share,
     Text,
     inconsistent,
@@ -262,7 +262,7 @@ class StageTrainer(Section):
         "tensorboard",
     )
     """Where metrics go besides metrics.jsonl."""
-    seed: Integer | None = None
+    seed: Seed | None = None
     """Seed of order, dropout and fresh weights; left out: the recipe's."""
 
     @model_validator(mode="after")

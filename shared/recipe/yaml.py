@@ -108,7 +108,7 @@ class _Builder:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, ScalarNode):
                 raise YamlProblem(line, "a key must be a word, not a list or a mapping")
-            key = str(key_node.value)
+            key = _writable(str(key_node.value), line)
             if key in seen:
                 where = ".".join(str(part) for part in (*path, key))
                 raise YamlProblem(line, f"{where}: the key is written twice, first in line {seen[key]}; remove one")
@@ -136,8 +136,16 @@ def scalar(tag: str, text: str, line: int) -> Any:
     except ValueError as error:
         raise YamlProblem(line, f"'{text[:40]}' is no number") from error
     if kind in ("str", "timestamp", "value", "merge"):
-        return text
+        return _writable(text, line)
     raise YamlProblem(line, f"tag '{tag}' is not supported; remove it")
+
+
+def _writable(text: str, line: int) -> str:
+    """Return a text that a file and its name can hold: no NUL, no half of a character."""
+    bad = re.search("[\\x00\ud800-\udfff]", text)
+    if bad:
+        raise YamlProblem(line, f"a text holds the character {bad.group()!a}, which no path and no file can; remove it")
+    return text
 
 
 def _float(text: str) -> float:

@@ -267,7 +267,53 @@ def test_demo_recipe_is_the_documented_one():
     assert [task.domain for task in demo.evaluate.tasks] == ["math", "code", "aiops"]
 
 
-text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+HEAD = "name: x\noutput_dir: o\ncache: c\n"
+STAGE = "student: {model: s}\nstages: [{name: a, losses: [{name: forward_kl}]%s}]\n"
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("seed: -1\n" + STAGE % "", "seed: expected a number from 0 to 4294967295, found -1"),
+        ("seed: 99999999999\nteacher: {model: t}\nevaluate: {models: [teacher]}\n", "found 99999999999"),
+        (STAGE % ", trainer: {seed: 4294967296}", "stages.0.trainer.seed: expected less than or equal to 4294967295"),
+        (
+            STAGE % ", trainer: {pack_tokens: 1e18}",
+            "stages.0.trainer.pack_tokens: expected less than or equal to 2147483647",
+        ),
+        (STAGE % ", max_length: 99999999999", "stages.0.max_length: expected less than or equal to"),
+        ("teacher: {model: t, batch_tokens: 1e300}\n", "teacher.batch_tokens: "),
+        ('student: {model: "a\\0b"}\n', "holds the character '\\x00'"),
+        ('student: {model: s, revision: "\\ud800"}\n', "holds the character '\\ud800'"),
+    ],
+)
+def test_numbers_and_texts_that_no_machine_holds_are_refused(write, text, part):
+    assert any(part in line for line in complaint(write(HEAD + text)))
+
+
+@pytest.mark.parametrize("path", ["stages.²=1", "stages.99999999999999999999=1", "stages.٣.name=x"])
+def test_an_index_that_is_no_plain_number_is_no_index(write, path):
+    assert "--set stages" in complaint(write(GOOD), [path])[0]
+
+
+def _many(count):
+    yield "".join(f"k{i}: x\n" for i in range(count))
+    stages = "".join(
+        f"  - {{name: s{i}, init_from: z{i}, losses: [{{name: forward_kl}}]}}\n" for i in range(count // 7)
+    )
+    yield f"{HEAD}student: {{model: s}}\nstages:\n{stages}"
+    yield f"{HEAD}evaluate: {{models: [{', '.join(f'm{i}' for i in range(count))}]}}\n"
+    yield HEAD.replace("cache: c", f"cache: [{', '.join('ab'[i % 2] for i in range(count))}]")
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_thousands_of_problems_are_counted_and_the_first_are_listed(write, kind):
+    text = list(_many(15_000))[kind]
+    found = complaint(write(text))
+    assert len(found) <= 60 and found[-1].endswith("problems more")
+
+
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20)
 number = st.floats(0, 1e6, allow_nan=False)
 schedule = number | st.fixed_dictionaries(
     {"kind": st.sampled_from(["linear", "cosine"]), "start": number, "end": number}
@@ -283,7 +329,7 @@ losses = st.fixed_dictionaries({"name": st.sampled_from(["forward_kl", "jsd"]), 
     model=text,
     sources=st.lists(sources, max_size=3),
     loss=losses,
-    seed=st.integers(-(2**40), 2**70),
+    seed=st.integers(0, 2**32 - 1),
     kwargs=st.dictionaries(text, st.none() | st.booleans() | text | st.integers() | number, max_size=3),
 )
 def test_dumped_recipe_loads_to_an_equal_recipe(tmp_path_factory, model, sources, loss, seed, kwargs):
