@@ -82,7 +82,9 @@ def read_answer(document: Any, token_ids: Sequence[int], max_tokens: int) -> tup
     choice = _choice(document, token_ids)
     answer, reason = _ids(choice.get("token_ids")), choice.get("finish_reason")
     if not isinstance(reason, str) or not 0 <= len(answer) <= max_tokens:
-        raise MalformedError(f"an answer of {len(answer)} tokens that ended with {str(reason)[:20]!r}")
+        raise MalformedError(
+            f"an answer of {len(answer)} tokens, at most {max_tokens} asked for, or one without an end"
+        )
     if reason == "length" and len(answer) < max_tokens:
         raise EngineError(
             f"a server cut an answer after {len(answer):,} tokens where up to {max_tokens:,} were asked for; start "

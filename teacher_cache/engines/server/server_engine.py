@@ -24,7 +24,7 @@ from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_stock
-from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
+from teacher_cache.engines.protocol import FINISHED, Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.server.server_answers import (
     generate_body,
     generate_bytes,
@@ -83,6 +83,7 @@ class ServerEngine:
         self._should_stop = should_stop
         key = api_key()
         servers = [Server.of(url, key) for url in teacher.servers]
+        self._shown = servers[0].shown
         for server in servers:
             if server.sends_key_in_clear:
                 logger.warning("%s: the API key travels unencrypted; use https outside a trusted network", server.name)
@@ -135,7 +136,8 @@ class ServerEngine:
                 generate_bytes(len(request.token_ids), most),
                 read,
             )
-            return ends.answer(request.tag, token_ids, reason, by_text=by_text)
+            shown = reason if reason in FINISHED else self._shown(reason)  # it is kept with the row that is set aside
+            return ends.answer(request.tag, token_ids, shown, by_text=by_text)
 
         return self._stream(requests, answer, lambda request: 0)
 

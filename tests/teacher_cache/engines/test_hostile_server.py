@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from shared.errors import EngineError
-from shared.recipe.recipe import Capture, Teacher
-from teacher_cache.engines.protocol import ScoreRequest
+from shared.recipe.recipe import Capture, Generate, Teacher
+from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
 from teacher_cache.engines.server import server_http, server_stream
 from teacher_cache.engines.server.server_answers import read_columns
 from teacher_cache.engines.server.server_engine import ServerEngine
@@ -283,6 +283,21 @@ def test_key_that_a_server_echoes_is_kept_nowhere(fake, model_dir, tokenizer, mo
         engine(model_dir, tokenizer, fake)
     for text in (kept, str(error.value), str(other.value)):
         assert KEY[:6] not in text
+
+
+@pytest.mark.parametrize(
+    "told, kept",
+    [("tool_calls", "tool_calls"), ("content_filter", "content_filter"), ("", ""), (f"see {KEY}", "see ***")],
+)
+def test_end_that_is_neither_stop_nor_length_is_handed_on_by_its_name(
+    told, kept, fake, model_dir, tokenizer, monkeypatch
+):
+    monkeypatch.setenv("DECANT_SERVER_API_KEY", KEY)
+    answer = {"prompt_token_ids": [5, 6], "token_ids": [9, 9], "finish_reason": told}
+    with_servers = engine(model_dir, tokenizer, fake)
+    fake.always = respond(200, json.dumps({"choices": [answer]}).encode())
+    (result,) = with_servers.generate([GenerateRequest(0, 0, [5, 6], 1)], Generate(max_new_tokens=4))
+    assert (result.token_ids, result.finish_reason) == ([9, 9], kept)
 
 
 @pytest.mark.parametrize(
