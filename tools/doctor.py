@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.doctor_packages import check_engine, check_packages, check_torchvision
+from tools.doctor_gpu import check_gpu
+from tools.doctor_packages import check_engine, check_packages, check_torchvision, installed
 
 MIN_MEMORY_GB = 8
 MIN_DISK_GB = 5
+MIN_DISK_GB_CUDA = 15
+"""Where the CUDA builds of torch and vLLM are still to be installed: over 10 GB, and something to work with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ def examine() -> list[Check]:
     """Ask every question."""
     checks = [_python(), _shared_place()]
     checks += [Check(*answer) for answer in (*check_packages(), check_engine(), *check_torchvision())]
-    checks += [_compiler(), _gpu(), _memory(), _disk(), _sandbox()]
+    gpu = [Check(*answer) for answer in check_gpu()]
+    checks += [_compiler(), *gpu, _memory(), _disk(has_gpu=len(gpu) > 1), _sandbox()]
     return checks
 
 
@@ -94,42 +97,6 @@ def _compiler() -> Check:
     return Check("g++ (vLLM compiles at run time)", place is not None, place or "not found", "apt-get install g++")
 
 
-def _gpu() -> Check:
-    """Compare what the driver lists with what torch can use; a machine without either is fine."""
-    listed = _output([shutil.which("nvidia-smi") or "", "--query-gpu=name,memory.total", "--format=csv,noheader"])
-    usable = _output(
-        [
-            sys.executable,
-            "-P",
-            "-c",
-            "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)",
-        ]
-    )
-    names = [line.strip() for line in (listed or "").splitlines() if line.strip()]
-    if not names:
-        return Check("GPU", True, "none; everything runs on the CPU", required=False)
-    fine = usable is not None and usable.strip() == str(len(names))
-    mend = "make clean setup  # installs the CUDA build of torch beside a working driver"
-    return Check(
-        "GPU",
-        fine,
-        f"{'; '.join(names)}; torch uses {(usable or 'none').strip()}",
-        "" if fine else mend,
-        required=False,
-    )
-
-
-def _output(command: list[str]) -> str | None:
-    """Return what a command prints, or None where it cannot run."""
-    if not command[0]:
-        return None
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603 - fixed commands
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
 def memory_bytes() -> int:
     """Return the memory that this process may use: the machine's, or its control group's limit."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -153,11 +120,13 @@ def _memory() -> Check:
     )
 
 
-def _disk() -> Check:
+def _disk(*, has_gpu: bool) -> Check:
+    """Compare free space with what a set-up takes; one that is installed already has taken it."""
     found = shutil.disk_usage(Path.cwd()).free / 1e9
-    fine = found >= MIN_DISK_GB
+    wanted = MIN_DISK_GB_CUDA if has_gpu and installed("vllm") is None else MIN_DISK_GB
+    fine = found >= wanted
     return Check(
-        f"disk of {MIN_DISK_GB} GB here",
+        f"disk of {wanted} GB here",
         fine,
         f"{found:.1f} GB free in {Path.cwd()}",
         "free some space, or work elsewhere",

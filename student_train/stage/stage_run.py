@@ -20,6 +20,7 @@ from shared.atomic import write_atomic
 from shared.cache.leaving import Leaving, leaving_of
 from shared.cache.tokenizer_files import checked_tokenizer
 from shared.errors import TrainingError
+from shared.models.unused_gpu import unused_gpu
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe, Stage
 from shared.recipe.training import recomputation
@@ -66,7 +67,8 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     """Train one stage, or reuse or continue what is there, and return its model's directory.
 
     Raises:
-        TrainingError: it cannot start, its directory holds another stage, the disk is too small, or it has diverged.
+        TrainingError: it cannot start, its directory holds another stage, the disk is too small, a GPU would not be
+            used, or it has diverged.
         CacheError: a cache cannot be opened, or is of another tokenizer than the student.
     """
     work = resolve_stage(recipe, stage)
@@ -78,6 +80,9 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
         progress.note(f"{phase}: finished before with the same settings, {model_dir} is reused")
         progress.close()
         return model_dir
+    problem = unused_gpu()
+    if problem is not None:
+        raise TrainingError(f"stage '{stage.name}' would train on the CPU: {problem}")
     if is_first():
         write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
         remove_incomplete(work.directory)

@@ -7,12 +7,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.student_train.tiny_caches import make_cache
-from tests.system.program import ROOT, decant
+from tests.system.program import ROOT
 from tests.tiny_models import make_qwen3
 
 pytestmark = pytest.mark.slow
@@ -44,16 +43,10 @@ def test_two_processes_started_by_torchrun_train_as_one(tmp_path):
     script.chmod(0o755)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no-python", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "train", "recipe.yaml"],
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (place / "run/train/kd/model/model.safetensors").is_file()
-    assert "finished before" in decant(place, "train", "recipe.yaml").stderr
-    assert Path(place / "run/train/kd/done.json").is_file()
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "train", "recipe.yaml"], cwd=place, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        assert (place / "run/train/kd/model/model.safetensors").is_file()
+    assert "finished before" in done.stderr

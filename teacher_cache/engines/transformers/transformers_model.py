@@ -19,6 +19,7 @@ from shared.errors import EngineError
 from shared.models.end_tokens import checked_ids
 from shared.models.files import load_tokenizer
 from shared.models.loading import load_causal_lm
+from shared.models.unused_gpu import unused_gpu
 from shared.recipe.recipe import Teacher
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,13 +65,16 @@ class CausalModel:
             dtype: overrides the recipe's, float64 among them.
 
         Raises:
-            EngineError: the files cannot be loaded, or weights or adapter are not whole.
+            EngineError: a GPU would not be used, the files cannot be loaded, or weights or adapter are not whole.
         """
         from transformers.utils import logging
 
         wanted = dtype or teacher.dtype
         hide_progress = logging.is_progress_bar_enabled()
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        problem = unused_gpu()
+        if problem is not None:
+            raise EngineError(f"the teacher would run on the CPU: {problem}")
         if hide_progress:
             logging.disable_progress_bar()
         try:

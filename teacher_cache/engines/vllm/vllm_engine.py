@@ -24,6 +24,7 @@ import numpy as np
 from shared.errors import DecantError, EngineError
 from shared.models.checkpoint import check_checkpoint
 from shared.models.end_tokens import declared_end_ids
+from shared.models.unused_gpu import unused_gpu
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout
@@ -65,6 +66,9 @@ class VllmEngine:
             from vllm.platforms import current_platform
 
             on_cpu = bool(current_platform.is_cpu())
+            problem = unused_gpu() if on_cpu else None
+            if problem is not None:
+                raise EngineError(f"vLLM would run on the CPU: {problem}")
             if teacher.adapter is None:
                 check_checkpoint(model_dir, what="the teacher", trust_remote_code=teacher.trust_remote_code)
             else:

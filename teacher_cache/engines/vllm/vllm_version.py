@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 OLDEST_VLLM = (0, 32)
-NEWEST_VLLM = (0, 35)
+NEWEST_VLLM = (0, 34)
 """Exclusive: the log-probability path of this version is not known."""
 
 

@@ -108,9 +108,9 @@ def test_threads_are_halved_for_narrow_models_unless_the_environment_says(model_
     [
         ("0.32.0", Capture(temperatures=(1.0, 2.0)), None),
         ("0.31.2", None, "at least 0.32"),
-        ("0.35.0", Capture(k=8), None),
-        ("0.35.0", Capture(k=8, temperatures=(1.0, 2.0)), "expected below 0.35"),
-        ("0.36.1+cpu", Capture(mode="top+sample", k=8, draws=4), "expected below 0.35"),
+        ("0.34.0", Capture(k=8), None),
+        ("0.34.0", Capture(k=8, temperatures=(1.0, 2.0)), "expected below 0.34"),
+        ("0.36.1+cpu", Capture(mode="top+sample", k=8, draws=4), "expected below 0.34"),
         (None, Capture(), "not installed"),
     ],
 )
