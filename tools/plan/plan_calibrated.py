@@ -14,14 +14,12 @@ from typing import Any
 
 from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration
+from teacher_cache.engines.vllm.vllm_settings import logprob_bytes
 from teacher_cache.teacher.model_files import ModelFiles, resolve_model
 from tools.cache.cache_commands import size
 
 SEQUENCES_IN_CACHE = 64
 """Full-length sequences that the key-value cache is counted for."""
-LOGPROB_BYTES = 6
-"""Per token of a forward pass and entry of the vocabulary: float32 log-probabilities and half of them again in between.
-"""
 _WIDTH = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -127,7 +125,7 @@ def _gpu_memory(recipe: Recipe, found: Calibration) -> dict[str, Any]:
     shards = teacher.tensor_parallel_size
     weights = _weight_bytes(files) * width / _WIDTH.get(files.dtype, 2) / shards
     cache = SEQUENCES_IN_CACHE * length * per_token / shards
-    buffers = teacher.max_num_batched_tokens * files.vocab_size * LOGPROB_BYTES
+    buffers = logprob_bytes(files.vocab_size, teacher.max_num_batched_tokens)
     return {
         "weights": round(weights),
         "key_value_cache": round(cache),

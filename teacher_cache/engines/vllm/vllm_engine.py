@@ -257,9 +257,8 @@ def _translated(function: Callable[..., Any], *arguments: Any, **named: Any) -> 
         reason = " ".join(str(error).split())[:300]
         raise EngineError(
             f"vLLM failed while at work ({type(error).__name__}: {reason}); if it ran out of memory, lower "
-            "teacher.max_num_batched_tokens or teacher.gpu_memory_utilization: log-probabilities need about "
-            "max_num_batched_tokens "
-            "x vocabulary x 6 bytes that its profiling does not see; the same command continues where it stopped"
+            "teacher.gpu_memory_utilization: log-probabilities need about 1.5 GB (at 150,000 tokens of vocabulary) "
+            "that its profiling does not see; the same command continues where it stopped"
         ) from error
 
 

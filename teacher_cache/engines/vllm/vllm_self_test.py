@@ -2,12 +2,12 @@
 
 1. Score the probe the stock way (flat lists), then with arrays, at full width: equal, or arrays stay off.
 2. Switch the tail plug-in on, score the probe again, and recompute its head and tails from the full-width rows in
-float64
-   numpy: equal within `TOLERANCE_NATS`, or the plug-in stays off.
+   float64 numpy: equal within `TOLERANCE_NATS`, or the plug-in stays off. The same in a batch with long prompts that
+   are cut over passes (vllm_batch_test), and the draws of both.
 3. Without the plug-in, plain top-k columns still do where only temperature 1 and no draws are asked; anything else is
-refused.
+   refused.
 
-Cost: three prefills of 24 tokens.
+Cost: three prefills of 24 tokens, and those of vllm_batch_test.
 
 Shape letters: P positions of the probe, V entries of the model's head, K head entries, J temperatures, m draws.
 """
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from shared.errors import EngineError
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.vllm import vllm_arrays
+from teacher_cache.engines.vllm.vllm_batch_test import Columns, batch_problem, draws_problem, long_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def choose_capture_path(llm: Any, layout: ColumnLayout) -> str:
         vllm_arrays.uninstall()
         container = "flat"
         dense = _dense(*_score(llm, probe, -1))
-    problem = _try_plugin(llm, layout, probe, dense)
+    problem = _try_plugin(llm, layout, probe, dense) or _try_batch(llm, layout, probe, dense)
     if problem is None:
         return f"plugin+{container}"
     llm.collective_rpc("decant_capture", args=(None,))
@@ -79,13 +80,20 @@ def scoring_parameters(num_logprobs: int) -> Any:
 
 def _score(llm: Any, probe: list[int], num_logprobs: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Return ids and natural logs of the probe's rows."""
+    return _score_together(llm, [probe], num_logprobs)[0]
+
+
+def _score_together(llm: Any, prompts: list[list[int]], num_logprobs: int) -> list[Columns]:
+    """Return ids and natural logs of the rows of prompts that are given to vLLM at once."""
     engine = llm.llm_engine
-    engine.add_request("decant-probe", {"prompt_token_ids": probe}, scoring_parameters(num_logprobs))
-    finished: list[Any] = []
-    while not finished:
-        finished = [output for output in engine.step() if output.finished]
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"decant-probe-{i}", {"prompt_token_ids": prompt}, scoring_parameters(num_logprobs))
+    finished: dict[str, Any] = {}
+    while len(finished) < len(prompts):
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
     width = 1 + (num_logprobs if num_logprobs >= 0 else llm.model_config.get_vocab_size())
-    return vllm_arrays.columns_of(finished[0].prompt_logprobs, width)
+    outputs = [finished[f"decant-probe-{i}"] for i in range(len(prompts))]
+    return [vllm_arrays.columns_of(output.prompt_logprobs, width) for output in outputs]
 
 
 def _dense(ids: NDArray[np.int32], logprobs: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -102,7 +110,25 @@ def _try_plugin(llm: Any, layout: ColumnLayout, probe: list[int], dense: NDArray
         if status["installed"] != "yes":
             return f"its {status['runner']} runner cannot be extended: {status['installed']}"
     ids, values = _score(llm, probe, layout.num_extra)
-    return plugin_problem(ids, values, dense, layout)
+    return plugin_problem(ids, values, dense, layout) or draws_problem(ids, dense, layout)
+
+
+def _try_batch(llm: Any, layout: ColumnLayout, probe: list[int], dense: NDArray[np.float64]) -> str | None:
+    """Score long prompts together with the probe and return what is wrong with their rows, or None."""
+    (status, *_) = llm.collective_rpc("decant_capture", args=(None,))
+    config = llm.llm_engine.vllm_config
+    batch_tokens, dtype = config.scheduler_config.max_num_batched_tokens, str(config.model_config.dtype).split(".")[-1]
+    longest = config.model_config.max_model_len - 1
+    prompts = long_prompts(status["runner"], longest, batch_tokens, layout.vocab_size)
+    stock = _score(llm, prompts[0], max(layout.num_head, 1))
+    stock = stock[0][:, : 1 + layout.num_head], stock[1][:, : 1 + layout.num_head]
+    llm.collective_rpc("decant_capture", args=(layout.to_plain(),))
+    *found, (ids, values) = _score_together(llm, [*prompts, probe], layout.num_extra)
+    problems = [batch_problem(columns, stock, prompts[0], layout, dtype) for columns in found]
+    problems.append(draws_problem(ids, dense, layout))
+    if dtype == "float32":
+        problems.append(plugin_problem(ids, values, dense, layout))
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def plugin_problem(

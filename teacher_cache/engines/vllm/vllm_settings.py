@@ -29,6 +29,11 @@ MAX_CACHE_BYTES = 2**35
 SEQUENCES_IN_CACHE = 64
 """On a CPU the key-value cache holds this many sequences of the greatest length, within the bounds above."""
 
+ROWS_AT_ONCE = 1024
+"""`CHUNK_SIZE` of vllm.v1.worker.gpu.sample.prompt_logprob."""
+PLUGIN_ENTRIES, PLUGIN_BUFFERS = 2**26, 3
+"""Entries that the plug-in works on at once on a GPU (`tail_columns.CHUNK_ENTRIES`): scores, masses, one of work."""
+
 NARROW = 768
 """Hidden width below which one matrix product is not worth all cores."""
 
@@ -130,6 +135,16 @@ def plan_settings(
         on_cpu=on_cpu,
         num_threads=_num_threads(text),
     )
+
+
+def logprob_bytes(vocab_size: int, max_num_batched_tokens: int) -> int:
+    """Return bytes of GPU memory for log-probabilities, which vLLM's own profiling does not see.
+
+    Its V2 runner scores `ROWS_AT_ONCE` rows at a time, whatever the batch: their logits in float32, and the plug-in's
+    float32 buffers of a piece of them. `logprob_bytes(151_936, 8192)` -> 1_427_636_224.
+    """
+    entries = min(max_num_batched_tokens, ROWS_AT_ONCE) * vocab_size
+    return 4 * (entries + PLUGIN_BUFFERS * min(entries, PLUGIN_ENTRIES))
 
 
 def _num_threads(text_config: dict[str, Any]) -> int | None:

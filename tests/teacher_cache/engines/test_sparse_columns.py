@@ -17,6 +17,7 @@ from teacher_cache.engines.columns.sparse_columns import (
     targets_from_stock,
 )
 from teacher_cache.engines.columns.tail_columns import extend_columns
+from teacher_cache.engines.vllm.vllm_batch_test import batch_problem, draws_problem, long_prompts
 from teacher_cache.engines.vllm.vllm_self_test import plugin_problem
 
 
@@ -153,3 +154,69 @@ class TestSelfTest:
         ids, values, dense = self.rows()
         dense[4, next(v for v in range(60) if v not in ids[4, 1:7])] = 0.0
         assert "leaves out" in plugin_problem(ids, values, dense, self.layout)
+
+
+class TestBatchTest:
+    """What the start-up batch must notice: rows of a prompt that is scored among others and over several passes."""
+
+    layout = ColumnLayout(6, (1.0, 2.0), 8, 0.95, 60)
+
+    def batch(self, num_rows: int = 200):
+        """Return (the plug-in's columns, stock columns, the prompt, full rows)."""
+        scores = full_rows(9, num_rows)
+        found = plugin_rows(scores, self.layout)
+        top = scores.topk(6)
+        stock_ids = torch.cat([torch.from_numpy(found[0][:, :1]), top.indices], 1).numpy().astype(np.int32)
+        stock_values = torch.cat([torch.from_numpy(found[1][:, :1]), top.values], 1).numpy()
+        return found, (stock_ids, stock_values), [0, *found[0][:, 0].tolist()], scores.double().numpy()
+
+    def test_honest_rows_pass(self):
+        found, stock, prompt, dense = self.batch()
+        assert batch_problem(found, stock, prompt, self.layout, "float32") is None
+        assert draws_problem(found[0], dense, self.layout) is None
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda ids, values: (np.roll(ids, 1, 0), np.roll(values, 1, 0)),
+            lambda ids, values: (ids, np.concatenate([values[:100], np.roll(values[100:], 1, 0)])),
+            lambda ids, values: (ids[:-1], values[:-1]),
+            lambda ids, values: (ids, values + 0.3),
+        ],
+        ids=["all shifted", "second half shifted", "one missing", "off"],
+    )
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_rows_that_are_not_the_prompts_are_noticed(self, spoil, dtype):
+        found, stock, prompt, _ = self.batch()
+        assert batch_problem(spoil(*found), stock, prompt, self.layout, dtype) is not None
+
+    def test_a_row_of_plain_top_k_is_noticed(self):
+        (ids, values), stock, prompt, _ = self.batch()
+        ids[150, self.layout.tail_start] = 5
+        assert "sentinels" in batch_problem((ids, values), stock, prompt, self.layout, "float32")
+
+    def test_head_and_tail_that_do_not_belong_together_are_noticed(self):
+        (ids, values), stock, prompt, _ = self.batch()
+        values[:, self.layout.tail_start] = np.roll(values[:, self.layout.tail_start], 1)
+        assert "sum to" in batch_problem((ids, values), stock, prompt, self.layout, "float32")
+
+    @pytest.mark.parametrize("column", [0, 8])
+    def test_draws_that_do_not_follow_the_tail_are_noticed(self, column):
+        (ids, _), _, _, dense = self.batch()
+        tail = np.where(np.isin(np.arange(dense.shape[1]), ids[:, 1:7]), np.inf, dense)
+        least = np.argsort(tail[:, :60], axis=1)[:, :8]
+        ids[:, self.layout.draw_start + column : self.layout.draw_start + column + 8] = least
+        assert "do not follow the tail" in draws_problem(ids, dense, self.layout)
+
+    def test_draws_that_are_missing_are_noticed(self):
+        (ids, _), _, _, dense = self.batch()
+        ids[3, -1] = -1
+        assert "did not draw 8 tokens" in draws_problem(ids, dense, self.layout)
+
+    def test_prompts_are_longer_than_a_pass_and_more_than_1024_rows_on_the_gpus_runner_alone(self):
+        for longest, batch_tokens in ((40_000, 8192), (2047, 512), (200, 2048)):
+            prompts = long_prompts("v2", longest, batch_tokens, 500)
+            assert sum(map(len, prompts)) > max(1024, batch_tokens)
+            assert max(map(len, prompts)) <= longest
+        assert [len(prompt) for prompt in long_prompts("v1", 40_000, 8192, 500)] == [256]
+        assert [len(prompt) for prompt in long_prompts("v1", 64, 8192, 500)] == [64]

@@ -9,9 +9,9 @@ import pytest
 from shared.errors import EngineError
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import refusal
-from teacher_cache.engines.vllm import entry
+from teacher_cache.engines.vllm import entry, vllm_settings
 from teacher_cache.engines.vllm.vllm_arrays import PromptArrays, columns_of
-from teacher_cache.engines.vllm.vllm_settings import cache_bytes, plan_settings
+from teacher_cache.engines.vllm.vllm_settings import cache_bytes, logprob_bytes, plan_settings
 
 CONFIG = {
     "max_position_embeddings": 512,
@@ -144,3 +144,17 @@ def test_flat_lists_and_arrays_read_alike():
 def test_other_shapes_are_refused(found):
     with pytest.raises(EngineError, match="vLLM returned"):
         columns_of(found, 4)
+
+
+def test_memory_of_log_probabilities_is_that_of_the_rows_that_the_runner_scores_at_once():
+    from teacher_cache.engines.columns.tail_columns import CHUNK_ENTRIES
+
+    assert CHUNK_ENTRIES["cuda"] == vllm_settings.PLUGIN_ENTRIES
+    assert 1.3e9 < logprob_bytes(151_936, 8192) == logprob_bytes(151_936, 65_536) < 1.6e9
+    assert logprob_bytes(1_000, 256) == 4 * 4 * 256 * 1_000
+
+
+@pytest.mark.slow
+def test_rows_at_once_are_those_of_the_installed_vllm():
+    module = pytest.importorskip("vllm.v1.worker.gpu.sample.prompt_logprob")
+    assert module.CHUNK_SIZE == vllm_settings.ROWS_AT_ONCE
