@@ -13,6 +13,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TextIO
 
+from shared.printable import printable
+
 INTERVAL_SECONDS = 5.0
 """Between two plain lines."""
 
@@ -57,6 +59,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line without disturbing the bar."""
+        text = printable(text)
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

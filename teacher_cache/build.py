@@ -22,6 +22,7 @@ from shared.parts.jobs import Job, PlanRow, create_job
 from shared.parts.parts import PartRecord
 from shared.recipe.recipe import Recipe, Teacher
 from shared.recipe.teacher import Workers
+from shared.seconds import add_seconds, read_seconds
 from teacher_cache import engines
 from teacher_cache.cluster.unit_board import UnitsSetAsideError
 from teacher_cache.engines.answer_ends import foreign_ends
@@ -42,7 +43,6 @@ from teacher_cache.prompts.sequence_maker import SequenceMaker
 from teacher_cache.prompts.work_list import Tally, answer_seed, list_rows, request_of
 from teacher_cache.teacher.answerer import Answerer, know_answerer
 from teacher_cache.teacher.layer_reuse import capture_of, reuse_line
-from teacher_cache.teacher.seconds_file import add_seconds
 from teacher_cache.teacher.teacher_identity import (
     KnownTeacher,
     know_teacher,
@@ -115,6 +115,7 @@ def teach(
         DecantError: anything else that stops a build, in one sentence.
     """
     teacher, own_share = _checked(recipe, partition)
+    read_seconds(recipe.output_dir)
     known = know_teacher(teacher)
     require_tokenizer(recipe.prompts, known.tokenizer_hash, teacher.model)
     answerer = know_answerer(recipe.generate, teacher, known)

@@ -24,9 +24,12 @@ from types import FrameType
 from typing import Any
 
 from shared.errors import DecantError
+from shared.printable import printable
 from tools.cli_parser import EXIT_USAGE, build_parser
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+DEFERRED_SECONDS = 0.05
+"""A SIGTERM that comes during an import is sent again after it."""
 
 
 class Terminated(BaseException):
@@ -166,7 +169,7 @@ def _load(args: argparse.Namespace, *, save: bool = False) -> Any:
 
 
 def _result(args: argparse.Namespace, result: Any, text: str) -> None:
-    print(json.dumps(result, indent=2, default=str) if args.json else text, flush=True)
+    print(json.dumps(result, indent=2, default=str) if args.json else printable(text), flush=True)
 
 
 @contextlib.contextmanager
@@ -187,12 +190,19 @@ def _stdout_kept(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    """Raise `Terminated`, but not within an import, where a library may swallow it or be left half imported."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            signal.setitimer(signal.ITIMER_REAL, DEFERRED_SECONDS)
+            return
+        frame = frame.f_back
     raise Terminated
 
 
 def _prepare(verbose: bool) -> None:
     """Turn SIGTERM into an exception of this process alone, and quieten libraries before they are imported."""
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
@@ -222,7 +232,7 @@ def _report_bug(error: Exception, args: argparse.Namespace) -> None:
 
 
 def _complain(sentence: str) -> None:
-    print(f"decant: error: {sentence}", file=sys.stderr, flush=True)
+    print(f"decant: error: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from shared.errors import DecantError, UsageError
+from shared.printable import printable
 from shared.recipe.recipe import Recipe
 from tools.cli_parser import PHASES
 from tools.own_process import own_command, own_environment
@@ -107,4 +108,4 @@ def _run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -223,6 +223,11 @@ class Cache:
         number, local = self._locate(index)
         return self._sequences.get(number).row(local)
 
+    def parts(self) -> list[tuple[PartRecord, PartRecord | None, NDArray[np.bool_] | None]]:
+        """Return record, record of the targets and mask of the rows to show (None: all) of each part that is read."""
+        targets: Sequence[PartRecord | None] = self._target_records or [None] * len(self._records)
+        return [(one, other, self._masks.get(one.stem)) for one, other in zip(self._records, targets, strict=True)]
+
     def where(self, index: int) -> str:
         """Return part:row of a row, for messages."""
         number, local = self._locate(index)

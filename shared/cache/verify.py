@@ -37,7 +37,7 @@ from shared.keys import KeySet, stack_keys
 from shared.parts.cache_files import list_folder
 from shared.parts.jobs import Job, list_jobs
 from shared.parts.mapped_part import MappedBlobs, MappedSequences, MappedTargets
-from shared.parts.part_stats import sequences_stats, targets_stats
+from shared.parts.part_stats import sequences_stats, targets_stats, targets_stats_problem
 from shared.parts.records import PartRecord, list_records
 from shared.parts.repeated_rows import repeated_rows
 from shared.payload.quantise import LEAST_LABEL_LOGPROB, MOST_LABEL_ERROR
@@ -244,32 +244,12 @@ def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, s
 
     figures = targets_stats(decoded(), blobs.blob_bytes())
     yield from counted
-    if not counted:
-        yield from _figure_problems(layer, record, figures, blobs)
-
-
-def _figure_problems(
-    layer: Layer | HiddenLayer, record: PartRecord, figures: Mapping[str, Any], blobs: MappedBlobs
-) -> Iterator[str]:
-    """Compare a record's figures with those of what was decoded; sums of reals within what the codec rounds."""
-    said = record.stats
-    exact: dict[str, Any] = {
-        "rows": len(blobs),
-        "positions": int(blobs.num_positions.sum(dtype=np.int64)),
-        "blob_bytes": blobs.blob_bytes(),
-    }
-    near: dict[str, float] = {}
+    if counted:
+        return
     if isinstance(layer, Layer):
-        exact |= {name: figures[name] for name in ("support_sum", "impossible_labels", "support_histogram")}
-        near = dict.fromkeys(
-            ("entropy_nats_sum", "tail_mass_sum"), figures["positions"] * (layer.identity.gap_step + 1e-3) + 1e-6
-        )
-        exact["entropy_histogram"] = (
-            said["entropy_histogram"] if sum(said["entropy_histogram"]) == figures["positions"] else None
-        )
-    for name, value in exact.items():
-        if said[name] != value:
-            yield f"{blobs.path} has {name} {value} where its record says {said[name]}; restore the record from a copy"
-    for name, error in near.items():
-        if not abs(said[name] - figures[name]) <= error:
-            yield f"{blobs.path} has {name} {figures[name]:.6g} where its record says {said[name]:.6g}; restore that"
+        problem = targets_stats_problem(record.stats, figures, layer.identity.gap_step)
+    else:
+        found = {"rows": len(blobs), "positions": int(blobs.num_positions.sum()), "blob_bytes": blobs.blob_bytes()}
+        problem = None if record.stats == found else f"{record.stats} where {found} are counted"
+    if problem:
+        yield f"{layer.directory / record.stem}.json says {problem}; restore it from a copy"

@@ -130,6 +130,25 @@ def add_figures(total: dict[str, Any], figures: Mapping[str, Any]) -> None:
             total[name] = total.get(name, 0) + value
 
 
+def targets_stats_problem(said: Mapping[str, Any], counted: Mapping[str, Any], gap_step: float) -> str | None:
+    """Say which figure of a targets part is not what was counted from its decoded blobs, if any.
+
+    Args:
+        said: figures of the targets before they were quantised.
+        counted: `targets_stats` of what was decoded: counts are the same, sums of reals are near.
+        gap_step: quantisation step of the layer in nats.
+    """
+    near = counted["positions"] * (gap_step + 1e-3) + 1e-6
+    for name in ("rows", "positions", "blob_bytes", "support_sum", "impossible_labels", "support_histogram"):
+        if said[name] != counted[name]:
+            return f"{name} {said[name]} where {counted[name]} are counted"
+    for name in ("entropy_nats_sum", "tail_mass_sum"):
+        if not abs(said[name] - counted[name]) <= near:
+            return f"{name} {said[name]:.6g} where {counted[name]:.6g} are counted"
+    total = sum(said["entropy_histogram"])
+    return None if total == counted["positions"] else f"an entropy_histogram of {total} positions"
+
+
 def position_entropy_nats(targets: SparseTargets) -> NDArray[np.float64]:
     """Return [S] entropy in nats of head entries and one bucket for the tail, at temperature 1."""
     logprobs = targets.logprobs.astype(np.float64)

@@ -156,9 +156,20 @@ def _temporary_directory() -> Path:
         root = Path("/tmp")  # noqa: S108 - a fresh directory is made below it; a longer path does not fit a socket's address
     for left in root.glob(f"{_PREFIX}*"):
         pid = left.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and left.stat().st_uid == os.getuid():
+        if pid.isdigit() and not _runs(int(pid)) and left.lstat().st_uid == os.getuid():
             shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=root))
+
+
+def _runs(pid: int) -> bool:
+    """Tell whether a process exists, as the kernel says it, also where /proc is not mounted."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 @contextlib.contextmanager

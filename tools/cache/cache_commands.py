@@ -14,10 +14,12 @@ from typing import Any
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
 from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir
+from shared.cache.verify import parts_without_layer
 from shared.identity.hidden_layers import layer_name
 from shared.parts.jobs import list_jobs
 from shared.parts.part_stats import ENTROPY_BIN_NATS
 from shared.parts.records import list_records
+from shared.printable import printable
 from shared.progress import Progress
 from tools.cache.cache_show import row_document, row_text
 
@@ -43,7 +45,7 @@ def run_cache_command(args: argparse.Namespace) -> int:
 
 
 def _print(args: argparse.Namespace, document: Any, text: str) -> None:
-    print(json.dumps(document, indent=2) if args.json else text)
+    print(json.dumps(document, indent=2) if args.json else printable(text))
 
 
 def listing(path: Path) -> dict[str, Any]:
@@ -220,9 +222,10 @@ def _verify(args: argparse.Namespace) -> int:
     for problem in verify_cache(args.cache):
         problems.append(problem)
         if not args.json:
-            print(problem, flush=True)
+            print(printable(problem), flush=True)
+    silent = {} if problems else parts_without_layer(args.cache)
     if args.json:
-        print(json.dumps({"problems": problems}, indent=2))
+        print(json.dumps({"problems": problems, "parts_without_layer": silent}, indent=2))
     elif problems:
         print(
             f"{len(problems)} problems; damaged parts are rebuilt by `decant teach` once they and their records are "
@@ -232,6 +235,10 @@ def _verify(args: argparse.Namespace) -> int:
         found = listing(args.cache)
         layers = len(found["layers"]) + len(found["hidden"])
         print(f"{args.cache}: {found['rows']:,} rows and {layers} layers are as they were committed")
+        for name, count in silent.items():
+            print(
+                f"{count:,} parts of {name} do not say which layer they are of: an earlier version of Decant wrote them"
+            )
     return 1 if problems else 0
 
 

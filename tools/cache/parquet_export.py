@@ -29,11 +29,10 @@ from shared.cache.layout import (
     sequences_dir,
     tokenizer_path,
 )
-from shared.cache.visible_rows import hidden_rows
+from shared.cache.tokenizer_files import read_tokenizer_file
 from shared.errors import CacheError, DamagedError
 from shared.parts.mapped_part import MappedSequences, MappedTargets
-from shared.parts.parts import hash_file
-from shared.parts.records import PartRecord, json_bytes, list_records, read_json, read_record
+from shared.parts.records import PartRecord, json_bytes, read_json
 from shared.schema import SEQUENCES
 from tools.cache.parquet_columns import (
     EXPORT_FORMAT,
@@ -67,27 +66,27 @@ def export_cache(
     Raises:
         CacheError: rows are not scored, something is damaged, or `out` is something else.
     """
-    cache_id = Cache.open(path, targets).cache_id
+    cache = Cache.open(path, targets)  # whose parts are exported, also when the cache grows meanwhile
+    cache_id = cache.cache_id
     metadata = out / METADATA_FILE
     existed = metadata.is_file() and read_json(metadata).get("cache_id") == cache_id
-    layer = choose_layer(list_layers(path), targets, path)
-    records = list_records(sequences_dir(path))
+    layer = choose_layer(list_layers(path), cache.layer_name, path) if cache.layer_name else None
+    parts = cache.parts()
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
         staging = staging_path(out, "exporting", cache_id)
         make_dir(staging)
-        masks = hidden_rows(path, records)
-        for record in records:
+        for record, scores, shown in parts:
             file = staging / f"{record.stem}.parquet"
             if not file.exists():
-                _write_part(path, layer, record, masks.get(record.stem), file)
+                _write_part(cache, layer, record, scores, shown, file)
             advance(record.rows)
         _write_metadata(path, layer, staging, cache_id)
         publish(staging, out, metadata)
     return {
         "directory": str(out),
-        "files": len(records),
-        "rows": len(Cache.open(path, targets)),
+        "files": len(parts),
+        "rows": len(cache),
         "layer": layer.full_name if layer else None,
         "bytes": sum(file.stat().st_size for file in out.glob("part-*.parquet")),
         "existed": existed,
@@ -98,11 +97,9 @@ def export_cache(
 def _write_metadata(path: Path, layer: Layer | None, staging: Path, cache_id: str) -> None:
     header = read_header(path)
     for name, entry in header.tokenizer_files.items():
-        source, target = tokenizer_path(path, name), tokenizer_path(staging, name)
-        if hash_file(source) != (entry["xxh3"], entry["bytes"]):
-            raise DamagedError(f"{source} was altered after it was written; restore it from a copy")
+        target = tokenizer_path(staging, name)
         make_dir(target.parent)
-        write_atomic(target, source.read_bytes(), "tokenizer")
+        write_atomic(target, read_tokenizer_file(path, name, entry), "tokenizer")
     described = None
     if layer is not None:
         described = {
@@ -121,14 +118,19 @@ def _write_metadata(path: Path, layer: Layer | None, staging: Path, cache_id: st
 
 
 def _write_part(
-    path: Path, layer: Layer | None, record: PartRecord, shown: NDArray[np.bool_] | None, file: Path
+    cache: Cache,
+    layer: Layer | None,
+    record: PartRecord,
+    scores: PartRecord | None,
+    shown: NDArray[np.bool_] | None,
+    file: Path,
 ) -> None:
     """Write the shown rows of one part."""
-    part = MappedSequences(sequences_dir(path), record, verify=True)
+    vocab_size = cache.sequences_identity.vocab_size
+    part = MappedSequences(sequences_dir(cache.path), record, verify=True, vocab_size=vocab_size)
     scored = None
     about: dict[str, Any] = {"software": dict(record.software), "set_aside": [dict(item) for item in record.set_aside]}
-    if layer is not None:
-        scores = read_record(layer.directory / f"{record.stem}.json")
+    if layer is not None and scores is not None:
         scored = MappedTargets(layer.directory, scores, verify=True)
         if len(scored) != len(part):
             raise DamagedError(f"{scored.path} has {len(scored)} rows where its sequences have {len(part)}")

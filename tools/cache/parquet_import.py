@@ -2,35 +2,40 @@
 
 Decoded values lie on the codec's grid, so encoding them again gives the codes that they came from: the rows of an
 export come back equal bit by bit. Files may have been written by other tools; every row passes the checks of the codec,
-and its `key` must fit its
-tokens. All parts get names of one job, as after a merge. Written beside OUT and renamed. Memory: the encoded rows of a
-part.
+its `key` must fit its tokens and `teacher_nll_nats` its labels. All parts get names of one job, as after a merge.
+Written beside OUT and renamed. Memory: the encoded rows of a part; a file that would unpack to much more than its bytes
+is refused.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+from pydantic import BaseModel, ConfigDict
 
 from shared.cache.cache_writer import CacheWriter
-from shared.cache.layout import sequences_dir, tokenizer_path
+from shared.cache.layout import sequences_dir, tokenizer_entries
+from shared.cache.tokenizer_files import read_tokenizer_file
+from shared.cache.verify import nll_problem
 from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.parts.cache_files import open_regular, parse_json, read_bounded, read_json
 from shared.parts.jobs import create_job, job_id
-from shared.parts.part_stats import targets_stats
-from shared.parts.parts import commit_part, hash_file
-from shared.parts.records import list_records, read_json
+from shared.parts.part_stats import TargetsFigures, targets_stats, targets_stats_problem
+from shared.parts.parts import commit_part
+from shared.parts.records import checked_model, list_records, read_record
 from shared.parts.repeated_rows import repeated_rows
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.codec import Codec
-from shared.schema import MAX_ROWS_PER_PART, MAX_TOKENIZER_FILE_BYTES, STEM_PATTERN, TARGETS
+from shared.schema import MAX_FRAME_RATIO, MAX_JSON_BYTES, MAX_ROWS_PER_PART, STEM_PATTERN, TARGETS
 from tools.cache.parquet_columns import (
     EXPORT_FORMAT,
     METADATA_FILE,
@@ -43,6 +48,9 @@ from tools.cache.parquet_columns import (
 from tools.cache.staged_directory import publish, refuse_existing, staging_path
 
 ROWS_PER_BATCH = 64
+FREE_BYTES = 2**26
+"""What a file may unpack to whatever its size; beyond it, MAX_FRAME_RATIO for each of its bytes."""
+TEXTS = ("source", "prompt", "response", "reference", "finish_reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +88,10 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
             f"{odd[0]} is not named as a part is; expected part-XXXXXXXX-NNNNNN.parquet, hexadecimal digits and a "
             "number"
         )
-    digest = xxhash.xxh3_128((directory / METADATA_FILE).read_bytes())
+    digest = xxhash.xxh3_128(read_bounded(directory / METADATA_FILE, MAX_JSON_BYTES))
     for file in files:
-        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+        found = file.lstat()
+        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
     request = {"import": digest.hexdigest()}
     job = job_id(request)
     existed = (out / "cache.json").is_file() and (out / "jobs" / job / "plan.arrow").is_file()
@@ -97,7 +106,7 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
             target = layer.directory if layer else sequences_dir(staging)
             if not (target / f"{stem}.json").exists():
                 _import_file(file, export, writer, target, stem)
-            advance(pq.read_metadata(file).num_rows)
+            advance(read_record(sequences_dir(staging) / f"{stem}.json").rows)
         _refuse_repeats(staging, files)
         publish(staging, out, out / "jobs" / job / "plan.arrow")
     records = list_records(sequences_dir(out))
@@ -120,16 +129,8 @@ def _read_export(directory: Path) -> Export:
     identity, described, layer = (document.get(name) for name in ("identity", "tokenizer_files", "layer"))
     if not isinstance(identity, dict) or not isinstance(described, dict) or not isinstance(layer, dict | None):
         raise DamagedError(f"{path} lacks identity, tokenizer_files or layer; it was altered")
-    files = {}
-    for name, entry in described.items():
-        file = tokenizer_path(directory, name)
-        if (
-            not file.is_file()
-            or file.stat().st_size > MAX_TOKENIZER_FILE_BYTES
-            or hash_file(file)[0] != entry.get("xxh3")
-        ):
-            raise DamagedError(f"{file} is not what {METADATA_FILE} says; restore it from the export")
-        files[name] = file.read_bytes()
+    entries = tokenizer_entries(described, path)
+    files = {name: read_tokenizer_file(directory, name, entry) for name, entry in entries.items()}
     found = SequencesIdentity.from_json(identity, f"{path}: identity")
     if layer is None:
         return Export(directory, found, files, None, None, {})
@@ -157,39 +158,85 @@ def _import_file(file: Path, export: Export, writer: CacheWriter, target: Path, 
     rows: list[SequenceRow] = []
     scores: list[tuple[float, bytes]] = []
     try:
-        with pq.ParquetFile(file) as opened:
-            about = _about(opened.schema_arrow.metadata)
-            if opened.metadata.num_rows > MAX_ROWS_PER_PART:
-                raise DamagedError(
-                    f"{file} has {opened.metadata.num_rows} rows where a part has at most {MAX_ROWS_PER_PART}"
-                )
+        with open_regular(file) as source, pq.ParquetFile(source, read_dictionary=list(TEXTS)) as opened:
+            file_bytes = os.fstat(source.fileno()).st_size
+            _check_size(file, opened, file_bytes)
+            about = _about(file, opened.schema_arrow.metadata)
             missing = sorted(set(schema.names) - set(opened.schema_arrow.names))
             if missing:
                 raise DamagedError(
                     f"{file} has no column {missing[0]}; expected those of 'decant cache export' for this layer"
                 )
-            for batch in opened.iter_batches(ROWS_PER_BATCH, columns=schema.names):
-                table = pa.Table.from_batches([batch]).select(schema.names).cast(schema).combine_chunks()
+            for table in _plain_batches(opened, schema, _most_bytes(file_bytes)):
                 _read_batch(file, table, codec, rows, scores)
         writer.write_sequences(stem, rows, about.get("software", {}), about.get("set_aside", ()))
-    except (pa.ArrowException, ValueError, OSError, MemoryError) as error:
+    except (pa.ArrowException, ValueError, TypeError, IndexError, OverflowError, OSError, MemoryError) as error:
         raise DamagedError(f"{file} cannot be imported: {first_line(error)}") from None
     if codec is not None:
-        _write_targets(target, stem, rows, scores, codec, about)
+        _write_targets(file, target, stem, rows, scores, codec, about)
 
 
-def _about(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+class _About(BaseModel):
+    """What an export notes about a part."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    software: dict[str, Any] = {}
+    set_aside: list[dict[str, Any]] = []
+    targets_software: dict[str, Any] = {}
+    targets_stats: TargetsFigures | None = None
+    blobs_xxh3: str = ""
+
+
+def _about(file: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     """Return what the export noted about a part; nothing where another tool wrote the file."""
-    try:
-        about = json.loads((metadata or {})[RECORD_KEY].decode("utf-8", "surrogatepass"))
-    except (KeyError, ValueError):
+    text = (metadata or {}).get(RECORD_KEY)
+    if text is None:
         return {}
-    kinds = {"software": dict, "set_aside": list, "targets_software": dict, "targets_stats": dict, "blobs_xxh3": str}
-    return {
-        name: about[name]
-        for name, kind in kinds.items()
-        if isinstance(about, dict) and isinstance(about.get(name), kind)
-    }
+    about = parse_json(text, f"{file}: note {RECORD_KEY.decode()}")
+    checked_model(_About, about, f"{file}: note {RECORD_KEY.decode()}")
+    return about
+
+
+def _check_size(file: Path, opened: pq.ParquetFile, file_bytes: int) -> None:
+    """Refuse a file that would take memory out of proportion to its bytes.
+
+    Raises:
+        DamagedError: it would, or has more rows than a part.
+    """
+    metadata = opened.metadata
+    if metadata.num_rows > MAX_ROWS_PER_PART:
+        raise DamagedError(f"{file} has {metadata.num_rows} rows where a part has at most {MAX_ROWS_PER_PART}")
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    unpacked = sum(max(column.total_uncompressed_size, 4 * column.num_values) for column in columns)
+    if unpacked > _most_bytes(file_bytes):
+        raise DamagedError(f"{file} claims {unpacked:,} bytes in {file_bytes:,}; it was altered")
+
+
+def _most_bytes(file_bytes: int) -> int:
+    return FREE_BYTES + MAX_FRAME_RATIO * file_bytes
+
+
+def _plain_batches(opened: pq.ParquetFile, schema: pa.Schema, room: int) -> Iterator[pa.Table]:
+    """Yield a few rows at a time; texts stay dictionaries until their size is known.
+
+    Raises:
+        ValueError: texts of more than `room` bytes.
+    """
+    for batch in opened.iter_batches(ROWS_PER_BATCH, columns=schema.names):
+        for name in TEXTS:
+            room -= _text_bytes(batch.column(name))
+        if room < 0:
+            raise ValueError("its texts unpack to more than a file of its size may hold")
+        yield pa.Table.from_batches([batch]).select(schema.names).cast(schema).combine_chunks()
+
+
+def _text_bytes(column: pa.Array) -> int:
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    lengths = pc.binary_length(column.dictionary)
+    return int(pc.sum(lengths.take(column.indices)).as_py() or 0)
 
 
 def _read_batch(
@@ -202,7 +249,7 @@ def _read_batch(
         for field in table.schema
         if pa.types.is_list(field.type) and table.num_rows
     }
-    nll = table.column("teacher_nll_nats").to_pylist() if codec else []
+    nll, num_positions = (table.column(n).to_pylist() if codec else [] for n in ("teacher_nll_nats", "num_positions"))
     for i in range(table.num_rows):
         where = f"{file}:{len(rows)}"
         values = {name: plain[name][i] for name in PLAIN if name != "key"}
@@ -222,12 +269,21 @@ def _read_batch(
                     raise ValueError(
                         f"it has targets of {targets.num_positions} positions and supervises {row.num_positions}"
                     )
-                scores.append((nll[i], codec.encode(targets)))
+                if num_positions[i] != row.num_positions:
+                    raise ValueError(f"num_positions is {num_positions[i]} and it supervises {row.num_positions}")
+                if nll[i] is None:
+                    raise ValueError("teacher_nll_nats is null")
+                blob = codec.encode(targets)
+                problem = nll_problem(nll[i], codec.decode(blob, row.num_positions))
+                if problem:
+                    raise ValueError(problem)
+                scores.append((nll[i], blob))
         except ValueError as error:
             raise DamagedError(f"{where} cannot be imported: {error}") from None
 
 
 def _write_targets(
+    file: Path,
     directory: Path,
     stem: str,
     rows: list[SequenceRow],
@@ -239,10 +295,14 @@ def _write_targets(
     for row, (_, blob) in zip(rows, scores, strict=True):
         digest.update(row.key)
         digest.update(blob)
-    stats = about.get("targets_stats", {})
-    if digest.hexdigest() != about.get("blobs_xxh3"):  # altered, or compressed by another zstandard: count anew
-        decoded = (codec.decode(blob, row.num_positions) for row, (_, blob) in zip(rows, scores, strict=True))
-        stats = targets_stats(decoded, sum(len(blob) for _, blob in scores))
+    decoded = (codec.decode(blob, row.num_positions) for row, (_, blob) in zip(rows, scores, strict=True))
+    stats = targets_stats(decoded, sum(len(blob) for _, blob in scores))
+    said = about.get("targets_stats")
+    if said is not None and digest.hexdigest() == about.get("blobs_xxh3"):  # else altered, or by another zstandard
+        problem = targets_stats_problem(said, stats, codec.gap_step)
+        if problem:
+            raise DamagedError(f"{file}: the note of the export says {problem}; export the cache again")
+        stats = said
     columns = {
         "key": [row.key for row in rows],
         "num_positions": [row.num_positions for row in rows],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from shared.atomic import fsync_dir
+from shared.atomic import TEMPORARY_MARK, fsync_dir
 from shared.errors import CacheError
 
 
@@ -36,12 +36,21 @@ def refuse_existing(out: Path, wanted: str) -> None:
 
 
 def publish(staging: Path, out: Path, proof: Path) -> None:
-    """Give the finished directory its name; `proof` is a file of `out` that only the same content has.
+    """Give the finished directory its name, without what killed commands left in it.
+
+    Args:
+        staging: the finished directory.
+        out: its name.
+        proof: a file of `out` that only the same content has.
 
     Raises:
         CacheError: `out` is taken by something else, or cannot be created.
     """
     try:
+        for left in staging.rglob(
+            f".*{TEMPORARY_MARK}*"
+        ):  # whoever still writes one could not finish after the renaming
+            left.unlink(missing_ok=True)
         staging.rename(out)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT) and proof.exists():

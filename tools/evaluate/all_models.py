@@ -14,7 +14,7 @@ from typing import Any
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
-from teacher_cache.teacher.seconds_file import add_seconds
+from shared.seconds import add_seconds
 from tools.evaluate import sandbox
 from tools.evaluate.cost import measure_cost
 from tools.evaluate.model_process import run_in_process

@@ -22,7 +22,7 @@ from typing import Any
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe, SideBySide
-from teacher_cache.teacher.seconds_file import add_seconds
+from shared.seconds import add_seconds
 from tools.evaluate.model_process import run_in_process
 from tools.evaluate.models import ModelUnderTest, model_under_test
 from tools.evaluate.results import read_result, same_identity, write_result

@@ -23,7 +23,7 @@ import xxhash
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
-from teacher_cache.teacher.seconds_file import add_seconds
+from shared.seconds import add_seconds
 from tools.evaluate.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.model_process import run_in_process
 from tools.evaluate.models import ModelUnderTest, model_under_test

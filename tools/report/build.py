@@ -16,7 +16,7 @@ from typing import Any
 
 from shared.atomic import write_atomic
 from shared.errors import EvaluationError
-from teacher_cache.teacher.seconds_file import add_seconds
+from shared.seconds import add_seconds
 from tools.report.figures import report_figures
 from tools.report.page import page, plot_figures
 from tools.report.run_files import read_run
