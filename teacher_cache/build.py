@@ -166,6 +166,8 @@ def teach(
         try:
             with engine, answering:
                 job = _plan(build, request, ends) if request is not None else None
+                if job is not None and _units_without_part(build, job):
+                    maker.require_date()
                 if teacher.workers is not None:
                     _use_many_engines(build, job, teacher.workers)
                 else:

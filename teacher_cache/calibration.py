@@ -38,6 +38,8 @@ from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompt_formats import Conversation
 from teacher_cache.prompts.prompts import read_prompts
 
+PLAIN: dict[str, Any] = {"limit": None, "config": None, "columns": {}, "ignore": ()}
+"""Settings of a source whose rows are read already."""
 FIRST_SHARE = 0.25
 """Of the sample goes to the first build."""
 
@@ -227,13 +229,17 @@ def _divided(rows: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _as_row(row: Conversation) -> dict[str, Any]:
-    content: dict[str, Any] = {"messages": row.messages} if row.messages is not None else {"text": row.text}
+    """Return a conversation in the form that `format: messages` or `text` reads."""
+    content: dict[str, Any] = {"text": row.text}
+    if row.messages is not None:
+        tools = [json.loads(message["content"]) for message in row.messages if message["role"] == "tools"]
+        content = {"messages": row.messages[len(tools) :], **({"tools": tools[0]} if tools else {})}
     return content if row.reference is None else {**content, "reference": row.reference}
 
 
 def _source_of(source: PromptSource, path: Path, row: Conversation) -> PromptSource:
     kind = "messages" if row.messages is not None else "text"
-    return source.model_copy(update={"path": str(path), "format": kind, "split": "train", "limit": None})
+    return source.model_copy(update={"path": str(path), "format": kind, "split": "train", **PLAIN})
 
 
 def _cache_samples(recipe: Recipe, root: Path, num_rows: int) -> list[Recipe]:

@@ -133,7 +133,7 @@ class SequencesIdentity:
     answers: str | None = None
     """Who wrote the answers."""
     groups: Literal["prompt", "first question"] = grown("prompt")
-    """Rule of the group keys (shared/groups.py); a cache keeps the rule that it began with."""
+    """Rule of the group keys (shared/cache/groups.py); a cache keeps the rule that it began with."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

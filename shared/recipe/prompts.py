@@ -1,6 +1,4 @@
-"""What a recipe may say about one source of prompts: where it lies, what its columns mean, how its rows
-become tokens.
-"""
+"""What a recipe may say about a source of prompts: where it lies, what its columns mean, how rows become tokens."""
 
 from __future__ import annotations
 

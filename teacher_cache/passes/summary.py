@@ -61,7 +61,7 @@ class BuildSummary:
     reuse: str | None = None
     """Which layer serves the capture, or what a new layer shares with those that were there."""
     groups: str = "first question"
-    """Rule by which rows belong together in the hold-out (shared/groups.py)."""
+    """Rule by which rows belong together in the hold-out (shared/cache/groups.py)."""
     notes: list[str] = field(default_factory=list)
     """What of the prompts' files was not read."""
     generated: PassFigures = field(default_factory=PassFigures)

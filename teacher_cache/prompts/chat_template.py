@@ -3,21 +3,32 @@
 The template renders text, the text is tokenized, and nothing is added: a template writes its own special tokens. The
 end token
 is found on a probe: the first special token after the answer, with at most white space before it. Without one a student
-would never learn to stop, so such a template is refused.
+would never learn to stop, so such a template is refused. The clock that templates can read is replaced by the recipe's
+date.
 Cost: one rendering for the probe; then one rendering and tokenization per call.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
+from collections.abc import Iterable
 from typing import Any
 
 from shared.cache.rendering import template_text
 from shared.errors import PromptError
 from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.prompt_formats import Message
+from teacher_cache.prompts.prompt_turns import Message, texts_in
+
+CLOCK = "strftime_now"
+"""What templates call for the current date: the only clock that transformers gives them."""
 
 PROBE_QUESTION, PROBE_ANSWER = "decant probe question", "decant probe answer"
+
+
+class UnrenderableError(PromptError):
+    """A template cannot render or split a row; the message has the place and the reason, and wants advice."""
 
 
 class ChatTemplate:
@@ -31,10 +42,15 @@ class ChatTemplate:
         """
         self._tokenizer = tokenizer
         self._source = source
-        self._text = template_text(source.chat_template) or _own_text(tokenizer, source)
+        self._text = template_text(source.chat_template) or str(_own_text(tokenizer, source))
+        self._text_with_tools = None if source.chat_template else _own_text(tokenizer, source, "tool_use")
         self._special = special_ids(tokenizer)
         self._special_texts = tuple(sorted(tokenizer.convert_ids_to_tokens(sorted(self._special))))
+        self._special_starts = {text[0] for text in self._special_texts if text}
         self.origin = "`chat_template` of the recipe" if source.chat_template else "the tokenizer's chat template"
+        self.reads_clock = False
+        """Whether a rendering asked for the date so far."""
+        self._refuse(texts_in(source.chat_template_kwargs), f"source {source.source!r}", "`chat_template_kwargs`")
         self.end_token_id = self._derive_end_token()
 
     def ids(self, messages: list[Message], place: str, *, prompt: bool) -> list[int]:
@@ -43,53 +59,96 @@ class ChatTemplate:
         Raises:
             PromptError: with `place`, when the template refuses the conversation.
         """
-        return self._tokenize(self.text(messages, place, prompt=prompt))
+        return self.tokenize(self.text(messages, place, prompt=prompt))
 
     def refuse_special_text(self, messages: list[Message], place: str) -> None:
-        """Refuse turns that spell a special token, which tokenizing would turn into the token itself.
+        """Refuse turns that spell a special token anywhere, which tokenizing would turn into the token itself.
 
         Raises:
             PromptError: with `place` and the token.
         """
         for message in messages:
-            for special in self._special_texts:
-                if special in message["content"]:
-                    raise PromptError(
-                        f"{place}: the {message['role']} turn contains the special token {special!r} as text, which "
-                        "would become "
-                        "the token itself; remove it, or use `template: none` for text that is rendered already"
-                    )
+            self._refuse(texts_in(message), place, f"the {message['role']} turn")
 
     def text(self, messages: list[Message], place: str, *, prompt: bool) -> str:
         """Render turns, with the generation prompt where `prompt` says so.
 
         Raises:
-            PromptError: with `place`, when the template refuses the conversation.
+            UnrenderableError: with `place`, when the template refuses the conversation.
+            PromptError: it writes the current date and the recipe names none.
         """
-        settings = self._source.chat_template_kwargs
+        text = self._render(messages, place, prompt=prompt)
+        if self.reads_clock and self._source.date is None:
+            raise PromptError(f"{place}: {self.clock_problem}")
+        return text
+
+    @property
+    def clock_problem(self) -> str:
+        """Say what is wrong with a template that reads the clock, and what to do."""
+        today = datetime.date.today().isoformat()
+        return (
+            f"{self.origin} writes the current date, so that the same row would have other tokens tomorrow; name a "
+            "date for all "
+            f"rows, such as `date: {today}`"
+        )
+
+    def _render(self, messages: list[Message], place: str, *, prompt: bool) -> str:
+        turns = [
+            {key: value for key, value in message.items() if key != "train"}
+            for message in messages
+            if message["role"] != "tools"
+        ]
+        settings = dict(self._source.chat_template_kwargs)
+        tools = next((json.loads(message["content"]) for message in messages if message["role"] == "tools"), None)
+        if tools is not None and "tools" in settings:
+            raise PromptError(f"{place}: the row has tools and so has `chat_template_kwargs`; leave one of both out")
+        template = (self._text_with_tools if tools is not None else None) or self._text
+        if tools is not None:
+            settings["tools"] = tools
+        if CLOCK in template:
+            settings.setdefault(CLOCK, self._now)
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._text, tokenize=False, add_generation_prompt=prompt, **settings
+                turns, chat_template=template, tokenize=False, add_generation_prompt=prompt, **settings
             )
         except Exception as error:  # a template raises what it likes
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise PromptError(f"{place}: the chat template cannot render the conversation ({reason})") from error
+            raise UnrenderableError(f"{place}: the chat template cannot render the conversation ({reason})") from error
         return str(text)
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _now(self, pattern: str) -> str:
+        """Stand in for the clock of templates (`strftime_now`)."""
+        self.reads_clock = True
+        date = self._source.date or datetime.date(2000, 1, 1)
+        return datetime.datetime.combine(date, datetime.time()).strftime(pattern)
+
+    def _refuse(self, texts: Iterable[str], place: str, where: str) -> None:
+        for text in texts:
+            if self._special_starts.isdisjoint(text):
+                continue
+            special = next((one for one in self._special_texts if one in text), None)
+            if special is not None:
+                raise PromptError(
+                    f"{place}: {where} contains the special token {special!r} as text, which would become the token "
+                    "itself; "
+                    "remove it, or use `template: none` for text that is rendered already"
+                )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text; nothing is added."""
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _derive_end_token(self) -> int:
         name = f"source {self._source.source!r}"
         turns = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
-        text = self.text(turns, name, prompt=False)
+        text = self._render(turns, name, prompt=False)
         _, found, after = text.rpartition(PROBE_ANSWER)
         if not found:
             raise PromptError(
                 f"{name}: {self.origin} does not render an answer's text as it is; expected it in the rendering"
             )
         before: list[int] = []
-        for token in self._tokenize(after):
+        for token in self.tokenize(after):
             if token not in self._special:
                 before.append(token)
             elif self._tokenizer.decode(before).strip():
@@ -103,13 +162,16 @@ class ChatTemplate:
         )
 
 
-def _own_text(tokenizer: Any, source: PromptSource) -> str:
+def _own_text(tokenizer: Any, source: PromptSource, name: str = "default") -> str | None:
+    """Return the tokenizer's template of a name; there is none for rows with tools where all rows have one template."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
+        template = template.get(name)
+    elif name != "default":
+        return None
+    if not template and name == "default":
         raise PromptError(
             f"source {source.source!r}: the tokenizer has no chat template; set `template: none` or give one in "
             "`chat_template`"
         )
-    return str(template)
+    return str(template) if template else None

@@ -16,10 +16,7 @@ import xxhash
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-KINDS = {".jsonl": "text", ".ndjson": "text", ".json": "text", ".parquet": "parquet", ".arrow": "arrow"}
-"""Suffix to the `datasets` builder that reads it."""
+from teacher_cache.prompts.prompt_directories import Chosen, kind_of, of_directory, of_file, of_glob
 
 _BLOCK_BYTES = 2**22
 
@@ -29,7 +26,8 @@ class LocalFiles:
     """Files of one kind, in the order in which they are read."""
 
     paths: tuple[Path, ...]
-    kind: str
+    note: str | None = None
+    """What lies beside them and is not read, as a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,33 +42,23 @@ def locate(source: PromptSource) -> LocalFiles | HubDataset:
     """Find a source's files, or its revision on the hub.
 
     Raises:
-        PromptError: nothing is there, or its kind is not read.
+        PromptError: nothing is there, its kind is not read, or it has no such split or configuration.
     """
     path = source.path
     exact = Path(path)
     if exact.is_file():
-        found = [exact]
+        chosen = of_file(exact, source)
     elif exact.is_dir():
-        found = sorted(child for child in exact.rglob("*") if _kind(child) is not None and child.suffix != ".json")
-        if not found:
-            raise PromptError(f"{path}: the directory has no .jsonl, .parquet or .arrow file; expected prompts there")
+        chosen = of_directory(exact, source)
     else:
-        found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())  # noqa: PTH207 - may be absolute
-    if not found:
-        if _looks_like_hub_id(path):
+        names = sorted(glob.glob(path, recursive=True))  # noqa: PTH207 - the pattern may be absolute
+        found = [Path(name) for name in names if Path(name).is_file()]
+        if not found and _looks_like_hub_id(path):
             return HubDataset(path, _hub_revision(path))
-        raise PromptError(f"{path}: no such file; expected prompts of the source {source.source!r} there")
-    kinds = {_kind(file) for file in found}
-    if None in kinds:
-        bad = next(file for file in found if _kind(file) is None)
-        raise PromptError(
-            f"{bad}: unknown kind of file; expected one of {', '.join(KINDS)} (JSON lines may end in .gz or .zst)"
-        )
-    if len(kinds) > 1:
-        raise PromptError(
-            f"{path}: files of several kinds ({', '.join(sorted(str(kind) for kind in kinds))}); expected one kind"
-        )
-    return LocalFiles(tuple(found), str(kinds.pop()))
+        if not found:
+            raise PromptError(f"{path}: no such file; expected prompts of the source {source.source!r} there")
+        chosen = of_glob(found, source)
+    return _of_one_kind(chosen, source)
 
 
 def content_hash(source: PromptSource) -> str:
@@ -93,12 +81,25 @@ def content_hash(source: PromptSource) -> str:
     return f"xxh3:{digest.hexdigest()}"
 
 
-def _kind(path: Path) -> str | None:
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        inner = suffixes[-2] if len(suffixes) > 1 else ""
-        return "text" if KINDS.get(inner) == "text" else None
-    return KINDS.get(path.suffix)
+def _of_one_kind(chosen: Chosen, source: PromptSource) -> LocalFiles:
+    kinds = {kind_of(file): file for file in reversed(chosen.files)}
+    if None in kinds:
+        raise PromptError(
+            f"{kinds[None]}: unknown kind of file; expected one of .jsonl, .json, .csv, .tsv, .txt (each may end in "
+            ".gz, .bz2, "
+            ".xz or .zst), .parquet, .arrow"
+        )
+    if len(kinds) > 1:
+        named = ", ".join(sorted(str(kind) for kind in kinds))
+        raise PromptError(
+            f"{source.path}: files of several kinds ({named}); name those of one kind with a glob such as *.jsonl"
+        )
+    if "txt" in kinds and source.format != "text":
+        raise PromptError(
+            f"{chosen.files[0]}: a .txt file is one text, which `format: {source.format}` has no columns in; set "
+            "`format: text`"
+        )
+    return LocalFiles(tuple(chosen.files), chosen.note)
 
 
 def _looks_like_hub_id(path: str) -> bool:
@@ -108,7 +109,7 @@ def _looks_like_hub_id(path: str) -> bool:
         and all(parts)
         and not path.startswith((".", "~"))
         and not any(c in path for c in "*?[")
-        and _kind(Path(path)) is None
+        and kind_of(Path(path)) is None
     )
 
 

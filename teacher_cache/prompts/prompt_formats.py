@@ -1,7 +1,9 @@
 """Five row formats, one conversation: what a row of a prompt file may look like and what it becomes.
 
-`messages`, `sharegpt`, `alpaca` and `prompt_completion` become a list of turns; `text` stays text. A row that does not
-fit its format is a `ValueError` whose message is the reason; the reader adds the place.
+`messages`, `sharegpt`, `alpaca` and `prompt_completion` become a list of turns (prompt_turns.py); `text` stays text.
+What belongs to the prompt (`system`, `history`, `tools`) goes with the turns. A row that does not fit its format, or
+whose other columns would change what it means, is a `ValueError` whose message is the reason; the reader adds the
+place.
 
 Also here, because it must never depend on anything but the row: the text whose hash is the row's group (`group_text`).
 """
@@ -14,23 +16,39 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.cache.groups import normalised
+from shared.recipe.prompts import COLUMNS
+from teacher_cache.prompts.prompt_turns import (
+    ROLES,
+    SHAREGPT_ROLES,
+    Message,
+    field_of,
+    is_empty,
+    kind_name,
+    parse_turns,
+    texts_in,
+    tools_turn,
+)
 
-Message = dict[str, str]
-
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
 REFERENCE_KEYS = ("reference", "answer")
-MAX_MESSAGES = 1024
-"""Turns of one conversation; more is taken for a mistake."""
+PART_OF_THE_PROMPT = (
+    "system",
+    "system_prompt",
+    "history",
+    "tools",
+    "functions",
+    "function_call",
+    "tool_calls",
+    "documents",
+    "context",
+    "input",
+    "images",
+    "image",
+    "videos",
+    "audios",
+    "audio",
+    "chat_template_kwargs",
+)
+"""Columns that change what a row asks for; a format that does not read one refuses a row that has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +96,23 @@ def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | N
         ValueError: the row does not fit the format; the message says what was found and expected.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"the row is {_kind(row)} but must be an object with named fields")
+        raise ValueError(f"the row is {kind_name(row)} but must be an object with named fields")
+    reads = COLUMNS[format_name]
+    for name in PART_OF_THE_PROMPT if format_name != "text" else ():
+        if name not in reads and not is_empty(row.get(name)):
+            raise ValueError(
+                f"the column {name!r} is part of the prompt and `format: {format_name}` does not read it; name it in "
+                "`columns` "
+                f"for one of {', '.join(reads)}, or leave it out knowingly with `ignore: [{name}]`"
+            )
+    if row.get("label") is False and format_name != "text":
+        raise ValueError("'label' is false, which marks an answer that is not to be learnt; remove the row")
     messages, text = _PARSERS[format_name](row)
     reference = next((row[key] for key in REFERENCE_KEYS if row.get(key) is not None), None)
     if reference is not None and not isinstance(reference, str):
         reference = json.dumps(reference, ensure_ascii=False, sort_keys=True, default=str)
-    for value in (text, reference, *(value for message in messages or () for value in message.values())):
-        if value is not None:
-            _require_unicode(value)
+    for value in texts_in([text, reference, *(messages or ())]):
+        _require_unicode(value)
     return messages, text, reference
 
 
@@ -113,12 +140,12 @@ def prompt_text(messages: list[Message] | None, text: str | None) -> str:
         return text
     turns = prompt_turns(messages)
     if len(turns) == 1:
-        return turns[0]["content"]
+        return str(turns[0]["content"])
     return "\n\n".join(f"{turn['role']}\n{turn['content']}" for turn in turns)
 
 
 def group_text(messages: list[Message] | None, text: str | None, rule: str = "first question") -> str:
-    r"""Return the text whose hash says which rows belong together, by the cache's rule (shared/groups.py).
+    r"""Return the text whose hash says which rows belong together, by the cache's rule (shared/cache/groups.py).
 
     >>> ask = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two  and two? "}]
     >>> group_text(ask, None), group_text(ask, None, "prompt")
@@ -134,22 +161,29 @@ def group_text(messages: list[Message] | None, text: str | None, rule: str = "fi
 
 
 def _parse_messages(row: Mapping[str, Any]) -> tuple[list[Message], None]:
-    turns = _field(row, "messages", list)
-    return _turns(turns, "messages", "role", "content", {role: role for role in ROLES}), None
+    if "messages" in row or "chosen" not in row:
+        return _with_context(row, _turns_of(_list(row, "messages"), "messages")), None
+    return _with_context(row, _prompt_and_answer(row.get("prompt"), "prompt", row["chosen"], "chosen")), None
 
 
 def _parse_sharegpt(row: Mapping[str, Any]) -> tuple[list[Message], None]:
-    turns = _field(row, "conversations", list)
-    return _turns(turns, "conversations", "from", "value", SHAREGPT_ROLES), None
+    turns = list(_list(row, "conversations"))
+    if isinstance(row.get("chosen"), Mapping):  # a preference pair: the better answer to the conversation
+        turns.append(row["chosen"])
+    return _with_context(row, parse_turns(turns, "conversations", "from", "value", SHAREGPT_ROLES)), None
 
 
 def _parse_prompt_completion(row: Mapping[str, Any]) -> tuple[list[Message], None]:
-    return _pair(_text(row, "prompt"), _optional_text(row, "completion")), None
+    name = "chosen" if is_empty(row.get("completion")) and "chosen" in row else "completion"
+    prompt = row["prompt"] if isinstance(row.get("prompt"), list) else _text(row, "prompt")
+    return _with_context(row, _prompt_and_answer(prompt, "prompt", row.get(name), name)), None
 
 
 def _parse_alpaca(row: Mapping[str, Any]) -> tuple[list[Message], None]:
     instruction, given = _text(row, "instruction"), _optional_text(row, "input")
-    return _pair(f"{instruction}\n\n{given}" if given else instruction, _optional_text(row, "output")), None
+    prompt = f"{instruction}\n\n{given}" if given else instruction
+    name = "chosen" if is_empty(row.get("output")) and "chosen" in row else "output"
+    return _with_context(row, _prompt_and_answer(prompt, "instruction", row.get(name), name)), None
 
 
 def _parse_text(row: Mapping[str, Any]) -> tuple[None, str]:
@@ -165,47 +199,66 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], tuple[list[Message] | None, st
 }
 
 
-def _pair(prompt: str, answer: str | None) -> list[Message]:
-    turns = [{"role": "user", "content": prompt}]
-    return [*turns, {"role": "assistant", "content": answer}] if answer else turns
+def _prompt_and_answer(prompt: Any, prompt_name: str, answer: Any, answer_name: str) -> list[Message]:
+    """Join a prompt and its answer, each text or turns; an answer that repeats the prompt's turns stands for both."""
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt.strip() else []
+    if isinstance(prompt, list):
+        asked = _turns_of(prompt, prompt_name)
+    elif prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"{prompt_name!r} of the row is {kind_name(prompt)} but must be text")
+    if isinstance(answer, list) and answer:
+        if not isinstance(answer[0], Mapping):
+            raise ValueError(f"{answer_name!r} of the row is a list but must be text or a list of turns")
+        answered = _turns_of(answer, answer_name)
+        return answered if any(turn["role"] == "user" for turn in answered) else [*asked, *answered]
+    if answer is not None and not isinstance(answer, str):
+        raise ValueError(f"{answer_name!r} of the row is {kind_name(answer)} but must be text")
+    return [*asked, {"role": "assistant", "content": answer}] if answer and answer.strip() else asked
 
 
-def _turns(turns: list[Any], name: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> list[Message]:
-    if not turns:
-        raise ValueError(f"{name!r} is empty; expected at least one turn")
-    if len(turns) > MAX_MESSAGES:
-        raise ValueError(f"{name!r} has {len(turns):,} turns; at most {MAX_MESSAGES:,} are read")
-    parsed = []
-    for number, turn in enumerate(turns):
-        where = f"{name}[{number}]"
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"{where} is {_kind(turn)} but must be an object with {role_key!r} and {text_key!r}")
-        if turn.get("tool_calls"):
-            raise ValueError(f"{where} has tool calls, which are not supported; write them into {text_key!r}")
-        role = _field(turn, role_key, str, where)
-        if role not in roles:
-            raise ValueError(f"{where} has the unknown role {role!r}; expected one of {', '.join(roles)}")
-        message = {"role": roles[role], "content": _field(turn, text_key, str, where)}
-        if roles[role] in ("user", "assistant") and not message["content"].strip():
-            raise ValueError(f"{where} is an empty {roles[role]} turn; expected text")
-        if isinstance(turn.get("reasoning_content"), str):
-            message["reasoning_content"] = turn["reasoning_content"]
-        parsed.append(message)
-    return parsed
+def _with_context(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+    """Put what columns say of the prompt before the turns: tools, system text, earlier questions and answers."""
+    before: list[Message] = []
+    system = _optional_text(row, "system")
+    if system is not None and turns[0]["role"] == "system":
+        if turns[0]["content"].strip() != system.strip():
+            raise ValueError("the row has a column 'system' and a system turn that differ; keep one")
+        system = None
+    if system is not None:
+        before.append({"role": "system", "content": system})
+    for number, pair in enumerate(_list(row, "history") if not is_empty(row.get("history")) else ()):
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(text, str) and text.strip() for text in pair)
+        ):
+            raise ValueError(f"history[{number}] must be a question and its answer, both text")
+        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    if len(before) > 1 and turns[0]["role"] == "system":
+        raise ValueError(
+            "the row has a column 'history' and a system turn after it; put the system text into a column 'system'"
+        )
+    return [*(tools_turn(row["tools"]) if not is_empty(row.get("tools")) else []), *before, *turns]
 
 
-def _field(row: Mapping[str, Any], key: str, kind: type, where: str = "the row") -> Any:
-    if key not in row:
-        found = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
-        raise ValueError(f"{where} has no {key!r} (found {found}); is `format` right?")
-    value = row[key]
-    if not isinstance(value, kind):
-        raise ValueError(f"{key!r} of {where} is {_kind(value)} but must be {_NAMES[kind]}")
-    return value
+def _turns_of(turns: list[Any], name: str) -> list[Message]:
+    return parse_turns(turns, name, "role", "content", ROLES)
+
+
+def _list(row: Mapping[str, Any], name: str) -> list[Any]:
+    """Return a list, which tables of text hold as JSON."""
+    value = row.get(name)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            row = {**row, name: json.loads(value)}
+        except (ValueError, RecursionError):
+            raise ValueError(f"{name!r} of the row is text but no JSON list") from None
+    found: list[Any] = field_of(row, name, list)
+    return found
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
-    value: str = _field(row, key, str)
+    value: str = field_of(row, key, str)
     if not value.strip():
         raise ValueError(f"{key!r} is empty; expected text")
     return value
@@ -214,7 +267,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 def _optional_text(row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{key!r} of the row is {_kind(value)} but must be text")
+        raise ValueError(f"{key!r} of the row is {kind_name(value)} but must be text")
     return value if value and value.strip() else None
 
 
@@ -225,19 +278,3 @@ def _require_unicode(text: str) -> None:
         raise ValueError(
             f"the text has half a surrogate pair at character {error.start} and is not valid Unicode"
         ) from error
-
-
-_NAMES: dict[type, str] = {str: "text", list: "a list"}
-
-
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), f"of type {type(value).__name__}")

@@ -1,30 +1,38 @@
 """Prompts: files or hub data sets in five formats, or another cache, read one row at a time into conversations.
 
-All reading goes through `datasets` in streaming mode, so compressed files, globs, parquet, arrow and hub data sets come
-from one library and no list of rows ever exists. JSON lines are read as text and parsed here, because only then does an
-error know its line. A row that does not fit is set aside with its place (`Problems`); the source's rest is read on.
-Cost: one pass, memory for one block of the file (10 MB of text, one row group of parquet).
+Which files, and what is in them: prompt_files.py and prompt_readers.py. Which columns: prompt_columns.py and
+prompt_formats.py. A row that does not fit is set aside with its place (`Problems`); the source's rest is read on. What
+was not read is noted there.
+Cost: one pass, memory for one row (one row group of parquet).
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.cache_source import FORMAT, read_cache
 from teacher_cache.prompts.problems import THRESHOLD, Problem, Problems
-from teacher_cache.prompts.prompt_files import HubDataset, LocalFiles, locate
+from teacher_cache.prompts.prompt_columns import Columns
+from teacher_cache.prompts.prompt_files import HubDataset, locate
 from teacher_cache.prompts.prompt_formats import Conversation, group_text, parse_row, prompt_turns
+from teacher_cache.prompts.prompt_readers import MAX_LINE_BYTES, read_file, read_hub
 
-__all__ = ["THRESHOLD", "Conversation", "Problem", "Problems", "group_text", "prompt_turns", "read_prompts"]
-
-MAX_LINE_BYTES = 16 * 2**20
-"""Longest line of a JSON lines file that is parsed."""
+__all__ = [
+    "MAX_LINE_BYTES",
+    "THRESHOLD",
+    "Conversation",
+    "Problem",
+    "Problems",
+    "group_text",
+    "prompt_turns",
+    "read_prompts",
+]
 
 
 def read_prompts(sources: Sequence[PromptSource], problems: Problems) -> Iterator[Conversation]:
@@ -48,53 +56,39 @@ def _read_source(source: PromptSource, origin: int, problems: Problems) -> Itera
             problems.rows_read += 1
             yield conversation
         return
-    for path, line, row in _rows(source):
+    columns = Columns(source, problems.unread.setdefault(source.source, Counter()))
+    for path, line, row in _rows(source, problems):
         problems.rows_read += 1
         try:
+            if isinstance(row, ValueError):
+                raise row
             if isinstance(row, str):
                 row = _parse_json(row)
-            messages, text, reference = parse_row(row, source.format)
+            messages, text, reference = parse_row(columns.of(row), source.format)
         except ValueError as error:
             problems.add(path, line, str(error))
             continue
         yield Conversation(source.source, path, line, source.format, messages, text, reference, origin)
+    columns.check()
 
 
-def _rows(source: PromptSource) -> Iterator[tuple[str, int, Any]]:
-    """Yield (path, number from 1, row); a row of a JSON lines file is its text, not yet parsed."""
+def _rows(source: PromptSource, problems: Problems) -> Iterator[tuple[str, int, Any]]:
+    """Yield (path, number from 1, row); a row of a JSON lines file is its text, not yet parsed, a ValueError is its
+    problem.
+    """
     place = locate(source)
     if isinstance(place, HubDataset):
-        yield from _stream(source.path, place.path, split=source.split, revision=place.revision)
+        for line, row in read_hub(place.path, place.revision, source.split, source.config):
+            yield source.path, line, row
         return
-    assert isinstance(place, LocalFiles)
+    if place.note is not None:
+        problems.unread_files.append(place.note)
     for path in place.paths:
-        if place.kind == "text":
-            for name, line, row in _stream(str(path), "text", path, encoding_errors="backslashreplace"):
-                if row["text"].strip("\ufeff \t\r\n"):
-                    yield name, line, row["text"]
-        else:
-            yield from _stream(str(path), place.kind, path)
-
-
-def _stream(
-    name: str, builder: str, file: Path | None = None, split: str = "train", **options: Any
-) -> Iterator[tuple[str, int, Any]]:
-    import datasets
-
-    if file is not None:
-        options["data_files"] = str(file).replace("[", "[[]")
-    line = 0
-    try:
-        for line, row in enumerate(datasets.load_dataset(builder, split=split, streaming=True, **options), start=1):
-            yield name, line, row
-    except Exception as error:  # the library raises whatever its readers raise; all of it means unreadable
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise PromptError(f"{name}:{line + 1}: cannot be read as {builder} from here on ({reason})") from error
+        for line, row in read_file(path):
+            yield str(path), line, row
 
 
 def _parse_json(line: str) -> Any:
-    if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"the line has {len(line):,} characters; at most {MAX_LINE_BYTES:,} are read")
     try:
         return json.loads(line.lstrip("\ufeff"))
     except json.JSONDecodeError as error:

@@ -98,8 +98,26 @@ class SequenceMaker:
             raise UnusableRowError(str(error).removeprefix(f"{conversation.place}: ")) from error
         if conversation.sequence is not None:
             return self._row(row, token_ids, spans, conversation.sequence.response, conversation.sequence.finish_reason)
-        response = conversation.messages[-1]["content"] if conversation.messages else ""
+        template = self._templates[conversation.origin]
+        answer = conversation.messages[-1] if conversation.messages else None
+        said = {} if answer is None else answer.keys() - {"role"}
+        response = (
+            ""
+            if answer is None
+            else answer["content"]
+            if said == {"content"}
+            else template.answer_text(token_ids, spans)
+        )
         return self._row(row, token_ids, spans, response, "given")
+
+    def require_date(self) -> None:
+        """Refuse a template that reads the clock where the recipe names no date.
+
+        Raises:
+            PromptError: with the source and the setting.
+        """
+        for template in self._templates:
+            template.require_date()
 
     def answered(
         self,

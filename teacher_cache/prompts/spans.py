@@ -1,19 +1,22 @@
 """What is supervised: a conversation becomes token ids and spans.
 
-Spans come from rendering prefixes: for each assistant turn, the conversation before it with the generation prompt (A)
-and the conversation up to and with it (B). On tokens, A must be a prefix of B, and B up to its end token a prefix of
-the next A. Where one is not (a template that rewrites earlier turns, a token that spans the seam), no span would be
-what the model sees, and the row is refused with its place. Template text after the last end token (a newline, say) is
-dropped; the end token itself is supervised. Plain text (`template: none`, `format: text`) starts with BOS where the
-tokenizer starts plain text so.
+Spans come from rendering prefixes: for each answer that is trained, the conversation before it with the generation
+prompt (A) and the conversation up to and with it (B). On tokens, A must be a prefix of B, and B up to its end token a
+prefix of the next A. Where one is not (a template that rewrites earlier turns, a token that spans the seam), no span
+would be what the model sees, and the row is refused with its place. So is a row of which the tokens lack a text
+(kept_text.py). White space and special tokens after an answer's end token are dropped; the end token itself is
+supervised. Answers that are not trained (a mark of the row, or `supervise: last`) are context, which a template may
+render as it likes. Plain text (`template: none`, `format: text`) starts with BOS where the tokenizer starts plain text
+so.
 
-Cost: two renderings and tokenizations per assistant turn.
+Cost: two renderings and tokenizations per trained answer.
 
 Shape letters: T tokens of the row, n supervised spans.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -23,11 +26,19 @@ from numpy.typing import NDArray
 from shared.errors import PromptError
 from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.chat_template import ChatTemplate
-from teacher_cache.prompts.prompt_formats import Conversation, Message, prompt_turns
+from teacher_cache.prompts.chat_template import ChatTemplate, UnrenderableError
+from teacher_cache.prompts.kept_text import missing_of_answer, missing_of_prompt
+from teacher_cache.prompts.prompt_formats import Conversation, prompt_turns
+from teacher_cache.prompts.prompt_turns import Message
+from teacher_cache.prompts.way_out import way_out
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.int32]]
 """token ids [T] and spans [n, 2], start and end (exclusive)"""
+
+ROWS_ADVISED = 20
+"""Rows of one template for which advice is looked for; later rows get the last that was found for their kind of
+problem.
+"""
 
 NO_ANSWER = "the row has no answer; give one or add a `generate` section to the recipe"
 
@@ -35,14 +46,22 @@ NO_ANSWER = "the row has no answer; give one or add a `generate` section to the 
 class Template:
     """How one prompt source's conversations become tokens."""
 
-    def __init__(self, tokenizer: Any, source: PromptSource) -> None:
+    def __init__(self, tokenizer: Any, source: PromptSource, *, advise: bool = True) -> None:
         """Read the template and derive its end token.
+
+        Args:
+            tokenizer: as transformers loads it.
+            source: settings of the rows.
+            advise: look for what to do about a row that cannot be rendered.
 
         Raises:
             PromptError: the tokenizer has no template, it cannot render, or it ends no answer with a token.
         """
         self._tokenizer = tokenizer
-        self._system = source.system
+        self._source = source
+        self._advise = advise
+        self._advice: dict[str, str] = {}
+        self._rows_advised = 0
         self._special = special_ids(tokenizer)
         self._chat: ChatTemplate | None = None
         if source.format == "cache":
@@ -57,6 +76,16 @@ class Template:
         else:
             self._chat = ChatTemplate(tokenizer, source)
             self.end_token_id = self._chat.end_token_id
+
+    def require_date(self) -> None:
+        """Refuse a template that reads the clock where the recipe names no date; before any work, as far as a probe
+        shows it.
+
+        Raises:
+            PromptError: with the setting.
+        """
+        if self._chat is not None and self._chat.reads_clock and self._source.date is None:
+            raise PromptError(f"source {self._source.source!r}: {self._chat.clock_problem}")
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """Return the tokens after which an answer is asked for: up to the last user turn, with the generation prompt.
@@ -77,7 +106,12 @@ class Template:
         if self._chat is None:
             return self._bos, _plain_prompt(turns, conversation.place)
         self._chat.refuse_special_text(turns, conversation.place)
-        return [], self._chat.text(turns, conversation.place, prompt=True)
+        try:
+            text = self._chat.text(turns, conversation.place, prompt=True)
+            self._require_prompt(turns, text, conversation.place)
+        except UnrenderableError as error:
+            raise self._with_advice(error, conversation, lambda template, row: template.prompt_text(row)) from error
+        return [], text
 
     def complete(self, conversation: Conversation) -> Tokens:
         """Return token ids [T] and spans [n, 2] of a conversation whose answers are given.
@@ -98,18 +132,23 @@ class Template:
             return _tokens(ids, [(1, len(ids))])
         if self._chat is None:
             return self._complete_plain(conversation)
+        try:
+            return self._complete_chat(self._chat, conversation)
+        except UnrenderableError as error:
+            raise self._with_advice(error, conversation, lambda template, row: template.complete(row)) from error
+
+    def _complete_chat(self, chat: ChatTemplate, conversation: Conversation) -> Tokens:
         assert conversation.messages is not None
-        messages = self._with_system(conversation.messages)
-        last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-        if last is None:
-            raise PromptError(f"{conversation.place}: {NO_ANSWER}")
-        self._chat.refuse_special_text(messages, conversation.place)
+        messages, place = self._with_system(conversation.messages), conversation.place
+        trained = trained_answers(messages, place)[-1 if self._source.supervise == "last" else 0 :]
+        chat.refuse_special_text(messages, place)
         done: list[int] = []
         spans: list[tuple[int, int]] = []
-        for index, message in enumerate(messages[: last + 1]):
-            if message["role"] == "assistant":
-                done, span = self._split_turn(self._chat, messages[: index + 1], done, conversation.place)
-                spans.append(span)
+        text = ""
+        for index in trained:
+            done, span, text = self._split_turn(chat, messages[: index + 1], done, place)
+            spans.append(span)
+        self._require_prompt(messages[: trained[-1]], text, place)
         return _tokens(done, spans)
 
     def with_answer(self, prompt_ids: list[int], answer_ids: list[int], finish_reason: str) -> Tokens:
@@ -137,28 +176,84 @@ class Template:
 
     def _split_turn(
         self, chat: ChatTemplate, turns: list[Message], done: list[int], place: str
-    ) -> tuple[list[int], tuple[int, int]]:
-        """Return the ids up to the last turn's end token and that turn's span; `done` is the same ids of the answer
-        before.
+    ) -> tuple[list[int], tuple[int, int], str]:
+        """Split at the last turn.
+
+        Args:
+            chat: the template.
+            turns: up to and with the answer.
+            done: ids up to the end of the trained answer before.
+            place: for errors.
+
+        Returns:
+            ids up to the answer's end token, its span, and the text before it.
         """
-        before = chat.ids(turns[:-1], place, prompt=True)
-        whole = chat.ids(turns, place, prompt=False)
-        ends = [index for index in range(len(before), len(whole)) if whole[index] == self.end_token_id]
+        text = chat.text(turns[:-1], place, prompt=True)
+        before, whole = chat.tokenize(text), chat.ids(turns, place, prompt=False)
+        end = self._end_of(whole, len(before), turns[-1])
         wrong = None
         if before[: len(done)] != done:
             wrong = "rewrites an earlier answer once later turns follow"
         elif whole[: len(before)] != before:
             wrong = "does not start the answer where its generation prompt ends"
-        elif len(ends) != 1 or self._tokenizer.decode(whole[ends[0] + 1 :]).strip():
+        elif end is None:
             wrong = "does not end the answer with exactly one end token"
-        elif ends[0] == len(before):
-            wrong = "drops the answer's text"
         if wrong is not None:
-            raise PromptError(
-                f"{place}: turn {len(turns)} cannot be split into prompt and answer because {chat.origin} {wrong}; "
-                "change `chat_template` or `chat_template_kwargs`, or give one row per answer"
+            raise UnrenderableError(
+                f"{place}: {_turn(turns)} cannot be split into prompt and answer because {chat.origin} {wrong}"
             )
-        return whole[: ends[0] + 1], (len(before), ends[0] + 1)
+        assert end is not None
+        said = self._tokenizer.decode(whole[len(before) : end], clean_up_tokenization_spaces=False)
+        lost = missing_of_answer(turns[-1], said, self._tokenized)
+        if lost is not None:
+            raise UnrenderableError(
+                f"{place}: {_turn(turns)} cannot be trained because {chat.origin} drops {_quoted(*lost)}"
+            )
+        return whole[: end + 1], (len(before), end + 1), text
+
+    def _end_of(self, whole: list[int], start: int, turn: Message) -> int | None:
+        """Return the index of the token that ends an answer; after it only white space and special tokens may stand."""
+        end = next((index for index in range(start, len(whole)) if whole[index] == self.end_token_id), None)
+        if end is None and "tool_calls" in turn:  # some templates end a call by a token of its own
+            end = next((index for index in range(len(whole) - 1, start, -1) if whole[index] in self._special), None)
+        if end is None:
+            return None
+        rest = [token for token in whole[end + 1 :] if token not in self._special]
+        return None if self._tokenizer.decode(rest).strip() else end
+
+    def _require_prompt(self, turns: list[Message], text: str, place: str) -> None:
+        """Refuse a rendering that lacks what stands before an answer."""
+        assert self._chat is not None
+        lost = missing_of_prompt(turns, text)
+        if lost is None and turns[0]["role"] == "tools" and self._chat.text(turns[1:], place, prompt=True) == text:
+            lost = "the column 'tools'", turns[0]["content"]
+        if lost is not None:
+            raise UnrenderableError(
+                f"{place}: {self._chat.origin} drops {_quoted(*lost)}, so that no model would see it"
+            )
+
+    def _tokenized(self, text: str) -> str:
+        """Return a text as the tokenizer keeps it; nothing where it has no token for a part of it."""
+        ids = self._ids(text)
+        unknown = self._tokenizer.unk_token_id is not None and self._tokenizer.unk_token_id in ids
+        return "\0" if unknown else str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _with_advice(
+        self, error: UnrenderableError, conversation: Conversation, attempt: Callable[[Template, Conversation], object]
+    ) -> PromptError:
+        """Return the error with what to do about it, tried on the row itself."""
+        if not self._advise:
+            return error
+        kind = str(error).removeprefix(conversation.place)
+        kind = kind.partition(" because ")[2] or kind.partition("(")[0]
+        if kind not in self._advice or self._rows_advised < ROWS_ADVISED:
+            self._rows_advised += 1
+            self._advice[kind] = way_out(
+                conversation,
+                self._source,
+                lambda source, row: attempt(Template(self._tokenizer, source, advise=False), row),
+            )
+        return PromptError(f"{error}; {self._advice[kind]}")
 
     def _complete_plain(self, conversation: Conversation) -> Tokens:
         turns, place = _turns(conversation), conversation.place
@@ -170,6 +265,8 @@ class Template:
                 if not rest
                 else f"{place}: `template: none` takes one answer, found {len(rest)}"
             )
+        trained_answers(rest, place)
+        _require_plain(rest, place)
         prompt = _plain_prompt(self._with_system(turns), place)
         bos, before, whole = self._bos, self._ids(prompt), self._ids(prompt + rest[0]["content"])
         if whole[: len(before)] != before or len(whole) == len(before):
@@ -181,10 +278,13 @@ class Template:
         return _tokens(ids, [(start, len(ids))])
 
     def _with_system(self, turns: list[Message]) -> list[Message]:
-        """Put the source's system text first where the row has none of its own."""
-        if self._system is None or turns[0]["role"] == "system":
+        """Put the source's system text before the turns (after the tools) where the row has none of its own."""
+        tools, talk = turns[:1], turns[1:]
+        if turns[0]["role"] != "tools":
+            tools, talk = [], turns
+        if self._source.system is None or not talk or talk[0]["role"] == "system":
             return turns
-        return [{"role": "system", "content": self._system}, *turns]
+        return [*tools, {"role": "system", "content": self._source.system}, *talk]
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -207,11 +307,46 @@ def _turns(conversation: Conversation) -> list[Message]:
         raise PromptError(f"{conversation.place}: {error}") from error
 
 
+def trained_answers(messages: list[Message], place: str) -> list[int]:
+    """Return the indices of the answers that the row asks to train, in order.
+
+    Raises:
+        PromptError: with `place`, where there is none.
+    """
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise PromptError(f"{place}: {NO_ANSWER}")
+    trained = [index for index in answers if messages[index].get("train", True)]
+    if not trained:
+        raise PromptError(
+            f"{place}: every answer of the row is marked as context, so there is nothing to train; remove the row"
+        )
+    return trained
+
+
+def _turn(turns: list[Message]) -> str:
+    """Return which turn the last is, as a row's reader counts."""
+    return f"turn {sum(turn['role'] != 'tools' for turn in turns)}"
+
+
+def _quoted(what: str, text: str) -> str:
+    return f"{what} ({text[:40]!r})"
+
+
+def _require_plain(turns: list[Message], place: str) -> None:
+    odd = next((key for turn in turns for key in turn if key not in ("role", "content", "train")), None)
+    if odd is not None:
+        raise PromptError(
+            f"{place}: `template: none` has no place for {odd!r}; leave it out knowingly with `ignore: [{odd}]`"
+        )
+
+
 def _plain_prompt(turns: list[Message], place: str) -> str:
     if [turn["role"] for turn in turns] not in (["user"], ["system", "user"]):
         raise PromptError(
             f"{place}: `template: none` takes one prompt, found the turns {', '.join(turn['role'] for turn in turns)}"
         )
+    _require_plain(turns, place)
     return "\n\n".join(turn["content"] for turn in turns)
 
 

@@ -33,14 +33,8 @@ from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.prompts.cache_source import FORMAT, cache_content_hash
 from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompt_files import content_hash
-from teacher_cache.prompts.prompt_formats import (
-    Conversation,
-    GivenSequence,
-    Message,
-    group_text,
-    prompt_text,
-    prompt_turns,
-)
+from teacher_cache.prompts.prompt_formats import Conversation, GivenSequence, group_text, prompt_text, prompt_turns
+from teacher_cache.prompts.prompt_turns import Message
 
 RENDERING_SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs", "supervise", "date")
 READING_SETTINGS = ("config", "columns", "ignore")
@@ -257,7 +251,7 @@ def _answer(answered: list[Message] | None) -> str:
         return ""
     given = answered[len(prompt_turns(answered)) :]
     if len(given) == 1 and set(given[0]) == {"role", "content"}:
-        return given[0]["content"]
+        return str(given[0]["content"])
     return canonical_json(given).decode()
 
 
@@ -276,9 +270,7 @@ def _unsaid(answered: list[Message] | None, given: bool) -> dict[str, Any]:
 
 
 def _rendering(source: PromptSource) -> dict[str, Any]:
-    """Return the settings that decide how a source's turns become tokens, without those that are left at their
-    default.
-    """
+    """Return the settings that decide how a source's turns become tokens, those at their default left out."""
     settings = source.model_dump(mode="json", include=set(RENDERING_SETTINGS), exclude_defaults=True)
     if source.chat_template is not None:
         settings["chat_template"] = template_text(source.chat_template)

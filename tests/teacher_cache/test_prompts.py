@@ -166,8 +166,8 @@ def test_one_bad_row_among_many_passes_the_check(tmp_path):
         ("empty.jsonl", b"", "the data set has no row"),
         ("blank.jsonl", b"\n \n", "the data set has no row"),
         ("broken.parquet", b"PAR1 this is no parquet file", "cannot be read as parquet"),
-        ("broken.jsonl.gz", b"this is not gzip", "cannot be read as text"),
-        ("table.csv", b"a,b\n", "unknown kind of file"),
+        ("broken.jsonl.gz", b"this is not gzip", "cannot be read as json"),
+        ("table.xlsx", b"a,b\n", "unknown kind of file"),
     ],
 )
 def test_an_unusable_file_is_one_sentence(tmp_path, name, content, reason):

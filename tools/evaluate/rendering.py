@@ -7,6 +7,7 @@ asked in the way it was taught.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,14 @@ def template_end(tokenizer: Any, source: PromptSource) -> int:
     return Template(tokenizer, _settings(tokenizer, source)).end_token_id
 
 
+def rendering_settings(source: PromptSource) -> dict[str, Any]:
+    """Return the settings that a question's tokens depend on, as identities hash them."""
+    later = {"date"} if source.date is not None else set()
+    return source.model_dump(
+        mode="json", include={"system", "template", "chat_template", "chat_template_kwargs", *later}
+    )
+
+
 def render(tokenizer: Any, source: PromptSource, questions: Sequence[Question]) -> list[list[int]]:
     """Return each question's prompt as token ids, with the start of an answer where the template has one.
 
@@ -62,7 +71,8 @@ def joints(tokenizer: Any, source: PromptSource, questions: Sequence[Question]) 
 
 def _settings(tokenizer: Any, source: PromptSource) -> PromptSource:
     """Return the source's settings as this tokenizer can follow them: plain text where there is no template."""
-    update: dict[str, Any] = {"format": "messages"}
+    today = datetime.date.today()
+    update: dict[str, Any] = {"format": "messages", "date": source.date or today}
     if source.template == "none" or not (tokenizer.chat_template or source.chat_template):
         update |= {"template": "none", "chat_template": None, "chat_template_kwargs": {}}
     return source.model_copy(update=update)

@@ -28,7 +28,7 @@ from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe, Task
 from tools.evaluate.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models import ModelUnderTest
-from tools.evaluate.rendering import source_of
+from tools.evaluate.rendering import rendering_settings, source_of
 from tools.evaluate.run_shapes import AnswerRow, read_lines
 
 RESULT_FORMAT = 3
@@ -49,10 +49,7 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
     """
     tasks = []
     for task in recipe.evaluate.tasks:
-        source = source_of(recipe, task)
-        rendering = source.model_dump(
-            mode="json", include={"system", "template", "chat_template", "chat_template_kwargs"}
-        )
+        rendering = rendering_settings(source_of(recipe, task))
         asked = task.model_dump(mode="json", exclude=unmoved(task, Task.NAMES_THE_RESULT))
         tasks.append({**asked, "file": _file_hash(Path(task.path)), "rendering": rendering})
     layer = heldout_layer(recipe)

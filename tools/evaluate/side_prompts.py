@@ -25,7 +25,7 @@ from shared.recipe.recipe import PromptSource, Recipe, SideBySide
 from tools.evaluate.models import ModelUnderTest
 from tools.evaluate.question_files import read_rows
 from tools.evaluate.questions import Question, read_questions, text_column
-from tools.evaluate.rendering import render, rendering_sources, source_of
+from tools.evaluate.rendering import render, rendering_settings, rendering_sources, source_of
 from tools.evaluate.results import heldout_layer
 from tools.evaluate.tasks import task_kind
 
@@ -123,7 +123,9 @@ def digest_of(prompts: Sequence[SidePrompt]) -> str:
     """Return a hash of everything about prompts that answers depend on."""
     digest = xxhash.xxh3_128()
     for prompt in prompts:
-        settings = prompt.source.model_dump(mode="json", exclude={"path", "limit", "split"}) if prompt.source else None
+        source = prompt.source
+        labels = source.model_dump(mode="json", include={"source", "format"}) if source else {}
+        settings = {**labels, **rendering_settings(source)} if source else None
         digest.update(json.dumps([prompt.label, prompt.text, prompt.reference, prompt.token_ids, settings]).encode())
     return digest.hexdigest()
 

@@ -53,7 +53,9 @@ class PromptCount:
     tokenizer_note: str | None = None
     """Why tokens are estimated from characters; None where the tokenizer counts."""
     assumed: list[str] = field(default_factory=list)
-    """A sentence for each source that cannot be reached and has the size that the recipe states."""
+    """A sentence for each source that cannot be reached and has the size that the recipe states, and for what is not
+    read of a source.
+    """
 
 
 def count_prompts(recipe: Recipe) -> PromptCount:
@@ -84,6 +86,9 @@ def count_prompts(recipe: Recipe) -> PromptCount:
             try:
                 prompt, answer = counter.count(current.item)
             except PromptError as error:
+                if row.row_key in committed:
+                    continue  # it was rendered when it was built
+                counter.require_date()
                 problems.add(current.item.path, current.item.line, str(error))
                 source.rows -= 1
                 continue
@@ -93,6 +98,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
             source.longest_tokens = max(source.longest_tokens, prompt + answer)
     for name, count in tally.duplicates.items():
         result.sources.setdefault(name, SourceCount()).duplicates = count
+    result.assumed += problems.notes()
     result.set_aside = problems.total
     result.first_problem = problems.listed[0].sentence() if problems.listed else None
     return result
@@ -189,6 +195,15 @@ class _TokenCounter:
     def template_ends(self) -> list[int]:
         """End token of each source's template."""
         return [template.end_token_id for template in self._templates]
+
+    def require_date(self) -> None:
+        """Refuse, as a build would, templates that read the clock where the recipe names no date.
+
+        Raises:
+            PromptError: with the source and the setting.
+        """
+        for template in self._templates:
+            template.require_date()
 
     def count(self, conversation: Any) -> tuple[int, int]:
         """Return tokens of the prompt and of the given answer (0 where it is to be generated).

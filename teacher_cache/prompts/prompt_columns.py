@@ -1,0 +1,77 @@
+"""A row's columns under the names that its format reads: renamed by `columns`, less those that `ignore` leaves out.
+
+What neither reads is counted, so that a build can say which columns it did not look at; a column that `columns` names
+and no row has is a mistake of the recipe.
+Cost: a few lookups per row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from shared.errors import PromptError
+from shared.recipe.prompts import ALIASES, COLUMNS
+from shared.recipe.recipe import PromptSource
+from teacher_cache.prompts.prompt_formats import REFERENCE_KEYS
+from teacher_cache.prompts.prompt_turns import is_empty
+
+TURN_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "output")
+
+
+class Columns:
+    """The columns of one source."""
+
+    def __init__(self, source: PromptSource, unread: Counter[str]) -> None:
+        """Remember the recipe's names.
+
+        Args:
+            source: the source.
+            unread: counts rows per column that is not read.
+        """
+        aliases = ALIASES.get(source.format, {})
+        self._source = source
+        self._renamed = {column: aliases.get(name, name) for name, column in source.columns.items()}
+        self._unseen = set(self._renamed)
+        self._ignored = frozenset(source.ignore)
+        self._read = {*COLUMNS[source.format], *REFERENCE_KEYS}
+        self._unread = unread
+
+    def of(self, row: Any) -> Any:
+        """Return a row with the format's names; what is no object is returned as it is."""
+        if not isinstance(row, Mapping):
+            return row
+        self._unseen -= row.keys()
+        taken = set(self._renamed.values())
+        found = {name: value for name, value in row.items() if name not in self._ignored and name not in taken}
+        for column, name in self._renamed.items():
+            if column in row:
+                found.pop(column, None)
+                found[name] = row[column]
+        if self._ignored:
+            found = {name: self._turns(value) if name in TURN_COLUMNS else value for name, value in found.items()}
+        self._unread.update(name for name, value in found.items() if name not in self._read and not is_empty(value))
+        return found
+
+    def check(self) -> None:
+        """Refuse names of `columns` that no row had.
+
+        Raises:
+            PromptError: with the column.
+        """
+        if self._unseen:
+            names = ", ".join(repr(name) for name in sorted(self._unseen))
+            raise PromptError(
+                f"{self._source.path}: no row has the column {names} that `columns` names; correct or remove it"
+            )
+
+    def _turns(self, value: Any) -> Any:
+        """Leave ignored keys out of turns; a role or text is none of them."""
+        if not isinstance(value, list):
+            return value
+        ignored = self._ignored - {"role", "content", "from", "value"}
+        return [
+            {key: inner for key, inner in turn.items() if key not in ignored} if isinstance(turn, Mapping) else turn
+            for turn in value
+        ]

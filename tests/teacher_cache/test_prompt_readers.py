@@ -1,0 +1,136 @@
+"""Files become rows with their numbers, whatever their kind and compression; a file that is cut is refused."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from shared.errors import PromptError
+from teacher_cache.prompts.prompt_readers import MAX_LINE_BYTES, open_bytes, read_file
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+LINES = [f'{{"text": "row {number} {number * 7919 % 1009}"}}' for number in range(5000)]
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_compressed_members_are_read_one_after_another(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    halves = ["".join(line + "\n" for line in LINES[start : start + 2500]).encode() for start in (0, 2500)]
+    path.write_bytes(b"".join(PACK[suffix](half) for half in halves))
+    assert list(read_file(path)) == list(enumerate(LINES, start=1))
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.999])
+def test_a_compressed_file_that_ends_in_the_middle_is_refused_with_its_place(tmp_path, suffix, share):
+    path = tmp_path / f"a.jsonl{suffix}"
+    whole = PACK[suffix]("".join(line + "\n" for line in LINES).encode())
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(PromptError, match=rf"a\.jsonl\{suffix}:\d+: cannot be read as json from here on"):
+        list(read_file(path))
+
+
+def test_a_zst_file_cut_within_its_second_frame_is_refused_and_skippable_frames_are_skipped(tmp_path):
+    frame = PACK[".zst"](b'{"text": "a"}\n')
+    skippable = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"xyz"
+    (tmp_path / "a.jsonl.zst").write_bytes(skippable + frame + skippable + frame)
+    assert [number for number, _ in read_file(tmp_path / "a.jsonl.zst")] == [1, 2]
+    for cut in range(1, len(frame)):
+        (tmp_path / "cut.jsonl.zst").write_bytes(frame + frame[:cut])
+        with pytest.raises(PromptError, match=r"cut\.jsonl\.zst:2: .*in the middle of a zstandard frame"):
+            list(read_file(tmp_path / "cut.jsonl.zst"))
+
+
+def test_zst_bytes_are_those_of_the_library(tmp_path):
+    data = bytes(range(256)) * 5000
+    (tmp_path / "a.zst").write_bytes(zstandard.compress(data))
+    with open_bytes(tmp_path / "a.zst") as file:
+        assert file.read() == data
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_json_list_is_read_row_by_row(tmp_path, suffix):
+    rows = [{"text": "eins\u2028", "score": 0.5}, {"text": "zwei", "nested": [1, {"a": None}]}, "no object"]
+    path = tmp_path / f"a.json{suffix}"
+    data = "\ufeff" + json.dumps(rows, ensure_ascii=False, indent=2)
+    path.write_bytes(PACK[suffix](data.encode()) if suffix else data.encode())
+    assert list(read_file(path)) == list(enumerate(rows, start=1))
+
+
+def test_a_json_list_that_is_cut_is_refused_with_its_row(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a"}, {"text": "b"}])[:-4])
+    with pytest.raises(PromptError, match=r"a\.json:2: cannot be read as json from here on"):
+        list(read_file(path))
+
+
+def test_a_json_list_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[" + ",".join(json.dumps({"text": "x" * 1000}) for _ in range(20_000)) + "]")
+    next(read_file(path))
+    tracemalloc.start()
+    assert sum(1 for _ in read_file(path)) == 20_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21
+
+
+def test_tables_of_text_keep_their_values_as_they_are(tmp_path):
+    (tmp_path / "a.csv").write_bytes('\ufeffprompt,answer\r\n"a ""b"",\nc",007\r\n\r\nNA,\r\nx\r\n'.encode())
+    (tmp_path / "a.tsv").write_text("prompt\tanswer\n2,5\t1e3\n")
+    first, second, third = read_file(tmp_path / "a.csv")
+    assert first == (2, {"prompt": 'a "b",\nc', "answer": "007"})
+    assert second == (5, {"prompt": "NA", "answer": ""})
+    assert third[0] == 6 and "1 values and the first line names 2 columns" in str(third[1])
+    assert list(read_file(tmp_path / "a.tsv")) == [(2, {"prompt": "2,5", "answer": "1e3"})]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a,a\n1,2\n", r"a\.csv:1: the first line must name each column once"),
+        (b"a,\n1,2\n", r"a\.csv:1: the first line must name each column once"),
+        (b'a,b\n1,"open\n', r"a\.csv:2: cannot be read as csv"),
+        (b"a,b\n1,\xe4\n", r"a\.csv:\d: cannot be read as csv from here on .*utf-8"),
+    ],
+)
+def test_a_table_that_is_none_is_one_sentence(tmp_path, content, reason):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(PromptError, match=reason):
+        list(read_file(tmp_path / "a.csv"))
+
+
+def test_a_txt_file_is_one_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffOnce\n\nupon a time\n")
+    assert list(read_file(tmp_path / "a.txt")) == [(1, {"text": "Once\n\nupon a time\n"})]
+    (tmp_path / "b.txt").write_bytes(b"\xe4")
+    (tmp_path / "c.txt").write_bytes(b"x" * (MAX_LINE_BYTES + 1))
+    for name, reason in (("b.txt", "not UTF-8 at byte 0"), ("c.txt", "split it into files")):
+        ((_, problem),) = read_file(tmp_path / name)
+        assert reason in str(problem)
+
+
+def test_parquet_rows_lose_the_nulls_that_their_columns_add(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}], "tools": None},
+        {"messages": [{"role": "assistant", "content": "b", "weight": 0}], "tools": [{"name": "f"}]},
+    ]
+    path = Path(tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert [row for _, row in read_file(path)] == [{"messages": rows[0]["messages"]}, rows[1]]
