@@ -46,12 +46,25 @@ def evaluate_heldout(
     max_rows: int | None = None,
     seed: int = 0,
     adapter: str | None = None,
-    dtype: str = "float32",
+    as_captured: bool = False,
     trust_remote_code: bool = False,
     batch_tokens: int = 4096,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure one model on the held-out rows of caches.
+    """Measure one model on the held-out rows of caches, in float32.
+
+    Args:
+        model_dir: of the model.
+        caches: whose held-out rows.
+        fraction: of prompts that are held out.
+        targets: the layer to compare with; None: the only one.
+        max_rows: most rows.
+        seed: of the intervals.
+        adapter: an adapter's directory on top.
+        as_captured: it is the teacher: load it in the type that the layer records, as it was when it was captured.
+        trust_remote_code: run Python that comes with it.
+        batch_tokens: most tokens of a forward pass.
+        say: progress.
 
     Returns:
         kl_nats, kl_low, kl_high (95 % over rows; None of one row), top1_agreement, top1_in_teacher_top5,
@@ -75,6 +88,7 @@ def evaluate_heldout(
         raise EvaluationError(
             f"{caches[0]}: the cache holds no teacher distributions to compare with; run `decant teach` first"
         )
+    dtype = layer.dtype if as_captured else "float32"
     model = load_model(str(model_dir), adapter, dtype, trust_remote_code)
     check_head(model, head_of(model, layer.vocab_size))
     limit = known_positions(model.config.get_text_config()) or math.inf
@@ -89,7 +103,17 @@ def evaluate_heldout(
             partings.add(place, measure.largest)
         num_done += len(batch)
         say(f"held-out rows: {num_done} of {len(fitting)}")
-    found = {"rows_too_long": len(chosen) - len(fitting), "dtype": str(model.dtype).removeprefix("torch.")}
+    found: dict[str, Any] = {
+        "rows_too_long": len(chosen) - len(fitting),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layer": opened[0].layer_name,
+    }
+    if as_captured and layer.quantization is not None:
+        is_quantised = getattr(model, "hf_quantizer", None) is not None
+        found["quantization"] = {
+            "captured": layer.quantization,
+            "measured": layer.quantization if is_quantised else None,
+        }
     return {**found, **sums.figures(seed), "partings": partings.described(model, opened, layer.vocab_size)}
 
 

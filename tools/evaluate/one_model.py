@@ -69,11 +69,12 @@ def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) 
         model.files.directory,
         [str(path) for path in recipe.cache],
         recipe.heldout.fraction,
-        targets=heldout_layer(recipe),
+        targets=heldout_layer(recipe, model.name),
         max_rows=recipe.evaluate.heldout_rows,
         seed=recipe.seed,
         adapter=model.adapter,
         trust_remote_code=model.trust_remote_code,
+        as_captured=model.name == "teacher",
         say=say,
     )
 

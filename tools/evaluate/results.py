@@ -52,7 +52,10 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
         rendering = rendering_settings(source_of(recipe, task))
         asked = task.model_dump(mode="json", exclude=unmoved(task, Task.NAMES_THE_RESULT))
         tasks.append({**asked, "file": _file_hash(Path(task.path)), "rendering": rendering})
-    layer = heldout_layer(recipe)
+    layer = heldout_layer(recipe, model.name)
+    caches = [Cache.open(path, layer) for path in recipe.cache if recipe.heldout.fraction]
+    recorded = caches[0].layer if caches and model.name == "teacher" else None
+    precision = {} if recorded is None or recorded.dtype == "float32" else {"dtype": recorded.dtype}
     sources = [source_of(recipe, task) for task in recipe.evaluate.tasks]
     ends = foreign_end_ids(recipe, model, sources) if sources else []
     return {
@@ -68,19 +71,27 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
             "fraction": recipe.heldout.fraction,
             "max_rows": recipe.evaluate.heldout_rows,
             "targets": None if layer is None else str(layer),
-            "caches": [Cache.open(path, layer).cache_id for path in recipe.cache if recipe.heldout.fraction],
+            "caches": [cache.cache_id for cache in caches],
             "seed": recipe.seed,
+            **precision,
         },
     }
 
 
-def heldout_layer(recipe: Recipe) -> str | LayerView | None:
-    """Return the targets layer to measure on: the first that a stage names, else the one captured; None for the only
-    one.
+def heldout_layer(recipe: Recipe, model: str | None = None) -> str | LayerView | None:
+    """Return the targets layer to measure a model on; None for the only one.
+
+    A stage that learns from a teacher is measured on the layer that it learns from. Other models are measured on the
+    first layer that a stage names, else on the one captured.
     """
-    return next((stage.targets for stage in recipe.stages if stage.targets is not None), None) or layer_of_capture(
-        recipe
-    )
+    named = next((stage.targets for stage in recipe.stages if stage.targets is not None), None)
+    stage = next((stage for stage in recipe.stages if stage.name == model), None)
+    if stage is not None and named is not None:
+        from student_train.batch.stage_terms import needs_teacher
+
+        if stage.targets is not None or needs_teacher(stage):
+            return stage.targets or layer_of_capture(recipe) or named
+    return named or layer_of_capture(recipe)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -26,8 +26,8 @@ def dense_logprobs(model_dir: Path, token_ids: np.ndarray) -> np.ndarray:
     return torch.log_softmax(logits, dim=-1).numpy()
 
 
-def build_cache(path: Path, teacher: Path, num_rows: int = 24) -> Path:
-    """Write a cache of `num_rows` rows in three sources, k = 16."""
+def build_cache(path: Path, teacher: Path, num_rows: int = 24, **recorded: str) -> Path:
+    """Write a cache of `num_rows` rows in three sources, k = 16; `recorded` are fields of the layer's identity."""
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     tokenizer_json = (teacher / "tokenizer.json").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64).eval()
@@ -35,7 +35,7 @@ def build_cache(path: Path, teacher: Path, num_rows: int = 24) -> Path:
     writer = CacheWriter.create_or_open(path, identity, {"tokenizer.json": tokenizer_json})
     layer = LayerIdentity(
         teacher=str(teacher), weights_hash=weights_hash(teacher), tokenizer_hash=identity.tokenizer_hash,
-        vocab_size=VOCAB_SIZE, mode="top", k=K, dtype="float32",
+        vocab_size=VOCAB_SIZE, mode="top", k=K, **{"dtype": "float32", **recorded},
     )  # fmt: skip
     rows = [
         _row(tokenizer, text, ("math", "code", "aiops")[number % 3])

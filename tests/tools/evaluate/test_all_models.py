@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.recipe.recipe import Recipe
 from teacher_cache.engines.protocol import Generated
@@ -21,7 +22,7 @@ from tests.tools.evaluate.heldout_cache import build_cache
 from tools.evaluate import all_models, generate_answers
 from tools.evaluate.models import model_under_test
 from tools.evaluate.one_model import evaluate_model
-from tools.evaluate.results import evaluation_identity, read_answers, same_identity
+from tools.evaluate.results import evaluation_identity, heldout_layer, read_answers, same_identity
 
 CODE = {
     "prompt": "def f(x):\n",
@@ -271,3 +272,33 @@ def test_a_models_process_dies_with_its_parent(root: Path, tmp_path: Path) -> No
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_stage_is_measured_on_the_layer_that_it_learns_from(root: Path) -> None:
+    """An `sft` stage learns from no layer: it is measured where the first stage that names one is."""
+    document = recipe(root).model_dump(mode="json")
+    losses = {"kl": [{"name": "forward_kl"}], "ce": [{"name": "cross_entropy"}]}
+    document["stages"] = [
+        {"name": "sft", "losses": losses["ce"]},
+        {"name": "wide", "losses": losses["kl"], "targets": "wide"},
+        {"name": "narrow", "losses": losses["kl"], "targets": "narrow"},
+        {"name": "captured", "losses": losses["kl"]},
+    ]
+    document["evaluate"] |= {"models": ["teacher"]}
+    document["capture"] = {"k": 16}
+    staged = Recipe.model_validate(document)
+    found = {model: heldout_layer(staged, model) for model in ("teacher", "base", "sft", "wide", "narrow", "captured")}
+    own = Cache.open(root / "cache").layer_name
+    everyone = dict.fromkeys(("teacher", "base", "sft", "wide"), "wide")
+    assert found == everyone | {"narrow": "narrow", "captured": own}
+    assert heldout_layer(recipe(root), "kd") == heldout_layer(recipe(root))
+
+
+def test_identity_of_a_teacher_names_the_type_where_it_is_not_float32(root: Path, tmp_path: Path) -> None:
+    before = evaluation_identity(recipe(root), model_under_test(recipe(root), "teacher"))
+    assert "dtype" not in before["heldout"]
+    narrow = recipe(root).model_copy(
+        update={"cache": (build_cache(tmp_path / "narrow", root / "teacher", dtype="bfloat16"),)}
+    )
+    named = {name: evaluation_identity(narrow, model_under_test(narrow, name))["heldout"] for name in ("teacher", "kd")}
+    assert named["teacher"]["dtype"] == "bfloat16" and "dtype" not in named["kd"]

@@ -193,3 +193,18 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
         hits += low <= 1.0 <= high
     assert 0.88 <= hits / 200 <= 0.99
     assert ratio_interval(sums, counts, 1) == ratio_interval(sums, counts, 1)
+
+
+def test_teacher_is_measured_in_the_type_that_its_layer_records(world: dict[str, Path], tmp_path: Path) -> None:
+    """A large teacher in float32 would need twice its memory; a student stays in float32 on any layer."""
+    narrow = build_cache(tmp_path / "narrow", world["teacher"], dtype="bfloat16")
+    found = evaluate_heldout(world["teacher"], [narrow], FRACTION, as_captured=True)
+    assert found["dtype"] == "bfloat16" and 0 < found["kl_nats"] < 0.05 and "quantization" not in found
+    assert found["layer"] == Cache.open(narrow).layer_name
+    assert evaluate_heldout(world["qwen3"], [narrow], FRACTION)["dtype"] == "float32"
+
+
+def test_quantisation_that_only_the_engine_does_is_said(world: dict[str, Path], tmp_path: Path) -> None:
+    quantised = build_cache(tmp_path / "quantised", world["teacher"], dtype="bfloat16", quantization="fp8")
+    found = evaluate_heldout(world["teacher"], [quantised], FRACTION, as_captured=True)
+    assert found["quantization"] == {"captured": "fp8", "measured": None}
