@@ -48,10 +48,30 @@ def read_tokenizer_files(cache_dir: Path) -> dict[str, bytes]:
     return {name: read_tokenizer_file(cache_dir, name, entry) for name, entry in listed.items()}
 
 
+def tokenizer_without_code(cache_dir: Path) -> dict[str, bytes]:
+    """Return what `read_tokenizer_files` does, of a tokenizer that loads without Python that came with the cache.
+
+    Raises:
+        DamagedError: it brings Python, or names some in `auto_map`; else as for `read_tokenizer_files`.
+    """
+    files = read_tokenizer_files(cache_dir)
+    code = next((name for name in sorted(files) if name.endswith((".py", ".pyc", ".so"))), None)
+    found = f"{cache_dir / 'tokenizer'} holds {code}" if code else None
+    for name in ("tokenizer_config.json", "config.json"):
+        if found is None and b'"auto_map"' in files.get(name, b""):
+            found = f"{cache_dir / 'tokenizer' / name} names Python to run (`auto_map`)"
+    if found is not None:
+        raise DamagedError(
+            f"{found}, and a cache's tokenizer is read without running code of its own; build the cache anew, which "
+            "keeps tokenizer.json and leaves such entries out"
+        )
+    return files
+
+
 @contextlib.contextmanager
 def checked_tokenizer(cache_dir: Path) -> Iterator[Path]:
-    """Yield a temporary directory of a cache's tokenizer files alone; errors as for `read_tokenizer_files`."""
-    files = read_tokenizer_files(cache_dir)
+    """Yield a temporary directory of a cache's tokenizer files alone; errors as for `tokenizer_without_code`."""
+    files = tokenizer_without_code(cache_dir)
     with tempfile.TemporaryDirectory(prefix="decant-tokenizer-") as directory:
         for name, data in files.items():
             path = Path(directory) / name

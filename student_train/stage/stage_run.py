@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from shared.atomic import write_atomic
 from shared.cache.leaving import Leaving, leaving_of
-from shared.cache.tokenizer_files import checked_tokenizer
+from shared.cache.tokenizer_files import checked_tokenizer, tokenizer_without_code
 from shared.errors import TrainingError
 from shared.models.unused_gpu import unused_gpu
 from shared.recipe.file import dump_recipe
@@ -83,6 +83,7 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     problem = unused_gpu()
     if problem is not None:
         raise TrainingError(f"stage '{stage.name}' would train on the CPU: {problem}")
+    tokenizer_without_code(work.caches.caches[0].path)  # the export needs it: found out now, not after the last step
     if is_first():
         write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
         remove_incomplete(work.directory)

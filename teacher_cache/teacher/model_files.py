@@ -133,7 +133,12 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
                     f"{path.name} of the tokenizer has {path.stat().st_size:,} bytes; at most "
                     f"{MAX_TOKENIZER_BYTES:,} fit"
                 )
-        return {path.name: path.read_bytes() for path in found}
+        files = {path.name: path.read_bytes() for path in found}
+    if b'"auto_map"' in files.get("tokenizer_config.json", b""):  # tokenizer.json needs no code, whoever made it
+        config = json.loads(files["tokenizer_config.json"])
+        config.pop("auto_map", None)
+        files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    return files
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str]:

@@ -10,7 +10,7 @@ import pytest
 from shared.errors import EngineError
 from shared.identity.identity import difference, tokenizer_hash
 from shared.recipe.recipe import Capture, Teacher
-from teacher_cache.teacher.model_files import load_tokenizer, resolve_model, tokenizer_files
+from teacher_cache.teacher.model_files import ModelFiles, load_tokenizer, resolve_model, tokenizer_files
 from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity
 from tests.tiny_models import make_qwen3
 
@@ -112,3 +112,15 @@ def test_adapter_on_a_quantised_checkpoint_is_refused_before_any_engine_starts(m
         know_teacher(Teacher(model=str(quantised), adapter=str(adapter)))
     served = Teacher(model=str(quantised), adapter=str(adapter), engine="server", servers=("http://a/v1",))
     assert know_teacher(served).adapter_hash is not None
+
+
+def test_tokenizer_of_a_cache_names_no_code(model, tmp_path):
+    """A teacher's tokenizer may come with Python; what a cache keeps of it loads without."""
+    tokenizer = load_tokenizer(resolve_model(str(model)))
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["own.Own", "own.Own"]}
+    files = tokenizer_files(tokenizer)
+    assert not any(b"auto_map" in data for data in files.values()) and not any(name.endswith(".py") for name in files)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    again = load_tokenizer(ModelFiles("m", tmp_path, None, {}))
+    assert again("a 12")["input_ids"] == tokenizer("a 12")["input_ids"] and again.eos_token == tokenizer.eos_token
