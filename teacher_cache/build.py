@@ -1,9 +1,8 @@
 """Phase 1 as one job: plan, generate (or take over) answers, score them, commit everything as it is done.
 
 Order: read the teacher's files; compare identities with the cache; plan the job; pass 1 over units without a part; pass
-    2 over
-parts without targets. An engine is opened when the first pass needs one, so a build with nothing to do starts none.
-Every part is committed alone, so the same command after any interruption does what is missing and nothing twice.
+2 over parts without targets. An engine is opened when the first pass needs one, so a build with nothing to do starts
+none. Every part is committed alone, so the same command after any interruption does what is missing and nothing twice.
 Cost: two engine passes over the tokens; memory for a few units.
 """
 

@@ -1,8 +1,8 @@
 """`decant doctor`: what this machine can do, and the exact command that mends what it cannot.
 
 Every check answers one question and never raises. Bounds of packages come from the installed distribution's own
-metadata, so they
-are those of pyproject.toml. Cost: seconds, most of them for asking torch in a process of its own whether it sees a GPU.
+metadata, so they are those of pyproject.toml. Cost: seconds, most of them for asking torch in a process of its own
+whether it sees a GPU.
 """
 
 from __future__ import annotations

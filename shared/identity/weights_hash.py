@@ -1,10 +1,9 @@
 """Fingerprints of a model's weights and of a tokenizer.
 
 Weights: sizes, safetensors headers and 4 KiB samples of every tensor, so that 150 GB do not stall a start: any
-    retraining touches
-every tensor, and a changed shape, name or dtype is in the headers. Cost: some 16 KiB per tensor, a second for 8B
-parameters.
-Tokenizer: what decides which ids a text gets: vocabulary, merges, normaliser, pre-tokeniser and added tokens.
+retraining touches every tensor, and a changed shape, name or dtype is in the headers. Cost: some 16 KiB per tensor, a
+second for 8B parameters. Tokenizer: what decides which ids a text gets: vocabulary, merges, normaliser, pre-tokeniser
+and added tokens.
 """
 
 from __future__ import annotations

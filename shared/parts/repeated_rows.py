@@ -1,11 +1,9 @@
 """Which rows of a list of parts repeat a row_key that an earlier row holds.
 
 Algorithm: keys are hashes, so their leading bits cut them into equal shares; one pass per share gathers its keys from
-    the mapped
-row_key columns, sorts them stably and marks every key but the first of its equals. Cost: 16 bytes of reading per row
-and pass.
-Memory: some 64 bytes for each of the `most_keys` keys of a pass (0.5 GB), and one byte per row of the parts that repeat
-    something.
+    the mapped row_key columns, sorts them stably and marks every key but the first of its equals. Cost: 16 bytes of
+    reading per row and pass. Memory: some 64 bytes for each of the `most_keys` keys of a pass (0.5 GB), and one byte
+    per row of the parts that repeat something.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A row's hidden states as bytes and back, without loss: byte planes in one zstandard frame.
 
 Order: scales [L, S] as float32 in four planes; integers [L, S, D]; the pooled scale and its D integers; per attention
-    layer
-counts [S] and then distances and mass codes [N]. Integers are stored plus 128. Layout byte by byte: docs/format.md.
-Cost: one pass and zstandard's.
+layer counts [S] and then distances and mass codes [N]. Integers are stored plus 128. Layout byte by byte:
+docs/format.md. Cost: one pass and zstandard's.
 
 Shape letters: S positions, L hidden layers, D width, A attention layers, m most kept keys, N kept keys of one attention
 layer.

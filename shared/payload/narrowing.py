@@ -5,8 +5,8 @@ follows from the stored tail at T (`shared.payload.targets_at`), so the narrowed
 have stored, up to quantisation (the quantised head decides where `mass` is reached, so a position may keep one entry
 more or less than it would have).
 Modes with draws: fewer temperatures only, since the tail of another head has other draws; where `mass` cuts the head,
-the highest
-temperature must stay, because it decides the cut. Temperatures that were not asked for stay: they change no other.
+the highest temperature must stay, because it decides the cut. Temperatures that were not asked for stay: they change no
+other.
 
 Cost: one pass over the head entries of a row that is narrowed; nothing otherwise.
 Shape letters: S positions, N head entries, J captured temperatures.

@@ -9,6 +9,7 @@ the field to blame.
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -84,6 +85,39 @@ Name = Annotated[str, Field(min_length=1, max_length=100, pattern=SLUG)]
 """A name that becomes a directory."""
 Text = Annotated[str, Field(min_length=1)]
 """Text that is not empty."""
+
+
+def options_of_kinds(sections: Sequence[type[Section]], by: str) -> BeforeValidator:
+    """Return a check beside a union of sections told apart by the field `by`: an option that only others have is named.
+
+    "only 'jsd' has a beta, 'forward_kl' does not, so leave it out"
+    """
+    kinds = {name: section for section in sections for name in typing.get_args(section.model_fields[by].annotation)}
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        own = kinds.get(value.get(by)) if isinstance(value.get(by), str) else None
+        if by not in value:
+            misspelt = next((key for key in value if isinstance(key, str) and closest(key, [by])), None)
+            if misspelt is not None:
+                inconsistent(((misspelt,), f"unknown key; did you mean '{by}'?"))
+            inconsistent(((by,), "is missing, and has no default"))
+        if own is None:
+            found = str(value[by])[:60]
+            inconsistent(((by,), f"'{found}' is not one of {quoted(list(kinds))}{closest(found, list(kinds))}"))
+        problems: list[Problem] = []
+        for key in (key for key in value if key not in own.model_fields):
+            owners = [name for name, section in kinds.items() if key in section.model_fields]
+            if owners:
+                has = "has" if len(owners) == 1 else "have"
+                said = f"only {quoted(owners)} {has} a {key}, '{value[by]}' does not, so leave it out"
+                problems.append(((key,), said))
+        if problems:
+            inconsistent(*problems)
+        return value
+
+    return BeforeValidator(check)
 
 
 def one_or_many(value: Any) -> Any:

@@ -153,13 +153,13 @@ def _problems(details: Any, data: Any) -> list[tuple[Path, str]]:
     if details["type"] == "inconsistent":
         return [(_place((*details["loc"], *below), data), sentence) for below, sentence in context["problems"]]
     place = _place(details["loc"], data)
-    return [(place, _sentence(details, context, place))]
+    return [(place, _sentence(details, context, place, data))]
 
 
-def _sentence(details: Any, context: dict[str, Any], place: Path) -> str:
+def _sentence(details: Any, context: dict[str, Any], place: Path, data: Any) -> str:
     kind, found = details["type"], details["input"]
     if kind == "extra_forbidden":
-        return _unknown_key(place)
+        return _unknown_key(place, data)
     if kind == "missing":
         return "is missing, and has no default"
     if kind == "literal_error":
@@ -178,9 +178,9 @@ def _sentence(details: Any, context: dict[str, Any], place: Path) -> str:
     return f"{message[0].lower()}{message[1:]}, found {_shown(found)}"
 
 
-def _unknown_key(place: Path) -> str:
+def _unknown_key(place: Path, data: Any) -> str:
     """Say that a key is unknown, and which one was meant."""
-    section = _section_at(place[:-1])
+    section = _section_at(place[:-1], data)
     key = str(place[-1])
     if section is None:
         return "unknown key"
@@ -189,28 +189,36 @@ def _unknown_key(place: Path) -> str:
         inside = [
             name
             for name, field in section.model_fields.items()
-            if key in getattr(_section_in(field.annotation), "model_fields", {})
+            if any(key in section.model_fields for section in _sections_in(field.annotation))
         ]
         inside.sort(key=lambda name: name != "trainer")  # of equals the section where such keys usually stand
         hint = f"; did you mean '{inside[0]}.{key}'?" if inside else f"; known here: {', '.join(section.model_fields)}"
     return f"unknown key{hint}"
 
 
-def _section_at(place: Path) -> type[BaseModel] | None:
-    """Return the section class that a place of the recipe holds."""
-    section: type[BaseModel] | None = Recipe
+def _section_at(place: Path, data: Any) -> type[BaseModel] | None:
+    """Return the section class that a place of the recipe holds; of several kinds the one that `data` there names."""
+    sections: list[type[BaseModel]] = [Recipe]
     for key in place:
-        if isinstance(key, str) and section is not None:
-            field = section.model_fields.get(key)
-            section = _section_in(field.annotation) if field else None
-    return section
+        data = data[key] if isinstance(data, dict | list) else None
+        if isinstance(key, str):
+            fields = [section.model_fields[key] for section in sections[:1] if key in section.model_fields]
+            sections = [section for field in fields for section in _sections_in(field.annotation)]
+        if len(sections) > 1 and isinstance(data, dict):
+            sections = [section for section in sections if _names(section) & {str(value) for value in data.values()}]
+    return sections[0] if sections else None
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """Find the section class within `X | None`, `tuple[X, ...]` and the like."""
+def _names(section: type[BaseModel]) -> set[str]:
+    """Return the words that tell a kind of section from others."""
+    return {str(word) for word in typing.get_args(section.model_fields["name"].annotation)}
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Find the section classes within `X | None`, `tuple[X, ...]`, a union of kinds and the like."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in typing.get_args(annotation) if (found := _section_in(part))), None)
+        return [annotation]
+    return [found for part in typing.get_args(annotation) for found in _sections_in(part)]
 
 
 def _place(location: Sequence[str | int], data: Any) -> Path:
@@ -218,6 +226,8 @@ def _place(location: Sequence[str | int], data: Any) -> Path:
     place: Path = ()
     for key in location:
         if isinstance(data, dict) and isinstance(key, str):
+            if key not in data and key in [value for value in data.values() if isinstance(value, str)]:
+                continue  # the kind of a section that is one of several
             place = (*place, key)
             if key not in data:
                 break

@@ -33,10 +33,11 @@ from shared.recipe.evaluation import Evaluate, SideBySide, Task
 from shared.recipe.generate import Generate
 from shared.recipe.heldout import Heldout
 from shared.recipe.hidden import AttentionCapture, HiddenCapture
+from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
 from shared.recipe.prompts import PromptSource
 from shared.recipe.schedule import Schedule
 from shared.recipe.teacher import Teacher, Workers
-from shared.recipe.training import LOSSES_ON_HIDDEN_LAYER, Adapter, Loss, Stage, StageTrainer, Student
+from shared.recipe.training import Adapter, Stage, StageTrainer, Student
 from shared.schema import MAX_ROWS_PER_PART
 
 __all__ = [

@@ -17,31 +17,16 @@ from shared.recipe.base import (
     Problem,
     Section,
     Seed,
-    Share,
     Text,
     inconsistent,
     one_or_many,
 )
 from shared.recipe.curriculum import Balance, Sampling, StageEvaluation
-from shared.recipe.schedule import Schedule, constant
+from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
+from shared.recipe.schedule import Schedule
 
 RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
 """Names with a meaning of their own."""
-
-LossName = Literal[
-    "cross_entropy",
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "hidden",
-    "attention",
-    "contrastive",
-]
-LOSSES_ON_HIDDEN_LAYER = ("hidden", "attention", "contrastive")
-"""Losses that read a hidden layer of the cache instead of a targets layer."""
-StudentLayer = Annotated[int, Field(ge=1)] | Literal["final"]
 
 
 class Adapter(Section):
@@ -92,95 +77,6 @@ class Student(Section):
 
 _TELL_TERMS_APART = {"temperature", "beta", "skew"}
 """Options that make two entries of one divergence two terms."""
-
-
-def _layer_names(value: Any) -> Any:
-    """Let teacher layers be written as numbers."""
-    if isinstance(value, dict):
-        return {
-            str(key) if isinstance(key, int) and not isinstance(key, bool) else key: entry
-            for key, entry in value.items()
-        }
-    return value
-
-
-class Loss(Section):
-    """One term of the training loss, in nats per supervised position."""
-
-    name: LossName
-    """Which divergence between teacher and student, cross_entropy against the tokens of the text, or a loss on a hidden
-    layer.
-    """
-    weight: Schedule = constant(1.0)
-    """What the term is multiplied by: a number or a schedule."""
-    temperature: Schedule = constant(1.0)
-    """Temperature of both sides: a number or a step schedule; every value must have been captured."""
-    beta: Share = 0.5
-    """Share of the teacher in the mixture of jsd."""
-    skew: Share = 0.1
-    """Share of the other side in skew_forward_kl and skew_reverse_kl."""
-    metric: Literal["mse", "cosine"] = "mse"
-    """Distance of hidden: mean squared error, or 1 minus the cosine."""
-    normalise: bool = True
-    """For hidden with mse: divide each teacher state by its root mean square, so that layers of large states weigh no
-    more.
-    """
-    layer_map: Annotated[dict[str, StudentLayer] | None, BeforeValidator(_layer_names)] = None
-    """For hidden and attention: teacher layer -> student layer, counted from 1, `final` for the state after the last
-    norm; left
-    out: every stored teacher layer to the student layer at the same relative depth."""
-    tau: Positive = 0.07
-    """What cosines are divided by in contrastive."""
-
-    @model_validator(mode="after")
-    def _options_belong_to_it(self) -> Loss:
-        problems: list[Problem] = []
-        if self.name != "jsd" and self.beta != 0.5:
-            problems.append((("beta",), f"only jsd has a beta, '{self.name}' does not, so leave it out"))
-        if not self.name.startswith("skew_") and self.skew != 0.1:
-            problems.append((("skew",), f"only the skew_ losses have a skew, '{self.name}' does not, so leave it out"))
-        problems += self._hidden_problems()
-        if self.name == "cross_entropy" and set(self.temperature.extremes()) != {1.0}:
-            problems.append((("temperature",), "cross_entropy is taken at temperature 1, so leave it out"))
-        if min(self.temperature.extremes()) <= 0:
-            problems.append((("temperature",), "a temperature must be above 0"))
-        if self.temperature.kind in ("linear", "cosine"):
-            moves = f"a {self.temperature.kind} schedule passes through temperatures that were not captured"
-            problems.append(
-                (("temperature", "kind"), f"{moves}; use a number, or kind 'step' with captured temperatures")
-            )
-        if problems:
-            inconsistent(*problems)
-        return self
-
-    def _hidden_problems(self) -> list[Problem]:
-        """Say which options of losses on a hidden layer are set where they mean nothing."""
-        problems: list[Problem] = []
-        if self.name in LOSSES_ON_HIDDEN_LAYER and set(self.temperature.extremes()) != {1.0}:
-            hint = " (its own is `tau`)" if self.name == "contrastive" else ""
-            problems.append((("temperature",), f"'{self.name}' has none{hint}, so leave it out"))
-        if self.name != "hidden" and self.metric != "mse":
-            problems.append((("metric",), f"only hidden has a metric, '{self.name}' does not, so leave it out"))
-        if not self.normalise and (self.name != "hidden" or self.metric == "cosine"):
-            problems.append(
-                (("normalise",), "only hidden with metric mse can leave states unnormalised, so leave it out")
-            )
-        if self.layer_map is not None and self.name not in ("hidden", "attention"):
-            problems.append(
-                (("layer_map",), f"only hidden and attention map layers, '{self.name}' does not, so leave it out")
-            )
-        for teacher, student in (self.layer_map or {}).items():
-            is_number = teacher.isdecimal() and int(teacher) > 0
-            if not is_number and (teacher != "final" or self.name == "attention"):
-                expected = "a number from 1" if self.name == "attention" else "a number from 1, or 'final'"
-                problems.append((("layer_map",), f"'{teacher}' is no layer of a teacher; write {expected}"))
-            if student == "final" and self.name == "attention":
-                problems.append((("layer_map",), "'final' is a state and has no attention; write a number from 1"))
-        if self.layer_map is not None and not self.layer_map:
-            problems.append((("layer_map",), "maps no layer; leave it out to map every stored one"))
-        if self.name != "contrastive" and self.tau != 0.07:
-            problems.append((("tau",), f"only contrastive has a tau, '{self.name}' does not, so leave it out"))
-        return problems
 
 
 class StageTrainer(Section):
@@ -396,4 +292,4 @@ def recomputation(student: Student, trainer: StageTrainer) -> Literal["auto"] | 
     return student.gradient_checkpointing if trainer.gradient_checkpointing is None else trainer.gradient_checkpointing
 
 
-__all__ = ["RESERVED_STAGE_NAMES", "Adapter", "Loss", "LossName", "Stage", "StageTrainer", "Student", "recomputation"]
+__all__ = ["RESERVED_STAGE_NAMES", "Adapter", "Stage", "StageTrainer", "Student", "recomputation"]

@@ -1,11 +1,9 @@
 """YAML 1.2 text to plain data that remembers where every value was written.
 
 The text is composed to nodes by ruamel.yaml's pure parser and turned into dicts, lists and scalars here, so that
-nothing in it
-can construct an object: other tags, duplicate keys and YAML 1.1 are refused, aliases are copied within a budget.
-Scalars follow
-YAML 1.2: `1e-5` is a number, `no` is a string; a date stays a string. Cost: milliseconds for a recipe; its size is
-bounded.
+nothing in it can construct an object: other tags, duplicate keys and YAML 1.1 are refused, aliases are copied within a
+budget. Scalars follow YAML 1.2: `1e-5` is a number, `no` is a string; a date stays a string. Cost: milliseconds for a
+recipe; its size is bounded.
 """
 
 from __future__ import annotations

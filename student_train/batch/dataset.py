@@ -165,9 +165,8 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         """Return one pack.
 
         Keys: `input_ids` int64 [B]; `position_ids` int64 [B], from 0 in each row; `predictor_index` int64 [S], which
-            hidden state
-        predicts; `labels` int64 [S]; and what `pack_targets` returns, unless labels are all that is needed.
-        Where a hidden layer is read, also what `HiddenReading.pack` returns.
+        hidden state predicts; `labels` int64 [S]; and what `pack_targets` returns, unless labels are all that is
+        needed. Where a hidden layer is read, also what `HiddenReading.pack` returns.
         """
         rows = [self.caches[int(row)] for row in self.plan.rows_of(index)]
         return build_pack(rows, self.plan.limit, self.temperatures, self.caches.vocab_size, self.hidden)

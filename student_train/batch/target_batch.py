@@ -3,10 +3,9 @@
 A *member* is a token whose teacher mass is known by itself: an entry of the head, or a drawn token, which stands for
 `tail mass x multiplicity / draws`. What no member holds is the *bucket*: all other tokens together. Where a position
 has draws they carry the tail's mass and its bucket is empty; otherwise the bucket carries it. A padded slot points at
-column V, one beyond
-the vocabulary, which the operator keeps as a dump: it reads as -inf, and what is written there is never used. At T != 1
-the head's ratios are those of logprobs / T and its mass is what the captured tail at T leaves: exact.
-Cost: linear in the entries; where every position has as many entries as the next, views instead of gathers.
+column V, one beyond the vocabulary, which the operator keeps as a dump: it reads as -inf, and what is written there is
+never used. At T != 1 the head's ratios are those of logprobs / T and its mass is what the captured tail at T leaves:
+exact. Cost: linear in the entries; where every position has as many entries as the next, views instead of gathers.
 
 Shape letters: S positions, N head entries, D drawn tokens of one temperature, J captured temperatures, C positions of a
 chunk, K members of the chunk's longest position, V vocabulary.

@@ -1,8 +1,7 @@
 """Evaluations of one stage while it trains: measured, logged, judged; cut back to the checkpoint's step on resume.
 
 `evaluations.jsonl` and `samples.jsonl` hold nothing that depends on the machine's speed; like metrics.jsonl, an
-interrupted and
-resumed stage writes the same bytes as one that was never interrupted. Cost: see heldout_measure.py and
+interrupted and resumed stage writes the same bytes as one that was never interrupted. Cost: see heldout_measure.py and
 quality_samples.py.
 """
 

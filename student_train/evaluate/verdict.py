@@ -2,8 +2,8 @@
 them.
 
 So nothing of it needs to be stored: a resumed stage reads its evaluations again and decides as the unbroken one would.
-The
-evaluation before the first step takes no part: no checkpoint holds those weights. Cost: one pass over the evaluations.
+The evaluation before the first step takes no part: no checkpoint holds those weights. Cost: one pass over the
+evaluations.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from torch import Tensor
 from shared.errors import TrainingError
 from shared.identity.hidden_identity import FINAL, HiddenIdentity
 from shared.identity.hidden_layers import layer_name
-from shared.recipe.recipe import Loss, Stage, Student
+from shared.recipe.losses import Attention, HiddenStates, Loss
+from shared.recipe.recipe import Stage, Student
 from student_train.batch.hidden_batch import teacher_masses, teacher_pooled, teacher_states
 from student_train.layers.layer_map import LayerPair, pair_layers
 from student_train.layers.projections import (
@@ -103,8 +104,9 @@ class LayerLosses:
         self._pairs: dict[str, tuple[LayerPair, ...]] = {}
         for name, stored in (("hidden", identity.layers), ("attention", identity.attention_layers)):
             if name in by_name:
-                given = by_name[name].layer_map
-                self._pairs[name] = pair_layers(name, stored, identity.num_layers, num_layers, given)
+                loss = by_name[name]
+                assert isinstance(loss, HiddenStates | Attention)
+                self._pairs[name] = pair_layers(name, stored, identity.num_layers, num_layers, loss.layer_map)
         if "contrastive" in by_name and identity.pooled == "none":
             raise TrainingError(
                 "loss 'contrastive' needs pooled teacher states and the hidden layer of the cache has none; set "

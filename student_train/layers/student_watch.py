@@ -1,12 +1,10 @@
 """Shows states and attention inputs of chosen student layers during a training forward pass.
 
 States come from hooks on the blocks. Queries and keys come from the attention function that transformers looks up by
-name, wrapped
-once per process: for a watched layer it keeps what the model attends with and goes on as before. Nothing is computed
-here, so a block that is recomputed in the backward pass (gradient checkpointing) does the same operations both times,
-and whatever wraps weights (adapters, several processes) stays in the path.
-Cost: memory for what is kept: [B, H] per state, queries and keys per attention layer. The shared layer's output is in
-the graph anyway.
+name, wrapped once per process: for a watched layer it keeps what the model attends with and goes on as before. Nothing
+is computed here, so a block that is recomputed in the backward pass (gradient checkpointing) does the same operations
+both times, and whatever wraps weights (adapters, several processes) stays in the path. Cost: memory for what is kept:
+[B, H] per state, queries and keys per attention layer. The shared layer's output is in the graph anyway.
 
 Shape letters: B tokens of the packs, H hidden width, A heads, G key-value heads, D head width.
 """

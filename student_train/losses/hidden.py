@@ -2,9 +2,8 @@
 
 With t the teacher's vector, x = W h the student's after its learned projection, D their width:
 mse: |x - t|^2 / D, gradient by x: 2 (x - t) / D; `normalise` divides t by its root mean square first, so that layers of
-    large
-states weigh no more than others. cosine: 1 - x.t / (|x| |t|), gradient by x: (x^ cos - t^) / |x| with x^, t^ of length
-1.
+large states weigh no more than others. cosine: 1 - x.t / (|x| |t|), gradient by x: (x^ cos - t^) / |x| with x^, t^ of
+length 1.
 
 Shape letters: S positions, D width.
 """

@@ -64,8 +64,7 @@ def fused_sparse_loss(
 
     Raises:
         TrainingError: a term is unknown, its temperature was not captured or it cannot be had from drawn tokens; or ids
-            lie
-        outside the vocabulary.
+        lie outside the vocabulary.
     """
     head = Head.of(hidden, head_weight, head_bias, logit_scale, softcap, vocab_size)
     check_positions(head, hidden, labels, targets)

@@ -1,10 +1,9 @@
 """How strong each term's gradient is, at the states of a forward pass that all terms of the stage share.
 
 GradNorm (Chen et al. 2018, 1711.02257) takes gradients by the weights of the last layer that its tasks share, for which
-the states
-that leave the layer stand in here: their gradient is what each term asks of everything below, it needs no gradient of a
-weight (so adapters, frozen and quantised layers are alike), and it lies in the graph that the step builds anyway. Those
-states are
+the states that leave the layer stand in here: their gradient is what each term asks of everything below, it needs no
+gradient of a weight (so adapters, frozen and quantised layers are alike), and it lies in the graph that the step builds
+anyway. Those states are
 
 - the last hidden states [S, H], which the head reads, where all terms read them: losses of the head, `contrastive`, and
   `hidden` on `final` alone;

@@ -6,8 +6,7 @@ the device has one, else products of float32 copies), in float64 where the input
 the vocabulary: what lies beyond column V reads as -inf and serves as the dump of padded slots. The gradient of W is
 accumulated in float32.
 Cost: one matrix product forward, one per gradient asked for; memory: the chunk's buffers, W's gradient once, and, where
-    the type
-of W must change, one copy of W. [positions, vocabulary] is never held.
+the type of W must change, one copy of W. [positions, vocabulary] is never held.
 
 Shape letters: S positions, C positions of a chunk, H hidden width, V vocabulary, W width of a buffer (above V, a
 multiple of 16).

@@ -1,9 +1,8 @@
 """Loss terms of one step, checked and grouped: terms of a group share one softmax over the vocabulary.
 
 A group is a temperature and a way to see the tail. Divergences that are linear in the teacher take the tail from drawn
-tokens
-where there are any: right on average. The others would take a token that was not drawn for an impossible one, so they
-see head and bucket, as on a layer without draws; where there is no head either (mode `sample`), they are refused.
+tokens where there are any: right on average. The others would take a token that was not drawn for an impossible one, so
+they see head and bucket, as on a layer without draws; where there is no head either (mode `sample`), they are refused.
 """
 
 from __future__ import annotations

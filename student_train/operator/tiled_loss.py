@@ -4,9 +4,9 @@ with Triton.
 First pass over the tiles: logits of all positions and one tile; the members' and the label's are read out, the rest
 goes into an online log-sum-exp per temperature. Then the same masses, divergences and slopes as in softmax_group.py.
 Second pass: the tile's logits again, turned into their gradient, and through the head; a row of the head belongs to one
-tile, so its gradient is written
-once. Against the chunks: a matrix product more (the logits twice), and three passes over the logits fewer. Buffers: [S,
-tile], one, or two where terms have several temperatures; tiles are as wide as the budget allows.
+tile, so its gradient is written once. Against the chunks: a matrix product more (the logits twice), and three passes
+over the logits fewer. Buffers: [S, tile], one, or two where terms have several temperatures; tiles are as wide as the
+budget allows.
 
 Shape letters: S positions, K members, V vocabulary, W width of a tile.
 """

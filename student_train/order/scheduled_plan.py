@@ -2,10 +2,8 @@
 round.
 
 By a schedule: shares are constant within a round, which is as long as 1/64 of the stage or what fills packs well, and
-ends wherever
-a stepwise share changes. By evaluations: round k begins one step after evaluation k, since the first packs of the step
-that follows
-an evaluation are read before it is made. Cost: see round_order.py.
+ends wherever a stepwise share changes. By evaluations: round k begins one step after evaluation k, since the first
+packs of the step that follows an evaluation are read before it is made. Cost: see round_order.py.
 """
 
 from __future__ import annotations

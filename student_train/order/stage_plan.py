@@ -1,8 +1,8 @@
 """All packs of one stage: as many epochs of `order` as its steps need, and one hash for them.
 
 A stage's order depends on the seed and the data and never on the stage's name or losses, so that two stages with the
-same trainer
-arguments see the same packs at the same steps. Cost: that of planning the epochs; 4 bytes per row and epoch afterwards.
+same trainer arguments see the same packs at the same steps. Cost: that of planning the epochs; 4 bytes per row and
+epoch afterwards.
 
 Shape letters: R rows in the caches, P packs in an epoch.
 """

@@ -21,6 +21,7 @@ from shared.keys import canonical_json
 from shared.models.files import load_config
 from shared.models.load_report import loading
 from shared.recipe.base import Section
+from shared.recipe.losses import without_foreign_defaults
 from shared.recipe.recipe import Student
 from student_train.stage.stage_work import StageWork
 
@@ -119,7 +120,7 @@ def claim_stage(work: StageWork) -> bool:
     wanted = json.loads(json.dumps(stage_identity(work)))
     if path.exists():
         moved = json.loads(json.dumps(stage_identity(work, only_moved=True)))
-        other = first_difference(json.loads(path.read_text()), wanted, moved)
+        other = first_difference(_recorded(path), wanted, moved)
         if other is not None:
             name, old, new = other
             state = "a finished stage" if (stage_dir / DONE_FILE).exists() else "a begun stage"
@@ -131,6 +132,13 @@ def claim_stage(work: StageWork) -> bool:
     stage_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(wanted, indent=1).encode(), what="identity")
     return False
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Return a recorded identity, as this version would have written its losses."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    losses = found.get("stage", {}).get("losses", [])
+    return {**found, "stage": {**found["stage"], "losses": [without_foreign_defaults(loss) for loss in losses]}}
 
 
 def _short(value: Any) -> str:

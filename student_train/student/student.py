@@ -1,8 +1,7 @@
 """The student: weights from a directory, a hub or a seed, its tokenizer checked, an adapter where one is asked for.
 
 Cost: loading. A random student's vocabulary is its tokenizer's, without padded rows: nothing would ever train those
-    down, and what
-samples from the student would meet them.
+down, and what samples from the student would meet them.
 """
 
 from __future__ import annotations
@@ -113,8 +112,8 @@ def student_tokenizer_hash(
     """Return the hash of a model's tokenizer, or None where it has none.
 
     For some types of models transformers puts the type's own normaliser and pre-tokeniser over those of the file, and a
-    cache
-    holds tokenizers as loaded: `wanted` is returned where either the file or what is loaded from it has that hash.
+    cache holds tokenizers as loaded: `wanted` is returned where either the file or what is loaded from it has that
+    hash.
     """
     from transformers.utils import cached_file
 

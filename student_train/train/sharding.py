@@ -5,8 +5,7 @@ embeddings, last norm and head form the root group, which stays whole from the f
 pass, since the fused loss reads the head's weight itself. The same code runs on GPUs (nccl) and on CPUs (gloo), where
 accelerate's own FSDP does not. Checkpoints hold whole tensors, as those of one process do.
 Cost: memory of the weights and their state divided by the processes, plus the root group and one layer whole; two
-    gathers and one
-reduction of the weights per step.
+gathers and one reduction of the weights per step.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 An answer ends at one of its end tokens (kept, the last token), at a stop text (cut off), at its length, or because the
 engine gave it up. A stop text is no part of the answer: tokens that lie before it stay as the model wrote them; of a
 token that reaches into it the text before is tokenized again (" seven" with the stop text "e" leaves " s"), or dropped
-where it
-would not read back as that text. Nothing is put in its place: the model wrote no end there.
+where it would not read back as that text. Nothing is put in its place: the model wrote no end there.
 
 A stop text that is exactly a special token's (`<|eot_id|>`) is an end token; decoded text leaves special tokens out, so
 one that only contains a special token would never be met and is refused.

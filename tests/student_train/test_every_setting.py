@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe.recipe import Adapter, Loss, Stage, StageTrainer, Student
+from shared.recipe.losses import LOSSES
+from shared.recipe.recipe import Adapter, Stage, StageTrainer, Student
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import terms_at
 from student_train.stage.stage_identity import stage_identity
@@ -23,7 +24,7 @@ from student_train.student.student import add_adapter, load_student
 from student_train.student.student_head import body_of
 
 HERE = Path(__file__).parent
-CLASSES = (Stage, StageTrainer, Student, Adapter, Loss)
+CLASSES = (Stage, StageTrainer, Student, Adapter, *LOSSES)
 
 
 class World:
@@ -279,16 +280,19 @@ SHOWN = {
         "dropout": shows_dropout,
         "target_modules": shows_target_modules,
     },
-    Loss: {
-        "name": "test_losses.py::test_value_is_the_definition_on_probabilities",
-        "weight": "test_training_steps.py::test_schedules_and_exact_values_reach_the_step_log",
-        "temperature": "test_training_steps.py::test_schedules_and_exact_values_reach_the_step_log",
-        "beta": shows_option_of_loss("jsd", "beta"),
-        "skew": shows_option_of_loss("skew_forward_kl", "skew"),
-        "metric": shows_option_of_hidden("metric", ("mse", "cosine")),
-        "normalise": shows_option_of_hidden("normalise", (True, False)),
-        "layer_map": "test_layer_losses.py::test_values_and_gradients_through_a_pack_are_those_of_rows_alone",
-        "tau": "test_layer_losses.py::test_values_and_gradients_through_a_pack_are_those_of_rows_alone",
+    **{
+        kind: {
+            "name": "test_losses.py::test_value_is_the_definition_on_probabilities",
+            "weight": "test_training_steps.py::test_schedules_and_exact_values_reach_the_step_log",
+            "temperature": "test_training_steps.py::test_schedules_and_exact_values_reach_the_step_log",
+            "beta": shows_option_of_loss("jsd", "beta"),
+            "skew": shows_option_of_loss("skew_forward_kl", "skew"),
+            "metric": shows_option_of_hidden("metric", ("mse", "cosine")),
+            "normalise": shows_option_of_hidden("normalise", (True, False)),
+            "layer_map": "test_layer_losses.py::test_values_and_gradients_through_a_pack_are_those_of_rows_alone",
+            "tau": "test_layer_losses.py::test_values_and_gradients_through_a_pack_are_those_of_rows_alone",
+        }
+        for kind in LOSSES
     },
 }
 EVERY = [(section, name) for section in CLASSES for name in section.model_fields]
@@ -307,4 +311,5 @@ def test_setting_changes_what_it_says(section, name, recipe_of, tiny, monkeypatc
 
 def test_table_has_no_entry_for_what_is_no_setting():
     for section, entries in SHOWN.items():
-        assert set(entries) <= set(section.model_fields)
+        known = {name for kind in LOSSES for name in kind.model_fields} if section in LOSSES else section.model_fields
+        assert set(entries) <= set(known)

@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM
 
 from shared.errors import TrainingError
@@ -185,7 +186,7 @@ class Run:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
             if self.model is not self.base:
                 self.base.enable_input_require_grads()
-        self.losses = [Loss.model_validate(loss) for loss in (losses or LOSSES)]
+        self.losses = [TypeAdapter(Loss).validate_python(loss) for loss in (losses or LOSSES)]
         self.objective = Objective(head_of(self.base, self.caches.vocab_size))
         self.objective.layers = LayerLosses(self.base, self.losses, self.reading.identity, seed=5)
         stage = type("Stage", (), {"losses": self.losses})

@@ -2,9 +2,8 @@
 the spot.
 
 Models get the recipe's stated architecture, number of layers included, at a width of 64 and with the tests' tokenizer.
-What needs a
-GPU, several of them or a network is replaced by what a CPU has: the transformers engine, plain AdamW, LoRA over weights
-that are not quantised. Everything else stays as the recipe says, only shorter.
+What needs a GPU, several of them or a network is replaced by what a CPU has: the transformers engine, plain AdamW, LoRA
+over weights that are not quantised. Everything else stays as the recipe says, only shorter.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ At one position let p be the teacher, q the student, K the head that the capture
 it.
 - KL lost: KL(p || q) minus the KL on head and tail bucket = sum outside K of p log(p / q) - p_T log(p_T / q_T) >= 0. So
   the cached KL is a lower bound of the full one, and 0 for k = V. With draws the training loss is unbiased, and what is
-  lost is only
-  a constant: none shown.
+  lost is only a constant: none shown.
 - The dense gradient with respect to the student's logits is q - p. The capture's is q - p^, where p^ is p on the head
   and outside it the student's own tail shape, p_T q / q_T; with m draws it is p_T count / m at the drawn tokens
   instead. Gradient error: sum over positions of |p^ - p|_2 over the sum of |q - p|_2. Error of the mean gradient: |mean

@@ -2,11 +2,9 @@
 
 The demo's student learns 0.9 forward KL + 0.1 cross-entropy from the demo's teacher, in equal steps over the same rows
 in the same order from the same seeds; only where the teacher's distribution comes from differs. Live: the teacher is in
-memory and the
-divergence is taken over its full vocabulary, in plain PyTorch and autograd. Cached: a layer of the cache, captured by
-the same weights in float32. Judged by the held-out KL over the full vocabulary to the live teacher, in float64, mean
-over seeds.
-Cost: one training per capture and seed; finished ones are reused.
+memory and the divergence is taken over its full vocabulary, in plain PyTorch and autograd. Cached: a layer of the
+cache, captured by the same weights in float32. Judged by the held-out KL over the full vocabulary to the live teacher,
+in float64, mean over seeds. Cost: one training per capture and seed; finished ones are reused.
 
 Shape letters: S supervised positions, V vocabulary.
 """

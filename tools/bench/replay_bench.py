@@ -1,14 +1,12 @@
 """What a build costs without its model: rows per second and peak memory while stored answers and targets are replayed.
 
 An engine that returns stored answers and targets as fast as they are asked for stands in for the model, in this one
-benchmark. Each
-size runs in a process of its own: a build of 1,000 rows first, so that everything is loaded, then the kernel's peak
-mark is reset and the measured build runs into a fresh cache. Peak memory must not grow with the number of rows. Rows
-have 40 tokens of prompt and 16 to 64 positions with k = 64 entries; the tokenizer is the demo's.
+benchmark. Each size runs in a process of its own: a build of 1,000 rows first, so that everything is loaded, then the
+kernel's peak mark is reset and the measured build runs into a fresh cache. Peak memory must not grow with the number of
+rows. Rows have 40 tokens of prompt and 16 to 64 positions with k = 64 entries; the tokenizer is the demo's.
 
 Memory is the process's own (anonymous) pages, sampled every 10 ms, and the kernel's peak of everything resident, which
-also counts
-pages of mapped files that it may drop at any time. A disk with no room for it limits the rows: 4 kB each.
+also counts pages of mapped files that it may drop at any time. A disk with no room for it limits the rows: 4 kB each.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ data.
 
 Records are copies of one of each kind as a real build writes them (rows of the synthetic teacher, k = 64), under the
 names of one job, in a temporary directory (TMPDIR; two files of one block per part, 8 GB for a million). Each figure
-comes from a process of its
-own. Files are in the page cache: on a network file system add one round trip per record.
+comes from a process of its own. Files are in the page cache: on a network file system add one round trip per record.
 """
 
 from __future__ import annotations

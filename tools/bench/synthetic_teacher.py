@@ -1,10 +1,9 @@
 """A synthetic teacher with the statistics that cost a codec most: random ids, no context, no repetition.
 
 Ids: 70 % drawn from a Zipf law over the vocabulary (weight 1 / (rank + 20)), 30 % uniform, without repetition within a
-    position, so
-that they hardly compress: the worst case. Log-probabilities: a power law with a random exponent and offset per position
-and 15 % noise, sorted, over 4,000 entries, of which the top k are kept; the rest is the tail. Labels are drawn from the
-whole. Cost: about 50 microseconds per position.
+position, so that they hardly compress: the worst case. Log-probabilities: a power law with a random exponent and offset
+per position and 15 % noise, sorted, over 4,000 entries, of which the top k are kept; the rest is the tail. Labels are
+drawn from the whole. Cost: about 50 microseconds per position.
 
 Shape letters: P positions, K head entries.
 """

@@ -1,8 +1,7 @@
 """Committed parts of one cache as parts of another: linked, copied, or written again without some rows.
 
 A commit record holds nothing about its part's name but the name, so a part keeps its bytes under another one. Each file
-is
-compared with its checksum before its record is written. Cost: one read of each byte; memory: one part where rows are
+is compared with its checksum before its record is written. Cost: one read of each byte; memory: one part where rows are
 left out.
 """
 

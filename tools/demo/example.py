@@ -1,9 +1,8 @@
 """One generated example of a demo domain, and the little grammar all domains share.
 
 An example is a prompt, one of several equally good answers to it, and the fields of its record in the domain's test
-file. Answers
-are drawn from many phrasings on purpose: a teacher trained on them has a real next-token distribution, of which one
-sampled answer shows only a part.
+file. Answers are drawn from many phrasings on purpose: a teacher trained on them has a real next-token distribution, of
+which one sampled answer shows only a part.
 """
 
 from __future__ import annotations

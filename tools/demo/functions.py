@@ -2,8 +2,7 @@
 `check`).
 
 A family fixes what the function computes, with a reference in Python to compute the expected values of its tests; the
-function's
-name, its parameter, constants, docstring and the form of the body are drawn. Cost: microseconds per example.
+function's name, its parameter, constants, docstring and the form of the body are drawn. Cost: microseconds per example.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@ remedy.
 
 One line (ERROR) shows the fault, another the harm that it does elsewhere, the rest is healthy noise or an unrelated
 warning, in drawn order. The diagnosis has to pick the right service and host, map the symptom to its cause, and know
-the remedy; its wording
-is drawn. Its four keywords appear in every wording. Cost: microseconds per example.
+the remedy; its wording is drawn. Its four keywords appear in every wording. Cost: microseconds per example.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Task scores of a demo model on the test splits: greedy answers in batches, then each domain's own measure.
 
 math: the number after `####` is equal. code: prompt + answer passes `check`, run in one child process with a time limit
-    per
-program. aiops: the share of keywords that the answer contains, whatever their case. The child runs only programs that
-answer our own templates; it is no sandbox.
-Cost: 300 answers of at most 96 tokens, some 10 to 20 s on one core for a model of 2 million parameters.
+per program. aiops: the share of keywords that the answer contains, whatever their case. The child runs only programs
+that answer our own templates; it is no sandbox. Cost: 300 answers of at most 96 tokens, some 10 to 20 s on one core for
+a model of 2 million parameters.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 A template fixes the story and its steps; names, objects, numbers and wording are drawn. The worked answer is drawn too:
 each step is one of several sentences, and sums and products appear in either order, so that the numbers themselves
-carry entropy and not
-only the filler words. Results stay below 100. Cost: a few microseconds per example.
+carry entropy and not only the filler words. Results stay below 100. Cost: a few microseconds per example.
 """
 
 from __future__ import annotations

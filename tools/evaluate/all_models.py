@@ -1,8 +1,8 @@
 """Every model of a recipe on the same questions, prompts and held-out rows, one process each.
 
 A kept evaluation of the same inputs is reused; seconds are added to the run's `evaluate` phase only where work was
-done. Models
-run one after another: each may want the whole machine. What is stale of one model is done in one start of its engine.
+done. Models run one after another: each may want the whole machine. What is stale of one model is done in one start of
+its engine.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 scoring pass.
 
 A choice's tokens are those of its text alone, after the prompt's (in plain text with the space or line feed that joins
-them), so
-every choice of a question follows the same tokens. Cost: one prefill of prompt and choice per choice.
+them), so every choice of a question follows the same tokens. Cost: one prefill of prompt and choice per choice.
 """
 
 from __future__ import annotations

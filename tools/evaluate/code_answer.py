@@ -2,13 +2,11 @@
 
 Rules, by regular expression only (an answer is never parsed in this process, since hostile source can crash a parser):
 1. The code is the first fenced block that defines the function, else the first fenced block, else the whole answer. A
-fence that
-   an answer's length cut off counts to its end.
+   fence that an answer's length cut off counts to its end.
 2. Code that defines the function runs after the prompt's own preamble (its imports and helpers), which it may define
 again.
 3. Other code continues the prompt; it ends at the first line that stands at the margin, and is indented where the model
-left
-   the indentation out.
+   left the indentation out.
 """
 
 from __future__ import annotations

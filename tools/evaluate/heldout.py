@@ -69,8 +69,8 @@ def evaluate_heldout(
     Returns:
         kl_nats, kl_low, kl_high (95 % over rows; None of one row), top1_agreement, top1_in_teacher_top5,
         agreement_by_teacher_confidence, calibration_error, calibration, perplexity, teacher_perplexity, positions,
-        rows, rows_too_long, dtype, by_source with
-        the same figures per source, and partings: the positions of the largest KL in their context.
+        rows, rows_too_long, dtype, by_source with the same figures per source, and partings: the positions of the
+        largest KL in their context.
 
     Raises:
         EvaluationError: no row is held out, or the model cannot be loaded or does not fit the cache's tokenizer.

@@ -3,9 +3,8 @@
 Answers are compared prompt by prompt: the share that is identical, length kept (characters of all answers over the
 teacher's), terms kept (`terms`), structure kept (`structure`), and the share that switched language (`language`): it
 uses one that neither the prompt nor the teacher's answer uses. A share of nothing (a teacher without lists, say) is
-None. At low temperatures all
-answers may be identical where models differ: read them at every temperature. Cost: regular expressions over the kept
-answers.
+None. At low temperatures all answers may be identical where models differ: read them at every temperature. Cost:
+regular expressions over the kept answers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The tasks that a recipe can name, and how a model's answers become one score with its interval.
 
 A question's score is the mean over its samples, a task's the mean over its questions. The 95 % interval is Wilson's
-with the number
-of questions: it stays inside 0 to 1 and is not empty at either end; for scores between 0 and 1 it is a little too wide.
+with the number of questions: it stays inside 0 to 1 and is not empty at either end; for scores between 0 and 1 it is a
+little too wide.
 """
 
 from __future__ import annotations

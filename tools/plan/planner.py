@@ -2,8 +2,7 @@
 
 Rows and prompt tokens are counted; answers that do not exist are bounded by `max_new_tokens` and expected at half of
 it; bytes per position are measured where the cache has such a layer and assumed otherwise. Hours are given only where
-an earlier build of the
-same run measured a rate: a guess about an unknown machine would be worse than none.
+an earlier build of the same run measured a rate: a guess about an unknown machine would be worse than none.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Build the report of one run, or of several side by side: report.json, report.md, models.csv and report.html.
 
 Reads run directories and the caches' records only; nothing is computed again. Several runs are compared in the first
-one's
-directory. Cost: a few seconds, nearly all of it matplotlib.
+one's directory. Cost: a few seconds, nearly all of it matplotlib.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 plots.
 
 Files are untrusted: what is not a finite number is left out. Series are thinned by averaging, temperatures by taking
-every n-th
-value, so that a page with 100,000 steps stays small. Only what moved is drawn. Cost: 0.1 s per plot.
+every n-th value, so that a page with 100,000 steps stays small. Only what moved is drawn. Cost: 0.1 s per plot.
 """
 
 from __future__ import annotations

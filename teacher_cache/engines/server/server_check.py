@@ -4,9 +4,8 @@
 sequences.
 2. `/tokenize` and `/detokenize`: a text of many kinds and ids spread over the vocabulary mean the same on both sides.
 3. A probe of 24 tokens is scored: K columns are allowed; values are raw log-probabilities (none above 0, masses at most
-1, the
-   label consistent); a head that was declared float32 shows no ties of 16-bit logits; and all servers agree on the
-   probe.
+   1, the label consistent); a head that was declared float32 shows no ties of 16-bit logits; and all servers agree on
+   the probe.
 
 What no server tells is its weights' type: `teacher.dtype` is the recipe's word. Cost: four small requests per server
 and start.

@@ -1,11 +1,9 @@
 """One HTTP exchange with one vLLM server: bounded in bytes, bounded in time as a whole, key never in a message.
 
 httpcore speaks HTTP; the connection below it is ours (server_stream), because only there every byte and every pause is
-seen. One
-connection per exchange: a request carries a whole sequence, so a kept connection would save nothing and could be stale.
-While an answer is awaited, a silent server is asked for its health on a second connection, so a slow one is waited for
-and a hung one is
-not. Proxies of the environment are not used. Cost: a thread that waits.
+seen. One connection per exchange: a request carries a whole sequence, so a kept connection would save nothing and could
+be stale. While an answer is awaited, a silent server is asked for its health on a second connection, so a slow one is
+waited for and a hung one is not. Proxies of the environment are not used. Cost: a thread that waits.
 """
 
 from __future__ import annotations

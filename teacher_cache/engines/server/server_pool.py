@@ -5,8 +5,7 @@
 A failed exchange moves the request to another server. A server rests for a back-off that doubles with each failure in a
 row, with jitter so that many builds do not return together; then a single thread checks it (address, model, probe)
 before it gets work again. With no server up, everybody waits, at most `patience_seconds`. A request that broke several
-servers or
-was answered in nonsense several times ends the job, because it would again. Cost: a lock around counters.
+servers or was answered in nonsense several times ends the job, because it would again. Cost: a lock around counters.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Choose the next token of each answer from its logits, from the answer's own seed alone.
 
 Number n of an answer comes from (seed, n) by a counter-based mix, so neither the batch nor other answers change it.
-Order of
-settings as in vLLM: temperature, then top_k, then top_p on what top_k left. The choice is an inverse-CDF look-up in
-float64.
+Order of settings as in vLLM: temperature, then top_k, then top_p on what top_k left. The choice is an inverse-CDF
+look-up in float64.
 
 Shape letters: R answers of a batch, V entries of the model's head.
 """

@@ -1,8 +1,7 @@
 """Front end of vLLM: keep the arrays of prompt log-probabilities that arrive, instead of a dict per position.
 
 Replaces `LogprobsProcessor._update_prompt_logprobs` in this process while an engine is open. The stock method turns
-every
-number into Python objects: 12,000 positions per second at 64 entries, and 7 KB each; arrays cost a copy. The
+every number into Python objects: 12,000 positions per second at 64 entries, and 7 KB each; arrays cost a copy. The
 replacement is installed only on a version and a signature that are known, and the engine's self-test compares its first
 result with the stock path; otherwise `flat_logprobs` is read, which `columns_of` understands as well.
 

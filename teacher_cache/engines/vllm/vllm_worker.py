@@ -2,8 +2,7 @@
 engine.
 
 Only workers import it, through `worker_extension_cls`, as the first thing they do and before they load a model, so that
-a process
-that is killed while weights are read leaves nothing behind either. Cost: that of `parent_watch`.
+a process that is killed while weights are read leaves nothing behind either. Cost: that of `parent_watch`.
 """
 
 from __future__ import annotations

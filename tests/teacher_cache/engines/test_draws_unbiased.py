@@ -1,13 +1,12 @@
 """The mean of many drawn targets is the dense distribution: modes `sample` and `top+sample`, each captured temperature.
 
 Both engines draw with `extend_columns` and read its columns with `targets_from_plugin`; the targets here have passed
-both, and the
-codec. What is averaged is the estimate that training uses: the exact head, and tail x multiplicity / m for each draw.
+both, and the codec. What is averaged is the estimate that training uses: the exact head, and tail x multiplicity / m
+for each draw.
 
 Confidence: each token's z-score is compared with the two-sided normal quantile at 1e-6 / (number of comparisons), a
-    Bonferroni
-bound, so an honest sampler fails less than once in a million runs; stratified draws only make it rarer. A tilt of 10 %
-towards one token is found, which the last test shows.
+Bonferroni bound, so an honest sampler fails less than once in a million runs; stratified draws only make it rarer. A
+tilt of 10 % towards one token is found, which the last test shows.
 """
 
 from __future__ import annotations

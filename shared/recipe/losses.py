@@ -1,0 +1,205 @@
+"""What a recipe may say about the terms of a training loss: one section per kind, told apart by `name`.
+
+A kind has the options that mean something for it and no others. Recipes that version 1 wrote out hold every option of
+every kind; `without_foreign_defaults` drops those that say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from shared.recipe.base import Positive, Problem, Section, Share, inconsistent, options_of_kinds
+from shared.recipe.schedule import Schedule, constant
+
+StudentLayer = Annotated[int, Field(ge=1)] | Literal["final"]
+
+
+class LossTerm(Section):
+    """One term of the training loss, in nats per supervised position."""
+
+    weight: Schedule = constant(1.0)
+    """What the term is multiplied by: a number or a schedule."""
+
+
+class CrossEntropy(LossTerm):
+    """Cross-entropy with the tokens of the text, at temperature 1."""
+
+    temperature: ClassVar[Schedule] = constant(1.0)
+    name: Literal["cross_entropy"]
+    """Against the tokens of the text; needs no teacher."""
+
+
+class Divergence(LossTerm):
+    """A divergence between the teacher's and the student's next-token distributions."""
+
+    name: Literal["forward_kl", "reverse_kl"]
+    """forward_kl: KL(teacher || student), covers what the teacher may say; reverse_kl: KL(student || teacher), keeps to
+    what it likes best."""
+    temperature: Schedule = constant(1.0)
+    """Temperature of both sides: a number or a step schedule; every value must have been captured."""
+
+    @model_validator(mode="after")
+    def _temperatures_are_captured_ones(self) -> Divergence:
+        if min(self.temperature.extremes()) <= 0:
+            inconsistent((("temperature",), "a temperature must be above 0"))
+        if self.temperature.kind in ("linear", "cosine"):
+            moves = f"a {self.temperature.kind} schedule passes through temperatures that were not captured"
+            said = f"{moves}; use a number, or kind 'step' with captured temperatures"
+            inconsistent((("temperature", "kind"), said))
+        return self
+
+
+class JensenShannon(Divergence):
+    """The generalised Jensen-Shannon divergence."""
+
+    name: Literal["jsd"]  # type: ignore[assignment]
+    """beta KL(teacher || mixture) + (1 - beta) KL(student || mixture)."""
+    beta: Share = 0.5
+    """Share of the teacher in the mixture."""
+
+
+class SkewKL(Divergence):
+    """KL against a mixture with a little of the other side, which stays bounded."""
+
+    name: Literal["skew_forward_kl", "skew_reverse_kl"]  # type: ignore[assignment]
+    """KL(teacher || skewed student) or KL(student || skewed teacher)."""
+    skew: Share = 0.1
+    """Share of the other side in the mixture."""
+
+
+def _layer_names(value: Any) -> Any:
+    """Let teacher layers be written as numbers."""
+    if isinstance(value, dict):
+        return {
+            str(key) if isinstance(key, int) and not isinstance(key, bool) else key: entry
+            for key, entry in value.items()
+        }
+    return value
+
+
+LayerMap = Annotated[dict[str, StudentLayer] | None, BeforeValidator(_layer_names)]
+
+
+class HiddenStates(LossTerm):
+    """Distance of projected student states from the teacher's, layer by layer."""
+
+    temperature: ClassVar[Schedule] = constant(1.0)
+    name: Literal["hidden"]
+    """States of layers, after a learned projection."""
+    metric: Literal["mse", "cosine"] = "mse"
+    """Mean squared error, or 1 minus the cosine."""
+    normalise: bool = True
+    """With mse: divide each teacher state by its root mean square, so that layers of large states weigh no more."""
+    layer_map: LayerMap = None
+    """Teacher layer -> student layer, counted from 1, `final` for the state after the last norm; left out: every stored
+    teacher layer to the student layer at the same relative depth."""
+
+    @model_validator(mode="after")
+    def _options_mean_something(self) -> HiddenStates:
+        problems = _map_problems(self.layer_map, has_final=True)
+        if not self.normalise and self.metric == "cosine":
+            problems.append((("normalise",), "a cosine does not see lengths, so leave it out"))
+        if problems:
+            inconsistent(*problems)
+        return self
+
+
+class Attention(LossTerm):
+    """Distance of the student's attention from the teacher's, layer by layer."""
+
+    temperature: ClassVar[Schedule] = constant(1.0)
+    name: Literal["attention"]
+    """Attention over the strongest keys and the rest."""
+    layer_map: LayerMap = None
+    """Teacher layer -> student layer, counted from 1; left out: every stored teacher layer to the student layer at the
+    same relative depth."""
+
+    @model_validator(mode="after")
+    def _maps_layers(self) -> Attention:
+        problems = _map_problems(self.layer_map, has_final=False)
+        if problems:
+            inconsistent(*problems)
+        return self
+
+
+class Contrastive(LossTerm):
+    """Each row's pooled state must find its teacher's among those of the pack."""
+
+    temperature: ClassVar[Schedule] = constant(1.0)
+    name: Literal["contrastive"]
+    """Pooled states of rows."""
+    tau: Positive = 0.07
+    """What cosines are divided by."""
+
+
+LOSSES: tuple[type[LossTerm], ...] = (
+    CrossEntropy,
+    Divergence,
+    JensenShannon,
+    SkewKL,
+    HiddenStates,
+    Attention,
+    Contrastive,
+)
+"""Every kind of term; a new kind is one line here, a new name of a kind one word in its Literal."""
+LOSSES_ON_HIDDEN_LAYER = ("hidden", "attention", "contrastive")
+"""Losses that read a hidden layer of the cache instead of a targets layer."""
+
+_VERSION_1: dict[str, Any] = {
+    "temperature": 1.0,
+    "beta": 0.5,
+    "skew": 0.1,
+    "metric": "mse",
+    "normalise": True,
+    "layer_map": None,
+    "tau": 0.07,
+}
+"""Options that version 1 wrote out for every loss, at the defaults that it gave to those without a meaning."""
+
+
+def without_foreign_defaults(loss: Any) -> Any:
+    """Return a loss as written, without the options that version 1 wrote for kinds that have none of them.
+
+    Only a loss with every option of version 1, as its `recipe.yaml` and `identity.json` hold it, is changed: whoever
+    writes `beta: 0.5` beside `forward_kl` is told that it has no beta.
+
+    >>> without_foreign_defaults({"name": "forward_kl", "weight": 1.0, **_VERSION_1})
+    {'name': 'forward_kl', 'weight': 1.0, 'temperature': 1.0}
+    """
+    if not isinstance(loss, Mapping) or not _VERSION_1.keys() <= loss.keys():
+        return loss
+    own = next((kind.model_fields for kind in LOSSES if loss.get("name") in names_of(kind)), None)
+    if own is None:
+        return loss
+    return {key: value for key, value in loss.items() if key in own or value != _VERSION_1.get(key, value)}
+
+
+def names_of(kind: type[LossTerm]) -> tuple[str, ...]:
+    """Return the names of a kind: ("forward_kl", "reverse_kl") of `Divergence`."""
+    return tuple(kind.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
+
+
+Loss = Annotated[
+    CrossEntropy | Divergence | JensenShannon | SkewKL | HiddenStates | Attention | Contrastive,
+    Field(discriminator="name"),
+    options_of_kinds(LOSSES, by="name"),
+    BeforeValidator(without_foreign_defaults),
+]
+"""Any of them."""
+
+
+def _map_problems(layer_map: Mapping[str, StudentLayer] | None, *, has_final: bool) -> list[Problem]:
+    """Say which entries of a map of layers mean nothing."""
+    problems: list[Problem] = []
+    expected = "a number from 1, or 'final'" if has_final else "a number from 1"
+    for teacher, student in (layer_map or {}).items():
+        if not (teacher.isdecimal() and int(teacher) > 0) and not (has_final and teacher == "final"):
+            problems.append((("layer_map",), f"'{teacher}' is no layer of a teacher; write {expected}"))
+        if student == "final" and not has_final:
+            problems.append((("layer_map",), "'final' is a state and has no attention; write a number from 1"))
+    if layer_map is not None and not layer_map:
+        problems.append((("layer_map",), "maps no layer; leave it out to map every stored one"))
+    return problems
