@@ -200,7 +200,7 @@ def _section_at(place: Path, data: Any) -> type[BaseModel] | None:
     """Return the section class that a place of the recipe holds; of several kinds the one that `data` there names."""
     sections: list[type[BaseModel]] = [Recipe]
     for key in place:
-        data = data[key] if isinstance(data, dict | list) else None
+        data = _entry(data, key)
         if isinstance(key, str):
             fields = [section.model_fields[key] for section in sections[:1] if key in section.model_fields]
             sections = [section for field in fields for section in _sections_in(field.annotation)]
@@ -211,7 +211,15 @@ def _section_at(place: Path, data: Any) -> type[BaseModel] | None:
 
 def _names(section: type[BaseModel]) -> set[str]:
     """Return the words that tell a kind of section from others."""
-    return {str(word) for word in typing.get_args(section.model_fields["name"].annotation)}
+    field = section.model_fields.get("name")
+    return set() if field is None else {str(word) for word in typing.get_args(field.annotation)}
+
+
+def _entry(data: Any, key: str | int) -> Any:
+    try:
+        return data[key]
+    except (KeyError, IndexError, TypeError):
+        return None
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
