@@ -18,7 +18,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help gpu-needs setup check test test-fast demo demo-full bench bench-quality gpu-check doctor clean
+.PHONY: help gpu-needs setup check docs test test-fast demo demo-full bench bench-quality gpu-check doctor clean
 
 help:
 	@echo "make setup          a virtual environment in .venv with everything, about 3 minutes"
@@ -26,6 +26,7 @@ help:
 	@echo "make demo-full      the demo, then sampled answers at three temperatures, cost of each model, audits of the cache"
 	@echo "make test           every test    make test-fast   the quick ones"
 	@echo "make check          lint, types, import rules"
+	@echo "make docs           docs/recipe.md and its schema, from the program"
 	@echo "make bench          codec, operator, capture, reader, teach -> runs/bench/bench.json"
 	@echo "make gpu-check      what only a GPU can show, into docs/benchmarks.md, at most 10 minutes"
 	@echo "make bench-quality  the demo for three student seeds, with intervals, into docs/benchmarks.md"
@@ -83,6 +84,10 @@ demo-full: demo
 	  --set evaluate.cost=true
 	$(BIN)/decant cache audit runs/demo/cache --recipe recipes/demo.yaml
 	$(BIN)/decant report runs/demo
+
+docs: setup
+	$(BIN)/decant schema > docs/recipe.schema.json
+	$(BIN)/decant schema --page > docs/recipe.md
 
 bench: setup
 	$(BIN)/python -m tools.bench.run_bench

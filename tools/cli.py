@@ -115,6 +115,13 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _schema(args: argparse.Namespace) -> int:
+    from tools.recipe_page import page, schema_text
+
+    print(page() if args.page else schema_text(), end="")
+    return 0
+
+
 def _export(args: argparse.Namespace) -> int:
     from tools.export_run import export_run
 
@@ -148,6 +155,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _eval,
     "run": _run,
     "report": _report,
+    "schema": _schema,
     "export": _export,
     "cache": _cache,
     "doctor": _doctor,

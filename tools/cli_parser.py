@@ -106,6 +106,9 @@ def build_parser() -> Parser:
     export.add_argument("--output", type=Path, metavar="DIR", help="the new directory (default: RUN/export/NAME)")
     export.add_argument("--keep-adapter", action="store_true", help="put the adapter by itself into adapter/, too")
 
+    schema = command("schema", "print the JSON schema of recipes, for editors")
+    schema.add_argument("--page", action="store_true", help="print docs/recipe.md instead: every key with its meaning")
+
     looks = "look into a cache or make another of it: ls, show, stats, verify, gc, merge, export, import, audit"
     cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)
     _cache_commands(cache, command)

@@ -13,8 +13,9 @@ import typing
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 Problem = tuple[tuple[str | int, ...], str]
 """Path below the section that raises, and the sentence."""
@@ -34,6 +35,21 @@ class Section(BaseModel):
         protected_namespaces=(),
         validate_default=False,
     )
+
+
+class Kind(Section):
+    """Base of sections that may be written as the name of their `kind` alone: `adapter: lora`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_is_kind(cls, data: Any) -> Any:
+        return {"kind": data} if isinstance(data, str) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Say that the name will do."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        return {"anyOf": [{"enum": list(typing.get_args(cls.model_fields["kind"].annotation))}, schema]}
 
 
 def inconsistent(*problems: Problem) -> NoReturn:

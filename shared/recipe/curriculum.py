@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from shared.recipe.base import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section, inconsistent
+from shared.recipe.base import (
+    Count,
+    CountOrZero,
+    Fraction,
+    Kind,
+    NonNegative,
+    Positive,
+    Probability,
+    Section,
+    inconsistent,
+)
 
 
 class EarlyStopping(Section):
@@ -72,7 +82,7 @@ class Sampling(Section):
         return self
 
 
-class Balance(Section):
+class Balance(Kind):
     """What moves the weights of a stage's losses against each other."""
 
     kind: Literal["fixed", "grad_norm", "uncertainty"] = "fixed"
@@ -84,11 +94,6 @@ class Balance(Section):
     """How much more a loss that falls slowly is pulled, for grad_norm; 0 makes all gradients equally strong."""
     learning_rate: Positive = 0.025
     """How fast weights move."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_is_kind(cls, data: Any) -> Any:
-        return {"kind": data} if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _options_belong_to_it(self) -> Balance:

@@ -86,7 +86,11 @@ class Recipe(Section):
     """How the teacher answers; left out: the data's answers are scored."""
     capture: Capture = Capture()
     """What is kept of the teacher's distributions."""
-    cache: Annotated[tuple[Path, ...], BeforeValidator(one_or_many), Field(min_length=1)]
+    cache: Annotated[
+        tuple[Path, ...],
+        Field(min_length=1),
+        BeforeValidator(one_or_many, json_schema_input_type=Path | tuple[Path, ...]),
+    ]
     """The cache directory, or a list of them to train from."""
     rows_per_part: Annotated[Count, Field(le=MAX_ROWS_PER_PART)] = 1024
     """Rows in one file of the cache: what is lost at most when a machine dies."""

@@ -10,6 +10,7 @@ from shared.recipe.base import (
     Count,
     CountOrZero,
     Fraction,
+    Kind,
     Name,
     NonNegative,
     Number,
@@ -29,7 +30,10 @@ RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
 """Names with a meaning of their own."""
 
 
-class Adapter(Section):
+Reporter = Literal["tensorboard", "wandb", "none"]
+
+
+class Adapter(Kind):
     """How the student's weights are trained: all of them, or low-rank additions."""
 
     kind: Literal["none", "lora", "qlora"] = "none"
@@ -42,11 +46,6 @@ class Adapter(Section):
     """Dropout before the additions."""
     target_modules: Text | tuple[Text, ...] = "all-linear"
     """Which layers get additions: all-linear (without the head), a pattern, or names."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_is_kind(cls, data: Any) -> Any:
-        return {"kind": data} if isinstance(data, str) else data
 
 
 class Student(Section):
@@ -154,9 +153,9 @@ class StageTrainer(Section):
     """Steps between lines in metrics.jsonl."""
     dataloader_num_workers: CountOrZero = 0
     """Processes that read the cache."""
-    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "none"], ...], BeforeValidator(one_or_many)] = (
-        "tensorboard",
-    )
+    report_to: Annotated[
+        tuple[Reporter, ...], BeforeValidator(one_or_many, json_schema_input_type=Reporter | tuple[Reporter, ...])
+    ] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl."""
     seed: Seed | None = None
     """Seed of order, dropout and fresh weights; left out: the recipe's."""

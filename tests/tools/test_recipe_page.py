@@ -1,0 +1,63 @@
+"""docs/recipe.md and the schema for editors are those of the program, and their examples load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from shared.recipe.recipe import Recipe, Stage
+from tools.recipe_page import EXAMPLES, page, schema_text
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_page_and_schema_are_current() -> None:
+    for name, text in (("recipe.md", page()), ("recipe.schema.json", schema_text())):
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"docs/{name} is old; run `make docs`"
+
+
+def test_every_key_of_every_section_is_on_the_page() -> None:
+    said = page()
+    assert said.count("**needed**") > 5
+    for key in ("draws", "pack_tokens", "layer_map", "tensor_parallel_size", "early_stopping", "beta", "supervise"):
+        assert f"| `{key}` |" in said
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_of_a_section_loads(name: str, tmp_path: Path) -> None:
+    example: dict[str, Any] = YAML(typ="safe", pure=True).load(EXAMPLES[name])
+    (key,) = example
+    stage: dict[str, Any] = {"name": "kd", "losses": [{"name": "forward_kl"}]}
+    recipe: dict[str, Any] = {"name": "x", "output_dir": "out", "cache": "cache", "teacher": {"model": "m"}}
+    recipe |= {"prompts": [{"source": "math", "path": "p.jsonl", "format": "messages"}], "student": {"model": "s"}}
+    if key == "weight":
+        stage["losses"][0] |= example
+    elif key in Stage.model_fields and (key not in Recipe.model_fields or "every_steps" in example[key]):
+        stage |= example
+    else:
+        recipe |= example
+    if key == "balance":
+        stage["losses"].append({"name": "cross_entropy"})
+    if key == "sampling":
+        stage["evaluate"] = {"every_steps": 10}
+    recipe.setdefault("stages", [stage])
+    if name == "Divergence" or key == "losses":
+        recipe["capture"] = {"temperatures": [2.0]}
+    loaded = Recipe.model_validate(recipe)
+    assert loaded.stages
+
+
+def test_the_schema_accepts_every_recipe_of_the_project_and_refuses_an_unknown_key() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    import json
+
+    schema = json.loads(schema_text())
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        assert path.read_text().startswith("# yaml-language-server: $schema=../docs/recipe.schema.json\n"), path
+        document = json.loads(json.dumps(YAML(typ="safe", pure=True).load(path.read_text())))
+        jsonschema.validate(document, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**document, "unknown_key": 1}, schema)
