@@ -304,8 +304,8 @@ class DistilTrainer(ShardedTrainer):
             problem = damage(kept[0]) if kept else f"the checkpoint of step {step} is gone"
             if problem is not None:
                 raise TrainingError(
-                    f"{problem}; it holds the stage's best student, so run the same command again: an older "
-                    "checkpoint is continued"
+                    f"{problem}; it holds the stage's best student, so run the same command again, which goes on from "
+                    "a checkpoint before it"
                 )
             self._load_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{step}"))
         return step

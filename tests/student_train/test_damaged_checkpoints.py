@@ -10,6 +10,7 @@ import pytest
 
 from shared.errors import TrainingError
 from student_train.records.checkpoints import MARKER, damage, list_checkpoints, put_damaged_aside
+from student_train.stage import stage_run
 from student_train.stage.stages import run_stages
 
 FILES = [
@@ -152,3 +153,29 @@ def test_checkpoint_of_a_version_without_checksums_is_continued_and_told_by_its_
     run_stages(killed)
     assert (stage / "damaged-checkpoint-6").is_dir()
     assert weights(killed) == weights(trained)
+
+
+def test_best_checkpoint_that_is_altered_before_it_is_exported_is_named_and_trained_again(recipe_of, monkeypatch):
+    trainer = {"learning_rate": 0.02, "optim": "adamw_torch", "max_steps": 12, "lr_scheduler_type": "constant"}
+    recipe = recipe_of(
+        evaluate={"every_steps": 1, "early_stopping": {"patience": 2}, "keep_best": True},
+        trainer={**trainer, "save_steps": 1, "save_total_limit": None, "max_grad_norm_factor": None},
+    )
+    found = []
+
+    def spoiled(self):
+        found.append(self._step_to_keep())
+        flip(recipe.output_dir / f"train/kd/checkpoint-{found[0]}" / "model.safetensors")
+        return load_best(self)
+
+    load_best = stage_run.DistilTrainer.load_best
+    monkeypatch.setattr(stage_run.DistilTrainer, "load_best", spoiled)
+    with pytest.raises(
+        TrainingError, match=r"model\.safetensors was altered .* the stage's best student, so run the same"
+    ):
+        run_stages(recipe)
+    monkeypatch.setattr(stage_run.DistilTrainer, "load_best", load_best)
+    run_stages(recipe)
+    assert found[0] > 1, "before the first checkpoint there is none"
+    health = json.loads((recipe.output_dir / "train/kd/health.json").read_text())
+    assert health["model_is_of_step"] == health["best_step"] == found[0]
