@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from shared.errors import DecantError, UsageError
+from shared.parent_watch import announced
 from shared.printable import printable
 from shared.recipe.recipe import Recipe
 from tools.cli_parser import PHASES
@@ -91,7 +92,8 @@ def _run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
     """Run one phase to its end, its output going to a file descriptor or, for None, to ours; stop it where we are
     stopped.
     """
-    process = subprocess.Popen(command, env=own_environment(), stdout=output)  # noqa: S603 - our own interpreter
+    with announced():  # a phase ends with the run, also after kill -9
+        process = subprocess.Popen(command, env=own_environment(), stdout=output)  # noqa: S603 - our own interpreter
     try:
         code = process.wait()
     except BaseException:

@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from shared.errors import UsageError
+from shared.parent_watch import started_at
 from shared.recipe.recipe import Recipe
 from tools import run_all
 from tools.run_all import PhaseFailedError, chosen_phases, nothing_to_do, phase_command
@@ -95,6 +97,7 @@ def test_phase_is_stopped_with_the_run_and_may_finish_first(tmp_path):
     )
     program = f"""
 import sys
+import time
 from tools import cli, run_all
 def command(args):
     run_all._run_phase("teach", [sys.executable, "-c", {phase!r}], None)
@@ -108,6 +111,29 @@ sys.exit(cli.main(["doctor"]))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert (process.returncode, note.read_text()) == (143, "closed")
+
+
+def test_phase_ends_with_a_run_that_is_killed(tmp_path):
+    phase = (
+        "import os, sys, time\n"
+        "from tools import cli\n"
+        "cli.COMMANDS['doctor'] = lambda args: print(os.getpid(), flush=True) or time.sleep(60) or 0\n"
+        "sys.exit(cli.main(['doctor']))\n"
+    )
+    program = (
+        f"import sys; from tools import run_all; run_all._run_phase('teach', [sys.executable, '-c', {phase!r}], None)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    phase_id = int(process.stdout.readline())
+    time.sleep(1.0)
+    assert started_at(phase_id) is not None
+    process.kill()
+    process.wait()
+    bound = time.monotonic() + 30
+    while started_at(phase_id) is not None and time.monotonic() < bound:
+        time.sleep(0.05)
+    assert started_at(phase_id) is None
 
 
 RECIPE = """\

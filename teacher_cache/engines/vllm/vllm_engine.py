@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from shared import parent_watch
 from shared.errors import DecantError, EngineError
 from shared.models.checkpoint import check_checkpoint
 from shared.models.end_tokens import declared_end_ids
@@ -31,7 +32,7 @@ from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from teacher_cache.engines.transformers.adapters import fold_adapter
-from teacher_cache.engines.vllm import parent_watch, vllm_arrays, vllm_tail
+from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
 from teacher_cache.engines.vllm.vllm_self_test import choose_capture_path, scoring_parameters
 from teacher_cache.engines.vllm.vllm_settings import VllmSettings, plan_settings
 from teacher_cache.engines.vllm.vllm_version import installed_vllm

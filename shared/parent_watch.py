@@ -1,11 +1,11 @@
-"""End a vLLM core process with the process that started it, however that one ended.
+"""End a process with the process that started it, however that one ended.
 
-vLLM's core has no watch on its parent: after `kill -9` it would wait for requests for ever and hold the GPU, so the
-same command could not start again. The starter writes its process id and start time into the environment that its
-children inherit; each worker process, when it is set up, starts a thread that looks twice a second whether that very
-process still lives. An id that was given to another process since has another start time, and a process that ended
-without being waited for counts as ended.
-Cost: one read of /proc per half second and worker process.
+A phase of `decant run` would go on after `kill -9` of the run, and vLLM's core, which has no watch on its parent, would
+wait for requests for ever and hold the GPU, so that the same command could not start again. The starter writes its
+process id and start time into the environment that its children inherit; a child starts a thread that looks twice a
+second whether that very process still lives. An id that was given to another process since has another start time, and
+a process that ended without being waited for counts as ended. A worker process of vLLM takes its core along.
+Cost: one read of /proc per half second and process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-VARIABLE = "DECANT_ENGINE_PARENT"
+VARIABLE = "DECANT_PARENT"
 SECONDS_BETWEEN_LOOKS = 0.5
 
 

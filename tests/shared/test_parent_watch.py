@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from teacher_cache.engines.vllm import parent_watch
+from shared import parent_watch
 from tests.system.program import ROOT
 
-WATCH = "from teacher_cache.engines.vllm.parent_watch import end_with_parent; import time"
+WATCH = "from shared.parent_watch import end_with_parent; import time"
 CHILD = f"{WATCH}; end_with_parent(); time.sleep(60)"
 PARENT = f"""
 import subprocess, sys, time
-from teacher_cache.engines.vllm.parent_watch import announced
+from shared.parent_watch import announced
 with announced():
     child = subprocess.Popen([sys.executable, "-c", {CHILD!r}])
 print(child.pid, flush=True)
@@ -28,7 +28,7 @@ time.sleep(60)
 # A worker of a core: spawned by multiprocessing, so its parent is the core and not the process that was announced.
 CORE = """
 import multiprocessing, os, sys, time
-from teacher_cache.engines.vllm.parent_watch import end_with_parent
+from shared.parent_watch import end_with_parent
 def work():
     end_with_parent()
     time.sleep(60)
@@ -69,7 +69,7 @@ def test_child_ends_with_a_killed_parent(waits):
 
 def test_process_whose_announced_parent_is_another_by_now_ends():
     """Its id was given again: another start time stands for another process."""
-    orphan = start(CHILD, DECANT_ENGINE_PARENT=f"{os.getpid()} 1")
+    orphan = start(CHILD, DECANT_PARENT=f"{os.getpid()} 1")
     orphan.wait(timeout=30)
     assert orphan.returncode == -9
 
@@ -78,7 +78,7 @@ def test_worker_ends_the_core_whose_starter_is_gone(tmp_path):
     (tmp_path / "core.py").write_text(CORE)
     starter = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     announced = f"{starter.pid} {parent_watch.started_at(starter.pid)}"
-    core = start(tmp_path / "core.py", DECANT_ENGINE_PARENT=announced)
+    core = start(tmp_path / "core.py", DECANT_PARENT=announced)
     pids = [int(word) for word in core.stdout.readline().split()]
     time.sleep(1.0)
     assert core.poll() is None
