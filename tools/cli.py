@@ -111,7 +111,7 @@ def _report(args: argparse.Namespace) -> int:
     from tools.phases import report
 
     with _stdout_kept(args):
-        result = report(args.runs)
+        result = report(args.runs, args.output)
     _result(args, *result)
     return 0
 

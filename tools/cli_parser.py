@@ -100,6 +100,7 @@ def build_parser() -> Parser:
     report.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)"
     )
+    report.add_argument("--output", type=Path, metavar="DIR", help="where to write it (of one run: into the run)")
     export = command("export", "write a trained student as a plain model directory with a model card")
     export.add_argument("run", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
     export.add_argument("--stage", metavar="NAME", help="whose model (default: the last stage that is finished)")

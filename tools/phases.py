@@ -118,7 +118,7 @@ def evaluate(recipe: Recipe, allow_unsafe_code: bool, lm_eval: str | None = None
     return results, table_text(report_figures([read_run(recipe.output_dir)]))
 
 
-def report(runs: Sequence[Path]) -> Result:
+def report(runs: Sequence[Path], output: Path | None = None) -> Result:
     """Build the report of one run or several.
 
     Raises:
@@ -129,5 +129,5 @@ def report(runs: Sequence[Path]) -> Result:
     for run in runs:
         if not run.is_dir():
             raise EvaluationError(f"{run}: no such directory; name the output_dir of a run")
-    result = build_report(list(runs))
+    result = build_report(list(runs), output)
     return result, table_text(result)

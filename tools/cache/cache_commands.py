@@ -164,7 +164,7 @@ def _stats(args: argparse.Namespace) -> int:
     stats = {"layer": cache.layer_name, **cache.stats(), "hidden": _hidden_sizes(args.cache)}
     lines = [f"{args.cache}, layer {cache.layer_name}" if cache.layer_name else f"{args.cache}, no targets layer"]
     for name, value in stats.items():
-        if isinstance(value, int | float) and name != "entropy_bin_nats":
+        if isinstance(value, int | float) and name not in ("entropy_bin_nats", "mean_entropy_nats"):
             lines.append(
                 f"  {name.replace('_', ' ')}: {value:,}"
                 if isinstance(value, int)
@@ -183,10 +183,13 @@ def _stats(args: argparse.Namespace) -> int:
     lines += [f"  finish reason {reason}: {count:,} rows" for reason, count in stats["finish_reasons"].items()]
     lines += [f"  set aside: {count:,} rows, {reason}" for reason, count in stats["set_aside"].items()]
     if "entropy_histogram" in stats:
-        lines += [
-            "  entropy of the teacher, nats:",
-            *_bars(stats["entropy_histogram"], lambda i: f"{i * ENTROPY_BIN_NATS:5.2f}"),
-        ]
+        if cache.layer is not None and cache.layer.mode == "sample":
+            lines.append("  entropy of the teacher: not known from draws alone")
+        else:
+            lines += [
+                "  entropy of head and bucket, nats (the teacher's is at least that):",
+                *_bars(stats["entropy_histogram"], lambda i: f"{i * ENTROPY_BIN_NATS:5.2f}"),
+            ]
         lines += [
             "  entries kept, at least:",
             *_bars(stats["support_histogram"], lambda i: f"{0 if i == 0 else 2 ** (i - 1):5d}"),

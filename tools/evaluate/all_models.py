@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from shared.cache.cache import Cache
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
 from tools.evaluate import sandbox
+from tools.evaluate.contamination import among_caches, sentence
 from tools.evaluate.cost import measure_cost
 from tools.evaluate.model_process import run_in_process
 from tools.evaluate.models import model_under_test
@@ -47,6 +49,10 @@ def evaluate_all(
         read_questions(task, task_kind(task))
         if task.name == "humaneval":
             say(f"{task.domain}: programs run in the sandbox '{sandbox.require(allow_unsafe_code)}'")
+    caches = [Cache.open(path, allow_partial=True) for path in recipe.cache if (path / "cache.json").is_file()]
+    for task in recipe.evaluate.tasks:
+        if said := sentence(task.domain, among_caches(recipe, task, caches)):
+            say(f"{said}: its score says little about others")
     models = {name: model_under_test(recipe, name) for name in recipe.evaluate.models}
     wanted = {name: {"evaluation": evaluation_identity(recipe, model)} for name, model in models.items()}
     if recipe.evaluate.side_by_side is not None:

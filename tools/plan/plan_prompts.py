@@ -48,6 +48,8 @@ class PromptCount:
     """All sources."""
 
     sources: dict[str, SourceCount] = field(default_factory=dict)
+    groups: set[bytes] = field(default_factory=set)
+    """Group keys of the rows; kept where the recipe has tasks to compare with."""
     set_aside: int = 0
     first_problem: str | None = None
     tokenizer_note: str | None = None
@@ -80,6 +82,8 @@ def count_prompts(recipe: Recipe) -> PromptCount:
         current, recipe.prompts, recipe.generate, recipe.seed, problems, tally, _answerer(recipe), foreign_ends=ends
     ):
         source = result.sources.setdefault(row.source, SourceCount())
+        if recipe.evaluate.tasks:
+            result.groups.add(row.group_key)
         source.rows += 1
         source.rows_in_cache += row.row_key in committed
         if source.rows_counted < ROWS_COUNTED:

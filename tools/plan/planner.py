@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.layout import Layer, list_layers, sequences_dir
+from shared.errors import EvaluationError
 from shared.parts.records import list_records
 from shared.payload.narrowing import holds
 from shared.recipe.recipe import Capture, Recipe, Stage
 from tools.cache.cache_commands import size
+from tools.evaluate.contamination import among_groups, sentence
 from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
 
@@ -41,6 +43,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     result: dict[str, Any] = {"name": recipe.name, "cache": there, "assumptions": [], "sources": {}}
     if recipe.prompts:
         counted = count_prompts(recipe)
+        result["tasks"] = _questions_among_prompts(recipe, counted.groups)
         result |= _build_figures(recipe, counted, there, result["assumptions"])
     if recipe.teacher is not None and there["unscored_tokens"]:
         low, high = _bytes_per_position(recipe, there)
@@ -61,6 +64,17 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
     result["stages"] = {stage.name: _stage_figures(stage, expected_rows_tokens, recipe) for stage in recipe.stages}
     return result
+
+
+def _questions_among_prompts(recipe: Recipe, groups: set[bytes]) -> dict[str, dict[str, int]]:
+    """Return for each task whose file is there how many of its questions are among the prompts."""
+    found = {}
+    for task in recipe.evaluate.tasks:
+        try:
+            found[task.domain] = among_groups(recipe, task, groups)
+        except EvaluationError:
+            continue  # `decant eval` says what is wrong with it; a plan may come before the file does
+    return found
 
 
 def _existing(recipe: Recipe) -> dict[str, Any]:
@@ -249,6 +263,9 @@ def plan_text(result: dict[str, Any]) -> str:
         )
     if "hidden" in result:
         lines += hidden_lines(result["hidden"], size)
+    for domain, counts in result.get("tasks", {}).items():
+        said = sentence(domain, counts)
+        lines += [f"  task {said}: its score will say little about others"] if said else []
     for name, stage in result["stages"].items():
         epochs = f", about {stage['epochs']:g} passes over the rows" if stage["epochs"] else ""
         steps = f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens"

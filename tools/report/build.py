@@ -1,7 +1,7 @@
 """Build the report of one run, or of several side by side: report.json, report.md, models.csv and report.html.
 
-Reads run directories and the caches' records only; nothing is computed again. Several runs are compared in the first
-one's directory. Cost: a few seconds, nearly all of it matplotlib.
+Reads run directories and the caches' records only; nothing is computed again. Several runs are compared in
+a directory of their own. Cost: a few seconds, nearly all of it matplotlib.
 """
 
 from __future__ import annotations
@@ -27,21 +27,31 @@ __all__ = ["build_report", "table_text"]
 REPORT_FILES = ("report.html", "report.md", "models.csv", "report.json")
 
 
-def build_report(run_dirs: Sequence[str | Path]) -> dict[str, Any]:
-    """Write the report into the first run directory and return what report.json says, with `files` named.
+def build_report(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> dict[str, Any]:
+    """Write the report into `output` (of one run: into it) and return what report.json says, with `files` named.
 
     Raises:
-        EvaluationError: a directory is no run, or none was given.
+        EvaluationError: a directory is no run, none was given, or several without an `output`.
     """
     if not run_dirs:
         raise EvaluationError("no run to report on; name the output_dir of a recipe that was run")
+    if len(run_dirs) > 1 and output is None:
+        raise EvaluationError(
+            f"{len(run_dirs)} runs are compared outside of them, so that each keeps its own report; name a directory "
+            "with --output DIR"
+        )
+    place = Path(output) if output is not None else Path(run_dirs[0])
+    if len(run_dirs) > 1 and place.resolve() in [Path(directory).resolve() for directory in run_dirs]:
+        raise EvaluationError(f"{place}: this is one of the runs that are compared; name another directory")
+    if place.exists() and not place.is_dir():
+        raise EvaluationError(f"{place}: there is a file of that name; name a directory to write the report into")
     started = time.monotonic()
     runs = [read_run(Path(directory)) for directory in run_dirs]
     report: dict[str, Any] = _plain(report_figures(runs))
-    report["files"] = [str(runs[0].directory / name) for name in REPORT_FILES]
+    report["files"] = [str(place / name) for name in REPORT_FILES]
     samples = choose_samples(runs[0].answers) + side_samples(runs[0].side_answers)
     plots = plot_figures(report, runs)
-    if report["seconds"] and "report" not in report["seconds"] and len(runs) == 1:
+    if report["seconds"] and "report" not in report["seconds"] and output is None:
         # Measured once, so that the same run always gives the same report.
         report["seconds"]["report"] = round(time.monotonic() - started, 3)
         add_seconds(runs[0].directory, "report", report["seconds"]["report"])
@@ -51,8 +61,9 @@ def build_report(run_dirs: Sequence[str | Path]) -> dict[str, Any]:
         "models.csv": models_csv(report),
         "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
     }
+    place.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        write_atomic(runs[0].directory / name, text.encode("utf-8", errors="replace"), "report")
+        write_atomic(place / name, text.encode("utf-8", errors="replace"), "report")
     return report
 
 

@@ -3,7 +3,8 @@
 Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_score, gap_closed, heldout, answers,
     seconds,
 side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}, cost, lm_eval}, cache.{rows, positions,
-bytes_per_position, mean_support, ...}, audit, seconds.PHASE, stages.NAME, train.STAGE.{steps, weights, temperatures,
+bytes_per_position, mean_support, ...}, questions.DOMAIN.{questions, trained_on, heldout},
+audit, seconds.PHASE, stages.NAME, train.STAGE.{steps, weights, temperatures,
 shares, heldout_kl_nats, evaluations} (series of [step, value] by name, thinned), layers, missing. With several runs,
 models and stages of the second and later ones are called RUN/NAME, and a model that several runs share (teacher, base)
 with equal figures appears once.
@@ -57,6 +58,7 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "runs": [str(run.directory) for run in runs],
         "models": models,
         "cache": first.cache,
+        "questions": first.questions,
         "audit": first.audit,
         "seconds": first.seconds,
         "stages": stages,

@@ -23,6 +23,11 @@ SIDE_LEGEND = (
 LM_EVAL_LEGEND = "By lm-evaluation-harness, with its standard errors."
 AUDIT_HEADER = ("", "mean KL", "worst KL", "worst label", "worst tail", "top-1")
 TRUNCATION_HEADER = ("k", "draws", "mass", "T", "bytes/position", "KL lost", "gradient error", "of the mean")
+QUESTIONS_HEADER = ("task", "questions", "trained on", "held out")
+QUESTIONS_LEGEND = (
+    "Questions that a prompt of the cache asks, too, but for white space. A score on questions that were trained on "
+    "says little about others; held-out prompts were not trained on."
+)
 COST_HEADER = (
     *(
         "model",
@@ -68,6 +73,7 @@ def more_tables(report: Mapping[str, Any]) -> list[Table]:
         cost_table,
         faithfulness_table,
         truncation_table,
+        questions_table,
     ]
     return [table for maker in makers if (table := maker(report)).rows]
 
@@ -146,6 +152,15 @@ def truncation_table(report: Mapping[str, Any]) -> Table:
         f"mean. Tails completed by {audit.get('completion')}."
     )
     return Table("Audit: what a capture loses", TRUNCATION_HEADER, rows, legend, 1)
+
+
+def questions_table(report: Mapping[str, Any]) -> Table:
+    """Return how many questions of each task are also among the prompts."""
+    rows = [
+        [domain, *(number(counts[key], 0) for key in ("questions", "trained_on", "heldout"))]
+        for domain, counts in report.get("questions", {}).items()
+    ]
+    return Table("Task questions that are also prompts", QUESTIONS_HEADER, rows, QUESTIONS_LEGEND, 1)
 
 
 def lm_eval_table(report: Mapping[str, Any]) -> Table:

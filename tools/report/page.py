@@ -178,9 +178,12 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
             label = f"{run.name}/{name}" if index else name
             figures.append((f"Training loss of stage {label}", plots.loss_plot(label, stage.steps, stage.terms)))
             figures += course_plots(label, course_series(stage.steps, stage.evaluations))
-    if any(cache.get("entropy_histogram", ())):
+    if any(cache.get("entropy_histogram", ())) and all(layer.get("mode") != "sample" for layer in report["layers"]):
         figures.append(
-            ("How sure the teacher is", plots.entropy_plot(cache["entropy_histogram"], cache["entropy_bin_nats"]))
+            (
+                "How sure the teacher is, at most",
+                plots.entropy_plot(cache["entropy_histogram"], cache["entropy_bin_nats"]),
+            )
         )
     if any(cache.get("support_histogram", ())):
         figures.append(("What the cache keeps", plots.support_plot(cache["support_histogram"])))

@@ -113,13 +113,13 @@ def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[st
 
 
 def entropy_plot(histogram: Sequence[int], bin_nats: float) -> str:
-    """Draw how many positions have which teacher entropy."""
+    """Draw how many positions have which entropy of head and bucket: a lower bound of the teacher's."""
     used = max((index for index, count in enumerate(histogram) if count), default=0) + 1
     shares = [100 * count / max(1, sum(histogram)) for count in histogram[:used]]
 
     def _draw(axes: Any) -> None:
         axes.bar([bin_nats * (index + 0.5) for index in range(used)], shares, bin_nats * 0.9, color=COLOURS[2])
-        axes.set_xlabel("teacher's entropy, nats")
+        axes.set_xlabel("entropy of head and bucket, nats (the teacher's is at least that)")
         axes.set_ylabel("positions, %")
         axes.grid(axis="y")
 

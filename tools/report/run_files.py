@@ -18,6 +18,7 @@ from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
+from tools.evaluate.contamination import among_caches
 from tools.evaluate.results import heldout_layer
 from tools.evaluate.run_shapes import (
     MAX_FILE_BYTES,
@@ -77,6 +78,8 @@ class RunFiles:
     """Statistics of the caches, summed; empty where none could be read."""
     layers: list[dict[str, Any]]
     """Identity of each cache's targets layer."""
+    questions: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Domain -> questions of the task, and how many are also among the prompts; without tasks that cannot be read."""
     missing: list[str] = field(default_factory=list)
     """One sentence for each thing that a finished run has and this one has not."""
 
@@ -101,7 +104,7 @@ def read_run(directory: Path) -> RunFiles:
         name: stage for name in stage_names if (stage := _stage(directory / "train" / name, name, missing)) is not None
     }
     evaluations = _evaluations(directory / "evaluate", recipe, missing)
-    cache, layers = _caches(recipe, missing)
+    caches = _caches(directory, recipe, missing)
     for name in evaluations:
         for folder, shape in ((directory / "evaluate", AnswerRow), (directory / "evaluate" / "side_by_side", SideRow)):
             _sound_lines(folder / f"{name}.answers.jsonl", shape, f"'{name}'", missing)
@@ -126,8 +129,9 @@ def read_run(directory: Path) -> RunFiles:
         },
         audit=_sound(directory / "audit.json", Audit, "the audit", missing) or {},
         seconds=_seconds(directory / "seconds.json", stage_names, missing),
-        cache=cache,
-        layers=layers,
+        cache=_sum_stats([cache.stats() for cache in caches]) if caches else {},
+        layers=[_layer(cache) for cache in caches],
+        questions=_questions(recipe, caches),
         missing=missing,
     )
 
@@ -177,20 +181,34 @@ def is_evaluation(result: Mapping[str, Any]) -> bool:
     return not fault_of(Evaluation, result)
 
 
-def _caches(recipe: Recipe | None, missing: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    stats: list[dict[str, Any]] = []
-    layers = []
+def _caches(directory: Path, recipe: Recipe | None, missing: list[str]) -> list[Cache]:
     layer = heldout_layer(recipe) if recipe else None
+    found = []
     for path in recipe.cache if recipe else ():
+        inside = path.is_relative_to(recipe.output_dir) if recipe else False
+        # A run may have been moved, and be read from anywhere: what lay in its directory still does.
+        moved = directory / path.relative_to(recipe.output_dir) if recipe and inside else path
         try:
-            cache = Cache.open(path, layer, allow_partial=True)
-            stats.append(cache.stats())
-            layers.append(
-                {"path": str(path), "cache_id": cache.cache_id, **(cache.layer.to_json() if cache.layer else {})}
-            )
+            found.append(Cache.open(moved if moved.exists() else path, layer, allow_partial=True))
         except DecantError as error:
             missing.append(f"no figures of the cache: {error}")
-    return (_sum_stats(stats) if stats else {}), layers
+    return found
+
+
+def _layer(cache: Cache) -> dict[str, Any]:
+    return {"path": str(cache.path), "cache_id": cache.cache_id, **(cache.layer.to_json() if cache.layer else {})}
+
+
+def _questions(recipe: Recipe | None, caches: Sequence[Cache]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    if recipe is None or not caches:
+        return found
+    for task in recipe.evaluate.tasks:
+        try:
+            found[task.domain] = among_caches(recipe, task, caches)
+        except EvaluationError:
+            continue  # the file is not on this machine: nothing is claimed about it
+    return found
 
 
 def _sum_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,10 +90,20 @@ def run_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("bytes per position", number(cache.get("bytes_per_position"), 1)),
             ("entries per position", number(cache.get("mean_support"), 1)),
         ]
-        rows += [("teacher's entropy", f"{number(cache.get('mean_entropy_nats'), 2)} nats")]
+        rows += [("teacher's entropy", _entropy(report))]
     total = sum(report["seconds"].values())
     rows += [(f"{_TIME}{phase}", duration(seconds)) for phase, seconds in report["seconds"].items()]
     return [*rows, (f"{_TIME}all", duration(total))] if len(report["seconds"]) > 1 else rows
+
+
+def _entropy(report: Mapping[str, Any]) -> str:
+    """Return the bounds of the teacher's mean entropy: a cache has the head and one bucket, not the bucket's shape."""
+    layers, cache = report["layers"], report["cache"]
+    least = cache.get("mean_entropy_nats")
+    if least is None or not layers or any(layer.get("mode") == "sample" for layer in layers):
+        return "not known"
+    most = least + cache.get("mean_tail_mass", 0.0) * math.log(max(layer["vocab_size"] for layer in layers))
+    return f"{least:.2f} nats" if most - least < 0.005 else f"{least:.2f} to {most:.2f} nats"
 
 
 def table_text(report: Mapping[str, Any]) -> str:

@@ -213,7 +213,17 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_several_runs_share_one_table_and_equal_models_appear_once(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "one", "one"), make_run(tmp_path / "two", "two")
     write_evaluation(second, "kd", dict(zip(DOMAINS, (0.6, 0.6, 0.6), strict=True)), 0.1)
-    report = build_report([first, second])
+    before = {path: path.read_bytes() for run in (first, second) for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(EvaluationError, match="--output DIR"):
+        build_report([first, second])
+    with pytest.raises(EvaluationError, match="one of the runs"):
+        build_report([first, second], second)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match="there is a file of that name"):
+        build_report([first], tmp_path / "file")
+    report = build_report([first, second], tmp_path / "a" / "both")
+    assert {name.name for name in (tmp_path / "a" / "both").iterdir()} == set(REPORT_FILES)
+    assert {path: path.read_bytes() for run in (first, second) for path in run.rglob("*") if path.is_file()} == before
     assert list(report["models"]) == ["teacher", "base", "sft", "kd", "two/kd"]
     assert set(report["stages"]) == {"sft", "kd", "two/sft", "two/kd"}
     assert not (second / "report.html").exists()

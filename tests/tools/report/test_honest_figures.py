@@ -1,0 +1,107 @@
+"""What a report claims: bounds where a cache has only bounds, no interval of one row, questions that are prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.cache.cache import Cache
+from shared.cache.groups import question_key
+from shared.keys import is_heldout
+from shared.recipe.file import load_recipe
+from tests.tools.report.fake_run import make_run, write_json
+from tools.evaluate.contamination import among_caches, among_groups, sentence
+from tools.report.build import build_report
+from tools.report.run_files import read_run
+from tools.report.tables import run_rows, table_text
+
+
+def report_of(mode: str, entropy: float, tail: float) -> dict[str, Any]:
+    cache = {"rows": 1, "positions": 1, "mean_entropy_nats": entropy, "mean_tail_mass": tail}
+    return {"cache": cache, "layers": [{"mode": mode, "vocab_size": 1000}], "seconds": {}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "entropy", "tail", "says"),
+    [
+        ("sample", 0.0, 1.0, "not known"),
+        ("top", 0.01, 0.999, "0.01 to 6.91 nats"),
+        ("top", 1.5, 0.0, "1.50 nats"),
+        ("top+sample", 0.5, 0.1, "0.50 to 1.19 nats"),
+    ],
+)
+def test_the_teachers_entropy_is_a_bound_or_not_known(mode: str, entropy: float, tail: float, says: str) -> None:
+    assert dict(run_rows(report_of(mode, entropy, tail)))["teacher's entropy"] == says
+
+
+def test_the_bounds_hold_for_dense_distributions() -> None:
+    """Head and bucket of random distributions of 50 tokens: the dense entropy lies between the bounds."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for alpha in (0.05, 0.3, 5.0):
+        dense = np.sort(rng.dirichlet(np.full(50, alpha), size=200))[:, ::-1].clip(1e-300)
+        kept, tail = dense[:, :5], 1 - dense[:, :5].sum(1)
+        parts = np.column_stack([kept, tail]).clip(1e-300)
+        least = float(-(parts * np.log(parts)).sum(1).mean())
+        full = float(-(dense * np.log(dense)).sum(1).mean())
+        assert least - 1e-9 <= full <= least + tail.mean() * math.log(50) + 1e-9
+
+
+def run_with_questions(root: Path, heldout: float = 0.0) -> Path:
+    """Return a run whose math task asks two of the cache's prompts ("prompt 3", ...) and one that it has not."""
+    run = make_run(root)
+    text = (run / "recipe.yaml").read_text().replace("math.test.jsonl", str(root / "math.jsonl"))
+    text = "\n".join(line for line in text.splitlines() if "code.test" not in line and "aiops.test" not in line)
+    (run / "recipe.yaml").write_text(text + f"\nheldout: {{fraction: {heldout}}}\n")
+    rows = [{"question": question, "answer": "#### 1"} for question in ("prompt 3", "prompt 4", "another")]
+    (root / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_questions_that_are_prompts_are_counted(tmp_path: Path) -> None:
+    run = run_with_questions(tmp_path / "run")
+    report = build_report([run])
+    assert report["questions"] == {"math": {"questions": 3, "trained_on": 2, "heldout": 0}}
+    for text in (table_text(report), (run / "report.md").read_text(), (run / "report.html").read_text()):
+        assert "Task questions that are also prompts" in text
+    recipe = load_recipe(run / "recipe.yaml")
+    (task,), caches = recipe.evaluate.tasks, [Cache.open(run / "cache")]
+    assert among_caches(recipe, task, caches) == report["questions"]["math"]
+    assert "2 of 3 questions are also among the prompts" in sentence("math", report["questions"]["math"])
+    assert sentence("math", {"questions": 3, "trained_on": 0, "heldout": 0}) == ""
+
+
+def test_held_out_questions_are_counted_apart(tmp_path: Path) -> None:
+    recipe = load_recipe(run_with_questions(tmp_path / "run", heldout=0.5) / "recipe.yaml")
+    (task,) = recipe.evaluate.tasks
+    keys = {question_key(text, "first question") for text in ("prompt 3", " prompt \n 4", "none")}
+    held = sum(is_heldout(question_key(text, "first question"), 0.5) for text in ("prompt 3", "prompt 4"))
+    assert among_groups(recipe, task, keys) == {"questions": 3, "trained_on": 2 - held, "heldout": held}
+
+
+def test_a_run_that_was_moved_is_read_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")
+    text = (run / "recipe.yaml").read_text().replace(str(run), "runs/demo")
+    (run / "recipe.yaml").write_text(text)
+    shutil.move(run, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path / "elsewhere", Path("elsewhere")):
+        found = read_run(place)
+        assert found.missing == []
+        assert found.cache["rows"] == 30
+
+
+def test_one_row_has_no_interval(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for low in (None, 0.12):
+        result = json.loads((run / "evaluate" / "kd.json").read_text())
+        result["heldout"] |= {"rows": 1, "kl_low": low, "kl_high": low}
+        write_json(run / "evaluate" / "kd.json", result)
+        assert build_report([run])["missing"] == []
+        assert "0.1200<small>one row</small>" in (run / "report.html").read_text()
