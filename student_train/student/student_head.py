@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from shared.errors import TrainingError
 from shared.models.logit_transform import enlarged_input, logit_transform
 from shared.models.row_length import known_positions
+from shared.models.wide_weights import widest
 from student_train.student.row_attention import NAME as ROW_ATTENTION
 from student_train.student.row_attention import layout_of
 from student_train.student.rows_alone import are_rows_alone, run_rows_alone
-from student_train.student.wide_weights import widest
 
 PROBE_TOKENS = 12
 """Length of the probes: long enough for attention to matter, short enough for any model."""

@@ -93,7 +93,9 @@ class HiddenEngine:
         Raises:
             EngineError: a state is not finite, or the engine is closed.
         """
-        for batch in length_batches(requests, 0, self._batch_tokens):
+        if self._model is None:
+            raise EngineError("the engine is closed; open another")
+        for batch in length_batches(requests, 0, self._batch_tokens, self._model.class_of):
             with torch.inference_mode():
                 captured = self._capture(batch)
             yield from captured

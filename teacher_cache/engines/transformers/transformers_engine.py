@@ -16,7 +16,7 @@ columns.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from shared.errors import EngineError
+from shared.models.row_length import known_positions
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout
@@ -63,8 +64,8 @@ class TransformersEngine:
         """
         self.tokenizer: Any = model.tokenizer
         self.vocab_size: int = len(model.tokenizer)
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if max_model_len and longest and max_model_len > longest and not getattr(model.config, "rope_scaling", None):
+        longest, known = getattr(model.config, "max_position_embeddings", None), known_positions(model.config)
+        if max_model_len and known and max_model_len > known:
             raise EngineError(
                 f"teacher.max_model_len is {max_model_len} but the model knows {longest} positions; lower it or "
                 "leave it out"
@@ -91,8 +92,14 @@ class TransformersEngine:
         Raises:
             EngineError: a prompt leaves no room for an answer, or the engine is closed.
         """
-        ends = AnswerEnds.of(self.tokenizer, self._loaded().declared_end_ids(), settings)
-        for batch in length_batches(requests, settings.max_new_tokens, self._batch_tokens):
+        model = self._loaded()
+        ends = AnswerEnds.of(self.tokenizer, model.declared_end_ids(), settings)
+
+        def class_of(num_tokens: int) -> Hashable:
+            grown = min(num_tokens + settings.max_new_tokens, self.max_model_len)
+            return model.class_of(num_tokens) if model.rotation_of(num_tokens) == model.rotation_of(grown) else None
+
+        for batch in length_batches(requests, settings.max_new_tokens, self._batch_tokens, class_of):
             for request in batch:
                 if not 1 <= len(request.token_ids) < self.max_model_len:
                     raise EngineError(
@@ -104,7 +111,7 @@ class TransformersEngine:
             yield from answered
 
     def _answer(self, batch: Sequence[GenerateRequest], settings: Generate, ends: AnswerEnds) -> list[Generated]:
-        """Decode one batch, padded on the left, with a key-value cache."""
+        """Decode one batch, padded on the left, with a key-value cache that is made anew where the rotation changes."""
         from transformers import DynamicCache
 
         model = self._loaded()
@@ -120,8 +127,10 @@ class TransformersEngine:
         limits = [min(settings.max_new_tokens, self.max_model_len - len(request.token_ids)) for request in batch]
         answers: list[list[int]] = [[] for _ in batch]
         reasons: list[str | None] = [None] * len(batch)
-        cache = DynamicCache(config=model.config)
+        cache, rotation, whole = None, None, tokens
         for step in range(max(limits)):
+            if rotation != model.rotation_of(whole.shape[1]):
+                rotation, cache, tokens = model.rotation_of(whole.shape[1]), DynamicCache(config=model.config), whole
             hidden = model.hidden(tokens, mask, cache)[:, -1]
             chosen = next_tokens(model.logits(hidden), seeds, step, settings, self.vocab_size)
             for row, token in enumerate(chosen.tolist()):
@@ -131,6 +140,7 @@ class TransformersEngine:
             if all(reasons):
                 break
             tokens = chosen[:, None].to(model.device)
+            whole = torch.cat([whole, tokens], 1)
             mask = torch.cat([mask, mask.new_ones((len(batch), 1))], 1)
         return [ends.answer(r.tag, a, reason or "length") for r, a, reason in zip(batch, answers, reasons, strict=True)]
 
@@ -142,7 +152,7 @@ class TransformersEngine:
         """
         if self._layout is None:
             raise EngineError("this engine was opened without a capture and cannot score; open it with one")
-        for batch in length_batches(requests, 0, self._batch_tokens):
+        for batch in length_batches(requests, 0, self._batch_tokens, self._loaded().class_of):
             for request in batch:
                 if not 2 <= len(request.token_ids) <= self.max_model_len:
                     found, most = len(request.token_ids), self.max_model_len

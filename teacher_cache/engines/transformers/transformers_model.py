@@ -16,11 +16,21 @@ from typing import Any
 import torch
 
 from shared.errors import EngineError
+from shared.models.attention_choice import faithful_attention
 from shared.models.end_tokens import checked_ids
 from shared.models.files import load_tokenizer
 from shared.models.loading import load_causal_lm
+from shared.models.logit_transform import enlarged_input, logit_transform
+from shared.models.row_length import LengthClass, length_class_of, reset_rotations, rope_switches
 from shared.models.unused_gpu import unused_gpu
+from shared.models.wide_weights import in_float32
 from shared.recipe.recipe import Teacher
+
+_LARGE_LOGITS = 50.0
+"""Standard deviation of logits at which a soft cap of any model shows."""
+_ROUNDING = 1e-4
+"""Largest difference of a token's state that counts as rounding in float32, over the states' standard deviation."""
+_SHORT_ROW = 7
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,7 +63,17 @@ class CausalModel:
             bias = getattr(head, "bias", None)
             self._bias = None if bias is None else bias.detach().to(self.head_dtype)
         self.num_entries: int = self._weight.shape[0]
-        self._check()
+        self._logit_scale, self._logit_cap = logit_transform(self.config)
+        self._switches = bool(rope_switches(self.config))
+        with torch.inference_mode():
+            probe = self._probe(8)
+            ones = torch.ones_like(probe)
+            self.model.set_attn_implementation(faithful_attention(model, lambda: self.hidden(probe, ones)))
+            self._check(probe)
+            self.rotation_of = length_class_of(self.config)
+            """Tokens of a sequence -> how it is rotated; keys and values of another rotation are of no use to it."""
+            self.class_of = self.rotation_of if self._padding_is_unseen() else _own_length
+            """Tokens of a row -> its class: rows of different classes must not share a batch."""
 
     @classmethod
     def load(cls, teacher: Teacher, model_dir: Path, *, dtype: str | None = None) -> CausalModel:
@@ -105,6 +125,8 @@ class CausalModel:
             mask: [R, cached + T] 1 for tokens, 0 for padding, on either side.
             cache: a transformers cache to read and extend; None: no cache.
         """
+        if self._switches and (cache is None or cache.get_seq_length() == 0):
+            reset_rotations(self.model)
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -token_ids.shape[1] :]
         output = self.model.base_model(
             input_ids=token_ids,
@@ -118,15 +140,10 @@ class CausalModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return [P, V] logits of [P, H] hidden states, in the head's type."""
         logits = torch.nn.functional.linear(hidden.to(self.head_dtype), self._weight, self._bias)
-        scale = getattr(self.config, "logit_scale", None)
-        divisor = getattr(self.config, "logits_scaling", None)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        if scale is not None:
-            logits = logits * scale
-        if divisor is not None:
-            logits = logits / divisor
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        if self._logit_cap is not None:
+            logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
         return logits
 
     def declared_end_ids(self) -> tuple[int, ...]:
@@ -137,17 +154,54 @@ class CausalModel:
                 return found
         return ()
 
-    def _check(self) -> None:
-        probe = (torch.arange(1, 9, device=self.device)[None] * 97) % min(len(self.tokenizer), self.num_entries)
-        mask = torch.ones_like(probe)
-        with torch.inference_mode():
-            own = self.logits(self.hidden(probe, mask)[0]).float()
-            theirs = self.model(input_ids=probe, attention_mask=mask, use_cache=False).logits[0].float()
-        bound = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
-        if own.shape != theirs.shape or not torch.allclose(
-            own.log_softmax(-1), theirs.log_softmax(-1), rtol=bound, atol=bound
-        ):
+    def _probe(self, num_tokens: int) -> torch.Tensor:
+        """Return [1, num_tokens] tokens."""
+        tokens = torch.arange(1, num_tokens + 1, device=self.device)[None] * 97
+        return tokens % min(len(self.tokenizer), self.num_entries)
+
+    def _check(self, probe: torch.Tensor) -> None:
+        """Compare with the model's own logits, as they are and where they are large enough for any cap to show.
+
+        Raises:
+            EngineError: they differ.
+        """
+        head, hidden = self.model.get_output_embeddings(), self.hidden(probe, torch.ones_like(probe))
+        is_right = self._are_own(probe, hidden)
+        factor = _LARGE_LOGITS / max(float(self.logits(hidden).float().std()), 1e-30)
+        with enlarged_input(head, factor) as calls:
+            is_right_large = self._are_own(probe, hidden * factor)
+        if not is_right or (calls and not is_right_large):
             raise EngineError(
                 f"{type(self.model).__name__} makes its logits in a way that the transformers engine does not "
                 "know; use teacher.engine vllm"
             )
+
+    def _are_own(self, probe: torch.Tensor, hidden: torch.Tensor) -> bool:
+        """Say whether logits of `hidden` [1, T, H] are those that the model returns for the probe."""
+        own = self.logits(hidden[0]).float()
+        theirs = self.model(input_ids=probe, attention_mask=torch.ones_like(probe), use_cache=False).logits[0].float()
+        bound = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
+        bound *= max(1.0, float(theirs.std()))
+        return own.shape == theirs.shape and bool((own - theirs).abs().max() <= bound)
+
+    def _padding_is_unseen(self) -> bool:
+        """Say whether a row's states are the same in a batch that is padded on either side, in float32."""
+        row, length = self._probe(_SHORT_ROW), 2 * _SHORT_ROW
+        with in_float32(self.model):
+            alone = self.hidden(row, torch.ones_like(row))[0]
+            for start in (0, length - _SHORT_ROW):
+                tokens, mask = (
+                    self._probe(length).repeat(2, 1),
+                    torch.ones(2, length, dtype=torch.int64, device=self.device),
+                )
+                mask[1] = 0
+                mask[1, start : start + _SHORT_ROW] = 1
+                tokens[1, start : start + _SHORT_ROW] = row[0]
+                padded = self.hidden(tokens, mask)[1, start : start + _SHORT_ROW]
+                if (padded - alone).abs().mean(-1).max() > _ROUNDING * alone.float().std():
+                    return False
+        return True
+
+
+def _own_length(num_tokens: int) -> LengthClass:
+    return (num_tokens,)

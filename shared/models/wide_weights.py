@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
-from torch import nn
-
 
 def widest(model: Any) -> tuple[AbstractContextManager[None], bool]:
     """Return the context in which a model computes as widely as its attention can, and whether that is float32."""
@@ -23,17 +20,19 @@ def widest(model: Any) -> tuple[AbstractContextManager[None], bool]:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
+def in_float32(model: Any) -> Iterator[None]:
     """Let every layer of `model` compute with float32 copies of its 16-bit weights, without the shortcuts of TF32."""
-    kept: dict[nn.Module, dict[str, Any]] = {}
+    import torch
 
-    def widen(module: nn.Module, inputs: Any) -> None:
+    kept: dict[Any, dict[str, Any]] = {}
+
+    def widen(module: Any, inputs: Any) -> None:
         if module not in kept:
             kept[module] = {name: weight for name, weight in module._parameters.items() if _is_narrow(weight)}
             for name, weight in kept[module].items():
-                module._parameters[name] = nn.Parameter(weight.detach().float(), requires_grad=False)
+                module._parameters[name] = torch.nn.Parameter(weight.detach().float(), requires_grad=False)
 
-    def give_back(module: nn.Module, inputs: Any, output: Any) -> None:
+    def give_back(module: Any, inputs: Any, output: Any) -> None:
         module._parameters.update(kept.pop(module, {}))
 
     narrow = [module for module in model.modules() if any(_is_narrow(weight) for weight in module._parameters.values())]
@@ -51,4 +50,6 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def _is_narrow(tensor: Any) -> bool:
+    import torch
+
     return isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.bfloat16, torch.float16)
