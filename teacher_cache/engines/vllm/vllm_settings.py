@@ -17,11 +17,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from shared.errors import EngineError
+from shared.models.row_length import known_positions, rope_switches
 from shared.recipe.recipe import Capture, Generate, Teacher
 
 MIN_CACHE_BYTES = 2**28
@@ -89,15 +92,17 @@ def plan_settings(
     text = config.get("text_config") or config
     longest = text.get("max_position_embeddings")
     length = teacher.max_model_len
-    if length is not None and longest is not None and length > longest and not text.get("rope_scaling"):
+    known = known_positions(SimpleNamespace(**text))
+    if length is not None and known is not None and length > known:
         raise EngineError(
-            f"teacher.max_model_len is {length} but {model_dir} knows {longest} positions; lower it or leave it out"
+            f"teacher.max_model_len is {length} but {model_dir} knows {known} positions; lower it or leave it out"
         )
     if length is None and isinstance(longest, int):
         length = longest
     if length is not None and length == longest:
         # The one token sampled after a full sequence is never fed back, so no position beyond the model's last is used.
         os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    _refuse_other_rotation(text, length, model_dir)
     fits_one_pass = length is not None and length + 1 <= teacher.max_num_batched_tokens
     unchunked = on_cpu and generate is not None and fits_one_pass
     dtype = _dtype(teacher, config)
@@ -190,6 +195,22 @@ def _available_bytes() -> int:
     except OSError:  # no Linux: count what the system calls free
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _refuse_other_rotation(text: Mapping[str, Any], length: int | None, model_dir: Path) -> None:
+    """Refuse a model whose rotation follows a row's length where vLLM would rotate all rows as it does its longest.
+
+    Raises:
+        EngineError: with what to set.
+    """
+    for kind, most in rope_switches(SimpleNamespace(**text)):
+        if kind == "longrope" and length is not None and length < most:  # vLLM is told of one token more
+            continue
+        ways = f"set teacher.max_model_len to {most - 1} or less, or " if kind == "longrope" else "set "
+        raise EngineError(
+            f"{model_dir} rotates rows of more than {most} tokens by their length (rope type {kind}), and vLLM rotates "
+            f"every row as its longest; {ways}teacher.engine to transformers"
+        )
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:

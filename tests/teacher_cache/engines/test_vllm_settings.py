@@ -39,6 +39,30 @@ def test_a_full_length_sequence_can_be_scored(model_dir):
     assert settings.arguments["max_model_len"] == 513
 
 
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_rotations_that_follow_a_rows_length_are_refused_where_vllm_would_rotate_all_rows_alike(model_dir, key):
+    rope = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0],
+        "long_factor": [4.0],
+    }
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, key: rope}))
+    for length in (None, 64, 200):
+        with pytest.raises(EngineError, match=r"set teacher\.max_model_len to 63 or less"):
+            plan(model_dir, max_model_len=length)
+    assert plan(model_dir, max_model_len=63).arguments["max_model_len"] == 64
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, key: {"type": "dynamic", "factor": 2.0}}))
+    with pytest.raises(EngineError, match=r"set teacher\.engine to transformers"):
+        plan(model_dir, max_model_len=63)
+
+
+def test_stretched_rotations_may_read_more_than_the_config_says(model_dir):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, "rope_parameters": yarn}))
+    assert plan(model_dir, max_model_len=2048).max_model_len == 2048
+
+
 def test_prompts_stay_whole_on_a_cpu_while_answers_have_seeds(model_dir):
     assert plan(model_dir, generate=Generate()).arguments["enable_chunked_prefill"] is False
     assert plan(model_dir, generate=Generate()).honours_seeds
