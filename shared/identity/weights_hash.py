@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from shared.errors import CacheError
+from shared.errors import CacheError, ModelError
 from shared.keys import canonical_json
 
 SAMPLE_BYTES = 4096
@@ -30,7 +30,7 @@ def weights_hash(model_dir: Path) -> str:
     """Return 32 hexadecimal digits for a model or adapter directory, reading samples of its weights only.
 
     Raises:
-        CacheError: no weights, or a file that is not what its name says.
+        ModelError: no weights, or a file that is not what its name says.
     """
     digest = xxhash.xxh3_128()
     try:
@@ -44,7 +44,7 @@ def weights_hash(model_dir: Path) -> str:
         tensors = sorted(model_dir.glob("*.safetensors"))
         others = [] if tensors else sorted(p for p in model_dir.iterdir() if p.suffix in _WEIGHT_ENDINGS)
         if not tensors and not others:
-            raise CacheError(f"{model_dir} holds no weights (*.safetensors or {', '.join(_WEIGHT_ENDINGS)})")
+            raise ModelError(f"{model_dir} holds no weights (*.safetensors or {', '.join(_WEIGHT_ENDINGS)})")
         for path in (*tensors, *others):
             size = path.stat().st_size
             digest.update(canonical_json([path.name, size]))
@@ -53,7 +53,7 @@ def weights_hash(model_dir: Path) -> str:
                 for start, end, samples in regions:
                     _sample(file, start, end, samples, digest)
     except (OSError, ValueError) as error:
-        raise CacheError(f"{model_dir} cannot be fingerprinted ({error}); check that the model is complete") from None
+        raise ModelError(f"{model_dir} cannot be fingerprinted ({error}); check that the model is complete") from None
     return digest.hexdigest()
 
 
@@ -63,7 +63,7 @@ def _safetensors_regions(
     """Hash the header and return (start, end, samples) of each tensor's bytes."""
     header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > min(_MAX_HEADER_BYTES, size):
-        raise CacheError(f"{path} claims a header of {header_bytes} bytes; it is not a complete safetensors file")
+        raise ModelError(f"{path} claims a header of {header_bytes} bytes; it is not a complete safetensors file")
     text = file.read(header_bytes)
     digest.update(text)
     regions = []
@@ -71,7 +71,7 @@ def _safetensors_regions(
         if name != "__metadata__":
             start, end = (8 + header_bytes + int(offset) for offset in tensor["data_offsets"])
             if end > size:
-                raise CacheError(f"{path} ends at byte {size} where tensor {name} needs {end}; download it again")
+                raise ModelError(f"{path} ends at byte {size} where tensor {name} needs {end}; download it again")
             regions.append((start, end, SAMPLES_PER_TENSOR))
     return regions
 

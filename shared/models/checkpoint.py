@@ -36,18 +36,21 @@ def check_checkpoint(directory: Path, *, what: str, trust_remote_code: bool, ada
         trust_remote_code: run Python that comes with it.
         adapter: an adapter's directory.
 
+    An architecture that transformers does not know is left to the engine, with a warning.
+
     Raises:
         ModelError: the first missing, unexpected and reshaped tensor are named.
     """
     name = f"{what} '{directory}'"
-    config = load_config(directory, what=what, trust_remote_code=trust_remote_code)
-    model_class = _class_of(config, trust_remote_code)
+    try:
+        config = load_config(directory, what=what, trust_remote_code=trust_remote_code)
+        model_class = _class_of(config, trust_remote_code)
+    except ModelError as error:
+        model_class, why = None, str(error)
+    else:
+        why = f"transformers does not know {getattr(config, 'architectures', None)}"
     if model_class is None:
-        logger.warning(
-            "%s: transformers does not know %s, so names of tensors are left to the engine",
-            directory,
-            config.architectures,
-        )
+        logger.warning("%s: names of tensors are left to the engine to check, since %s", directory, why)
         return
     model, gaps = _meta_model(model_class, config, directory, name)
     gaps.refuse(name, model_class.__name__)

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from shared.errors import EngineError
+from shared.errors import EngineError, ModelError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.teacher.model_files import ModelFiles, load_tokenizer, resolve_model, tokenizer_files
@@ -49,8 +49,8 @@ def know_teacher(teacher: Teacher) -> KnownTeacher:
     """Read a teacher's files.
 
     Raises:
-        EngineError: model, tokenizer or adapter is missing or broken.
-        CacheError: weights that cannot be fingerprinted.
+        ModelError: model, tokenizer, weights or adapter are missing or broken.
+        EngineError: the adapter cannot be folded into quantised weights.
     """
     files = resolve_model(teacher.model, teacher.revision)
     tokenizer = load_tokenizer(files, trust_remote_code=teacher.trust_remote_code)
@@ -59,7 +59,7 @@ def know_teacher(teacher: Teacher) -> KnownTeacher:
     if teacher.adapter is not None:
         directory = Path(teacher.adapter)
         if not (directory / "adapter_config.json").is_file():
-            raise EngineError(
+            raise ModelError(
                 f"{teacher.adapter}: no adapter_config.json there; expected a LoRA directory in `teacher.adapter`"
             )
         if files.quantization is not None and teacher.engine != "server":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, ModelError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference, tokenizer_hash, weights_hash
 from tests.shared.small_cache import HYBRID, SEQUENCES, TOP
 
@@ -152,12 +152,12 @@ def test_incomplete_models_are_refused_with_the_file(tmp_path: Path) -> None:
         (b"\xff" * 100, "not a complete"),
     ):
         (path / "model.safetensors").write_bytes(cut)
-        with pytest.raises(CacheError, match=text):
+        with pytest.raises(ModelError, match=text):
             weights_hash(path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CacheError, match="holds no weights"):
+    with pytest.raises(ModelError, match="holds no weights"):
         weights_hash(tmp_path / "empty")
-    with pytest.raises(CacheError, match="cannot be fingerprinted"):
+    with pytest.raises(ModelError, match="cannot be fingerprinted"):
         weights_hash(tmp_path / "absent")
 
 

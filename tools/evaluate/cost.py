@@ -85,7 +85,7 @@ def cost_identity(
     """Return everything that the figures depend on, the machine among it.
 
     Raises:
-        CacheError: a model's weights cannot be read.
+        ModelError: a model's weights cannot be read.
     """
     return {
         "format": COST_FORMAT,

@@ -127,7 +127,7 @@ def lm_eval_identity(model: ModelUnderTest, tasks: LmEvalTasks, ends: Sequence[i
     """Return everything that a model's results depend on; `ends` are end tokens that its files do not name.
 
     Raises:
-        CacheError: the model's weights cannot be read.
+        ModelError: the model's weights cannot be read.
     """
     return {
         "format": LM_EVAL_FORMAT,

@@ -30,7 +30,7 @@ class ModelUnderTest:
         """Return what changes when its weights do: a hash of its files.
 
         Raises:
-            CacheError: the directory holds no weights that can be read.
+            ModelError: the directory holds no weights that can be read.
         """
         base = weights_hash(self.files.directory)
         return base if self.adapter is None else f"{base}+{weights_hash(Path(self.adapter))}"

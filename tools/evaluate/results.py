@@ -45,7 +45,8 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
 
     Raises:
         EvaluationError: a task's file cannot be read.
-        CacheError: a cache or the model's weights cannot be read.
+        CacheError: a cache cannot be read.
+        ModelError: the model's weights cannot be read.
     """
     tasks = []
     for task in recipe.evaluate.tasks:

@@ -34,7 +34,7 @@ def side_identity(recipe: Recipe, model: ModelUnderTest, prompts: Sequence[SideP
     """Return everything that a model's sampled answers depend on.
 
     Raises:
-        CacheError: the model's weights cannot be read.
+        ModelError: the model's weights cannot be read.
     """
     settings = recipe.evaluate.side_by_side
     assert settings is not None

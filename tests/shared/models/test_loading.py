@@ -168,6 +168,14 @@ def test_quantised_checkpoint_is_whole_where_every_module_has_something(models, 
             look(lacking)
 
 
+def test_architecture_that_transformers_does_not_know_is_left_to_the_engine(models, tmp_path, caplog):
+    shutil.copytree(models["tied"], tmp_path / "new")
+    config = {"model_type": "newer", "architectures": ["NewerForCausalLM"]}
+    (tmp_path / "new/config.json").write_text(json.dumps(config))
+    look(tmp_path / "new")
+    assert "names of tensors are left to the engine to check, since the config of the student" in caplog.text
+
+
 def test_files_that_are_not_there_or_not_weights_are_named(models, tmp_path):
     for name in ("cut", "index", "outside"):
         shutil.copytree(models["untied"], tmp_path / name)

@@ -6,14 +6,16 @@ Engines of this module run inside the test process, one at a time; each start ta
 from __future__ import annotations
 
 import logging
+import shutil
 from contextlib import contextmanager
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from shared.errors import EngineError
+from shared.errors import EngineError, ModelError
 from shared.keys import row_salt
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
@@ -351,8 +353,18 @@ def test_adapter_changes_the_scores_as_in_the_oracle(model_dir, tmp_path, exact)
 
 
 def test_missing_adapter_is_a_sentence(model_dir, tmp_path):
-    with pytest.raises(EngineError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(EngineError, match=r"no adapter_config\.json there"):
         open_engine(Teacher(model="m", adapter=str(tmp_path)), None, for_generation=None, model_dir=model_dir)
+
+
+def test_one_missing_tensor_is_refused_before_vllm_starts(model_dir, tmp_path):
+    """vLLM itself takes a checkpoint without one `down_proj`, and answers with whatever the memory held."""
+    weights = load_file(model_dir / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    shutil.copytree(model_dir, tmp_path / "lacking")
+    save_file(weights, tmp_path / "lacking/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 tensor is missing \(first: model\.layers\.1\.mlp\.down_proj\.weight\)"):
+        open_engine(Teacher(model="m"), None, for_generation=None, model_dir=tmp_path / "lacking")
 
 
 def test_model_that_cannot_start_is_a_sentence(tmp_path):
