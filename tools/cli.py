@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +31,10 @@ from tools.cli_parser import EXIT_USAGE, build_parser
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 DEFERRED_SECONDS = 0.05
 """A SIGTERM that comes during an import is sent again after it."""
+
+
+PhasesOf = Callable[[argparse.Namespace, Any], Collection[str]]
+"""Phases of a recipe that a command will run."""
 
 
 class Terminated(BaseException):
@@ -46,13 +50,14 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from tools.plan.planner import plan, plan_text
+    from tools.plan.planner import plan, plan_text, require_disk
+    from tools.run_all import phases_of
 
     if args.card is not None and (args.calibrate is not None or args.price_per_hour is not None):
         args.parser.error("--card is about training and --calibrate about the teacher; ask one at a time")
     if args.price_per_hour is not None and args.calibrate is None:
         args.parser.error("--price-per-hour needs --calibrate: without it no hours are known")
-    recipe = _load(args)
+    recipe = _load(args, lambda _, recipe: phases_of(recipe))
     if args.calibrate is not None:
         from tools.phases import plan_calibrated
 
@@ -62,6 +67,7 @@ def _plan(args: argparse.Namespace) -> int:
         return 0
     if args.card is None:
         result = plan(recipe)
+        require_disk(recipe, result)
         _result(args, result, plan_text(result))
         return 0
     from tools.plan.plan_card import card_bytes, card_text, plan_card
@@ -77,16 +83,20 @@ def _teach(args: argparse.Namespace) -> int:
     from tools.phases import teach
 
     with _stdout_kept(args):
-        result = teach(_load(args, save=True), args.partition, args.max_set_aside)
+        result = teach(_load(args, lambda *_: ("teach",), save=True), args.partition, args.max_set_aside)
     _result(args, *result)
     return 0
 
 
 def _train(args: argparse.Namespace) -> int:
-    from tools.phases import train
+    from tools.phases import require_stages, train
+
+    def phases(args: argparse.Namespace, recipe: Any) -> Collection[str]:
+        require_stages(recipe, args.from_stage, args.to_stage)
+        return ("train",)
 
     with _stdout_kept(args):
-        result = train(_load(args, save=True), args.from_stage, args.to_stage)
+        result = train(_load(args, phases, save=True), args.from_stage, args.to_stage)
     _result(args, *result)
     return 0
 
@@ -101,9 +111,9 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tools.run_all import run_all
+    from tools.run_all import phases_of, run_all
 
-    run_all(_load(args, save=True), args)
+    run_all(_load(args, lambda args, recipe: phases_of(recipe, args), save=True), args)
     return 0
 
 
@@ -163,11 +173,19 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _load(args: argparse.Namespace, *, save: bool = False) -> Any:
-    """Load the recipe; remember its run directory for a traceback, and save what runs there."""
-    from shared.recipe.file import dump_recipe, load_recipe
+def _load(args: argparse.Namespace, phases: PhasesOf | None = None, *, save: bool = False) -> Any:
+    """Load the recipe, check what `phases` need, remember its run directory for a traceback, and save what runs there.
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    A command saves what it runs; one that only plans may do without models whose sizes the recipe states.
+    """
+    from shared.recipe.file import dump_recipe, load_recipe_and_places
+
+    recipe, where = load_recipe_and_places(args.recipe, args.overrides)
+    if phases is not None:
+        from tools.plan.preflight import preflight
+
+        with _stdout_kept(args):
+            preflight(recipe, where, phases(args, recipe), plans_only=not save)
     args.run_dir = recipe.output_dir
     if save:
         from shared.atomic import write_atomic

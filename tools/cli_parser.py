@@ -74,12 +74,7 @@ def build_parser() -> Parser:
         "--price-per-hour", type=_price, metavar="PRICE", help="of one engine, for the money of --calibrate"
     )
     teach = _recipe(command("teach", "phase 1: let the teacher answer and score; continues what is there"))
-    teach.add_argument(
-        "--max-set-aside",
-        type=_share,
-        metavar="SHARE",
-        help="fail when more than this share of rows is unusable (default: 0.01)",
-    )
+    _max_set_aside(teach)
     teach.add_argument(
         "--partition", type=_partition, metavar="I/N", help="do only share I of N of the plan, I from 0 to N-1"
     )
@@ -95,6 +90,7 @@ def build_parser() -> Parser:
     run.add_argument("--from", dest="first", choices=PHASES, help="begin with this phase")
     run.add_argument("--to", dest="last", choices=PHASES, help="end with this phase")
     run.add_argument("--only", choices=PHASES, help="just this phase")
+    _max_set_aside(run)
     run.add_argument("--allow-unsafe-code", action="store_true", help=unsafe)
     report = command("report", "write report.html, report.md, models.csv and report.json for one run or several")
     report.add_argument(
@@ -180,6 +176,11 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     audit.add_argument("--k", metavar="K,K", help="heads to compare (default: 8,16,32,64)")
     audit.add_argument("--mass", metavar="M,M", help="masses to compare (default: 0.99,0.999,1)")
     audit.add_argument("--temperatures", metavar="T,T", help="temperatures to compare, besides the layer's")
+
+
+def _max_set_aside(parser: Parser) -> None:
+    unusable = "fail when more than this share of rows is unusable (default: 0.01)"
+    parser.add_argument("--max-set-aside", type=_share, metavar="SHARE", help=unusable)
 
 
 def _recipe(parser: Parser) -> Parser:

@@ -75,12 +75,11 @@ def _is_measured(assumption: str) -> bool:
     return assumption.startswith("hours are not given") or "bytes per position expected" in assumption
 
 
-def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Result:
-    """Run phase 2 and name its models.
+def require_stages(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> None:
+    """Refuse names that no stage has.
 
     Raises:
         UsageError: a stage is not in the recipe.
-        DecantError: training cannot start or must stop.
     """
     names = [stage.name for stage in recipe.stages]
     for option, name in (("--from-stage", from_stage), ("--to-stage", to_stage)):
@@ -88,6 +87,16 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Resul
             raise UsageError(
                 f"{option} {name}: the recipe has the stages {quoted(names) or 'none'}{closest(name, names)}"
             )
+
+
+def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Result:
+    """Run phase 2 and name its models.
+
+    Raises:
+        UsageError: a stage is not in the recipe.
+        DecantError: training cannot start or must stop.
+    """
+    require_stages(recipe, from_stage, to_stage)
     from student_train.stage.stages import run_stages
 
     directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage, open_progress=Progress)]

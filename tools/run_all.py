@@ -60,6 +60,12 @@ def chosen_phases(first: str | None, last: str | None, only: str | None) -> tupl
     return PHASES[begin : end + 1]
 
 
+def phases_of(recipe: Recipe, args: argparse.Namespace | None = None) -> list[str]:
+    """Return the phases that a recipe has something for, of those that a command line chooses."""
+    chosen = chosen_phases(args.first, args.last, args.only) if args is not None else PHASES
+    return [phase for phase in chosen if nothing_to_do(recipe, phase) is None]
+
+
 def nothing_to_do(recipe: Recipe, phase: str) -> str | None:
     """Say why a recipe has nothing for a phase, or None where it has."""
     if phase == "teach" and recipe.teacher is None:
@@ -83,6 +89,8 @@ def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[
         command += [part for override in args.overrides for part in ("--set", override)]
     if phase == "eval" and args.allow_unsafe_code:
         command.append("--allow-unsafe-code")
+    if phase == "teach" and args.max_set_aside is not None:
+        command += ["--max-set-aside", f"{args.max_set_aside:.12f}"]
     command += ["--json"] if args.json and phase == "report" else []
     command += ["--verbose"] if args.verbose else []
     return command

@@ -35,6 +35,16 @@ def hash8_of(identity: Any) -> str:
     return xxhash.xxh3_128_hexdigest(canonical_json(document))[:8]
 
 
+def layer_short_name(captured: Any) -> str:
+    """Return the default name of a layer by a capture's mode, k and draws: top64, sample12, top8-sample4."""
+    parts = {
+        "top": f"top{captured.k}",
+        "sample": f"sample{captured.draws}",
+        "top+sample": f"top{captured.k}-sample{captured.draws}",
+    }
+    return parts.get(captured.mode, str(captured.mode))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerIdentity:
     """Which teacher, captured how: the identity of one targets layer."""
@@ -77,12 +87,7 @@ class LayerIdentity:
     @property
     def name(self) -> str:
         """Short default name: top64, sample12 or top8-sample4."""
-        parts = {
-            "top": f"top{self.k}",
-            "sample": f"sample{self.draws}",
-            "top+sample": f"top{self.k}-sample{self.draws}",
-        }
-        return parts.get(self.mode, self.mode)
+        return layer_short_name(self)
 
     def make_codec(self) -> Codec:
         """Return the codec of the layer's blobs.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path as FilePath
 from typing import Any
@@ -37,6 +37,11 @@ def load_recipe(path: FilePath | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read or does not validate; one line per problem, `file:line: path: problem`.
     """
+    return load_recipe_and_places(path, overrides)[0]
+
+
+def load_recipe_and_places(path: FilePath | str, overrides: Sequence[str] = ()) -> tuple[Recipe, Where]:
+    """Read and validate a recipe, and return where its values were written; errors as for `load_recipe`."""
     text = _read(FilePath(path))
     try:
         document = parse_yaml(text)
@@ -51,7 +56,7 @@ def load_recipe(path: FilePath | str, overrides: Sequence[str] = ()) -> Recipe:
         for below in [known for known in where if known[: len(place)] == place]:
             del where[below]
         where[place] = (0, f"--set {override}")
-    return _validate(document.data, where)
+    return _validate(document.data, where), where
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -102,13 +107,18 @@ def _validate(data: dict[str, Any], where: Where) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         found, more = _without_consequences(error.errors(include_url=False), data)
-    lines = sorted((*_source(place, where), _dotted(place), sentence) for place, sentence in found.items())
+    raise listed(found.items(), where, more)
+
+
+def listed(problems: Iterable[tuple[Path, str]], where: Where, more: int = 0) -> RecipeError:
+    """Return the error that says what is wrong at places of a recipe, in the order of the file, the first of many."""
+    lines = sorted((*_source(place, where), _dotted(place), sentence) for place, sentence in problems)
     shown = lines[:MOST_PROBLEMS]
     more += len(lines) - len(shown)
     text = [
         f"{label}: {dotted}: {sentence}" if dotted else f"{label}: {sentence}" for _, label, dotted, sentence in shown
     ]
-    raise RecipeError("\n".join(text + [f"and {more:,} problems more"] * bool(more)))
+    return RecipeError("\n".join(text + [f"and {more:,} problems more"] * bool(more)))
 
 
 def _dotted(place: Path) -> str:

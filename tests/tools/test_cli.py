@@ -214,6 +214,8 @@ def test_json_is_alone_on_standard_output_whatever_libraries_print(recipe):
     program = f"""
 import os, sys
 from tools import cli, phases
+from tools.plan import preflight
+preflight.CHECKS = ()
 def train(recipe, first, last):
     print("a library talks")
     os.write(1, b"and another\\n")
@@ -230,8 +232,10 @@ sys.exit(cli.main(["train", {str(recipe)!r}, "--json"]))
 def test_resolved_recipe_is_saved_with_the_run(recipe, tmp_path, monkeypatch):
     from shared.recipe.file import load_recipe
     from tools import phases
+    from tools.plan import preflight
 
     monkeypatch.setattr(phases, "train", lambda recipe, first, last: ({}, ""))
+    monkeypatch.setattr(preflight, "CHECKS", ())
     assert cli.main(["train", str(recipe), "--set", "stages.kd.trainer.max_steps=7"]) == 0
     assert load_recipe(tmp_path / "run" / "recipe.yaml").stage("kd").trainer.max_steps == 7
 

@@ -23,7 +23,7 @@ def test_starter_validates_for_every_name(tmp_path, name):
 
 
 @settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=30))
 def test_any_path_survives_the_way_through_yaml(tmp_path_factory, value):
     path = init_recipe("x", value, value, value, tmp_path_factory.mktemp("init") / "r.yaml")
     recipe = load_recipe(path)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 from shared.cache.layout import Layer, list_layers, sequences_dir
-from shared.errors import EvaluationError
+from shared.errors import EvaluationError, UsageError
 from shared.parts.records import list_records
 from shared.payload.narrowing import holds
 from shared.recipe.recipe import Capture, Recipe, Stage
@@ -226,6 +227,23 @@ def _stage_figures(stage: Stage, cache_tokens: int, recipe: Recipe) -> dict[str,
         "tokens": tokens,
         "epochs": round(tokens / trained, 2) if trained else None,
     }
+
+
+def require_disk(recipe: Recipe, result: dict[str, Any]) -> None:
+    """Refuse a plan whose cache would not fit its disk.
+
+    Raises:
+        UsageError: with what is expected and what is free.
+    """
+    place = recipe.cache[0].absolute()
+    free = disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
+    needed = result.get("bytes", {}).get("expected", 0)
+    needed += result.get("rescore", {}).get("bytes", {}).get("expected", 0)
+    if needed > free:
+        raise UsageError(
+            f"the cache needs about {size(needed)} in {place} and {size(free)} are free; make room, set `cache` to a "
+            "larger disk, or keep less (capture.k, capture.mass)"
+        )
 
 
 def plan_text(result: dict[str, Any]) -> str:

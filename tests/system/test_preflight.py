@@ -1,0 +1,142 @@
+"""Wrong inputs, each refused by `plan` before any work: place, found, expected, exit code 2, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.system.program import write_lines
+from tests.tiny_models import make_qwen3
+from tools import cli
+
+RECIPE = """\
+name: wrong
+output_dir: run
+teacher: {model: teacher, engine: transformers, dtype: float32, max_model_len: 96}
+prompts: [{source: a, path: prompts.jsonl, format: messages}]
+generate: {max_new_tokens: 6}
+capture: {k: 8}
+cache: run/cache
+student: {model: student}
+stages: [{name: kd, losses: [{name: forward_kl}], trainer: {max_steps: 2, pack_tokens: 128}}]
+evaluate: {models: [teacher, base, kd], tasks: [{name: gsm8k, path: sums.jsonl}]}
+"""
+
+TRAINER, LOSS = "stages.kd.trainer", "stages.kd.losses.0"
+WRONG = [
+    # what is set (YAML), the place that is blamed, a part of the sentence
+    ("student.model=/no/such/dir", "student.model", "no directory '/no/such/dir'"),
+    ("student.model=./studnt", "student.model", "did you mean 'student'?"),
+    ("student.model=org/no-such-model", "student.model", "neither a directory nor a hub id"),
+    ("student.model=prompts.jsonl", "student.model", "is a file"),
+    ("student.model=empty", "student.model", "config.json"),
+    ("student.model=broken", "student.model", "config.json"),
+    ("student.model=without-tokenizer", "student.model", "has no tokenizer.json"),
+    ("student.model=other", "student.model", "choose a student with the same tokenizer"),
+    ("student.revision=main", "student.model", "leave the revision out"),
+    ("teacher.model=./techer", "teacher.model", "did you mean 'teacher'?"),
+    ("teacher.model=org/no-such-model", "teacher.model", "neither a directory nor a hub id"),
+    ("teacher.adapter=nowhere", "teacher.adapter", "adapter_config.json"),
+    ("teacher.adapter=student", "teacher.adapter", "adapter_config.json"),
+    ("teacher.engine=vlm", "teacher.engine", "is not one of"),
+    ("generate.model=./nobody", "generate.model", "no directory './nobody'"),
+    ("prompts.a.path=nowhere.jsonl", "prompts.0.path", "nowhere.jsonl"),
+    ("prompts.a.path=empty", "prompts.0.path", "expected prompts"),
+    ("prompts.a.chat_template=nowhere.jinja", "prompts.0.chat_template", "nowhere.jinja"),
+    ("prompts=[{path: run, format: cache}]", "prompts.0", "generate"),
+    ("seed=-1", "seed", "from 0 to 4294967295"),
+    ("seed=99999999999", "seed", "from 0 to 4294967295"),
+    (f"{TRAINER}.seed=99999999999", "trainer.seed", "4294967295"),
+    (f"{TRAINER}.pack_tokens=1000000000000000000", "trainer.pack_tokens", "2147483647"),
+    (f"{TRAINER}.pack_tokens=true", "trainer.pack_tokens", "a number"),
+    (f"{TRAINER}.optim=adamw_torc", "trainer.optim", "did you mean 'adamw_torch'?"),
+    (f"{TRAINER}.optim=nonsense", "trainer.optim", "no optimizer of transformers"),
+    (f"{TRAINER}.report_to=wandbb", "trainer.report_to", "is not one of"),
+    (f"{TRAINER}.learning_rate=0", "trainer.learning_rate", "greater than 0"),
+    ("student.adapter=loraa", "student.adapter", "is not one of"),
+    ("student={model: student, init: random, adapter: qlora}", "student.adapter", "init: random"),
+    ("student={model: student, init: random}", "evaluate.models.1", "random weights"),
+    ("evaluate.models=[kdd]", "evaluate.models.0", "did you mean 'kd'?"),
+    ("evaluate.tasks.0.path=nowhere.jsonl", "evaluate.tasks.0.path", "nowhere.jsonl"),
+    ("evaluate.tasks.0.path=prompts.jsonl", "evaluate.tasks.0.path", "not a row of the task"),
+    ("evaluate.side_by_side={prompts: [nowhere.jsonl]}", "evaluate.side_by_side.prompts", "no file 'nowhere.jsonl'"),
+    ("stages.kd.init_from=./nowhere", "stages.0.init_from", "no directory"),
+    ("stages.kd.init_from=./empty", "stages.0.init_from", "config.json"),
+    ("stages.kd.targets=tops9", "stages.0.targets", "no targets layer"),
+    ("stages.kd.mixture={b: 1.0}", "stages.0.mixture.b", "no row has the source 'b'"),
+    (f"{LOSS}.name=hidden", "stages.0.losses.0.name", "reads a hidden layer"),
+    (f"{LOSS}.temperature=2.0", "stages.0.losses.0.temperature", "not captured"),
+    ('output_dir="a\\0b"', "output_dir", "\\x00"),
+    ("output_dir=prompts.jsonl/run", "output_dir", "is a file"),
+    (f"output_dir={'x' * 300}", "output_dir", "cannot be a directory"),
+    ("cache=prompts.jsonl", "cache", "is a file"),
+    ("cache=student", "cache", "no cache"),
+    ("stages.²=1", "stages", "²"),
+    ("stages.kd.trainr=1", "stages.0.trainr", "did you mean 'trainer'?"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("preflight")
+    for seed, name in enumerate(("teacher", "student", "other", "without-tokenizer")):
+        make_qwen3(path / name, seed=seed, num_layers=1)
+    for file in path.glob("without-tokenizer/*token*"):
+        file.unlink()
+    document = json.loads((path / "other" / "tokenizer.json").read_text())
+    document["added_tokens"][0]["content"] = "<|other|>"
+    document["model"]["vocab"]["<|other|>"] = document["model"]["vocab"].pop("<|endoftext|>")
+    (path / "other" / "tokenizer.json").write_text(json.dumps(document))
+    for name, text in (("empty", None), ("broken", "{")):
+        (path / name).mkdir()
+        if text:
+            (path / name / "config.json").write_text(text)
+    write_lines(
+        path / "prompts.jsonl", [{"messages": [{"role": "user", "content": f"How many are {i}?"}]} for i in range(8)]
+    )
+    write_lines(path / "sums.jsonl", [{"question": "Two and two?", "answer": "#### 4"}])
+    (path / "recipe.yaml").write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def there(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def test_the_recipe_itself_is_planned(capsys):
+    assert cli.main(["plan", "recipe.yaml"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, blamed, part", WRONG, ids=[f"{i}-{change[:30]}" for i, (change, *_) in enumerate(WRONG)]
+)
+def test_a_wrong_input_is_refused_by_plan_with_its_place(capsys, place, change, blamed, part):
+    before = sorted(place.rglob("*"))
+    assert cli.main(["plan", "recipe.yaml", "--set", change]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("decant: error: ") and "bug" not in error and "Traceback" not in error
+    assert blamed in error and part in error
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["teach", "train", "run"])
+def test_every_command_that_needs_it_refuses_the_same_and_leaves_nothing(capsys, place, command):
+    wrong = "teacher.model=./techer" if command != "train" else "student.model=./studnt"
+    before = sorted(place.rglob("*"))
+    assert cli.main([command, "recipe.yaml", "--set", wrong]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean" in error and error.startswith("decant: error: --set ")
+    assert sorted(place.rglob("*")) == before
+
+
+def test_all_problems_are_listed_with_their_lines(capsys, place):
+    text = RECIPE.replace("student: {model: student}", "student: {model: ./studnt}").replace(
+        "sums.jsonl", "nowhere.jsonl"
+    )
+    (place / "two.yaml").write_text(text)
+    assert cli.main(["plan", "two.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "two.yaml:8: student.model: " in error and "two.yaml:10: evaluate.tasks.0.path: " in error
