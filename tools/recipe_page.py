@@ -65,8 +65,8 @@ EXAMPLES = {
 def page() -> str:
     """Return docs/recipe.md."""
     parts = [HEAD, *_section(Recipe)]
-    seen = {Recipe}
-    queue = [Recipe]
+    seen: set[type[BaseModel]] = {Recipe}
+    queue: list[type[BaseModel]] = [Recipe]
     while queue:
         for below in _below(queue.pop(0)):
             if below not in seen:

@@ -1,0 +1,85 @@
+"""The Python interface: caches, batches and losses for a notebook or another trainer, and the phases as functions.
+
+    cache = decant.open_cache("runs/demo/cache")
+    data = decant.TorchDataset(cache, pack_tokens=2048)
+    loss = decant.sparse_loss(hidden, head, batch, [decant.forward_kl()])
+
+`import decant` loads nothing heavy: each name is imported when it is first used, and with it numpy and pyarrow for
+caches, torch for datasets and losses, an engine for `teach`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from decant.losses import (
+        cross_entropy,
+        forward_kl,
+        jsd,
+        reverse_kl,
+        skew_forward_kl,
+        skew_reverse_kl,
+        sparse_loss,
+        sparse_loss_from_logits,
+    )
+    from decant.phases import evaluate, report, teach, train
+    from decant.reading import Cache, Row, open_cache
+    from decant.torch_dataset import TorchDataset
+    from shared.errors import DecantError
+    from shared.recipe.file import load_recipe
+
+_HOMES = {
+    "decant.reading": ("Cache", "Row", "open_cache"),
+    "decant.torch_dataset": ("TorchDataset",),
+    "decant.losses": (
+        "cross_entropy",
+        "forward_kl",
+        "jsd",
+        "reverse_kl",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "sparse_loss",
+        "sparse_loss_from_logits",
+    ),
+    "decant.phases": ("evaluate", "report", "teach", "train"),
+    "shared.errors": ("DecantError",),
+    "shared.recipe.file": ("load_recipe",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Cache",
+    "DecantError",
+    "Row",
+    "TorchDataset",
+    "cross_entropy",
+    "evaluate",
+    "forward_kl",
+    "jsd",
+    "load_recipe",
+    "open_cache",
+    "report",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "sparse_loss",
+    "sparse_loss_from_logits",
+    "teach",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'decant' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

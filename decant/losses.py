@@ -1,0 +1,151 @@
+"""Losses on sparse targets for any training loop: the fused operator, and a plain form for small work.
+
+A term is made by the function of its name, `forward_kl(weight=0.9, temperature=2.0)`; a loss is the weighted sum of its
+terms in nats per supervised position. Values and gradients of a divergence at temperature T are multiplied by T^2.
+
+Shape letters: B tokens of a batch, S supervised positions, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.errors import TrainingError
+from student_train.batch.target_batch import Members, TargetBatch
+from student_train.losses import LossTerm
+from student_train.operator.fused_loss import fused_sparse_loss
+from student_train.operator.loss_terms import group_terms
+from student_train.operator.softmax_group import finite
+
+
+def cross_entropy(weight: float = 1.0) -> LossTerm:
+    """Return cross-entropy with the tokens of the text, at temperature 1."""
+    return LossTerm("cross_entropy", weight)
+
+
+def forward_kl(weight: float = 1.0, temperature: float = 1.0) -> LossTerm:
+    """Return KL(teacher || student)."""
+    return LossTerm("forward_kl", weight, temperature)
+
+
+def reverse_kl(weight: float = 1.0, temperature: float = 1.0) -> LossTerm:
+    """Return KL(student || teacher)."""
+    return LossTerm("reverse_kl", weight, temperature)
+
+
+def jsd(weight: float = 1.0, temperature: float = 1.0, beta: float = 0.5) -> LossTerm:
+    """Return the generalised Jensen-Shannon divergence; `beta` is the teacher's share of the mixture (2306.13649)."""
+    return LossTerm("jsd", weight, temperature, {"beta": beta})
+
+
+def skew_forward_kl(weight: float = 1.0, temperature: float = 1.0, skew: float = 0.1) -> LossTerm:
+    """Return KL(teacher || (1 - skew) student + skew teacher) (DistiLLM, 2402.03898)."""
+    return LossTerm("skew_forward_kl", weight, temperature, {"skew": skew})
+
+
+def skew_reverse_kl(weight: float = 1.0, temperature: float = 1.0, skew: float = 0.1) -> LossTerm:
+    """Return KL(student || (1 - skew) teacher + skew student) (DistiLLM, 2402.03898)."""
+    return LossTerm("skew_reverse_kl", weight, temperature, {"skew": skew})
+
+
+def sparse_loss(
+    hidden: Tensor,
+    head: Tensor | torch.nn.Linear,
+    batch: Mapping[str, Tensor],
+    terms: Sequence[LossTerm],
+    *,
+    num_positions: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Return the loss of a batch in nats per position, without ever holding [S, V] logits; differentiable.
+
+    Args:
+        hidden: [1, B, H] last hidden states of the body, or [S, H] those that predict (`batch["predictor_index"]`).
+        head: [V, H] weight of the output head, or its Linear.
+        batch: as `TorchDataset.collate` returns it, on the device of `hidden`.
+        terms: such as `[forward_kl(0.9), cross_entropy(0.1)]`.
+        num_positions: supervised positions of the global batch, where it is made of several; default: this batch's.
+        vocab_size: rows of the head that are the vocabulary, where it is padded; default: all.
+
+    Raises:
+        TrainingError: a temperature was not captured, or a term cannot be had from these targets.
+
+    >>> import torch, decant
+    >>> data = decant.TorchDataset(decant.open_cache("data/golden/run-1/cache"), pack_tokens=128)
+    >>> batch = data.collate([data[0]])
+    >>> hidden = torch.zeros(1, batch["input_ids"].shape[1], 4, requires_grad=True)
+    >>> loss = decant.sparse_loss(hidden, torch.zeros(512, 4), batch, [decant.cross_entropy()])
+    >>> round(float(loss.detach()), 4)      # a head of zeros says log 512 everywhere
+    6.2383
+    """
+    predicting = hidden[0][batch["predictor_index"]] if hidden.ndim == 3 else hidden
+    weight, bias = (head.weight, head.bias) if isinstance(head, torch.nn.Linear) else (head, None)
+    labels = batch["labels"]
+    found = fused_sparse_loss(
+        predicting,
+        weight,
+        labels,
+        _targets(batch, terms),
+        terms,
+        len(labels) if num_positions is None else num_positions,
+        head_bias=bias,
+        vocab_size=vocab_size,
+    )
+    return found.loss
+
+
+def sparse_loss_from_logits(
+    logits: Tensor, batch: Mapping[str, Tensor], terms: Sequence[LossTerm], *, num_positions: float | None = None
+) -> Tensor:
+    """Return the same loss from logits, [1, B, V] or [S, V], by autograd: for small vocabularies and for checking.
+
+    Raises:
+        TrainingError: as for `sparse_loss`.
+
+    >>> import torch, decant
+    >>> data = decant.TorchDataset(decant.open_cache("data/golden/run-1/cache"), pack_tokens=128)
+    >>> batch = data.collate([data[0]])
+    >>> logits = torch.zeros(1, batch["input_ids"].shape[1], 512)
+    >>> round(float(decant.sparse_loss_from_logits(logits, batch, [decant.cross_entropy()])), 4)
+    6.2383
+    """
+    predicting = logits[0][batch["predictor_index"]] if logits.ndim == 3 else logits
+    labels, targets = batch["labels"], _targets(batch, terms)
+    count = len(labels) if num_positions is None else num_positions
+    dtype = torch.promote_types(predicting.dtype, torch.float32)
+    total = predicting.new_zeros((), dtype=dtype)
+    for group in group_terms(terms, targets, count):
+        z = predicting.to(dtype) / group.temperature
+        label_logprobs = z.log_softmax(-1).gather(1, labels[:, None])
+        for term in group.terms:
+            if term.on_labels:
+                total = total + term.coefficient * term.function(torch.zeros_like(label_logprobs), label_logprobs).sum()
+                continue
+            assert targets is not None
+            members = targets.members(
+                slice(0, len(labels)), group.temperature, z.shape[1], dtype, with_draws=group.with_draws
+            )
+            total = total + term.coefficient * term.function(finite(members.log_p), _masses(z, members)).sum()
+    return total
+
+
+def _masses(z: Tensor, members: Members) -> Tensor:
+    """Return [S, K + 1] finite natural logs of the student's masses at the members and, last, of the rest."""
+    padded = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)  # column V, which padded slots point at
+    rest = padded.scatter(1, members.ids, -torch.inf)
+    is_empty = (rest == -torch.inf).all(1, keepdim=True)
+    log_rest = torch.logsumexp(rest.masked_fill(is_empty, 0.0), dim=1, keepdim=True).masked_fill(is_empty, -torch.inf)
+    masses = torch.cat([padded.gather(1, members.ids), log_rest], dim=1)
+    return finite(masses - torch.logsumexp(z, dim=1, keepdim=True))
+
+
+def _targets(batch: Mapping[str, Any], terms: Sequence[LossTerm]) -> TargetBatch | None:
+    if "support_counts" in batch:
+        return TargetBatch.from_batch(batch)
+    if any(term.name != "cross_entropy" for term in terms):
+        raise TrainingError("the batch has labels alone; open the cache with a targets layer, or use cross_entropy")
+    return None

@@ -1,0 +1,150 @@
+"""The Python interface: light to import, documented by examples that run, its losses against dense mathematics."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("numpy", "pyarrow", "torch", "vllm", "transformers", "datasets", "pydantic", "pandas", "matplotlib")
+
+
+def test_importing_it_loads_nothing_heavy() -> None:
+    code = f"import decant, sys, json; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(done.stdout) == []
+
+
+def test_every_public_name_exists_has_a_docstring_and_is_listed() -> None:
+    import decant
+
+    assert dir(decant) == sorted(decant.__all__)
+    for name in decant.__all__:
+        assert getattr(decant, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = decant.nothing
+
+
+@pytest.mark.parametrize("module", ["decant.reading", "decant.torch_dataset", "decant.losses"])
+def test_examples_in_docstrings_hold(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = doctest.testmod(import_module(module))
+    assert found.attempted > 2
+    assert found.failed == 0
+
+
+def test_examples_of_the_page_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = doctest.testfile(str(ROOT / "docs" / "python.md"), module_relative=False)
+    assert found.attempted > 20
+    assert found.failed == 0
+
+
+def _batch(temperatures=None):
+    import decant
+
+    cache = decant.open_cache(ROOT / "data/golden/run-1/cache")
+    data = decant.TorchDataset(cache, pack_tokens=128, temperatures=temperatures)
+    return data.collate([data[0], data[1]])
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_fused_and_plain_loss_agree_in_value_and_gradient(name: str, temperature: float) -> None:
+    import torch
+
+    import decant
+
+    batch = _batch()
+    torch.manual_seed(0)
+    tokens = batch["input_ids"].shape[1]
+    hidden = torch.randn(1, tokens, 16, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(512, 16, dtype=torch.float64, requires_grad=True)
+    terms = [getattr(decant, name)(0.8, temperature=temperature), decant.cross_entropy(0.2)]
+    fused = decant.sparse_loss(hidden, head, batch, terms)
+    fused_gradients = torch.autograd.grad(fused, [hidden, head])
+    plain = decant.sparse_loss_from_logits(hidden @ head.T, batch, terms)
+    plain_gradients = torch.autograd.grad(plain, [hidden, head])
+    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
+    for one, other in zip(fused_gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_a_linear_head_with_a_bias_and_a_share_of_a_global_batch() -> None:
+    import torch
+
+    import decant
+
+    batch = _batch()
+    torch.manual_seed(1)
+    hidden = torch.randn(1, batch["input_ids"].shape[1], 16)
+    head = torch.nn.Linear(16, 512)
+    terms = [decant.cross_entropy()]
+    whole = decant.sparse_loss(hidden, head, batch, terms)
+    logits = head(hidden[0][batch["predictor_index"]])
+    torch.testing.assert_close(whole, torch.nn.functional.cross_entropy(logits, batch["labels"]))
+    half = decant.sparse_loss(hidden, head, batch, terms, num_positions=2.0 * len(batch["labels"]))
+    torch.testing.assert_close(half, whole / 2)
+
+
+def test_what_cannot_be_had_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    import torch
+
+    import decant
+
+    cache = decant.open_cache(ROOT / "data/golden/run-1/cache")
+    with pytest.raises(decant.DecantError, match="temperature 3 was not captured, only 1, 2"):
+        decant.TorchDataset(cache, temperatures=[3.0])
+    with pytest.raises(decant.DecantError, match="is not a cache"):
+        decant.open_cache(tmp_path)
+    with pytest.raises(decant.DecantError, match="copy it to this machine"):
+        decant.open_cache("s3://bucket/cache")
+    with pytest.raises(decant.DecantError, match="was not captured"):
+        decant.sparse_loss(torch.zeros(1, 999, 4), torch.zeros(512, 4), _batch([1.0]), [decant.forward_kl(1, 2.0)])
+    with pytest.raises(IndexError, match="row 24 of 24"):
+        _ = cache[24]
+
+
+def test_a_slice_is_packed_alone_and_held_out_prompts_stay_out() -> None:
+    import decant
+    from shared.keys import is_heldout
+
+    cache = decant.open_cache(ROOT / "data/golden/run-1/cache")
+    data = decant.TorchDataset(cache[:5], pack_tokens=64)
+    rows = {int(row) for pack in range(len(data)) for row in data._packs.plan.rows_of(pack)}
+    assert rows == set(range(5))
+    kept = decant.TorchDataset(cache, pack_tokens=64, heldout_fraction=0.3)
+    rows = {int(row) for pack in range(len(kept)) for row in kept._packs.plan.rows_of(pack)}
+    assert rows == {row.index for row in cache if not is_heldout(row.group_key, 0.3)}
+
+
+def test_phases_run_a_recipe_and_return_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    import decant
+
+    shutil.copytree(ROOT / "data/golden/run-1", tmp_path / "run-1")
+    monkeypatch.chdir(tmp_path / "run-1")
+    recipe = decant.load_recipe("recipe.yaml")
+    assert decant.teach(recipe)["reused_rows"] == 24
+    assert decant.train(recipe) == {name: Path("run/train") / name / "model" for name in ("sft", "kd")}
+    assert set(decant.evaluate("recipe.yaml")) == {"base", "kd"}
+    assert "models" in decant.report("run")
+    assert (tmp_path / "run-1/run/report.html").is_file()
+
+
+def test_the_notebook_runs() -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "examples/notebook.ipynb", as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT / "examples")}})
+    client.execute()
+    said = [o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert any("nats per position" in text for text in said)
