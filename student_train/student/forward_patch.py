@@ -26,6 +26,8 @@ from student_train.losses import LossTerm, divergences, representations
 from student_train.operator.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss
 from student_train.operator.gradient_norms import brought_down, head_squares, value_squares
 from student_train.operator.operator_choice import faster_operator
+from student_train.student.router_loss import NAME as ROUTER
+from student_train.student.router_loss import RouterLoss
 from student_train.student.student_head import StudentHead, body_of, run_body
 
 GRADIENT_SQUARE = "gradient_square/"
@@ -147,7 +149,7 @@ class Objective:
 def patch_forward(model: Any, objective: Objective) -> None:
     """Make `model`, the causal language model below any adapter, return the fused loss of a batch from `collate`."""
     original = model.forward
-    body = body_of(model)
+    body, router = body_of(model), RouterLoss.of(model, objective.head.vocab_size)
 
     def forward(
         self: Any,
@@ -193,6 +195,9 @@ def patch_forward(model: Any, objective: Objective) -> None:
             for term, value in zip(terms, found, strict=True):
                 loss = loss + term.weight * value
                 values[term.name] = value.detach()
+        if router is not None:
+            balance = router.value(position_ids, kwargs["predictor_index"], num_positions)
+            loss, values[ROUTER] = loss + balance, balance.detach()
         objective.record(loss, values, input_ids.numel())
         return CausalLMOutput(loss=loss)
 

@@ -119,3 +119,41 @@ def test_student_without_sdpa_is_told_the_attention_that_works(tmp_path):
         load_student(Student(model=str(tmp_path), init="random"), None, cache)
     model = load_student(Student(model=str(tmp_path), init="random", attention="eager"), None, cache)
     assert separate_rows(model, VOCAB_SIZE) == "rows"
+
+
+@pytest.mark.parametrize(
+    ("name", "recomputes"),
+    [("qwen3_moe", False), ("qwen3_moe", True), ("mixtral", False), ("olmoe", False), ("phimoe", False)],
+)
+def test_balance_of_a_router_is_that_of_each_row_alone(name, recomputes):
+    """Against the model's own training forward, whose loss is cross entropy + coefficient x its balancing loss."""
+    asked = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    rows = rows_of((5, 90, 33, 2))
+    own = make_family(name, spread=0.15, **asked)
+    total, num_positions = 0.0, sum(len(row) - 1 for row in rows)
+    for row in rows:
+        loss = own(input_ids=row[None], labels=row[None], use_cache=False).loss * (len(row) - 1) / num_positions
+        loss.backward()
+        total += loss.item()
+    model = make_family(name, spread=0.15, attention="sdpa", **asked)
+    if recomputes:
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    head = head_of(model, VOCAB_SIZE)
+    separate_rows(model, VOCAB_SIZE)
+    patch_forward(model, Objective(head, terms=[LossTerm("cross_entropy")]))
+    loss, _ = pack_loss(model, rows)
+    assert loss == pytest.approx(total, abs=1e-5)
+    routers = [
+        key for key, _ in model.named_parameters() if key.endswith(("gate.weight", "router.weight", "layer.weight"))
+    ]
+    assert routers
+    for key in routers:
+        got, expected = (dict(one.named_parameters())[key].grad for one in (model, own))
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-6)
+
+
+def test_balance_that_is_not_known_is_refused_with_what_to_set():
+    model = make_family("jamba", output_router_logits=True)
+    separate_rows(model, VOCAB_SIZE)
+    with pytest.raises(TrainingError, match="set output_router_logits to false"):
+        patch_forward(model, Objective(head_of(model, VOCAB_SIZE)))
