@@ -25,6 +25,7 @@ from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import list_layers, read_header, sequences_dir
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import UsageError
+from shared.keys import canonical_json
 from shared.parts.mapped_part import MappedSequences
 from shared.parts.records import PartRecord, list_records
 from shared.parts.sequences import SequenceRow
@@ -193,8 +194,8 @@ def _prompt_samples(recipe: Recipe, root: Path, num_rows: int) -> list[Recipe]:
 
 
 def sample_conversations(recipe: Recipe, num_rows: int) -> list[Conversation]:
-    """Return about `num_rows` conversations, each entry of `prompts` in proportion to its rows, chosen by a hash of the
-    place.
+    """Return about `num_rows` conversations, each entry of `prompts` in proportion to its rows, chosen by a hash of
+    content and position.
 
     Memory: `num_rows` conversations per entry.
 
@@ -207,7 +208,8 @@ def sample_conversations(recipe: Recipe, num_rows: int) -> list[Conversation]:
     for number, row in enumerate(read_prompts(recipe.prompts, Problems())):
         counts[row.origin] += 1
         heap = kept.setdefault(row.origin, [])
-        item = (-xxhash.xxh3_64_intdigest(row.place.encode(), seed=row.origin), number, row)
+        content = canonical_json([counts[row.origin], _as_row(row)])  # not the file's name: everywhere the same sample
+        item = (-xxhash.xxh3_64_intdigest(content, seed=row.origin), number, row)
         if len(heap) < num_rows:
             heapq.heappush(heap, item)
         else:

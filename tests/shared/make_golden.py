@@ -1,6 +1,8 @@
-"""Write data/golden: a small cache with two layers, and what every reader, now or later, must find in it.
+"""Write data/golden: small caches with two layers, and what every reader, now or later, must find in them.
 
-Run as `python -m tests.shared.make_golden`, once per format version; an existing golden cache is never written again.
+`format-1` is of the first version; `format-1-sealed` has a hidden layer too, JSON with checksums, and parts that say
+which layer they are of. Run as `python -m tests.shared.make_golden NAME`, once per addition to the format; an existing
+golden cache is never written again.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from shared.cache.cache import Cache, Row
-from tests.shared.small_cache import HYBRID, TOP, build
+from tests.shared.small_cache import HYBRID, TOP
+from tests.shared.test_hidden_layer import add_hidden
 
-GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "format-1"
+ROOT = Path(__file__).resolve().parents[2] / "data" / "golden"
+GOLDENS = ("format-1", "format-1-sealed")
 TEXTS = ("source", "prompt", "response", "reference", "finish_reason")
 KEYS = ("key", "row_key", "group_key")
 ARRAYS = ("counts", "ids", "logprobs", "label_logprobs", "tail_logmass")
@@ -35,21 +39,22 @@ def texts_of(row: Row) -> dict[str, Any]:
     return {name: getattr(row, name) for name in TEXTS} | {name: getattr(row, name).hex() for name in KEYS}
 
 
-def main() -> None:
-    """Build the cache and write down what it says."""
-    if GOLDEN.exists():
-        sys.exit(f"{GOLDEN} exists; it is a promise to older caches and is not made again")
-    build(GOLDEN / "cache", last=6, rows_per_part=3, layers=(TOP, HYBRID))
+def main(name: str) -> None:
+    """Build a cache and write down what it says."""
+    golden = ROOT / name
+    if golden.exists():
+        sys.exit(f"{golden} exists; it is a promise to older caches and is not made again")
+    add_hidden(golden / "cache", last=6, rows_per_part=3, layers=(TOP, HYBRID))
     texts: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for identity in (TOP, HYBRID):
-        cache = Cache.open(GOLDEN / "cache", targets=identity.name)
+        cache = Cache.open(golden / "cache", targets=identity.name)
         texts[identity.name] = {"cache_id": cache.cache_id, "rows": [texts_of(row) for row in cache]}
         for i, row in enumerate(cache):
             arrays |= {f"{identity.name}/{i}/{name}": value for name, value in arrays_of(row).items()}
-    (GOLDEN / "expected.json").write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    np.savez_compressed(GOLDEN / "expected.npz", **arrays)
+    (golden / "expected.json").write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    np.savez_compressed(golden / "expected.npz", **arrays)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

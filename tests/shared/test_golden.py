@@ -11,27 +11,33 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 import zstandard
 
 from shared.cache.cache import Cache, verify_cache
-from tests.shared.make_golden import GOLDEN, arrays_of, texts_of
+from shared.cache.verify import parts_without_layer
+from tests.shared.make_golden import GOLDENS, ROOT, arrays_of, texts_of
 from tests.shared.small_cache import HYBRID, TOP
 
+Expected = tuple[dict[str, Any], dict[str, np.ndarray]]
 LAYERS = (TOP.name, HYBRID.name)
 
 
+@pytest.fixture(scope="module", params=GOLDENS)
+def golden(request: pytest.FixtureRequest) -> Path:
+    return ROOT / request.param
+
+
 @pytest.fixture(scope="module")
-def expected() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    with np.load(GOLDEN / "expected.npz", allow_pickle=False) as arrays:
-        return json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8")), dict(arrays)
+def expected(golden: Path) -> Expected:
+    with np.load(golden / "expected.npz", allow_pickle=False) as arrays:
+        return json.loads((golden / "expected.json").read_text(encoding="utf-8")), dict(arrays)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_golden_cache_reads_as_it_was_written(
-    layer: str, expected: tuple[dict[str, Any], dict[str, np.ndarray]]
-) -> None:
+def test_golden_cache_reads_as_it_was_written(golden: Path, layer: str, expected: Expected) -> None:
     texts, arrays = expected
-    cache = Cache.open(GOLDEN / "cache", targets=layer, verify=True)
+    cache = Cache.open(golden / "cache", targets=layer, verify=True)
     assert cache.cache_id == texts[layer]["cache_id"]
     assert len(cache) == len(texts[layer]["rows"]) == 6
     seen = 0
@@ -45,8 +51,25 @@ def test_golden_cache_reads_as_it_was_written(
     assert seen == sum(name.startswith(layer + "/") for name in arrays)
 
 
-def test_golden_cache_verifies() -> None:
-    assert list(verify_cache(GOLDEN / "cache")) == []
+def test_golden_cache_verifies(golden: Path) -> None:
+    assert list(verify_cache(golden / "cache")) == []
+
+
+def test_sealed_files_carry_the_checksum_that_the_page_describes() -> None:
+    cache = ROOT / "format-1-sealed" / "cache"
+    files = [*cache.rglob("cache.json"), *cache.rglob("layer.json"), *cache.rglob("part-*.json")]
+    assert len(files) == 1 + 3 + 2 * 4
+    for file in files:
+        said = json.loads(file.read_text(encoding="utf-8"))["checksum"]
+        assert xxhash.xxh3_128_hexdigest(file.read_bytes().replace(said.encode(), b"0" * 32)) == said
+
+
+def test_parts_of_layers_say_which_layer_they_are_of() -> None:
+    assert parts_without_layer(ROOT / "format-1-sealed" / "cache") == {}
+    assert set(parts_without_layer(ROOT / "format-1" / "cache").values()) == {2}
+    for part in (ROOT / "format-1-sealed" / "cache" / "targets").rglob("*.arrow"):
+        with pa.memory_map(str(part)) as file:
+            assert pa.ipc.open_file(file).schema.metadata[b"layer"].decode() == part.parent.name[-8:]
 
 
 def read_by_the_page(directory: Path, layer: str) -> list[dict[str, Any]]:
@@ -115,9 +138,9 @@ def decode_by_the_page(blob: bytes, num_positions: int, identity: dict[str, Any]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_page_suffices_to_write_a_reader(layer: str, expected: tuple[dict[str, Any], dict[str, np.ndarray]]) -> None:
+def test_page_suffices_to_write_a_reader(golden: Path, layer: str, expected: Expected) -> None:
     _, arrays = expected
-    for i, row in enumerate(read_by_the_page(GOLDEN / "cache", layer)):
+    for i, row in enumerate(read_by_the_page(golden / "cache", layer)):
         for name in ("counts", "ids", "logprobs", "label_logprobs", "tail_logmass"):
             assert np.allclose(row[name], arrays[f"{layer}/{i}/{name}"], rtol=0, atol=1e-5), name
         for j, drawn in enumerate(row["draws"]):

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,9 +205,10 @@ def test_layers_are_spread_with_the_last_among_them() -> None:
         numbered(5, 4, "capture.hidden.layers")
 
 
-def add_hidden(path: Path, identity: HiddenIdentity = STATES, rows_per_part: int = 4) -> HiddenWriter:
+def add_hidden(path: Path, identity: HiddenIdentity = STATES, rows_per_part: int = 4, **how: Any) -> HiddenWriter:
     """Add a hidden layer to the small cache: a pure function of each row's key."""
-    writer = HiddenWriter.create_or_open(build(path, rows_per_part=rows_per_part), None, identity, {"machine": "test"})
+    cache = build(path, rows_per_part=rows_per_part, **how)
+    writer = HiddenWriter.create_or_open(cache, None, identity, {"machine": "test"})
     codec = identity.make_codec()
     for record in writer.missing():
         rows = writer.read_sequences(record)

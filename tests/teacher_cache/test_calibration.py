@@ -57,6 +57,10 @@ def test_a_sample_is_in_proportion_spread_out_and_always_the_same(tmp_path, mode
     assert Counter(row.source for row in rows) == {"a": 30, "b": 10}
     assert [row.place for row in rows] == [row.place for row in sample_conversations(whole, 40)]
     assert len({row.place for row in rows}) == 40
+    elsewhere = tmp_path / "another" / "place"
+    elsewhere.mkdir(parents=True)
+    same = sample_conversations(recipe(elsewhere, model, prompts=two_sources(elsewhere)), 40)
+    assert [(row.source, row.line) for row in same] == [(row.source, row.line) for row in rows]
     assert max(row.line for row in rows if row.source == "a") > 75
     assert {row.source for row in rows[:10]} == {"a", "b"}
 

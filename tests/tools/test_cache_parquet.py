@@ -21,8 +21,9 @@ from tests.shared.altered import edit
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import HYBRID, TOP, build, tree
 from tools import cli
-from tools.cache.parquet_export import export_cache
+from tools.cache.parquet_export import export_cache, make_dir
 from tools.cache.parquet_import import import_parquet
+from tools.cache.staged_directory import publish
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "format-1" / "cache"
 
@@ -268,3 +269,29 @@ def test_commands_say_what_they_wrote(cache: Path, tmp_path: Path, capsys) -> No
     assert json.loads(capsys.readouterr().out)["rows"] == 9
     assert cli.main(["cache", "export", str(cache), str(tmp_path / "other")]) == 1
     assert "name the one to use" in capsys.readouterr().err
+
+
+def test_published_directory_keeps_nothing_of_killed_commands(tmp_path: Path) -> None:
+    staging = tmp_path / ".out.exporting-0"
+    (staging / "tokenizer").mkdir(parents=True)
+    for name in (".part-0.parquet.tmp-1-abc", "tokenizer/.tokenizer.json.tmp-2-def", "kept.tmp-x", "proof"):
+        (staging / name).write_bytes(b"x")
+    publish(staging, tmp_path / "out", tmp_path / "out" / "proof")
+    assert sorted(file.name for file in (tmp_path / "out").rglob("*") if file.is_file()) == ["kept.tmp-x", "proof"]
+
+
+def test_export_is_of_the_rows_that_its_id_names_also_while_the_cache_grows(
+    cache: Path, tmp_path: Path, monkeypatch
+) -> None:
+    path = Path(shutil.copytree(cache, tmp_path / "growing"))
+    before = Cache.open(path, HYBRID.name)
+
+    def grow_then_make(directory: Path) -> None:
+        if directory.name.startswith(".out.exporting"):
+            build(path, 20, 26, layers=(TOP, HYBRID))
+        make_dir(directory)
+
+    monkeypatch.setattr("tools.cache.parquet_export.make_dir", grow_then_make)
+    result = export_cache(path, tmp_path / "out", HYBRID.name)
+    assert result["rows"] == len(before) < len(Cache.open(path, HYBRID.name))
+    assert sum(pq.read_metadata(file).num_rows for file in (tmp_path / "out").glob("*.parquet")) == len(before)

@@ -264,3 +264,25 @@ sys.exit(cli.main(["plan", {str(recipe)!r}]))
 """
     done = run_python(program)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{-signal.SIGTERM}\n", "")
+
+
+def test_sigterm_during_an_import_comes_after_it(tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    sum(range(1000))\n"
+        "except BaseException:\n    print('swallowed')\n"
+    )
+    program = (
+        "import sys, time; from tools import cli; cli._prepare(False)\n"
+        "try:\n    import library\n    print('imported', flush=True)\n    time.sleep(30)\n"
+        "except cli.Terminated:\n    print('terminated')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path.cwd()), str(tmp_path)))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["imported", "terminated"]
+
+
+def test_escape_sequences_of_an_error_are_shown(capsys) -> None:
+    assert cli.main(["cache", "ls", "no\x1b[31mcache"]) == 1
+    assert "no\\x1b[31mcache is not a cache" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""What one flipped byte does to a cache: in no file may anything that is read or shown change in silence.
+
+    python -m tools.bench.flip_trials --cache data/golden/format-1-sealed/cache --count 10000
+
+Each trial flips one byte of one file of a copy, files in turn, and reads everything: every row with its targets and
+hidden states, the columns, the statistics, what `decant cache ls` lists, every unit of every plan, every tokenizer
+file, and each part as an export reads it. It must be refused in a sentence, or be as it was. Cost: 20 ms per trial for
+a cache of 6 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.cache.cache import Cache
+from shared.cache.layout import list_hidden_layers, list_layers, read_header, sequences_dir
+from shared.cache.tokenizer_files import read_tokenizer_files
+from shared.errors import CacheError
+from shared.parts.jobs import list_jobs
+from shared.parts.mapped_part import MappedTargets
+from shared.parts.records import list_records
+from tools.cache.cache_commands import listing
+
+
+def observed(path: Path) -> bytes:
+    """Return everything that a cache says, as bytes.
+
+    Raises:
+        CacheError: it says that it is damaged.
+    """
+    header = read_header(path)
+    seen: list[Any] = [listing(path), header.identity, header.tokenizer_files, read_tokenizer_files(path)]
+    for job in list_jobs(path):
+        seen += [job.id, job.request, job.rows_per_part, sorted(job.complete_jobs)]
+        seen += [job.unit(unit) for unit in range(job.num_units)]
+    hidden = next(iter(list_hidden_layers(path)), False)
+    for name, layer in list_layers(path).items():
+        cache = Cache.open(path, targets=name, hidden=hidden)
+        seen += [name, cache.cache_id, cache.stats(), dict(layer.provenance), cache.source_names]
+        seen += [column.tobytes() for column in (cache.num_tokens, cache.group_keys, cache.sources)]
+        seen += [_row(cache, i) for i in range(len(cache))]
+        for record in list_records(layer.directory):
+            seen.append(MappedTargets(layer.directory, record, verify=True).teacher_nll_nats.tobytes())
+    folders = [
+        sequences_dir(path),
+        *(layer.directory for layer in (*list_layers(path).values(), *list_hidden_layers(path).values())),
+    ]
+    seen += [[record, record.content()] for folder in folders for record in list_records(folder)]
+    return pickle.dumps(seen)
+
+
+def _row(cache: Cache, i: int) -> list[Any]:
+    row = cache[i]
+    targets, hidden = row.targets, row.hidden
+    arrays: list[NDArray[Any]] = [row.token_ids, row.spans]
+    if targets is not None:
+        arrays += [targets.counts, targets.ids, targets.logprobs, targets.label_logprobs, targets.tail_logmass]
+        arrays += [array for draws in targets.draws for array in (draws.counts, draws.ids, draws.multiplicities)]
+    if hidden is not None:
+        arrays += [hidden.states.values, hidden.states.scales]
+        arrays += [] if hidden.pooled is None else [hidden.pooled.values, hidden.pooled.scales]
+        arrays += [array for one in hidden.attention for array in (one.counts, one.distances, one.mass_codes)]
+    texts = [
+        row.key,
+        row.row_key,
+        row.group_key,
+        row.source,
+        row.prompt,
+        row.response,
+        row.reference,
+        row.finish_reason,
+    ]
+    return [*texts, *(array.tobytes() for array in arrays)]
+
+
+def run(cache: Path, count: int, seed: int) -> dict[str, Any]:
+    """Flip `count` bytes; return how many were refused, harmless and silent, by kind of file, and each silent one."""
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory(prefix="decant-flips-") as directory:
+        path = Path(directory) / "cache"
+        shutil.copytree(cache, path)
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        truth = observed(path)
+        outcomes: Counter[str] = Counter()
+        silent: list[str] = []
+        for trial in range(count):
+            file = files[trial % len(files)]
+            good = file.read_bytes()
+            at, mask = int(rng.integers(len(good))), int(rng.integers(1, 256))
+            file.write_bytes(good[:at] + bytes([good[at] ^ mask]) + good[at + 1 :])
+            name = "plan" if file.name == "plan.arrow" else f"{file.relative_to(path).parts[0]} {file.suffix[1:]}"
+            try:
+                outcome = "harmless" if observed(path) == truth else "silent"
+            except CacheError:
+                outcome = "refused"
+            if outcome == "silent":
+                silent.append(f"{file.relative_to(path)} byte {at} xor {mask}")
+            outcomes[f"{name}: {outcome}"] += 1
+            file.write_bytes(good)
+    return {
+        "cache": str(cache),
+        "count": count,
+        "seed": seed,
+        "outcomes": dict(sorted(outcomes.items())),
+        "silent": silent,
+    }
+
+
+def main() -> int:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cache", type=Path, required=True, help="a small cache; it is copied")
+    parser.add_argument("--count", type=int, default=10_000, help="flips (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bytes (default: 0)")
+    args = parser.parse_args()
+    result = run(args.cache, args.count, args.seed)
+    print(json.dumps(result, indent=2))
+    return 1 if result["silent"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
