@@ -9,14 +9,17 @@ supervised. Answers that are not trained (a mark of the row, or `supervise: last
 render as it likes. Plain text (`template: none`, `format: text`) starts with BOS where the tokenizer starts plain text
 so.
 
-Cost: two renderings and tokenizations per trained answer.
+Cost: two renderings per trained answer, of the turns up to it. Each text is tokenized twice, since an answer's end
+token is a place to go on from, and once more as a whole, to compare.
 
 Shape letters: T tokens of the row, n supervised spans.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +37,16 @@ from teacher_cache.prompts.way_out import way_out
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.int32]]
 """token ids [T] and spans [n, 2], start and end (exclusive)"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A conversation up to and with the end token of an answer."""
+
+    ids: list[int]
+    text: str | None
+    """Its rendering without the end token; None where the next piece cannot be tokenized alone."""
+
 
 ROWS_ADVISED = 20
 """Rows of one template for which advice is looked for; later rows get the last that was found for their kind of
@@ -142,14 +155,19 @@ class Template:
         messages, place = self._with_system(conversation.messages), conversation.place
         trained = trained_answers(messages, place)[-1 if self._source.supervise == "last" else 0 :]
         chat.refuse_special_text(messages, place)
-        done: list[int] = []
-        spans: list[tuple[int, int]] = []
-        text = ""
-        for index in trained:
-            done, span, text = self._split_turn(chat, messages[: index + 1], done, place)
-            spans.append(span)
+        for piecewise in (True, False):
+            done, spans, text = _Done([], "" if piecewise else None), list[tuple[int, int]](), ""
+            for index in trained:
+                done, span, text = self._split_turn(chat, messages[: index + 1], done, place)
+                spans.append(span)
+            if not piecewise or len(trained) == 1 or self._holds(chat, messages[: trained[-1] + 1], done, place):
+                break
         self._require_prompt(messages[: trained[-1]], text, place)
-        return _tokens(done, spans)
+        return _tokens(done.ids, spans)
+
+    def _holds(self, chat: ChatTemplate, turns: list[Message], done: _Done, place: str) -> bool:
+        """Tell whether ids that were joined from pieces are those of the whole."""
+        return chat.ids(turns, place, prompt=False)[: len(done.ids)] == done.ids
 
     def with_answer(self, prompt_ids: list[int], answer_ids: list[int], finish_reason: str) -> Tokens:
         """Return token ids [T] and the answer's span [1, 2] for a generated answer.
@@ -175,24 +193,24 @@ class Template:
         return str(self._tokenizer.decode(token_ids[start:end].tolist(), skip_special_tokens=True))
 
     def _split_turn(
-        self, chat: ChatTemplate, turns: list[Message], done: list[int], place: str
-    ) -> tuple[list[int], tuple[int, int], str]:
+        self, chat: ChatTemplate, turns: list[Message], done: _Done, place: str
+    ) -> tuple[_Done, tuple[int, int], str]:
         """Split at the last turn.
 
         Args:
             chat: the template.
             turns: up to and with the answer.
-            done: ids up to the end of the trained answer before.
+            done: what ends with the trained answer before.
             place: for errors.
 
         Returns:
-            ids up to the answer's end token, its span, and the text before it.
+            what ends with this answer, its span, and the text before it.
         """
-        text = chat.text(turns[:-1], place, prompt=True)
-        before, whole = chat.tokenize(text), chat.ids(turns, place, prompt=False)
+        text, whole_text = chat.text(turns[:-1], place, prompt=True), chat.text(turns, place, prompt=False)
+        before, whole = self._ids_after(done, text), self._ids_after(done, whole_text)
         end = self._end_of(whole, len(before), turns[-1])
         wrong = None
-        if before[: len(done)] != done:
+        if before[: len(done.ids)] != done.ids:
             wrong = "rewrites an earlier answer once later turns follow"
         elif whole[: len(before)] != before:
             wrong = "does not start the answer where its generation prompt ends"
@@ -209,7 +227,22 @@ class Template:
             raise UnrenderableError(
                 f"{place}: {_turn(turns)} cannot be trained because {chat.origin} drops {_quoted(*lost)}"
             )
-        return whole[: end + 1], (len(before), end + 1), text
+        upto = None
+        if done.text is not None and whole[end] == self.end_token_id and whole_text.startswith(text):
+            found = whole_text.find(self._end_text, len(text))
+            upto = whole_text[:found] if found >= 0 else None
+        return _Done(whole[: end + 1], upto), (len(before), end + 1), text
+
+    def _ids_after(self, done: _Done, text: str) -> list[int]:
+        """Tokenize a text, from the end token of the answer before on where it starts with what is done."""
+        if not done.ids or done.text is None or not text.startswith(done.text + self._end_text):
+            return self._ids(text)
+        rest = self._ids(text[len(done.text) :])
+        return [*done.ids, *rest[1:]] if rest[0] == self.end_token_id else self._ids(text)
+
+    @cached_property
+    def _end_text(self) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(self.end_token_id))
 
     def _end_of(self, whole: list[int], start: int, turn: Message) -> int | None:
         """Return the index of the token that ends an answer; after it only white space and special tokens may stand."""
@@ -245,7 +278,7 @@ class Template:
         if not self._advise:
             return error
         kind = str(error).removeprefix(conversation.place)
-        kind = kind.partition(" because ")[2] or kind.partition("(")[0]
+        kind = re.sub(r"turn \d+|'[^']*'", "", kind).partition(" (")[0]
         if kind not in self._advice or self._rows_advised < ROWS_ADVISED:
             self._rows_advised += 1
             self._advice[kind] = way_out(

@@ -330,3 +330,25 @@ def test_the_real_qwen_tokenizer_splits_chatml():
     ids, spans = template.complete(talk(TWO))
     assert spans_text(tokenizer, ids, spans) == ["the answer is seven<|im_end|>", "Nine.<|im_end|>"]
     assert ids[: spans[1][0]].tolist() == template.prompt_ids(talk(TWO))
+
+
+@pytest.mark.parametrize("pieces_differ", [False, True])
+def test_long_dialogues_are_tokenized_from_the_last_answer_on_and_give_the_tokens_of_the_whole(
+    tokenizer, pieces_differ
+):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}, and words"} for i in range(80)]
+    template = Template(tokenizer, source())
+    sizes: list[int] = []
+
+    def ids_of(text: str) -> list[int]:
+        sizes.append(len(text))
+        if pieces_differ and text.startswith("<|im_end|>"):  # as tokenizers may that treat a text's start otherwise
+            return encode(tokenizer, text.replace("and", "a n d"))
+        return encode(tokenizer, text)
+
+    template._ids = ids_of
+    ids, spans = template.complete(talk(turns))
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert ids.tolist() == encode(tokenizer, whole)[: len(ids)]
+    assert spans_text(tokenizer, ids, spans) == [turn["content"] + "<|im_end|>" for turn in turns[1::2]]
+    assert (sum(sizes) < 4 * len(whole)) != pieces_differ
