@@ -12,6 +12,7 @@ from shared.recipe.recipe import Recipe
 from tools.evaluate import sandbox
 from tools.evaluate.asking import Asked, ask_model
 from tools.evaluate.generate_answers import Answer
+from tools.evaluate.made import made
 from tools.evaluate.model_process import leave, serve
 from tools.evaluate.models import ModelUnderTest, model_under_test
 from tools.evaluate.multiple_choice import normalised_scores
@@ -56,6 +57,7 @@ def evaluate_model(
         "heldout": heldout,
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "provenance": answers.provenance,
+        "made": made(),
     }
     write_result(result_path(recipe, name), result)
 

@@ -85,8 +85,26 @@ class EvaluationIdentity(BaseModel):
     engine: str | None = None
 
 
+class Made(BaseModel):
+    """When and where a model was evaluated."""
+
+    date: str | None = None
+    decant: str | None = None
+    machine: str | None = None
+    peak_memory_bytes: Count | None = None
+    memory_of: str | None = None
+
+
+class Timing(BaseModel):
+    """A line of train/STAGE/timing.jsonl"""
+
+    tokens_per_second: Number | None = None
+
+
 class Evaluation(BaseModel):
     """evaluate/MODEL.json"""
+
+    made: Made | None = None
 
     tasks: dict[str, Task]
     heldout: Heldout | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tools.report.numbers import compact
 from tools.report.plots import INK, colour_of, short, svg_of
 
 
@@ -33,6 +34,7 @@ def _lines(label: str, models: Mapping[str, Any], key: str, across: str, up: str
     def _draw(axes: Any) -> None:
         if diagonal:
             axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, alpha=0.4, linestyle="--")
+        _write_counts(axes, models, key)
         for name, model in models.items():
             bins = (model["heldout"] or {}).get(key)
             if bins:
@@ -54,3 +56,12 @@ def _lines(label: str, models: Mapping[str, Any], key: str, across: str, up: str
         axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=1.0)
 
     return svg_of(label, _draw)
+
+
+def _write_counts(axes: Any, models: Mapping[str, Any], key: str) -> None:
+    """Write below the curves how many positions each of the last model's bins has: a bin of eight says little."""
+    bins = next(filter(None, ((model["heldout"] or {}).get(key) for model in reversed(list(models.values())))), [])
+    for part in bins:
+        if part.get("positions") is not None:
+            place = (100 * part["confidence"], 1)
+            axes.annotate(compact(part["positions"]), place, ha="center", va="bottom", fontsize=6.5, alpha=0.7)

@@ -8,6 +8,7 @@ every n-th value, so that a page with 100,000 steps stays small. Only what moved
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,8 +59,8 @@ def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, st
     }
     figures = []
     for name, (title, axis) in titles.items():
-        moved = any(len({value for _, value in points}) > 1 for points in series[name].values())
-        if moved and not (name == "shares" and len(series[name]) < 2):
+        moves = _drifts if name == "shares" else _changes
+        if any(moves([value for _, value in points]) for points in series[name].values()):
             scale = 100.0 if name == "shares" else 1.0
             figures.append(
                 (
@@ -68,6 +69,22 @@ def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, st
                 )
             )
     return figures
+
+
+def _changes(values: Sequence[float]) -> bool:
+    return len(set(values)) > 1
+
+
+def _drifts(values: Sequence[float]) -> bool:
+    """Tell whether a share moves, and not only jitters from batch to batch: first and last third differ by more than
+    0.02 and four standard errors.
+    """
+    third = len(values) // 3
+    if third < 2:
+        return False
+    first, last = values[:third], values[-third:]
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
+    return abs(statistics.fmean(first) - statistics.fmean(last)) > max(0.02, 4 * error)
 
 
 def _plot(label: str, named: Series, axis: str, scale: float, *, stepped: bool) -> str:

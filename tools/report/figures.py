@@ -77,10 +77,26 @@ def _model(run: RunFiles, name: str, evaluation: Mapping[str, Any]) -> dict[str,
         "tasks": tasks,
         "mean_score": math.fsum(task["score"] for task in tasks.values()) / len(tasks) if tasks else None,
         "heldout": evaluation["heldout"],
+        "heldout_basis": _basis(evaluation),
         "answers": _answers(run, name),
         "seconds": evaluation.get("seconds", {}),
+        "made": evaluation.get("made") or {},
         "engine": (evaluation.get("identity") or {}).get("engine"),
     }
+
+
+def _basis(evaluation: Mapping[str, Any]) -> str | None:
+    """Say against which layer and on which rows a held-out KL was measured; KLs of different ones do not compare."""
+    heldout = evaluation["heldout"]
+    if heldout is None:
+        return None
+    asked = (evaluation.get("identity") or {}).get("heldout")
+    asked = asked if isinstance(asked, dict) else {}
+    caches = asked.get("caches") if isinstance(asked.get("caches"), list) else []
+    layer = heldout.get("layer") or asked.get("targets") or "the only layer"
+    rows = "rows not counted" if heldout.get("rows") is None else f"{heldout['rows']} rows"
+    share = f", fraction {asked['fraction']}" if "fraction" in asked else ""
+    return f"{layer} of {' and '.join(str(cache)[:8] for cache in caches) or 'the cache'}, {rows}{share}"
 
 
 def _answers(run: RunFiles, name: str) -> dict[str, Any]:
@@ -121,6 +137,7 @@ def _stage(stage: StageFiles) -> dict[str, Any]:
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "health": stage.health,
+        "tokens_per_second": stage.tokens_per_second,
     }
 
 

@@ -24,6 +24,14 @@ def number(value: float | None, digits: int) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
+def compact(count: int) -> str:
+    """Return a count in at most four characters: 950, 1.2k, 34k, 5.1M."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}" if count < 10 * size else f"{count / size:.0f}{unit}"
+    return str(count)
+
+
 def duration(seconds: float) -> str:
     """Return seconds as `12 s`, `3 min 05 s` or `2 h 10 min`."""
     if seconds < 99.5:

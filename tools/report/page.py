@@ -7,7 +7,8 @@ Everything that comes from a file is escaped; the page's own policy forbids ever
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -57,19 +58,49 @@ def page(
 
 
 def _lead(report: Mapping[str, Any]) -> str:
+    """Say what the last stage reached, beside every other model: the scores' mean, then the held-out KL."""
     models = report["models"]
-    students = [name for name in models if name not in ("teacher", "base") and models[name]["mean_score"] is not None]
+    students = [name for name in models if name not in ("teacher", "base")]
     if not students:
         return '<p class="lead soft">Decant report</p>'
-    best = max(students, key=lambda name: models[name]["mean_score"])
-    parts = [f"<b>{escape(best)}</b> scores {tables.percent(models[best]['mean_score'])}"]
-    for other in ("base", "teacher"):
-        if other in models and models[other]["mean_score"] is not None:
-            label = "the student before" if other == "base" else "the teacher"
-            parts.append(f"{label} {tables.percent(models[other]['mean_score'])}")
-    text = ", ".join(parts)
-    gap = models[best]["gap_closed"]
-    return f'<p class="lead">{text}{"" if gap is None else f": {tables.percent(gap, 0)} of the gap is closed"}.</p>'
+    last = students[-1]
+    others = [*students[-2::-1], *(name for name in ("base", "teacher") if name in models)]
+    lines = []
+    if models[last]["mean_score"] is not None:
+        gap = models[last]["gap_closed"]
+        tail = "" if gap is None else f": {tables.percent(gap, 0)} of the way from base to teacher"
+        scores = {name: model["mean_score"] for name, model in models.items()}
+        lines.append(
+            _against(
+                last,
+                "scores, in the mean of the tasks," if len(tables.score_domains(report)) > 1 else "scores",
+                scores,
+                others,
+                tables.percent,
+            )
+            + tail
+        )
+    if models[last]["heldout"] and not tables.heldout_bases(report):
+        kls = {name: (model["heldout"] or {}).get("kl_nats") for name, model in models.items()}
+        lines.append(_against(last, "is, in held-out KL from the teacher, at", kls, others, _nats))
+    return "".join(f'<p class="lead">{_unbroken(line)}.</p>' for line in lines)
+
+
+def _nats(value: float) -> str:
+    return f"{tables.number(value, 4)} nats"
+
+
+def _against(
+    name: str, says: str, values: Mapping[str, Any], others: Sequence[str], write: Callable[[Any], str]
+) -> str:
+    beside = [f"{escape(other)} {write(values[other])}" for other in others if values.get(other) is not None]
+    tail = f", against {', '.join(beside)}" if beside else ""
+    return f"<b>{escape(name)}</b> {says} {write(values[name])}{tail}"
+
+
+def _unbroken(text: str) -> str:
+    """Keep a number and its unit on one line, in escaped text."""
+    return re.sub(r"(?<![\w.])[\d.,]+ (?:%|nats)", r'<span class="n">\g<0></span>', text)
 
 
 def _missing(report: Mapping[str, Any]) -> str:
@@ -92,11 +123,12 @@ def _models(report: Mapping[str, Any]) -> str:
         for column, cell in enumerate(row[1:], start=1):
             spread = _spread(models[row[0]], header[column])
             mark = ' class="best"' if (row[0], column) in best else ""
-            cells += f"<td{mark}>{escape(cell)}{f'<small>{spread}</small>' if spread else ''}</td>"
+            label = escape(header[column])
+            cells += f'<td{mark} data-label="{label}">{escape(cell)}{f"<small>{spread}</small>" if spread else ""}</td>'
         body += f"<tr>{cells}</tr>"
     legend = _legend(report)
     inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    table = f'<div class="card"><div class="scroll"><table>{inside}</table></div>'
+    table = f'<div class="card"><div class="scroll"><table class="stack">{inside}</table></div>'
     return f'{table}<p class="legend">{legend}</p></div>'
 
 
@@ -111,38 +143,39 @@ def _legend(report: Mapping[str, Any]) -> str:
     ]
     parts += [
         "top-1: positions whose most probable token is the teacher's",
-        "marked: the best of base and the students",
+        "marked: the best of base and the students, where its interval overlaps no other's",
     ]
-    return escape("; ".join(parts) + ".")
+    return escape("; ".join(parts) + ". " + tables.bases_text(report))
 
 
 def _best_cells(report: Mapping[str, Any]) -> set[tuple[str, int]]:
-    """Return (model, column) of the best figure among all models but the teacher, where there is
-    anything to compare.
+    """Return (model, column) of each best figure among all models but the teacher, where its 95 % interval overlaps no
+    other's; a figure without an interval is never called the best.
     """
-    header = tables.model_header(report)
     found = set()
-    for column, title in enumerate(header):
-        values = {
-            name: value
+    for column, title in enumerate(tables.model_header(report)):
+        if title == "held-out KL" and tables.heldout_bases(report):
+            continue
+        intervals = {
+            name: interval
             for name, model in report["models"].items()
-            if name != "teacher" and (value := _value(model, title)) is not None
+            if name != "teacher" and (interval := _interval(model, title)) is not None
         }
-        if len(values) > 1 and title != "gap closed":
-            best = min(values.values()) if title in ("held-out KL", "perplexity") else max(values.values())
-            found |= {(name, column) for name, value in values.items() if value == best}
+        if len(intervals) < 2:
+            continue
+        sign = -1 if title == "held-out KL" else 1
+        best = max(intervals, key=lambda name: sign * sum(intervals[name]))
+        low, high = intervals[best]
+        if all(name == best or other[1] < low or other[0] > high for name, other in intervals.items()):
+            found.add((best, column))
     return found
 
 
-def _value(model: Mapping[str, Any], title: str) -> Any:
-    heldout = model["heldout"] or {}
-    named = {"held-out KL": "kl_nats", "top-1": "top1_agreement", "perplexity": "perplexity"}
-    if title in named:
-        return heldout.get(named[title])
-    if title == "mean":
-        return model["mean_score"]
+def _interval(model: Mapping[str, Any], title: str) -> tuple[float, float] | None:
+    if title == "held-out KL":
+        return kl_interval(model["heldout"] or {})
     task = model["tasks"].get(title)
-    return None if task is None else task["score"]
+    return (task["low"], task["high"]) if task else None
 
 
 def _spread(model: Mapping[str, Any], title: str) -> str:
@@ -156,7 +189,9 @@ def _spread(model: Mapping[str, Any], title: str) -> str:
 
 def _facts(report: Mapping[str, Any]) -> str:
     rows = tables.run_rows(report)
-    boxes = "".join(f"<div><span>{escape(what)}</span><b>{escape(figure)}</b></div>" for what, figure in rows)
+    boxes = "".join(
+        f"<div><span>{escape(what)}</span><b>{_unbroken(escape(figure))}</b></div>" for what, figure in rows
+    )
     return f'<div class="facts">{boxes}</div>' if rows else ""
 
 
@@ -164,15 +199,16 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
     """Draw every plot that the run has figures for; return titles and SVG elements."""
     models, cache = report["models"], report["cache"]
     figures: list[tuple[str, str]] = []
+    counts = f" (small figures: positions, of {list(models)[-1]})" if models else ""
     if domains := tables.score_domains(report):
         figures.append(("Scores per domain, with 95 % intervals", plots.score_plot(models, domains)))
     if any(model["heldout"] for model in models.values()):
         figures.append(("Distance from the teacher on held-out prompts", plots.divergence_plot(models)))
     if confidence_plots.has_bins(models, "agreement_by_teacher_confidence"):
-        title = "Agreement with the teacher, by how sure the teacher is"
+        title = f"Agreement with the teacher, by how sure the teacher is{counts}"
         figures.append((title, confidence_plots.agreement_plot(models)))
     if confidence_plots.has_bins(models, "calibration"):
-        figures.append(("Calibration on held-out prompts", confidence_plots.calibration_plot(models)))
+        figures.append((f"Calibration on held-out prompts{counts}", confidence_plots.calibration_plot(models)))
     for index, run in enumerate(runs):
         for name, stage in run.stages.items():
             label = f"{run.name}/{name}" if index else name
@@ -199,25 +235,25 @@ def _plots(figures: Sequence[tuple[str, str]]) -> str:
 
 def _heldout_table(report: Mapping[str, Any]) -> str:
     rows = tables.heldout_rows(report)
-    if not rows:
-        return ""
-    head = "".join(f"<th>{escape(title)}</th>" for title in tables.HELDOUT_HEADER)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    table = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f'<h2>Held-out distance by source</h2>{table}<p class="legend">{escape(tables.HELDOUT_LEGEND)}</p>'
+    legend = f"{tables.HELDOUT_LEGEND} {tables.bases_text(report)}"
+    return _table(Table("Held-out distance by source", tables.HELDOUT_HEADER, rows, legend, 2)) if rows else ""
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in table.header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in table.rows
-    )
-    element = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f'<h2>{escape(table.title)}</h2>{element}<p class="legend">{escape(table.legend)}</p>'
+    legend = f'<p class="legend">{escape(table.legend)}</p>' if table.legend else ""
+    return f"<h2>{escape(table.title)}</h2>{_element(table.header, table.rows)}{legend}"
+
+
+def _element(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table that a narrow screen shows as one card per row, each figure under its title."""
+    head = "".join(f"<th>{escape(title)}</th>" for title in header)
+    body = ""
+    for row in rows:
+        cells = zip(header[1:], row[1:], strict=True)
+        figures = "".join(f'<td data-label="{escape(title)}">{escape(cell)}</td>' for title, cell in cells)
+        body += f'<tr><th scope="row">{escape(row[0])}</th>{figures}</tr>'
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="card scroll"><table class="stack">{inside}</table></div>'
 
 
 def _answers_table(report: Mapping[str, Any]) -> str:
@@ -231,13 +267,8 @@ def _answers_table(report: Mapping[str, Any]) -> str:
         ("same as base", "same_as_base"),
         ("same as teacher", "same_as_teacher"),
     )
-    body = ""
-    for name, figures in rows.items():
-        cells = "".join(f"<td>{_answer_cell(key, figures.get(key))}</td>" for _, key in columns)
-        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    head = "<th>model</th>" + "".join(f"<th>{title}</th>" for title, _ in columns)
-    table = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f"<h2>Answers</h2>{table}"
+    texts = [[name, *(_answer_cell(key, figures.get(key)) for _, key in columns)] for name, figures in rows.items()]
+    return f"<h2>Answers</h2>{_element(['model', *(title for title, _ in columns)], texts)}"
 
 
 def _answer_cell(key: str, value: Any) -> str:

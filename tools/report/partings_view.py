@@ -11,6 +11,9 @@ from typing import Any
 from tools.report import tables
 from tools.report.samples import cut
 
+MOST_BEFORE, MOST_LINES = 160, 3
+"""Characters and lines shown before the marked token."""
+
 
 def partings_section(models: Mapping[str, Any]) -> str:
     """Return the section; the last model of the report stands open, the others folded; nothing where there are none."""
@@ -34,7 +37,8 @@ def partings_section(models: Mapping[str, Any]) -> str:
 
 
 def _card(parting: Mapping[str, Any], name: str) -> str:
-    before, token, after = (_shown(parting[part]) for part in ("before", "token", "after"))
+    token, after = _shown(parting["token"]), _shown(parting["after"])
+    before = _shown(_last(parting["before"]))
     label = parting["token_probability"]
     text = f'<pre class="context">{before}<mark>{token}</mark><span class="soft">{after}</span></pre>'
     said = _side("teacher", parting["teacher"], label["teacher"]) + _side(name, parting["student"], label["student"])
@@ -46,13 +50,21 @@ def _card(parting: Mapping[str, Any], name: str) -> str:
 def _side(name: str, entries: Sequence[Any], label: float) -> str:
     rows = "".join(
         f'<li><code>{_shown(text)}</code><span class="bar" style="width:{60 * probability:.1f}%"></span>'
-        f"<span>{tables.percent(probability)}</span></li>"
+        f'<span class="n">{tables.percent(probability)}</span></li>'
         for text, probability in entries
     )
     return (
-        f'<div><span class="who">{escape(name)}</span> <span class="soft">marked token {tables.percent(label)}</span>'
+        f'<div><span class="who">{escape(name)}</span> '
+        f'<span class="soft">marked token <span class="n">{tables.percent(label)}</span></span>'
         f'<ul class="said">{rows}</ul></div>'
     )
+
+
+def _last(text: str) -> str:
+    """Return what stands right before the marked token, so that the token is in sight on a phone, too."""
+    lines = text[-MOST_BEFORE:].split("\n")[-MOST_LINES:]
+    kept = "\n".join(lines)
+    return kept if len(kept) == len(text) else f"… {kept}"
 
 
 def _shown(text: Any) -> str:

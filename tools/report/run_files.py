@@ -7,6 +7,7 @@ bounded and whatever is not of the expected shape counts as missing.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from tools.evaluate.run_shapes import (
     Seconds,
     SideRow,
     Step,
+    Timing,
     fault_of,
     read_lines,
     read_object,
@@ -50,6 +52,8 @@ class StageFiles:
     health: dict[str, Any] | None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """Records of evaluations.jsonl, oldest first."""
+    tokens_per_second: float | None = None
+    """Median over the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +162,9 @@ def _stage(directory: Path, name: str, missing: list[str]) -> StageFiles | None:
     if health is None:
         missing.append(f"stage '{name}' has no health.json: it did not finish")
     evaluations = _sound_lines(directory / "evaluations.jsonl", HeldoutStep, f"stage '{name}'", missing)
-    return StageFiles(steps, list(terms[-1]), health, evaluations)
+    timing = _sound_lines(directory / "timing.jsonl", Timing, f"stage '{name}'", missing)
+    rates = [row["tokens_per_second"] for row in timing if row.get("tokens_per_second") is not None]
+    return StageFiles(steps, list(terms[-1]), health, evaluations, statistics.median(rates) if rates else None)
 
 
 def _evaluations(directory: Path, recipe: Recipe | None, missing: list[str]) -> dict[str, dict[str, Any]]:

@@ -39,7 +39,7 @@ i.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; ma
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; margin-top: 14px; }
 .facts div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px;
   min-width: 0; }
-.facts dt, .facts span { color: var(--soft); font-size: .8rem; display: block; } .facts b { font-size: 1.15rem;
+.facts > div > span { color: var(--soft); font-size: .8rem; display: block; } .facts b { font-size: 1.15rem;
   font-weight: 600; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
 figure { margin: 0; min-width: 0; } figure svg { width: 100%; height: auto; display: block; } figcaption {
@@ -60,13 +60,20 @@ details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; paddi
   display: none; }
 .filter input, .filter select { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--line);
   border-radius: 8px; padding: 6px 10px; min-width: 0; max-width: 100%; } .filter input { flex: 1 1 240px; }
-.parting { margin-top: 10px; } .parting .context { max-height: 9em; }
+.parting { margin-top: 10px; } .parting .context { max-height: none; } .n { white-space: nowrap; }
 mark { background: #ffd76a; color: #1c2430; border-radius: 3px; }
 .said { list-style: none; margin: 4px 0 0; padding: 0; font-size: .85rem; } .said li { display: flex; gap: 8px;
   align-items:
   center; min-width: 0; } .said code { flex: 0 0 30%; overflow-wrap: anywhere; white-space: pre-wrap; } .said .bar {
   height: .7em; background: var(--soft); opacity: .5; border-radius: 2px; }
 .checks { list-style: none; padding: 0; margin: 6px 0 0; font-size: .9rem; } .checks li { overflow-wrap: anywhere; }
+@media (max-width: 700px) { table.stack, table.stack tbody { display: block; } table.stack thead { display: none; }
+  table.stack tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(92px, 1fr)); gap: 2px 10px;
+  padding: 10px 0; border-bottom: 1px solid var(--line); } table.stack tbody tr:last-child { border-bottom: 0; }
+  table.stack th[scope=row] { grid-column: 1 / -1; position: static; border: 0; padding: 0; white-space: normal;
+  overflow-wrap: anywhere; } table.stack td, table.stack td:first-child { border: 0; padding: 3px 4px; text-align: left;
+  min-width: 0; white-space: normal; overflow-wrap: anywhere; position: static; }
+  table.stack td::before { content: attr(data-label); display: block; color: var(--soft); font-size: .72rem; } }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } .card { padding: 12px; } th, td { padding: 7px 8px; } h1 {
   font-size: 1.4rem; } }
 @media print { .filter { display: none; }

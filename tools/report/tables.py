@@ -9,11 +9,12 @@ import csv
 import io
 import math
 import re
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.report.more_tables import more_tables
-from tools.report.numbers import NONE, duration, number, percent
+from tools.report.numbers import NONE, data_size, duration, number, percent
 
 __all__ = ["NONE", "duration", "number", "percent"]
 
@@ -47,6 +48,23 @@ def model_header(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def heldout_bases(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return a letter for each layer and set of rows that models were measured on; empty where all share one."""
+    found = dict.fromkeys(model.get("heldout_basis") for model in report["models"].values() if model["heldout"])
+    return dict(zip(map(str, found), string.ascii_lowercase, strict=False)) if len(found) > 1 else {}
+
+
+def bases_text(report: Mapping[str, Any]) -> str:
+    """Return what the letters stand for; empty where there are none."""
+    bases = [f"({letter}) {basis}" for basis, letter in heldout_bases(report).items()]
+    return f"Held-out figures with different letters do not compare: {'; '.join(bases)}." if bases else ""
+
+
+def _kl_cell(report: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    letter = heldout_bases(report).get(str(model.get("heldout_basis")), "") if model["heldout"] else ""
+    return number((model["heldout"] or {}).get("kl_nats"), 4) + (f" ({letter})" if letter else "")
+
+
 def model_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Return one row of texts per model, as `model_header` says."""
     domains = score_domains(report)
@@ -57,7 +75,7 @@ def model_rows(report: Mapping[str, Any]) -> list[list[str]]:
         cells += [percent(model["mean_score"])] if len(domains) > 1 else []
         cells += [
             percent(model["gap_closed"], digits=0),
-            number(heldout.get("kl_nats"), 4),
+            _kl_cell(report, model),
             percent(heldout.get("top1_agreement")),
         ]
         rows.append([name, *cells, number(heldout.get("perplexity"), 2)])
@@ -91,9 +109,27 @@ def run_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("entries per position", number(cache.get("mean_support"), 1)),
         ]
         rows += [("teacher's entropy", _entropy(report))]
+    rows += _made_rows(report)
     total = sum(report["seconds"].values())
     rows += [(f"{_TIME}{phase}", duration(seconds)) for phase, seconds in report["seconds"].items()]
     return [*rows, (f"{_TIME}all", duration(total))] if len(report["seconds"]) > 1 else rows
+
+
+def _made_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return when, by what and where the models were evaluated, and how fast stages trained, as far as files say."""
+    made = [model["made"] for model in report["models"].values() if model.get("made")]
+    rows = []
+    for what, key in (("evaluated", "date"), ("Decant", "decant"), ("machine", "machine")):
+        values = list(dict.fromkeys(str(one[key]) for one in made if one.get(key)))
+        rows += [(what, " and ".join(values if key != "date" else sorted(values)[-1:]))] if values else []
+    peaks = [one for one in made if one.get("peak_memory_bytes") is not None]
+    if peaks:
+        largest = max(peaks, key=lambda one: one["peak_memory_bytes"])
+        rows.append(("peak memory of evaluation", f"{data_size(largest['peak_memory_bytes'])} {largest['memory_of']}"))
+    for name, stage in report["stages"].items():
+        if stage.get("tokens_per_second"):
+            rows.append((f"train.{name}", f"{stage['tokens_per_second']:,.0f} tokens/s"))
+    return rows
 
 
 def _entropy(report: Mapping[str, Any]) -> str:
@@ -118,7 +154,7 @@ def table_text(report: Mapping[str, Any]) -> str:
     cache = ", ".join(f"{what} {figure}" for what, figure in facts if not what.startswith(_TIME))
     times = ", ".join(f"{what.removeprefix(_TIME)} {figure}" for what, figure in facts if what.startswith(_TIME))
     lines += ["", *(f"{label}: {text}" for label, text in (("cache", cache), ("time", times)) if text)]
-    lines += [f"note: {sentence}" for sentence in report["missing"]]
+    lines += [f"note: {sentence}" for sentence in [*filter(None, [bases_text(report)]), *report["missing"]]]
     return _printable("\n".join(lines))
 
 
@@ -165,12 +201,13 @@ def models_csv(report: Mapping[str, Any]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     ends = [f"{domain}_{end}" for domain in domains for end in ("score", "low", "high")]
-    writer.writerow(["model", *map(_cell, ends), "mean_score", "gap_closed", *measures])
+    writer.writerow(["model", *map(_cell, ends), "mean_score", "gap_closed", *measures, "heldout_basis"])
     for name, model in report["models"].items():
         tasks, heldout = model["tasks"], model["heldout"] or {}
         cells = [tasks.get(domain, {}).get(end) for domain in domains for end in ("score", "low", "high")]
         cells += [model["mean_score"], model["gap_closed"], *(heldout.get(key) for key in measures)]
-        writer.writerow([_cell(name), *("" if cell is None else repr(cell) for cell in cells)])
+        cells = ["" if cell is None else repr(cell) for cell in cells]
+        writer.writerow([_cell(name), *cells, _cell(model.get("heldout_basis") or "")])
     return out.getvalue()
 
 
@@ -186,7 +223,7 @@ def _legend(report: Mapping[str, Any]) -> str:
         "gap closed: share of the way from base to teacher in the mean",
         "held-out KL: nats per position from the teacher's cached distributions",
     ]
-    return _md("; ".join(text) + ".")
+    return _md("; ".join(text) + ". " + bases_text(report))
 
 
 def _aligned(rows: Sequence[Sequence[str]], num_labels: int = 1) -> list[str]:

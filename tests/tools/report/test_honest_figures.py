@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ from shared.recipe.file import load_recipe
 from tests.tools.report.fake_run import make_run, write_json
 from tools.evaluate.contamination import among_caches, among_groups, sentence
 from tools.report.build import build_report
+from tools.report.course_view import course_plots, course_series
 from tools.report.run_files import read_run
 from tools.report.tables import run_rows, table_text
 
 
 def report_of(mode: str, entropy: float, tail: float) -> dict[str, Any]:
     cache = {"rows": 1, "positions": 1, "mean_entropy_nats": entropy, "mean_tail_mass": tail}
-    return {"cache": cache, "layers": [{"mode": mode, "vocab_size": 1000}], "seconds": {}}
+    return {"cache": cache, "layers": [{"mode": mode, "vocab_size": 1000}], "seconds": {}, "models": {}, "stages": {}}
 
 
 @pytest.mark.parametrize(
@@ -104,4 +107,82 @@ def test_one_row_has_no_interval(tmp_path: Path) -> None:
         result["heldout"] |= {"rows": 1, "kl_low": low, "kl_high": low}
         write_json(run / "evaluate" / "kd.json", result)
         assert build_report([run])["missing"] == []
-        assert "0.1200<small>one row</small>" in (run / "report.html").read_text()
+        assert "0.1200 (b)<small>one row</small>" in (run / "report.html").read_text()
+
+
+def test_no_figure_is_the_best_where_intervals_overlap(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run"
+    )  # scores of kd and sft are 0.16 wide intervals; aiops and math overlap, KL does not
+    build_report([run])
+    text = (run / "report.html").read_text()
+    best = re.findall(r'<td class="best" data-label="([^"]*)">([^<]*)', text)
+    assert best == [("held-out KL", "0.1200")]
+
+
+def test_the_headline_says_every_model_and_the_kl(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    build_report([run])
+    (scores, kls) = re.findall(r'<p class="lead">(.*?)</p>', (run / "report.html").read_text())
+    plain = [re.sub("<[^>]*>", "", lead) for lead in (scores, kls)]
+    assert plain[0] == (
+        "kd scores, in the mean of the tasks, 63.3 %, against sft 53.0 %, base 8.7 %, teacher 92.3 %: 65 % of the way "
+        "from base to teacher."
+    )
+    assert "0.1200 nats, against sft 0.3300 nats, base 2.4100 nats, teacher 0.0003 nats" in plain[1]
+
+
+def test_figures_of_different_layers_or_rows_carry_letters(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for change in ({"layer": "top8-00000000"}, {"rows": 60}):
+        result = json.loads((run / "evaluate" / "kd.json").read_text())
+        write_json(run / "evaluate" / "kd.json", {**result, "heldout": {**result["heldout"], **change}})
+        report = build_report([run])
+        assert "0.1200 (b)" in table_text(report)
+        assert "0.3300 (a)" in (run / "report.md").read_text()
+        for text in (table_text(report), (run / "report.md").read_text(), (run / "report.html").read_text()):
+            assert "do not compare" in text
+        assert len(re.findall('<p class="lead">', (run / "report.html").read_text())) == 1
+        write_json(run / "evaluate" / "kd.json", result)
+    assert "(a)" not in table_text(build_report([run]))
+
+
+def test_a_report_says_when_where_and_how_fast(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    made = {
+        "date": "2026-01-02T03:04+00:00",
+        "decant": "0.1",
+        "machine": "x86_64, 2 cores",
+        "peak_memory_bytes": 3 * 10**8,
+    }
+    result = json.loads((run / "evaluate" / "kd.json").read_text())
+    write_json(run / "evaluate" / "kd.json", {**result, "made": {**made, "memory_of": "resident memory"}})
+    rates = [{"step": step, "tokens_per_second": rate} for step, rate in ((1, 10.0), (2, 5000.0), (3, 6000.0))]
+    (run / "train" / "kd" / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rates))
+    said = dict(run_rows(build_report([run])))
+    assert said["evaluated"] == "2026-01-02T03:04+00:00"
+    assert said["machine"] == "x86_64, 2 cores"
+    assert said["peak memory of evaluation"] == "300.0 MB resident memory"
+    assert said["train.kd"] == "5,000 tokens/s"
+
+
+def test_shares_that_only_jitter_are_not_drawn() -> None:
+    rng = random.Random(0)
+    jitter = [{"step": i, "tokens_by_source": {"a": 500 + rng.randrange(200), "b": 600}} for i in range(400)]
+    moving = [{"step": i, "tokens_by_source": {"a": 100 + 2 * i, "b": 600}} for i in range(400)]
+    drawn = [
+        [title for title, _ in course_plots("kd", course_series(rows, [])) if "Shares" in title]
+        for rows in (jitter, moving)
+    ]
+    assert drawn == [[], ["Shares of the sources of stage kd"]]
+
+
+def test_the_marked_token_stands_near_the_start_of_its_card(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    result = json.loads((run / "evaluate" / "kd.json").read_text())
+    result["heldout"]["partings"][0]["before"] = "a line\n" * 40 + "long words " * 90
+    write_json(run / "evaluate" / "kd.json", result)
+    build_report([run])
+    contexts = re.findall(r'<pre class="context">(.*?)<mark>', (run / "report.html").read_text(), re.DOTALL)
+    assert max(map(len, contexts)) <= 170
+    assert max(context.count("\n") for context in contexts) <= 2
