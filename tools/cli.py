@@ -137,7 +137,7 @@ def _export(args: argparse.Namespace) -> int:
     from tools.export_run import export_run
 
     with _stdout_kept(args):
-        result = export_run(args.run, args.stage, args.output, keep_adapter=args.keep_adapter)
+        result = export_run(args.run, args.stage, args.output, keep_adapter=args.keep_adapter, dtype=args.dtype)
     _result(args, *result)
     return 0
 

@@ -102,6 +102,10 @@ def build_parser() -> Parser:
     export.add_argument("--stage", metavar="NAME", help="whose model (default: the last stage that is finished)")
     export.add_argument("--output", type=Path, metavar="DIR", help="the new directory (default: RUN/export/NAME)")
     export.add_argument("--keep-adapter", action="store_true", help="put the adapter by itself into adapter/, too")
+    dtypes = ["float32", "bfloat16", "float16"]
+    export.add_argument(
+        "--dtype", choices=dtypes, help="write the weights in this type (default: as they were trained)"
+    )
 
     schema = command("schema", "print the JSON schema of recipes, for editors")
     schema.add_argument("--page", action="store_true", help="print docs/recipe.md instead: every key with its meaning")

@@ -2,23 +2,32 @@
 card.
 
 The stage's model is merged and whole already (student_train/stage/export.py); it is copied, never changed, into a
-directory that is whole or absent. The same command again finds it and copies nothing. No model is loaded.
+directory that is whole or absent. Chat template and end tokens are those that its caches say it was trained with, also
+where an older version trained it. The same command again finds the export and copies nothing. No model is loaded.
 Cost: the size of the model, once.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.cache.cache import Cache
+from shared.cache.leaving import Leaving, leaving_of, settle, unsettled
 from shared.errors import DecantError, EvaluationError, UsageError
 from shared.identity.weights_hash import weights_hash
+from shared.models.end_tokens import declared_end_ids
+from shared.models.files import load_tokenizer
 from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe, Stage
+from teacher_cache.engines.vllm.vllm_version import serving_command
 from tools.cache.staged_directory import publish, refuse_existing, staging_path
+from tools.card_use import Talk
+from tools.export_dtype import convert_weights
 from tools.model_card import model_card
 from tools.report.figures import report_figures
 from tools.report.run_files import read_run
@@ -28,7 +37,7 @@ NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 
 def export_run(
-    run: Path, stage_name: str | None, output: Path | None, *, keep_adapter: bool
+    run: Path, stage_name: str | None, output: Path | None, *, keep_adapter: bool, dtype: str | None = None
 ) -> tuple[dict[str, Any], str]:
     """Write one stage's model as a directory; return what programs read and what people read.
 
@@ -37,10 +46,11 @@ def export_run(
         stage_name: whose model; None: the last stage that is finished.
         output: the new directory; None: RUN/export/STAGE.
         keep_adapter: put the adapter by itself into `adapter/`.
+        dtype: convert the weights to this type; None: as they are.
 
     Raises:
         EvaluationError: it is no run, or its recipe cannot be read.
-        UsageError: there is no such stage, or it has no adapter.
+        UsageError: there is no such stage, it has no adapter, or the output holds the same weights otherwise.
         DecantError: the model is not whole, or the output holds something else.
     """
     files = read_run(run)
@@ -59,16 +69,43 @@ def export_run(
         )
     out = output or run / "export" / stage.name
     weights = weights_hash(source / "model")
+    told = _told(recipe, source / "model")
     identity = {"weights": weights, "stage": stage.name, "keep_adapter": keep_adapter}
+    identity |= ({"dtype": dtype} if dtype else {}) | ({"settings": told.changes} if told.changes else {})
     reused = _is_there(out, identity)
     if not reused:
         report = report_figures([files])
-        card = model_card(recipe, stage, report, cache_identities(recipe), weights)
-        _write(out, source / "model", adapter, card, identity, weights)
+        talk = Talk(told.leaving, declared_end_ids(source / "model"), told.note)
+        card = model_card(recipe, stage, report, cache_identities(recipe), weights, talk, dtype)
+        _write(out, source / "model", adapter, told, dtype, card, identity, weights)
     result = {"model": str(out), "stage": stage.name, "weights": weights, "reused": reused, **_commands(out)}
     words = "is there already, with the same weights" if reused else "written"
-    text = f"{out}: {words}\n  serve it:    {result['serve']}\n  convert it:  {result['gguf']}"
-    return result, text
+    usual = f"vllm serve {shlex.quote(str(out))}"
+    elsewhere = "" if result["serve"] == usual else f" (with the GPU build: {usual})"
+    text = f"{out}: {words}\n  serve it:    {result['serve']}{elsewhere}\n  convert it:  {result['gguf']}"
+    return {**result, "note": told.note}, text + (f"\n  note:        {told.note}" if told.note else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the recipe's caches tell of how the student was trained, for a stage's model."""
+
+    leaving: Leaving | None
+    """None where no cache can be read here."""
+    tokenizer: Any
+    changes: dict[str, Any]
+    """What of it the stage's model does not say itself, such as one that an older version trained."""
+    note: str | None
+
+
+def _told(recipe: Recipe, model_dir: Path) -> _Told:
+    """Find out which template and end tokens belong to a stage's model."""
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=False)
+    try:
+        leaving = leaving_of(recipe, [Cache.open_sequences(path) for path in recipe.cache], tokenizer)
+    except DecantError as error:
+        return _Told(None, tokenizer, {}, f"template and end tokens are those of the stage's model, unchecked: {error}")
+    return _Told(leaving, tokenizer, unsettled(model_dir, leaving, tokenizer), leaving.note)
 
 
 def _stage(run: Path, recipe: Recipe, name: str | None) -> Stage:
@@ -128,17 +165,40 @@ def cache_identities(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _is_there(out: Path, identity: dict[str, Any]) -> bool:
-    """Tell whether the same export stands there; refuse anything else."""
+    """Tell whether the same export stands there, whole; refuse anything else by what differs."""
     try:
         found = json.loads((out / PROOF).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None  # not an export, or a damaged one: not this one in either case
-    if found != identity:
+    if not isinstance(found, dict) or found.get("weights") != identity["weights"]:
         refuse_existing(out, "an export of these weights")
-    return bool(found == identity)
+        return False
+    names = sorted({*found, *identity})
+    for name in (name for name in names if found.get(name) != identity.get(name)):
+        there, asked = json.dumps(found.get(name)), json.dumps(identity.get(name))
+        raise UsageError(
+            f"{out} is an export of these weights with {name} {there} where {asked} is asked for; remove it, or name "
+            "another place with --output"
+        )
+    adapter = ["adapter/adapter_config.json"] if identity["keep_adapter"] else []
+    missing = [name for name in (*NEEDED, *adapter) if not (out / name).is_file()]
+    if missing or not list(out.glob("*.safetensors")):
+        raise EvaluationError(
+            f"{out} was exported, but has lost {(missing or ['its weights'])[0]}; remove it and export again"
+        )
+    return True
 
 
-def _write(out: Path, model: Path, adapter: Path | None, card: str, identity: dict[str, Any], weights: str) -> None:
+def _write(
+    out: Path,
+    model: Path,
+    adapter: Path | None,
+    told: _Told,
+    dtype: str | None,
+    card: str,
+    identity: dict[str, Any],
+    weights: str,
+) -> None:
     """Copy a model to its place by way of a directory beside it, synced before it gets its name."""
     from student_train.records.checkpoints import fsync_tree
 
@@ -147,6 +207,14 @@ def _write(out: Path, model: Path, adapter: Path | None, card: str, identity: di
     if staging.exists():
         shutil.rmtree(staging)  # what a killed export left
     shutil.copytree(model, staging, symlinks=False)
+    if told.leaving is not None:
+        settle(staging, told.leaving, told.tokenizer)
+    if dtype is not None:
+        try:
+            convert_weights(staging, dtype)
+        except UsageError:
+            shutil.rmtree(staging)
+            raise
     if adapter is not None:
         shutil.copytree(adapter, staging / "adapter")
     (staging / "README.md").write_text(card, encoding="utf-8")
@@ -161,6 +229,7 @@ def _commands(out: Path) -> dict[str, str]:
     """Return the commands that serve and convert an exported model."""
     name = out.name if out.name not in ("", ".") else "model"
     return {
-        "serve": f"vllm serve {out}",
-        "gguf": f"python llama.cpp/convert_hf_to_gguf.py {out} --outfile {name}.gguf --outtype bf16",
+        "serve": shlex.join(serving_command(str(out))),
+        "gguf": f"python llama.cpp/convert_hf_to_gguf.py {shlex.quote(str(out))} --outfile {shlex.quote(name)}.gguf "
+        "--outtype bf16",
     }

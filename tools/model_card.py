@@ -11,13 +11,21 @@ from typing import Any
 
 from shared.recipe.recipe import Loss, Recipe, Stage
 from shared.recipe.schedule import Schedule
+from tools.base_licence import base_facts
+from tools.card_use import Talk, use_lines
 from tools.report.tables import model_header, model_rows
 
 FORMULA_PAGE = "docs/losses.md"
 
 
 def model_card(
-    recipe: Recipe, stage: Stage, report: Mapping[str, Any], caches: list[dict[str, Any]], weights: str
+    recipe: Recipe,
+    stage: Stage,
+    report: Mapping[str, Any],
+    caches: list[dict[str, Any]],
+    weights: str,
+    talk: Talk | None = None,
+    dtype: str | None = None,
 ) -> str:
     """Return the card of one stage's model.
 
@@ -26,11 +34,15 @@ def model_card(
         stage: whose model it is.
         report: figures of the run, as in report.json.
         caches: identity of each cache: `path`, `cache_id`, `licence`, `answers`, and the layer's fields.
-        weights: hash of the model's weights.
+        weights: hash of the trained weights.
+        talk: template and end tokens; None where nothing is known.
+        dtype: what the weights were converted to; None: nothing else than they were trained in.
     """
+    talk = talk or Talk(None, (), None)
+    base = base_facts(recipe.student.model, recipe.student.revision) if recipe.student else {}
     assert recipe.student is not None
     lines = [
-        *_front_matter(recipe, caches),
+        *_front_matter(recipe, caches, base),
         f"# {_plain(recipe.name)}: {_plain(stage.name)}",
         "",
         f"`{_plain(recipe.student.model)}`, distilled with Decant from a cache of a teacher's next-token "
@@ -38,7 +50,8 @@ def model_card(
         "",
         "## Where it comes from",
         "",
-        *_origin(recipe, stage, caches, weights),
+        *_origin(recipe, stage, caches, weights, base),
+        *([f"- stored in {dtype}, converted from what was trained"] if dtype else []),
         "",
         "## Stages",
         "",
@@ -50,25 +63,19 @@ def model_card(
         "",
         "## Licence",
         "",
-        *_licence(recipe, caches),
+        *_licence(recipe, caches, base),
         "",
         "## Use",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
-        "```",
-        "",
-        "    vllm serve .",
-        "",
+        *use_lines(talk, recipe.generate, _plain),
     ]
     return "\n".join(lines)
 
 
-def _front_matter(recipe: Recipe, caches: list[dict[str, Any]]) -> list[str]:
+def _front_matter(recipe: Recipe, caches: list[dict[str, Any]], base: Mapping[str, str]) -> list[str]:
     assert recipe.student is not None
-    licences = sorted({str(cache["licence"]) for cache in caches if cache.get("licence")})
+    licences = {str(cache["licence"]) for cache in caches if cache.get("licence")}
+    licences |= {base["licence"]} if "licence" in base and " " not in base["licence"] else set()
     fields = {
         "base_model": recipe.student.model,
         "library_name": "transformers",
@@ -76,15 +83,19 @@ def _front_matter(recipe: Recipe, caches: list[dict[str, Any]]) -> list[str]:
         "tags": ["distillation", "decant"],
     }
     if len(licences) == 1:
-        fields["license"] = licences[0]
+        fields["license"] = licences.pop()
     return ["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---", ""]
 
 
-def _origin(recipe: Recipe, stage: Stage, caches: list[dict[str, Any]], weights: str) -> list[str]:
+def _origin(
+    recipe: Recipe, stage: Stage, caches: list[dict[str, Any]], weights: str, base: Mapping[str, str]
+) -> list[str]:
     assert recipe.student is not None
     student = recipe.student
     init = "fresh weights of its config" if student.init == "random" else "its own weights"
-    lines = [f"- student: `{_plain(student.model)}`, {init}, trained as {_trained_as(recipe)}"]
+    origin = f" (which its files say comes from `{_plain(base['origin'])}`)" if "origin" in base else ""
+    revision = f" at revision `{_plain(student.revision)}`" if student.revision else ""
+    lines = [f"- student: `{_plain(student.model)}`{revision}{origin}, {init}, trained as {_trained_as(recipe)}"]
     for cache in caches:
         teacher = cache.get("teacher") or (recipe.teacher.model if recipe.teacher else "unknown")
         capture = (
@@ -162,7 +173,7 @@ def _figures(report: Mapping[str, Any], stage: Stage) -> list[str]:
     return [*table, *(f"| {' | '.join(map(_plain, row))} |" for row in rows)]
 
 
-def _licence(recipe: Recipe, caches: list[dict[str, Any]]) -> list[str]:
+def _licence(recipe: Recipe, caches: list[dict[str, Any]], base: Mapping[str, str]) -> list[str]:
     lines = [
         f"- answers of cache `{cache.get('cache_id')}`: licence {_plain(str(cache.get('licence') or 'not stated'))}, "
         "written by "
@@ -170,10 +181,9 @@ def _licence(recipe: Recipe, caches: list[dict[str, Any]]) -> list[str]:
         for cache in caches
     ]
     assert recipe.student is not None
-    lines.append(
-        f"- the licences of `{_plain(recipe.student.model)}` and of the teacher apply too; check both before you "
-        "publish"
-    )
+    said = ", ".join(base[name] for name in ("licence", "licence_name", "licence_link") if name in base)
+    lines.append(f"- base model `{_plain(recipe.student.model)}`: licence {_plain(said or 'not stated in its files')}")
+    lines.append("- the licence of the teacher applies too; check all of them before you publish")
     return lines
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from shared.cache.cache import Cache
 from shared.cache.rendering import chat_templates, rendered_sources
 from shared.cache.trained_ends import trained_ends
@@ -62,6 +64,21 @@ def leaving_of(recipe: Recipe, caches: Sequence[Cache], tokenizer: Any) -> Leavi
     special = special_ids(tokenizer)
     ends = dict.fromkeys(token for cache in caches for token in trained_ends(cache, special))
     return Leaving(sources, template, tuple(ends), note)
+
+
+def unsettled(model_dir: Path, leaving: Leaving, tokenizer: Any) -> dict[str, Any]:
+    """Return what `settle` would change of a model's directory: its end tokens, its template; empty where it says both.
+
+    Raises:
+        EngineError: a config of the directory cannot be read.
+    """
+    declared, path = declared_end_ids(model_dir), model_dir / "chat_template.jinja"
+    ends = end_token_ids(tokenizer, declared, leaving.end_ids)
+    changes: dict[str, Any] = {} if ends == declared else {"end_token_ids": list(ends)}
+    found = path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    if leaving.template is not None and found != leaving.template:
+        changes["template"] = xxhash.xxh3_128_hexdigest(leaving.template.encode())
+    return changes
 
 
 def settle(model_dir: Path, leaving: Leaving, tokenizer: Any) -> None:

@@ -80,9 +80,39 @@ def test_same_export_is_reused_and_another_is_refused(trained, tmp_path, capsys)
     assert main(["export", str(run), "--output", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reused"]
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
-    assert main(["export", str(run), "--output", str(out), "--keep-adapter"]) == 1
+    assert main(["export", str(run), "--output", str(out), "--keep-adapter"]) == 2
+    assert "is an export of these weights with keep_adapter false where true is asked for" in capsys.readouterr().err
+    assert main(["export", str(run), "--output", str(out), "--dtype", "float16"]) == 2
+    assert 'with dtype null where "float16" is asked for' in capsys.readouterr().err
+    (out / "model.safetensors").rename(out / "other.bin")
+    assert main(["export", str(run), "--output", str(out)]) == 1
+    assert "has lost its weights" in capsys.readouterr().err
+    (out / "decant-export.json").unlink()
+    assert main(["export", str(run), "--output", str(out)]) == 1
     assert "is not an export of these weights" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_weights_are_exported_in_the_type_that_is_asked_for(trained, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    run, out = trained.output_dir, tmp_path / "half"
+    assert main(["export", str(run), "--output", str(out), "--dtype", "bfloat16"]) == 0
+    trained_weights = load_file(run / "train/kd/model/model.safetensors")
+    saved = load_file(out / "model.safetensors")
+    assert saved.keys() == trained_weights.keys()
+    for name, tensor in trained_weights.items():
+        assert torch.equal(saved[name], tensor.to(torch.bfloat16))
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    assert "stored in bfloat16" in (out / "README.md").read_text()
+    name = next(iter(trained_weights))
+    trained_weights[name].view(-1)[0] = 1e6
+    save_file(trained_weights, run / "train/kd/model/model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["export", str(run), "--output", str(tmp_path / "narrow"), "--dtype", "float16"]) == 2
+    assert f"{name} has values beyond its range" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if "narrow" in path.name] == []
 
 
 def test_what_cannot_be_exported_is_refused_in_a_sentence(trained, tmp_path, capsys):

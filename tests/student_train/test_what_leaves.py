@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,12 +16,15 @@ from shared.cache.leaving import leaving_of
 from shared.cache.rendering import rendered_sources
 from shared.cache.trained_ends import trained_ends
 from shared.models.end_tokens import declared_end_ids, special_ids
+from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe
 from student_train.evaluate.quality_samples import Sample, student_answers
 from student_train.stage.stages import run_stages
 from teacher_cache.build import teach
 from tests.teacher_cache.engines.test_answer_ends import with_base_eos
+from tests.teacher_cache.real_server import RealServer
 from tests.tiny_models import CHATML, TURN_END, make_qwen3
+from tools.cli import main
 
 OTHER = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role.upper() + ':\n' + m.content + '<|im_end|>' }}{%- endfor %}"
@@ -156,3 +163,76 @@ def test_student_stops_by_itself_at_the_end_token_of_the_template(tmp_path, adap
     told = [student_answers(model, model, samples, tokenizer, ends, "sdpa", 40)[0] for ends in ((end,), ())]
     assert told[0] == "Hello."
     assert len(told[1]) > len(told[0])
+
+
+def test_export_mends_what_an_older_version_trained_and_its_card_shows_how_to_ask(tmp_path, capsys):
+    """The stage's model as it was left before: the tokenizer's eos alone, no template."""
+    from transformers import AutoTokenizer
+
+    teacher = with_base_eos(make_qwen3(tmp_path / "teacher", num_layers=1, chat_template=None))
+    (teacher / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: someone/first\n---\n# Tiny\n")
+    source = {"source": "a", "path": talks(tmp_path / "a.jsonl"), "chat_template": CHATML, "system": "Be brief."}
+    work = recipe(tmp_path, teacher, [source])
+    teach(work)
+    (model_dir,) = run_stages(work)
+    (work.output_dir / "recipe.yaml").write_text(dump_recipe(work))
+    tokenizer = exported_tokenizer(work)
+    end = tokenizer.convert_tokens_to_ids(TURN_END)
+    assert main(["export", str(work.output_dir)]) == 0
+    assert "settings" not in json.loads((work.output_dir / "export/kd/decant-export.json").read_text())
+    (model_dir / "chat_template.jinja").unlink()
+    generation = json.loads((model_dir / "generation_config.json").read_text()) | {"eos_token_id": 0}
+    (model_dir / "generation_config.json").write_text(json.dumps(generation))
+    out = tmp_path / "mended"
+    assert main(["export", str(work.output_dir), "--output", str(out)]) == 0
+    assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
+    assert declared_end_ids(out) == (end, 0)
+    capsys.readouterr()
+    assert main(["export", str(work.output_dir), "--output", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reused"]
+    card = (out / "README.md").read_text()
+    for part in ('license: "apache-2.0"', "`someone/first`", "licence apache-2.0", f"trained to write: {end} "):
+        assert part in card, part
+    program = card.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", program], cwd=out, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Be brief." in program
+
+
+@pytest.mark.slow
+def test_printed_command_serves_the_export_and_it_stops_by_itself(tmp_path, capsys):
+    """A chat over HTTP with no stop settings at all, under the build that is installed."""
+    pytest.importorskip("vllm")
+    teacher = with_base_eos(make_qwen3(tmp_path / "teacher", seed=1, num_layers=1, chat_template=None))
+    source = {"source": "a", "path": talks(tmp_path / "a.jsonl", 12, "Hello."), "chat_template": CHATML}
+    work = recipe(tmp_path, teacher, [source])
+    document = work.model_dump(mode="json")
+    document["stages"][0]["trainer"] |= {"max_steps": 60, "learning_rate": 1e-2}
+    work = Recipe.model_validate(document)
+    teach(work)
+    run_stages(work)
+    (work.output_dir / "recipe.yaml").write_text(dump_recipe(work))
+    capsys.readouterr()
+    assert main(["export", str(work.output_dir), "--json"]) == 0
+    command = shlex.split(json.loads(capsys.readouterr().out)["serve"])
+    server = RealServer(tmp_path, tmp_path / "server.log")
+    python = Path(sys.executable)
+    server._command = [str(python.with_name(command[0])), *command[1:], "--port", str(server.port)]
+    server._command += ["--enforce-eager", "--max-model-len", "256"]
+    server.start()
+    try:
+        server.wait_until_up()
+        body = {
+            "model": str(work.output_dir / "export/kd"),
+            "messages": [{"role": "user", "content": "How many are 3 apples at a?"}],
+            "max_tokens": 40,
+            "temperature": 0,
+        }
+        request = urllib.request.Request(
+            f"{server.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            (choice,) = json.loads(answer.read())["choices"]
+    finally:
+        server.kill()
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello.", "stop")

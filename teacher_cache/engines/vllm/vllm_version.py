@@ -17,3 +17,16 @@ def installed_vllm() -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def serving_command(model: str) -> list[str]:
+    """Return the command that serves a model with the installed build.
+
+    The CPU build's own `vllm` command looks for a distribution of that name and does not start; its module does.
+    """
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        if installed_vllm() is not None:
+            return ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return ["vllm", "serve", model]
