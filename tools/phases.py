@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shared.cache.rows_left_out import answers_line
 from shared.errors import EvaluationError, UsageError
 from shared.progress import BuildProgress, Progress
 from shared.recipe.base import closest, quoted
@@ -30,6 +31,9 @@ def teach(recipe: Recipe, partition: tuple[int, int] | None, max_set_aside: floa
     from teacher_cache.build import teach as build
     from teacher_cache.cluster.unit_board import UnitsSetAsideError
 
+    other = answers_line(recipe)
+    if other:
+        print(f"teach: {other}", file=sys.stderr, flush=True)
     progress = BuildProgress()
     settings: dict[str, Any] = {} if max_set_aside is None else {"max_set_aside": max_set_aside}
     try:

@@ -34,6 +34,7 @@ from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import read_bounded
+from shared.parts.jobs import committed_keys
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.open_parts import OpenParts
 from shared.parts.parts import check_file
@@ -289,6 +290,20 @@ class Cache:
     def group_keys(self) -> NDArray[np.void]:
         """[R] void16 group key of each row; `.tobytes()` of one is the key."""
         return self._columns[1]
+
+    @cached_property
+    def row_keys(self) -> NDArray[np.uint8]:
+        """[R, 16] row_key of each row, read from the parts' key columns."""
+        keys = [np.zeros((0, 16), np.uint8)]
+        for record, shown in zip(self._records, self._shown, strict=True):
+            found = committed_keys(sequences_dir(self.path), [record])
+            keys.append(found if shown is None else found[shown])
+        return np.ascontiguousarray(np.concatenate(keys))
+
+    def jobs_of_rows(self) -> list[tuple[str, int, int]]:
+        """Return (first 8 digits of the job, first row, row after the last) of every part, in order."""
+        starts = [0, *self._ends[:-1]]
+        return [(record.id8, a, b) for record, a, b in zip(self._records, starts, self._ends, strict=True)]
 
     @property
     def sources(self) -> NDArray[np.int32]:

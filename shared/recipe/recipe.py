@@ -9,7 +9,7 @@ opened. Paths are relative to the current directory.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -84,6 +84,8 @@ class Recipe(Section):
     """What the teacher answers, or the answered prompts that it scores."""
     generate: Generate | None = None
     """How the teacher answers; left out: the data's answers are scored."""
+    answers: Literal["matching", "all"] = "matching"
+    """Answers of the cache that are trained on: those drawn as `generate` says, or also those drawn otherwise."""
     capture: Capture = Capture()
     """What is kept of the teacher's distributions."""
     cache: Annotated[

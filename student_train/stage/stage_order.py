@@ -42,7 +42,9 @@ def open_caches(recipe: Recipe, stage: Stage) -> CacheList:
     """
     layer = stage.targets or layer_of_capture(recipe)
     hidden = [stage.hidden or hidden_layer_of(recipe, path) for path in recipe.cache] if hidden_reads(stage) else None
-    return CacheList.open(recipe.cache, layer, with_targets=needs_teacher(stage), hidden=hidden)
+    caches = CacheList.open(recipe.cache, layer, with_targets=needs_teacher(stage), hidden=hidden)
+    caches.leave_out_other_answers(recipe)
+    return caches
 
 
 def run_steps(recipe: Recipe, stage: Stage) -> RunSteps | None:

@@ -169,6 +169,10 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
     reason = ", the positions that the student knows" if positions else ""
     parts += [f"{cut:,} rows cut to {plan.limit} tokens{reason}"] if cut else []
     parts += [f"{dropped:,} rows above {plan.limit} tokens{reason} dropped"] if dropped else []
+    repeats, others = int(work.caches.repeats.sum()), int(work.caches.other_answers.sum())
+    parts += [f"{repeats:,} rows left out that an earlier cache holds"] if repeats else []
+    parts += [f"{others:,} rows left out whose answers were drawn otherwise (`answers: all` keeps them)"] * bool(others)
+    parts += ["on answers that were drawn otherwise than `generate` says"] if work.caches.all_are_other else []
     parts += [f"started from {work.start}"] if work.start else []
     parts += [f"continued after step {checkpoint.step:,}"] if checkpoint else []
     return f"train {work.stage.name}: {', '.join(parts)}"

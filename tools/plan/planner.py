@@ -14,6 +14,7 @@ from shutil import disk_usage
 from typing import Any
 
 from shared.cache.layout import Layer, list_layers, sequences_dir
+from shared.cache.rows_left_out import answers_line
 from shared.errors import EvaluationError, UsageError
 from shared.parts.records import list_records
 from shared.payload.narrowing import holds
@@ -56,6 +57,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
                 "at_most": round(there["unscored_positions"] * high),
             },
         }
+    there["other_answers"] = answers_line(recipe)
     nothing = {"expected": 0, "at_most": 0}
     hidden = hidden_figures(
         recipe, result.get("rows_to_do", 0), result.get("positions", nothing), result["assumptions"]
@@ -254,6 +256,7 @@ def plan_text(result: dict[str, Any]) -> str:
         lines.append(
             f"  there already: {there['rows']:,} rows, {there['tokens']:,} tokens, {there['positions']:,} positions"
         )
+    lines += [f"  {there['other_answers']}"] if there["other_answers"] else []
     for name, source in result["sources"].items():
         extra = f", {source['rows_in_cache']:,} of them in the cache" if source["rows_in_cache"] else ""
         extra += f", {source['duplicates']:,} duplicates left out" if source["duplicates"] else ""

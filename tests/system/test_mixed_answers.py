@@ -1,0 +1,97 @@
+"""A cache with answers drawn in two ways, and a list of caches that share rows: what a training reads of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shared.cache.cache import Cache
+from shared.recipe.file import load_recipe
+from tests.system.program import write_lines
+from tests.tiny_models import make_qwen3
+from tools import cli
+
+RECIPE = """\
+name: mixed
+output_dir: run
+teacher: {model: teacher, engine: transformers, dtype: float32, max_model_len: 96}
+prompts: [{source: a, path: prompts.jsonl, format: messages}]
+generate: {max_new_tokens: 6}
+capture: {k: 8}
+cache: run/cache
+rows_per_part: 4
+heldout: {fraction: 0}
+student: {model: teacher}
+stages: [{name: kd, losses: [{name: forward_kl}], trainer: {max_steps: 2, pack_tokens: 128}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Make a cache of 6 prompts answered at temperature 1 (`first`) and one with answers at 0.7 besides."""
+    path = tmp_path_factory.mktemp("mixed")
+    make_qwen3(path / "teacher", seed=0, num_layers=1)
+    turns = [[{"role": "user", "content": f"How many are {i}?"}] for i in range(6)]
+    write_lines(path / "prompts.jsonl", [{"messages": messages} for messages in turns])
+    (path / "recipe.yaml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        assert cli.main(["teach", "recipe.yaml"]) == 0
+        shutil.copytree(path / "run" / "cache", path / "first")
+        assert cli.main(["teach", "recipe.yaml", "--set", "generate.temperature=0.7"]) == 0
+    return path
+
+
+@pytest.fixture(autouse=True)
+def there(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def trained(*overrides: str):
+    """Return the row_keys that the stage trains on, and its caches."""
+    from student_train.stage.stage_order import open_caches
+
+    recipe = load_recipe("recipe.yaml", overrides)
+    caches = open_caches(recipe, recipe.stages[0])
+    return sorted(caches[int(row)].row_key for row in caches.training_rows(0.0)), caches
+
+
+def keys(path: str, *, but: set[bytes] = frozenset()) -> list[bytes]:
+    cache = Cache.open(path)
+    return sorted(cache[i].row_key for i in range(len(cache)) if cache[i].row_key not in but)
+
+
+def test_answers_drawn_otherwise_are_left_out_and_counted():
+    assert len(keys("run/cache")) == 12
+    rows, caches = trained()
+    assert rows == keys("first")
+    assert int(caches.other_answers.sum()) == 6
+    cooler, _ = trained("generate.temperature=0.7")
+    assert cooler == keys("run/cache", but=set(keys("first")))
+
+
+def test_all_answers_are_trained_on_where_the_recipe_says_so_or_has_no_prompts():
+    assert trained("answers=all")[0] == keys("run/cache")
+    assert trained("prompts=[]", "generate=null")[0] == keys("run/cache")
+
+
+def test_a_recipe_that_no_answer_was_drawn_for_trains_on_what_is_there_and_says_so():
+    rows, caches = trained("generate.max_new_tokens=5")
+    assert rows == keys("run/cache")
+    assert caches.all_are_other
+
+
+@pytest.mark.parametrize("order", ["[first, run/cache]", "[run/cache, first]"])
+def test_a_row_of_two_caches_counts_once(order):
+    rows, caches = trained(f"cache={order}", "prompts=[]", "generate=null", "teacher=null")
+    assert rows == keys("run/cache")
+    assert int(caches.repeats.sum()) == 6
+
+
+def test_plan_and_training_say_what_is_left_out(capfd):
+    assert cli.main(["plan", "recipe.yaml"]) == 0
+    assert "holds 6 rows whose answers were drawn otherwise" in capfd.readouterr().out
+    assert cli.main(["train", "recipe.yaml"]) == 0
+    assert "6 rows left out whose answers were drawn otherwise" in capfd.readouterr().err
