@@ -6,9 +6,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from shared.errors import ModelError
 from shared.models.load_report import Gaps, loading
 
 ADAPTER = "a directory with adapter_config.json and adapter_model.safetensors"
+
+
+def refuse_adapter_inside(directory: str | Path, name: str) -> None:
+    """Refuse a model's directory that holds an adapter: transformers would put it on in silence, and vLLM would not.
+
+    Raises:
+        ModelError: it holds adapter_config.json.
+    """
+    if (Path(directory) / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{name} holds adapter_config.json, so it is an adapter or has one on top; expected a model alone: merge "
+            "the adapter into it, or move it to a directory of its own (a teacher's goes under `teacher.adapter`)"
+        )
 
 
 def merge_adapter(model: Any, directory: str | Path) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError
-from shared.models.adapters import add_saved_adapter
+from shared.models.adapters import add_saved_adapter, refuse_adapter_inside
 from shared.models.files import load_config
 from shared.models.load_report import Gaps, loading
 
@@ -42,6 +42,7 @@ def check_checkpoint(directory: Path, *, what: str, trust_remote_code: bool, ada
         ModelError: the first missing, unexpected and reshaped tensor are named.
     """
     name = f"{what} '{directory}'"
+    refuse_adapter_inside(directory, name)
     try:
         config = load_config(directory, what=what, trust_remote_code=trust_remote_code)
         model_class = _class_of(config, trust_remote_code)

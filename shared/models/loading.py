@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shared.models.adapters import merge_adapter
+from shared.models.adapters import merge_adapter, refuse_adapter_inside
 from shared.models.checkpoint import fits_named_class
 from shared.models.load_report import Gaps, loading
 
@@ -39,6 +39,7 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     name = f"{what} '{source}'"
+    refuse_adapter_inside(source, name)
     with loading(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,

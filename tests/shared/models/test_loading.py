@@ -242,6 +242,16 @@ def test_adapter_that_does_not_fit_is_named(models, adapter, tmp_path, change, s
             way(models["tied"], **settings)
 
 
+@WAYS
+def test_adapter_inside_a_models_directory_is_refused(models, adapter, tmp_path, way):
+    """transformers would put it on, or load the base that it names instead; vLLM would leave it out."""
+    shutil.copytree(models["tied"], tmp_path / "both")
+    shutil.copytree(adapter, tmp_path / "both", dirs_exist_ok=True)
+    for directory in (tmp_path / "both", adapter):
+        with pytest.raises(ModelError, match=r"holds adapter_config\.json, .*; expected a model alone: merge"):
+            way(directory)
+
+
 def test_adapter_that_is_not_there_is_refused(models, tmp_path):
     with pytest.raises(
         ModelError, match=r"the adapter '.*' cannot be loaded: no adapter_config\.json there; expected a directory"
