@@ -51,7 +51,10 @@ class Columns:
                 found[name] = row[column]
         if self._ignored:
             found = {name: self._turns(value) if name in TURN_COLUMNS else value for name, value in found.items()}
-        self._unread.update(name for name, value in found.items() if name not in self._read and not is_empty(value))
+        read = self._read
+        if any(not is_empty(found.get(name)) for name in ("messages", "completion", "output")):
+            read = read - {"chosen"}  # which stands in for them
+        self._unread.update(name for name, value in found.items() if name not in read and not is_empty(value))
         return found
 
     def check(self) -> None:

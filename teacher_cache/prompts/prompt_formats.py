@@ -168,7 +168,7 @@ def _parse_messages(row: Mapping[str, Any]) -> tuple[list[Message], None]:
 
 def _parse_sharegpt(row: Mapping[str, Any]) -> tuple[list[Message], None]:
     turns = list(_list(row, "conversations"))
-    if isinstance(row.get("chosen"), Mapping):  # a preference pair: the better answer to the conversation
+    if not is_empty(row.get("chosen")):  # a preference pair: the better answer to the conversation
         turns.append(row["chosen"])
     return _with_context(row, parse_turns(turns, "conversations", "from", "value", SHAREGPT_ROLES)), None
 

@@ -90,3 +90,14 @@ def test_a_cache_without_prompts_is_calibrated_by_scoring_its_rows(tmp_path, mod
     assert (found.rows, found.generate, found.mean_support) == (12, None, 8)
     assert opened[1].generated == []
     assert list(Cache.open(tmp_path / "cache").layers()) == [Cache.open(tmp_path / "cache").layer_name]
+
+
+def test_a_sample_s_rows_are_read_as_the_rows_that_they_were():
+    from teacher_cache.calibration import _as_row
+    from teacher_cache.prompts.prompt_formats import Conversation, parse_row
+
+    turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "7", "weight": 0, "thinking": "hm"}]
+    row = {"conversations": turns, "system": "Be brief.", "tools": '[{"name": "find_disk"}]', "answer": "7"}
+    messages, text, reference = parse_row(row, "sharegpt")
+    sample = _as_row(Conversation("s", "f", 1, "sharegpt", messages, text, reference))
+    assert parse_row(sample, "messages") == (messages, text, reference)

@@ -196,6 +196,13 @@ def test_columns_have_the_names_that_the_recipe_gives_them(tmp_path):
     assert [turn["content"] for turn in talk.messages] == ["Sum up\n\nA text.", "Short."]
 
 
+def test_a_preferred_answer_beside_another_is_named(tmp_path):
+    rows = [{"messages": [ASK, SAY], "chosen": [ASK, SAY]}, {"messages": [ASK, SAY]}]
+    assert read(tmp_path, rows, "messages")[1].notes() == ["source s: columns that are not read: chosen"]
+    rows = [{"chosen": [ASK, SAY], "rejected": [ASK]}]
+    assert read(tmp_path, rows, "messages")[1].notes() == ["source s: columns that are not read: rejected"]
+
+
 def test_a_column_that_no_row_has_is_a_mistake_of_the_recipe_and_one_that_some_lack_is_not(tmp_path):
     rows = [{"prompt": "a", "sys": "S"}, {"prompt": "b"}]
     found, _ = read(tmp_path, rows, "prompt_completion", columns={"system": "sys"})
