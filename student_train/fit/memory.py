@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from shared.recipe.recipe import StageTrainer, Student
 from shared.recipe.training import recomputation
 from student_train.fit.model_shape import ModelShape
+from student_train.layers.student_attention import SCORES_AT_ONCE
 
 GIB, MIB = 2**30, 2**20
 CONTEXT_BYTES = 768 * MIB
@@ -30,6 +31,9 @@ BYTES_PER_4BIT_WEIGHT = 0.516
 """Half a byte, a byte of scale per 64 weights, and four bytes per 256 scales."""
 SUPPORT_BYTES = 64 * 12
 """Targets of a position on the card: 64 entries of an id and a number."""
+
+BYTES_PER_SCORE = 16
+"""Of attention that is computed in blocks: scores, what a cap makes of them, their softmax and its gradient."""
 
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -135,7 +139,8 @@ class _Step:
     ) -> None:
         self.shape, self.recomputes = shape, recomputes
         self.chunk = trainer.operator_chunk_mib * MIB
-        self.num_tokens = trainer.per_device_train_batch_size * trainer.pack_tokens
+        self.num_packs = trainer.per_device_train_batch_size
+        self.num_tokens = self.num_packs * trainer.pack_tokens
         self.kind = student.adapter.kind
         self.width = _WIDTH[student.dtype]
         self.autocast = trainer.bf16 or trainer.fp16
@@ -151,6 +156,8 @@ class _Step:
         self.has_wide_temporary = narrow_hidden and has_wide_products
         self.layer = _LAYERS[self._layer_key()]
         self.eager_bytes = 3 * (2 if self.width == 2 or self.autocast else 4) if student.attention == "eager" else 0
+        is_wide = self.width == 4 and not self.autocast and student.attention == "sdpa"
+        self.repeated_width = 4 if is_wide else 0
 
     def _embeddings_trained(self) -> int:
         return self.shape.num_head_parameters if self.is_full else 0
@@ -187,6 +194,7 @@ class _Step:
         """Return bytes of what the backward pass finds again, and of what it works with."""
         shape, layers = self.shape, self.shape.num_layers
         squares = self.num_tokens * shape.num_heads * self.eager_bytes
+        squares += self.repeated_width * 2 * (shape.query_size - shape.key_size)
         kept, working = self._per_token(self.layer.kept) + squares, self._per_token(self.layer.working) + squares
         residual, outside = shape.hidden_size * self.width, self.layer.outside * shape.hidden_size
         if moment == "forward":
@@ -195,8 +203,19 @@ class _Step:
             per_token = layers * residual + working if self.recomputes else layers * kept + max(outside, working - kept)
         else:
             per_token = residual + max(working, kept)
-        mask = self.num_tokens**2 if self.eager_bytes else 0
-        return int(self.num_tokens * (per_token + SUPPORT_BYTES)) + mask
+        return int(self.num_tokens * (per_token + SUPPORT_BYTES)) + self._attention_bytes()
+
+    def _attention_bytes(self) -> int:
+        """Return bytes of masks, which all layers share, and of scores that attention has alive at once."""
+        longest = self.num_tokens // self.num_packs
+        if self.eager_bytes:
+            return self.num_tokens**2
+        windows = (
+            longest**2 * (2 if self.width == 2 or self.autocast else 4)
+            if self.shape.window is not None and self.shape.window < longest
+            else 0
+        )
+        return windows + (BYTES_PER_SCORE * SCORES_AT_ONCE if self.shape.caps_scores else 0)
 
     def moments(self) -> list[MemoryEstimate]:
         """Return the sizes at each moment where they may be largest."""

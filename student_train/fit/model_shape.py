@@ -33,6 +33,10 @@ class ModelShape:
     """Sum over the adapted layers of rows + columns: parameters of an adapter per unit of its rank."""
     is_tied: bool
     """Embeddings and head are one weight."""
+    window: int | None = None
+    """Tokens that a layer with a sliding window sees."""
+    caps_scores: bool = False
+    """Attention has a soft cap or sinks, which torch's kernels do not know."""
 
 
 def shape_of(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
@@ -66,4 +70,10 @@ def shape_of(config: Any, *, trust_remote_code: bool = False) -> ModelShape:
         num_heads=text.num_attention_heads,
         lora_size=sum(layer.in_features + layer.out_features for layer in linear),
         is_tied=is_tied,
+        window=getattr(text, "sliding_window", None),
+        caps_scores=bool(getattr(text, "attn_logit_softcapping", None)) or _has_sinks(model),
     )
+
+
+def _has_sinks(model: Any) -> bool:
+    return any(name.endswith(".sinks") for name, _ in model.named_parameters())

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from student_train.layers.student_watch import AttentionInputs
 
-_SCORES_AT_ONCE = 2**25
+SCORES_AT_ONCE = 2**25
+"""Attention scores that are alive at once where they are computed here, in blocks."""
 
 
 def stored_masses(
@@ -92,7 +93,7 @@ def _row_chunks(predictor_index: Tensor, position_ids: Tensor, num_heads: int) -
     last = (predictor_index + 1 - starts)[counts.cumsum(0) - 1]
     first = 0
     for start, count, length in zip(rows.tolist(), counts.tolist(), last.tolist(), strict=True):
-        step = max(1, _SCORES_AT_ONCE // (num_heads * length))
+        step = max(1, SCORES_AT_ONCE // (num_heads * length))
         for begin in range(first, first + count, step):
             yield start, slice(begin, min(begin + step, first + count))
         first += count

@@ -48,11 +48,11 @@ class RouterLoss:
             raise TrainingError(
                 f"{name} asks for its router's balancing loss and runs rows one length at a time; {advice}"
             )
-        coefficient = getattr(model, "router_aux_loss_coef", None)
-        experts, per_token = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
-        if None in (coefficient, experts, per_token):
+        sizes = [getattr(model, key, None) for key in ("router_aux_loss_coef", "num_experts", "num_experts_per_tok")]
+        known = [float(size) for size in sizes if size is not None]
+        if len(known) < len(sizes):
             raise TrainingError(f"{name} asks for a balancing loss of its router that is not known here; {advice}")
-        found = cls(float(coefficient), int(experts), int(per_token))
+        found = cls(known[0], int(known[1]), int(known[2]))
         handle = body_of(model).register_forward_hook(found._keep)
         probe = probe_tokens(model, vocab_size, seed=3)
         with torch.no_grad():

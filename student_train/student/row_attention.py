@@ -26,10 +26,10 @@ from torch.nn.functional import dropout as drop_out
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from student_train.layers.student_attention import SCORES_AT_ONCE
+
 NAME = "decant_rows"
 """How transformers knows it."""
-SCORES_AT_ONCE = 2**25
-"""Scores of one block of queries, where they are computed here."""
 _UNKNOWN = ("attention_mask", "position_bias", "indices", "block_indices")
 """Options of other attention functions that change the result."""
 
@@ -53,8 +53,8 @@ class RowLayout:
     rectangles: tuple[Rectangle, ...]
     places: Tensor
     """[B] place of each token of the pack in the rectangles' slots, one rectangle after another."""
-    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """(L, window) -> mask [L, L], made once for all layers."""
+    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    """(L, window, type) -> what is added to scores [L, L], made once for all layers."""
 
 
 def _within_a_factor_of_two(length: int) -> int:
@@ -125,7 +125,7 @@ def attend_rows(
     for rectangle in row_layout.rectangles:
         rows = tuple(_gathered(tensor, rectangle) for tensor in (query, key, value))
         if softcap is None and s_aux is None:
-            mask = _window_mask(row_layout, rectangle.length, sliding_window, query.device)
+            mask = _window_mask(row_layout, rectangle.length, sliding_window, query)
             attended = _by_kernel(rows, mask, dropout, scaling)
         else:
             attended = _by_block(rows, dropout, scaling, sliding_window, softcap, s_aux)
@@ -141,10 +141,8 @@ def _by_kernel(rows: tuple[Tensor, ...], mask: Tensor | None, dropout: float, sc
     without a mask. Torch would otherwise choose the one that holds [R, A, L, L] scores, up to 2.13.
     """
     query, key, value = rows
-    device, width = query.device.type, query.shape[-1]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     shares = query.shape[1] != key.shape[1]
-    is_narrow = dtype in (torch.bfloat16, torch.float16) and width == value.shape[-1] <= 256
+    is_narrow = _computed_in(query) in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] <= 256
     takes_shared = mask is None and is_narrow
     if shares and not takes_shared:
         key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
@@ -220,14 +218,25 @@ def _gathered(tensor: Tensor, rectangle: Rectangle) -> Tensor:
     return rows.view(len(rows), rectangle.num_rows, rectangle.length, -1).transpose(0, 1)
 
 
-def _window_mask(layout: RowLayout, length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """Return [L, L] of who may be seen under a sliding window, or None where it is wider than every row."""
+def _window_mask(layout: RowLayout, length: int, sliding_window: int | None, query: Tensor) -> Tensor | None:
+    """Return what a sliding window adds to scores [L, L], or None where it is wider than every row.
+
+    In the type that the kernel computes in: it would make, and keep, a copy in each layer of a mask of another.
+    """
     if sliding_window is None or length <= sliding_window:
         return None
-    if (length, sliding_window) not in layout.masks:
-        distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-        layout.masks[length, sliding_window] = (distance >= 0) & (distance < sliding_window)
-    return layout.masks[length, sliding_window]
+    key = (length, sliding_window, _computed_in(query))
+    if key not in layout.masks:
+        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+        hidden = (distance < 0) | (distance >= sliding_window)
+        layout.masks[key] = torch.zeros(hidden.shape, dtype=key[2], device=query.device).masked_fill(hidden, -torch.inf)
+    return layout.masks[key]
+
+
+def _computed_in(query: Tensor) -> torch.dtype:
+    """Return the type in which torch's attention computes, autocast or not."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def switch_attention(model: Any, name: str) -> None:
