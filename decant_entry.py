@@ -6,11 +6,17 @@ Cost: looking for one package.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent / "tools"
+
+if "DECANT_PARENT" in os.environ:  # a process that multiprocessing spawned imports this first, and vLLM seconds later
+    from shared.parent_watch import end_with_parent
+
+    end_with_parent()
 
 
 def main() -> int:

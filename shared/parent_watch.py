@@ -50,6 +50,7 @@ def end_with_parent() -> threading.Thread | None:
         core = (above.pid, started_at(above.pid))
     thread = threading.Thread(target=_watch, args=(pid, ticks, core), name="decant-parent-watch", daemon=True)
     thread.start()
+    del os.environ[VARIABLE]  # whom this process starts ends with this process
     return thread
 
 

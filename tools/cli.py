@@ -24,7 +24,6 @@ from types import FrameType
 from typing import Any
 
 from shared.errors import DecantError
-from shared.parent_watch import VARIABLE, end_with_parent
 from shared.printable import printable
 from tools.cli_parser import EXIT_USAGE, build_parser
 
@@ -228,8 +227,6 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _prepare(verbose: bool) -> None:
     """Turn SIGTERM into an exception of this process alone, and quieten libraries before they are imported."""
-    end_with_parent()
-    os.environ.pop(VARIABLE, None)  # whom this process starts ends with this process
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))

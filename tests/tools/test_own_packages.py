@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from shared.parent_watch import started_at
 from tests.system.program import ROOT
 from tools.own_process import own_command, own_environment
 
@@ -76,3 +78,34 @@ def test_model_process_runs_our_module_in_a_directory_that_has_another(tmp_path,
         run_in_process("tools.evaluate.one_model", {}, tmp_path / "log.txt", "one", lambda line: None)
     assert "somebody else" not in (tmp_path / "log.txt").read_text()
     assert "tools/evaluate/one_model.py" in (tmp_path / "log.txt").read_text()
+
+
+SPAWNS = """\
+import multiprocessing, os, sys, time
+{first}
+def wait(path):
+    time.sleep(60)
+if __name__ == "__main__":
+    from shared.parent_watch import announced
+    with announced():
+        child = multiprocessing.get_context("spawn").Process(target=wait, args=("x",))
+        child.start()
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("first", ["from decant_entry import main", "import tools"])
+def test_spawned_process_ends_with_its_starter_before_it_imports_what_it_works_with(first, tmp_path):
+    (tmp_path / "starter").write_text(SPAWNS.format(first=first))  # without .py, as the installed command is
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "starter")], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    bound = time.monotonic() + 30
+    while started_at(child) is not None and time.monotonic() < bound:
+        time.sleep(0.05)
+    assert started_at(child) is None
