@@ -15,9 +15,13 @@ from typing import Any
 
 import xxhash
 
-from shared.cache.layout import read_header, tokenizer_path
+from shared.cache.layout import CacheHeader, read_header, tokenizer_path
 from shared.errors import DamagedError
+from shared.identity.weights_hash import tokenizer_hash
 from shared.parts.cache_files import list_folder, read_bounded
+
+_HASH_DIGITS = 32
+"""Of a real hash; test caches have other names."""
 
 
 def read_tokenizer_file(cache_dir: Path, name: str, entry: Mapping[str, Any]) -> bytes:
@@ -48,13 +52,32 @@ def read_tokenizer_files(cache_dir: Path) -> dict[str, bytes]:
     return {name: read_tokenizer_file(cache_dir, name, entry) for name, entry in listed.items()}
 
 
+def check_tokenizer_hash(cache_dir: Path, header: CacheHeader) -> None:
+    """Compare tokenizer.json with the `tokenizer_hash` that students are compared with.
+
+    Raises:
+        DamagedError: it is another tokenizer.
+    """
+    entry, said = header.tokenizer_files.get("tokenizer.json"), header.identity.tokenizer_hash
+    if entry is None or len(said) != _HASH_DIGITS:
+        return
+    found = tokenizer_hash(read_tokenizer_file(cache_dir, "tokenizer.json", entry))
+    if found != said:
+        path = tokenizer_path(cache_dir, "tokenizer.json")
+        raise DamagedError(
+            f"{path} hashes to {found} where cache.json says tokenizer_hash {said}; restore it from a copy"
+        )
+
+
 def tokenizer_without_code(cache_dir: Path) -> dict[str, bytes]:
     """Return what `read_tokenizer_files` does, of a tokenizer that loads without Python that came with the cache.
 
     Raises:
-        DamagedError: it brings Python, or names some in `auto_map`; else as for `read_tokenizer_files`.
+        DamagedError: it brings Python, names some in `auto_map`, or is not the one that `tokenizer_hash` says; else as
+            for `read_tokenizer_files`.
     """
     files = read_tokenizer_files(cache_dir)
+    check_tokenizer_hash(cache_dir, read_header(cache_dir))
     code = next((name for name in sorted(files) if name.endswith((".py", ".pyc", ".so"))), None)
     found = f"{cache_dir / 'tokenizer'} holds {code}" if code else None
     for name in ("tokenizer_config.json", "config.json"):

@@ -29,10 +29,9 @@ from shared.cache.layout import (
     read_header,
     sequences_dir,
 )
-from shared.cache.tokenizer_files import read_tokenizer_file
+from shared.cache.tokenizer_files import check_tokenizer_hash, read_tokenizer_file
 from shared.cache.visible_rows import hidden_rows
 from shared.errors import CacheError, DamagedError
-from shared.identity.weights_hash import tokenizer_hash
 from shared.keys import KeySet, stack_keys
 from shared.parts.cache_files import list_folder
 from shared.parts.jobs import Job, list_jobs
@@ -44,7 +43,6 @@ from shared.payload.quantise import LEAST_LABEL_LOGPROB, MOST_LABEL_ERROR
 from shared.payload.targets import SparseTargets
 
 _MOST_PER_PART = 10
-_HASH_DIGITS = 32
 
 
 def verify_cache(path: Path | str) -> Iterator[str]:
@@ -129,15 +127,7 @@ def _tokenizer_problems(path: Path, header: CacheHeader) -> Iterator[str]:
     for name in names:
         if name not in folders and TEMPORARY_MARK not in name:
             yield f"{path / 'tokenizer' / name} is not listed in cache.json, so nothing reads it; delete it"
-    if "tokenizer.json" in listed and len(header.identity.tokenizer_hash) == _HASH_DIGITS:
-        file = path / "tokenizer" / "tokenizer.json"
-        try:
-            found = tokenizer_hash(read_tokenizer_file(path, "tokenizer.json", listed["tokenizer.json"]))
-        except CacheError as error:
-            yield str(error)
-            return
-        if found != header.identity.tokenizer_hash:
-            yield f"{file} hashes to {found} where cache.json says tokenizer_hash {header.identity.tokenizer_hash}"
+    yield from _said(lambda: check_tokenizer_hash(path, header))
 
 
 def _sequences_problems(path: Path, record: PartRecord, vocab_size: int, job: Job | None) -> Iterator[str]:

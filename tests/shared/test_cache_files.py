@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache_writer import CacheWriter
 from shared.cache.tokenizer_files import checked_tokenizer, read_tokenizer_files
 from shared.errors import DamagedError
+from shared.identity.weights_hash import tokenizer_hash
 from shared.parts.cache_files import list_folder, parse_json, read_bounded
 from shared.parts.part_stats import sequences_stats
 from shared.parts.parts import commit_part
@@ -22,7 +26,7 @@ from shared.payload.frame import compress_planes, decompress_frame
 from shared.payload.hidden import HiddenStates, Vectors
 from shared.payload.hidden_codec import HiddenCodec
 from shared.seconds import add_seconds, read_seconds
-from tests.shared.small_cache import TOKENIZER, TOP, build, plan_rows, sequence
+from tests.shared.small_cache import SEQUENCES, TOKENIZER, TOP, build, plan_rows, sequence
 
 TARGETS = f"targets/{TOP.name}-{TOP.hash8}"
 
@@ -173,3 +177,17 @@ def test_seconds_of_a_run_add_up_or_are_refused_before_any_work(tmp_path: Path) 
         (tmp_path / "seconds.json").write_text(text)
         with pytest.raises(DamagedError, match="delete it and run the command again"):
             read_seconds(tmp_path)
+
+
+def test_tokenizer_that_is_not_the_one_of_the_cache_is_refused_although_every_checksum_agrees(tmp_path: Path) -> None:
+    mine, other = (b'{"model": {"type": "BPE", "vocab": {"a": %d, "b": %d}}}' % pair for pair in ((0, 1), (1, 0)))
+    identity = dataclasses.replace(SEQUENCES, tokenizer_hash=tokenizer_hash(mine))
+    CacheWriter.create_or_open(tmp_path / "right", identity, {"tokenizer.json": mine})
+    CacheWriter.create_or_open(tmp_path / "wrong", identity, {"tokenizer.json": other})
+    assert list(verify_cache(tmp_path / "right")) == []
+    with checked_tokenizer(tmp_path / "right") as directory:
+        assert (directory / "tokenizer.json").read_bytes() == mine
+    message = r"tokenizer\.json hashes to \w{32} where cache\.json says tokenizer_hash"
+    with pytest.raises(DamagedError, match=message), checked_tokenizer(tmp_path / "wrong"):
+        pass
+    assert [bool(re.search(message, problem)) for problem in verify_cache(tmp_path / "wrong")] == [True]
