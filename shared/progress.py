@@ -43,16 +43,19 @@ class Progress:
         self._clock = clock
         self._start = self._last = clock()
         self._closed = False
+        self._detail = ""
         self._bar = _bar(phase, total, unit, done, self._stream) if self._stream.isatty() else None
         if self._bar is None:
             self._print()
 
-    def advance(self, units: int = 1, tokens: int = 0) -> None:
-        """Count units and tokens that are done now."""
+    def advance(self, units: int = 1, tokens: int = 0, detail: str = "") -> None:
+        """Count units and tokens that are done now, with what the last of them says of itself."""
+        self._detail = detail
         self.done += units
         self.tokens += tokens
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self.tokens_per_second():,.0f} tokens/s", refresh=False)
+            postfix = ", ".join(filter(None, (f"{self.tokens_per_second():,.0f} tokens/s", detail)))
+            self._bar.set_postfix_str(postfix, refresh=False)
             self._bar.update(units)
         elif self._clock() - self._last >= INTERVAL_SECONDS:
             self._print()
@@ -92,6 +95,7 @@ class Progress:
             parts.append(f"{duration(seconds)}")
         elif self.total is not None and made > 0:
             parts.append(f"{duration(seconds / made * max(self.total - self.done, 0))} left")
+        parts += [self._detail] if self._detail else []
         return f"{self.phase}: {', '.join(parts)}"
 
     def _print(self) -> None:

@@ -13,8 +13,8 @@ INTERVAL_SECONDS = 10.0
 class StageProgress(Protocol):
     """Display of one stage."""
 
-    def advance(self, units: int = 1, tokens: int = 0) -> None:
-        """Count optimizer steps and tokens that are done now."""
+    def advance(self, units: int = 1, tokens: int = 0, detail: str = "") -> None:
+        """Count optimizer steps and tokens that are done now, with what the last step says of itself."""
 
     def note(self, text: str) -> None:
         """Show a line."""
@@ -36,7 +36,7 @@ class SilentProgress:
     def __init__(self, phase: str, total: int, *, unit: str = "steps", done: int = 0) -> None:
         """Take what a display takes."""
 
-    def advance(self, units: int = 1, tokens: int = 0) -> None:
+    def advance(self, units: int = 1, tokens: int = 0, detail: str = "") -> None:
         """Count nothing."""
 
     def note(self, text: str) -> None:
@@ -54,11 +54,13 @@ class PlainProgress:
         self.phase, self.total, self.unit, self.done = phase, total, unit, done
         self._done_before, self._tokens = done, 0
         self._start = self._last = time.monotonic()
+        self._detail = ""
 
-    def advance(self, units: int = 1, tokens: int = 0) -> None:
-        """Count optimizer steps and tokens that are done now."""
+    def advance(self, units: int = 1, tokens: int = 0, detail: str = "") -> None:
+        """Count optimizer steps and tokens that are done now, with what the last step says of itself."""
         self.done += units
         self._tokens += tokens
+        self._detail = f", {detail}" if detail else ""
         if time.monotonic() - self._last >= INTERVAL_SECONDS:
             self._last = time.monotonic()
             self.note(self._line())
@@ -75,4 +77,4 @@ class PlainProgress:
         seconds = max(time.monotonic() - self._start, 1e-9)
         left = seconds / max(self.done - self._done_before, 1) * (self.total - self.done)
         rate = f"{self._tokens / seconds:,.0f} tokens/s"
-        return f"{self.phase}: {self.done:,} of {self.total:,} {self.unit}, {rate}, {left:.0f} s left"
+        return f"{self.phase}: {self.done:,} of {self.total:,} {self.unit}, {rate}, {left:.0f} s left{self._detail}"

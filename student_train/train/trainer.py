@@ -226,7 +226,8 @@ class DistilTrainer(ShardedTrainer):
         self._last_written = step
         seconds = time.perf_counter() - self._step_started
         self._step_started += seconds
-        self._progress.advance(1, tokens)
+        rate = "" if learning_rate is None else f", learning rate {learning_rate:.2e}"
+        self._progress.advance(1, tokens, f"loss {loss:.4f}{rate}")
         norm = None if grad_norm is None else float(grad_norm)
         reason = self._divergence(loss, norm)
         if self._metrics is not None and self._timing is not None and (self._is_logged(step) or reason is not None):

@@ -73,3 +73,10 @@ def test_phases_of_a_build_follow_each_other(capsys):
 )
 def test_duration_is_short(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_training_line_says_loss_and_learning_rate():
+    stream = io.StringIO()
+    progress = Progress("train kd", 10, unit="steps", stream=stream, clock=iter(range(0, 100, 6)).__next__)
+    progress.advance(1, 60, "loss 1.2500, learning rate 1.00e-03")
+    assert stream.getvalue().splitlines()[-1].endswith("left, loss 1.2500, learning rate 1.00e-03")
