@@ -96,10 +96,13 @@ def evaluate_heldout(
     if not fitting:
         raise EvaluationError(f"{model_dir}: every held-out row is longer than the {limit} tokens that the model reads")
     sums, partings, num_done = HeldoutSums(), Partings(), 0
+    row_kl: dict[str, list[float]] = {}
     for batch in _batches(opened, fitting, batch_tokens):
         measures = measure_batch(model, layer.vocab_size, [opened[cache][row] for cache, row in batch])
         for place, measure in zip(batch, measures, strict=True):
             sums.add(measure)
+            key = bytes(opened[place[0]][place[1]].row_key).hex()
+            row_kl[key] = [measure.positions, measure.kl_nats]
             partings.add(place, measure.largest)
         num_done += len(batch)
         say(f"held-out rows: {num_done} of {len(fitting)}")
@@ -107,6 +110,7 @@ def evaluate_heldout(
         "rows_too_long": len(chosen) - len(fitting),
         "dtype": str(model.dtype).removeprefix("torch."),
         "layer": opened[0].layer_name,
+        "row_kl": row_kl,
     }
     if as_captured and layer.quantization is not None:
         is_quantised = getattr(model, "hf_quantizer", None) is not None

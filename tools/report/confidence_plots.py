@@ -60,7 +60,9 @@ def _lines(label: str, models: Mapping[str, Any], key: str, across: str, up: str
 
 def _write_counts(axes: Any, models: Mapping[str, Any], key: str) -> None:
     """Write below the curves how many positions each of the last model's bins has: a bin of eight says little."""
-    bins = next(filter(None, ((model["heldout"] or {}).get(key) for model in reversed(list(models.values())))), [])
+    bins: list[dict[str, Any]] = next(
+        filter(None, ((model["heldout"] or {}).get(key) for model in reversed(list(models.values())))), []
+    )
     for part in bins:
         if part.get("positions") is not None:
             place = (100 * part["confidence"], 1)

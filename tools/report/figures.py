@@ -19,6 +19,7 @@ from typing import Any
 from tools.evaluate.results import read_answers
 from tools.evaluate.side_figures import side_by_side_figures
 from tools.report.course_view import course_series
+from tools.report.differences import Measured, differences
 from tools.report.run_files import RunFiles, StageFiles
 
 REPORT_FORMAT = 1
@@ -27,6 +28,7 @@ REPORT_FORMAT = 1
 def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """Return the report of one or several runs as plain JSON values."""
     models: dict[str, Any] = {}
+    measured: dict[str, Measured] = {}
     stages: dict[str, Any] = {}
     train: dict[str, Any] = {}
     for index, run in enumerate(runs):
@@ -45,7 +47,9 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
                 and models[name]["tasks"] == figures["tasks"]
                 and models[name]["heldout"] == figures["heldout"]
             ):
-                models[_free(prefix + name, models)] = figures
+                free = _free(prefix + name, models)
+                models[free] = figures
+                measured[free] = Measured(str(index), name, evaluation["heldout"], run.answers.get(name))
         for name, stage in run.stages.items():
             free = _free(prefix + name, stages)
             stages[free] = _stage(stage)
@@ -57,6 +61,7 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "name": " and ".join(dict.fromkeys(run.name for run in runs)),
         "runs": [str(run.directory) for run in runs],
         "models": models,
+        "differences": differences(measured),
         "cache": first.cache,
         "questions": first.questions,
         "audit": first.audit,
@@ -72,11 +77,11 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
 
 
 def _model(run: RunFiles, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    tasks = evaluation["tasks"]
+    tasks, heldout = evaluation["tasks"], evaluation["heldout"]
     return {
         "tasks": tasks,
         "mean_score": math.fsum(task["score"] for task in tasks.values()) / len(tasks) if tasks else None,
-        "heldout": evaluation["heldout"],
+        "heldout": heldout and {key: value for key, value in heldout.items() if key != "row_kl"},
         "heldout_basis": _basis(evaluation),
         "answers": _answers(run, name),
         "seconds": evaluation.get("seconds", {}),
@@ -92,7 +97,8 @@ def _basis(evaluation: Mapping[str, Any]) -> str | None:
         return None
     asked = (evaluation.get("identity") or {}).get("heldout")
     asked = asked if isinstance(asked, dict) else {}
-    caches = asked.get("caches") if isinstance(asked.get("caches"), list) else []
+    named = asked.get("caches")
+    caches = named if isinstance(named, list) else []
     layer = heldout.get("layer") or asked.get("targets") or "the only layer"
     rows = "rows not counted" if heldout.get("rows") is None else f"{heldout['rows']} rows"
     share = f", fraction {asked['fraction']}" if "fraction" in asked else ""

@@ -23,6 +23,11 @@ SIDE_LEGEND = (
 LM_EVAL_LEGEND = "By lm-evaluation-harness, with its standard errors."
 AUDIT_HEADER = ("", "mean KL", "worst KL", "worst label", "worst tail", "top-1")
 TRUNCATION_HEADER = ("k", "draws", "mass", "T", "bytes/position", "KL lost", "gradient error", "of the mean")
+DIFFERENCES_HEADER = ("models", "figure", "difference", "95 % interval", "rows")
+DIFFERENCES_LEGEND = (
+    "KL in nats per position on the held-out rows that both have, scores in points on the questions that both "
+    "answered. The differences of rows are resampled; an interval that holds 0 tells the models not apart."
+)
 QUESTIONS_HEADER = ("task", "questions", "trained on", "held out")
 QUESTIONS_LEGEND = (
     "Questions that a prompt of the cache asks, too, but for white space. A score on questions that were trained on "
@@ -74,6 +79,7 @@ def more_tables(report: Mapping[str, Any]) -> list[Table]:
         faithfulness_table,
         truncation_table,
         questions_table,
+        differences_table,
     ]
     return [table for maker in makers if (table := maker(report)).rows]
 
@@ -161,6 +167,23 @@ def questions_table(report: Mapping[str, Any]) -> Table:
         for domain, counts in report.get("questions", {}).items()
     ]
     return Table("Task questions that are also prompts", QUESTIONS_HEADER, rows, QUESTIONS_LEGEND, 1)
+
+
+def differences_table(report: Mapping[str, Any]) -> Table:
+    """Return how much each model differs from the one before it on common rows and questions, with 95 % intervals."""
+    rows = []
+    for one in report.get("differences", ()):
+        pair = f"{one['model']} − {one['other']}"
+        parts = [("held-out KL", one["kl_nats"], 1.0, 4)] if one["kl_nats"] else []
+        parts += [(domain, part, 100.0, 1) for domain, part in one["scores"].items()]
+        for what, part, scale, digits in parts:
+            values = [f"{scale * value:+.{digits}f}" if value is not None else NONE for value in _ends(part)]
+            rows.append([pair, what, values[0], f"{values[1]} to {values[2]}", number(part["rows"], 0)])
+    return Table("Differences on common rows", DIFFERENCES_HEADER, rows, DIFFERENCES_LEGEND, 2)
+
+
+def _ends(part: Mapping[str, Any]) -> tuple[float | None, ...]:
+    return part["difference"], part["low"], part["high"]
 
 
 def lm_eval_table(report: Mapping[str, Any]) -> Table:

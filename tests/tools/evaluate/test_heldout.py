@@ -82,6 +82,9 @@ def test_figures_equal_dense_float64_maths_however_rows_are_batched(
     found = evaluate_heldout(world[student], [world["cache"]], FRACTION, batch_tokens=batch_tokens)
     expected = reference(world["cache"], world[student])
     assert found["positions"] == expected["positions"] > 100
+    positions, kls = zip(*found["row_kl"].values(), strict=True)
+    assert (len(positions), sum(positions)) == (found["rows"], found["positions"])
+    assert sum(kls) / sum(positions) == pytest.approx(found["kl_nats"])
     assert found["kl_nats"] == pytest.approx(expected["kl_nats"], rel=2e-4, abs=2e-6)
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
     assert found["top1_agreement"] == pytest.approx(expected["top1_agreement"])

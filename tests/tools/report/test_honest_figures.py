@@ -186,3 +186,53 @@ def test_the_marked_token_stands_near_the_start_of_its_card(tmp_path: Path) -> N
     contexts = re.findall(r'<pre class="context">(.*?)<mark>', (run / "report.html").read_text(), re.DOTALL)
     assert max(map(len, contexts)) <= 170
     assert max(context.count("\n") for context in contexts) <= 2
+
+
+def with_rows(run: Path, model: str, rows: dict[str, list[float]], layer: str = "top8-00000000") -> None:
+    result = json.loads((run / "evaluate" / f"{model}.json").read_text())
+    result["heldout"] |= {"row_kl": rows, "layer": layer, "positions": sum(positions for positions, _ in rows.values())}
+    write_json(run / "evaluate" / f"{model}.json", result)
+
+
+def test_models_are_compared_on_common_rows_and_questions(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "one", "one"), make_run(tmp_path / "two", "two")
+    rng = random.Random(3)
+    own = {f"{i:032x}": [10 + i % 3, rng.random()] for i in range(40)}
+    better = {key: [positions, kl - 0.1 * positions + rng.random() / 99] for key, (positions, kl) in own.items()}
+    with_rows(first, "kd", own)
+    with_rows(second, "kd", {**dict(list(better.items())[:30]), "f" * 32: [5, 1.0], list(better)[35]: [99, 0.0]})
+    report = build_report([first, second], tmp_path / "both")
+    (one,) = [pair for pair in report["differences"] if (pair["model"], pair["other"]) == ("two/kd", "kd")]
+    keys = list(own)[:30]
+    expected = sum(better[key][1] - own[key][1] for key in keys) / sum(own[key][0] for key in keys)
+    assert one["kl_nats"]["difference"] == pytest.approx(expected)
+    assert one["kl_nats"]["rows"] == 30
+    assert one["kl_nats"]["low"] <= expected <= one["kl_nats"]["high"] < 0
+    assert one["scores"]["math"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "rows": 12}
+    assert "two/kd − kd" in table_text(report)
+    assert not any("row_kl" in (model["heldout"] or {}) for model in report["models"].values())
+    with_rows(second, "kd", better, layer="top4-00000000")
+    other = build_report([first, second], tmp_path / "both")["differences"]
+    assert [pair["kl_nats"] for pair in other if pair["model"] == "two/kd" and pair["other"] == "kd"] == [None]
+
+
+def test_paired_scores_are_the_mean_difference_over_questions(run_of_scores: Path) -> None:
+    (pair,) = [pair for pair in build_report([run_of_scores])["differences"] if pair["model"] == "kd"]
+    assert pair["other"] == "sft"
+    part = pair["scores"]["math"]
+    assert (part["difference"], part["rows"]) == (pytest.approx(0.25), 8)
+    assert -0.2 <= part["low"] <= 0.25 <= part["high"] <= 0.7
+
+
+@pytest.fixture
+def run_of_scores(tmp_path: Path) -> Path:
+    """kd is right where sft is, and on two more of eight questions."""
+    run = make_run(tmp_path / "run")
+    for model, right in (("sft", 3), ("kd", 5)):
+        rows = [
+            {"domain": "math", "question": i, "prompt": f"q{i}", "answer": "a", "score": float(i < right), "tokens": 1}
+            for i in range(8)
+        ]
+        path = run / "evaluate" / f"{model}.answers.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
