@@ -56,7 +56,7 @@ def _plan(args: argparse.Namespace) -> int:
         args.parser.error("--card is about training and --calibrate about the teacher; ask one at a time")
     if args.price_per_hour is not None and args.calibrate is None:
         args.parser.error("--price-per-hour needs --calibrate: without it no hours are known")
-    recipe = _load(args, lambda _, recipe: phases_of(recipe))
+    recipe = _load(args, lambda args, recipe: () if args.card else phases_of(recipe))  # a card asks for sizes alone
     if args.calibrate is not None:
         from tools.phases import plan_calibrated
 
