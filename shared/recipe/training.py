@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from shared.recipe.base import (
     Count,
@@ -19,16 +20,30 @@ from shared.recipe.base import (
     Section,
     Seed,
     Text,
+    closest,
     inconsistent,
     one_or_many,
 )
 from shared.recipe.curriculum import Balance, Sampling, StageEvaluation
 from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
+from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.schedule import Schedule
 
 RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
 """Names with a meaning of their own."""
 
+
+def _known_optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise PydanticCustomError(
+            "unknown_optimizer",
+            "{text}",
+            {"text": f"'{name}' is no optimizer that a stage can use{closest(name, list(OPTIMIZERS))}"},
+        )
+    return name
+
+
+OptimizerName = Annotated[str, AfterValidator(_known_optimizer), WithJsonSchema({"enum": sorted(OPTIMIZERS)})]
 
 Reporter = Literal["tensorboard", "wandb", "none"]
 
@@ -125,7 +140,7 @@ class StageTrainer(Section):
     """Stop when the gradient's norm before clipping exceeds its running median by this factor in 5 steps in a row;
     null: never.
     """
-    optim: Text = "adamw_torch"
+    optim: OptimizerName = "adamw_torch"
     """Optimizer, by its name in transformers."""
     bf16: bool = False
     """Compute in bfloat16 over float32 weights."""

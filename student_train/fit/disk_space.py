@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import TrainingError
+from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import Stage
 
 _OTHER_BYTES = 1 << 20
@@ -41,7 +42,8 @@ def bytes_needed(model: Any, stage: Stage, num_steps: int, *, adapted: bool) -> 
     trained = [parameter for parameter in saved if parameter.requires_grad]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in (trained if adapted else saved))
     state = sum(
-        parameter.numel() * _state_bytes(stage.trainer.optim, parameter.element_size()) for parameter in trained
+        parameter.numel() * OPTIMIZERS[stage.trainer.optim].state_bytes(parameter.element_size())
+        for parameter in trained
     )
     keep = stage.trainer.save_total_limit
     num_checkpoints = math.ceil(num_steps / stage.trainer.save_steps)
@@ -68,13 +70,6 @@ def check_disk_space(model: Any, stage: Stage, num_steps: int, directory: Path, 
             "set "
             "output_dir to a larger disk"
         )
-
-
-def _state_bytes(optim: str, width: int) -> float:
-    """Return bytes of the optimizer's state per trained weight of `width` bytes, by its name in transformers."""
-    if "8bit" in optim or "4bit" in optim:
-        return 2.1
-    return {"sgd": 0.0, "adafactor": 0.2, "adagrad": 1.0 * width, "rmsprop": 1.0 * width}.get(optim, 2.0 * width)
 
 
 def _gib(num_bytes: int) -> str:

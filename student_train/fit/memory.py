@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import StageTrainer, Student
 from shared.recipe.training import recomputation
 from student_train.fit.model_shape import ModelShape
@@ -149,8 +150,11 @@ class _Step:
         self.trained_width = self.width if self.is_full else 4
         self.gradients = self.trained * self.trained_width
         self.carried = self.gradients if trainer.gradient_accumulation_steps > 1 else 0
-        self.optimizer = _state_bytes(trainer.optim, self.trained, self.trained_width, self._embeddings_trained())
-        self.update = 0 if _updates_in_place(trainer.optim) else self.gradients
+        optimizer = OPTIMIZERS[trainer.optim]
+        wide = self._embeddings_trained() if optimizer.wide_embeddings else 0
+        state = (self.trained - wide) * optimizer.state_bytes(self.trained_width) + wide * 4 * optimizer.states
+        self.optimizer = 0 if optimizer.is_paged else int(state)
+        self.update = 0 if optimizer.updates_in_place else self.gradients
         narrow_hidden = trainer.bf16 or (student.dtype == "bfloat16" and not trainer.fp16)
         self.head_width = 2 if narrow_hidden and has_wide_products else 4
         self.has_wide_temporary = narrow_hidden and has_wide_products
@@ -247,20 +251,3 @@ class _Step:
         allocated = weights + gradients + optimizer + activations + chunk + head
         workspace = CONTEXT_BYTES + int(FRAGMENTATION * allocated)
         return MemoryEstimate(moment, weights, gradients, optimizer, activations, chunk, head, workspace)
-
-
-def _state_bytes(optim: str, trained: int, trained_width: int, embeddings: int) -> int:
-    """Return bytes of the optimizer's state, by its name in transformers."""
-    if "paged" in optim:
-        return 0  # in memory that the driver moves to the host when the card is full
-    if "8bit" in optim:
-        return int((trained - embeddings) * 2.04 + embeddings * 8)  # transformers keeps those of embeddings in 32 bits
-    if "adafactor" in optim:
-        return int(0.1 * trained)
-    per_weight = {"sgd": 0.0, "adagrad": 1.0 * trained_width, "rmsprop": 1.0 * trained_width}
-    return int(trained * per_weight.get(optim, 2.0 * trained_width))
-
-
-def _updates_in_place(optim: str) -> bool:
-    """Tell whether an update needs no copy of the state; torch's AdamW takes square roots of all of it at once."""
-    return "8bit" in optim or "fused" in optim or "paged" in optim or optim == "sgd"

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import TrainingError
+from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import StageTrainer, Student
 from student_train.records.processes import is_first, num_processes
-
-ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Optimizers whose update of a shard is the shard of the update."""
 
 
 def check_sharding(student: Student, trainer: StageTrainer) -> None:
@@ -43,11 +41,11 @@ def check_sharding(student: Student, trainer: StageTrainer) -> None:
             "training with "
             "torchrun --nproc_per_node 2 or more, or set it to none"
         )
-    if trainer.optim not in ELEMENTWISE:
+    if not OPTIMIZERS[trainer.optim].is_elementwise:
+        sharded = ", ".join(name for name, optimizer in OPTIMIZERS.items() if optimizer.is_elementwise)
         raise TrainingError(
             f"trainer.optim {trainer.optim} does not work on shards of weights (trainer.fsdp: full_shard); choose "
-            "one of "
-            f"{', '.join(ELEMENTWISE)}"
+            f"one of {sharded}"
         )
     if student.adapter.kind == "qlora":
         raise TrainingError(

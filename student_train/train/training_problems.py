@@ -9,9 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from shared.errors import TrainingError
+from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import StageTrainer
-
-_BITSANDBYTES = ("8bit", "4bit", "paged", "bnb")
 
 
 def check_installed(trainer: StageTrainer) -> None:
@@ -20,13 +19,13 @@ def check_installed(trainer: StageTrainer) -> None:
     Raises:
         TrainingError: one is.
     """
-    if any(mark in trainer.optim for mark in _BITSANDBYTES) and importlib.util.find_spec("bitsandbytes") is None:
+    optimizer = OPTIMIZERS[trainer.optim]
+    if optimizer.package is not None and importlib.util.find_spec(optimizer.package) is None:
         raise TrainingError(
-            f"trainer.optim is {trainer.optim}, which needs the package bitsandbytes; install decant-kd[gpu] on a "
-            "machine "
-            "with an NVIDIA GPU, or set it to adamw_torch"
+            f"trainer.optim is {trainer.optim}, which needs the package {optimizer.package}; install it "
+            "(decant-kd[gpu] has bitsandbytes), or set it to adamw_torch"
         )
-    if "paged" in trainer.optim and not torch.cuda.is_available():
+    if optimizer.is_paged and not torch.cuda.is_available():
         raise TrainingError(
             f"trainer.optim is {trainer.optim}, whose pages need an NVIDIA GPU; use adamw_8bit, which needs none, or "
             "adamw_torch"

@@ -25,6 +25,7 @@ from shared.payload.narrowing import LayerView
 from shared.recipe.base import Problem, closest, quoted
 from shared.recipe.file import Where, listed
 from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER
+from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import Recipe
 from shared.recipe.training import Stage, StageTrainer
 
@@ -32,7 +33,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 LAYER_NAME = re.compile(r"(top\d+)?(-?sample\d+)?", re.ASCII)
 HUB_SECONDS = 3
 """How long a hub is waited for."""
-USUAL_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd")
 """Known without asking transformers."""
 
 
@@ -314,25 +314,16 @@ def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
 
 def _trainer(asked: Asked, trainer: StageTrainer) -> Iterator[Problem]:
     """Check names that transformers gives, and packages."""
-    if trainer.optim not in USUAL_OPTIMIZERS:
-        from transformers.training_args import OptimizerNames
-
-        names = sorted(str(optimizer.value) for optimizer in OptimizerNames)
-        if trainer.optim not in names:
-            yield ("optim",), f"'{trainer.optim}' is no optimizer of transformers{closest(trainer.optim, names)}"
-            return
     for name in trainer.report_to:
         is_default = "report_to" not in trainer.model_fields_set
         if asked.elsewhere or (asked.plans_only and is_default):
             continue
         if name != "none" and importlib.util.find_spec(name) is None:
             yield ("report_to",), f"'{name}' is not installed here; install it, or leave it out"
-    needs = any(mark in trainer.optim for mark in ("8bit", "4bit", "paged", "bnb"))
-    if needs and not asked.plans_only and importlib.util.find_spec("bitsandbytes") is None:
-        yield (
-            ("optim",),
-            f"'{trainer.optim}' needs the package bitsandbytes; install decant-kd[gpu], or use adamw_torch",
-        )
+    needed = OPTIMIZERS[trainer.optim].package
+    if needed is not None and not asked.plans_only and importlib.util.find_spec(needed) is None:
+        how = "install it (decant-kd[gpu] has bitsandbytes), or use adamw_torch"
+        yield ("optim",), f"'{trainer.optim}' needs the package {needed}; {how}"
 
 
 def _evaluation(asked: Asked) -> Iterator[Problem]:
