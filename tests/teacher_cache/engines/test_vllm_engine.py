@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -249,6 +250,40 @@ def test_answers_end_with_the_end_token_or_at_their_limit(float32):
 def test_greedy_answers_equal_the_oracles(float32, exact):
     settings = Generate(temperature=0.0, max_new_tokens=16)
     assert answers(float32, prompts(12), settings) == answers(TransformersEngine(exact, None), prompts(12), settings)
+
+
+def test_answers_end_at_the_end_token_of_their_own_prompts_template(float32):
+    """Every other prompt has a template with end tokens that answers hold often; the draws are the same."""
+    settings = Generate(max_new_tokens=60)
+    plain = answers(float32, prompts(48), settings)
+    counts = np.bincount([token for answer in plain.values() for token in answer.token_ids[:-1]], minlength=VOCAB_SIZE)
+    ends = tuple((np.argsort(counts[3:])[-16:] + 3).tolist())
+    mixed = [replace(request, end_token_ids=ends if request.tag % 2 else ()) for request in prompts(48)]
+    found = answers(float32, mixed, settings)
+    assert sum(found[tag] != plain[tag] for tag in found) >= 3
+    for tag, answer in found.items():
+        whole = plain[tag].token_ids
+        first = next((i for i, token in enumerate(whole) if token in ends), None)
+        if tag % 2 == 0 or first is None:
+            assert answer == plain[tag]
+        else:
+            assert answer.token_ids == whole[: first + 1]
+            assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stop", ["e", "an", "s"])
+def test_stop_text_and_what_follows_it_are_cut_as_vllms_own_text_is(float32, stop):
+    settings = Generate(max_new_tokens=60, stop=(stop,))
+    plain = answers(float32, prompts(48), Generate(max_new_tokens=60))
+    found = answers(float32, prompts(48), settings)
+    assert sum(answer.cut_at_stop for answer in found.values()) >= 5
+    for tag, answer in found.items():
+        said, whole = (
+            float32.tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in (answer, plain[tag])
+        )
+        assert stop not in said
+        assert answer.cut_at_stop == (stop in whole)
+        assert said == whole.split(stop)[0]
 
 
 def test_stop_text_ends_an_answer(float32):
