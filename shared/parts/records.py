@@ -221,7 +221,7 @@ def check_layer(layer: str | None, path: Path) -> None:
     expected = layer_of(path.parent)
     if layer is not None and layer != expected:
         raise DamagedError(
-            f"{path} is of layer {layer} where its directory is of {expected or 'sequences'}; "
+            f"{path} is of layer {layer[:20]!r} where its directory is of {expected or 'sequences'}; "
             "delete the part with its record and build again, or restore it from a copy"
         )
 
