@@ -24,7 +24,7 @@ from torch import Tensor
 from shared.errors import TrainingError
 from shared.identity.hidden_identity import FINAL, HiddenIdentity
 from shared.identity.hidden_layers import layer_name
-from shared.recipe.losses import Attention, HiddenStates, Loss
+from shared.recipe.losses import Loss
 from shared.recipe.recipe import Stage, Student
 from student_train.batch.hidden_batch import teacher_masses, teacher_pooled, teacher_states
 from student_train.layers.layer_map import LayerPair, pair_layers
@@ -39,6 +39,7 @@ from student_train.layers.projections import (
 from student_train.layers.student_attention import stored_masses
 from student_train.layers.student_watch import StudentWatch, check_watchable
 from student_train.losses import LossTerm, representations
+from student_train.losses.representation import Reads
 
 POOLED = "pooled"
 """Name of the projection of pooled states."""
@@ -102,25 +103,29 @@ class LayerLosses:
         num_layers = base.config.get_text_config().num_hidden_layers
         by_name = {loss.name: loss for loss in losses if loss.name in representations}
         self._pairs: dict[str, tuple[LayerPair, ...]] = {}
-        for name, stored in (("hidden", identity.layers), ("attention", identity.attention_layers)):
-            if name in by_name:
-                loss = by_name[name]
-                assert isinstance(loss, HiddenStates | Attention)
-                self._pairs[name] = pair_layers(name, stored, identity.num_layers, num_layers, loss.layer_map)
-        if "contrastive" in by_name and identity.pooled == "none":
-            raise TrainingError(
-                "loss 'contrastive' needs pooled teacher states and the hidden layer of the cache has none; set "
-                "capture.hidden.pooled to mean or last and run 'decant teach'"
-            )
-        states = [pair.student for pair in self._pairs.get("hidden", ()) if pair.student != FINAL]
-        attention = sorted({pair.student for pair in self._pairs.get("attention", ())})
-        lowest = min(
-            [*states, *(layer - 1 for layer in attention)], default=None
-        )  # queries and keys come from a layer's input
+        stored = {"states": identity.layers, "attention": identity.attention_layers}
+        for name, loss in by_name.items():
+            reads = representations[name].reads
+            if reads in stored:
+                given = getattr(loss, "layer_map", None)
+                self._pairs[name] = pair_layers(name, stored[reads], identity.num_layers, num_layers, given)
+            elif identity.pooled == "none":
+                raise TrainingError(
+                    f"loss '{name}' needs pooled teacher states and the hidden layer of the cache has none; set "
+                    "capture.hidden.pooled to mean or last and run 'decant teach'"
+                )
+        states = [pair.student for pair in self._read("states") if pair.student != FINAL]
+        attention = sorted({pair.student for pair in self._read("attention")})
+        # queries and keys come from a layer's input
+        lowest = min([*states, *(layer - 1 for layer in attention)], default=None)
         self._watch = StudentWatch(base, states, attention, lowest)
-        names = [_projection_name(pair) for pair in self._pairs.get("hidden", ())]
-        names += [POOLED] if "contrastive" in by_name else []
+        names = [_projection_name(pair) for pair in self._read("states")]
+        names += [POOLED] if any(representations[name].reads == "pooled" for name in by_name) else []
         add_projections(base, names, identity.stored_width, seed=seed)
+
+    def _read(self, reads: Reads) -> list[LayerPair]:
+        """Return the pairs of all losses that read states, or attention."""
+        return [pair for name, pairs in self._pairs.items() if representations[name].reads == reads for pair in pairs]
 
     @contextmanager
     def watching(self, *, measures: bool = False) -> Iterator[None]:
@@ -174,18 +179,19 @@ class LayerLosses:
         predictors, positions = batch["predictor_index"], position_ids[0]
         values = []
         for term in terms:
-            if term.name == "hidden":
-                values.append(self._hidden(term, final, predictors, batch) / num_positions)
-            elif term.name == "attention":
+            reads = representations[term.name].reads
+            if reads == "states":
+                values.append(self._states(term, final, predictors, batch) / num_positions)
+            elif reads == "attention":
                 values.append(self._attention(term, predictors, positions, batch) / num_positions)
             else:
-                values.append(self._contrastive(term, final, batch) * (len(predictors) / num_positions))
+                values.append(self._pooled(term, final, batch) * (len(predictors) / num_positions))
         self._watch.clear()
         return values
 
-    def _hidden(self, term: LossTerm, final: Tensor, predictors: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def _states(self, term: LossTerm, final: Tensor, predictors: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the sum over positions of the distance, averaged over pairs."""
-        function, pairs = representations["hidden"].function, self._pairs["hidden"]
+        function, pairs = representations[term.name].function, self._pairs[term.name]
         total = final.new_zeros((), dtype=torch.float32)
         for pair in pairs:
             states = final if pair.student == FINAL else self._watch.states[pair.student].index_select(0, predictors)
@@ -195,7 +201,7 @@ class LayerLosses:
 
     def _attention(self, term: LossTerm, predictors: Tensor, positions: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the sum over positions of the KL, averaged over pairs."""
-        function, pairs = representations["attention"].function, self._pairs["attention"]
+        function, pairs = representations[term.name].function, self._pairs[term.name]
         visible = positions[predictors] + 1
         total = predictors.new_zeros((), dtype=torch.float32)
         for pair in pairs:
@@ -204,14 +210,14 @@ class LayerLosses:
             total = total + function(student, student_rest, masses, rest, **term.options).sum()
         return total / len(pairs)
 
-    def _contrastive(self, term: LossTerm, final: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def _pooled(self, term: LossTerm, final: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the mean over rows; 0, with its place in the graph, where there is no pair of rows to tell apart."""
         teacher, owner = teacher_pooled(batch), batch["pooled_row"]
         pooled = pool_rows(final, owner, len(teacher), self._identity.pooled)
         student = projected(self._base, POOLED, pooled)
         if len(teacher) < 2:
             return student.sum() * 0.0 + final.float().sum() * 0.0
-        return representations["contrastive"].function(student, teacher, **term.options).mean()
+        return representations[term.name].function(student, teacher, **term.options).mean()
 
 
 def pool_rows(states: Tensor, owner: Tensor, num_rows: int, how: str) -> Tensor:

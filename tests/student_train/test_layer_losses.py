@@ -100,7 +100,7 @@ def test_info_nce_and_its_gradient_are_those_of_the_formula() -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_stored_masses_are_those_of_dense_attention_over_each_row(window, softcap, monkeypatch) -> None:
-    monkeypatch.setattr("student_train.layers.student_attention._SCORES_AT_ONCE", 30)  # several chunks per row
+    monkeypatch.setattr("student_train.layers.student_attention.SCORES_AT_ONCE", 30)  # several chunks per row
     generator = torch.Generator().manual_seed(0)
     lengths, heads, groups, width = (5, 8, 1, 6), 4, 2, 3
     total = sum(lengths)
