@@ -307,7 +307,8 @@ def _replaced(file: Path, place: Callable[[Path], object]) -> None:
 
 
 def _linked(folder: Path) -> None:
-    away = Path(str(folder.parents[len(folder.parents) - 4]) + "-away")
+    cache = next(parent for parent in folder.parents if (parent / "cache.json").exists())
+    away = cache.with_name(f"{cache.name}-{folder.name}-away")
     shutil.move(folder, away)
     folder.symlink_to(away)
 
