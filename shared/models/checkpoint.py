@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,23 @@ def fits_named_class(source: str | Path, revision: str | None, loaded: type, *, 
     return True
 
 
+def empty_model(directory: Path, *, trust_remote_code: bool, dtype: Any) -> Any:
+    """Return the language model of a directory's config on torch's meta device, or None where transformers makes none.
+
+    >>> empty_model(Path("Qwen3-0.6B"), trust_remote_code=False, dtype=torch.bfloat16).device  # doctest: +SKIP
+    device(type='meta')
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config = load_config(directory, what="the model", trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ModelError, ValueError):
+        return None
+
+
 def _named_class(config: Any) -> Any:
     """Return the class of transformers that a config's `architectures` names, or None."""
     import transformers
@@ -106,7 +124,7 @@ def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tu
     for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
-    with loading(name):
+    with loading(name), _without_bar():
         model, report = model_class.from_pretrained(
             None,
             config=config,
@@ -116,6 +134,20 @@ def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tu
             ignore_mismatched_sizes=True,
         )
     return model, Gaps.of(report, quantised=quantised)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Show no progress of loading where nothing is loaded."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _meta_tensors(directory: Path) -> Iterator[tuple[str, Any]]:

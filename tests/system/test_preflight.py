@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.system.program import write_lines
 from tests.tiny_models import make_qwen3
@@ -35,6 +38,15 @@ WRONG = [
     ("student.model=broken", "student.model", "config.json"),
     ("student.model=without-tokenizer", "student.model", "has no tokenizer.json"),
     ("student.model=other", "student.model", "choose a student with the same tokenizer"),
+    ("student.model=missing-tensor", "student.model", "model.norm.weight"),
+    ("student.model=reshaped", "student.model", "model.norm.weight"),
+    ("student.model=cut-short", "student.model", "cannot be read as weights"),
+    ("teacher.model=missing-tensor", "teacher.model", "model.norm.weight"),
+    ("generate.model=missing-tensor", "generate.model", "model.norm.weight"),
+    ("stages.kd.init_from=./cut-short", "stages.0.init_from", "cannot be read as weights"),
+    ("student.adapter={kind: lora, target_modules: [query_key]}", "student.adapter.target_modules", "query_key"),
+    ("student.adapter={kind: lora, target_modules: 'no_such.*'}", "student.adapter.target_modules", "no_such"),
+    ("student.adapter={kind: lora, target_modules: [lm_head]}", "student.adapter.target_modules", "head"),
     ("student.revision=main", "student.model", "leave the revision out"),
     ("teacher.model=./techer", "teacher.model", "did you mean 'teacher'?"),
     ("teacher.model=org/no-such-model", "teacher.model", "neither a directory nor a hub id"),
@@ -78,6 +90,19 @@ WRONG = [
 ]
 
 
+def damage_weights(path: Path) -> None:
+    """Make three students that are not whole: a tensor missing, one of another shape, a file cut short."""
+    for name in ("missing-tensor", "reshaped", "cut-short"):
+        shutil.copytree(path / "student", path / name)
+    tensors = load_file(path / "student" / "model.safetensors")
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, path / "missing-tensor" / "model.safetensors", {"format": "pt"})
+    reshaped = {**tensors, "model.norm.weight": np.concatenate([norm, norm])}
+    save_file(reshaped, path / "reshaped" / "model.safetensors", {"format": "pt"})
+    whole = (path / "student" / "model.safetensors").read_bytes()
+    (path / "cut-short" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("preflight")
@@ -89,6 +114,7 @@ def place(tmp_path_factory) -> Path:
     document["added_tokens"][0]["content"] = "<|other|>"
     document["model"]["vocab"]["<|other|>"] = document["model"]["vocab"].pop("<|endoftext|>")
     (path / "other" / "tokenizer.json").write_text(json.dumps(document))
+    damage_weights(path)
     for name, text in (("empty", None), ("broken", "{")):
         (path / name).mkdir()
         if text:
@@ -140,3 +166,24 @@ def test_all_problems_are_listed_with_their_lines(capsys, place):
     assert cli.main(["plan", "two.yaml"]) == 2
     error = capsys.readouterr().err
     assert "two.yaml:8: student.model: " in error and "two.yaml:10: evaluate.tasks.0.path: " in error
+
+
+@pytest.mark.parametrize("command, stage_there", [("plan", False), ("run", False), ("plan", True)])
+def test_a_disk_too_small_for_the_stages_is_found_before_any_work(capsys, place, monkeypatch, command, stage_there):
+    from student_train.fit import disk_space
+
+    if stage_there:  # nothing is left to write
+        (place / "done" / "train" / "kd" / "model").mkdir(parents=True)
+    monkeypatch.setattr(disk_space, "free_bytes", lambda path: 1000)
+    settings = ["--set", "output_dir=done"] if stage_there else []
+    before = sorted(place.rglob("*"))
+    assert cli.main([command, "recipe.yaml", *settings]) == (0 if stage_there else 2)
+    error = capsys.readouterr().err
+    assert stage_there or "stage 'kd' needs" in error
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_broken_student_is_found_by_run_before_the_teacher_works(capsys, place):
+    assert cli.main(["run", "recipe.yaml", "--set", "student.model=missing-tensor"]) == 2
+    assert "model.norm.weight" in capsys.readouterr().err
+    assert not (place / "run").exists()

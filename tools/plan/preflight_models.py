@@ -1,0 +1,45 @@
+"""Is a model there, and can it be had: directories, hub ids and the names of tensors. Cost: headers of its files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from shared.recipe.base import closest
+from tools.plan.preflight_asked import said
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+HUB_SECONDS = 3
+"""How long a hub is waited for."""
+
+
+def model_problem(name: str, revision: str | None, *, weights: bool, stated: bool) -> str | None:
+    """Say why a model cannot be had, or None; `stated`: its sizes are enough, where no directory is meant."""
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        from teacher_cache.teacher.model_files import resolve_model
+
+        found = next((sentence for _, sentence in said((), lambda: resolve_model(name, revision))), None)
+        if found is None and weights and not any(directory.glob("*.safetensors")):
+            return f"'{name}' has no *.safetensors; expected the directory of a model with its weights"
+        return found
+    if directory.exists():
+        return f"'{name}' is a file; expected a model's directory or a hub id"
+    if not HUB_ID.fullmatch(name):
+        near = [path.name for path in directory.parent.iterdir()] if directory.parent.is_dir() else []
+        return f"there is no directory '{name}'{closest(directory.name, sorted(near))}; expected a model's directory"
+    return None if stated else _fetched(name, revision)
+
+
+def _fetched(name: str, revision: str | None) -> str | None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, "config.json", revision=revision, etag_timeout=HUB_SECONDS)
+    except Exception as error:  # noqa: BLE001 - offline, missing, forbidden, no valid id: none of them gives a model
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        return (
+            f"'{name}' is neither a directory nor a hub id that can be fetched ({reason}); correct it, or download the "
+            "model and name its directory"
+        )
+    return None

@@ -1,0 +1,111 @@
+"""What is known to be wrong with the stages before any work: starts, layers, temperatures, sources, optimizers."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+
+from shared.cache.layer_choice import layer_of_capture
+from shared.cache.layout import choose_layer, list_hidden_layers, list_layers, sequences_dir
+from shared.errors import DecantError
+from shared.identity.identity import layer_short_name
+from shared.parts.records import list_records
+from shared.payload.narrowing import LayerView
+from shared.recipe.base import Problem, closest, quoted
+from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER
+from shared.recipe.optimizers import OPTIMIZERS
+from shared.recipe.training import Stage, StageTrainer
+from tools.plan.preflight_asked import Asked, said
+
+LAYER_NAME = re.compile(r"(top\d+)?(-?sample\d+)?", re.ASCII)
+
+
+def stage_problems(asked: Asked) -> Iterator[Problem]:
+    """Check what each stage reads: where it starts, layers, temperatures, sources, optimizer, reporters."""
+    for i, path in enumerate(asked.recipe.cache):
+        if path not in asked.caches and not asked.builds:
+            yield (
+                ("cache", i),
+                f"there is no cache at '{path}' to train from; build it with `decant teach`, or name another",
+            )
+    sources = _sources(asked)
+    for i, stage in enumerate(asked.recipe.stages):
+        if "/" in stage.init_from:
+            from student_train.stage.stage_start import model_directory
+
+            def there(stage: Stage = stage) -> None:
+                if not (model_directory(stage.name, stage.init_from) / "config.json").is_file():
+                    raise DecantError(f"'{stage.init_from}' holds no config.json; name the directory of a model")
+
+            yield from said(("stages", i, "init_from"), there)
+        unknown = [name for name in stage.mixture or {} if sources is not None and name not in sources]
+        for name in unknown:
+            near = closest(name, sorted(sources or ()))
+            known = quoted(sorted(sources or ()))
+            yield ("stages", i, "mixture", name), f"no row has the source '{name}'; expected {known}{near}"
+        yield from ((("stages", i, *place), said) for place, said in _layers(asked, stage))
+        yield from ((("stages", i, "trainer", *place), said) for place, said in _trainer(asked, stage.trainer))
+
+
+def _sources(asked: Asked) -> set[str] | None:
+    """Return the sources that the rows have or will have; None where that cannot be said."""
+    if any(prompt.format == "cache" and not prompt.source for prompt in asked.recipe.prompts):
+        return None
+    found = {prompt.source for prompt in asked.recipe.prompts} if asked.builds else set()
+    for path in asked.caches:
+        for record in list_records(sequences_dir(path)):
+            found |= set(record.stats.get("sources", {}))
+    return found or None
+
+
+def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
+    """Check that the layers that a stage names are there or will be, with its temperatures."""
+    recipe = asked.recipe
+    reads = [loss.name for loss in stage.losses]
+    on_hidden = [(j, name) for j, name in enumerate(reads) if name in LOSSES_ON_HIDDEN_LAYER]
+    if on_hidden and not (asked.builds and recipe.capture.hidden):
+        for path in asked.caches or recipe.cache:
+            if not list_hidden_layers(path):
+                sentence = f"'{on_hidden[0][1]}' reads a hidden layer and {path} has none; add capture.hidden"
+                yield ("losses", on_hidden[0][0], "name"), sentence
+    if not any(name not in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy") for name in reads) and stage.targets is None:
+        return
+    coming = layer_short_name(recipe.capture) if asked.builds else None
+    if coming is not None and (stage.targets is None or f"{stage.targets}-".startswith(f"{coming}-")):
+        return
+    if asked.plans_only and not asked.caches and stage.targets and LAYER_NAME.fullmatch(stage.targets):
+        return  # a layer that another command builds before
+    for path in asked.caches or recipe.cache:
+        layers = list_layers(path)
+        chosen: str | LayerView | None = stage.targets or layer_of_capture(recipe)
+        name = chosen.name if isinstance(chosen, LayerView) else chosen
+        if not layers:
+            yield ("targets",), f"{path} has no targets layer (or is no cache yet); build it with `decant teach`"
+            continue
+        try:
+            layer = choose_layer(layers, name, path)
+        except DecantError as error:
+            yield ("targets",), str(error)
+            continue
+        assert layer is not None
+        for j, loss in enumerate(stage.losses):
+            missing = sorted(set(loss.temperature.extremes()) - set(layer.identity.temperatures))
+            if missing and loss.name not in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy"):
+                have = ", ".join(f"{value:g}" for value in layer.identity.temperatures)
+                sentence = f"temperature {missing[0]:g} is not in layer {layer.full_name}, only {have}; capture it"
+                yield ("losses", j, "temperature"), sentence
+
+
+def _trainer(asked: Asked, trainer: StageTrainer) -> Iterator[Problem]:
+    """Check names that transformers gives, and packages."""
+    for name in trainer.report_to:
+        is_default = "report_to" not in trainer.model_fields_set
+        if asked.elsewhere or (asked.plans_only and is_default):
+            continue
+        if name != "none" and importlib.util.find_spec(name) is None:
+            yield ("report_to",), f"'{name}' is not installed here; install it, or leave it out"
+    needed = OPTIMIZERS[trainer.optim].package
+    if needed is not None and not asked.plans_only and importlib.util.find_spec(needed) is None:
+        how = "install it (decant-kd[gpu] has bitsandbytes), or use adamw_torch"
+        yield ("optim",), f"'{trainer.optim}' needs the package {needed}; {how}"

@@ -1,0 +1,68 @@
+"""What is known to be wrong with the student before any work: its files, weights, tokenizer and adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.cache.layout import read_header
+from shared.errors import DecantError
+from shared.identity.identity import tokenizer_hash
+from shared.recipe.base import Problem
+from tools.plan.preflight_asked import Asked, said
+from tools.plan.preflight_models import model_problem
+
+
+def student_problems(asked: Asked) -> Iterator[Problem]:
+    """Check the student's files, and that its tokens are those of the cache or the teacher."""
+    recipe, student = asked.recipe, asked.recipe.student
+    if student is None:
+        return
+    random = student.init == "random"
+    weights = not random and not asked.plans_only and any(stage.init_from == "base" for stage in recipe.stages)
+    stated = asked.plans_only and recipe.assume.student is not None
+    problem = model_problem(student.model, student.revision, weights=weights, stated=stated)
+    if problem:
+        yield ("student", "model"), problem
+    elif Path(student.model).is_dir():
+        yield from _tokenizer(asked, Path(student.model), required=not random)
+    if random and student.adapter.kind == "qlora":
+        yield ("student", "adapter"), "qlora holds weights in 4 bits and `init: random` makes fresh ones; use none"
+
+
+def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Problem]:
+    teacher, student = asked.recipe.teacher, asked.recipe.student
+    assert student is not None
+    own = directory / "tokenizer.json"
+    if not own.is_file():
+        if required and not any(directory.glob("*tokenizer*")) and not any(directory.glob("vocab.*")):
+            yield ("student", "model"), f"'{directory}' has no tokenizer.json; copy the teacher's tokenizer to it"
+        return
+    if asked.caches:
+        wanted, whose = read_header(asked.caches[0]).identity.tokenizer_hash, f"the cache {asked.caches[0]}"
+    elif teacher is not None and (Path(teacher.model) / "tokenizer.json").is_file():
+        wanted, whose = tokenizer_hash((Path(teacher.model) / "tokenizer.json").read_bytes()), "the teacher"
+    else:
+        return
+    found = tokenizer_hash(own.read_bytes())
+    if found == wanted:
+        return
+    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model, tokenizer_files
+
+    def loaded(model: str, *, trusts: bool) -> str:
+        files = tokenizer_files(load_tokenizer(resolve_model(model), trust_remote_code=trusts))
+        return tokenizer_hash(files["tokenizer.json"])
+
+    def compare() -> None:
+        theirs = wanted
+        if not asked.caches:
+            assert teacher is not None
+            theirs = loaded(teacher.model, trusts=teacher.trust_remote_code)
+        mine = loaded(str(directory), trusts=student.trust_remote_code)
+        if theirs not in (mine, found):
+            raise DecantError(
+                f"'{directory}' has tokenizer {mine[:8]} and {whose} has {theirs[:8]}; choose a student with the same "
+                "tokenizer, or build a cache for this one"
+            )
+
+    yield from said(("student", "model"), compare)
