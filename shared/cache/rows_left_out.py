@@ -1,4 +1,4 @@
-"""Which rows of a recipe's caches a training leaves out: repeats, and answers that were drawn with other settings.
+"""Which rows of a recipe's caches a training, and what measures it, leave out: repeats, and answers drawn otherwise.
 
 Repeats: of equal row_keys in several caches the first counts, as `decant cache merge` has it. Other answers: a recipe
 with prompts whose `generate` was changed builds new rows beside the old ones; with `answers: matching` a row counts
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,35 @@ from shared.recipe.recipe import Recipe
 
 _DRAWN_BY = ("temperature", "top_p", "top_k", "stop", "max_new_tokens", "seed")
 """What of `generate` makes another row of the same prompt."""
+
+
+class LeftOut(NamedTuple):
+    """Which of the R rows of caches, one after another, are left out."""
+
+    repeats: NDArray[np.bool_]
+    """[R] rows whose row_key a row of an earlier cache has."""
+    other_answers: NDArray[np.bool_]
+    """[R] rows besides whose answers were drawn otherwise than the recipe says."""
+    all_are_other: bool
+    """No row was drawn as the recipe says, so that all count."""
+
+    @property
+    def rows(self) -> NDArray[np.bool_]:
+        """[R] all rows that are left out."""
+        return self.repeats | self.other_answers
+
+
+def rows_left_out(caches: Sequence[Cache], recipe: Recipe | None) -> LeftOut:
+    """Return which rows of caches are left out: repeats, and answers that a recipe's `answers` does not choose.
+
+    Training rows and held-out rows follow the same rule; where no row was drawn as the recipe says, all count.
+    """
+    repeats = repeated_in(caches)
+    if recipe is None or not len(repeats):
+        return LeftOut(repeats, np.zeros(len(repeats), np.bool_), False)
+    other = np.concatenate([other_answers(recipe, cache) for cache in caches]) & ~repeats
+    all_are_other = bool((other | repeats).all())
+    return LeftOut(repeats, other & (not all_are_other), all_are_other)
 
 
 def repeated_in(caches: Sequence[Cache]) -> NDArray[np.bool_]:
@@ -54,8 +83,8 @@ def answers_line(recipe: Recipe) -> str | None:
     if not rows:
         return None
     return (
-        f"{path} holds {rows:,} rows whose answers were drawn otherwise than `generate` says; training leaves them out "
-        "once others are there, `answers: all` trains on both"
+        f"{path} holds {rows:,} rows whose answers were drawn otherwise than `generate` says; training and evaluation "
+        "leave them out once others are there, `answers: all` takes both"
     )
 
 

@@ -85,7 +85,7 @@ class Recipe(Section):
     generate: Generate | None = None
     """How the teacher answers; left out: the data's answers are scored."""
     answers: Literal["matching", "all"] = "matching"
-    """Answers of the cache that are trained on: those drawn as `generate` says, or also those drawn otherwise."""
+    """Answers to train on and to measure: those drawn as `generate` says, or also those drawn otherwise."""
     capture: Capture = Capture()
     """What is kept of the teacher's distributions."""
     cache: Annotated[

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.cache.cache import Cache, Row
-from shared.cache.rows_left_out import other_answers, repeated_in
+from shared.cache.rows_left_out import rows_left_out
 from shared.errors import CacheError, IdentityError, TrainingError
 from shared.keys import is_heldout
 from shared.payload.narrowing import LayerView
@@ -55,15 +55,11 @@ class CacheList:
                     "train on caches of one tokenizer, or build one of them again"
                 )
         self._ends = np.cumsum([len(cache) for cache in caches])
-        self.repeats = repeated_in(self.caches)
-        self.other_answers = np.zeros(len(self), np.bool_)
-        self.all_are_other = False
+        self.repeats, self.other_answers, self.all_are_other = rows_left_out(self.caches, None)
 
     def leave_out_other_answers(self, recipe: Recipe) -> None:
-        """Train on the rows alone that a recipe's `answers` chooses; on all where none was drawn as it says."""
-        found = np.concatenate([other_answers(recipe, cache) for cache in self.caches]) & ~self.repeats
-        self.all_are_other = bool(len(self)) and bool((found | self.repeats).all())
-        self.other_answers = found & (not self.all_are_other)
+        """Read the rows alone that a recipe's `answers` chooses; all where none was drawn as it says."""
+        self.repeats, self.other_answers, self.all_are_other = rows_left_out(self.caches, recipe)
 
     @classmethod
     def open(
@@ -127,11 +123,16 @@ class CacheList:
         ]
         return np.concatenate(parts)
 
+    @property
+    def left_out(self) -> NDArray[np.bool_]:
+        """[R] rows that are neither trained on nor measured."""
+        return self.repeats | self.other_answers
+
     def training_rows(self, heldout_fraction: float) -> NDArray[np.int32]:
         """Return indices of rows that are neither held out (by group: no prompt is on both sides) nor left out."""
         keys = (key for cache in self.caches for key in np.asarray(cache.group_keys).tolist())
         held = np.fromiter((is_heldout(key, heldout_fraction) for key in keys), bool, len(self))
-        return np.flatnonzero(~(held | self.repeats | self.other_answers)).astype(np.int32)
+        return np.flatnonzero(~(held | self.left_out)).astype(np.int32)
 
     def mixture_codes(self, mixture: Mapping[str, Share] | None) -> dict[int, Share] | None:
         """Return a mixture by source code.

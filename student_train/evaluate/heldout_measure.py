@@ -42,13 +42,13 @@ class HeldoutSet:
 
     @classmethod
     def choose(cls, caches: CacheList, fraction: float, rows_per_source: int) -> HeldoutSet:
-        """Choose at most `rows_per_source` held-out rows of each source.
+        """Choose at most `rows_per_source` held-out rows of each source, of the rows that count.
 
         Raises:
             TrainingError: no row is held out.
         """
         starts = np.concatenate([[0], np.cumsum([len(cache) for cache in caches.caches])])
-        chosen = heldout_rows_per_source(caches.caches, fraction, rows_per_source)
+        chosen = heldout_rows_per_source(caches.caches, fraction, rows_per_source, caches.left_out)
         if not chosen:
             raise TrainingError(
                 f"{caches.path}: no row is held out at heldout.fraction {fraction:g}, so there is nothing to "

@@ -126,4 +126,5 @@ def _heldout(recipe: Recipe, stage: Stage, caches: CacheList) -> HeldoutSet | No
         return None
     layer = stage.targets or layer_of_capture(recipe)
     scored = caches if needs_teacher(stage) else CacheList.open(recipe.cache, layer, with_targets=True)
+    scored.leave_out_other_answers(recipe)
     return HeldoutSet.choose(scored, recipe.heldout.fraction, stage.evaluate.rows_per_source)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.cache.cache import Cache
+from shared.keys import is_heldout
 from shared.recipe.file import load_recipe
 from tests.system.program import write_lines
 from tests.tiny_models import make_qwen3
@@ -88,6 +89,55 @@ def test_a_row_of_two_caches_counts_once(order):
     rows, caches = trained(f"cache={order}", "prompts=[]", "generate=null", "teacher=null")
     assert rows == keys("run/cache")
     assert int(caches.repeats.sum()) == 6
+
+
+def measured(*overrides: str, fraction: float = 0.6) -> tuple[list[bytes], list[bytes]]:
+    """Return the row_keys that `eval` measures and those that a stage's evaluation does."""
+    from student_train.evaluate.heldout_measure import HeldoutSet
+    from student_train.stage.stage_order import open_caches
+    from tools.evaluate.heldout import evaluate_heldout
+
+    recipe = load_recipe("recipe.yaml", overrides)
+    found = evaluate_heldout("teacher", [str(path) for path in recipe.cache], fraction, recipe=recipe)
+    caches = open_caches(recipe, recipe.stages[0])
+    chosen = HeldoutSet.choose(caches, fraction, 100).rows["a"]
+    return sorted(map(bytes.fromhex, found["row_kl"])), sorted(caches[row].row_key for row in chosen)
+
+
+def heldout(keys_: list[bytes], fraction: float = 0.6) -> list[bytes]:
+    cache = Cache.open("run/cache")
+    groups = {cache[i].row_key: cache[i].group_key for i in range(len(cache))}
+    return [key for key in keys_ if is_heldout(groups[key], fraction)]
+
+
+def test_held_out_rows_are_chosen_as_training_rows_are():
+    first, second = keys("first"), keys("run/cache", but=set(keys("first")))
+    assert 0 < len(heldout(first)) < 6
+    assert measured() == (heldout(first), heldout(first))
+    assert measured("generate.temperature=0.7") == (heldout(second), heldout(second))
+    both = heldout(keys("run/cache"))
+    assert measured("answers=all") == (both, both)
+    assert measured("generate.max_new_tokens=5") == (both, both)  # none was drawn so
+
+
+@pytest.mark.parametrize("order", ["[first, run/cache]", "[run/cache, first]"])
+def test_a_held_out_row_of_two_caches_is_measured_once(order):
+    both = heldout(keys("run/cache"))
+    assert measured(f"cache={order}", "prompts=[]", "generate=null", "teacher=null") == (both, both)
+
+
+def test_an_evaluation_is_another_one_only_where_a_held_out_row_is_left_out():
+    from tools.evaluate.models import model_under_test
+    from tools.evaluate.results import evaluation_identity
+
+    def of(*overrides: str) -> dict:
+        recipe = load_recipe("recipe.yaml", ["heldout.fraction=0.6", "evaluate={models: [teacher]}", *overrides])
+        return evaluation_identity(recipe, model_under_test(recipe, "teacher"))["heldout"]
+
+    assert "left_out" not in of("answers=all")
+    assert "left_out" not in of("cache=first")
+    assert of()["left_out"] != of("generate.temperature=0.7")["left_out"]
+    assert {**of("answers=all"), "left_out": of()["left_out"]} == of()
 
 
 def test_plan_and_training_say_what_is_left_out(capfd):

@@ -22,11 +22,13 @@ import numpy as np
 import torch
 
 from shared.cache.cache import Cache
+from shared.cache.rows_left_out import rows_left_out
 from shared.errors import EvaluationError
 from shared.models.attention_choice import faithful_attention
 from shared.models.loading import load_causal_lm
 from shared.models.row_length import known_positions
 from shared.payload.narrowing import LayerView
+from shared.recipe.recipe import Recipe
 from student_train.batch.target_batch import TargetBatch
 from student_train.evaluate.heldout_rows import heldout_rows
 from student_train.operator.fused_loss import PositionScores, evaluate_positions
@@ -42,6 +44,7 @@ def evaluate_heldout(
     caches: Sequence[str | Path],
     fraction: float,
     *,
+    recipe: Recipe | None = None,
     targets: str | LayerView | None = None,
     max_rows: int | None = None,
     seed: int = 0,
@@ -57,6 +60,7 @@ def evaluate_heldout(
         model_dir: of the model.
         caches: whose held-out rows.
         fraction: of prompts that are held out.
+        recipe: whose `answers` choose among the rows; None: every row counts, once.
         targets: the layer to compare with; None: the only one.
         max_rows: most rows.
         seed: of the intervals.
@@ -77,7 +81,7 @@ def evaluate_heldout(
         CacheError: a cache cannot be read.
     """
     opened = [Cache.open(Path(cache), targets) for cache in caches]
-    chosen = heldout_rows(opened, fraction, max_rows)
+    chosen = heldout_rows(opened, fraction, max_rows, rows_left_out(opened, recipe).rows)
     if not chosen:
         listed = ", ".join(str(cache) for cache in caches)
         raise EvaluationError(

@@ -71,6 +71,7 @@ def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) 
         model.files.directory,
         [str(path) for path in recipe.cache],
         recipe.heldout.fraction,
+        recipe=recipe,
         targets=heldout_layer(recipe, model.name),
         max_rows=recipe.evaluate.heldout_rows,
         seed=recipe.seed,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from shared.atomic import write_atomic
 from shared.cache.cache import Cache
 from shared.cache.layer_choice import layer_of_capture
+from shared.cache.rows_left_out import rows_left_out
 from shared.errors import EvaluationError
 from shared.identity.grown import unmoved
 from shared.payload.narrowing import LayerView
@@ -75,8 +76,18 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
             "caches": [cache.cache_id for cache in caches],
             "seed": recipe.seed,
             **precision,
+            **_left_out(recipe, caches),
         },
     }
+
+
+def _left_out(recipe: Recipe, caches: Sequence[Cache]) -> dict[str, str]:
+    """Name the held-out rows that are not measured; nothing where all are."""
+    from student_train.evaluate.heldout_rows import heldout_rows
+
+    marked = rows_left_out(caches, recipe).rows
+    rows = heldout_rows(caches, recipe.heldout.fraction, None, ~marked) if marked.any() else []
+    return {"left_out": xxhash.xxh3_128_hexdigest(json.dumps(rows).encode())} if rows else {}
 
 
 def heldout_layer(recipe: Recipe, model: str | None = None) -> str | LayerView | None:
