@@ -227,8 +227,8 @@ def test_loss_that_is_not_finite_stops_the_stage_and_its_health(recipe_of):
     ("trainer", "said"),
     [
         ({"optim": "adamw_8bit"}, "trainer.optim is adamw_8bit, which needs the package bitsandbytes"),
-        ({"optim": "adam_of_my_own"}, "cannot be honoured here: 'adam_of_my_own'|adam_of_my_own"),
-        ({"optim": "galore_adamw"}, "trainer.optim"),
+        ({"optim": "adamw_torch_4bit"}, "trainer.optim is adamw_torch_4bit, which needs the package torchao"),
+        ({"optim": "schedule_free_adamw"}, "which needs the package schedulefree"),
         ({"report_to": "wandb"}, "report_to names wandb, which is not installed"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "trainer.lr_scheduler_type .* cannot be used"),
         (
@@ -242,7 +242,7 @@ def test_loss_that_is_not_finite_stops_the_stage_and_its_health(recipe_of):
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without an NVIDIA GPU")
 def test_setting_that_cannot_be_honoured_is_refused_in_a_sentence(recipe_of, trainer, said):
-    for package in ("bitsandbytes", "wandb"):
+    for package in ("bitsandbytes", "wandb", "torchao", "schedulefree"):
         if package in said and importlib.util.find_spec(package):
             pytest.skip(f"{package} is installed")
     with pytest.raises(TrainingError, match=said):
