@@ -19,16 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import list_layers, read_header, sequences_dir
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import UsageError
-from shared.keys import canonical_json
+from shared.keys import canonical_json, row_key
 from shared.parts.mapped_part import MappedSequences
 from shared.parts.records import PartRecord, list_records
-from shared.parts.sequences import SequenceRow
+from shared.parts.sequences import SequenceRow, make_row
 from shared.recipe.recipe import PromptSource, Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
@@ -185,7 +186,11 @@ def _prompt_samples(recipe: Recipe, root: Path, num_rows: int) -> list[Recipe]:
         sources = []
         for origin, source in enumerate(recipe.prompts):
             own = [row for row in rows if row.origin == origin]
-            if own:
+            if own and own[0].sequence is not None:
+                sources.append(
+                    source.model_copy(update={"path": str(_as_cache(source, root / f"{name}-{origin}", own))})
+                )
+            elif own:
                 path = root / f"{name}-{origin}.jsonl"
                 path.write_text("".join(json.dumps(_as_row(row)) + "\n" for row in own), encoding="utf-8")
                 sources.append(_source_of(source, path, own[0]))
@@ -231,12 +236,37 @@ def _divided(rows: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _as_row(row: Conversation) -> dict[str, Any]:
-    """Return a conversation in the form that `format: messages` or `text` reads."""
+    """Return a conversation in the form that `format: messages` or `text` reads; of a cache's row, what tells it."""
+    if row.sequence is not None:
+        return {"tokens": row.sequence.token_ids, "spans": row.sequence.spans}
     content: dict[str, Any] = {"text": row.text}
     if row.messages is not None:
         tools = [json.loads(message["content"]) for message in row.messages if message["role"] == "tools"]
         content = {"messages": row.messages[len(tools) :], **({"tools": tools[0]} if tools else {})}
     return content if row.reference is None else {**content, "reference": row.reference}
+
+
+def _as_cache(source: PromptSource, path: Path, rows: Sequence[Conversation]) -> Path:
+    """Write rows that a cache gave as a cache that `format: cache` reads, and return where."""
+    header = read_header(Path(source.path))
+    writer = CacheWriter.create_or_open(path, header.identity, read_tokenizer_files(Path(source.path)))
+    taken = [
+        make_row(
+            row_key=row_key(row.sequence.group_key, None, index, row.place),
+            group_key=row.sequence.group_key,
+            source=row.source,
+            prompt=row.sequence.prompt,
+            response=row.sequence.response,
+            reference=row.reference,
+            token_ids=row.sequence.token_ids,
+            spans=np.asarray(row.sequence.spans, dtype=np.int32),
+            finish_reason=row.sequence.finish_reason,
+        )
+        for index, row in enumerate(rows)
+        if row.sequence is not None
+    ]
+    writer.write_sequences("part-00000000-000000", taken, {})
+    return path
 
 
 def _source_of(source: PromptSource, path: Path, row: Conversation) -> PromptSource:

@@ -32,6 +32,20 @@ class UnusableRowError(Exception):
     """A row that is set aside; the message is the reason, without the place."""
 
 
+def prompt_too_long(num_tokens: int, longest: int) -> str | None:
+    """Say why a prompt of so many tokens leaves no room for an answer in rows of `longest` tokens; None where it
+    does.
+    """
+    room = f"no room for an answer within max_model_len = {longest:,}"
+    return f"the prompt has {num_tokens:,} tokens, which leaves {room}" if num_tokens > longest - 1 else None
+
+
+def row_too_long(num_tokens: int, longest: int) -> str | None:
+    """Say why prompt and answer of so many tokens are no row of `longest` tokens; None where they are."""
+    too_long = num_tokens > longest
+    return f"prompt and answer have {num_tokens:,} tokens and max_model_len is {longest:,}" if too_long else None
+
+
 class SequenceMaker:
     """Makes the sequences rows of one build."""
 
@@ -79,9 +93,9 @@ class SequenceMaker:
         ]
 
     def _checked_prompt(self, ids: list[int]) -> list[int] | UnusableRowError:
-        if len(ids) > self._max_model_len - 1:
-            room = f"no room for an answer within max_model_len = {self._max_model_len:,}"
-            return UnusableRowError(f"the prompt has {len(ids):,} tokens, which leaves {room}")
+        too_long = prompt_too_long(len(ids), self._max_model_len)
+        if too_long is not None:
+            return UnusableRowError(too_long)
         highest = max(ids, default=0)
         return ids if highest < self._vocab_size else UnusableRowError(self._outside(highest))
 
@@ -144,10 +158,9 @@ class SequenceMaker:
     def _row(
         self, row: PlanRow, token_ids: NDArray[np.int32], spans: NDArray[np.int32], response: str, finish_reason: str
     ) -> SequenceRow:
-        if len(token_ids) > self._max_model_len:
-            raise UnusableRowError(
-                f"prompt and answer have {len(token_ids):,} tokens and max_model_len is {self._max_model_len:,}"
-            )
+        too_long = row_too_long(len(token_ids), self._max_model_len)
+        if too_long is not None:
+            raise UnusableRowError(too_long)
         self._require_vocabulary(token_ids)
         return make_row(
             row_key=row.row_key,

@@ -15,7 +15,8 @@ from shared.recipe.recipe import Recipe
 from tests.shared.dense_targets import cut
 from tests.shared.small_cache import TOP, build
 from tests.tiny_models import make_tokenizer
-from tools.plan.planner import assumed_bytes_per_position, plan, plan_text
+from tools.plan.plan_existing import assumed_bytes_per_position
+from tools.plan.planner import plan, plan_text
 
 CONFIG = {
     "model_type": "qwen3",
@@ -93,7 +94,7 @@ def test_another_capture_over_the_same_rows_is_planned_as_scoring_alone(tmp_path
     there = sum(Cache.open(cache)[i].num_positions for i in range(len(Cache.open(cache))))
     tokens = int(Cache.open(cache).num_tokens.sum())
     same = {"k": TOP.k, "temperatures": list(TOP.temperatures)}
-    data = {"name": "x", "output_dir": "x", "cache": str(cache), "teacher": {"model": "t"}}
+    data = {"name": "x", "output_dir": "x", "cache": str(cache), "teacher": {"model": "teacher"}}
     assert "rescore" not in plan(Recipe.model_validate({**data, "capture": same}))
     assert "rescore" not in plan(Recipe.model_validate({**data, "capture": {"k": 4}}))  # TOP holds it
     other = plan(Recipe.model_validate({**data, "capture": {"k": 8}}))

@@ -193,3 +193,42 @@ def test_run_does_everything_once_and_nothing_twice(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "cache").rglob("part-*")} == parts
     plan = json.loads(decant("plan", "recipe.yaml", "--json"))
     assert (plan["rows_to_do"], plan["cache"]["rows"], plan["hours"]) == (0, 24, 0.0)
+
+
+@pytest.mark.parametrize("long_rows", [(3,), (0, 5, 9)])
+def test_a_run_that_set_long_rows_aside_continues_with_the_same_command(tmp_path, monkeypatch, capfd, long_rows):
+    from shared.cache.cache import Cache
+    from tests.tiny_models import make_qwen3
+    from tools import cli
+
+    make_qwen3(tmp_path / "teacher", seed=0, num_layers=1)
+    make_qwen3(tmp_path / "student", seed=1, num_layers=1)
+    asked = [f"Anna has {i} apples{' and one more' * (60 if i in long_rows else 0)}. How many?" for i in range(12)]
+    prompts = [{"messages": [{"role": "user", "content": text}]} for text in asked]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    settings = RECIPE.split("evaluate:")[0].replace("max_new_tokens: 12", "max_new_tokens: 6")
+    (tmp_path / "recipe.yaml").write_text(settings)
+    monkeypatch.chdir(tmp_path)
+
+    def phase(name, command, output) -> None:
+        code = cli.main(command[command.index("tools.cli") + 1 :])
+        if code:
+            raise PhaseFailedError(f"phase {name} ended with exit code {code}")
+
+    monkeypatch.setattr(run_all, "_run_phase", phase)
+    command = ["run", "recipe.yaml", "--to", "train"]
+    assert cli.main(command) == 1
+    assert f"{len(long_rows)} of 12 rows cannot be used, more than the 1% that are set aside" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "train").exists()
+    accepting = [*command, "--max-set-aside", "0.5"]
+    assert cli.main(accepting) == 0, capfd.readouterr().err
+    assert len(Cache.open(tmp_path / "run" / "cache")) == 12 - len(long_rows)
+    weights = tmp_path / "run" / "train" / "kd" / "model" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    seconds = (tmp_path / "run" / "seconds.json").read_text()
+    assert cli.main(accepting) == 0, capfd.readouterr().err
+    assert (weights.stat().st_mtime_ns, (tmp_path / "run" / "seconds.json").read_text()) == (written, seconds)
+    capfd.readouterr()
+    assert cli.main(["plan", "recipe.yaml", "--json"]) == 0
+    planned = json.loads(capfd.readouterr().out)
+    assert (planned["rows_to_do"], planned["set_aside"]) == (0, len(long_rows))

@@ -35,6 +35,8 @@ class SourceCount:
     answer_tokens_counted: int = 0
     longest_tokens: int = 0
     """Longest prompt, or prompt with its given answer, among the rows counted."""
+    too_long: int = 0
+    """Rows that the teacher's length has no room for; they are not among `rows`."""
     answer_tokens_assumed: int | None = None
     """Mean tokens of an answer where the recipe states the source's size; None where the rows were counted."""
 
@@ -75,7 +77,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     if not recipe.prompts:
         return result
     counter = _TokenCounter(recipe, result)
-    committed = _committed(recipe.cache[0])
+    committed, longest = _committed(recipe.cache[0]), _longest_row(recipe, counter)
     current = _Current(read_prompts(recipe.prompts, problems))
     ends = _foreign_ends(recipe, counter)
     for row in list_rows(
@@ -86,7 +88,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
             result.groups.add(row.group_key)
         source.rows += 1
         source.rows_in_cache += row.row_key in committed
-        if source.rows_counted < ROWS_COUNTED:
+        if source.rows_counted + source.too_long < ROWS_COUNTED:
             try:
                 prompt, answer = counter.count(current.item)
             except PromptError as error:
@@ -96,6 +98,12 @@ def count_prompts(recipe: Recipe) -> PromptCount:
                 problems.add(current.item.path, current.item.line, str(error))
                 source.rows -= 1
                 continue
+            too_long = _too_long(prompt, answer, longest, generates=recipe.generate is not None)
+            if too_long is not None and row.row_key not in committed:
+                problems.add(current.item.path, current.item.line, too_long)
+                source.rows -= 1
+                source.too_long += 1
+                continue
             source.rows_counted += 1
             source.prompt_tokens_counted += prompt
             source.answer_tokens_counted += answer
@@ -103,9 +111,45 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     for name, count in tally.duplicates.items():
         result.sources.setdefault(name, SourceCount()).duplicates = count
     result.assumed += problems.notes()
-    result.set_aside = problems.total
+    result.set_aside = problems.total + sum(_too_long_of_the_rest(source) for source in result.sources.values())
     result.first_problem = problems.listed[0].sentence() if problems.listed else None
     return result
+
+
+def _longest_row(recipe: Recipe, counter: _TokenCounter) -> int | None:
+    """Return the tokens of the longest row that a build accepts, or None where a model's files are out of reach."""
+    from shared.schema import MAX_TOKENS_PER_ROW
+    from teacher_cache.teacher.model_files import resolve_model
+
+    if recipe.teacher is None or counter.tokenizer is None:
+        return None
+    try:
+        files = resolve_model(recipe.teacher.model, recipe.teacher.revision)
+        lengths = [MAX_TOKENS_PER_ROW, recipe.teacher.max_model_len or files.max_position_embeddings]
+        if recipe.generate is not None and recipe.generate.model is not None:
+            lengths.append(resolve_model(recipe.generate.model).max_position_embeddings)
+    except EngineError:
+        return None
+    return min(lengths)
+
+
+def _too_long(prompt: int, answer: int, longest: int | None, *, generates: bool) -> str | None:
+    """Say why a row has no room, in the words of the build that sets it aside; None where it has."""
+    from teacher_cache.prompts.sequence_maker import prompt_too_long, row_too_long
+
+    if longest is None:
+        return None
+    return prompt_too_long(prompt, longest) if generates else row_too_long(prompt + answer, longest)
+
+
+def _too_long_of_the_rest(source: SourceCount) -> int:
+    """Take from the rows that were not looked at the share of too long ones among those that were; return how many."""
+    seen = source.rows_counted + source.too_long
+    rest = min(source.rows - source.rows_counted, source.rows - source.rows_in_cache)
+    more = round(source.too_long / max(seen, 1) * max(rest, 0))
+    source.rows -= more
+    source.too_long += more
+    return more
 
 
 def _answerer(recipe: Recipe) -> str | None:

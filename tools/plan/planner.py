@@ -8,28 +8,20 @@ an earlier build of the same run measured a rate: a guess about an unknown machi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
-from shared.cache.layout import Layer, list_layers, sequences_dir
 from shared.cache.rows_left_out import answers_line
 from shared.errors import EvaluationError, UsageError
-from shared.parts.records import list_records
-from shared.payload.narrowing import holds
-from shared.recipe.recipe import Capture, Recipe, Stage
+from shared.recipe.recipe import Recipe, Stage
 from tools.cache.cache_commands import size
 from tools.evaluate.contamination import among_groups, sentence
+from tools.plan.plan_existing import bytes_assumption, bytes_per_position, existing
 from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
 
 EXPECTED_SHARE_OF_MAX_NEW_TOKENS = 0.5
-BYTES_PER_ENTRY_EXPECTED, BYTES_PER_ENTRY_AT_MOST = 1.1, 2.44
-"""Head entries of real text (70 bytes at k = 64) and of random ids in a vocabulary of 152,000 (156 bytes)."""
-BYTES_PER_DRAW = 3.0
-BYTES_PER_POSITION_FIXED = 6.0
-"""Count, label and frame; 2 more for each temperature."""
 BYTES_PER_TOKEN_OF_SEQUENCES = 12.0
 """4 for the id, the rest for the texts."""
 
@@ -41,22 +33,21 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         PromptError: prompts cannot be read.
         CacheError: the cache cannot be read.
     """
-    there = _existing(recipe)
-    result: dict[str, Any] = {"name": recipe.name, "cache": there, "assumptions": [], "sources": {}}
+    assumptions: list[str] = []
+    there = existing(recipe, assumptions)
+    result: dict[str, Any] = {"name": recipe.name, "cache": there, "assumptions": assumptions, "sources": {}}
     if recipe.prompts:
         counted = count_prompts(recipe)
         result["tasks"] = _questions_among_prompts(recipe, counted.groups)
         result |= _build_figures(recipe, counted, there, result["assumptions"])
     if recipe.teacher is not None and there["unscored_tokens"]:
-        low, high = _bytes_per_position(recipe, there)
-        result["rescore"] = {
-            "tokens": there["unscored_tokens"],
-            "positions": there["unscored_positions"],
-            "bytes": {
-                "expected": round(there["unscored_positions"] * low),
-                "at_most": round(there["unscored_positions"] * high),
-            },
-        }
+        result["rescore"] = _rescore_figures(recipe, there)
+    if "bytes" in result or "rescore" in result:
+        assumptions.append(bytes_assumption(recipe, there))
+        asked = [result[part]["hours"] for part in ("rescore",) if part in result]
+        asked += [result["hours"]] if "hours" in result else []
+        if None in asked:
+            assumptions.append("hours are not given: no build of this run has measured a rate on this machine yet")
     there["other_answers"] = answers_line(recipe)
     nothing = {"expected": 0, "at_most": 0}
     hidden = hidden_figures(
@@ -80,57 +71,6 @@ def _questions_among_prompts(recipe: Recipe, groups: set[bytes]) -> dict[str, di
     return found
 
 
-def _existing(recipe: Recipe) -> dict[str, Any]:
-    """Return what the caches hold already: rows, tokens, positions, and measured bytes per position where the layer
-    exists.
-    """
-    total: dict[str, Any] = {"rows": 0, "tokens": 0, "positions": 0, "unscored_tokens": 0, "unscored_positions": 0}
-    total["bytes_per_position"] = None
-    for path in recipe.cache:
-        if not (path / "cache.json").is_file():
-            continue
-        alike = _serving(list_layers(path), recipe.capture)
-        scored = list_records(alike.directory) if alike else []
-        stems = {record.stem for record in scored}
-        for record in list_records(sequences_dir(path)):
-            total["rows"] += record.rows
-            total["tokens"] += record.stats["tokens"]
-            total["positions"] += record.positions
-            total["unscored_tokens"] += record.stats["tokens"] if record.stem not in stems else 0
-            total["unscored_positions"] += record.positions if record.stem not in stems else 0
-        if sum(record.positions for record in scored):
-            total["bytes_per_position"] = sum(record.bytes for record in scored) / sum(
-                record.positions for record in scored
-            )
-    return total
-
-
-def _serving(layers: Mapping[str, Layer], capture: Capture) -> Layer | None:
-    """Return the layer that has a capture or holds it, as far as can be said without the teacher's files."""
-    holding = [layer for layer in layers.values() if holds(layer.identity, capture)]
-    return min(
-        holding,
-        key=lambda layer: (layer.identity.k, layer.identity.mass, len(layer.identity.temperatures)),
-        default=None,
-    )
-
-
-def assumed_bytes_per_position(capture: Capture) -> tuple[float, float]:
-    """Return bytes per position of a capture, expected and at most; a `mass` below 1 makes it less."""
-    fixed = (
-        BYTES_PER_POSITION_FIXED
-        + 2 * len(capture.temperatures)
-        + BYTES_PER_DRAW * capture.draws * len(capture.temperatures)
-    )
-    return fixed + BYTES_PER_ENTRY_EXPECTED * capture.k, fixed + BYTES_PER_ENTRY_AT_MOST * capture.k
-
-
-def _bytes_per_position(recipe: Recipe, there: dict[str, Any]) -> tuple[float, float]:
-    """Return bytes per position, expected and at most: both the measured ones where the cache has such a layer."""
-    measured = there["bytes_per_position"]
-    return assumed_bytes_per_position(recipe.capture) if measured is None else (measured, measured)
-
-
 def _build_figures(
     recipe: Recipe, counted: PromptCount, there: dict[str, Any], assumptions: list[str]
 ) -> dict[str, Any]:
@@ -150,14 +90,7 @@ def _build_figures(
     counted_rows = [source for source in counted.sources.values() if source.answer_tokens_assumed is None]
     if any(source.rows > source.rows_counted for source in counted_rows):
         assumptions.append(f"tokens are counted for {ROWS_COUNTED:,} rows per source and scaled up for the rest")
-    per_position = _bytes_per_position(recipe, there)
-    if there["bytes_per_position"] is not None:
-        assumptions.append(f"{per_position[0]:.1f} bytes per position, measured in the cache's layer")
-    else:
-        real, random = (f"{value:.0f}" for value in per_position)
-        assumptions.append(
-            f"{real} bytes per position expected (real text), {random} at most (random ids); mass below 1 saves more"
-        )
+    per_position = bytes_per_position(recipe, there)
     rows = sum(figures["rows"] - figures["rows_in_cache"] for figures in sources.values())
     score = {"expected": prompt + expected, "at_most": prompt + at_most}
     text = BYTES_PER_TOKEN_OF_SEQUENCES
@@ -176,9 +109,19 @@ def _build_figures(
         },
         "hours": _hours(recipe, there, score["expected"]),
     }
-    if figures["hours"] is None:
-        assumptions.append("hours are not given: no build of this run has measured a rate on this machine yet")
     return figures
+
+
+def _rescore_figures(recipe: Recipe, there: dict[str, Any]) -> dict[str, Any]:
+    """Return tokens, bytes and, where a rate is known, hours of scoring rows that are there for a new layer."""
+    low, high = bytes_per_position(recipe, there)
+    positions = there["unscored_positions"]
+    return {
+        "tokens": there["unscored_tokens"],
+        "positions": positions,
+        "bytes": {"expected": round(positions * low), "at_most": round(positions * high)},
+        "hours": _hours(recipe, there, there["unscored_tokens"]),
+    }
 
 
 def _source_figures(recipe: Recipe, source: SourceCount) -> dict[str, Any]:
@@ -197,6 +140,7 @@ def _source_figures(recipe: Recipe, source: SourceCount) -> dict[str, Any]:
         "rows": source.rows,
         "rows_in_cache": source.rows_in_cache,
         "duplicates": source.duplicates,
+        "too_long": source.too_long,
         "prompt_tokens": source.scaled(source.prompt_tokens_counted),
         "longest_tokens": source.longest_tokens,
         "answer_tokens": answers,
@@ -204,7 +148,10 @@ def _source_figures(recipe: Recipe, source: SourceCount) -> dict[str, Any]:
 
 
 def _hours(recipe: Recipe, there: dict[str, Any], tokens: int) -> float | None:
-    """Return hours of phase 1 at the rate that this run's earlier builds measured, or None."""
+    """Return hours of phase 1 at the rate that this run's earlier builds measured, or None.
+
+    Their seconds hold answering and scoring together, so for scoring alone they are a bound.
+    """
     try:
         seconds = float(json.loads(Path(recipe.output_dir / "seconds.json").read_text(encoding="utf-8"))["teach"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -260,6 +207,7 @@ def plan_text(result: dict[str, Any]) -> str:
     for name, source in result["sources"].items():
         extra = f", {source['rows_in_cache']:,} of them in the cache" if source["rows_in_cache"] else ""
         extra += f", {source['duplicates']:,} duplicates left out" if source["duplicates"] else ""
+        extra += f", {source['too_long']:,} too long and set aside" if source.get("too_long") else ""
         lines.append(
             f"  source {name}: {source['rows']:,} rows{extra}, {source['prompt_tokens']:,} prompt tokens to do"
         )
@@ -282,6 +230,9 @@ def plan_text(result: dict[str, Any]) -> str:
         lines.append(
             f"    disk     {size(again['bytes']['expected'])} expected, {size(again['bytes']['at_most'])} at most"
         )
+        if again["hours"] is not None:
+            bound = "at most " if result.get("generate_tokens") else ""
+            lines.append(f"    time     {bound}{again['hours']:.2g} hours at the rate of this run's earlier build")
     if "hidden" in result:
         lines += hidden_lines(result["hidden"], size)
     for domain, counts in result.get("tasks", {}).items():
