@@ -143,7 +143,9 @@ def _export(args: argparse.Namespace) -> int:
 
 def _cache(args: argparse.Namespace) -> int:
     if args.cache_command is None:
-        args.parser.error("name what to do with the cache: ls, show, stats, verify, gc, merge, export, import or audit")
+        args.parser.error(
+            "name what to do with the cache: ls, show, stats, verify, gc, drop, merge, export, import or audit"
+        )
     from tools.cache.cache_commands import run_cache_command
 
     return run_cache_command(args)

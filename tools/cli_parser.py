@@ -110,7 +110,7 @@ def build_parser() -> Parser:
     schema = command("schema", "print the JSON schema of recipes, for editors")
     schema.add_argument("--page", action="store_true", help="print docs/recipe.md instead: every key with its meaning")
 
-    looks = "look into a cache or make another of it: ls, show, stats, verify, gc, merge, export, import, audit"
+    looks = "look into a cache or make another of it: ls, show, stats, verify, gc, drop, merge, export, import, audit"
     cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)
     _cache_commands(cache, command)
     command("doctor", "say what this machine can do, and the command that mends what it cannot")
@@ -127,6 +127,7 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
         "stats": "count rows, positions, bytes per position and more",
         "verify": "check every byte; exit 1 when anything is wrong",
         "gc": "remove what an interrupted build left behind",
+        "drop": "take a job, a source or a layer out of a cache; without --yes only list what would go",
     }
     for name, text in texts.items():
         sub = command(name, text, within=within)
@@ -138,6 +139,12 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
             sub.add_argument("--top", type=_row_number, default=5, help="alternatives per token (default: 5)")
         if name == "gc":
             sub.add_argument("--dry-run", action="store_true", help="only list")
+        if name == "drop":
+            one = sub.add_mutually_exclusive_group(required=True)
+            one.add_argument("--job", metavar="ID", help="its rows and their targets (the id, or 8 digits of it)")
+            one.add_argument("--source", metavar="NAME", help="the parts that hold rows of this source alone")
+            one.add_argument("--layer", metavar="NAME", help="a targets layer or a hidden layer")
+            sub.add_argument("--yes", action="store_true", help="remove; no build of the cache may run meanwhile")
     merge = command("merge", "join caches of one identity into a new one, every row once", within=within)
     merge.add_argument("out", type=Path, metavar="OUT", help="the new cache; must not exist")
     merge.add_argument(

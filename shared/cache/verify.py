@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from shared.atomic import TEMPORARY_MARK
+from shared.cache.drop import dropping
 from shared.cache.layout import (
     CacheHeader,
     HiddenLayer,
@@ -57,6 +58,7 @@ def verify_cache(path: Path | str) -> Iterator[str]:
         layers: list[Layer | HiddenLayer] = [*list_layers(path).values(), *list_hidden_layers(path).values()]
         jobs = {job.id8: job for job in list_jobs(path)}
         masks = hidden_rows(path, records)
+        begun = dropping(path)
     except CacheError as error:
         yield str(error)
         return
@@ -71,7 +73,7 @@ def verify_cache(path: Path | str) -> Iterator[str]:
     if sound:
         yield from _bounded(_repeats(path, records, masks))
     for layer in layers:
-        yield from _layer_problems(path, header, layer, {record.stem: record for record in records})
+        yield from _layer_problems(path, header, layer, {record.stem: record for record in records}, begun)
 
 
 def parts_without_layer(path: Path | str) -> dict[str, int]:
@@ -178,7 +180,11 @@ def _repeats(path: Path, records: list[PartRecord], masks: Mapping[str, Any]) ->
 
 
 def _layer_problems(
-    path: Path, header: CacheHeader, layer: Layer | HiddenLayer, sequences: dict[str, PartRecord]
+    path: Path,
+    header: CacheHeader,
+    layer: Layer | HiddenLayer,
+    sequences: dict[str, PartRecord],
+    begun: frozenset[str],
 ) -> Iterator[str]:
     try:
         records = list_records(layer.directory)
@@ -193,6 +199,8 @@ def _layer_problems(
         )
     for record in records:
         found = sequences.get(record.stem)
+        if found is None and record.stem in begun:
+            continue  # a `cache drop` that was interrupted; nothing reads it
         if found is None:
             yield f"{layer.directory / record.stem}.arrow scores a sequences part that does not exist"
         elif (found.rows, found.positions) != (record.rows, record.positions):

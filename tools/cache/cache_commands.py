@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.drop import carry_out, drop_job, drop_layer, drop_source
 from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir
 from shared.cache.verify import parts_without_layer
 from shared.identity.hidden_layers import layer_name
@@ -36,6 +37,7 @@ def run_cache_command(args: argparse.Namespace) -> int:
         "stats": _stats,
         "verify": _verify,
         "gc": _gc,
+        "drop": _drop,
         "merge": _merge,
         "export": _export,
         "import": _import,
@@ -253,6 +255,25 @@ def _gc(args: argparse.Namespace) -> int:
     verb = "would be removed" if args.dry_run else "removed"
     lines = [*map(str, chosen), f"{len(chosen)} files, {size(total)} {verb}"]
     _print(args, {"files": [str(path) for path in chosen], "bytes": total, "dry_run": args.dry_run}, "\n".join(lines))
+    return 0
+
+
+def _drop(args: argparse.Namespace) -> int:
+    if args.job is not None:
+        drop, what = drop_job(args.cache, args.job), f"job {args.job}"
+    elif args.source is not None:
+        drop, what = drop_source(args.cache, args.source), f"source {args.source}"
+    else:
+        drop, what = drop_layer(args.cache, args.layer), f"layer {args.layer}"
+    files = drop.files()
+    total = sum(file.lstat().st_size for file in files)
+    count = carry_out(drop) if args.yes else len(files)
+    verb = "removed" if args.yes else "would be removed; give --yes to remove them"
+    lines = [] if args.yes else [str(file) for file in files]
+    lines.append(f"{args.cache}: {what}: {count:,} files of {len(drop.stems):,} parts of rows, {size(total)} {verb}")
+    lines += [f"the plan of job {job} still lists these rows: its recipe would build them again" for job in drop.jobs]
+    found = {"files": list(map(str, files)), "bytes": total, "parts": sorted(drop.stems), "removed": args.yes}
+    _print(args, {**found, "jobs_that_list_them": list(drop.jobs)}, "\n".join(lines))
     return 0
 
 
