@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -41,10 +42,12 @@ class Terminated(BaseException):
 
 
 def _init(args: argparse.Namespace) -> int:
+    import shlex
+
     from tools.init_recipe import init_recipe
 
     path = init_recipe(args.name, args.teacher, args.student, args.prompts, args.output)
-    _result(args, {"recipe": str(path)}, f"wrote {path}; next: decant plan {path}")
+    _result(args, {"recipe": str(path)}, f"wrote {path}; next: decant plan {shlex.quote(str(path))}")
     return 0
 
 
@@ -307,7 +310,9 @@ def _guarded(args: argparse.Namespace) -> int:
             _report_bug(error, args)
         else:
             place = f"{error.filename}: " if error.filename else ""
-            _complain(f"{place}{error.strerror}")
+            blocked = error.errno in (errno.EEXIST, errno.ENOTDIR)
+            way_out = "; there is a file where a directory is needed, so name another path" if blocked else ""
+            _complain(f"{place}{error.strerror}{way_out}")
         return EXIT_FAILED
     except Exception as error:  # noqa: BLE001 - the last resort: a bug is reported in one line, its traceback kept
         _report_bug(error, args)

@@ -1,17 +1,20 @@
 """`decant init`: a starter recipe for the user's own models and data, with comments, that validates as it is.
 
-The text is a template; names are quoted and escaped where they need it, so any path is safe. The format of the prompts
-is guessed from the first row of a local jsonl file and said to be a guess.
+The text is a template; names are quoted and escaped where they need it, so any path is safe, also in the commands that
+it names. The format of the prompts is that which reads the columns of their first row, whatever kind of file holds it;
+where none does, the recipe says so.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
-from shared.errors import UsageError
+from shared.errors import PromptError, UsageError
 from shared.recipe.base import SLUG
+from shared.recipe.prompts import COLUMNS, PromptSource
 
 _TEMPLATE = """\
 # {name}: {teacher} into {student}.
@@ -38,7 +41,7 @@ teacher:
   # tensor_parallel_size: 2       # GPUs that share one copy
 
 prompts:                          # one entry per source; mixtures and reports use the source's name
-  - {{source: main, path: {prompts_value}, format: {format}}}
+  - {{source: main, path: {prompts_value}, format: {format}}}{note}
   # formats: messages | prompt_completion | alpaca | sharegpt | text | cache; limit: 1000 takes the first rows only
 
 generate:                         # leave this section out to score the answers that the data has
@@ -92,45 +95,66 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
             "or digit"
         )
     path = output or Path("recipes") / f"{name}.yaml"
+    format_name, note = guess_format(prompts)
     text = _TEMPLATE.format(
         name=name,
         name_value=_value(name),
-        path=path,
+        path=_plain(shlex.quote(str(path))),
         output=f"runs/{name}",
         teacher=_plain(teacher),
         student=_plain(student),
         teacher_value=_value(teacher),
         student_value=_value(student),
         prompts_value=_value(prompts),
-        format=guess_format(Path(prompts)),
+        format=format_name,
+        note=f"\n  # {note}" if note else "",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:
-        raise UsageError(f"{path} exists already; choose another name, or --output") from None
+    except OSError as error:
+        if path.exists():
+            raise UsageError(f"{path} exists already; choose another name, or --output") from None
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}); name a file in a directory of yours with --output"
+        ) from None
     return path
 
 
-def guess_format(path: Path) -> str:
-    """Guess the format of prompts from the columns of a jsonl file's first row; messages where nothing is known."""
+def guess_format(prompts: str) -> tuple[str, str]:
+    """Return the format that reads the first row of local prompts, and a note where that is not known.
+
+    A file, glob or directory as a recipe may name it. What cannot be read, and a data set of the hub, is taken for
+    `messages`: `decant plan` says what is wrong with it.
+
+    >>> guess_format("no/such/file.jsonl")
+    ('messages', '')
+    """
+    from teacher_cache.prompts.prompt_files import LocalFiles, locate
+    from teacher_cache.prompts.prompt_readers import read_file
+
     try:
-        with path.open("rb") as file:
-            row = json.loads(file.readline(1 << 20))
+        place = locate(PromptSource(source="main", path=prompts, format="text")) if _is_local(prompts) else None
+        _, row = next(read_file(place.paths[0])) if isinstance(place, LocalFiles) else (0, None)
+        row = json.loads(row.removeprefix("\ufeff")) if isinstance(row, str) else row
+    except (PromptError, ValueError, OSError, StopIteration, RecursionError):
+        return "messages", ""
+    if not isinstance(row, dict):
+        return "messages", ""
+    for format_name, (first, *_) in ((name, columns) for name, columns in COLUMNS.items() if columns):
+        if first in row or (format_name == "messages" and "chosen" in row and "prompt" not in row):
+            return format_name, ""
+    names = _plain(", ".join(map(str, row)))[:80]
+    return "messages", f"a guess: the first row has the columns {names}; docs/data.md says how `columns` names them"
+
+
+def _is_local(prompts: str) -> bool:
+    """Say whether something on this machine has the name; a glob may have."""
+    try:
+        return any(character in prompts for character in "*?[") or Path(prompts).exists()
     except (OSError, ValueError):
-        return "messages"
-    columns = set(row) if isinstance(row, dict) else set()
-    for format_name, wanted in (
-        ("messages", {"messages"}),
-        ("sharegpt", {"conversations"}),
-        ("alpaca", {"instruction"}),
-        ("prompt_completion", {"prompt"}),
-        ("text", {"text"}),
-    ):
-        if wanted <= columns:
-            return format_name
-    return "messages"
+        return False
 
 
 def _plain(text: str) -> str:

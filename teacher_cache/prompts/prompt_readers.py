@@ -14,16 +14,21 @@ import csv
 import gzip
 import io
 import lzma
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from shared.errors import PromptError
+from shared.text_encoding import other_encoding
 from teacher_cache.prompts.prompt_directories import kind_of
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line, or plain text, that is read."""
 BLOCK_BYTES = 2**18
+
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What stands for bytes that are not UTF-8."""
 
 Numbered = tuple[int, Any]
 """Line or row from 1, and the row: a mapping, a line of JSON that is not parsed yet, or a ValueError that says what is
@@ -41,6 +46,8 @@ def read_file(path: Path) -> Iterator[Numbered]:
     readers = {"json": _json, "csv": _csv, "txt": _text}
     kind = str(kind_of(path))
     try:
+        if kind in readers:
+            _require_utf8(path)
         for number, row in readers[kind](path) if kind in readers else _table(path, kind):
             yield number, row
     except PromptError:
@@ -116,6 +123,13 @@ class _Zstandard(io.RawIOBase):
         super().close()
 
 
+def _require_utf8(path: Path) -> None:
+    with open_bytes(path) as file:
+        reason = other_encoding(file.read(4))
+    if reason:
+        raise PromptError(f"{path}:1: {reason}")
+
+
 def _json(path: Path) -> Iterator[Numbered]:
     with open_bytes(path) as file:
         start = file.read(3)
@@ -137,7 +151,7 @@ def _json_list(path: Path) -> Iterator[Numbered]:
 
 
 def _lines(path: Path) -> Iterator[Numbered]:
-    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="backslashreplace") as file:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="surrogateescape") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
@@ -147,6 +161,12 @@ def _lines(path: Path) -> Iterator[Numbered]:
                 line = more
             if length > MAX_LINE_BYTES:
                 yield number, ValueError(f"the line has {length:,} characters; at most {MAX_LINE_BYTES:,} are read")
+            elif not line.isascii() and (found := _NOT_UTF8.search(line)):
+                byte = ord(found[0]) - 0xDC00
+                reason = (
+                    f"the line is not UTF-8 at column {found.start() + 1} (byte {byte:#x}); convert the file to UTF-8"
+                )
+                yield number, ValueError(reason)
             elif line.strip("\ufeff \t\r\n"):
                 yield number, line.rstrip("\r\n")
 

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import subprocess
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,27 @@ def test_a_table_that_is_none_is_one_sentence(tmp_path, content, reason):
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(PromptError, match=reason):
         list(read_file(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.jsonl.gz"])
+def test_a_text_in_another_encoding_is_named_and_the_advice_works(tmp_path, name, encoding):
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    data = (mark + '{"text": "ä"}\n').encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(PromptError, match=f"is {encoding[:6].upper()} and .*iconv -f {encoding[:6].upper()} -t UTF-8"):
+        list(read_file(path))
+    if name == "a.jsonl":
+        path.write_bytes(subprocess.check_output(["iconv", "-f", encoding[:6].upper(), "-t", "UTF-8"], input=data))
+        assert [json.loads(row.removeprefix("\ufeff")) for _, row in read_file(path)] == [{"text": "ä"}]
+
+
+def test_a_line_that_is_not_utf8_says_so_and_the_others_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "ä"}\n'.encode() + b'{"text": "caf\xe9"}\n{"text": "b"}\n')
+    first, (number, problem), last = read_file(tmp_path / "a.jsonl")
+    assert (first[0], last[0], number) == (1, 3, 2)
+    assert "not UTF-8 at column 14 (byte 0xe9)" in str(problem)
 
 
 def test_a_txt_file_is_one_text(tmp_path):

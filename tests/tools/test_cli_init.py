@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shlex
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -52,8 +57,49 @@ def test_name_that_cannot_be_a_directory_is_refused(tmp_path, name):
 def test_format_is_guessed_from_the_first_row(tmp_path, row, expected):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    assert guess_format(path) == expected
+    assert guess_format(str(path))[0] == expected
 
 
 def test_format_of_what_cannot_be_read_is_messages(tmp_path):
-    assert guess_format(tmp_path / "none") == "messages"
+    assert guess_format(str(tmp_path / "none")) == ("messages", "")
+
+
+ALPACA = '{"instruction": "a", "output": "b"}'
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("p.json", f"[{ALPACA}]", "alpaca"), ("p.jsonl.gz", gzip.compress(ALPACA.encode()), "alpaca"),
+    ("p.jsonl", b"\xef\xbb\xbf" + ALPACA.encode() + b"\r\n", "alpaca"), ("p.csv", "prompt,completion\na,b\n",
+    "prompt_completion"), ("p.tsv", "text\tsource\na\tb\n", "text"), ("p ü.txt", "plain words", "text"),
+    ("set/train.json", f"[{ALPACA}]", "alpaca"), ("p.parquet", {"conversations": [[]]}, "sharegpt"),
+])  # fmt: skip
+def test_format_is_guessed_from_every_kind_of_file(tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), path)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    assert guess_format(str(path if path.parent == tmp_path else path.parent)) == (expected, "")
+
+
+def test_columns_that_no_format_reads_are_named_in_the_recipe(tmp_path):
+    (tmp_path / "p.csv").write_text("question,solution\na,b\n")
+    path = init_recipe("x", "t", "s", str(tmp_path / "p.csv"), tmp_path / "r.yaml")
+    assert "# a guess: the first row has the columns question, solution" in path.read_text()
+    assert load_recipe(path).prompts[0].format == "messages"
+
+
+@pytest.mark.parametrize("below", ["a file/r.yaml", "a file/deep/r.yaml"])
+def test_recipe_that_cannot_be_written_is_a_mistake_of_the_user(tmp_path, below):
+    (tmp_path / "a file").write_text("x")
+    with pytest.raises(UsageError, match="cannot be written"):
+        init_recipe("x", "t", "s", "p", tmp_path / below)
+
+
+def test_commands_named_for_a_path_with_a_space_can_be_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "x", "--output", "my dir/ü r.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert shlex.split(said.split("next: ")[1]) == ["decant", "plan", "my dir/ü r.yaml"]
+    assert "decant teach 'my dir/ü r.yaml'" in Path("my dir/ü r.yaml").read_text()

@@ -224,6 +224,8 @@ def _bars(counts: list[int], label: Callable[[int], str]) -> list[str]:
 
 def _verify(args: argparse.Namespace) -> int:
     problems = []
+    if not (args.cache / "cache.json").exists():
+        read_header(args.cache)
     for problem in verify_cache(args.cache):
         problems.append(problem)
         if not args.json:
@@ -232,10 +234,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"problems": problems, "parts_without_layer": silent}, indent=2))
     elif problems:
-        print(
-            f"{len(problems)} problems; damaged parts are rebuilt by `decant teach` once they and their records are "
-            "deleted"
-        )
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        print(f"{count}; damaged parts are rebuilt by `decant teach` once they and their records are deleted")
     else:
         found = listing(args.cache)
         layers = len(found["layers"]) + len(found["hidden"])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
+from shared.text_encoding import other_encoding
 
 MAX_FILE_BYTES = 1 << 30
 MAX_WHOLE_FILE_BYTES = 1 << 28
@@ -69,6 +70,8 @@ def _parsed(text: bytes, place: str, wanted: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
+        if reason := other_encoding(text[:4]):
+            raise EvaluationError(f"{place}: {reason}") from error
         raise EvaluationError(f"{place}: expected {wanted}, found {text[:60]!r} ({error})") from error
 
 

@@ -40,6 +40,8 @@ def build_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
             f"{len(run_dirs)} runs are compared outside of them, so that each keeps its own report; name a directory "
             "with --output DIR"
         )
+    if len({Path(directory).resolve() for directory in run_dirs}) < len(run_dirs):
+        raise EvaluationError("a run is named twice, and does not differ from itself; name each run once")
     place = Path(output) if output is not None else Path(run_dirs[0])
     if len(run_dirs) > 1 and place.resolve() in [Path(directory).resolve() for directory in run_dirs]:
         raise EvaluationError(f"{place}: this is one of the runs that are compared; name another directory")

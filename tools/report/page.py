@@ -241,16 +241,19 @@ def _heldout_table(report: Mapping[str, Any]) -> str:
 
 def _table(table: Table) -> str:
     legend = f'<p class="legend">{escape(table.legend)}</p>' if table.legend else ""
-    return f"<h2>{escape(table.title)}</h2>{_element(table.header, table.rows)}{legend}"
+    return f"<h2>{escape(table.title)}</h2>{_element(table.header, table.rows, table.num_labels)}{legend}"
 
 
-def _element(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table that a narrow screen shows as one card per row, each figure under its title."""
-    head = "".join(f"<th>{escape(title)}</th>" for title in header)
+def _element(header: Sequence[str], rows: Sequence[Sequence[str]], num_labels: int = 1) -> str:
+    """Return a table that a narrow screen shows as one card per row, each figure under its title; the first
+    `num_labels` columns hold words.
+    """
+    side = ["" if column >= num_labels else ' class="w"' for column in range(len(header))]
+    head = "".join(f"<th{of}>{escape(title)}</th>" for of, title in zip(side, header, strict=True))
     body = ""
     for row in rows:
-        cells = zip(header[1:], row[1:], strict=True)
-        figures = "".join(f'<td data-label="{escape(title)}">{escape(cell)}</td>' for title, cell in cells)
+        cells = zip(side[1:], header[1:], row[1:], strict=True)
+        figures = "".join(f'<td{of} data-label="{escape(title)}">{escape(cell)}</td>' for of, title, cell in cells)
         body += f'<tr><th scope="row">{escape(row[0])}</th>{figures}</tr>'
     inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="card scroll"><table class="stack">{inside}</table></div>'

@@ -31,10 +31,10 @@ def colour_of(models: Sequence[str], name: str) -> str:
 
 
 def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
-    """Draw every model's score per domain with its 95 % interval."""
+    """Draw the score per domain, with its 95 % interval, of every model that was asked."""
 
     def _draw(axes: Any) -> None:
-        names = list(models)
+        names = [name for name in models if any(domain in models[name]["tasks"] for domain in domains)]
         width = 0.8 / len(names)
         for index, name in enumerate(names):
             shown = [
@@ -46,7 +46,7 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
             heights = [100 * task["score"] for _, task in shown]
             below = [100 * (task["score"] - task["low"]) for _, task in shown]
             above = [100 * (task["high"] - task["score"]) for _, task in shown]
-            axes.bar(places, heights, width * 0.92, color=colour_of(names, name), label=short(name))
+            axes.bar(places, heights, width * 0.92, color=colour_of(list(models), name), label=short(name))
             spread = [[max(0.0, value) for value in below], [max(0.0, value) for value in above]]
             axes.errorbar(places, heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
         axes.set_xticks(range(len(domains)), [short(domain) for domain in domains])

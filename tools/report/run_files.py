@@ -285,5 +285,6 @@ def _sound(path: Path, shape: type[BaseModel], of: str, missing: list[str]) -> d
 def _sound_lines(path: Path, shape: type[BaseModel], of: str, missing: list[str]) -> list[dict[str, Any]]:
     rows, faults = read_lines(path, shape)
     if faults:
-        missing.append(f"{of}: {len(faults)} lines are left out, the first is {faults[0]}")
+        many = "one line is left out:" if len(faults) == 1 else f"{len(faults)} lines are left out, the first is"
+        missing.append(f"{of}: {many} {faults[0]}")
     return rows

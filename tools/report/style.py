@@ -16,7 +16,7 @@ CSS = """
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--font);
   -webkit-text-size-adjust: 100%; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 10px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 40px 0 12px; }
 h3 { font-size: 1rem; margin: 22px 0 8px; overflow-wrap: anywhere; }
 p { margin: 8px 0; } .soft, figcaption, .legend { color: var(--soft); font-size: .875rem; }
@@ -27,19 +27,23 @@ p { margin: 8px 0; } .soft, figcaption, .legend { color: var(--soft); font-size:
 .note ul { margin: 4px 0 0; padding-left: 20px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 8px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
+  vertical-align: baseline; }
+th.w, td.w { text-align: left; }
 th { font-weight: 600; color: var(--soft); font-size: .85rem; vertical-align: bottom; }
 tbody tr:last-child th, tbody tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
-tbody th { color: var(--ink); font-size: 1rem; vertical-align: middle; } td small { display: block; color: var(--soft);
+tbody th { color: var(--ink); font-size: 1rem; vertical-align: baseline; }
+td small { display: block; color: var(--soft);
   font-size: .72rem;
   line-height: 1.2; }
 td.best { font-weight: 700; background: var(--mark); }
 i.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px; margin-top: 14px; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(180px, 46%), 1fr)); gap: 12px;
+  margin-top: 14px; }
 .facts div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 10px 14px;
   min-width: 0; }
-.facts > div > span { color: var(--soft); font-size: .8rem; display: block; } .facts b { font-size: 1.15rem;
+.facts > div > span { color: var(--soft); font-size: .8rem; display: block; } .facts b { font-size: 1.02rem;
   font-weight: 600; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
 figure { margin: 0; min-width: 0; } figure svg { width: 100%; height: auto; display: block; } figcaption {

@@ -121,7 +121,8 @@ def _made_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for what, key in (("evaluated", "date"), ("Decant", "decant"), ("machine", "machine")):
         values = list(dict.fromkeys(str(one[key]) for one in made if one.get(key)))
-        rows += [(what, " and ".join(values if key != "date" else sorted(values)[-1:]))] if values else []
+        shown = [max(values).replace("T", " ").replace("+00:00", " UTC")] if values and key == "date" else values
+        rows += [(what, " and ".join(shown))] if shown else []
     peaks = [one for one in made if one.get("peak_memory_bytes") is not None]
     if peaks:
         largest = max(peaks, key=lambda one: one["peak_memory_bytes"])
@@ -153,7 +154,7 @@ def table_text(report: Mapping[str, Any]) -> str:
     facts = run_rows(report)
     cache = ", ".join(f"{what} {figure}" for what, figure in facts if not what.startswith(_TIME))
     times = ", ".join(f"{what.removeprefix(_TIME)} {figure}" for what, figure in facts if what.startswith(_TIME))
-    lines += ["", *(f"{label}: {text}" for label, text in (("cache", cache), ("time", times)) if text)]
+    lines += ["", *(f"{label}: {text}" for label, text in (("facts", cache), ("time", times)) if text)]
     lines += [f"note: {sentence}" for sentence in [*filter(None, [bases_text(report)]), *report["missing"]]]
     return _printable("\n".join(lines))
 

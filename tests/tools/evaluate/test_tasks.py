@@ -200,3 +200,11 @@ def test_files_that_are_missing_truncated_or_too_short_are_refused(tmp_path: Pat
         questions_of("gsm8k", write(tmp_path / "a.jsonl", [{"question": "q", "answer": "#### 1"}]), shots=1)
     with pytest.raises(EvaluationError, match="names the column 'nothing'"):
         questions_of("gsm8k", tmp_path / "a.jsonl", prompt_template="{nothing}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_questions_in_another_encoding_are_named_with_what_converts_them(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_bytes('{"question": "2 + 2", "answer": "#### 4"}\n'.encode(encoding))
+    with pytest.raises(EvaluationError, match=f"q.jsonl:1: the file is {encoding.upper()} and .* iconv -f"):
+        questions_of("gsm8k", path)

@@ -160,7 +160,7 @@ def test_a_report_says_when_where_and_how_fast(tmp_path: Path) -> None:
     rates = [{"step": step, "tokens_per_second": rate} for step, rate in ((1, 10.0), (2, 5000.0), (3, 6000.0))]
     (run / "train" / "kd" / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rates))
     said = dict(run_rows(build_report([run])))
-    assert said["evaluated"] == "2026-01-02T03:04+00:00"
+    assert said["evaluated"] == "2026-01-02 03:04 UTC"
     assert said["machine"] == "x86_64, 2 cores"
     assert said["peak memory of evaluation"] == "300.0 MB resident memory"
     assert said["train.kd"] == "5,000 tokens/s"

@@ -143,7 +143,7 @@ def test_what_is_left_out_is_named_in_the_report(tmp_path: Path) -> None:
         stream.write('{"step": 7, "loss": "high"}\n')
     write_json(run / "audit.json", {"faithfulness": {}, "truncation": []})
     said = " ".join(build_report([run])["missing"])
-    assert "stage 'kd': 1 lines are left out, the first is metrics.jsonl:7: loss is 'high'" in said
+    assert "stage 'kd': one line is left out: metrics.jsonl:7: loss is 'high'" in said
     assert "the audit: audit.json is left out: faithfulness" in said
 
 

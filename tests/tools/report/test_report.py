@@ -218,6 +218,8 @@ def test_several_runs_share_one_table_and_equal_models_appear_once(tmp_path: Pat
         build_report([first, second])
     with pytest.raises(EvaluationError, match="one of the runs"):
         build_report([first, second], second)
+    with pytest.raises(EvaluationError, match="a run is named twice"):
+        build_report([first, tmp_path / "one" / ".." / "one"], tmp_path / "both")
     (tmp_path / "file").write_text("")
     with pytest.raises(EvaluationError, match="there is a file of that name"):
         build_report([first], tmp_path / "file")
@@ -277,3 +279,14 @@ def test_partings_stand_in_the_page_as_text_and_broken_ones_are_left_out(run: Pa
     assert "3.25 nats" in page.text
     assert "marked token 12.5 %" in page.text
     assert "not a number" not in page.text
+
+
+def test_words_stand_left_and_models_without_scores_are_not_drawn(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "one", "one"), make_run(tmp_path / "two", "two")
+    write_evaluation(second, "kd", {}, 0.1)
+    build_report([first, second], tmp_path / "both")
+    page = (tmp_path / "both" / "report.html").read_text()
+    scores = page.split("Scores per domain")[1].split("</figure>")[0]
+    assert "two/kd" in page
+    assert "two/kd" not in scores
+    assert '<th class="w">model</th><th class="w">source</th><th>positions</th>' in page
