@@ -107,7 +107,7 @@ def _eval(args: argparse.Namespace) -> int:
     from tools.phases import evaluate
 
     with _stdout_kept(args):
-        result = evaluate(_load(args, save=True), args.allow_unsafe_code, args.lm_eval)
+        result = evaluate(_load(args, lambda *_: ("eval",), save=True), args.allow_unsafe_code, args.lm_eval)
     _result(args, *result)
     return 0
 

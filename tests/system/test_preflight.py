@@ -187,3 +187,32 @@ def test_a_broken_student_is_found_by_run_before_the_teacher_works(capsys, place
     assert cli.main(["run", "recipe.yaml", "--set", "student.model=missing-tensor"]) == 2
     assert "model.norm.weight" in capsys.readouterr().err
     assert not (place / "run").exists()
+
+
+EVALUATED = [
+    ("teacher.model=org/no-such-model", "teacher.model", "neither a directory nor a hub id"),
+    ("teacher.model=./techer", "teacher.model", "did you mean 'teacher'?"),
+    ("teacher.model=a/b/c", "teacher.model", "no directory 'a/b/c'"),
+    ("teacher.model=missing-tensor", "teacher.model", "model.norm.weight"),
+    ("student.model=empty", "student.model", "config.json"),
+    ("student.model=broken", "student.model", "config.json"),
+    ("student.model=cut-short", "student.model", "cannot be read as weights"),
+    ("student.model=prompts.jsonl", "student.model", "is a file"),
+    ("evaluate.models=[kd]", "evaluate.models.0", "run `decant train` first"),
+    ("evaluate.tasks.0.path=nowhere.jsonl", "evaluate.tasks.0.path", "nowhere.jsonl"),
+]
+
+
+@pytest.mark.parametrize("cost", ["false", "true"])
+@pytest.mark.parametrize("change, blamed, part", EVALUATED, ids=[change[:40] for change, *_ in EVALUATED])
+def test_an_evaluation_of_models_that_are_not_whole_is_refused_before_any_work(
+    capsys, place, cost, change, blamed, part
+):
+    before = sorted(place.rglob("*"))
+    settings = ["evaluate.models=[teacher, base]", f"evaluate.cost={cost}", change]
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert cli.main(["eval", "recipe.yaml", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("decant: error: ") and "bug" not in error and "Traceback" not in error
+    assert blamed in error and part in error
+    assert sorted(place.rglob("*")) == before

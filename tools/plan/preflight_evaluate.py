@@ -6,7 +6,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.recipe.base import Problem
-from tools.plan.preflight_asked import Asked, said
+from tools.plan.preflight_asked import Asked, Place, said
+from tools.plan.preflight_models import model_problem
+
+
+def _models(asked: Asked) -> Iterator[Problem]:
+    """Check that the models are there, those of stages where nothing trains them before."""
+    recipe = asked.recipe
+    teacher, student, assume = recipe.teacher, recipe.student, recipe.assume
+    weights = not asked.plans_only
+    for i, name in enumerate(recipe.evaluate.models):
+        problem: str | None = None
+        place: Place = ("evaluate", "models", i)
+        if name == "teacher" and teacher is not None:
+            stated = asked.plans_only and (assume.teacher is not None or bool(assume.sources))
+            place, problem = (
+                ("teacher", "model"),
+                model_problem(teacher.model, teacher.revision, weights=weights, stated=stated),
+            )
+        elif name == "base" and student is not None and student.init != "random":
+            stated = asked.plans_only and assume.student is not None
+            place, problem = (
+                ("student", "model"),
+                model_problem(student.model, student.revision, weights=weights, stated=stated),
+            )
+        elif name not in ("teacher", "base") and "train" not in asked.phases:
+            directory = recipe.stage_dir(name) / "model"
+            if not directory.is_dir():
+                problem = f"'{name}' has no model at {directory}; run `decant train` first, or leave it out"
+        if problem is not None:
+            yield place, problem
 
 
 def evaluation_problems(asked: Asked) -> Iterator[Problem]:
@@ -21,6 +50,7 @@ def evaluation_problems(asked: Asked) -> Iterator[Problem]:
                 "the student starts from random weights (init: random), so there is nothing to compare; leave it out"
             )
             yield ("evaluate", "models", i), sentence
+    yield from _models(asked)
     if asked.elsewhere:
         return
     for i, task in enumerate(recipe.evaluate.tasks):

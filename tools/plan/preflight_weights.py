@@ -48,6 +48,10 @@ def _models(asked: Asked) -> Iterator[tuple[Place, str, str, bool, str | None]]:
     trained = recipe.stages if "train" in asked.phases else ()
     if student.init != "random" and ("base" in named or any(stage.init_from == "base" for stage in trained)):
         yield ("student", "model"), student.model, "the student", trusts, None
+    for i, name in enumerate(named):
+        if name not in ("teacher", "base") and "train" not in asked.phases:
+            directory = recipe.stage_dir(name) / "model"
+            yield ("evaluate", "models", i), str(directory), f"the model of stage {name}", trusts, None
     for i, stage in enumerate(trained):
         if "/" in stage.init_from:
             yield ("stages", i, "init_from"), stage.init_from, f"the start of stage {stage.name}", trusts, None

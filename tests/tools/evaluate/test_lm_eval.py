@@ -138,8 +138,11 @@ def test_only_new_weights_tasks_or_files_run_again(tmp_path: Path, monkeypatch: 
 def test_a_missing_package_is_one_sentence_that_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "recipe.yaml").write_text(recipe(tmp_path, tmp_path / "student").model_dump_json(exclude_none=True))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    student, found = make_qwen3(tmp_path / "student", num_layers=1), importlib.util.find_spec
+    (tmp_path / "recipe.yaml").write_text(recipe(tmp_path, student).model_dump_json(exclude_none=True))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else found(name, *rest)
+    )
     assert main(["eval", str(tmp_path / "recipe.yaml"), "--lm-eval", "arc_easy"]) == 1
     error = capsys.readouterr().err
     assert "pip install 'decant-kd[eval]'" in error
