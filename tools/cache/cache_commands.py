@@ -234,8 +234,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"problems": problems, "parts_without_layer": silent}, indent=2))
     elif problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        print(f"{count}; damaged parts are rebuilt by `decant teach` once they and their records are deleted")
+        many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        print(f"{many}; damaged parts are rebuilt by `decant teach` once they and their records are deleted")
     else:
         found = listing(args.cache)
         layers = len(found["layers"]) + len(found["hidden"])
