@@ -99,17 +99,7 @@ def evaluate_heldout(
     fitting = [(cache, row) for cache, row in chosen if opened[cache].num_tokens[row] <= limit]
     if not fitting:
         raise EvaluationError(f"{model_dir}: every held-out row is longer than the {limit} tokens that the model reads")
-    sums, partings, num_done = HeldoutSums(), Partings(), 0
-    row_kl: dict[str, list[float]] = {}
-    for batch in _batches(opened, fitting, batch_tokens):
-        measures = measure_batch(model, layer.vocab_size, [opened[cache][row] for cache, row in batch])
-        for place, measure in zip(batch, measures, strict=True):
-            sums.add(measure)
-            key = bytes(opened[place[0]][place[1]].row_key).hex()
-            row_kl[key] = [measure.positions, measure.kl_nats]
-            partings.add(place, measure.largest)
-        num_done += len(batch)
-        say(f"held-out rows: {num_done} of {len(fitting)}")
+    sums, partings, row_kl = _measured(model, layer.vocab_size, opened, fitting, batch_tokens, say)
     found: dict[str, Any] = {
         "rows_too_long": len(chosen) - len(fitting),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -123,6 +113,28 @@ def evaluate_heldout(
             "measured": layer.quantization if is_quantised else None,
         }
     return {**found, **sums.figures(seed), "partings": partings.described(model, opened, layer.vocab_size)}
+
+
+def _measured(
+    model: Any,
+    vocab_size: int,
+    opened: Sequence[Cache],
+    places: Sequence[tuple[int, int]],
+    batch_tokens: int,
+    say: Callable[[str], None],
+) -> tuple[HeldoutSums, Partings, dict[str, list[float]]]:
+    """Measure the rows at `places` (cache, row); the last value is [positions, KL in nats] by row_key."""
+    sums, partings, num_done = HeldoutSums(), Partings(), 0
+    row_kl: dict[str, list[float]] = {}
+    for batch in _batches(opened, places, batch_tokens):
+        rows = [opened[cache][row] for cache, row in batch]
+        for place, row, measure in zip(batch, rows, measure_batch(model, vocab_size, rows), strict=True):
+            sums.add(measure)
+            row_kl[bytes(row.row_key).hex()] = [measure.positions, measure.kl_nats]
+            partings.add(place, measure.largest)
+        num_done += len(batch)
+        say(f"held-out rows: {num_done} of {len(places)}")
+    return sums, partings, row_kl
 
 
 def load_model(model: str, adapter: str | None, dtype: str, trust_remote_code: bool) -> Any:
