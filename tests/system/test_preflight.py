@@ -183,6 +183,21 @@ def test_a_disk_too_small_for_the_stages_is_found_before_any_work(capsys, place,
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize("free", [0, 1000])
+def test_a_disk_too_small_for_the_cache_is_found_by_plan_and_run(capsys, place, monkeypatch, free):
+    from types import SimpleNamespace
+
+    from tools.plan import planner
+
+    monkeypatch.setattr(planner, "disk_usage", lambda path: SimpleNamespace(free=free))
+    before = sorted(place.rglob("*"))
+    for command in ("plan", "run"):
+        assert cli.main([command, "recipe.yaml", "--set", "output_dir=other", "--set", "cache=other/cache"]) == 2
+        error = capsys.readouterr().err
+        assert "the cache needs about" in error and "make room" in error
+    assert sorted(place.rglob("*")) == before
+
+
 def test_a_broken_student_is_found_by_run_before_the_teacher_works(capsys, place):
     assert cli.main(["run", "recipe.yaml", "--set", "student.model=missing-tensor"]) == 2
     assert "model.norm.weight" in capsys.readouterr().err

@@ -127,3 +127,42 @@ def test_a_cache_among_the_sources_is_calibrated_by_its_rows(tmp_path, models, l
     figures = calibrated_figures(second, planned, found, None)
     assert (figures["rows"], figures["score_tokens"]) == (24, plan(recipe(tmp_path, models[0]))["cache"]["tokens"])
     assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("positions, max_length, limit", [(40, None, 40), (256, 44, 44), (30, 50, 30)])
+def test_rows_that_training_cuts_are_those_that_the_plan_says(tmp_path, models, positions, max_length, limit):
+    from shared.cache.cache import Cache
+    from student_train.order.order import plan_epoch
+
+    student = Path(shutil.copytree(models[1], tmp_path / "student"))
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+    trainer = {"max_steps": 1, "pack_tokens": 128}
+    stage = {"name": "kd", "losses": [{"name": "forward_kl"}], "trainer": trainer, "max_length": max_length}
+    changed = recipe(tmp_path, models[0], student={"model": str(student)}, stages=[stage])
+    before = plan(changed)["stages"]["kd"]["lengths"]
+    teach(changed)
+    planned = plan(changed)
+    found, lengths = planned["stages"]["kd"]["lengths"], Cache.open(tmp_path / "cache").num_tokens
+    cut = plan_epoch(0, 0, lengths, None, None, 128, limit).num_cut
+    assert (found["limit"], found["rows_above"], found["longest_to_come"]) == (limit, cut, 0) and 0 < cut < 24
+    assert before["longest_to_come"] == lengths.max()
+    assert f"{cut} rows of the cache above {limit} tokens" in plan_text(planned)
+
+
+def test_rows_that_a_stage_refuses_are_found_before_any_work(tmp_path, models, capsys):
+    from tools import cli
+
+    student = Path(shutil.copytree(models[1], tmp_path / "student"))
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
+    stage = {"name": "kd", "losses": [{"name": "forward_kl"}], "trainer": {"max_steps": 1, "pack_tokens": 128}}
+    settings = {"student": {"model": str(student)}, "stages": [{**stage, "too_long": "refuse"}]}
+    chosen = recipe(tmp_path, models[0], **settings)
+    teach(chosen)
+    (tmp_path / "recipe.yaml").write_text(chosen.model_dump_json(exclude_none=True))
+    for command in ("plan", "train", "run"):
+        assert cli.main([command, str(tmp_path / "recipe.yaml")]) == 2
+        error = capsys.readouterr().err
+        assert "stages.0.too_long" in error and "knows 32 positions" in error
+    assert not (tmp_path / "run" / "train").exists()

@@ -19,6 +19,7 @@ from tools.cache.cache_commands import size
 from tools.evaluate.contamination import among_groups, sentence
 from tools.plan.plan_existing import bytes_assumption, bytes_per_position, existing
 from tools.plan.plan_hidden import hidden_figures, hidden_lines
+from tools.plan.plan_lengths import length_figures, length_line, row_lengths
 from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
 
 EXPECTED_SHARE_OF_MAX_NEW_TOKENS = 0.5
@@ -57,7 +58,20 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         result["hidden"] = hidden
     expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
     result["stages"] = {stage.name: _stage_figures(stage, expected_rows_tokens, recipe) for stage in recipe.stages}
+    if recipe.stages:
+        lengths, longest = row_lengths(recipe), _longest_to_come(recipe, result)
+        for stage in recipe.stages:
+            result["stages"][stage.name]["lengths"] = length_figures(recipe, stage, lengths, longest)
     return result
+
+
+def _longest_to_come(recipe: Recipe, result: dict[str, Any]) -> int:
+    """Return the tokens of the longest row, at most, that a build would add, of those counted; 0 for none."""
+    to_do = [source for source in result["sources"].values() if source["rows"] > source["rows_in_cache"]]
+    answer = recipe.generate.max_new_tokens if recipe.generate is not None else 0
+    longest = max((source["longest_tokens"] + answer for source in to_do), default=0)
+    most = recipe.teacher.max_model_len if recipe.teacher is not None else None
+    return longest if most is None else min(longest, most)
 
 
 def _questions_among_prompts(recipe: Recipe, groups: set[bytes]) -> dict[str, dict[str, int]]:
@@ -242,6 +256,8 @@ def plan_text(result: dict[str, Any]) -> str:
         epochs = f", about {stage['epochs']:g} passes over the rows" if stage["epochs"] else ""
         steps = f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens"
         lines.append(f"  train {name}: {steps}, {stage['tokens']:,} tokens{epochs}")
+        line = length_line(name, stage["lengths"])
+        lines += [line] if line else []
     lines += [f"  assumed: {assumption}" for assumption in result["assumptions"]]
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from tools.plan.preflight_evaluate import evaluation_problems
 from tools.plan.preflight_stages import stage_problems
 from tools.plan.preflight_student import student_problems
 from tools.plan.preflight_teach import prompt_problems, teacher_problems
-from tools.plan.preflight_weights import training_problems, weight_problems
+from tools.plan.preflight_weights import cache_problems, training_problems, weight_problems
 
 
 def preflight(recipe: Recipe, where: Where, phases: Collection[str], *, plans_only: bool) -> None:
@@ -77,5 +77,6 @@ CHECKS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
 CHECKS_OF_WEIGHTS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
     ("any", weight_problems),
     ("train", training_problems),
+    ("teach", cache_problems),
 )
 """Those that read the headers of weights, once nothing else is wrong."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from shared.cache.layer_choice import layer_of_capture
 from shared.cache.layout import choose_layer, list_hidden_layers, list_layers, sequences_dir
@@ -16,6 +17,7 @@ from shared.recipe.base import Problem, closest, quoted
 from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER
 from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.training import Stage, StageTrainer
+from tools.plan.plan_lengths import row_lengths
 from tools.plan.preflight_asked import Asked, said
 
 LAYER_NAME = re.compile(r"(top\d+)?(-?sample\d+)?", re.ASCII)
@@ -44,8 +46,22 @@ def stage_problems(asked: Asked) -> Iterator[Problem]:
             near = closest(name, sorted(sources or ()))
             known = quoted(sorted(sources or ()))
             yield ("stages", i, "mixture", name), f"no row has the source '{name}'; expected {known}{near}"
+        yield from _refused_rows(asked, i, stage)
         yield from ((("stages", i, *place), said) for place, said in _layers(asked, stage))
         yield from ((("stages", i, "trainer", *place), said) for place, said in _trainer(asked, stage.trainer))
+
+
+def _refused_rows(asked: Asked, i: int, stage: Stage) -> Iterator[Problem]:
+    """Check that a stage which refuses rows that are too long for its student has none."""
+    from student_train.stage.student_length import within_positions
+
+    student = asked.recipe.student
+    if stage.too_long == "refuse" and student is not None and asked.caches and Path(student.model).is_dir():
+
+        def fits() -> None:
+            within_positions(stage, student, int(row_lengths(asked.recipe).max(initial=0)))
+
+        yield from said(("stages", i, "too_long"), fits)
 
 
 def _sources(asked: Asked) -> set[str] | None:

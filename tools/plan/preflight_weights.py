@@ -1,5 +1,5 @@
 """What is known to be wrong with weights before any work: tensors not those of their class, adapters that match
-nothing, a disk too small for what training writes.
+nothing, a disk too small for what a run writes.
 
 Cost: the headers of the files and an empty model of the class, a second or two for any size; no weight is read.
 """
@@ -82,6 +82,16 @@ def training_problems(asked: Asked) -> Iterator[Problem]:
     yield from said(("student", "adapter", "target_modules"), adapt)
     if adapted and student.adapter.kind != "qlora" and not asked.elsewhere:
         yield from _disk(recipe, adapted[0], adapted=student.adapter.kind != "none")
+
+
+def cache_problems(asked: Asked) -> Iterator[Problem]:
+    """Check that the disk holds a cache that a whole run begins, as a plan does. Cost: a pass over the prompts."""
+    from tools.plan.planner import plan, require_disk
+
+    whole = {"teach", "train"} <= asked.phases and not asked.plans_only
+    if whole and asked.recipe.prompts and not asked.caches:
+        planned = plan(asked.recipe)
+        yield from said(("cache", 0), lambda: require_disk(asked.recipe, planned))
 
 
 def _disk(recipe: Recipe, model: Any, *, adapted: bool) -> Iterator[Problem]:
