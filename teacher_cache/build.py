@@ -131,7 +131,9 @@ def teach(
     before = cache.sequence_records()
     wanted, layers = layer_identity(known, teacher, recipe.capture), list_layers(cache.path)
     serving = serving_layer(layers, wanted)
-    layer = cache.layer(None, serving.identity if serving else wanted, {"engine": teacher.engine, **software()})
+    layer = cache.layer(
+        None, serving.identity if serving else wanted, {"engine": teacher.engine, **software()}, make=False
+    )
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
     summary.groups = cache.identity.groups
@@ -304,6 +306,7 @@ def _use_many_engines(build: _Build, job: Job | None, workers: Workers) -> None:
     from teacher_cache.cluster.ray_workers import run_units, sequences_tasks, targets_tasks, work_order
 
     order = work_order(build.recipe, build.layer.name, job.id if job else None, build.known.max_model_len)
+    build.layer.make()  # the workers open it
     units = _units_without_part(build, job) if job else []
     first = sequences_tasks(job, units, build.recipe) if job else []
     second = targets_tasks(_parts_without_targets(build, job), job)

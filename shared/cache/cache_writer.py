@@ -16,8 +16,8 @@ import pyarrow as pa
 import xxhash
 
 from shared.atomic import link_exclusive, make_dir, write_atomic
-from shared.cache.layer_writer import RowsWriter, create_or_open_layer
-from shared.cache.layout import Layer, list_layers, read_header, read_layer, sequences_dir, tokenizer_path
+from shared.cache.layer_writer import RowsWriter, new_or_known_layer
+from shared.cache.layout import Layer, list_layers, read_header, sequences_dir, tokenizer_path
 from shared.errors import DamagedError, IdentityError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
 from shared.parts.jobs import committed_keys
@@ -75,21 +75,30 @@ class CacheWriter:
             make_dir(directory)
         return cls(path, header.identity)
 
-    def layer(self, name: str | None, identity: LayerIdentity, provenance: Mapping[str, Any]) -> LayerWriter:
+    def layer(
+        self, name: str | None, identity: LayerIdentity, provenance: Mapping[str, Any], *, make: bool = True
+    ) -> LayerWriter:
         """Create a targets layer, or open the one of the same identity whatever its name.
 
         Args:
             name: short name; None for the identity's own.
             identity: teacher and capture.
             provenance: versions and machine of the first creation; recorded, never compared.
+            make: create a new one now; False: with its first part.
 
         Raises:
             IdentityError: its tokenizer is not the cache's, or `name` belongs to a layer of another identity.
             CacheError: a name that cannot be one.
         """
-        return LayerWriter(
-            self, create_or_open_layer(self, list_layers(self.path), name, identity, provenance, read_layer)
-        )
+
+        def described(directory: Path, provenance: Mapping[str, Any]) -> Layer:
+            return Layer(directory, provenance, identity)
+
+        layers = list_layers(self.path)
+        writer = LayerWriter(self, new_or_known_layer(self, layers, name, identity, provenance, described))
+        if make:
+            writer.make()
+        return writer
 
     def sequence_records(self) -> list[PartRecord]:
         """Return the records of committed sequences parts, by stem."""
@@ -141,7 +150,7 @@ class LayerWriter(RowsWriter):
 
     def __init__(self, cache: CacheWriter, layer: Layer) -> None:
         """Use `CacheWriter.layer`."""
-        super().__init__(cache, layer.directory)
+        super().__init__(cache, layer)
         self.layer = layer
         self.identity = layer.identity
         self._codec = layer.identity.make_codec()
@@ -171,7 +180,7 @@ class LayerWriter(RowsWriter):
         }
         table = pa.Table.from_arrays([pa.array(columns[f.name], type=f.type) for f in TARGETS], schema=TARGETS)
         stats = targets_stats(targets, sum(map(len, blobs)))
-        return commit_part(self.directory, stem, table, stats, software, ())
+        return self.commit(stem, table, stats, software)
 
 
 def _restore_tokenizer_file(path: Path, name: str, entry: Mapping[str, Any], data: bytes | None) -> None:

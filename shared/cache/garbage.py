@@ -1,9 +1,10 @@
-"""Remove what killed writers left behind: temporary files and parts without a record.
+"""Remove what killed writers left behind: temporary files, parts without a record and layers without a part.
 
 A writer at work has such files too, so only those that nobody touched for an hour count. Nothing that a reader sees
 is touched, and no link is followed. A part without a record may be adopted by a build at any moment. So it is renamed
 first, then removed if there is still no record, else linked back; and a build looks for its part once the record is
-written (shared/parts/parts.py). Whichever comes first, no record stays without its part.
+written (shared/parts/parts.py). Whichever comes first, no record stays without its part. Likewise a layer's writer
+looks for layer.json before and after each part (shared/cache/layer_writer.py).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def collect_garbage(path: Path | str, dry_run: bool, min_age_seconds: float = MI
     read_header(path)
     newest = time.time() - min_age_seconds
     try:
-        found = sorted(file for file in _abandoned(path) if _is_old(file, newest))
+        old = (file for file in _abandoned(path) if _is_old(file, newest))
+        found = sorted(old, key=lambda file: (file.name == "layer.json", file))
         return found if dry_run else [file for file in found if _remove(file)]
     except OSError as error:
         raise CacheError(f"{path} cannot be cleaned: {error}; check its permissions") from None
@@ -60,6 +62,8 @@ def _remove(file: Path) -> bool:
             file.unlink()
             return True
         return False
+    if file.name == "layer.json":
+        return _remove_layer(file)
     aside = file.with_name(f".{file.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(6)}")
     try:
         file.rename(aside)
@@ -73,6 +77,17 @@ def _remove(file: Path) -> bool:
     return not adopted
 
 
+def _remove_layer(file: Path) -> bool:
+    """Remove a layer's directory; False where anything but its layer.json is in it by now."""
+    if list_folder(file.parent) != [file.name]:
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        file.unlink()
+    with contextlib.suppress(OSError):  # a part came in between, and its writer restores layer.json
+        file.parent.rmdir()
+    return True
+
+
 def _abandoned(path: Path) -> Iterator[Path]:
     """Yield temporary files and parts without a record."""
     places = [path, path / "sequences", path / "tokenizer"]
@@ -82,6 +97,11 @@ def _abandoned(path: Path) -> Iterator[Path]:
         names = {entry.name for entry in os.scandir(path)} if place == path else set(list_folder(place))
         for name in names:
             stem = name.removesuffix(".arrow")
+            empty_layer = (
+                name == "layer.json"
+                and place.parent in (path / "targets", path / "hidden")
+                and not any(STEM_PATTERN.fullmatch(other.removesuffix(".json")) for other in names)
+            )
             orphan = stem != name and STEM_PATTERN.fullmatch(stem) and f"{stem}.json" not in names
-            if orphan or (name.startswith(".") and TEMPORARY_MARK in name):
+            if orphan or empty_layer or (name.startswith(".") and TEMPORARY_MARK in name):
                 yield place / name

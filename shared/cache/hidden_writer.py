@@ -6,14 +6,14 @@ Cost: quantised states are split into planes and compressed, about 200 MB per se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from shared.cache.layer_writer import GrowingCache, RowsWriter, create_or_open_layer
-from shared.cache.layout import HiddenLayer, list_hidden_layers, read_hidden_layer
+from shared.cache.layer_writer import GrowingCache, RowsWriter, new_or_known_layer
+from shared.cache.layout import HiddenLayer, list_hidden_layers
 from shared.identity.hidden_identity import HiddenIdentity
-from shared.parts.parts import commit_part
 from shared.parts.records import PartRecord
 from shared.payload.hidden import HiddenStates
 from shared.schema import HIDDEN
@@ -24,19 +24,32 @@ class HiddenWriter(RowsWriter):
 
     def __init__(self, cache: GrowingCache, layer: HiddenLayer) -> None:
         """Use `create_or_open`."""
-        super().__init__(cache, layer.directory)
+        super().__init__(cache, layer)
         self.identity = layer.identity
         self._codec = layer.identity.make_codec()
 
     @classmethod
     def create_or_open(
-        cls, cache: GrowingCache, name: str | None, identity: HiddenIdentity, provenance: Mapping[str, Any]
+        cls,
+        cache: GrowingCache,
+        name: str | None,
+        identity: HiddenIdentity,
+        provenance: Mapping[str, Any],
+        *,
+        make: bool = True,
     ) -> HiddenWriter:
         """Create a hidden layer, or open the one of the same identity; arguments and errors as for
         `CacheWriter.layer`.
         """
+
+        def described(directory: Path, provenance: Mapping[str, Any]) -> HiddenLayer:
+            return HiddenLayer(directory, provenance, identity)
+
         layers = list_hidden_layers(cache.path)
-        return cls(cache, create_or_open_layer(cache, layers, name, identity, provenance, read_hidden_layer))
+        writer = cls(cache, new_or_known_layer(cache, layers, name, identity, provenance, described))
+        if make:
+            writer.make()
+        return writer
 
     def write(
         self, stem: str, keys: Sequence[bytes], hidden: Sequence[HiddenStates], software: Mapping[str, Any]
@@ -56,9 +69,7 @@ class HiddenWriter(RowsWriter):
         positions = [row.num_positions for row in hidden]
         self.check_rows(stem, keys, positions)
         blobs = [self._codec.encode(row) for row in hidden]
-        return commit_part(
-            self.directory, stem, hidden_table(keys, positions, blobs), hidden_stats(positions, blobs), software, ()
-        )
+        return self.commit(stem, hidden_table(keys, positions, blobs), hidden_stats(positions, blobs), software)
 
 
 def hidden_table(keys: Sequence[bytes], num_positions: Sequence[int], blobs: Sequence[bytes]) -> pa.Table:

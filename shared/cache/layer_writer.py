@@ -1,8 +1,8 @@
 """What writers of targets and of hidden layers share: where the directory comes from, which parts are missing, whose
 rows they are.
 
-Nothing here needs a lock: layer.json is created by exclusive link and compared afterwards, parts are committed by
-shared/parts/parts.py.
+Nothing here needs a lock: layer.json is created by exclusive link before the first part and compared afterwards,
+parts are committed by shared/parts/parts.py. So a build whose engine does not start leaves no empty layer behind.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from shared.atomic import link_exclusive, make_dir
-from shared.cache.layout import AnyLayer, sequences_dir
+from shared.cache.layout import AnyLayer, HiddenLayer, Layer, read_hidden_layer, read_layer, sequences_dir
 from shared.errors import CacheError, IdentityError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
 from shared.keys import stack_keys
 from shared.parts.mapped_part import MappedSequences
+from shared.parts.parts import commit_part
 from shared.parts.records import PartRecord, read_record, sealed_json
 from shared.parts.sequences import SequenceRow
 from shared.schema import FORMAT_VERSION, LAYER_NAME_PATTERN, STEM_PATTERN
@@ -41,15 +43,15 @@ class GrowingCache(Protocol):
         ...
 
 
-def create_or_open_layer(
+def new_or_known_layer(
     cache: GrowingCache,
     layers: Mapping[str, AnyLayer],
     name: str | None,
     identity: LayerIdentity | HiddenIdentity,
     provenance: Mapping[str, Any],
-    read: Callable[[Path], AnyLayer],
+    describe: Callable[[Path, Mapping[str, Any]], AnyLayer],
 ) -> AnyLayer:
-    """Create a layer's directory with its layer.json, or return the layer of the same identity whatever its name.
+    """Return the layer of an identity whatever its name, or describe a new one, which `RowsWriter.make` creates.
 
     Args:
         cache: whose layer it is.
@@ -57,7 +59,7 @@ def create_or_open_layer(
         name: short name; None for the identity's own.
         identity: what the layer is.
         provenance: versions and machine of the first creation; recorded, never compared.
-        read: reads a directory of this kind.
+        describe: makes a description of this kind from a directory and a provenance.
 
     Raises:
         IdentityError: its tokenizer is not the cache's, or `name` belongs to a layer of another identity.
@@ -85,21 +87,41 @@ def create_or_open_layer(
         )
     kind = "hidden" if isinstance(identity, HiddenIdentity) else "targets"
     directory = cache.path / kind / f"{name or re.sub(r'[^a-z0-9._+-]', '-', identity.name)}-{identity.hash8}"
-    make_dir(directory.parent)
-    make_dir(directory)
-    document = {"format": FORMAT_VERSION, "identity": identity.to_json(), "provenance": dict(provenance)}
-    link_exclusive(directory / "layer.json", sealed_json(document), "layer_json", step="rename")
-    return read(directory)
+    return describe(directory, dict(provenance))
 
 
 class RowsWriter:
     """The rows that a layer's directory covers."""
 
-    def __init__(self, cache: GrowingCache, directory: Path) -> None:
-        """Take the cache and the layer's directory."""
+    def __init__(self, cache: GrowingCache, layer: Layer | HiddenLayer) -> None:
+        """Take the cache and the layer, which need not be on disk."""
         self.cache = cache
-        self.directory = directory
-        self.name = directory.name
+        self.directory = layer.directory
+        self.name = layer.directory.name
+        self._described = layer
+
+    def make(self) -> None:
+        """Create the layer's directory and its layer.json where they are not there.
+
+        Raises:
+            DamagedError: a layer.json is there that contradicts the directory's name.
+            CacheError: it cannot be written.
+        """
+        path, layer = self.directory / "layer.json", self._described
+        if path.exists():
+            return
+        make_dir(self.directory.parent)
+        make_dir(self.directory)
+        document = {"format": FORMAT_VERSION, "identity": layer.identity.to_json(), "provenance": layer.provenance}
+        link_exclusive(path, sealed_json(document), "layer_json", step="rename")
+        (read_layer if isinstance(layer, Layer) else read_hidden_layer)(self.directory)
+
+    def commit(self, stem: str, table: pa.Table, stats: Mapping[str, Any], software: Mapping[str, Any]) -> PartRecord:
+        """Commit a part; the layer is made before it, and once more where a clean-up took an empty one meanwhile."""
+        self.make()
+        record = commit_part(self.directory, stem, table, stats, software, ())
+        self.make()
+        return record
 
     def missing(self) -> list[PartRecord]:
         """Return the records of sequences parts that this layer does not cover, by stem."""

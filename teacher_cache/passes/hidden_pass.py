@@ -64,7 +64,7 @@ class HiddenPass:
         """Create or open the layer; errors as for `hidden_identity` and `HiddenWriter.create_or_open`."""
         identity = hidden_identity(known, teacher, capture)
         provenance = {"engine": "transformers", "targets_engine": teacher.engine, **software()}
-        return cls(teacher, known, HiddenWriter.create_or_open(cache, None, identity, provenance))
+        return cls(teacher, known, HiddenWriter.create_or_open(cache, None, identity, provenance, make=False))
 
     def describe(self, summary: BuildSummary) -> None:
         """Tell the summary what is there before anything runs."""

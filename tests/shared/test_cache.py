@@ -30,6 +30,7 @@ from tests.shared.small_cache import (
     VOCAB,
     build,
     plan_rows,
+    score,
     sequence,
     targets_of,
     tree,
@@ -374,6 +375,26 @@ def test_garbage_is_what_killed_writers_left_and_only_when_old(copy: Path) -> No
     assert tree(copy) == before
     with pytest.raises(CacheError, match="is not a cache"):
         collect_garbage(copy / "sequences", dry_run=False)
+
+
+def test_a_layer_without_a_part_goes_when_old_and_its_writer_makes_it_again(copy: Path) -> None:
+    writer = CacheWriter.create_or_open(copy, SEQUENCES, TOKENIZER)
+    lazy = writer.layer("lazy", dataclasses.replace(TOP, k=2), {}, make=False)
+    assert not lazy.directory.exists()
+    empty = writer.layer("empty", dataclasses.replace(TOP, k=4), {})
+    before = tree(copy)
+    assert collect_garbage(copy, dry_run=False) == []
+    os.utime(empty.directory / "layer.json", (1, 1))
+    assert collect_garbage(copy, dry_run=True) == [empty.directory / "layer.json"]
+    assert tree(copy) == before
+    assert collect_garbage(copy, dry_run=False) == [empty.directory / "layer.json"]
+    assert not empty.directory.exists()
+    for layer, name in ((lazy, "lazy"), (empty, "empty")):
+        score(layer)
+        assert len(Cache.open(copy, name)) == len(Cache.open_sequences(copy))
+        os.utime(layer.directory / "layer.json", (1, 1))
+    assert collect_garbage(copy, dry_run=False) == []
+    assert list(verify_cache(copy)) == []
 
 
 def test_creation_that_was_killed_before_the_tokenizer_is_completed_or_refused(copy: Path) -> None:

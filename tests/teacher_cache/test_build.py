@@ -291,6 +291,21 @@ def test_an_engine_that_loses_rows_is_reported(tmp_path, model, opened, monkeypa
         teach(recipe(tmp_path, model))
 
 
+def test_an_engine_that_does_not_start_leaves_no_layer_behind(tmp_path, model, opened, monkeypatch):
+    def fail(*_, **__):
+        raise EngineError("no memory")
+
+    teach(recipe(tmp_path, model))
+    (layer,) = (tmp_path / "cache" / "targets").iterdir()
+    monkeypatch.setattr("teacher_cache.engines.open_engine", fail)
+    with pytest.raises(EngineError, match="no memory"):
+        teach(recipe(tmp_path, model, capture={"k": 9}))
+    assert list((tmp_path / "cache" / "targets").iterdir()) == [layer]
+    with pytest.raises(EngineError, match="no memory"):
+        teach(recipe(tmp_path, model, cache=str(tmp_path / "fresh")))
+    assert list((tmp_path / "fresh" / "targets").iterdir()) == []
+
+
 def test_another_tokenizer_is_refused_before_an_engine_starts(tmp_path, model, opened):
     teach(recipe(tmp_path, model))
     other = make_qwen3(tmp_path / "other")
