@@ -1,0 +1,50 @@
+"""docs/contributing.md names files and names in them that exist: a page of where things are must not lag behind."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "contributing.md").read_text()
+PATHS = sorted(set(re.findall(r"`((?:shared|teacher_cache|student_train|tools|tests|decant)/[\w./]+?)`", PAGE)))
+NAMES = [
+    ("shared/recipe/losses.py", "LOSSES LOSSES_ON_HIDDEN_LAYER Loss Literal"),
+    ("shared/recipe/prompts.py", "COLUMNS Literal"),
+    ("teacher_cache/prompts/prompt_formats.py", "_PARSERS"),
+    ("tools/evaluate/tasks.py", "_KINDS humaneval"),
+    ("tools/evaluate/questions.py", "TaskKind METRIC read_row score_answers"),
+    ("shared/recipe/evaluation.py", "TaskName NAMES_THE_RESULT"),
+    ("tools/evaluate/all_models.py", "humaneval"),
+    ("tools/evaluate/one_model.py", "humaneval"),
+    ("shared/recipe/optimizers.py", "OPTIMIZERS"),
+    ("teacher_cache/engines/__init__.py", "refusal open_engine"),
+    ("student_train/stage/stage_identity.py", "_WITHOUT_EFFECT"),
+    ("shared/recipe/generate.py", "NAMES_THE_JOB"),
+    ("shared/recipe/curriculum.py", "NAMES_THE_PLAN"),
+    ("tools/recipe_page.py", "EXAMPLES"),
+    ("tools/report/more_tables.py", "more_tables Table"),
+    ("tools/cli_parser.py", "_cache_commands looks"),
+    ("tools/cache/cache_commands.py", "run_cache_command"),
+]
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if "NAME" not in path])
+def test_every_file_is_there(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("path, names", NAMES)
+def test_every_name_is_in_its_file(path: str, names: str) -> None:
+    words = set(re.findall(r"\w+", (ROOT / path).read_text()))
+    assert set(names.split()) <= words
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ids=lambda page: page.name
+)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
