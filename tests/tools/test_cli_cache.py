@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
+from datetime import datetime
 
 import numpy as np
 import pytest
 
 from shared.cache.cache import Cache
+from shared.parts.jobs import create_job
 from tests.shared.small_cache import HYBRID, TOP, build
 from tools import cli
 from tools.cache.cache_commands import size
@@ -36,9 +39,25 @@ def test_ls_counts_what_the_reader_reads(both, capsys):
     assert all(layer["rows"] == len(cache) for layer in found["layers"].values())
     assert found["bytes"] == sum(file.stat().st_size for file in (both / "sequences").glob("*.arrow"))
     [job] = found["jobs"].values()
-    assert job == {"units": 3, "committed": 3}
+    planned = job.pop("planned")
+    assert datetime.fromisoformat(planned).timestamp() == pytest.approx(
+        next((both / "jobs").glob("*/plan.arrow")).stat().st_mtime, abs=60
+    )
+    assert job == {"units": 3, "committed": 3, "rows": len(cache), "generate": None}
+    assert found["sources"] == dict(sorted(Counter(cache[i].source for i in range(len(cache))).items()))
+    assert found["layers_bytes"] == sum(file.stat().st_size for file in (both / "targets").glob("*/*.arrow"))
     text = run(capsys, "ls", both)
     assert all(part in text for part in (f"{len(cache)} rows", TOP.name, HYBRID.name, "draws 4", "3 of 3 units"))
+
+
+def test_ls_says_how_the_answers_of_each_job_were_drawn(tmp_path, capsys):
+    build(tmp_path / "cache")
+    for drawn in ({"temperature": 0.7, "top_p": 0.9, "stop": []}, {"temperature": 0.0, "max_new_tokens": 64}):
+        create_job(tmp_path / "cache", {"generate": drawn}, [], 4)
+    lines = [line for line in run(capsys, "ls", tmp_path / "cache").splitlines() if line.startswith("  job")]
+    assert sum("temperature 0.7, top_p 0.9" in line and "stop" not in line for line in lines) == 1
+    assert sum("max_new_tokens 64, temperature 0.0" in line for line in lines) == 1
+    assert sum("drawn with" not in line for line in lines) == 1
 
 
 @pytest.mark.parametrize("identity", [TOP, HYBRID])

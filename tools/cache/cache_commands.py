@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,18 @@ def listing(path: Path) -> dict[str, Any]:
     jobs = {}
     for job in list_jobs(path):
         done = sum(job.part_stem(unit) in stems for unit in range(job.num_units))
-        jobs[job.id] = {"units": job.num_units, "committed": done}
+        planned = datetime.fromtimestamp(job.path.stat().st_mtime, UTC).isoformat(timespec="minutes")
+        drawn = job.request.get("generate")
+        jobs[job.id] = {
+            "units": job.num_units,
+            "committed": done,
+            "rows": sum(record.rows for record in records if record.id8 == job.id8),
+            "planned": planned,
+            "generate": drawn if isinstance(drawn, dict) else None,
+        }
+    sources: Counter[str] = Counter()
+    for record in records:
+        sources.update({name: figures["rows"] for name, figures in record.stats.get("sources", {}).items()})
     return {
         "path": str(path),
         "identity": header.identity.to_json(),
@@ -73,8 +86,10 @@ def listing(path: Path) -> dict[str, Any]:
         "positions": sum(record.positions for record in records),
         "bytes": sum(record.bytes for record in records),
         "set_aside": sum(len(record.set_aside) for record in records),
+        "sources": dict(sorted(sources.items())),
         "layers": layers,
         "hidden": hidden,
+        "layers_bytes": sum(layer["bytes"] for layer in (*layers.values(), *hidden.values())),
         "jobs": jobs,
     }
 
@@ -101,6 +116,7 @@ def _ls(args: argparse.Namespace) -> int:
         f"{identity['tokenizer_hash'][:8]})",
     ]
     lines += [f"  {name} {identity[name]}" for name in ("answers", "licence") if identity[name]]
+    lines += [f"  source {name}: {rows:,} rows" for name, rows in found["sources"].items()]
     lines += [f"  {found['set_aside']:,} rows were set aside"] if found["set_aside"] else []
     for name, layer in found["layers"].items():
         lines.append(
@@ -115,12 +131,19 @@ def _ls(args: argparse.Namespace) -> int:
         )
         lines.append(f"    {_hidden_text(layer['identity'])}")
     lines += [] if found["layers"] else ["  no targets layer yet"]
-    lines += [
-        f"  job {job[:8]}: {counts['committed']:,} of {counts['units']:,} units committed"
-        for job, counts in found["jobs"].items()
-    ]
+    lines.append(f"  all layers: {size(found['layers_bytes'])}")
+    lines += [_job_text(job, counts) for job, counts in found["jobs"].items()]
     _print(args, found, "\n".join(lines))
     return 0
+
+
+def _job_text(job: str, counts: Mapping[str, Any]) -> str:
+    drawn = counts["generate"] or {}
+    settings = ", ".join(f"{name} {drawn[name]}" for name in sorted(drawn) if drawn[name] not in (None, [], {}, ""))
+    return (
+        f"  job {job[:8]}: {counts['committed']:,} of {counts['units']:,} units committed, {counts['rows']:,} rows, "
+        f"planned {counts['planned'].replace('+00:00', ' UTC')}{'; answers drawn with ' if settings else ''}{settings}"
+    )
 
 
 def _layer_text(identity: Mapping[str, Any]) -> str:
