@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     init.add_argument("--teacher", default="path/to/teacher", help="teacher: a directory or hub id")
     init.add_argument("--student", default="path/to/student", help="student: a directory or hub id")
     init.add_argument(
-        "--prompts", default="path/to/prompts.jsonl", help="prompts: a jsonl, parquet or arrow file, or a hub id"
+        "--prompts", default="path/to/prompts.jsonl", help="prompts: a file, directory or hub id, see docs/data.md"
     )
     init.add_argument("--output", type=Path, help="where to write it (default: recipes/NAME.yaml)")
 
