@@ -128,6 +128,13 @@ class BuildProgress:
         if self._current is not None:
             self._current.advance(rows, tokens)
 
+    def note(self, text: str) -> None:
+        """Print a line, beside the phase where there is one."""
+        if self._current is not None:
+            self._current.note(text)
+        else:
+            print(printable(text), file=sys.stderr, flush=True)
+
     def finish(self) -> None:
         """End the phase."""
         if self._current is not None:

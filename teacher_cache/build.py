@@ -19,7 +19,7 @@ from shared.cache.layout import list_layers, read_header
 from shared.errors import DecantError, PromptError, UsageError
 from shared.parts.jobs import Job, PlanRow, create_job
 from shared.parts.parts import PartRecord
-from shared.recipe.recipe import Recipe, Teacher
+from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.recipe.teacher import Workers
 from shared.seconds import add_seconds, read_seconds
 from teacher_cache import engines
@@ -143,7 +143,8 @@ def teach(
     if hidden is not None:
         hidden.describe(summary)
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
-    opener = open_engine or engines.open_engine
+    progress = progress or NoProgress()
+    opener = _told(open_engine or engines.open_engine, progress)
     with StopSignal() as stop:
         engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop, opener), known.max_model_len)
         answering = engine
@@ -153,7 +154,7 @@ def teach(
             recipe,
             teacher,
             own_share,
-            progress or NoProgress(),
+            progress,
             max_set_aside,
             known,
             cache,
@@ -199,6 +200,21 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
     if refusal is not None:
         raise UsageError(refusal)
     return recipe.teacher, (index, count)
+
+
+def _told(opener: Callable[..., Engine], progress: Progress) -> Callable[..., Engine]:
+    """Return an opener that first says what it opens: minutes may pass before the first row."""
+
+    def open_it(settings: Teacher, capture: Capture | None, **how: Any) -> Engine:
+        if settings.engine == "server":
+            doing = f"asking the server for {settings.model}"
+        else:
+            test = ", then a self-test of what it captures" if settings.engine == "vllm" and capture is not None else ""
+            doing = f"loading the weights of {settings.model}{test}"
+        progress.note(f"starting engine {settings.engine}: {doing}")
+        return opener(settings, capture, **how)
+
+    return open_it
 
 
 def _open_engine(

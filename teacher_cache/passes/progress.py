@@ -22,6 +22,10 @@ class Progress(Protocol):
         """Count rows and tokens that are done."""
         ...
 
+    def note(self, text: str) -> None:
+        """Show a line, such as what an engine does before its first row."""
+        ...
+
     def finish(self) -> None:
         """End the phase."""
         ...
@@ -35,6 +39,9 @@ class NoProgress:
 
     def advance(self, rows: int, tokens: int) -> None:
         """Ignore the step."""
+
+    def note(self, text: str) -> None:
+        """Ignore the line."""
 
     def finish(self) -> None:
         """Ignore the end."""

@@ -13,6 +13,7 @@ import pytest
 import teacher_cache.engines as engines
 from shared.cache.cache import Cache
 from shared.errors import CacheError, EngineError, IdentityError, PromptError, UsageError
+from shared.progress import BuildProgress
 from shared.recipe.recipe import Recipe
 from teacher_cache.build import BuildStoppedError, SetAsideError, teach
 from tests.teacher_cache.fake_engine import END_ID, FakeEngine, fake_targets
@@ -359,3 +360,12 @@ def test_a_missing_teacher_or_prompt_file_is_one_sentence(tmp_path, model, opene
     with pytest.raises(PromptError, match=r"none\.jsonl: no such file"):
         teach(recipe(tmp_path, model, prompts=prompts))
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_build_says_once_what_an_engine_does_before_its_first_row(tmp_path, model, opened, capsys):
+    teach(recipe(tmp_path, model), progress=BuildProgress())
+    said = [line for line in capsys.readouterr().err.splitlines() if "starting engine" in line]
+    assert len(said) == 1
+    assert f"loading the weights of {model}" in said[0]
+    teach(recipe(tmp_path, model), progress=BuildProgress())  # nothing to do, so none starts
+    assert "starting engine" not in capsys.readouterr().err
