@@ -165,24 +165,37 @@ def teach(
             stop,
             summary,
         )
-        try:
-            with engine, answering:
-                job = _plan(build, request, ends) if request is not None else None
-                if job is not None and _units_without_part(build, job):
-                    maker.require_date()
-                if teacher.workers is not None:
-                    _use_many_engines(build, job, teacher.workers)
-                else:
-                    if job is not None:
-                        _make_sequences(build, job, maker)
-                    _make_targets(build, job)
-            if hidden is not None:
-                _make_hidden(build, job, hidden)
-        finally:
-            summary.seconds_starting += sum(one.seconds_starting for one in {engine, answering})
-            if summary.computed:
-                add_seconds(recipe.output_dir, "teach", summary.seconds)
+        job = _run_passes(build, request, ends, maker, hidden)
     return _finish(build, job)
+
+
+def _run_passes(
+    build: _Build,
+    request: dict[str, Any] | None,
+    ends: list[int | None],
+    maker: SequenceMaker,
+    hidden: HiddenPass | None,
+) -> Job | None:
+    """Plan the job, make what is missing of it in up to three passes, and keep the seconds whatever happens."""
+    engine, answering, summary = build.engine, build.answering, build.summary
+    try:
+        with engine, answering:
+            job = _plan(build, request, ends) if request is not None else None
+            if job is not None and _units_without_part(build, job):
+                maker.require_date()
+            if build.teacher.workers is not None:
+                _use_many_engines(build, job, build.teacher.workers)
+            else:
+                if job is not None:
+                    _make_sequences(build, job, maker)
+                _make_targets(build, job)
+        if hidden is not None:
+            _make_hidden(build, job, hidden)
+    finally:
+        summary.seconds_starting += sum(one.seconds_starting for one in {engine, answering})
+        if summary.computed:
+            add_seconds(build.recipe.output_dir, "teach", summary.seconds)
+    return job
 
 
 def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher, tuple[int, int]]:
