@@ -44,10 +44,7 @@ prompts:                          # one entry per source; mixtures and reports u
   - {{source: main, path: {prompts_value}, format: {format}}}{note}
   # formats: messages | prompt_completion | alpaca | sharegpt | text | cache; limit: 1000 takes the first rows only
 
-generate:                         # leave this section out to score the answers that the data has
-  temperature: 1.0
-  max_new_tokens: 512
-
+{generate}
 capture:
   mode: top                       # top | sample | top+sample; {{mode: sample, draws: 12}} is enough for forward_kl
   k: 64                           # most probable tokens per position; the rest is kept as one exact mass
@@ -83,6 +80,13 @@ evaluate:
 """
 
 
+_GENERATE = """generate:                         # leave this section out to score the answers that the data has
+  temperature: 1.0
+  max_new_tokens: 512
+"""
+_TEXTS = "# plain texts are scored as they are: there is no `generate` section\n"
+
+
 def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Path | None = None) -> Path:
     """Write a starter recipe and return its path.
 
@@ -107,6 +111,7 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
         student_value=_value(student),
         prompts_value=_value(prompts),
         format=format_name,
+        generate=_TEXTS if format_name == "text" else _GENERATE,
         note=f"\n  # {note}" if note else "",
     )
     try:

@@ -103,3 +103,11 @@ def test_commands_named_for_a_path_with_a_space_can_be_copied(tmp_path, monkeypa
     said = capsys.readouterr().out
     assert shlex.split(said.split("next: ")[1]) == ["decant", "plan", "my dir/ü r.yaml"]
     assert "decant teach 'my dir/ü r.yaml'" in Path("my dir/ü r.yaml").read_text()
+
+
+def test_plain_texts_get_a_starter_without_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("some words\n")
+    Path("q.jsonl").write_text('{"messages": []}\n')
+    assert load_recipe(init_recipe("texts", "t", "s", "p.txt")).generate is None
+    assert load_recipe(init_recipe("talks", "t", "s", "q.jsonl")).generate is not None

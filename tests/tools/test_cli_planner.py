@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shared.cache.cache import Cache
-from shared.errors import PromptError
+from shared.errors import PromptError, UsageError
 from shared.payload.codec import Codec
 from shared.recipe.recipe import Recipe
 from tests.shared.dense_targets import cut
@@ -142,3 +142,10 @@ def test_a_source_out_of_reach_has_the_size_that_the_recipe_states_and_the_plan_
 def test_a_stated_size_for_a_source_that_can_be_read_changes_nothing(place):
     stated = plan(recipe(place, assume={"sources": {"a": {"rows": 7, "prompt_tokens": 1, "answer_tokens": 1}}}))
     assert stated == plan(recipe(place))
+
+
+def test_prompts_of_which_none_can_be_used_are_refused(place, tmp_path):
+    (tmp_path / "none.jsonl").write_text('{"messages": []}\n{"messages": [{"role": "user"}]}\n')
+    source = {"source": "a", "path": str(tmp_path / "none.jsonl"), "format": "messages"}
+    with pytest.raises(UsageError, match=r"none of 2 prompts can be used, the first: .*none\.jsonl:1"):
+        plan(recipe(place, prompts=[source]))

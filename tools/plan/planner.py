@@ -106,6 +106,8 @@ def _build_figures(
         assumptions.append(f"tokens are counted for {ROWS_COUNTED:,} rows per source and scaled up for the rest")
     per_position = bytes_per_position(recipe, there)
     rows = sum(figures["rows"] - figures["rows_in_cache"] for figures in sources.values())
+    if counted.set_aside and not any(figures["rows"] for figures in sources.values()):
+        raise UsageError(f"none of {counted.set_aside:,} prompts can be used, the first: {counted.first_problem}")
     score = {"expected": prompt + expected, "at_most": prompt + at_most}
     text = BYTES_PER_TOKEN_OF_SEQUENCES
     figures: dict[str, Any] = {
