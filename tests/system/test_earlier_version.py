@@ -139,3 +139,16 @@ def test_the_recipe_that_a_run_wrote_out_is_read_with_every_option_of_version_1(
         {"name": "hidden", "metric": "mse", "normalise": True, "layer_map": None},
     ]
     assert [stage.losses for stage in written.stages] == [s.losses for s in load_recipe(Path("recipe.yaml")).stages]
+
+
+def test_a_run_is_reported_and_exported_from_anywhere(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.export_run import export_run
+    from tools.report.run_files import read_run
+
+    monkeypatch.chdir(tmp_path.parent)
+    assert read_run(run / "run").cache["rows"] == 24
+    result, _ = export_run(run / "run", "kd", tmp_path / "student", keep_adapter=False)
+    assert result["stage"] == "kd"
+    assert "- cache: could not be read" not in (tmp_path / "student" / "README.md").read_text()

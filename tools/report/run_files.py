@@ -108,7 +108,7 @@ def read_run(directory: Path) -> RunFiles:
         name: stage for name in stage_names if (stage := _stage(directory / "train" / name, name, missing)) is not None
     }
     evaluations = _evaluations(directory / "evaluate", recipe, missing)
-    caches = _caches(directory, recipe, missing)
+    caches = _caches(recipe, missing)
     for name in evaluations:
         for folder, shape in ((directory / "evaluate", AnswerRow), (directory / "evaluate" / "side_by_side", SideRow)):
             _sound_lines(folder / f"{name}.answers.jsonl", shape, f"'{name}'", missing)
@@ -145,10 +145,28 @@ def _recipe(path: Path, missing: list[str]) -> Recipe | None:
         missing.append("recipe.yaml is missing, so models and stages are those found on disk")
         return None
     try:
-        return load_recipe(path)
+        return _where_it_lies(load_recipe(path), path.parent)
     except DecantError as error:
         missing.append(f"the recipe cannot be read again: {error}")
         return None
+
+
+def _where_it_lies(recipe: Recipe, directory: Path) -> Recipe:
+    """Return the recipe of a run that may have been moved, or be read from anywhere.
+
+    What lay in its directory still does; another relative path is one from where the run was made, as far as the run's
+    own place tells: `work/runs/demo` of a recipe with `output_dir: runs/demo` was made in `work`.
+    """
+    place, output = directory.resolve(), recipe.output_dir
+    is_below = not output.is_absolute() and place.parts[-len(output.parts) :] == output.parts
+    started = place.parents[len(output.parts) - 1] if is_below else None
+
+    def moved(path: Path) -> Path:
+        places = [directory / path.relative_to(output)] if path.is_relative_to(output) else []
+        places += [started / path] if started is not None else []
+        return next((other for other in places if other.exists()), path)
+
+    return recipe.model_copy(update={"output_dir": directory, "cache": tuple(map(moved, recipe.cache))})
 
 
 def _stage(directory: Path, name: str, missing: list[str]) -> StageFiles | None:
@@ -187,15 +205,12 @@ def is_evaluation(result: Mapping[str, Any]) -> bool:
     return not fault_of(Evaluation, result)
 
 
-def _caches(directory: Path, recipe: Recipe | None, missing: list[str]) -> list[Cache]:
+def _caches(recipe: Recipe | None, missing: list[str]) -> list[Cache]:
     layer = heldout_layer(recipe) if recipe else None
     found = []
     for path in recipe.cache if recipe else ():
-        inside = path.is_relative_to(recipe.output_dir) if recipe else False
-        # A run may have been moved, and be read from anywhere: what lay in its directory still does.
-        moved = directory / path.relative_to(recipe.output_dir) if recipe and inside else path
         try:
-            found.append(Cache.open(moved if moved.exists() else path, layer, allow_partial=True))
+            found.append(Cache.open(path, layer, allow_partial=True))
         except DecantError as error:
             missing.append(f"no figures of the cache: {error}")
     return found
