@@ -16,7 +16,7 @@ from typing import Any
 def made() -> dict[str, Any]:
     """Return date (UTC), decant, machine and peak_memory_bytes with memory_of, of this process and those it started."""
     try:
-        number = version("decant")
+        number = version("decant-kd")
     except PackageNotFoundError:
         number = "not installed"
     memory, of, machine = _memory()
