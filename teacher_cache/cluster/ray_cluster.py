@@ -168,7 +168,7 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        pass
+        return True  # another user's, or a number that the kernel cannot hold: not known to be gone
     return True
 
 
