@@ -10,7 +10,6 @@ import pytest
 
 import teacher_cache.engines as engines
 from shared.cache.cache import Cache
-from shared.errors import UsageError
 from shared.parts.jobs import job_id, list_jobs
 from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.build import teach
@@ -100,12 +99,6 @@ def test_answers_that_the_engine_gave_up_are_set_aside_by_name(tmp_path, writer,
     rows = rows_of(tmp_path / "cache")
     assert len(rows) == 24 - summary.num_set_aside
     assert {row.finish_reason for row in rows} == {"stop"}
-
-
-def test_stop_text_around_a_special_token_is_refused_before_any_work(tmp_path, writer):
-    with pytest.raises(UsageError, match=r"generate\.stop: '\\n<\|im_start\|>' contains the special token"):
-        teach(recipe(tmp_path, writer, generate={"stop": ["\n<|im_start|>"]}))
-    assert not (tmp_path / "cache").exists()
 
 
 def test_keys_move_only_where_the_template_adds_an_end_token(tmp_path, writer):

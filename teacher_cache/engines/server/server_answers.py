@@ -53,6 +53,7 @@ def generate_body(model: str, request: GenerateRequest, max_tokens: int, ends: A
         top_k=settings.top_k,
         seed=request.seed,
         stop=list(ends.texts),
+        skip_special_tokens=False,
         stop_token_ids=list(ends.with_template(request.end_token_ids)),
     )
 

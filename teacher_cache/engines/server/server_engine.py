@@ -137,7 +137,7 @@ class ServerEngine:
                 read,
             )
             shown = reason if reason in FINISHED else self._shown(reason)  # it is kept with the row that is set aside
-            return ends.answer(request.tag, token_ids, shown, by_text=by_text)
+            return ends.answer(request, token_ids, shown, by_text=by_text)
 
         return self._stream(requests, answer, lambda request: 0)
 

@@ -142,7 +142,7 @@ class TransformersEngine:
             tokens = chosen[:, None].to(model.device)
             whole = torch.cat([whole, tokens], 1)
             mask = torch.cat([mask, mask.new_ones((len(batch), 1))], 1)
-        return [ends.answer(r.tag, a, reason or "length") for r, a, reason in zip(batch, answers, reasons, strict=True)]
+        return [ends.answer(r, a, reason or "length") for r, a, reason in zip(batch, answers, reasons, strict=True)]
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Scored]:
         """Score each request once, batch by batch.

@@ -117,7 +117,7 @@ class VllmEngine:
         for request, output in self._run(requests, lambda request: self.answer_parameters(request, settings, ends)):
             answer = output.outputs[0]
             by_text = isinstance(answer.stop_reason, str) and answer.finish_reason == "stop"
-            yield ends.answer(request.tag, list(answer.token_ids), str(answer.finish_reason), by_text=by_text)
+            yield ends.answer(request, list(answer.token_ids), str(answer.finish_reason), by_text=by_text)
 
     def answer_parameters(self, request: GenerateRequest, settings: Generate, ends: AnswerEnds) -> Any:
         """Return vLLM's parameters of a request for an answer that `ends` end.
@@ -143,6 +143,7 @@ class VllmEngine:
             stop=list(ends.texts) or None,
             stop_token_ids=list(ends.with_template(request.end_token_ids)),
             detokenize=bool(ends.texts),
+            skip_special_tokens=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

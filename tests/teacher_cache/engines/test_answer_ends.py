@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from shared.errors import EngineError, UsageError
+from shared.errors import EngineError
 from shared.models.end_tokens import checked_ids, declared_end_ids, end_token_ids
 from shared.recipe.recipe import Generate, Teacher
 from teacher_cache.engines import GenerateRequest, open_engine
@@ -55,12 +55,21 @@ def test_bytes_of_half_a_letter_before_the_stop_text_do_not_change_the_rest(toke
     assert tokenizer.decode(kept) == tokenizer.decode(whole).split("then")[0]
 
 
-def test_special_token_as_stop_text_ends_as_a_token_and_one_inside_a_text_is_refused(tokenizer):
+def test_special_token_as_stop_text_ends_as_a_token(tokenizer):
     start = tokenizer.convert_tokens_to_ids(TURN_START)
     assert split_stops(tokenizer, (TURN_START, "\n\n")) == ((start,), ("\n\n",))
     assert AnswerEnds.of(tokenizer, (0,), Generate(stop=(TURN_START,))).with_template((7, -1)) == (7, start, 2, 0)
-    with pytest.raises(UsageError, match=r"contains the special token '<\|im_start\|>'"):
-        split_stops(tokenizer, ("\n<|im_start|>user",))
+    assert split_stops(tokenizer, ("\n<|im_start|>user",)) == ((), ("\n<|im_start|>user",))
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"), [("\n<|im_start|>user", "One"), ("im_", "One\n"), ("t|>us", "One\n"), ("endoftext", None)]
+)
+def test_stop_text_is_met_where_it_is_spelled_by_a_special_token(tokenizer, stop, kept):
+    whole = [*ids_of(tokenizer, "One\n<|im_start|>user\nTwo"), tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
+    assert tokenizer.convert_tokens_to_ids(TURN_START) in whole
+    found = AnswerEnds.of(tokenizer, (whole[-1],), Generate(stop=(stop,))).cut(whole)
+    assert (found if found is None else tokenizer.decode(found)) == kept  # the end token that closed it is no text
 
 
 def test_end_tokens_are_one_set_of_template_tokenizer_and_model(tokenizer, tmp_path):
