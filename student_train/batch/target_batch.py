@@ -14,7 +14,7 @@ chunk, K members of the chunk's longest position, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -135,10 +135,16 @@ class TargetBatch:
     """Drawn tokens with their multiplicities per temperature, or empty."""
     max_token_id: int
     """Largest token id of any member, -1 without members."""
+    positions: Tensor | None = None
+    """[S] int64 ascending: which of the batch's positions these are; None: they are all of them."""
+    positions_host: Tensor | None = None
+    """The same on the CPU, where it is decided which of them a chunk holds."""
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> TargetBatch:
-        """Take the tensors that `pack_targets` named out of a batch. Reads the counts back to the host, once."""
+        """Take the tensors that `pack_targets` named out of a batch, and `positions` where they are of some positions.
+        Reads counts and positions back to the host, once.
+        """
         head = _Ragged.of(batch["support_counts"], batch["support_ids"], batch["support_logprobs"])
         temperatures = tuple(float(t) for t in batch["temperatures"].tolist())
         draws: list[_Ragged] = []
@@ -150,7 +156,9 @@ class TargetBatch:
                 first = flat.stop
         every_id = [ragged.ids.max() for ragged in (head, *draws) if len(ragged.ids)]
         max_token_id = max(int(largest) for largest in every_id) if every_id else -1
-        return cls(head, batch["tail_logmass"], temperatures, tuple(draws), max_token_id)
+        positions = batch.get("positions")
+        host = None if positions is None else positions.to("cpu", torch.int64)
+        return cls(head, batch["tail_logmass"], temperatures, tuple(draws), max_token_id, positions, host)
 
     @classmethod
     def from_rows(cls, rows: Sequence[SparseTargets]) -> TargetBatch:
@@ -164,10 +172,23 @@ class TargetBatch:
 
     def to(self, device: torch.device | str) -> TargetBatch:
         """Return the same batch with its tensors on a device."""
-        draws = tuple(drawn.to(device) for drawn in self.draws)
-        return TargetBatch(
-            self.head.to(device), self.tail_logmass.to(device), self.temperatures, draws, self.max_token_id
+        return replace(
+            self,
+            head=self.head.to(device),
+            tail_logmass=self.tail_logmass.to(device),
+            draws=tuple(drawn.to(device) for drawn in self.draws),
+            positions=None if self.positions is None else self.positions.to(device),
         )
+
+    def within(self, where: slice) -> tuple[slice, Tensor]:
+        """Return which of its own positions lie among the batch's positions `where`, and their places there.
+
+        Positions [1, 4, 5, 9] and where = slice(4, 8) give slice(1, 3) and [0, 1].
+        """
+        assert self.positions is not None
+        assert self.positions_host is not None
+        first, end = (int(torch.searchsorted(self.positions_host, edge)) for edge in (where.start, where.stop))
+        return slice(first, end), self.positions[first:end] - where.start
 
     def temperature_index(self, temperature: float) -> int:
         """Return the column of a captured temperature.

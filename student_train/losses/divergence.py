@@ -53,3 +53,5 @@ class LossTerm:
     """Temperature of both sides; its value and gradient are multiplied by the square."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword options of the loss."""
+    layer: str = ""
+    """Which of several teachers a divergence is from; empty where there is one, and for labels."""

@@ -2,16 +2,18 @@
 
 Chunk by chunk: logits of a chunk into a buffer, values and gradients of all terms in place (softmax_group.py),
 gradients straight through the head (head_chunks.py). Since the gradient is made in the forward pass, nothing of
-vocabulary size waits for the backward pass, which only multiplies by the incoming scalar. Terms of one temperature
-share one softmax; each other temperature adds one. Cost at V = 151,936: the three products of a plain head and about 3
-passes over the logits; memory: the chunk and W's gradient.
+vocabulary size waits for the backward pass, which only multiplies by the incoming scalar. Terms of one teacher and one
+temperature share one softmax; each other temperature or teacher adds one, on a copy of the logits of the positions that
+it is about: the products with the head are made once, however many teachers there are. Cost at V = 151,936: the three
+products of a plain head and about 3 passes over the logits; memory: the chunk and W's gradient.
 
-Shape letters: S positions, H hidden width, V vocabulary, C positions of a chunk, W width of a buffer.
+Shape letters: S positions, S_l those that a teacher is about, H hidden width, V vocabulary, C positions of a chunk, W
+width of a buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +21,9 @@ import torch
 from torch import Tensor
 
 from shared.errors import TrainingError
-from student_train.batch.target_batch import TargetBatch
 from student_train.losses import LossTerm
 from student_train.operator.head_chunks import Head, HeadGradients, check_positions
-from student_train.operator.loss_terms import TermGroup, group_terms, term_keys
+from student_train.operator.loss_terms import Targets, TermGroup, group_terms, term_keys
 from student_train.operator.position_scores import PositionScores, evaluate_positions
 from student_train.operator.softmax_group import group_values_and_gradient
 
@@ -43,7 +44,7 @@ def fused_sparse_loss(
     hidden: Tensor,
     head_weight: Tensor,
     labels: Tensor,
-    targets: TargetBatch | None,
+    targets: Targets,
     terms: Sequence[LossTerm],
     num_positions: float | Tensor,
     *,
@@ -59,7 +60,8 @@ def fused_sparse_loss(
 
     `hidden` [S, H] predicts `labels` [S] int64 and `targets`; `head_weight` [rows, H], of which the first `vocab_size`
     (default: all) are the vocabulary; `num_positions` counts the global batch's supervised positions. `targets` may be
-    None where every term is on labels. Chunks are as long as `chunk_bytes` of buffers allow, or `chunk_positions`.
+    None where every term is on labels; several teachers' targets come by the `layer` of their terms, each for its own
+    positions. Chunks are as long as `chunk_bytes` of buffers allow, or `chunk_positions`.
     `operator` "triton" streams over tiles of the vocabulary instead (tiled_loss.py); it has no chunks of positions.
 
     Raises:
@@ -67,15 +69,14 @@ def fused_sparse_loss(
         lie outside the vocabulary.
     """
     head = Head.of(hidden, head_weight, head_bias, logit_scale, softcap, vocab_size)
-    check_positions(head, hidden, labels, targets)
+    for batch in targets.values() if isinstance(targets, Mapping) else (targets,):
+        check_positions(head, hidden, labels, batch)
     if isinstance(num_positions, Tensor):
         num_positions = num_positions.to(head.dtype)
     elif num_positions <= 0:
         raise TrainingError(f"the global batch has {num_positions:g} supervised positions; it needs at least one")
     groups = group_terms(terms, targets, num_positions)
-    call = _Call(
-        head, labels, targets, groups, len(terms), chunk_positions, chunk_bytes, operator, torch.is_grad_enabled()
-    )
+    call = _Call(head, labels, groups, len(terms), chunk_positions, chunk_bytes, operator, torch.is_grad_enabled())
     loss, sums = _FusedSparseLoss.apply(hidden, head_weight, head_bias, call)
     scaled = [sums[i] * (term.temperature**2) / num_positions for i, term in enumerate(terms)]
     return FusedLoss(loss, dict(zip(term_keys(terms), scaled, strict=True)))
@@ -87,7 +88,6 @@ class _Call:
 
     head: Head
     labels: Tensor
-    targets: TargetBatch | None
     groups: Sequence[TermGroup]
     num_terms: int
     chunk_positions: int | None
@@ -114,7 +114,6 @@ class _FusedSparseLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
                     call.head,
                     hidden,
                     call.labels,
-                    call.targets,
                     call.groups,
                     sums,
                     gradients,
@@ -153,7 +152,9 @@ def _run_chunks(call: _Call, hidden: Tensor, gradients: HeadGradients, *, want_g
     head, groups = call.head, call.groups
     sums = torch.zeros(call.num_terms, dtype=head.dtype, device=hidden.device)
     with_slope = head.softcap is not None and want_gradient
-    num_copies = min(len(groups) - 1, 2 if want_gradient else 1)
+    most = 2 if want_gradient else 1
+    is_whole = all(group.positions is None for group in groups)
+    num_copies = min(max(len(groups) - 1, 0), most) if is_whole and groups else most
     num_buffers = 1 + num_copies + with_slope
     size = head.chunk_size(len(hidden), num_buffers, call.chunk_positions, call.chunk_bytes)
     buffers = [head.buffer(size) for _ in range(num_buffers)]
@@ -173,25 +174,41 @@ def _run_chunks(call: _Call, hidden: Tensor, gradients: HeadGradients, *, want_g
 def _run_groups(
     call: _Call, where: slice, logits: Tensor, spare: list[Tensor], sums: Tensor, *, want_gradient: bool
 ) -> Tensor:
-    """Return the buffer that holds the gradient by logits, all temperatures added up.
+    """Return the buffer that holds the gradient by logits, all teachers and temperatures added up.
 
-    The last group works on the logits themselves.
+    Groups of some positions come first, on copies of their rows; the last group of all works on the logits themselves.
     """
-    total: Tensor | None = None
-    for i, group in enumerate(call.groups):
-        last = i == len(call.groups) - 1
-        work = logits if last else spare[min(i, len(spare) - 1)].copy_(logits)
-        members = None
-        if call.targets is not None and group.needs_members:
-            members = call.targets.members(
-                where, group.temperature, call.head.vocab_size, call.head.dtype, with_draws=group.with_draws
-            )
-        group_values_and_gradient(
-            work, call.labels[where], members, group.terms, group.temperature, sums, want_gradient=want_gradient
-        )
+    whole = [group for group in call.groups if group.positions is None]
+    parts = [group for group in call.groups if group.positions is not None]
+    total = spare[0].zero_() if want_gradient and (parts or not whole) else None
+    labels = call.labels[where]
+    for group in parts:
+        assert group.targets is not None
+        own, at = group.targets.within(where)
+        if len(at) == 0:
+            continue
+        rows = torch.index_select(logits, 0, at, out=spare[-1][: len(at)])
+        _run_group(call, group, own, rows, labels[at], sums, want_gradient=want_gradient)
+        if total is not None:
+            total.index_add_(0, at, rows)
+    for i, group in enumerate(whole):
+        work = logits if i == len(whole) - 1 else spare[0 if total is None else -1].copy_(logits)
+        _run_group(call, group, where, work, labels, sums, want_gradient=want_gradient)
         if total is None:
             total = work
         elif want_gradient:
             total.add_(work)
-    assert total is not None
-    return total
+    return logits if total is None else total
+
+
+def _run_group(
+    call: _Call, group: TermGroup, own: slice, work: Tensor, labels: Tensor, sums: Tensor, *, want_gradient: bool
+) -> None:
+    """Turn logits into a group's gradient; `own` are the positions among those of its targets."""
+    members = None
+    if group.targets is not None and group.needs_members:
+        head = call.head
+        members = group.targets.members(
+            own, group.temperature, head.vocab_size, head.dtype, with_draws=group.with_draws
+        )
+    group_values_and_gradient(work, labels, members, group.terms, group.temperature, sums, want_gradient=want_gradient)

@@ -163,7 +163,11 @@ def check_positions(head: Head, hidden: Tensor, labels: Tensor, targets: TargetB
         TrainingError: an id is outside the vocabulary.
         ValueError: the lengths differ.
     """
-    lengths = {len(hidden), len(labels)} | (set() if targets is None else {targets.num_positions})
+    lengths = {len(hidden), len(labels)}
+    if targets is not None and targets.positions is None:
+        lengths.add(targets.num_positions)
+    if targets is not None and targets.positions_host is not None and len(targets.positions_host):
+        lengths.add(max(len(labels), int(targets.positions_host[-1]) + 1))
     if len(lengths) != 1:
         raise ValueError(f"hidden states, labels and targets must have one entry per position, not {sorted(lengths)}")
     if len(labels) == 0:

@@ -1,14 +1,15 @@
 """Loss terms of one step, checked and grouped: terms of a group share one softmax over the vocabulary.
 
-A group is a temperature and a way to see the tail. Divergences that are linear in the teacher take the tail from drawn
-tokens where there are any: right on average. The others would take a token that was not drawn for an impossible one, so
-they see head and bucket, as on a layer without draws; where there is no head either (mode `sample`), they are refused.
+A group is a teacher, a temperature and a way to see the tail. Divergences that are linear in the teacher take the tail
+from drawn tokens where there are any: right on average. The others would take a token that was not drawn for an
+impossible one, so they see head and bucket, as on a layer without draws; where there is no head either (mode `sample`),
+they are refused.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +17,10 @@ from torch import Tensor
 from shared.errors import TrainingError
 from student_train.batch.target_batch import TargetBatch
 from student_train.losses import Divergence, LossTerm, divergences
+
+Targets = TargetBatch | Mapping[str, TargetBatch] | None
+"""Of a batch: one teacher's, several teachers' by the `layer` of their terms (one that no position is taught by may be
+missing), or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class WeightedDivergence:
 class TermGroup:
     """Terms that share one softmax."""
 
+    targets: TargetBatch | None
     temperature: float
     with_draws: bool
     """The tail's mass goes to drawn tokens, where there are any."""
@@ -43,21 +49,29 @@ class TermGroup:
         """Say whether any term looks at the teacher."""
         return not all(term.on_labels for term in self.terms)
 
+    @property
+    def positions(self) -> Tensor | None:
+        """[S_l] ascending positions of the batch that it is about; None for all."""
+        return None if self.targets is None else self.targets.positions
+
 
 def term_keys(terms: Sequence[LossTerm]) -> list[str]:
-    """Return a unique key per term: its name, with _2, _3 ... where a name comes again.
+    """Return a unique key per term: its name, with its teacher's layer where there are several, and with _2, _3 ...
+    where a name comes again.
 
     >>> term_keys([LossTerm("forward_kl"), LossTerm("cross_entropy"), LossTerm("forward_kl", temperature=2.0)])
     ['forward_kl', 'cross_entropy', 'forward_kl_2']
+    >>> term_keys([LossTerm("forward_kl", layer="math"), LossTerm("forward_kl", layer="code")])
+    ['forward_kl@math', 'forward_kl@code']
     """
-    names = [term.name for term in terms]
+    names = [f"{term.name}@{term.layer}" if term.layer else term.name for term in terms]
     return [name if name not in names[:i] else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
 
-def group_terms(
-    terms: Sequence[LossTerm], targets: TargetBatch | None, num_positions: float | Tensor
-) -> list[TermGroup]:
-    """Return the terms in groups that share a softmax; cross-entropy joins any group at temperature 1.
+def group_terms(terms: Sequence[LossTerm], targets: Targets, num_positions: float | Tensor) -> list[TermGroup]:
+    """Return the terms in groups that share a softmax; cross-entropy joins any group of all positions at temperature 1.
+
+    A term of a teacher that no position of the batch is taught by is in none.
 
     Raises:
         TrainingError: there is no term, or one cannot be honoured: unknown name or option, a temperature that was not
@@ -65,21 +79,27 @@ def group_terms(
     """
     if not terms:
         raise TrainingError("a stage without losses has nothing to train; name at least one")
-    groups: dict[tuple[float, bool], TermGroup] = {}
-    checked = [_checked(term, targets) for term in terms]
+    groups: dict[tuple[str, float, bool], TermGroup] = {}
+    of_term = [targets.get(term.layer) if isinstance(targets, Mapping) else targets for term in terms]
+    checked = [
+        _checked(term, batch, is_taught=batch is not None or not isinstance(targets, Mapping))
+        for term, batch in zip(terms, of_term, strict=True)
+    ]
     for index in sorted(range(len(terms)), key=lambda i: checked[i].on_labels):
-        term, divergence = terms[index], checked[index]
-        key = (term.temperature, divergence.linear_in_teacher and targets is not None and bool(targets.draws))
+        term, divergence, batch = terms[index], checked[index], of_term[index]
+        key = (term.layer, term.temperature, divergence.linear_in_teacher and batch is not None and bool(batch.draws))
         if divergence.on_labels:
-            key = next((existing for existing in groups if existing[0] == 1.0), key)
+            key = next((have for have, group in groups.items() if have[1] == 1.0 and group.positions is None), key)
+        elif batch is None:
+            continue
         coefficient = term.weight * term.temperature**2 / num_positions
         function = functools.partial(divergence.function, **term.options)
-        group = groups.setdefault(key, TermGroup(*key, []))
+        group = groups.setdefault(key, TermGroup(batch, *key[1:], []))
         group.terms.append(WeightedDivergence(index, function, coefficient, divergence.on_labels))
     return list(groups.values())
 
 
-def _checked(term: LossTerm, targets: TargetBatch | None) -> Divergence:
+def _checked(term: LossTerm, targets: TargetBatch | None, *, is_taught: bool) -> Divergence:
     """Return the term's divergence, or raise TrainingError where the term cannot be honoured."""
     divergence = divergences.get(term.name)
     if divergence is None:
@@ -95,6 +115,8 @@ def _checked(term: LossTerm, targets: TargetBatch | None) -> Divergence:
             raise TrainingError(
                 f"{term.name} was asked for at temperature {term.temperature:g}; it is taken at 1, so leave it out"
             )
+        return divergence
+    if not is_taught:
         return divergence
     if targets is None:
         raise TrainingError(

@@ -6,7 +6,7 @@ goes into an online log-sum-exp per temperature. Then the same masses, divergenc
 Second pass: the tile's logits again, turned into their gradient, and through the head; a row of the head belongs to one
 tile, so its gradient is written once. Against the chunks: a matrix product more (the logits twice), and three passes
 over the logits fewer. Buffers: [S, tile], one, or two where terms have several temperatures; tiles are as wide as the
-budget allows.
+budget allows; a teacher of some positions works on a copy of their rows.
 
 Shape letters: S positions, K members, V vocabulary, W width of a tile.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_train.batch.target_batch import Members, TargetBatch
+from student_train.batch.target_batch import Members
 from student_train.operator.head_chunks import CHUNK_BYTES, Head, HeadGradients
 from student_train.operator.loss_terms import TermGroup
 from student_train.operator.softmax_group import finite, mass_gradients
@@ -53,7 +53,6 @@ def run_tiles(
     head: Head,
     hidden: Tensor,
     labels: Tensor,
-    targets: TargetBatch | None,
     groups: Sequence[TermGroup],
     values: Tensor,
     gradients: HeadGradients,
@@ -62,29 +61,43 @@ def run_tiles(
     want: bool,
 ) -> None:
     """Add each term's sum over the positions to `values` [terms] and, where asked for, fill `gradients`."""
-    states = [_start(head, labels, targets, group) for group in groups]
+    states = [_start(head, labels, group) for group in groups]
     label_logits = torch.full((len(labels), 1), -torch.inf, dtype=head.dtype, device=hidden.device)
     inputs = head.input_of(hidden)
-    width = _tile_width(head, len(hidden), len(groups), budget_bytes)
+    width = _tile_width(head, len(hidden), _num_buffers(states), budget_bytes)
     for first, tile_head, logits, _ in _tiles(head, inputs, width, with_slope=False):
         from student_train.operator.triton_kernels import add_to_logsumexp
 
         place = _places(labels[:, None], first, tile_head)
         label_logits = torch.maximum(label_logits, logits.gather(1, place))
         for state in states:
-            plain, place = _without_members(state, logits, first, tile_head)
+            rows = _rows_of(state, logits)
+            plain, place = _without_members(state, rows, first, tile_head)
             state.at_members = torch.maximum(state.at_members, plain)
-            add_to_logsumexp(logits, state.terms.temperature, state.row_max, state.row_sum)
-            logits.scatter_(1, place, plain)
+            add_to_logsumexp(rows, state.terms.temperature, state.row_max, state.row_sum)
+            rows.scatter_(1, place, plain)
     for state in states:
         _finish(state, label_logits, values, want_gradient=want)
     if want:
         _second_pass(head, hidden, inputs, labels, states, gradients, width)
 
 
-def _start(head: Head, labels: Tensor, targets: TargetBatch | None, group: TermGroup) -> _Group:
+def _num_buffers(states: Sequence[_Group]) -> int:
+    """Return how many buffers of a tile the groups take: their gradient, and the rows of those of some positions."""
+    some = any(state.terms.positions is not None for state in states)
+    return 1 + (len(states) != 1 or some) + some
+
+
+def _rows_of(state: _Group, tile: Tensor) -> Tensor:
+    """Return the tile's rows that a group is about: all of them as they lie, or a copy of some."""
+    positions = state.terms.positions
+    return tile if positions is None else tile.index_select(0, positions)
+
+
+def _start(head: Head, labels: Tensor, group: TermGroup) -> _Group:
     """Return a group's state before any tile was seen."""
-    members = None
+    members, targets = None, group.targets
+    labels = labels if group.positions is None else labels[group.positions]
     if targets is not None and group.needs_members:
         everything = slice(0, len(labels))
         members = targets.members(
@@ -96,9 +109,9 @@ def _start(head: Head, labels: Tensor, targets: TargetBatch | None, group: TermG
     return _Group(group, members, ids, nothing, row - torch.inf, row, row, row, nothing)
 
 
-def _tile_width(head: Head, num_positions: int, num_groups: int, budget_bytes: int | None) -> int:
+def _tile_width(head: Head, num_positions: int, num_buffers: int, budget_bytes: int | None) -> int:
     """Return how many rows of the head a tile has."""
-    num_buffers = 1 + (num_groups > 1) + (head.softcap is not None)
+    num_buffers += head.softcap is not None
     by_budget = (budget_bytes or CHUNK_BYTES) // (max(num_positions, 1) * head.dtype.itemsize * num_buffers)
     width: int = max(by_budget // 16 * 16, MIN_TILE)
     return width
@@ -145,6 +158,7 @@ def _without_members(state: _Group, logits: Tensor, first: int, tile_head: Head)
 def _finish(state: _Group, label_logits: Tensor, values: Tensor, *, want_gradient: bool) -> None:
     """Turn a group's masses into values and into what the second pass needs."""
     temperature = state.terms.temperature
+    label_logits = label_logits if state.terms.positions is None else label_logits[state.terms.positions]
     rest = (state.row_max + state.row_sum.log())[:, None]
     unnormalised = torch.cat([state.at_members / temperature, rest], dim=1)
     log_total = torch.logsumexp(unnormalised, dim=1, keepdim=True)
@@ -171,16 +185,21 @@ def _second_pass(
     of_hidden = None if gradients.hidden is None else torch.empty_like(gradients.hidden)
     every = slice(0, len(hidden))
     for first, part, logits, slope in _tiles(head, inputs, width, with_slope=True):
-        total = logits if len(states) == 1 else torch.empty_like(logits)
-        for i, state in enumerate(states):
-            plain, place = _without_members(state, logits, first, part)
-            write_rest_gradient(logits, total, state.terms.temperature, state.log_rest, state.coefficient, add=i > 0)
-            total.scatter_add_(1, place, state.gradient.masked_fill(place == part.vocab_size, 0.0))
+        total = logits if _num_buffers(states) == 1 else torch.zeros_like(logits)
+        for state in states:
+            rows = _rows_of(state, logits)
+            into = total if state.terms.positions is None else rows
+            plain, place = _without_members(state, rows, first, part)
+            adds = into is not rows
+            write_rest_gradient(rows, into, state.terms.temperature, state.log_rest, state.coefficient, add=adds)
+            into.scatter_add_(1, place, state.gradient.masked_fill(place == part.vocab_size, 0.0))
             if state.label_weight is not None:
                 at_label = _places(labels[:, None], first, part)
                 weight = torch.as_tensor(state.label_weight, dtype=total.dtype, device=total.device)
-                total.scatter_add_(1, at_label, -weight.expand(at_label.shape))
-            if total is not logits:
+                into.scatter_add_(1, at_label, -weight.expand(at_label.shape))
+            if state.terms.positions is not None:
+                total.index_add_(0, state.terms.positions, rows)
+            elif adds:
                 logits.scatter_(1, place, plain)
         if slope is not None:
             total[:, : part.vocab_size].mul_(slope[:, : part.vocab_size])
