@@ -134,7 +134,7 @@ def _disk(*, has_gpu: bool) -> Check:
 
 
 def _sandbox() -> Check:
-    from tools.evaluate.sandbox import available
+    from tools.evaluate.sandbox.sandbox import available
 
     mechanism = available()
     return Check(

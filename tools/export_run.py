@@ -142,7 +142,7 @@ def cache_identities(recipe: Recipe) -> list[dict[str, Any]]:
     """Return the identity of each cache of a recipe that can be read: of its sequences and, where there is one, its
     layer.
     """
-    from tools.evaluate.results import heldout_layer
+    from tools.evaluate.results.results import heldout_layer
 
     found = []
     for path in recipe.cache:

@@ -34,7 +34,7 @@ def outcome(recipe, *names):
 
 
 def test_figures_equal_those_of_the_evaluation_of_the_saved_model(recipe_of, tiny):
-    from tools.evaluate.heldout import evaluate_heldout
+    from tools.evaluate.heldout.heldout import evaluate_heldout
 
     recipe = recipe_of(evaluate={"every_steps": 4}, trainer={"learning_rate": 1e-2})
     run_stages(recipe)
@@ -111,7 +111,7 @@ WORSENING = {"learning_rate": 0.3, "optim": "sgd", "max_steps": 12, "lr_schedule
 
 
 def test_stage_stops_when_patience_is_used_up_and_keeps_the_best_weights(recipe_of, tiny):
-    from tools.evaluate.heldout import evaluate_heldout
+    from tools.evaluate.heldout.heldout import evaluate_heldout
 
     course = {"every_steps": 1, "early_stopping": {"patience": 2}, "keep_best": True}
     trainer = {**WORSENING, "learning_rate": 3.0, "optim": "adamw_torch", "save_total_limit": 1}

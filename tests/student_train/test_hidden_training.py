@@ -25,7 +25,7 @@ from tests.student_train.hidden_caches import add_hidden
 from tests.student_train.test_several_processes import assert_same_training, train_with_two
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_qwen3
-from tools.evaluate.heldout import evaluate_heldout
+from tools.evaluate.heldout.heldout import evaluate_heldout
 from tools.plan.planner import plan
 
 ALL_THREE = [

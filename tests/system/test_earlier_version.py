@@ -121,8 +121,8 @@ def test_a_begun_stage_is_continued_from_its_checkpoint(run: Path) -> None:
 
 
 def test_kept_evaluations_are_reused(run: Path) -> None:
-    from tools.evaluate.models import model_under_test
-    from tools.evaluate.results import evaluation_identity, read_result, result_path, same_identity
+    from tools.evaluate.models.models import model_under_test
+    from tools.evaluate.results.results import evaluation_identity, read_result, result_path, same_identity
 
     recipe = load_recipe(Path("recipe.yaml"))
     for name in ("base", "kd"):

@@ -95,7 +95,7 @@ def measured(*overrides: str, fraction: float = 0.6) -> tuple[list[bytes], list[
     """Return the row_keys that `eval` measures and those that a stage's evaluation does."""
     from student_train.evaluate.heldout_measure import HeldoutSet
     from student_train.stage.stage_order import open_caches
-    from tools.evaluate.heldout import evaluate_heldout
+    from tools.evaluate.heldout.heldout import evaluate_heldout
 
     recipe = load_recipe("recipe.yaml", overrides)
     found = evaluate_heldout("teacher", [str(path) for path in recipe.cache], fraction, recipe=recipe)
@@ -127,8 +127,8 @@ def test_a_held_out_row_of_two_caches_is_measured_once(order):
 
 
 def test_an_evaluation_is_another_one_only_where_a_held_out_row_is_left_out():
-    from tools.evaluate.models import model_under_test
-    from tools.evaluate.results import evaluation_identity
+    from tools.evaluate.models.models import model_under_test
+    from tools.evaluate.results.results import evaluation_identity
 
     def of(*overrides: str) -> dict:
         recipe = load_recipe("recipe.yaml", ["heldout.fraction=0.6", "evaluate={models: [teacher]}", *overrides])

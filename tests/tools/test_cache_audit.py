@@ -28,7 +28,7 @@ from tools.audit.audit_cache import AuditSettings, audit_cache, audit_text
 from tools.audit.capturing import capture_chunk, join_columns
 from tools.audit.truncation import smaller_capture
 from tools.cli import main
-from tools.evaluate.heldout import load_model, measure_batch
+from tools.evaluate.heldout.heldout import load_model, measure_batch
 from tools.report.figures import report_figures
 from tools.report.run_files import read_run
 from tools.report.tables import markdown

@@ -70,7 +70,7 @@ def test_children_run_our_packages_in_a_directory_that_has_others(tmp_path):
 
 def test_model_process_runs_our_module_in_a_directory_that_has_another(tmp_path, monkeypatch):
     from shared.errors import EvaluationError
-    from tools.evaluate.model_process import run_in_process
+    from tools.evaluate.models.model_process import run_in_process
 
     package(tmp_path, "tools")
     monkeypatch.chdir(tmp_path)

@@ -1,1 +1,1 @@
-"""Every model side by side: task scores in a sandbox, held-out divergence from the cache."""
+"""How good is every model, side by side? One process a model; task scores, held-out divergence, answers, cost."""

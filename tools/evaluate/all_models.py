@@ -16,16 +16,16 @@ from shared.cache.cache import Cache
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
-from tools.evaluate import sandbox
-from tools.evaluate.contamination import among_caches, sentence
-from tools.evaluate.cost import measure_cost
-from tools.evaluate.model_process import run_in_process
-from tools.evaluate.models import model_under_test
-from tools.evaluate.questions import read_questions
-from tools.evaluate.results import evaluation_identity, read_result, result_path, same_identity
-from tools.evaluate.side_prompts import choose_prompts
-from tools.evaluate.side_results import side_identity, side_path
-from tools.evaluate.tasks import task_kind
+from tools.evaluate.cost.cost import measure_cost
+from tools.evaluate.models.model_process import run_in_process
+from tools.evaluate.models.models import model_under_test
+from tools.evaluate.results.results import evaluation_identity, read_result, result_path, same_identity
+from tools.evaluate.sandbox import sandbox
+from tools.evaluate.side_by_side.side_prompts import choose_prompts
+from tools.evaluate.side_by_side.side_results import side_identity, side_path
+from tools.evaluate.tasks.contamination import among_caches, sentence
+from tools.evaluate.tasks.questions import read_questions
+from tools.evaluate.tasks.registry import task_kind
 
 PARTS = {"evaluation": result_path, "side_by_side": side_path}
 """What is kept of a model, and where."""

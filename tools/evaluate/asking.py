@@ -11,13 +11,13 @@ from typing import Any
 
 from shared.recipe.recipe import Recipe, Task
 from teacher_cache.teacher.model_files import load_tokenizer
-from tools.evaluate.choose_answers import choice_ids, choose_answers
-from tools.evaluate.generate_answers import Answer, Ask, generate_answers, open_for
-from tools.evaluate.model_ends import taught_end_ids
-from tools.evaluate.models import ModelUnderTest
-from tools.evaluate.questions import Question
-from tools.evaluate.rendering import joints, render, source_of
-from tools.evaluate.side_prompts import SidePrompt, cache_tokenizer, prompt_ids, sources_of
+from tools.evaluate.models.choose_answers import choice_ids, choose_answers
+from tools.evaluate.models.generate_answers import Answer, Ask, generate_answers, open_for
+from tools.evaluate.models.model_ends import taught_end_ids
+from tools.evaluate.models.models import ModelUnderTest
+from tools.evaluate.models.rendering import joints, render, source_of
+from tools.evaluate.side_by_side.side_prompts import SidePrompt, cache_tokenizer, prompt_ids, sources_of
+from tools.evaluate.tasks.questions import Question
 
 Asked = dict[str, tuple[Task, list[Question]]]
 """domain -> task and its questions"""

@@ -9,18 +9,18 @@ from dataclasses import asdict
 from typing import Any
 
 from shared.recipe.recipe import Recipe
-from tools.evaluate import sandbox
 from tools.evaluate.asking import Asked, ask_model
-from tools.evaluate.generate_answers import Answer
-from tools.evaluate.made import made
-from tools.evaluate.model_process import leave, serve
-from tools.evaluate.models import ModelUnderTest, model_under_test
-from tools.evaluate.multiple_choice import normalised_scores
-from tools.evaluate.questions import Question, Score, read_questions
-from tools.evaluate.results import heldout_layer, result_path, write_result
-from tools.evaluate.side_prompts import choose_prompts
-from tools.evaluate.side_results import write_side_answers
-from tools.evaluate.tasks import aggregate, task_kind
+from tools.evaluate.models.generate_answers import Answer
+from tools.evaluate.models.model_process import leave, serve
+from tools.evaluate.models.models import ModelUnderTest, model_under_test
+from tools.evaluate.results.made import made
+from tools.evaluate.results.results import heldout_layer, result_path, write_result
+from tools.evaluate.sandbox import sandbox
+from tools.evaluate.side_by_side.side_prompts import choose_prompts
+from tools.evaluate.side_by_side.side_results import write_side_answers
+from tools.evaluate.tasks.multiple_choice import normalised_scores
+from tools.evaluate.tasks.questions import Question, Score, read_questions
+from tools.evaluate.tasks.registry import aggregate, task_kind
 
 SHOWN_CHARACTERS = 20_000
 """Longest prompt, reference or answer kept in the answers file."""
@@ -65,7 +65,7 @@ def evaluate_model(
 def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) -> dict[str, Any] | None:
     if recipe.heldout.fraction == 0:
         return None
-    from tools.evaluate.heldout import evaluate_heldout
+    from tools.evaluate.heldout.heldout import evaluate_heldout
 
     return evaluate_heldout(
         model.files.directory,

@@ -16,7 +16,7 @@ from shared.cache.rows_left_out import answers_line
 from shared.errors import EvaluationError, UsageError
 from shared.recipe.recipe import Recipe, Stage
 from tools.cache.cache_commands import size
-from tools.evaluate.contamination import among_groups, sentence
+from tools.evaluate.tasks.contamination import among_groups, sentence
 from tools.plan.plan_existing import bytes_assumption, bytes_per_position, existing
 from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_lengths import length_figures, length_line, row_lengths

@@ -40,8 +40,8 @@ def _models(asked: Asked) -> Iterator[Problem]:
 
 def evaluation_problems(asked: Asked) -> Iterator[Problem]:
     """Check models, tasks and prompts of the comparison."""
-    from tools.evaluate.questions import read_questions
-    from tools.evaluate.tasks import task_kind
+    from tools.evaluate.tasks.questions import read_questions
+    from tools.evaluate.tasks.registry import task_kind
 
     recipe = asked.recipe
     for i, model in enumerate(recipe.evaluate.models):

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from tools.evaluate.bootstrap import ratio_interval
-from tools.evaluate.results import read_answers
+from tools.evaluate.heldout.bootstrap import ratio_interval
+from tools.evaluate.results.results import read_answers
 
 
 @dataclass(frozen=True, slots=True)

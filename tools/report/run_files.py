@@ -19,9 +19,8 @@ from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
-from tools.evaluate.contamination import among_caches
-from tools.evaluate.results import heldout_layer
-from tools.evaluate.run_shapes import (
+from tools.evaluate.results.results import heldout_layer
+from tools.evaluate.results.run_shapes import (
     MAX_FILE_BYTES,
     AnswerRow,
     Audit,
@@ -38,7 +37,8 @@ from tools.evaluate.run_shapes import (
     read_lines,
     read_object,
 )
-from tools.evaluate.side_figures import Answers, read_side_answers
+from tools.evaluate.side_by_side.side_figures import Answers, read_side_answers
+from tools.evaluate.tasks.contamination import among_caches
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tools.evaluate.results import read_answers
-from tools.evaluate.side_figures import Answers
+from tools.evaluate.results.results import read_answers
+from tools.evaluate.side_by_side.side_figures import Answers
 
 PER_DOMAIN = 20
 MOST_ANSWERS = 20_000

@@ -19,10 +19,11 @@ from shared.recipe.recipe import Recipe
 from teacher_cache.engines.protocol import Generated
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
-from tools.evaluate import all_models, generate_answers
-from tools.evaluate.models import model_under_test
+from tools.evaluate import all_models
+from tools.evaluate.models import generate_answers
+from tools.evaluate.models.models import model_under_test
 from tools.evaluate.one_model import evaluate_model
-from tools.evaluate.results import evaluation_identity, heldout_layer, read_answers, same_identity
+from tools.evaluate.results.results import evaluation_identity, heldout_layer, read_answers, same_identity
 
 CODE = {
     "prompt": "def f(x):\n",

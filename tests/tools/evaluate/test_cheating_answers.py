@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.tools.evaluate.odd_programs import CHEATS, RIGHT
-from tools.evaluate import function_calls, humaneval, sandbox
-from tools.evaluate.questions import Question
+from tools.evaluate.sandbox import function_calls, sandbox
+from tools.evaluate.tasks import humaneval
+from tools.evaluate.tasks.questions import Question
 
 ROOT = Path(__file__).parents[3]
 ROW = {
@@ -107,7 +108,7 @@ HOSTILE = {
 }
 PROBE = """
 import json, sys
-from tools.evaluate import sandbox
+from tools.evaluate.sandbox import sandbox
 hostile = json.load(sys.stdin)
 groups = [sandbox.run_many(["pass", code, "pass"], mechanism=sys.argv[1]) for code in hostile]
 print(json.dumps([[verdict.passed for verdict in group] for group in groups]))

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_llama, make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
-from tools.evaluate import cost
-from tools.evaluate.cost_of_model import measure_model, parameter_figures, resident_bytes
-from tools.evaluate.models import model_under_test
+from tools.evaluate.cost import cost
+from tools.evaluate.cost.cost_of_model import measure_model, parameter_figures, resident_bytes
+from tools.evaluate.models.models import model_under_test
 from tools.report.more_tables import cost_table
 from tools.report.numbers import data_size, times
 

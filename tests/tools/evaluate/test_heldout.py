@@ -14,10 +14,10 @@ from shared.keys import is_heldout
 from student_train.evaluate.heldout_rows import heldout_rows
 from tests.tiny_models import make_llama, make_qwen3, training_text
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
-from tools.evaluate.bootstrap import ratio_interval
-from tools.evaluate.confidence_bins import ConfidenceBins
-from tools.evaluate.heldout import evaluate_heldout
-from tools.evaluate.partings import MOST_PARTINGS, MOST_PER_ROW
+from tools.evaluate.heldout.bootstrap import ratio_interval
+from tools.evaluate.heldout.confidence_bins import ConfidenceBins
+from tools.evaluate.heldout.heldout import evaluate_heldout
+from tools.evaluate.heldout.partings import MOST_PARTINGS, MOST_PER_ROW
 
 FRACTION = 0.4
 

@@ -16,8 +16,8 @@ from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_qwen3
 from tools.cli import main
-from tools.evaluate import lm_eval_tasks
-from tools.evaluate.lm_eval_tasks import fold, parse_tasks, run_lm_eval
+from tools.evaluate.lm_eval import lm_eval_tasks
+from tools.evaluate.lm_eval.lm_eval_tasks import fold, parse_tasks, run_lm_eval
 from tools.report.figures import report_figures
 from tools.report.more_tables import lm_eval_table
 from tools.report.run_files import read_run

@@ -14,13 +14,13 @@ from teacher_cache.engines.protocol import Generated
 from tests.teacher_cache.engines.test_answer_ends import with_base_eos
 from tests.tiny_models import CHATML, TURN_END, make_qwen3
 from tools.evaluate.asking import ask_model
-from tools.evaluate.generate_answers import Ask, generate_answers
-from tools.evaluate.model_ends import foreign_end_ids
-from tools.evaluate.models import model_under_test
-from tools.evaluate.questions import read_questions
-from tools.evaluate.rendering import render, source_of
-from tools.evaluate.results import evaluation_identity
-from tools.evaluate.tasks import task_kind
+from tools.evaluate.models.generate_answers import Ask, generate_answers
+from tools.evaluate.models.model_ends import foreign_end_ids
+from tools.evaluate.models.models import model_under_test
+from tools.evaluate.models.rendering import render, source_of
+from tools.evaluate.results.results import evaluation_identity
+from tools.evaluate.tasks.questions import read_questions
+from tools.evaluate.tasks.registry import task_kind
 
 
 @pytest.fixture(scope="module")

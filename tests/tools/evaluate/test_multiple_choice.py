@@ -17,14 +17,14 @@ from shared.recipe.recipe import Recipe, Task
 from teacher_cache.engines.vllm.vllm_version import installed_vllm
 from tests.tiny_models import make_qwen3, make_tokenizer
 from tests.tools.evaluate.heldout_cache import dense_logprobs
-from tools.evaluate import multiple_choice
 from tools.evaluate.all_models import evaluate_all
-from tools.evaluate.models import model_under_test
+from tools.evaluate.models.models import model_under_test
+from tools.evaluate.models.rendering import render, source_of
 from tools.evaluate.one_model import evaluate_model
-from tools.evaluate.questions import Question, read_questions
-from tools.evaluate.rendering import render, source_of
-from tools.evaluate.results import evaluation_identity, read_answers
-from tools.evaluate.tasks import task_kind
+from tools.evaluate.results.results import evaluation_identity, read_answers
+from tools.evaluate.tasks import multiple_choice
+from tools.evaluate.tasks.questions import Question, read_questions
+from tools.evaluate.tasks.registry import task_kind
 
 PUBMEDQA = Path(__file__).parents[4] / "shared" / "data" / "pubmedqa" / "ori_pqal.json"
 ROWS = [

@@ -10,8 +10,8 @@ import pytest
 
 from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_tokenizer
-from tools.evaluate.questions import Question
-from tools.evaluate.rendering import render, source_of
+from tools.evaluate.models.rendering import render, source_of
+from tools.evaluate.tasks.questions import Question
 
 QUESTION = Question("math.test.jsonl:7", "How many?", "#### 4", {}, shots=(("One and one?", "#### 2"),))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import EvaluationError
-from tools.evaluate import sandbox
+from tools.evaluate.sandbox import sandbox
 
 MECHANISMS = ("bubblewrap", "landlock+seccomp")
 
@@ -211,7 +211,7 @@ def test_a_program_dies_with_its_parent(mechanism: str, tmp_path: Path) -> None:
     """Kill the process that runs a sandbox, as kill -9 would, and see the program end long before its own limit."""
     root = Path(sandbox.__file__).parents[2]
     run = f"sandbox.run('import time; time.sleep(600)', sandbox.Limits(seconds=300), {mechanism!r})"
-    code = f"from tools.evaluate import sandbox; {run}"
+    code = f"from tools.evaluate.sandbox import sandbox; {run}"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "TMPDIR": str(tmp_path)})
 
     def inside() -> list[str]:

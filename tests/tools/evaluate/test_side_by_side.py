@@ -17,12 +17,12 @@ from shared.recipe.recipe import Recipe, SideBySide
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
 from tools.evaluate import all_models
-from tools.evaluate.language import has_switched, languages_of
 from tools.evaluate.one_model import evaluate_model
-from tools.evaluate.side_figures import read_side_answers, side_by_side_figures
-from tools.evaluate.side_prompts import SidePrompt, choose_prompts
-from tools.evaluate.structure import num_kept, structure_of
-from tools.evaluate.terms import terms_of
+from tools.evaluate.side_by_side.language import has_switched, languages_of
+from tools.evaluate.side_by_side.side_figures import read_side_answers, side_by_side_figures
+from tools.evaluate.side_by_side.side_prompts import SidePrompt, choose_prompts
+from tools.evaluate.side_by_side.structure import num_kept, structure_of
+from tools.evaluate.side_by_side.terms import terms_of
 from tools.report.figures import report_figures
 from tools.report.run_files import read_run
 from tools.report.samples import side_samples

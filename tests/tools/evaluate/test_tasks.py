@@ -14,10 +14,11 @@ import pytest
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Task
-from tools.evaluate import gsm8k, humaneval, keywords, sandbox
-from tools.evaluate.code_answer import program_of
-from tools.evaluate.questions import Question, Score, read_questions
-from tools.evaluate.tasks import aggregate, task_kind, wilson_interval
+from tools.evaluate.sandbox import sandbox
+from tools.evaluate.tasks import gsm8k, humaneval, keywords
+from tools.evaluate.tasks.code_answer import program_of
+from tools.evaluate.tasks.questions import Question, Score, read_questions
+from tools.evaluate.tasks.registry import aggregate, task_kind, wilson_interval
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 GSM8K, HUMANEVAL = DATA / "gsm8k" / "train.jsonl", DATA / "humaneval" / "HumanEval.jsonl.gz"

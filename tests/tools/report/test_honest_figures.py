@@ -17,7 +17,7 @@ from shared.cache.groups import question_key
 from shared.keys import is_heldout
 from shared.recipe.file import load_recipe
 from tests.tools.report.fake_run import make_run, write_json
-from tools.evaluate.contamination import among_caches, among_groups, sentence
+from tools.evaluate.tasks.contamination import among_caches, among_groups, sentence
 from tools.report.build import build_report
 from tools.report.course_view import course_plots, course_series
 from tools.report.run_files import read_run

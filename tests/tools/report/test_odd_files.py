@@ -14,9 +14,9 @@ import pytest
 
 from shared.errors import DecantError
 from tests.tools.report.fake_run import make_run, write_evaluation, write_json
-from tools.evaluate.code_answer import program_of
-from tools.evaluate.run_shapes import Bin, Evaluation, fault_of, read_lines, read_object
-from tools.evaluate.terms import num_kept, terms_of
+from tools.evaluate.results.run_shapes import Bin, Evaluation, fault_of, read_lines, read_object
+from tools.evaluate.side_by_side.terms import num_kept, terms_of
+from tools.evaluate.tasks.code_answer import program_of
 from tools.report import confidence_plots, course_view, plots
 from tools.report.build import build_report
 

@@ -24,11 +24,11 @@ import xxhash
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
-from tools.evaluate.model_ends import foreign_end_ids, named_ends
-from tools.evaluate.model_process import run_in_process
-from tools.evaluate.models import ModelUnderTest, model_under_test
-from tools.evaluate.rendering import rendering_sources
-from tools.evaluate.results import read_result, same_identity
+from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
+from tools.evaluate.models.model_process import run_in_process
+from tools.evaluate.models.models import ModelUnderTest, model_under_test
+from tools.evaluate.models.rendering import rendering_sources
+from tools.evaluate.results.results import read_result, same_identity
 
 LM_EVAL_FORMAT = 1
 """Raised whenever figures would come out differently for the same inputs."""
@@ -182,7 +182,9 @@ def _run(
         "identity": identity,
         "result": str(path),
     }
-    run_in_process("tools.evaluate.lm_eval_model", job, lm_eval_path(recipe, model.name, "log"), model.name, say)
+    run_in_process(
+        "tools.evaluate.lm_eval.lm_eval_model", job, lm_eval_path(recipe, model.name, "log"), model.name, say
+    )
     result = read_result(path)
     if result is None:
         raise EvaluationError(

@@ -20,12 +20,12 @@ from typing import Any
 from shared.recipe.recipe import Generate, Recipe
 from teacher_cache.engines.protocol import GenerateRequest
 from teacher_cache.teacher.model_files import load_tokenizer
-from tools.evaluate.cost import cost_prompts
-from tools.evaluate.generate_answers import Ask, open_for
-from tools.evaluate.model_ends import taught_end_ids
-from tools.evaluate.model_process import leave, serve
-from tools.evaluate.models import ModelUnderTest, model_under_test
-from tools.evaluate.side_prompts import cache_tokenizer, prompt_ids, sources_of
+from tools.evaluate.cost.cost import cost_prompts
+from tools.evaluate.models.generate_answers import Ask, open_for
+from tools.evaluate.models.model_ends import taught_end_ids
+from tools.evaluate.models.model_process import leave, serve
+from tools.evaluate.models.models import ModelUnderTest, model_under_test
+from tools.evaluate.side_by_side.side_prompts import cache_tokenizer, prompt_ids, sources_of
 
 LONGEST_ANSWER = 64
 ALONE = 4

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.evaluate import function_calls, sandbox
-from tools.evaluate.code_answer import preamble_of, program_of
-from tools.evaluate.questions import Question, Score, text_column
+from tools.evaluate.sandbox import function_calls, sandbox
+from tools.evaluate.tasks.code_answer import preamble_of, program_of
+from tools.evaluate.tasks.questions import Question, Score, text_column
 
 METRIC = "pass@1: the function passes its tests"
 

@@ -23,10 +23,10 @@ from typing import Any
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe, SideBySide
 from shared.seconds import add_seconds
-from tools.evaluate.model_process import run_in_process
-from tools.evaluate.models import ModelUnderTest, model_under_test
-from tools.evaluate.results import read_result, same_identity, write_result
-from tools.evaluate.side_prompts import SidePrompt, choose_prompts, digest_of
+from tools.evaluate.models.model_process import run_in_process
+from tools.evaluate.models.models import ModelUnderTest, model_under_test
+from tools.evaluate.results.results import read_result, same_identity, write_result
+from tools.evaluate.side_by_side.side_prompts import SidePrompt, choose_prompts, digest_of
 
 COST_FORMAT = 1
 """Raised whenever figures would come out differently for the same inputs."""
@@ -128,7 +128,7 @@ def _measure(recipe: Recipe, name: str, say: Callable[[str], None]) -> dict[str,
     found = directory / f"{name}.round.json"
     job = {"recipe": recipe.model_dump_json(), "model": name, "result": str(found)}
     found.unlink(missing_ok=True)
-    run_in_process("tools.evaluate.cost_of_model", job, directory / f"{name}.log", name, lambda line: None)
+    run_in_process("tools.evaluate.cost.cost_of_model", job, directory / f"{name}.log", name, lambda line: None)
     try:
         return dict(json.loads(found.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:

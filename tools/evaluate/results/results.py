@@ -27,10 +27,10 @@ from shared.errors import EvaluationError
 from shared.identity.grown import unmoved
 from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe, Task
-from tools.evaluate.model_ends import foreign_end_ids, named_ends
-from tools.evaluate.models import ModelUnderTest
-from tools.evaluate.rendering import rendering_settings, source_of
-from tools.evaluate.run_shapes import AnswerRow, read_lines
+from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
+from tools.evaluate.models.models import ModelUnderTest
+from tools.evaluate.models.rendering import rendering_settings, source_of
+from tools.evaluate.results.run_shapes import AnswerRow, read_lines
 
 RESULT_FORMAT = 3
 """Raised whenever figures would come out differently for the same inputs."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
-from tools.evaluate import scratch_directory
+from tools.evaluate.sandbox import scratch_directory
 
 _TICK_SECONDS = 0.05
 _START_SECONDS = 20.0

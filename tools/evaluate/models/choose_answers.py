@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from teacher_cache.engines.protocol import ScoreRequest
-from tools.evaluate.generate_answers import Answer
-from tools.evaluate.multiple_choice import Choice, choices_of, chosen
-from tools.evaluate.questions import Question
+from tools.evaluate.models.generate_answers import Answer
+from tools.evaluate.tasks.multiple_choice import Choice, choices_of, chosen
+from tools.evaluate.tasks.questions import Question
 
 ChoiceIds = Sequence[Sequence[Sequence[int]]]
 """Token ids of each question's choices."""

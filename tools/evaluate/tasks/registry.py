@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from shared.recipe.recipe import Task
-from tools.evaluate import gsm8k, humaneval, keywords, multiple_choice
-from tools.evaluate.questions import Question, Score, TaskKind, TaskScore
+from tools.evaluate.tasks import gsm8k, humaneval, keywords, multiple_choice
+from tools.evaluate.tasks.questions import Question, Score, TaskKind, TaskScore
 
 _KINDS: dict[str, TaskKind] = {
     "gsm8k": cast("TaskKind", gsm8k),

@@ -34,9 +34,9 @@ from student_train.evaluate.heldout_rows import heldout_rows
 from student_train.operator.fused_loss import PositionScores, evaluate_positions
 from student_train.student.rows_alone import run_rows_alone
 from student_train.student.student_head import body_of, check_head, head_of
-from tools.evaluate.confidence_bins import ConfidenceBins
-from tools.evaluate.heldout_sums import HeldoutSums, RowMeasure
-from tools.evaluate.partings import Partings, largest_of_row
+from tools.evaluate.heldout.confidence_bins import ConfidenceBins
+from tools.evaluate.heldout.heldout_sums import HeldoutSums, RowMeasure
+from tools.evaluate.heldout.partings import Partings, largest_of_row
 
 
 def evaluate_heldout(

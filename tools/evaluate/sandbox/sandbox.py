@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
-from tools.evaluate import scratch_directory
-from tools.evaluate.confined_process import Confined, Limits, watch
-from tools.evaluate.sandbox_filter import seccomp_filter
+from tools.evaluate.sandbox import scratch_directory
+from tools.evaluate.sandbox.confined_process import Confined, Limits, watch
+from tools.evaluate.sandbox.sandbox_filter import seccomp_filter
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/nix/store")

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.evaluate.language import has_switched, languages_of
-from tools.evaluate.results import read_answers
-from tools.evaluate.run_shapes import SideRow
-from tools.evaluate.structure import num_kept as structure_kept
-from tools.evaluate.structure import structure_of
-from tools.evaluate.terms import num_kept as terms_kept
-from tools.evaluate.terms import terms_of
+from tools.evaluate.results.results import read_answers
+from tools.evaluate.results.run_shapes import SideRow
+from tools.evaluate.side_by_side.language import has_switched, languages_of
+from tools.evaluate.side_by_side.structure import num_kept as structure_kept
+from tools.evaluate.side_by_side.structure import structure_of
+from tools.evaluate.side_by_side.terms import num_kept as terms_kept
+from tools.evaluate.side_by_side.terms import terms_of
 
 Answers = dict[str, dict[int, dict[str, Any]]]
 """temperature -> number of the prompt -> kept row"""

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tools.evaluate.bootstrap import ratio_interval
-from tools.evaluate.confidence_bins import ConfidenceBins
+from tools.evaluate.heldout.bootstrap import ratio_interval
+from tools.evaluate.heldout.confidence_bins import ConfidenceBins
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from typing import Any
 from shared.errors import EvaluationError
 from shared.models.checkpoint import check_checkpoint
 from shared.models.end_tokens import checked_ids
-from tools.evaluate.lm_eval_tasks import fold
-from tools.evaluate.model_process import leave, serve
-from tools.evaluate.results import write_result
+from tools.evaluate.lm_eval.lm_eval_tasks import fold
+from tools.evaluate.models.model_process import leave, serve
+from tools.evaluate.results.results import write_result
 
 CPU_BATCH = 8
 

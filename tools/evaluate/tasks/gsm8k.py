@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from tools.evaluate.questions import Question, Score, text_column
+from tools.evaluate.tasks.questions import Question, Score, text_column
 
 METRIC = "exact match of the final number"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.evaluate.questions import Question, Score, text_column
+from tools.evaluate.tasks.questions import Question, Score, text_column
 
 METRIC = "share of keywords named"
 

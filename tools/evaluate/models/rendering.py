@@ -15,7 +15,7 @@ from shared.cache.rendering import rendered_sources
 from shared.recipe.recipe import PromptSource, Recipe, Task
 from teacher_cache.prompts.prompts import Conversation
 from teacher_cache.prompts.spans import Template
-from tools.evaluate.questions import Question
+from tools.evaluate.tasks.questions import Question
 
 
 def source_of(recipe: Recipe, task: Task) -> PromptSource:

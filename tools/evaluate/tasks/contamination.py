@@ -13,8 +13,8 @@ from shared.cache.cache import Cache
 from shared.cache.groups import GroupRule, question_key, questions_among
 from shared.keys import is_heldout
 from shared.recipe.recipe import Recipe, Task
-from tools.evaluate.questions import read_questions
-from tools.evaluate.tasks import task_kind
+from tools.evaluate.tasks.questions import read_questions
+from tools.evaluate.tasks.registry import task_kind
 
 
 def among_caches(recipe: Recipe, task: Task, caches: Sequence[Cache]) -> dict[str, int]:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.evaluate.questions import Question, Score, text_column
+from tools.evaluate.tasks.questions import Question, Score, text_column
 
 METRIC = "share of questions whose right choice is the most likely"
 PUBMEDQA_CHOICES = ("yes", "no", "maybe")

@@ -22,12 +22,12 @@ from shared.cache.cache import Cache
 from shared.errors import EvaluationError
 from shared.keys import is_heldout
 from shared.recipe.recipe import PromptSource, Recipe, SideBySide
-from tools.evaluate.models import ModelUnderTest
-from tools.evaluate.question_files import read_rows
-from tools.evaluate.questions import Question, read_questions, text_column
-from tools.evaluate.rendering import render, rendering_settings, rendering_sources, source_of
-from tools.evaluate.results import heldout_layer
-from tools.evaluate.tasks import task_kind
+from tools.evaluate.models.models import ModelUnderTest
+from tools.evaluate.models.rendering import render, rendering_settings, rendering_sources, source_of
+from tools.evaluate.results.results import heldout_layer
+from tools.evaluate.tasks.question_files import read_rows
+from tools.evaluate.tasks.questions import Question, read_questions, text_column
+from tools.evaluate.tasks.registry import task_kind
 
 SIZES = {"quick": 10, "medium": 50, "full": 350}
 SHORTEST_PROMPT = 2

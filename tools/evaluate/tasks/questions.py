@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Task
-from tools.evaluate.question_files import read_rows
+from tools.evaluate.tasks.question_files import read_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from shared.cache.trained_ends import trained_ends
 from shared.models.end_tokens import declared_end_ids, end_token_ids, special_ids
 from shared.recipe.recipe import PromptSource, Recipe
 from teacher_cache.teacher.model_files import load_tokenizer
-from tools.evaluate.models import ModelUnderTest
-from tools.evaluate.rendering import template_end
+from tools.evaluate.models.models import ModelUnderTest
+from tools.evaluate.models.rendering import template_end
 
 
 def taught_end_ids(recipe: Recipe, tokenizer: Any, sources: Sequence[PromptSource]) -> tuple[int, ...]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.recipe.recipe import Recipe
-from tools.evaluate.generate_answers import Answer
-from tools.evaluate.model_ends import foreign_end_ids, named_ends
-from tools.evaluate.models import ModelUnderTest
-from tools.evaluate.results import write_result
-from tools.evaluate.side_prompts import SidePrompt, digest_of, sources_of
+from tools.evaluate.models.generate_answers import Answer
+from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
+from tools.evaluate.models.models import ModelUnderTest
+from tools.evaluate.results.results import write_result
+from tools.evaluate.side_by_side.side_prompts import SidePrompt, digest_of, sources_of
 
 SIDE_FORMAT = 1
 """Raised whenever answers would come out differently for the same inputs."""

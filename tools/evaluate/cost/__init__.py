@@ -1,0 +1,1 @@
+"""What does each model cost on this machine: memory, first token, tokens per second?"""

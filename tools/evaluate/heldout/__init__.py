@@ -1,0 +1,1 @@
+"""How close is a model to the teacher on rows that nothing trained on, as sums and intervals over rows?"""

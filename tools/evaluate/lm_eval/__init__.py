@@ -1,0 +1,1 @@
+"""What does each model reach on published benchmarks?"""

@@ -1,0 +1,1 @@
+"""Which models are compared, what are they asked with, and how do they answer?"""

@@ -1,0 +1,1 @@
+"""How does a program that a model wrote run without harm?"""

@@ -1,0 +1,1 @@
+"""What is asked, and when is an answer right? One file a task; `registry` lists them."""
