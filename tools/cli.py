@@ -136,7 +136,7 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from tools.export_run import export_run
+    from tools.export.export_run import export_run
 
     with _stdout_kept(args):
         result = export_run(args.run, args.stage, args.output, keep_adapter=args.keep_adapter, dtype=args.dtype)
@@ -155,7 +155,7 @@ def _cache(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from tools.doctor import examine, text
+    from tools.doctor.doctor import examine, text
 
     checks = examine()
     _result(args, [check.as_dict() for check in checks], text(checks))
@@ -186,7 +186,7 @@ def _load(args: argparse.Namespace, phases: PhasesOf | None = None, *, save: boo
 
     recipe, where = load_recipe_and_places(args.recipe, args.overrides)
     if phases is not None:
-        from tools.plan.preflight import preflight
+        from tools.plan.preflight.checks import preflight
 
         with _stdout_kept(args):
             preflight(recipe, where, phases(args, recipe), plans_only=not save)

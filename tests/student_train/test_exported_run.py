@@ -149,7 +149,7 @@ def test_adapter_of_a_fully_trained_student_is_refused(recipe_of, capsys):
 
 
 def test_card_cannot_be_broken_by_names(trained):
-    from tools.model_card import model_card
+    from tools.export.model_card import model_card
 
     bad = trained.model_copy(update={"name": "a\n# b | `c` <img>"})
     card = model_card(bad, bad.stages[0], {"models": {}, "stages": {}}, [], "w")

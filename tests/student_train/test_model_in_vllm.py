@@ -9,7 +9,7 @@ import torch
 
 from shared.recipe.file import dump_recipe
 from student_train.stage.stages import run_stages
-from tools.export_run import export_run
+from tools.export.export_run import export_run
 
 pytest.importorskip("vllm")
 

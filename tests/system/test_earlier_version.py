@@ -144,7 +144,7 @@ def test_the_recipe_that_a_run_wrote_out_is_read_with_every_option_of_version_1(
 def test_a_run_is_reported_and_exported_from_anywhere(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tools.export_run import export_run
+    from tools.export.export_run import export_run
     from tools.report.run_files import read_run
 
     monkeypatch.chdir(tmp_path.parent)

@@ -214,7 +214,7 @@ def test_json_is_alone_on_standard_output_whatever_libraries_print(recipe):
     program = f"""
 import os, sys
 from tools import cli, phases
-from tools.plan import preflight
+from tools.plan.preflight import checks as preflight
 preflight.CHECKS = ()
 def train(recipe, first, last):
     print("a library talks")
@@ -232,7 +232,7 @@ sys.exit(cli.main(["train", {str(recipe)!r}, "--json"]))
 def test_resolved_recipe_is_saved_with_the_run(recipe, tmp_path, monkeypatch):
     from shared.recipe.file import load_recipe
     from tools import phases
-    from tools.plan import preflight
+    from tools.plan.preflight import checks as preflight
 
     monkeypatch.setattr(phases, "train", lambda recipe, first, last: ({}, ""))
     monkeypatch.setattr(preflight, "CHECKS", ())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.program import ROOT
-from tools import doctor_gpu
+from tools.doctor import doctor_gpu
 
 SMI = """#!/bin/sh
 case "$*" in

@@ -26,9 +26,9 @@ from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe, Stage
 from teacher_cache.engines.vllm.vllm_version import serving_command
 from tools.cache.staged_directory import publish, refuse_existing, staging_path
-from tools.card_use import Talk
-from tools.export_dtype import convert_weights
-from tools.model_card import model_card
+from tools.export.card_use import Talk
+from tools.export.export_dtype import convert_weights
+from tools.export.model_card import model_card
 from tools.report.figures import report_figures
 from tools.report.run_files import read_run
 

@@ -18,7 +18,7 @@ from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER
 from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.training import Stage, StageTrainer
 from tools.plan.plan_lengths import row_lengths
-from tools.plan.preflight_asked import Asked, said
+from tools.plan.preflight.preflight_asked import Asked, said
 
 LAYER_NAME = re.compile(r"(top\d+)?(-?sample\d+)?", re.ASCII)
 

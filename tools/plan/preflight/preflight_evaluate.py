@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.recipe.base import Problem
-from tools.plan.preflight_asked import Asked, Place, said
-from tools.plan.preflight_models import model_problem
+from tools.plan.preflight.preflight_asked import Asked, Place, said
+from tools.plan.preflight.preflight_models import model_problem
 
 
 def _models(asked: Asked) -> Iterator[Problem]:

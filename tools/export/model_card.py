@@ -11,8 +11,8 @@ from typing import Any
 
 from shared.recipe.recipe import Loss, Recipe, Stage
 from shared.recipe.schedule import Schedule
-from tools.base_licence import base_facts
-from tools.card_use import Talk, use_lines
+from tools.export.base_licence import base_facts
+from tools.export.card_use import Talk, use_lines
 from tools.report.tables import model_header, model_rows
 
 FORMULA_PAGE = "docs/losses.md"

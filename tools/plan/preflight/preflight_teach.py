@@ -8,8 +8,8 @@ from pathlib import Path
 from shared.cache.layout import read_header
 from shared.cache.rendering import template_text
 from shared.recipe.base import Problem
-from tools.plan.preflight_asked import Asked, said
-from tools.plan.preflight_models import model_problem
+from tools.plan.preflight.preflight_asked import Asked, said
+from tools.plan.preflight.preflight_models import model_problem
 
 
 def teacher_problems(asked: Asked) -> Iterator[Problem]:

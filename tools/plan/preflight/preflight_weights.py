@@ -12,7 +12,7 @@ from typing import Any
 
 from shared.recipe.base import Problem
 from shared.recipe.recipe import Recipe
-from tools.plan.preflight_asked import Asked, Place, said
+from tools.plan.preflight.preflight_asked import Asked, Place, said
 
 
 def weight_problems(asked: Asked) -> Iterator[Problem]:

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.doctor_gpu import check_gpu
-from tools.doctor_packages import check_engine, check_packages, check_torchvision, installed
+from tools.doctor.doctor_gpu import check_gpu
+from tools.doctor.doctor_packages import check_engine, check_packages, check_torchvision, installed
 
 MIN_MEMORY_GB = 8
 MIN_DISK_GB = 5
@@ -81,7 +81,7 @@ def _shared_place() -> Check:
     """Say where `shared` comes from: such a name can be shadowed by another package or the current directory."""
     import shared
 
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     place = Path(shared.__file__ or "").resolve().parent
     fine = place == root / "shared"
     return Check(

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from shared.recipe.base import closest
-from tools.plan.preflight_asked import said
+from tools.plan.preflight.preflight_asked import said
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 HUB_SECONDS = 3

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from tools.doctor_packages import Answer
+from tools.doctor.doctor_packages import Answer
 
 OLDEST_DRIVER = {13: 580, 12: 525}
 """By CUDA version of torch's build: the oldest driver that runs it. The wheels of today are of CUDA 13."""

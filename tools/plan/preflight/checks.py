@@ -16,12 +16,12 @@ from pathlib import Path
 from shared.recipe.base import Problem
 from shared.recipe.file import Where, listed
 from shared.recipe.recipe import Recipe
-from tools.plan.preflight_asked import Asked
-from tools.plan.preflight_evaluate import evaluation_problems
-from tools.plan.preflight_stages import stage_problems
-from tools.plan.preflight_student import student_problems
-from tools.plan.preflight_teach import prompt_problems, teacher_problems
-from tools.plan.preflight_weights import cache_problems, training_problems, weight_problems
+from tools.plan.preflight.preflight_asked import Asked
+from tools.plan.preflight.preflight_evaluate import evaluation_problems
+from tools.plan.preflight.preflight_stages import stage_problems
+from tools.plan.preflight.preflight_student import student_problems
+from tools.plan.preflight.preflight_teach import prompt_problems, teacher_problems
+from tools.plan.preflight.preflight_weights import cache_problems, training_problems, weight_problems
 
 
 def preflight(recipe: Recipe, where: Where, phases: Collection[str], *, plans_only: bool) -> None:

@@ -9,8 +9,8 @@ from shared.cache.layout import read_header
 from shared.errors import DecantError
 from shared.identity.identity import tokenizer_hash
 from shared.recipe.base import Problem
-from tools.plan.preflight_asked import Asked, said
-from tools.plan.preflight_models import model_problem
+from tools.plan.preflight.preflight_asked import Asked, said
+from tools.plan.preflight.preflight_models import model_problem
 
 
 def student_problems(asked: Asked) -> Iterator[Problem]:

@@ -1,0 +1,1 @@
+"""What can this machine do, and which command mends what it cannot?"""
