@@ -36,8 +36,8 @@ from teacher_cache.build import teach
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.passes.progress import Progress
 from teacher_cache.passes.summary import PassFigures
+from teacher_cache.prompts.formats.prompt_formats import Conversation
 from teacher_cache.prompts.problems import Problems
-from teacher_cache.prompts.prompt_formats import Conversation
 from teacher_cache.prompts.prompts import read_prompts
 
 PLAIN: dict[str, Any] = {"limit": None, "config": None, "columns": {}, "ignore": ()}

@@ -136,8 +136,8 @@ def guess_format(prompts: str) -> tuple[str, str]:
     >>> guess_format("no/such/file.jsonl")
     ('messages', '')
     """
-    from teacher_cache.prompts.prompt_files import LocalFiles, locate
-    from teacher_cache.prompts.prompt_readers import read_file
+    from teacher_cache.prompts.files.prompt_files import LocalFiles, locate
+    from teacher_cache.prompts.files.prompt_readers import read_file
 
     try:
         place = locate(PromptSource(source="main", path=prompts, format="text")) if _is_local(prompts) else None

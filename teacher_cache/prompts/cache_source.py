@@ -19,7 +19,7 @@ from shared.cache.layout import read_header, sequences_dir
 from shared.errors import IdentityError
 from shared.parts.records import list_records
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.prompt_formats import Conversation, GivenSequence
+from teacher_cache.prompts.formats.prompt_formats import Conversation, GivenSequence
 
 FORMAT = "cache"
 

@@ -17,11 +17,11 @@ from typing import Any
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.cache_source import FORMAT, read_cache
+from teacher_cache.prompts.files.prompt_files import HubDataset, locate
+from teacher_cache.prompts.files.prompt_readers import MAX_LINE_BYTES, read_file, read_hub
+from teacher_cache.prompts.formats.prompt_columns import Columns
+from teacher_cache.prompts.formats.prompt_formats import Conversation, group_text, parse_row, prompt_turns
 from teacher_cache.prompts.problems import THRESHOLD, Problem, Problems
-from teacher_cache.prompts.prompt_columns import Columns
-from teacher_cache.prompts.prompt_files import HubDataset, locate
-from teacher_cache.prompts.prompt_formats import Conversation, group_text, parse_row, prompt_turns
-from teacher_cache.prompts.prompt_readers import MAX_LINE_BYTES, read_file, read_hub
 
 __all__ = [
     "MAX_LINE_BYTES",

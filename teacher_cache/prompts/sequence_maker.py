@@ -19,7 +19,7 @@ from shared.parts.jobs import PlanRow
 from shared.parts.sequences import SequenceRow, make_row
 from shared.recipe.recipe import PromptSource
 from shared.schema import MAX_TOKENS_PER_ROW
-from teacher_cache.prompts.spans import Template
+from teacher_cache.prompts.templates.spans import Template
 from teacher_cache.prompts.work_list import conversation_of
 
 TOKENIZED_AT_ONCE = 64

@@ -31,10 +31,16 @@ from shared.keys import canonical_json, content_key, group_key, row_key
 from shared.parts.jobs import PlanRow
 from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.prompts.cache_source import FORMAT, cache_content_hash
+from teacher_cache.prompts.files.prompt_files import content_hash
+from teacher_cache.prompts.formats.prompt_formats import (
+    Conversation,
+    GivenSequence,
+    group_text,
+    prompt_text,
+    prompt_turns,
+)
+from teacher_cache.prompts.formats.prompt_turns import Message
 from teacher_cache.prompts.problems import Problems
-from teacher_cache.prompts.prompt_files import content_hash
-from teacher_cache.prompts.prompt_formats import Conversation, GivenSequence, group_text, prompt_text, prompt_turns
-from teacher_cache.prompts.prompt_turns import Message
 
 RENDERING_SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs", "supervise", "date")
 READING_SETTINGS = ("config", "columns", "ignore")

@@ -13,7 +13,7 @@ from shared.cache.groups import question_key, questions_among
 from shared.errors import DamagedError
 from shared.identity.identity import SequencesIdentity
 from shared.parts.sequences import make_row
-from teacher_cache.prompts.prompt_formats import group_text
+from teacher_cache.prompts.formats.prompt_formats import group_text
 
 IDENTITY = SequencesIdentity(tokenizer_hash="t", vocab_size=16)
 DIALOGUE = [

@@ -12,8 +12,8 @@ from shared.errors import PromptError
 from shared.recipe.recipe import Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
-from teacher_cache.prompts.chat_template import ChatTemplate
-from teacher_cache.prompts.spans import Template
+from teacher_cache.prompts.templates.chat_template import ChatTemplate
+from teacher_cache.prompts.templates.spans import Template
 from tests.teacher_cache.fake_engine import FakeEngine
 from tests.tiny_models import CHATML, make_qwen3
 from tools.plan.plan_prompts import count_prompts

@@ -94,7 +94,7 @@ def test_a_cache_without_prompts_is_calibrated_by_scoring_its_rows(tmp_path, mod
 
 def test_a_sample_s_rows_are_read_as_the_rows_that_they_were():
     from teacher_cache.calibration import _as_row
-    from teacher_cache.prompts.prompt_formats import Conversation, parse_row
+    from teacher_cache.prompts.formats.prompt_formats import Conversation, parse_row
 
     turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "7", "weight": 0, "thinking": "hm"}]
     row = {"conversations": turns, "system": "Be brief.", "tools": '[{"name": "find_disk"}]', "answer": "7"}

@@ -13,8 +13,8 @@ import pytest
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.prompt_formats import Conversation, parse_row
-from teacher_cache.prompts.spans import Template
+from teacher_cache.prompts.formats.prompt_formats import Conversation, parse_row
+from teacher_cache.prompts.templates.spans import Template
 from tests.teacher_cache.family_templates import COMPLETE, FAMILIES, family_tokenizer
 
 TOOL = {

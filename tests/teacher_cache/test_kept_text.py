@@ -9,9 +9,9 @@ import pytest
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.kept_text import missing_of_answer, missing_of_prompt
-from teacher_cache.prompts.prompt_formats import Conversation
-from teacher_cache.prompts.spans import Template
+from teacher_cache.prompts.formats.prompt_formats import Conversation
+from teacher_cache.prompts.templates.kept_text import missing_of_answer, missing_of_prompt
+from teacher_cache.prompts.templates.spans import Template
 from tests.tiny_models import CHATML, make_tokenizer
 
 THOUGHT = "seven apples are on the node"

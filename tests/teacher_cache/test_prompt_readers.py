@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from shared.errors import PromptError
-from teacher_cache.prompts.prompt_readers import MAX_LINE_BYTES, open_bytes, read_file
+from teacher_cache.prompts.files.prompt_readers import MAX_LINE_BYTES, open_bytes, read_file
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
+from teacher_cache.prompts.formats.prompt_formats import parse_row
 from teacher_cache.prompts.problems import Problems
-from teacher_cache.prompts.prompt_formats import parse_row
 from teacher_cache.prompts.prompts import read_prompts
 
 ASK, SAY = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}

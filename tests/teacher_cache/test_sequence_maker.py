@@ -8,9 +8,9 @@ import pytest
 
 from shared.parts.jobs import PlanRow
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.prompt_formats import Conversation
+from teacher_cache.prompts.formats.prompt_formats import Conversation
 from teacher_cache.prompts.sequence_maker import TOKENIZED_AT_ONCE, SequenceMaker, UnusableRowError
-from teacher_cache.prompts.spans import Template
+from teacher_cache.prompts.templates.spans import Template
 from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 
 MAX_MODEL_LEN = 60

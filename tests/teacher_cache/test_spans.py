@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.prompt_formats import Conversation
-from teacher_cache.prompts.spans import Template
+from teacher_cache.prompts.formats.prompt_formats import Conversation
+from teacher_cache.prompts.templates.spans import Template
 from tests.tiny_models import make_tokenizer
 
 QWEN = Path(__file__).resolve().parents[3] / "shared/data/qwen_tokenizer"

@@ -9,8 +9,8 @@ import pytest
 
 from shared.keys import group_key
 from shared.recipe.recipe import Generate, PromptSource, Recipe
+from teacher_cache.prompts.formats.prompt_formats import Conversation
 from teacher_cache.prompts.problems import Problems
-from teacher_cache.prompts.prompt_formats import Conversation
 from teacher_cache.prompts.work_list import Tally, conversation_of, list_rows, request_of, request_seed
 
 PATH = "math.jsonl"

@@ -183,7 +183,7 @@ def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
     """Enter the sources of which something is out of reach with their stated sizes, and return the recipe with the
     others alone.
     """
-    from teacher_cache.prompts.prompt_files import locate
+    from teacher_cache.prompts.files.prompt_files import locate
 
     reasons: dict[str, PromptError] = {}
     for prompt in recipe.prompts:
@@ -284,7 +284,7 @@ def _templates(recipe: Recipe) -> tuple[Any, list[Any]]:
         EngineError: the tokenizer cannot be loaded.
         PromptError: it has no template that renders.
     """
-    from teacher_cache.prompts.spans import Template
+    from teacher_cache.prompts.templates.spans import Template
     from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 
     assert recipe.teacher is not None

@@ -38,7 +38,7 @@ def teacher_problems(asked: Asked) -> Iterator[Problem]:
 
 def prompt_problems(asked: Asked) -> Iterator[Problem]:
     """Check that every source of prompts and every template is there, and every cache that rows are taken from."""
-    from teacher_cache.prompts.prompt_files import locate
+    from teacher_cache.prompts.files.prompt_files import locate
 
     for i, prompt in enumerate(asked.recipe.prompts):
         if prompt.format == "cache":

@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from shared.errors import PromptError
 from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.chat_template import ChatTemplate, UnrenderableError
-from teacher_cache.prompts.kept_text import missing_of_answer, missing_of_prompt
-from teacher_cache.prompts.prompt_formats import Conversation, prompt_turns
-from teacher_cache.prompts.prompt_turns import Message
-from teacher_cache.prompts.way_out import way_out
+from teacher_cache.prompts.formats.prompt_formats import Conversation, prompt_turns
+from teacher_cache.prompts.formats.prompt_turns import Message
+from teacher_cache.prompts.templates.chat_template import ChatTemplate, UnrenderableError
+from teacher_cache.prompts.templates.kept_text import missing_of_answer, missing_of_prompt
+from teacher_cache.prompts.templates.way_out import way_out
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.int32]]
 """token ids [T] and spans [n, 2], start and end (exclusive)"""

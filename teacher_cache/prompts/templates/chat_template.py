@@ -19,7 +19,7 @@ from shared.cache.rendering import template_text
 from shared.errors import PromptError
 from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.prompt_turns import Message, texts_in
+from teacher_cache.prompts.formats.prompt_turns import Message, texts_in
 
 CLOCK = "strftime_now"
 """What templates call for the current date: the only clock that transformers gives them."""

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.prompt_formats import Conversation
-from teacher_cache.prompts.prompt_turns import THOUGHTS, Message
+from teacher_cache.prompts.formats.prompt_formats import Conversation
+from teacher_cache.prompts.formats.prompt_turns import THOUGHTS, Message
 
 NOTHING_HELPS = "give a template that renders it in `chat_template`, or remove the row"
 LAST = "set `supervise: last`, which trains a row's last answer and takes the turns before it as context"

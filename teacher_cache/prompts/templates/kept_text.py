@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from teacher_cache.prompts.prompt_turns import THOUGHTS, Message
+from teacher_cache.prompts.formats.prompt_turns import THOUGHTS, Message
 
 Missing = tuple[str, str]
 """What is missing, in words, and its text."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from shared.cache.groups import normalised
 from shared.recipe.prompts import COLUMNS
-from teacher_cache.prompts.prompt_turns import (
+from teacher_cache.prompts.formats.prompt_turns import (
     ROLES,
     SHAREGPT_ROLES,
     Message,

@@ -16,7 +16,7 @@ import xxhash
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.prompt_directories import Chosen, kind_of, of_directory, of_file, of_glob
+from teacher_cache.prompts.files.prompt_directories import Chosen, kind_of, of_directory, of_file, of_glob
 
 _BLOCK_BYTES = 2**22
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from shared.errors import PromptError
 from shared.text_encoding import other_encoding
-from teacher_cache.prompts.prompt_directories import kind_of
+from teacher_cache.prompts.files.prompt_directories import kind_of
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line, or plain text, that is read."""

@@ -14,8 +14,8 @@ from typing import Any
 from shared.errors import PromptError
 from shared.recipe.prompts import ALIASES, COLUMNS
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.prompt_formats import REFERENCE_KEYS
-from teacher_cache.prompts.prompt_turns import is_empty
+from teacher_cache.prompts.formats.prompt_formats import REFERENCE_KEYS
+from teacher_cache.prompts.formats.prompt_turns import is_empty
 
 TURN_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "output")
 

@@ -1,0 +1,1 @@
+"""Which files does a source name, and how are they read, one row at a time?"""
