@@ -172,15 +172,18 @@ class LayerWriter(RowsWriter):
         """
         self.check_rows(stem, keys, [row.num_positions for row in targets])
         blobs = self._codec.encode_rows(targets)
-        columns = {
-            "key": list(keys),
-            "num_positions": [row.num_positions for row in targets],
-            "teacher_nll_nats": [float(-row.label_logprobs.sum(dtype=np.float64)) for row in targets],
-            "blob": blobs,
-        }
-        table = pa.Table.from_arrays([pa.array(columns[f.name], type=f.type) for f in TARGETS], schema=TARGETS)
-        stats = targets_stats(targets, sum(map(len, blobs)))
-        return self.commit(stem, table, stats, software)
+        nll = [float(-row.label_logprobs.sum(dtype=np.float64)) for row in targets]
+        table = targets_table(keys, [row.num_positions for row in targets], nll, blobs)
+        return self.commit(stem, table, targets_stats(targets, sum(map(len, blobs))), software)
+
+
+def targets_table(
+    keys: Sequence[bytes], num_positions: Sequence[int], teacher_nll_nats: Sequence[float], blobs: Sequence[bytes]
+) -> pa.Table:
+    """Return the table of a targets part, a value per row in each column."""
+    columns = (keys, num_positions, teacher_nll_nats, blobs)
+    arrays = [pa.array(values, type=column.type) for column, values in zip(TARGETS, columns, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=TARGETS)
 
 
 def _restore_tokenizer_file(path: Path, name: str, entry: Mapping[str, Any], data: bytes | None) -> None:

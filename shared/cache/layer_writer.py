@@ -90,6 +90,18 @@ def new_or_known_layer(
     return describe(directory, dict(provenance))
 
 
+def write_layer(layer: Layer | HiddenLayer) -> None:
+    """Create a layer's directory and its layer.json where they are not there; errors as for `RowsWriter.make`."""
+    path = layer.directory / "layer.json"
+    if path.exists():
+        return
+    make_dir(layer.directory.parent)
+    make_dir(layer.directory)
+    document = {"format": FORMAT_VERSION, "identity": layer.identity.to_json(), "provenance": layer.provenance}
+    link_exclusive(path, sealed_json(document), "layer_json", step="rename")
+    (read_layer if isinstance(layer, Layer) else read_hidden_layer)(layer.directory)
+
+
 class RowsWriter:
     """The rows that a layer's directory covers."""
 
@@ -107,14 +119,7 @@ class RowsWriter:
             DamagedError: a layer.json is there that contradicts the directory's name.
             CacheError: it cannot be written.
         """
-        path, layer = self.directory / "layer.json", self._described
-        if path.exists():
-            return
-        make_dir(self.directory.parent)
-        make_dir(self.directory)
-        document = {"format": FORMAT_VERSION, "identity": layer.identity.to_json(), "provenance": layer.provenance}
-        link_exclusive(path, sealed_json(document), "layer_json", step="rename")
-        (read_layer if isinstance(layer, Layer) else read_hidden_layer)(self.directory)
+        write_layer(self._described)
 
     def commit(self, stem: str, table: pa.Table, stats: Mapping[str, Any], software: Mapping[str, Any]) -> PartRecord:
         """Commit a part; the layer is made before it, and once more where a clean-up took an empty one meanwhile."""

@@ -1,22 +1,21 @@
 """`decant cache merge`: several caches of one identity become one.
 
 Algorithm: parts are taken over as they are, by hard link or copy after their checksum was compared; of rows with equal
-    row_keys
-the first counts (caches in the order given, parts by name, as readers choose too), and a part that repeats rows is
-written again without them, its blobs byte for byte. All parts get names of one job, whose plan is empty because nothing
-of it is left to do: readers need not look for repeats in the result, and later builds list that job as complete.
+row_keys the first counts (caches in the order given, parts by name, as readers choose too), and a part that repeats
+rows is written again without them, its blobs byte for byte. All parts get names of one job, whose plan is empty because
+nothing of it is left to do: readers need not look for repeats in the result, and later builds list that job as
+complete.
 
-Everything is written into `.OUT.merging-JOB8` beside OUT, cache.json last, and renamed to OUT in one step. JOB hashes
-the contents
-of the inputs, so a killed merge is continued by the same command, and by no other. Cost: each byte is read once, or
-copied; memory: the commit records, one part that is written again, and what shared keys take
+Everything is written into `.OUT.merging-JOB8` beside OUT, cache.json after the parts, and renamed to OUT in one step.
+JOB hashes the contents of the inputs, so a killed merge is continued by the same command, and by no other. Cost: each
+byte is read once, or copied; memory: the commit records, one part that is written again, and what shared keys take
 (shared/parts/repeated_rows.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.atomic import link_exclusive, make_dir, write_atomic
+from shared.atomic import make_dir
+from shared.cache.cache_writer import CacheWriter
+from shared.cache.layer_writer import write_layer
 from shared.cache.layout import (
     CacheHeader,
     Layer,
@@ -33,17 +34,16 @@ from shared.cache.layout import (
     list_layers,
     read_header,
     sequences_dir,
-    tokenizer_path,
 )
-from shared.cache.tokenizer_files import read_tokenizer_file
+from shared.cache.part_takeover import TakeOver, rewrite_part
+from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
 from shared.identity.identity import difference
 from shared.parts.cache_files import read_bounded
 from shared.parts.jobs import create_job, job_id
-from shared.parts.records import PartRecord, list_records, sealed_json
+from shared.parts.records import PartRecord, list_records
 from shared.parts.repeated_rows import repeated_rows
-from shared.schema import FORMAT_VERSION, MAX_JSON_BYTES
-from tools.cache.part_takeover import TakeOver, rewrite_part
+from shared.schema import MAX_JSON_BYTES
 from tools.cache.staged_directory import publish, refuse_existing, staging_path, unfinished
 
 
@@ -228,10 +228,7 @@ def _write_layers(merge: Merge) -> None:
         provenances = [dict(layer.provenance) for layer in found]
         same = all(provenance == provenances[0] for provenance in provenances)
         provenance = provenances[0] if same else {"merged": provenances}
-        directory = merge.staging / "targets" / name
-        make_dir(directory)
-        document = {"format": FORMAT_VERSION, "identity": found[0].identity.to_json(), "provenance": provenance}
-        link_exclusive(directory / "layer.json", sealed_json(document), "layer_json", step="rename")
+        write_layer(Layer(merge.staging / "targets" / name, provenance, found[0].identity))
 
 
 def _write_parts(
@@ -293,19 +290,15 @@ def _write_part(
 
 
 def _write_header(merge: Merge) -> None:
-    """Write tokenizer and cache.json: from now on the directory is a cache."""
+    """Write cache.json and tokenizer: from now on the directory is a cache."""
     first = merge.sources[0]
-    for name, entry in first.header.tokenizer_files.items():
-        target = tokenizer_path(merge.staging, name)
-        make_dir(target.parent)
-        write_atomic(target, read_tokenizer_file(first.path, name, entry), "tokenizer")
-    identity = first.header.identity.to_json()
     headers = [source.header.identity for source in merge.sources]
-    identity["licence"] = _joined([header.licence for header in headers], " AND ")
-    identity["answers"] = _joined([header.answers for header in headers], "; ")
-    document = {"format": FORMAT_VERSION, "identity": identity, "tokenizer_files": first.header.tokenizer_files}
-    make_dir(merge.staging / "targets")
-    write_atomic(merge.staging / "cache.json", sealed_json(document), "cache_json")
+    identity = replace(
+        first.header.identity,
+        licence=_joined([header.licence for header in headers], " AND "),
+        answers=_joined([header.answers for header in headers], "; "),
+    )
+    CacheWriter.create_or_open(merge.staging, identity, read_tokenizer_files(first.path))
 
 
 def _joined(values: Sequence[str | None], separator: str) -> str | None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from shared.cache.cache_writer import CacheWriter
+from shared.cache.cache_writer import CacheWriter, targets_table
 from shared.cache.layout import sequences_dir, tokenizer_entries
 from shared.cache.tokenizer_files import read_tokenizer_file
 from shared.cache.verify import nll_problem
@@ -35,7 +35,7 @@ from shared.parts.records import checked_model, list_records, read_record
 from shared.parts.repeated_rows import repeated_rows
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.codec import Codec
-from shared.schema import MAX_FRAME_RATIO, MAX_JSON_BYTES, MAX_ROWS_PER_PART, STEM_PATTERN, TARGETS
+from shared.schema import MAX_FRAME_RATIO, MAX_JSON_BYTES, MAX_ROWS_PER_PART, STEM_PATTERN
 from tools.cache.parquet_columns import (
     EXPORT_FORMAT,
     METADATA_FILE,
@@ -303,13 +303,8 @@ def _write_targets(
         if problem:
             raise DamagedError(f"{file}: the note of the export says {problem}; export the cache again")
         stats = said
-    columns = {
-        "key": [row.key for row in rows],
-        "num_positions": [row.num_positions for row in rows],
-        "teacher_nll_nats": [nll for nll, _ in scores],
-        "blob": [blob for _, blob in scores],
-    }
-    table = pa.Table.from_arrays([pa.array(columns[f.name], type=f.type) for f in TARGETS], schema=TARGETS)
+    nll, blobs = zip(*scores, strict=True) if scores else ((), ())
+    table = targets_table([row.key for row in rows], [row.num_positions for row in rows], nll, blobs)
     commit_part(directory, stem, table, stats, about.get("targets_software", {}), ())
 
 

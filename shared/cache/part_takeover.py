@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
 from shared.atomic import fill_exclusive, fsync_dir, write_atomic
+from shared.cache.cache_writer import targets_table
 from shared.cache.layout import Layer
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import open_regular
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.part_stats import sequences_stats, targets_stats
 from shared.parts.parts import check_file, commit_part, hash_file
-from shared.parts.records import PartRecord, read_json, read_record, sealed_json
+from shared.parts.records import PartRecord, kind_of, read_json, read_record, sealed_json
 from shared.parts.sequences import SequenceRow, rows_to_table
-from shared.schema import TARGETS
 
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _COPY_BYTES = 2**20
@@ -59,7 +58,7 @@ class TakeOver:
                     f"{record_path} is the record of another part; delete {target_dir.parent} and merge again"
                 )
             return
-        what = "sequences" if target_dir.name == "sequences" else "targets"
+        what = kind_of(target_dir)
         if not (not self.copy and self._link(directory, record, final)):
             self._copy(directory, record, final, what)
         document = {**read_json(directory / f"{record.stem}.json"), "stem": stem}
@@ -146,13 +145,8 @@ def _rewrite_targets(
     part = MappedTargets(layer.directory, record, verify=True)
     codec = layer.identity.make_codec()
     blobs = [part.blob(i, row) for i, row in zip(chosen, rows, strict=True)]
-    columns = {
-        "key": [row.key for row in rows],
-        "num_positions": [row.num_positions for row in rows],
-        "teacher_nll_nats": [float(part.teacher_nll_nats[i]) for i in chosen],
-        "blob": [bytes(blob) for blob in blobs],
-    }
-    table = pa.Table.from_arrays([pa.array(columns[f.name], type=f.type) for f in TARGETS], schema=TARGETS)
+    nll = [float(part.teacher_nll_nats[i]) for i in chosen]
+    table = targets_table([row.key for row in rows], [row.num_positions for row in rows], nll, list(map(bytes, blobs)))
     decoded = (codec.decode(blob, row.num_positions) for blob, row in zip(blobs, rows, strict=True))
     stats = targets_stats(decoded, sum(map(len, blobs)))
     commit_part(target_dir, stem, table, stats, record.software, ())
