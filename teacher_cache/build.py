@@ -82,6 +82,7 @@ class _Build:
     """The engine of pass 1: the teacher's, or another model's."""
     stop: StopSignal
     summary: BuildSummary
+    seconds_under: str
 
     def mine(self, unit: int) -> bool:
         """Tell whether a unit belongs to this partition."""
@@ -95,6 +96,7 @@ def teach(
     progress: Progress | None = None,
     max_set_aside: float = THRESHOLD,
     open_engine: Callable[..., Engine] | None = None,
+    seconds_under: str = "teach",
 ) -> BuildSummary:
     """Build or continue the cache that a recipe describes.
 
@@ -104,6 +106,7 @@ def teach(
         progress: receives rows and tokens as they are done.
         max_set_aside: largest share of unusable rows that is accepted.
         open_engine: opens engines instead of `teacher_cache.engines.open_engine`.
+        seconds_under: phase in seconds.json that the time is added to.
 
     Raises:
         UsageError: the recipe has no teacher, several caches, or nothing to build from.
@@ -144,7 +147,7 @@ def teach(
         hidden.describe(summary)
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
     progress = progress or NoProgress()
-    opener = _told(open_engine or engines.open_engine, progress)
+    opener = told(open_engine or engines.open_engine, progress)
     with StopSignal() as stop:
         engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop, opener), known.max_model_len)
         answering = engine
@@ -164,6 +167,7 @@ def teach(
             answering,
             stop,
             summary,
+            seconds_under,
         )
         job = _run_passes(build, request, ends, maker, hidden)
     return _finish(build, job)
@@ -194,7 +198,7 @@ def _run_passes(
     finally:
         summary.seconds_starting += sum(one.seconds_starting for one in {engine, answering})
         if summary.computed:
-            add_seconds(build.recipe.output_dir, "teach", summary.seconds)
+            add_seconds(build.recipe.output_dir, build.seconds_under, summary.seconds)
     return job
 
 
@@ -215,7 +219,7 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
     return recipe.teacher, (index, count)
 
 
-def _told(opener: Callable[..., Engine], progress: Progress) -> Callable[..., Engine]:
+def told(opener: Callable[..., Engine], progress: Progress) -> Callable[..., Engine]:
     """Return an opener that first says what it opens: minutes may pass before the first row."""
 
     def open_it(settings: Teacher, capture: Capture | None, **how: Any) -> Engine:

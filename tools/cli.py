@@ -98,9 +98,25 @@ def _train(args: argparse.Namespace) -> int:
         return ("train",)
 
     with _stdout_kept(args):
-        result = train(_load(args, phases, save=True), args.from_stage, args.to_stage)
+        result = train(_load(args, phases, save=True), args.from_stage, args.to_stage, _again(args))
     _result(args, *result)
     return 0
+
+
+def _rounds(args: argparse.Namespace) -> int:
+    from tools.phases import rounds
+
+    with _stdout_kept(args):
+        recipe = _load(args, lambda *_: ("train",), save=True)
+        result = rounds(recipe, args.stage, args.only, args.round, _again(args))
+    _result(args, *result)
+    return 0
+
+
+def _again(args: argparse.Namespace) -> list[str]:
+    """Return the words that name this command's recipe to another process."""
+    words = [str(args.recipe), *(part for override in args.overrides for part in ("--set", override))]
+    return [*words, "--verbose"] if args.verbose else words
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -167,6 +183,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
     "teach": _teach,
     "train": _train,
+    "rounds": _rounds,
     "eval": _eval,
     "run": _run,
     "report": _report,

@@ -81,6 +81,10 @@ def build_parser() -> Parser:
     train = _recipe(command("train", "phase 2: train the student's stages from the cache; continues what is there"))
     train.add_argument("--from-stage", metavar="STAGE", help="begin with this stage")
     train.add_argument("--to-stage", metavar="STAGE", help="end with this stage")
+    rounds = _recipe(command("rounds", "a stage's rounds: the student answers, the teacher scores, the stage trains"))
+    rounds.add_argument("--stage", metavar="STAGE", help="the stage, where more than one has rounds")
+    rounds.add_argument("--only", choices=("answer", "score", "train"), help="just this step of a round, here")
+    rounds.add_argument("--round", type=_positive, metavar="N", help="just this round, from 1")
     unsafe = "run code that models wrote without a sandbox, on a machine that has nothing to lose"
     evaluate = _recipe(command("eval", "evaluate every model of the recipe side by side"))
     evaluate.add_argument("--allow-unsafe-code", action="store_true", help=unsafe)

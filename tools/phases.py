@@ -16,6 +16,7 @@ from shared.errors import EvaluationError, UsageError
 from shared.progress import BuildProgress, Progress
 from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe
+from tools.rounds.chain import rounds_in_processes, stage_of, train_in_processes
 
 Result = tuple[Any, str]
 """What --json prints, and what people see."""
@@ -93,19 +94,75 @@ def require_stages(recipe: Recipe, from_stage: str | None, to_stage: str | None)
             )
 
 
-def train(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Result:
-    """Run phase 2 and name its models.
+def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: Sequence[str] | None = None) -> Result:
+    """Run phase 2 and name its models; where a stage has rounds, each of their steps in a process of its own.
+
+    Args:
+        recipe: the recipe.
+        from_stage: the first stage; None: the recipe's first.
+        to_stage: the last stage; None: the recipe's last.
+        again: words of a command line that name this recipe for other processes; None: they read a copy of it.
 
     Raises:
         UsageError: a stage is not in the recipe.
         DecantError: training cannot start or must stop.
     """
     require_stages(recipe, from_stage, to_stage)
-    from student_train.stage.stages import run_stages
+    from student_train.stage.stages import chosen_stages, run_stages
 
-    directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage, open_progress=Progress)]
+    chosen = chosen_stages(recipe, from_stage, to_stage)
+    if any(stage.rounds is not None for stage in chosen):
+        from student_train.records.processes import num_processes
+
+        if num_processes() > 1:
+            raise UsageError(
+                "the rounds of a stage start processes of their own, which torchrun cannot share out; run `decant "
+                "rounds RECIPE --only train --round N` under torchrun, and the other steps without"
+            )
+        train_in_processes(chosen, again or _copy_of(recipe), sys.stderr.fileno())
+        directories = [recipe.stage_dir(stage.name) / "model" for stage in chosen]
+    else:
+        directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage, open_progress=Progress)]
     trained = {directory.parent.name: str(directory) for directory in directories}
     return {"models": trained}, "\n".join(f"{name}: {directory}" for name, directory in trained.items())
+
+
+def rounds(
+    recipe: Recipe, stage_name: str | None, step: str | None, number: int | None, again: Sequence[str]
+) -> Result:
+    """Run one step of one round here, one round, or all of a stage's rounds, in processes of their own.
+
+    Raises:
+        UsageError: there is no such stage or round.
+        DecantError: a step cannot start or must stop.
+    """
+    from tools.rounds import steps
+    from tools.rounds.one_round import Round
+
+    stage = stage_of(recipe, stage_name)
+    assert stage.rounds is not None
+    if number is not None and number > stage.rounds.count:
+        raise UsageError(f"--round {number}: stage '{stage.name}' has {stage.rounds.count} rounds")
+    if step is not None:
+        if number is None:
+            raise UsageError(f"--only {step} is a step of one round; say which with --round")
+        work = {"answer": steps.answer, "score": steps.score, "train": steps.train}[step]
+        return work(Round(recipe, stage, number))
+    numbers = range(1, stage.rounds.count + 1) if number is None else (number,)
+    rounds_in_processes(stage, numbers, again, sys.stderr.fileno())
+    model = recipe.stage_dir(stage.name) / "model"
+    return {"models": {stage.name: str(model)}}, f"{stage.name}: {model}"
+
+
+def _copy_of(recipe: Recipe) -> list[str]:
+    """Write a recipe where its run is, for other processes to read."""
+    from shared.atomic import make_dir, write_atomic
+    from shared.recipe.file import dump_recipe
+
+    make_dir(recipe.output_dir)
+    path = recipe.output_dir / "recipe.yaml"
+    write_atomic(path, dump_recipe(recipe).encode(), "recipe")
+    return [str(path)]
 
 
 def evaluate(recipe: Recipe, allow_unsafe_code: bool, lm_eval: str | None = None) -> Result:

@@ -10,18 +10,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
 
-from shared.errors import DecantError, UsageError
-from shared.parent_watch import announced
+from shared.errors import UsageError
 from shared.printable import printable
 from shared.recipe.recipe import Recipe
 from tools.cli_parser import PHASES
-from tools.own_process import own_command, own_environment
-
-
-class PhaseFailedError(DecantError):
-    """A phase ended with an exit code other than 0; its own message stands above."""
+from tools.own_phase import run_phase
+from tools.own_process import own_command
 
 
 def run_all(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -40,7 +35,7 @@ def run_all(recipe: Recipe, args: argparse.Namespace) -> None:
         _say(f"{phase}: begins")
         superseded = phase == "eval" and "report" in chosen  # its table is the report's
         output = subprocess.DEVNULL if superseded else sys.stderr.fileno() if args.json and phase != "report" else None
-        _run_phase(phase, phase_command(phase, recipe, args), output)
+        run_phase(phase, phase_command(phase, recipe, args), output)
 
 
 def chosen_phases(first: str | None, last: str | None, only: str | None) -> tuple[str, ...]:
@@ -94,27 +89,6 @@ def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[
     command += ["--json"] if args.json and phase == "report" else []
     command += ["--verbose"] if args.verbose else []
     return command
-
-
-def _run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
-    """Run one phase to its end, its output going to a file descriptor or, for None, to ours; stop it where we are
-    stopped.
-    """
-    with announced():  # a phase ends with the run, also after kill -9
-        process = subprocess.Popen(command, env=own_environment(), stdout=output)  # noqa: S603 - our own interpreter
-    try:
-        code = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    if code < 0:
-        hint = "; the machine may have run out of memory" if code == -9 else ""
-        raise PhaseFailedError(
-            f"phase {phase} was killed by signal {-code}{hint}; the same command continues where it stopped"
-        )
-    if code:
-        raise PhaseFailedError(f"phase {phase} ended with exit code {code}; its message stands above")
 
 
 def _say(text: str) -> None:

@@ -24,27 +24,32 @@ from shared.recipe.recipe import Recipe
 def serving_layer(layers: Mapping[str, Layer], wanted: LayerIdentity) -> Layer | None:
     """Return the layer that has or holds what a new layer of this identity would have; None where none does."""
     own = [layer for layer in layers.values() if layer.identity.hash8 == wanted.hash8]
-    teacher = _without_capture(wanted)
-    alike = [layer for layer in layers.values() if difference(_without_capture(layer.identity), teacher) is None]
+    teacher = without_capture(wanted)
+    alike = [layer for layer in layers.values() if difference(without_capture(layer.identity), teacher) is None]
     holding = [layer for layer in alike if holds(layer.identity, wanted)]
     return own[0] if own else min(holding, key=_richness, default=None)
 
 
-def layer_of_capture(recipe: Recipe) -> str | LayerView | None:
+def layer_of_capture(recipe: Recipe, path: Path | None = None) -> str | LayerView | None:
     """Return the layer that the recipe's teacher and capture mean, narrowed where it holds more; None leaves it to the
     reader.
+
+    Args:
+        recipe: with its teacher and capture.
+        path: the cache; left out: the recipe's only one. Of several, they mean a layer where the recipe has prompts,
+            since it builds those caches itself.
     """
-    if recipe.teacher is None or len(recipe.cache) != 1:
+    if recipe.teacher is None or (len(recipe.cache) != 1 and (path is None or not recipe.prompts)):
         return None
     teacher, capture = recipe.teacher, recipe.capture
     dtypes = {teacher.dtype, *(() if teacher.dtype != "auto" else ("float32", "bfloat16", "float16"))}
-    listed = list_layers(recipe.cache[0]).values()
+    listed = list_layers(path or recipe.cache[0]).values()
     layers = [layer for layer in listed if layer.identity.teacher == teacher.model and layer.identity.dtype in dtypes]
     own = [layer for layer in layers if _same_capture(layer.identity, recipe)]
     if own:
         return own[0].full_name if len(own) == 1 else None
     holding = sorted((layer for layer in layers if holds(layer.identity, capture)), key=_richness)
-    if "capture" not in recipe.model_fields_set or len({_without_capture(layer.identity) for layer in holding}) != 1:
+    if "capture" not in recipe.model_fields_set or len({without_capture(layer.identity) for layer in holding}) != 1:
         return None
     narrowing = narrowing_to(holding[0].identity, capture)
     return holding[0].full_name if narrowing is None else LayerView(holding[0].full_name, narrowing)
@@ -74,6 +79,6 @@ def _richness(layer: Layer) -> tuple[object, ...]:
     return identity.k, identity.mass, len(identity.temperatures), identity.hash8
 
 
-def _without_capture(identity: LayerIdentity) -> LayerIdentity:
+def without_capture(identity: LayerIdentity) -> LayerIdentity:
     """Return what layers of one teacher share; one whose draws have the older key serves too and keeps it."""
     return replace(identity, k=0, mass=1.0, temperatures=(1.0,), draw_key="context")

@@ -2,7 +2,8 @@
 
 Repeats: of equal row_keys in several caches the first counts, as `decant cache merge` has it. Other answers: a recipe
 with prompts whose `generate` was changed builds new rows beside the old ones; with `answers: matching` a row counts
-only where the job that made it drew as the recipe does. Rows without a job here (merged, imported) always count.
+only where the job that made it drew as the recipe does. Rows without a job here (merged, imported) and a student's own
+answers, which are drawn as `rounds` says, always count.
 Cost: the row_key columns where there are several caches; one small header per job.
 """
 
@@ -93,7 +94,7 @@ def _other_jobs(recipe: Recipe, path: Path) -> set[str]:
     if not recipe.prompts or recipe.answers == "all":
         return set()
     wanted = None if recipe.generate is None else _drawn(recipe.generate.model_dump(mode="json"), recipe.seed)
-    return {job.id8 for job in list_jobs(path) if _asked(job.request) != wanted}
+    return {job.id8 for job in list_jobs(path) if "round" not in job.request and _asked(job.request) != wanted}
 
 
 def _asked(request: dict[str, Any]) -> dict[str, Any] | None:

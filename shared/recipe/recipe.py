@@ -35,6 +35,7 @@ from shared.recipe.heldout import Heldout
 from shared.recipe.hidden import AttentionCapture, HiddenCapture
 from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
 from shared.recipe.prompts import PromptSource
+from shared.recipe.rounds import Guards, Rounds
 from shared.recipe.schedule import Schedule
 from shared.recipe.teacher import Teacher, Workers
 from shared.recipe.training import Adapter, Stage, StageTrainer, Student
@@ -51,11 +52,13 @@ __all__ = [
     "EarlyStopping",
     "Evaluate",
     "Generate",
+    "Guards",
     "Heldout",
     "HiddenCapture",
     "Loss",
     "PromptSource",
     "Recipe",
+    "Rounds",
     "Sampling",
     "Schedule",
     "SideBySide",
@@ -110,7 +113,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         problems = [*_phase1_problems(self), *_stage_problems(self), *_temperature_problems(self)]
-        problems += [*_evaluate_problems(self), *_assume_problems(self)]
+        problems += [*_rounds_problems(self), *_evaluate_problems(self), *_assume_problems(self)]
         if problems:
             inconsistent(*problems)
         return self
@@ -220,6 +223,24 @@ def _stage_problems(recipe: Recipe) -> list[Problem]:
                 "let it go over the stage, or leave early_stopping out"
             )
             problems.append((("stages", i), sentence))
+    return problems
+
+
+def _rounds_problems(recipe: Recipe) -> list[Problem]:
+    """Return what a recipe lacks for the rounds of its stages."""
+    problems: list[Problem] = []
+    for i, stage in enumerate(recipe.stages):
+        if stage.rounds is None:
+            continue
+        place = ("stages", i, "rounds")
+        if recipe.teacher is None:
+            problems.append((place, "there is no `teacher` to score the student's answers; add one"))
+        if not recipe.prompts and not stage.rounds.sources:
+            problems.append((place, "there are no `prompts` to answer; add some, or `sources` here"))
+        if recipe.student is not None and recipe.student.init == "random" and stage.init_from == "base":
+            problems.append(
+                (("stages", i, "init_from"), "random weights answer nothing; train a stage before the rounds")
+            )
     return problems
 
 

@@ -27,6 +27,7 @@ from shared.recipe.base import (
 from shared.recipe.curriculum import Balance, Sampling, StageEvaluation
 from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
 from shared.recipe.optimizers import OPTIMIZERS
+from shared.recipe.rounds import Rounds
 from shared.recipe.schedule import Schedule
 
 RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
@@ -217,6 +218,8 @@ class Stage(Section):
     """What happens to longer rows."""
     evaluate: StageEvaluation | None = None
     """Held-out figures and sample answers while it trains; left out: none."""
+    rounds: Rounds | None = None
+    """Train in rounds on the student's own answers, scored by the teacher; left out: on the cache alone."""
     trainer: StageTrainer = StageTrainer()
     """Arguments of the training."""
 
@@ -246,6 +249,8 @@ class Stage(Section):
         if self.mixture is not None and not self.mixture:
             problems.append((("mixture",), "names no source; leave it out to take the rows as they are"))
         problems += self._mixture_problems()
+        if self.rounds is not None:
+            problems += self._rounds_problems()
         if self.max_length is not None and self.max_length > self.trainer.pack_tokens:
             pack = self.trainer.pack_tokens
             problems.append(
@@ -263,6 +268,42 @@ class Stage(Section):
         """Return whether one of its schedules goes over all stages."""
         moving = [schedule for loss in self.losses for schedule in (loss.weight, loss.temperature)]
         return any(schedule.over == "run" for schedule in (*moving, *(self.mixture or {}).values()))
+
+    def _rounds_problems(self) -> list[Problem]:
+        """Return what rounds of own answers cannot honour."""
+        problems: list[Problem] = []
+        if self.trainer.max_steps is None:
+            problems.append(
+                (("trainer", "max_steps"), "a stage with rounds needs it: the optimizer steps of each round")
+            )
+        if self.sampling is not None:
+            problems.append(
+                (("sampling",), "shares of a stage with rounds are those of `rounds.own_share`; leave it out")
+            )
+        if self.goes_over_run:
+            problems.append(
+                (("rounds",), "a schedule that goes over the run cannot see the rounds; let it go over the stage")
+            )
+        problems += [
+            (("mixture", name), "rounds divide what is not the student's own by numbers; give one, not a schedule")
+            for name, share in (self.mixture or {}).items()
+            if share.kind != "constant"
+        ]
+        if self.targets is not None:
+            problems.append(
+                (("targets",), "own answers are scored as `capture` says; let `capture` mean the layer instead")
+            )
+        names = [loss.name for loss in self.losses]
+        problems += [
+            (("losses", i, "name"), f"own answers have no hidden layer, which '{name}' reads; leave it out")
+            for i, name in enumerate(names)
+            if name in LOSSES_ON_HIDDEN_LAYER
+        ]
+        if set(names) == {"cross_entropy"}:
+            problems.append(
+                (("rounds",), "no loss of the stage asks the teacher about the student's answers; add forward_kl")
+            )
+        return problems
 
     def _mixture_problems(self) -> list[Problem]:
         """Return what is wrong with shares and what moves them."""

@@ -65,20 +65,23 @@ class CacheList:
     def open(
         cls,
         paths: Sequence[Path],
-        targets: str | LayerView | None,
+        targets: str | LayerView | list[str | LayerView | None] | None,
         *,
         with_targets: bool = True,
         hidden: Sequence[str | bool] | None = None,
     ) -> CacheList:
-        """Open caches with the named layer, their only one, or none at all, and each with a hidden layer where one is
-        named.
+        """Open caches with the named layer (a list: one name for each), their only one, or none at all, and each with
+        a hidden layer where one is named.
 
         Raises:
             CacheError: one cannot be opened, or has no such layer.
         """
         hidden = [False] * len(paths) if hidden is None else hidden
         if with_targets:
-            caches = [Cache.open(path, targets, hidden=name) for path, name in zip(paths, hidden, strict=True)]
+            named = targets if isinstance(targets, list) else [targets] * len(paths)
+            caches = [
+                Cache.open(path, layer, hidden=name) for path, layer, name in zip(paths, named, hidden, strict=True)
+            ]
             for cache in caches:
                 if cache.layer is None:
                     raise CacheError(

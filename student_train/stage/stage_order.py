@@ -40,9 +40,9 @@ def open_caches(recipe: Recipe, stage: Stage) -> CacheList:
     Raises:
         CacheError: a cache cannot be opened or lacks the layer.
     """
-    layer = stage.targets or layer_of_capture(recipe)
+    layers = [stage.targets or layer_of_capture(recipe, path) for path in recipe.cache]
     hidden = [stage.hidden or hidden_layer_of(recipe, path) for path in recipe.cache] if hidden_reads(stage) else None
-    caches = CacheList.open(recipe.cache, layer, with_targets=needs_teacher(stage), hidden=hidden)
+    caches = CacheList.open(recipe.cache, layers, with_targets=needs_teacher(stage), hidden=hidden)
     caches.leave_out_other_answers(recipe)
     return caches
 
@@ -64,7 +64,7 @@ def run_steps(recipe: Recipe, stage: Stage) -> RunSteps | None:
 def _num_steps(recipe: Recipe, stage: Stage) -> int:
     """Return a stage's optimizer steps, from its arguments alone where they say so."""
     if stage.trainer.max_steps is not None:
-        return stage.trainer.max_steps
+        return stage.trainer.max_steps * (stage.rounds.count if stage.rounds else 1)
     caches = open_caches(recipe, stage)
     if not _moves(stage):
         return plan_order(recipe, stage, caches, None).num_steps

@@ -27,10 +27,10 @@ def run_stages(
         TrainingError: a stage cannot start, does not match what is there, or its loss is not finite.
         CacheError: a cache cannot be opened, or is of another tokenizer than the student.
     """
-    return [run_stage(recipe, stage, open_progress) for stage in _chosen(recipe, from_stage, to_stage)]
+    return [run_stage(recipe, stage, open_progress) for stage in chosen_stages(recipe, from_stage, to_stage)]
 
 
-def _chosen(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Sequence[Stage]:
+def chosen_stages(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> Sequence[Stage]:
     """Return the stages between two names, both included."""
     names = [stage.name for stage in recipe.stages]
     if recipe.student is None or not names:

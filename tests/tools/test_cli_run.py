@@ -17,7 +17,8 @@ from shared.errors import UsageError
 from shared.parent_watch import started_at
 from shared.recipe.recipe import Recipe
 from tools import run_all
-from tools.run_all import PhaseFailedError, chosen_phases, nothing_to_do, phase_command
+from tools.own_phase import PhaseFailedError
+from tools.run_all import chosen_phases, nothing_to_do, phase_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +59,7 @@ def smallest(**changes) -> Recipe:
 
 def test_phases_that_the_recipe_has_nothing_for_are_left_out(monkeypatch):
     ran = []
-    monkeypatch.setattr(run_all, "_run_phase", lambda phase, command, output: ran.append(phase))
+    monkeypatch.setattr(run_all, "run_phase", lambda phase, command, output: ran.append(phase))
     run_all.run_all(smallest(), arguments())
     assert ran == ["report"]
     assert all(nothing_to_do(smallest(), phase) for phase in ("teach", "train", "eval"))
@@ -87,7 +88,7 @@ def test_phase_gets_recipe_overrides_and_options():
 ])  # fmt: skip
 def test_failed_phase_stops_the_run_and_says_how_it_ended(code, part):
     with pytest.raises(PhaseFailedError, match=part):
-        run_all._run_phase("teach", [sys.executable, "-c", code], None)
+        run_all.run_phase("teach", [sys.executable, "-c", code], None)
 
 
 def test_phase_is_stopped_with_the_run_and_may_finish_first(tmp_path):
@@ -102,7 +103,7 @@ import sys
 import time
 from tools import cli, run_all
 def command(args):
-    run_all._run_phase("teach", [sys.executable, "-c", {phase!r}], None)
+    run_all.run_phase("teach", [sys.executable, "-c", {phase!r}], None)
     return 0
 cli.COMMANDS["doctor"] = command
 sys.exit(cli.main(["doctor"]))
@@ -123,7 +124,7 @@ def test_phase_ends_with_a_run_that_is_killed(tmp_path):
         "sys.exit(cli.main(['doctor']))\n"
     )
     program = (
-        f"import sys; from tools import run_all; run_all._run_phase('teach', [sys.executable, '-c', {phase!r}], None)"
+        f"import sys; from tools import run_all; run_all.run_phase('teach', [sys.executable, '-c', {phase!r}], None)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
@@ -215,7 +216,7 @@ def test_a_run_that_set_long_rows_aside_continues_with_the_same_command(tmp_path
         if code:
             raise PhaseFailedError(f"phase {name} ended with exit code {code}")
 
-    monkeypatch.setattr(run_all, "_run_phase", phase)
+    monkeypatch.setattr(run_all, "run_phase", phase)
     command = ["run", "recipe.yaml", "--to", "train"]
     assert cli.main(command) == 1
     assert f"{len(long_rows)} of 12 rows cannot be used, more than the 1% that are set aside" in capfd.readouterr().err

@@ -1,0 +1,96 @@
+"""Rounds of own answers: what is asked, who scores, what is trained on, compared with builds and stages of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.cache.cache import Cache
+from shared.cache.verify import verify_cache
+from shared.identity.identity import weights_hash
+from shared.keys import is_heldout
+from shared.parts.records import list_records
+from student_train.stage.stages import run_stages
+from teacher_cache.build import teach
+from tests.tools.rounds.tiny_run import contents, make_models, rounds_recipe
+from tools.rounds.one_round import Round
+from tools.rounds.steps import answer, score, train
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run of two rounds, and the teacher's cache as it was before them."""
+    directory = tmp_path_factory.mktemp("rounds")
+    recipe = rounds_recipe(directory, make_models(directory))
+    teach(recipe)
+    run_stages(recipe, "kd", "kd")
+    before = contents(recipe.cache[0])
+    stage = recipe.stage("own")
+    rounds = [Round(recipe, stage, number) for number in (1, 2)]
+    for one in rounds:
+        answer(one)
+        score(one)
+        train(one)
+    return recipe, rounds, before
+
+
+def test_teachers_cache_stays_as_it_was(done):
+    recipe, _, before = done
+    assert contents(recipe.cache[0]) == before
+
+
+def test_rows_are_answers_to_fresh_prompts_that_say_who_answered(done):
+    recipe, rounds, _ = done
+    cache = Cache.open(rounds[0].own_cache, verify=True)
+    assert list(verify_cache(rounds[0].own_cache)) == []
+    assert not any(is_heldout(bytes(key.tobytes()), recipe.heldout.fraction) for key in cache.group_keys)
+    asked = [{cache[i].prompt for i in range(len(cache)) if cache[i].source == f"own {n}: math"} for n in (1, 2)]
+    assert len(asked[0]) == len(asked[1]) == len(cache) / 2 > 2
+    assert not asked[0] & asked[1]
+    answered = {record.id8: record.software for record in list_records(rounds[0].own_cache / "sequences")}
+    models = [recipe.stage_dir("kd") / "model", rounds[0].directory / "model"]
+    for one, model in zip(rounds, models, strict=True):
+        job = one.job()
+        assert job.request["generator"]["weights"] == weights_hash(model) == answered[job.id8]["weights"]
+        assert job.request["round"]["number"] == answered[job.id8]["round"] == one.number
+
+
+def test_answers_and_targets_are_those_of_a_build_that_asks_that_student(done, tmp_path):
+    recipe, rounds, _ = done
+    own = Cache.open(rounds[1].own_cache)
+    wanted = rounds[1].answering().generate.model_copy(update={"model": str(rounds[0].directory / "model")})
+    again = recipe.model_copy(update={"cache": (tmp_path / "cache",), "generate": wanted})
+    teach(again)
+    built = Cache.open(tmp_path / "cache")
+    by_key = {built[i].row_key: built[i] for i in range(len(built))}
+    rows = [own[i] for i in range(len(own)) if own[i].source == "own 2: math"]
+    for row in rows:
+        other = by_key[row.row_key]
+        assert row.token_ids.tolist() == other.token_ids.tolist()
+        np.testing.assert_array_equal(row.targets.ids, other.targets.ids)
+        np.testing.assert_allclose(row.targets.tail_logmass, other.targets.tail_logmass, atol=1e-5)
+
+
+def test_training_tokens_are_divided_as_the_recipe_says(done):
+    recipe, _, _ = done
+    lines = [json.loads(line) for line in (recipe.stage_dir("own") / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["step"]) for line in lines] == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)]
+    for number in (1, 2):
+        tokens: dict[str, int] = {}
+        for line in lines[3 * number - 3 : 3 * number]:
+            for source, count in line["tokens_by_source"].items():
+                tokens[source] = tokens.get(source, 0) + count
+        assert set(name for name, count in tokens.items() if count) == {"math", f"own {number}: math"}
+        assert tokens[f"own {number}: math"] / sum(tokens.values()) == pytest.approx(0.75, abs=0.1)
+
+
+def test_stage_shows_its_last_round_and_what_the_answers_were_like(done):
+    recipe, rounds, _ = done
+    stage_dir = recipe.stage_dir("own")
+    assert weights_hash(stage_dir / "model") == weights_hash(rounds[1].directory / "model")
+    health = json.loads((stage_dir / "health.json").read_text())
+    assert [each["round"] for each in health["rounds"]] == [1, 2]
+    assert json.loads((stage_dir / "done.json").read_text()) == {"rounds": 2}

@@ -1,0 +1,41 @@
+"""A phase in a process of its own: nothing of one phase stays in memory or on a GPU while the next one works.
+
+Cost: starting Python.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+
+from shared.errors import DecantError
+from shared.parent_watch import announced
+from tools.own_process import own_environment
+
+
+class PhaseFailedError(DecantError):
+    """A phase ended with an exit code other than 0; its own message stands above."""
+
+
+def run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
+    """Run one phase to its end, its output going to a file descriptor or, for None, to ours; stop it where we are
+    stopped.
+
+    Raises:
+        PhaseFailedError: it failed.
+    """
+    with announced():  # a phase ends with the run, also after kill -9
+        process = subprocess.Popen(command, env=own_environment(), stdout=output)  # noqa: S603 - our own interpreter
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if code < 0:
+        hint = "; the machine may have run out of memory" if code == -9 else ""
+        raise PhaseFailedError(
+            f"phase {phase} was killed by signal {-code}{hint}; the same command continues where it stopped"
+        )
+    if code:
+        raise PhaseFailedError(f"phase {phase} ended with exit code {code}; its message stands above")

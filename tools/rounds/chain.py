@@ -1,0 +1,83 @@
+"""All rounds of a recipe's stages in their order, and the plain stages between them, each step a process of its own.
+
+Nothing is remembered here: every step finds out itself what is done, so the same command after any interruption does
+what is missing. Cost: starting Python three times per round, a few seconds each where a step is done already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+from shared.errors import UsageError
+from shared.printable import printable
+from shared.recipe.base import closest, quoted
+from shared.recipe.recipe import Recipe, Stage
+from tools.own_phase import run_phase
+from tools.own_process import own_command
+
+STEPS = ("answer", "score", "train")
+"""Of a round, in their order."""
+
+
+def stages_with_rounds(recipe: Recipe) -> list[Stage]:
+    """Return the stages that have rounds."""
+    return [stage for stage in recipe.stages if stage.rounds is not None]
+
+
+def stage_of(recipe: Recipe, name: str | None) -> Stage:
+    """Return the stage with rounds of that name, or the only one.
+
+    Raises:
+        UsageError: there is none, or there are several and none is named.
+    """
+    found = {stage.name: stage for stage in stages_with_rounds(recipe)}
+    if not found:
+        raise UsageError("no stage of the recipe has `rounds`; add the section to one")
+    if name is None and len(found) > 1:
+        raise UsageError(f"the stages {quoted(list(found))} have rounds; name one with --stage")
+    if name is not None and name not in found:
+        known = quoted(list(found))
+        raise UsageError(f"--stage {name}: stages with rounds are {known}{closest(name, list(found))}")
+    return found[name or next(iter(found))]
+
+
+def train_in_processes(stages: Sequence[Stage], again: Sequence[str], output: int | None = None) -> None:
+    """Train stages in their order, those with rounds step by step, each in a process of its own.
+
+    Args:
+        stages: a stretch of the recipe's stages.
+        again: words of a command line that name the same recipe: its path, overrides.
+        output: file descriptor of the steps' output; None: ours.
+
+    Raises:
+        PhaseFailedError: a step failed.
+    """
+    for name, words in _commands(stages):
+        command, *options = words
+        print(printable(f"{name}: begins"), file=sys.stderr, flush=True)
+        run_phase(name, own_command("-m", "tools.cli", command, *again, *options), output)
+
+
+def rounds_in_processes(stage: Stage, numbers: Sequence[int], again: Sequence[str], output: int | None = None) -> None:
+    """Do rounds of a stage; arguments and errors as for `train_in_processes`."""
+    for name, words in _steps(stage, numbers):
+        command, *options = words
+        print(printable(f"{name}: begins"), file=sys.stderr, flush=True)
+        run_phase(name, own_command("-m", "tools.cli", command, *again, *options), output)
+
+
+def _commands(stages: Sequence[Stage]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name and the words of every process."""
+    for stage in stages:
+        if stage.rounds is None:
+            yield f"train {stage.name}", ["train", "--from-stage", stage.name, "--to-stage", stage.name]
+        else:
+            yield from _steps(stage, range(1, stage.rounds.count + 1))
+
+
+def _steps(stage: Stage, numbers: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
+    for number in numbers:
+        for step in STEPS:
+            words = ["rounds", "--stage", stage.name, "--only", step, "--round", str(number)]
+            yield f"round {number} of {stage.name}, {step}", words

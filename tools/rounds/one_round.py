@@ -1,0 +1,169 @@
+"""One round of a stage as three derived recipes: what answers, what scores, what trains, and where each of them writes.
+
+Own answers go to OUTPUT_DIR/own/STAGE, one job per round; the teacher's cache is only read. Rows are labelled by their
+round (`own 2: math`), so that a mixture of sources says which rounds are trained on, and how much of them. A round
+trains as a stage of its own in train/STAGE/round-N, from the model of the round before. Cost: small files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from shared.cache.layout import sequences_dir
+from shared.errors import UsageError
+from shared.parts.jobs import Job, list_jobs
+from shared.parts.records import list_records
+from shared.recipe.recipe import Generate, PromptSource, Recipe, Rounds, Schedule, Stage, Teacher
+from student_train.stage.stage_start import start_directory
+from teacher_cache.student_answers import Asking
+
+OF_A_TEACHER = {
+    "revision": None,
+    "adapter": None,
+    "quantization": None,
+    "tensor_parallel_size": 1,
+    "servers": (),
+    "workers": None,
+}
+"""Settings of the teacher's section that say nothing about a student."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a stage."""
+
+    recipe: Recipe
+    stage: Stage
+    number: int
+    """From 1."""
+
+    @property
+    def settings(self) -> Rounds:
+        """The stage's section."""
+        assert self.stage.rounds is not None
+        return self.stage.rounds
+
+    @property
+    def own_cache(self) -> Path:
+        """Directory of the cache of own answers, which all rounds of the stage share."""
+        return self.recipe.output_dir / "own" / self.stage.name
+
+    @property
+    def directory(self) -> Path:
+        """Directory in which the round trains."""
+        return self.recipe.stage_dir(self.stage.name) / f"round-{self.number}"
+
+    @property
+    def seed(self) -> int:
+        """Seed of prompts and answers."""
+        return self.recipe.seed if self.settings.seed is None else self.settings.seed
+
+    @property
+    def asking(self) -> Asking:
+        """Which prompts the student is asked."""
+        return Asking(self.number, self.settings.prompts, self.recipe.heldout.fraction, False, self.seed)
+
+    @cached_property
+    def start(self) -> Path | None:
+        """Model directory that answers and is trained on; None for the student's own weights.
+
+        Raises:
+            UsageError: the round before has no model yet.
+            TrainingError: the stage's start has none.
+        """
+        if self.number == 1:
+            return start_directory(self.recipe, self.stage)
+        directory = Round(self.recipe, self.stage, self.number - 1).directory / "model"
+        if not (directory / "config.json").is_file():
+            raise UsageError(
+                f"round {self.number} of stage '{self.stage.name}' begins with the model of round {self.number - 1}, "
+                f"which is not in {directory}; finish that round first"
+            )
+        return directory
+
+    def labelled(self, number: int) -> tuple[PromptSource, ...]:
+        """Return the sources of prompts, each labelled as rows of round `number`."""
+        sources = self.settings.sources or self.recipe.prompts
+        return tuple(
+            source.model_copy(update={"source": own_label(number, source.source)})
+            for source in sources
+            if source.format not in ("cache", "text")
+        )
+
+    def answering(self) -> Recipe:
+        """Return the recipe of the build in which the student answers; its `teacher` is the student."""
+        recipe, settings = self.recipe, self.settings
+        assert recipe.student is not None
+        longest = settings.max_new_tokens or (recipe.generate or Generate()).max_new_tokens
+        generate = Generate(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            samples_per_prompt=settings.samples_per_prompt,
+            max_new_tokens=longest,
+            stop=recipe.generate.stop if recipe.generate else (),
+            seed=self.seed,
+        )
+        return recipe.model_copy(
+            update={
+                "teacher": as_answering(recipe, self.start, settings.engine),
+                "prompts": self.labelled(self.number),
+                "generate": generate,
+                "cache": (self.own_cache,),
+            }
+        )
+
+    def scoring(self) -> Recipe:
+        """Return the recipe of the build in which the teacher scores what is in the own cache."""
+        return self.recipe.model_copy(update={"prompts": (), "generate": None, "cache": (self.own_cache,)})
+
+    def training(self, mixture: Mapping[str, float] | None = None) -> Recipe:
+        """Return the recipe whose stage `STAGE/round-N` trains this round, on shares of the sources."""
+        stage = self.stage.model_copy(
+            update={
+                "name": f"{self.stage.name}/round-{self.number}",
+                "init_from": self.stage.init_from if self.number == 1 else str(self.start),
+                "rounds": None,
+                "mixture": {name: Schedule(start=share) for name, share in mixture.items()} if mixture else None,
+            }
+        )
+        stages = tuple(stage if other.name == self.stage.name else other for other in self.recipe.stages)
+        return self.recipe.model_copy(update={"cache": (*self.recipe.cache, self.own_cache), "stages": stages})
+
+    def job(self) -> Job:
+        """Return the job of the round's answers, once they are all there.
+
+        Raises:
+            UsageError: they are not.
+        """
+        found = [job for job in list_jobs(self.own_cache) if job.request.get("round", {}).get("number") == self.number]
+        stems = frozenset(record.stem for record in list_records(sequences_dir(self.own_cache))) if found else set()
+        if not found or not found[0].is_complete(frozenset(stems)):
+            raise UsageError(
+                f"round {self.number} of stage '{self.stage.name}' has not all of its answers in {self.own_cache}; let "
+                f"the student answer first: decant rounds RECIPE --stage {self.stage.name} --only answer --round "
+                f"{self.number}"
+            )
+        return found[0]
+
+
+def own_label(number: int, source: str) -> str:
+    """Return the label of a round's rows: `own_label(2, "math")` -> 'own 2: math'."""
+    return f"own {number}: {source}"
+
+
+def as_answering(recipe: Recipe, start: Path | None, engine: str | None) -> Teacher:
+    """Return how an engine opens a student: the teacher's settings without what belongs to the teacher alone."""
+    teacher, student = recipe.teacher, recipe.student
+    assert teacher is not None
+    assert student is not None
+    kind = engine or ("vllm" if teacher.engine == "server" else teacher.engine)
+    own = {"model": student.model if start is None else str(start), "engine": kind}
+    trust = {"trust_remote_code": student.trust_remote_code}
+    revision = {"revision": student.revision if start is None else None}
+    return teacher.model_copy(update={**OF_A_TEACHER, **own, **trust, **revision})
+
+
+__all__ = ["Round", "as_answering", "own_label"]

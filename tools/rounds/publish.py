@@ -1,0 +1,87 @@
+"""A stage with rounds, seen from outside: one model, one log, one health, made of those of its rounds.
+
+train/STAGE/model is a link to the last round that was trained; metrics, timing and evaluations are those of the rounds
+one after another, their steps counted on; health.json is that of the last round, with what every round's answers were
+like. All of it is made anew from the rounds' own files, so doing it twice changes nothing. Cost: small files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.atomic import fsync_dir, make_dir, write_atomic
+from shared.errors import TrainingError
+from tools.rounds.guards import round_figures
+from tools.rounds.one_round import Round
+
+IDENTITY = {"rounds": "of own answers", "stage": {"losses": []}}
+"""What identity.json of a stage with rounds says: the rounds have identities of their own."""
+LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl")
+
+
+def claim(one: Round) -> None:
+    """Take a stage's directory for rounds.
+
+    Raises:
+        TrainingError: it holds a stage that was trained without rounds.
+    """
+    directory = one.recipe.stage_dir(one.stage.name)
+    path = directory / "identity.json"
+    make_dir(directory)
+    if path.exists() and "rounds" not in json.loads(path.read_text()):
+        raise TrainingError(
+            f"{directory} holds a stage that was trained without rounds; remove or rename it, or give this stage "
+            "another name"
+        )
+    write_atomic(path, json.dumps(IDENTITY, indent=1).encode(), what="identity")
+
+
+def publish(one: Round, stopped: str | None = None) -> Path:
+    """Show the rounds up to this one as their stage; return the stage's model.
+
+    Args:
+        one: the round that was trained last, or that stopped.
+        stopped: why it stopped before it was trained.
+    """
+    stage_dir = one.recipe.stage_dir(one.stage.name)
+    claim(one)
+    trained = [Round(one.recipe, one.stage, number) for number in range(1, one.number + (stopped is None))]
+    for name in LOGS:
+        _join(stage_dir / name, [each.directory / name for each in trained])
+    if trained:
+        _link(stage_dir / "model", Path(trained[-1].directory.name) / "model")
+    every = [*trained, one] if stopped else trained
+    health = json.loads((trained[-1].directory / "health.json").read_text()) if trained else {"healthy": False}
+    health["rounds"] = [{"round": each.number, **round_figures(each).document} for each in every]
+    if stopped:
+        health |= {"healthy": False, "stopped": f"round {one.number}: {stopped}"}
+    write_atomic(stage_dir / "health.json", json.dumps(health, indent=1).encode(), what="health")
+    done = stage_dir / "done.json"
+    if stopped is None and one.number == one.settings.count:
+        write_atomic(done, json.dumps({"rounds": one.number}, indent=1).encode(), what="done")
+    else:
+        done.unlink(missing_ok=True)
+    return stage_dir / "model"
+
+
+def _join(target: Path, logs: list[Path]) -> None:
+    """Write logs of rounds as one, steps counted on; each line says its round."""
+    lines: list[dict[str, Any]] = []
+    before = 0
+    for number, log in enumerate(logs, 1):
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        lines += [{**row, "step": row["step"] + before, "round": number} for row in rows]
+        before = lines[-1]["step"] if lines else before
+    if lines:
+        write_atomic(target, "".join(json.dumps(line) + "\n" for line in lines).encode(), what=target.stem)
+
+
+def _link(path: Path, target: Path) -> None:
+    """Point a relative link elsewhere in one step."""
+    partial = path.with_name(f".{path.name}.link")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target, target_is_directory=True)
+    partial.replace(path)
+    fsync_dir(path.parent)

@@ -1,0 +1,172 @@
+"""The three steps of a round: the student answers, the teacher scores, the stage trains.
+
+Each is run by a process of its own, so that no model shares a GPU with another, or on another machine, and each
+continues where it was killed. Before anything is trained, and as soon as the answers are there, their guards are asked.
+Cost: that of a build, and of a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shared.cache.layer_choice import without_capture
+from shared.cache.layout import list_layers
+from shared.errors import DecantError, IdentityError
+from shared.identity.identity import difference
+from shared.progress import BuildProgress, Progress
+from shared.recipe.recipe import Recipe
+from shared.seconds import add_seconds
+from tools.rounds.guards import AnswerFigures, beyond, round_figures
+from tools.rounds.one_round import Round, as_answering
+from tools.rounds.publish import publish
+
+if TYPE_CHECKING:
+    from student_train.batch.dataset import CacheList
+
+Result = tuple[Any, str]
+"""What --json prints, and what people see."""
+
+
+class GuardError(DecantError):
+    """A round's answers are beyond the recipe's bounds, so it is not trained on."""
+
+
+def answer(one: Round) -> Result:
+    """Let the student answer the round's prompts, and judge the answers.
+
+    Raises:
+        GuardError: they are beyond the bounds.
+        DecantError: whatever stops a build.
+    """
+    from teacher_cache.student_answers import answer_prompts
+
+    progress = BuildProgress()
+    try:
+        _, summary = answer_prompts(one.answering(), one.recipe.cache[0], one.asking, progress)
+    finally:
+        progress.finish()
+    made = summary.generated
+    if made.rows:
+        seconds = made.seconds + summary.seconds_starting
+        add_seconds(one.recipe.output_dir, f"answer.{one.stage.name}", seconds)
+    figures = require_sound(one)
+    lines = [*summary.notes, f"{_name(one)}: {figures.text()}"]
+    return {"cache": str(one.own_cache), "generated": made.rows, **figures.document}, "\n".join(lines)
+
+
+def score(one: Round) -> Result:
+    """Let the teacher score every answer of the own cache that it has not scored.
+
+    Raises:
+        IdentityError: the recipe's cache was scored by another teacher.
+        DecantError: whatever stops a build.
+    """
+    from teacher_cache.build import teach
+
+    one.job()
+    if one.settings.teacher == "same":
+        require_same_teacher(one.recipe)
+    progress = BuildProgress()
+    try:
+        summary = teach(one.scoring(), None, progress, seconds_under=f"score.{one.stage.name}")
+    finally:
+        progress.finish()
+    made = summary.scored
+    text = f"{_name(one)}: scored {made.rows:,} answers, {made.positions:,} positions, in layer {summary.layer}"
+    return {"cache": str(one.own_cache), "layer": summary.layer, "scored": made.rows}, text
+
+
+def train(one: Round, open_progress: Callable[..., Any] = Progress) -> Result:
+    """Train the round, and put its model where the stage's is looked for.
+
+    Raises:
+        GuardError: its answers are beyond the bounds.
+        DecantError: training cannot start or must stop.
+    """
+    from student_train.stage.stages import run_stages
+
+    require_sound(one)
+    recipe = one.training(shares_of(one))
+    name = f"{one.stage.name}/round-{one.number}"
+    run_stages(recipe, name, name, open_progress=open_progress)
+    model = publish(one)
+    return {"model": str(model)}, f"{_name(one)}: {model}"
+
+
+def require_sound(one: Round) -> AnswerFigures:
+    """Return the figures of a round's answers, once they keep within the bounds.
+
+    Raises:
+        GuardError: they do not; the stage's health.json says it too.
+    """
+    found = round_figures(one)
+    problem = beyond(found, one.settings.guards)
+    if problem is None:
+        return found
+    publish(one, stopped=problem)
+    raise GuardError(
+        f"{_name(one)} is not trained: {problem} ({found.text()}); the last good model is the one that answered, "
+        f"{as_answering(one.recipe, one.start, None).model}; lower rounds.temperature or the learning rate, or move "
+        "the bound"
+    )
+
+
+def require_same_teacher(recipe: Recipe) -> None:
+    """Refuse a teacher that has not scored the recipe's caches.
+
+    Raises:
+        IdentityError: with both values of what differs.
+    """
+    from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity
+
+    assert recipe.teacher is not None
+    wanted = without_capture(layer_identity(know_teacher(recipe.teacher), recipe.teacher, recipe.capture))
+    for path in recipe.cache:
+        differences = {
+            name: difference(without_capture(layer.identity), wanted) for name, layer in list_layers(path).items()
+        }
+        if None in differences.values():
+            continue
+        name, found = next(iter(differences.items()), ("none", "it has no targets layer"))
+        raise IdentityError(
+            f"own answers must be scored by the teacher that scored {path}, and teacher {recipe.teacher.model} is "
+            f"another than that of layer {name}: {found}; name that teacher, or say `rounds: {{teacher: other}}`"
+        )
+
+
+def shares_of(one: Round) -> dict[str, float]:
+    """Return the share of every source in a round's training tokens.
+
+    The student's own have `own_share` together, as their tokens are; the others share the rest, as the stage's mixture
+    says or as their tokens are.
+    """
+    from student_train.batch.dataset import CacheList
+    from student_train.stage.stage_order import open_caches
+
+    settings, fraction = one.settings, one.recipe.heldout.fraction
+    kept = range(1, one.number + 1) if settings.keep == "all" else (one.number,)
+    labels = {source.source for number in kept for source in one.labelled(number)}
+    answered = _tokens(CacheList.open([one.own_cache], None, with_targets=False), fraction)
+    own = {name: count for name, count in answered.items() if name in labels}
+    shares = {name: settings.own_share * count / sum(own.values()) for name, count in own.items()}
+    if settings.own_share < 1:
+        if one.stage.mixture is None:
+            others = _tokens(open_caches(one.recipe, one.stage), fraction)
+        else:
+            others = {name: share.value(0.0) for name, share in one.stage.mixture.items()}
+        shares |= {name: (1 - settings.own_share) * count / sum(others.values()) for name, count in others.items()}
+    return shares
+
+
+def _tokens(caches: CacheList, heldout_fraction: float) -> dict[str, float]:
+    """Return the tokens that may be trained on, by source."""
+    rows = caches.training_rows(heldout_fraction)
+    counts = np.bincount(caches.sources[rows], caches.num_tokens[rows], minlength=len(caches.source_names))
+    return {name: float(count) for name, count in zip(caches.source_names, counts, strict=True) if count}
+
+
+def _name(one: Round) -> str:
+    return f"round {one.number} of {one.settings.count} of stage '{one.stage.name}'"
