@@ -1,9 +1,8 @@
-"""Rounds of own answers: what is asked, who scores, what is trained on, compared with builds and stages of their own."""
+"""Rounds of own answers: what is asked, who scores, what is trained on; compared with builds and stages alone."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,7 +82,7 @@ def test_training_tokens_are_divided_as_the_recipe_says(done):
         for line in lines[3 * number - 3 : 3 * number]:
             for source, count in line["tokens_by_source"].items():
                 tokens[source] = tokens.get(source, 0) + count
-        assert set(name for name, count in tokens.items() if count) == {"math", f"own {number}: math"}
+        assert {name for name, count in tokens.items() if count} == {"math", f"own {number}: math"}
         assert tokens[f"own {number}: math"] / sum(tokens.values()) == pytest.approx(0.75, abs=0.1)
 
 
