@@ -47,7 +47,7 @@ def evaluate_all(
         recipe.evaluate.tasks
     ):  # all of them before the first model starts: a bad row is found in a second, not in an hour
         read_questions(task, task_kind(task))
-        if task.name == "humaneval":
+        if task_kind(task).runs_code:
             say(f"{task.domain}: programs run in the sandbox '{sandbox.require(allow_unsafe_code)}'")
     caches = [Cache.open(path, allow_partial=True) for path in recipe.cache if (path / "cache.json").is_file()]
     for task in recipe.evaluate.tasks:

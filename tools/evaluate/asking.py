@@ -18,6 +18,7 @@ from tools.evaluate.models.models import ModelUnderTest
 from tools.evaluate.models.rendering import joints, render, source_of
 from tools.evaluate.side_by_side.side_prompts import SidePrompt, cache_tokenizer, prompt_ids, sources_of
 from tools.evaluate.tasks.questions import Question
+from tools.evaluate.tasks.registry import task_kind
 
 Asked = dict[str, tuple[Task, list[Question]]]
 """domain -> task and its questions"""
@@ -60,10 +61,11 @@ def ask_model(
             seed=task.seed,
             end_token_ids=taught_end_ids(recipe, tokenizer, [source]),
         )
-        if task.name == "multiple_choice":
-            ids = choice_ids(tokenizer, questions, joints(tokenizer, source, questions))
+        if (choices_of := task_kind(task).choices_of) is not None:
+            texts = [choices_of(question.row) for question in questions]
+            ids = choice_ids(tokenizer, texts, joints(tokenizer, source, questions))
             choosing.append(replace(ask, longest_choice=max(len(tokens) for of in ids for tokens in of)))
-            choices[domain] = (questions, ask.prompts, ids)
+            choices[domain] = (texts, ask.prompts, ids)
         else:
             asks.append(ask)
     side = _side_asks(model, recipe, prompts, tokenizer)

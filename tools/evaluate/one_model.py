@@ -18,7 +18,6 @@ from tools.evaluate.results.results import heldout_layer, result_path, write_res
 from tools.evaluate.sandbox import sandbox
 from tools.evaluate.side_by_side.side_prompts import choose_prompts
 from tools.evaluate.side_by_side.side_results import write_side_answers
-from tools.evaluate.tasks.multiple_choice import normalised_scores
 from tools.evaluate.tasks.questions import Question, Score, read_questions
 from tools.evaluate.tasks.registry import aggregate, task_kind
 
@@ -97,18 +96,17 @@ def _score(
             _line(domain, index // task.samples, *row)
             for index, row in enumerate(zip(repeated, answers[domain], scores, strict=True))
         ]
+        choices = [answer.choices for answer in answers[domain]] if kind.choices_of else ()
         found[domain] = {
             "task": task.name,
-            "metric": kind.METRIC,
-            **asdict(aggregate(task, questions, scores)),
+            "metric": kind.metric,
+            **asdict(aggregate(task, questions, scores, choices)),
             "samples": task.samples,
             "temperature": task.temperature,
             "truncated": sum(answer.truncated for answer in answers[domain]) / len(answers[domain]),
             "mean_tokens": sum(answer.num_tokens for answer in answers[domain]) / len(answers[domain]),
         }
-        if task.name == "multiple_choice":
-            found[domain]["extra"] = normalised_scores(questions, [answer.choices for answer in answers[domain]])
-        if task.name == "humaneval":
+        if kind.runs_code:
             found[domain]["sandbox"] = sandbox.require(allow_unsafe)
     path = result_path(recipe, name, "answers.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,26 +15,23 @@ import numpy as np
 
 from teacher_cache.engines.protocol import ScoreRequest
 from tools.evaluate.models.generate_answers import Answer
-from tools.evaluate.tasks.multiple_choice import Choice, choices_of, chosen
-from tools.evaluate.tasks.questions import Question
+from tools.evaluate.tasks.questions import Choice
 
-ChoiceIds = Sequence[Sequence[Sequence[int]]]
-"""Token ids of each question's choices."""
+Choosing = tuple[Sequence[Sequence[str]], Sequence[Sequence[int]], Sequence[Sequence[Sequence[int]]]]
+"""Of each question: its choices as texts, its prompt as token ids, its choices as token ids."""
 
 
-def choice_ids(tokenizer: Any, questions: Sequence[Question], joints: Sequence[str]) -> list[list[list[int]]]:
-    """Return the token ids of every question's choices; `joints` is what joins prompt and answer in plain text, or
-    nothing.
-    """
+def choice_ids(tokenizer: Any, texts: Sequence[Sequence[str]], joints: Sequence[str]) -> list[list[list[int]]]:
+    """Return the token ids of every question's choices; `joints` is what joins prompt and answer in plain text."""
     return [
-        [list(tokenizer(joint + text, add_special_tokens=False)["input_ids"]) for text in choices_of(question.row)]
-        for question, joint in zip(questions, joints, strict=True)
+        [list(tokenizer(joint + text, add_special_tokens=False)["input_ids"]) for text in choices]
+        for choices, joint in zip(texts, joints, strict=True)
     ]
 
 
 def choose_answers(
     engine: Any,
-    asked: Mapping[str, tuple[Sequence[Question], Sequence[Sequence[int]], ChoiceIds]],
+    asked: Mapping[str, Choosing],
     say: Callable[[str], None],
 ) -> dict[str, list[Answer]]:
     """Return domain -> the choice that each question got, with all of them beside it.
@@ -51,15 +48,15 @@ def choose_answers(
             say(f"scored {number} of {total} choices")
     return {
         domain: [
-            _answer(question, [found[domain][index, choice] for choice in range(len(ids[index]))], ids[index])
-            for index, question in enumerate(questions)
+            _answer(choices, [found[domain][index, choice] for choice in range(len(choices))], ids[index])
+            for index, choices in enumerate(texts)
         ]
-        for domain, (questions, _, ids) in asked.items()
+        for domain, (texts, _, ids) in asked.items()
     }
 
 
 def _requests(
-    asked: Mapping[str, tuple[Sequence[Question], Sequence[Sequence[int]], ChoiceIds]],
+    asked: Mapping[str, Choosing],
 ) -> Iterator[ScoreRequest]:
     for domain, (_, prompts, ids) in asked.items():
         for question, (prompt, choices) in enumerate(zip(prompts, ids, strict=True)):
@@ -70,7 +67,7 @@ def _requests(
                 )
 
 
-def _answer(question: Question, logprobs_nats: Sequence[float], ids: Sequence[Sequence[int]]) -> Answer:
-    texts = choices_of(question.row)
+def _answer(texts: Sequence[str], logprobs_nats: Sequence[float], ids: Sequence[Sequence[int]]) -> Answer:
+    """Return the most likely choice, the first of equals."""
     choices = tuple(Choice(text, value, len(part)) for text, value, part in zip(texts, logprobs_nats, ids, strict=True))
-    return Answer(chosen(choices).text, 0, False, choices)
+    return Answer(max(choices, key=lambda choice: choice.logprob_nats).text, 0, False, choices)

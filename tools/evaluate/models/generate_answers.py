@@ -18,7 +18,7 @@ from shared.errors import EvaluationError
 from shared.recipe.recipe import Capture, Generate, Recipe
 from teacher_cache.engines.protocol import FINISHED, GenerateRequest
 from tools.evaluate.models.models import ModelUnderTest
-from tools.evaluate.tasks.multiple_choice import Choice
+from tools.evaluate.tasks.questions import Choice
 
 
 @dataclass(frozen=True, slots=True)

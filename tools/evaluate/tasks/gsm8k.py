@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from tools.evaluate.tasks.questions import Question, Score, text_column
-
-METRIC = "exact match of the final number"
+from tools.evaluate.tasks.questions import Question, Score, TaskKind, text_column
 
 _NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _MAX_DIGITS = 60
@@ -53,3 +51,6 @@ def _score(question: Question, answer: str) -> Score:
     if found is None:
         return Score(0.0, "no number")
     return Score(1.0) if found == wanted else Score(0.0, f"{found} instead of {wanted}")
+
+
+TASK = TaskKind("exact match of the final number", read_row, score_answers)

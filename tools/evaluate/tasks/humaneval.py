@@ -20,9 +20,7 @@ from typing import Any
 
 from tools.evaluate.sandbox import function_calls, sandbox
 from tools.evaluate.tasks.code_answer import preamble_of, program_of
-from tools.evaluate.tasks.questions import Question, Score, text_column
-
-METRIC = "pass@1: the function passes its tests"
+from tools.evaluate.tasks.questions import Asked, Question, Score, TaskKind, text_column
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -67,3 +65,15 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} of {num_correct} correct among {num_samples} samples is not defined")
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def pass_at_samples(asked: Sequence[Asked]) -> dict[str, float]:
+    """Return pass@k for as many samples as were drawn, where there is more than one."""
+    k = len(asked[0].scores)
+    correct = [sum(score.value == 1.0 for score in one.scores) for one in asked]
+    return {f"pass@{k}": math.fsum(pass_at_k(k, num, k) for num in correct) / len(asked)} if k > 1 else {}
+
+
+TASK = TaskKind(
+    "pass@1: the function passes its tests", read_row, score_answers, runs_code=True, more_figures=pass_at_samples
+)

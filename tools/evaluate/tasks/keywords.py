@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.evaluate.tasks.questions import Question, Score, text_column
-
-METRIC = "share of keywords named"
+from tools.evaluate.tasks.questions import Question, Score, TaskKind, text_column
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -36,3 +34,6 @@ def _score(words: Sequence[str], answer: str) -> Score:
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
+
+
+TASK = TaskKind("share of keywords named", read_row, score_answers)

@@ -17,33 +17,11 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from tools.evaluate.tasks.questions import Question, Score, text_column
+from tools.evaluate.tasks.questions import Asked, Question, Score, TaskKind, text_column
 
-METRIC = "share of questions whose right choice is the most likely"
 PUBMEDQA_CHOICES = ("yes", "no", "maybe")
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One choice of a question, as a model sees it."""
-
-    text: str
-    logprob_nats: float
-    """Natural log of its probability after the prompt, summed over its tokens."""
-    num_tokens: int
-
-    @property
-    def nats_per_token(self) -> float:
-        """Log-probability over tokens."""
-        return self.logprob_nats / self.num_tokens
-
-    @property
-    def nats_per_byte(self) -> float:
-        """Log-probability over UTF-8 bytes of the text."""
-        return self.logprob_nats / len(self.text.encode())
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -81,17 +59,11 @@ def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool
     ]
 
 
-def chosen(choices: Sequence[Choice]) -> Choice:
-    """Return the most likely choice, the first of equals."""
-    return max(choices, key=lambda choice: choice.logprob_nats)
-
-
-def normalised_scores(questions: Sequence[Question], choices: Sequence[Sequence[Choice]]) -> dict[str, float]:
+def normalised_scores(asked: Sequence[Asked]) -> dict[str, float]:
     """Return the shares of questions that are right when log-probabilities are divided by tokens, and by bytes."""
     measures = {"by_token": lambda choice: choice.nats_per_token, "by_byte": lambda choice: choice.nats_per_byte}
     return {
-        name: math.fsum(max(of, key=value).text == q.reference for q, of in zip(questions, choices, strict=True))
-        / len(questions)
+        name: math.fsum(max(one.choices, key=value).text == one.question.reference for one in asked) / len(asked)
         for name, value in measures.items()
     }
 
@@ -115,3 +87,12 @@ def _right(row: Mapping[str, Any]) -> int:
         else f"a number from 0 to {len(choices) - 1}, a letter or a choice"
     )
     raise ValueError(f"the column '{name}' is {answer!r:.60}, expected {wanted}")
+
+
+TASK = TaskKind(
+    "share of questions whose right choice is the most likely",
+    read_row,
+    score_answers,
+    choices_of=choices_of,
+    more_figures=normalised_scores,
+)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Task
@@ -42,23 +42,51 @@ class Score:
     """Why not 1, in a few words."""
 
 
-Scorer = Callable[[Sequence[tuple[Question, str]]], list[Score]]
-"""Score (question, answer) pairs, in their order."""
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One choice of a question, as a model sees it."""
+
+    text: str
+    logprob_nats: float
+    """Natural log of its probability after the prompt, summed over its tokens."""
+    num_tokens: int
+
+    @property
+    def nats_per_token(self) -> float:
+        """Log-probability over tokens."""
+        return self.logprob_nats / self.num_tokens
+
+    @property
+    def nats_per_byte(self) -> float:
+        """Log-probability over UTF-8 bytes of the text."""
+        return self.logprob_nats / len(self.text.encode())
 
 
-class TaskKind(Protocol):
-    """One way to ask and to score; the modules of this package named after a task have this shape."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question, what its answers are worth, and the choices that were weighed for it."""
 
-    METRIC: str
+    question: Question
+    scores: Sequence[Score]
+    choices: Sequence[Choice] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskKind:
+    """One way to ask and to score: `TASK` of a module of this package that is named after it."""
+
+    metric: str
     """What a score is, in words for a table's foot."""
-
-    def read_row(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """Return prompt and reference of a row; ValueError with the reason where it does not fit."""
-        ...
-
-    def score_answers(self, pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool = False) -> list[Score]:
-        """Score every answer."""
-        ...
+    read_row: Callable[[Mapping[str, Any]], tuple[str, str]]
+    """Prompt and reference of a row; ValueError with the reason where it does not fit."""
+    score_answers: Callable[..., list[Score]]
+    """Of (question, answer) pairs, and whether code may run without a sandbox: what each answer is worth."""
+    choices_of: Callable[[Mapping[str, Any]], list[str]] | None = None
+    """The choices of a row, which are weighed by likelihood; None: an answer is generated."""
+    runs_code: bool = False
+    """Whether answers are run in the sandbox."""
+    more_figures: Callable[[Sequence[Asked]], dict[str, float]] = lambda asked: {}
+    """More figures of the same task."""
 
 
 @dataclass(frozen=True, slots=True)

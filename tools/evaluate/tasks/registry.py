@@ -8,40 +8,33 @@ little too wide.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import cast
+from importlib import import_module
 
 from shared.recipe.recipe import Task
-from tools.evaluate.tasks import gsm8k, humaneval, keywords, multiple_choice
-from tools.evaluate.tasks.questions import Question, Score, TaskKind, TaskScore
-
-_KINDS: dict[str, TaskKind] = {
-    "gsm8k": cast("TaskKind", gsm8k),
-    "humaneval": cast("TaskKind", humaneval),
-    "keywords": cast("TaskKind", keywords),
-    "multiple_choice": cast("TaskKind", multiple_choice),
-}
+from tools.evaluate.tasks.questions import Asked, Choice, Question, Score, TaskKind, TaskScore
 
 _Z95 = 1.959964
 
 
 def task_kind(task: Task) -> TaskKind:
     """Return what asks and scores a task."""
-    return _KINDS[task.name]
+    kind: TaskKind = import_module(f"{__package__}.{task.name}").TASK
+    return kind
 
 
-def aggregate(task: Task, questions: Sequence[Question], scores: Sequence[Score]) -> TaskScore:
-    """Average scores that come question by question, `task.samples` each."""
-    assert len(scores) == len(questions) * task.samples
-    means = [_mean([score.value for score in group]) for group in _groups(scores, task.samples)]
+def aggregate(
+    task: Task, questions: Sequence[Question], scores: Sequence[Score], choices: Sequence[Sequence[Choice]] = ()
+) -> TaskScore:
+    """Average scores that come question by question, `task.samples` each; `choices` of a question's answers, likewise
+    in order, where choices were weighed.
+    """
+    n = task.samples
+    assert len(scores) == len(questions) * n
+    asked = [Asked(q, scores[i * n : i * n + n], choices[i * n] if choices else ()) for i, q in enumerate(questions)]
+    means = [_mean([score.value for score in question.scores]) for question in asked]
     low, high = wilson_interval(_mean(means), len(means))
-    extra: dict[str, float] = {}
-    if task.name == "humaneval" and task.samples > 1:
-        k = task.samples
-        correct = [sum(score.value == 1.0 for score in group) for group in _groups(scores, k)]
-        extra[f"pass@{k}"] = _mean([humaneval.pass_at_k(k, num, k) for num in correct])
-    return TaskScore(_mean(means), low, high, len(questions), extra)
+    return TaskScore(_mean(means), low, high, len(questions), task_kind(task).more_figures(asked))
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -54,13 +47,6 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _groups(scores: Sequence[Score], size: int) -> list[list[Score]]:
-    groups: dict[int, list[Score]] = defaultdict(list)
-    for index, score in enumerate(scores):
-        groups[index // size].append(score)
-    return list(groups.values())
 
 
 def _mean(values: Sequence[float]) -> float:
