@@ -52,7 +52,7 @@ def chat_templates(sources: Sequence[PromptSource], own: str | None) -> dict[str
     """
     found: dict[str, list[str]] = {}
     for source in sources:
-        if source.format not in ("text", "cache") and source.template == "chat":
+        if source.of_turns and source.template == "chat":
             labels = found.setdefault((source.chat_template or own or "").strip(), [])
             labels += [] if source.source in labels else [source.source]
     return found
@@ -82,12 +82,12 @@ def _sources_of(cache_dir: Path, prompts: Sequence[PromptSource]) -> list[Prompt
     elsewhere = [
         source
         for prompt in prompts
-        if prompt.format == "cache" and Path(prompt.path) != cache_dir
+        if prompt.of_cache and Path(prompt.path) != cache_dir
         for source in _sources_of(Path(prompt.path), ())
     ]
     if entries:
         return own + elsewhere
-    told = [_plain(prompt) for prompt in prompts if prompt.format != "cache"]
+    told = [_plain(prompt) for prompt in prompts if not prompt.of_cache]
     return told + elsewhere
 
 

@@ -58,10 +58,25 @@ class PromptSource(Section):
     date: datetime.date | None = None
     """What a template that writes the current date writes instead, such as 2026-01-31."""
 
+    @property
+    def of_cache(self) -> bool:
+        """Whether rows are tokens already, those of another cache."""
+        return self.format == "cache"
+
+    @property
+    def of_text(self) -> bool:
+        """Whether rows are plain texts."""
+        return self.format == "text"
+
+    @property
+    def of_turns(self) -> bool:
+        """Whether rows are conversations."""
+        return not self.of_cache and not self.of_text
+
     @model_validator(mode="after")
     def _can_be_honoured(self) -> PromptSource:
         problems: list[Problem] = [(("columns", name), sentence) for name, sentence in _unread_columns(self)]
-        if self.format == "cache":
+        if self.of_cache:
             kept = {"source", "path", "format", "limit"}
             problems = [
                 ((name,), "rows of a cache are taken as they are, so leave it out") for name in _moved(self) - kept
@@ -83,11 +98,11 @@ def _moved(source: PromptSource) -> set[str]:
 
 def _without_template(source: PromptSource) -> list[tuple[str, str]]:
     """Return what plain text leaves without effect."""
-    if source.format != "text" and source.template != "none":
+    if not source.of_text and source.template != "none":
         return []
-    plain = "'text' rows" if source.format == "text" else "rows with template 'none'"
+    plain = "'text' rows" if source.of_text else "rows with template 'none'"
     names = [name for name in ("chat_template", "chat_template_kwargs", "date") if getattr(source, name)]
-    if source.format == "text":
+    if source.of_text:
         names += [name for name in ("system", "supervise") if name in _moved(source)]
     why = {"supervise": f"{plain} are trained from their second token on, so leave it out"}
     return [(name, why.get(name, f"{plain} are not rendered by a template, so leave it out")) for name in names]

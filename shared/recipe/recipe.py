@@ -183,9 +183,9 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
         )
         problems.append((("capture", "hidden"), sentence))
     for i, source in enumerate(recipe.prompts):
-        if source.format == "cache" and recipe.generate is not None:
+        if source.of_cache and recipe.generate is not None:
             problems.append((("prompts", i, "format"), "rows of a cache are answered already; leave `generate` out"))
-        if source.format == "cache" and any(Path(source.path).resolve() == cache.resolve() for cache in recipe.cache):
+        if source.of_cache and any(Path(source.path).resolve() == cache.resolve() for cache in recipe.cache):
             problems.append(
                 (("prompts", i, "path"), "is the cache that this recipe builds; without `prompts` its rows are scored")
             )

@@ -92,7 +92,7 @@ class Rounds(Section):
             said = "all answers at temperature 0 are the same; raise the temperature or leave it at 1"
             problems.append((("samples_per_prompt",), said))
         for i, source in enumerate(self.sources):
-            if source.format in ("cache", "text"):
+            if not source.of_turns:
                 problems.append(
                     (("sources", i, "format"), f"rows of format '{source.format}' ask nothing; leave it out")
                 )

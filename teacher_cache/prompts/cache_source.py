@@ -21,8 +21,6 @@ from shared.parts.records import list_records
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.formats.prompt_formats import Conversation, GivenSequence
 
-FORMAT = "cache"
-
 
 def read_cache(source: PromptSource, origin: int) -> Iterator[Conversation]:
     """Yield the rows of a cache in its order.
@@ -42,7 +40,7 @@ def read_cache(source: PromptSource, origin: int) -> Iterator[Conversation]:
             finish_reason=row.finish_reason,
         )
         label = source.source or row.source
-        yield Conversation(label, source.path, index + 1, FORMAT, None, None, row.reference, origin, sequence)
+        yield Conversation(label, source.path, index + 1, source.format, None, None, row.reference, origin, sequence)
 
 
 def cache_content_hash(source: PromptSource) -> str:
@@ -66,7 +64,7 @@ def require_tokenizer(sources: Sequence[PromptSource], tokenizer_hash: str, teac
         CacheError: there is no cache at a source's path.
     """
     for source in sources:
-        if source.format != FORMAT:
+        if not source.of_cache:
             continue
         found = read_header(Path(source.path)).identity.tokenizer_hash
         if found != tokenizer_hash:
@@ -83,9 +81,7 @@ def group_rule(cache: Path, sources: Sequence[PromptSource]) -> GroupRule:
     Raises:
         IdentityError: a cache among the sources groups its rows by another rule than the cache that they would join.
     """
-    rules = {
-        source.path: read_header(Path(source.path)).identity.groups for source in sources if source.format == FORMAT
-    }
+    rules = {source.path: read_header(Path(source.path)).identity.groups for source in sources if source.of_cache}
     if not (cache / "cache.json").is_file():
         return "prompt" if "prompt" in rules.values() else "first question"
     own = read_header(cache).identity.groups
@@ -101,7 +97,5 @@ def group_rule(cache: Path, sources: Sequence[PromptSource]) -> GroupRule:
 
 def answers_of(sources: Sequence[PromptSource]) -> dict[str, str]:
     """Return who wrote the answers of the caches among the sources, as a record says it; empty where there is none."""
-    found = {
-        read_header(Path(source.path)).identity.answers or "unknown" for source in sources if source.format == FORMAT
-    }
+    found = {read_header(Path(source.path)).identity.answers or "unknown" for source in sources if source.of_cache}
     return {"answers": "; ".join(sorted(found))} if found else {}

@@ -16,7 +16,7 @@ from typing import Any
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.cache_source import FORMAT, read_cache
+from teacher_cache.prompts.cache_source import read_cache
 from teacher_cache.prompts.files.prompt_files import HubDataset, locate
 from teacher_cache.prompts.files.prompt_readers import MAX_LINE_BYTES, read_file, read_hub
 from teacher_cache.prompts.formats.prompt_columns import Columns
@@ -51,7 +51,7 @@ def read_prompts(sources: Sequence[PromptSource], problems: Problems) -> Iterato
 
 
 def _read_source(source: PromptSource, origin: int, problems: Problems) -> Iterator[Conversation]:
-    if source.format == FORMAT:
+    if source.of_cache:
         for conversation in read_cache(source, origin):
             problems.rows_read += 1
             yield conversation

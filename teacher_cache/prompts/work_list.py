@@ -30,7 +30,7 @@ from shared.identity.grown import unmoved
 from shared.keys import canonical_json, content_key, group_key, row_key
 from shared.parts.jobs import PlanRow
 from shared.recipe.recipe import Generate, PromptSource, Recipe
-from teacher_cache.prompts.cache_source import FORMAT, cache_content_hash
+from teacher_cache.prompts.cache_source import cache_content_hash
 from teacher_cache.prompts.files.prompt_files import content_hash
 from teacher_cache.prompts.formats.prompt_formats import (
     Conversation,
@@ -155,7 +155,7 @@ def request_of(
         "prompts": [
             {
                 "source": source.source,
-                "content": cache_content_hash(source) if source.format == FORMAT else content_hash(source),
+                "content": cache_content_hash(source) if source.of_cache else content_hash(source),
                 "format": source.format,
                 "split": source.split,
                 "limit": source.limit,

@@ -13,7 +13,7 @@ PATHS = sorted(set(re.findall(r"`((?:shared|teacher_cache|student_train|tools|te
 NAMES = [
     ("shared/recipe/losses.py", "LOSSES LOSSES_ON_HIDDEN_LAYER Loss Literal"),
     ("shared/recipe/prompts.py", "COLUMNS Literal"),
-    ("teacher_cache/prompts/formats/prompt_formats.py", "_PARSERS"),
+    ("teacher_cache/prompts/formats/alpaca.py", "FORMAT"),
     ("tools/evaluate/tasks/questions.py", "TaskKind read_row score_answers"),
     ("shared/recipe/evaluation.py", "TaskName NAMES_THE_RESULT"),
     ("shared/recipe/optimizers.py", "OPTIMIZERS"),

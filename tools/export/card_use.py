@@ -32,7 +32,7 @@ def use_lines(talk: Talk, generate: Generate | None, plain: Any) -> list[str]:
         plain: makes any text safe for a card.
     """
     sources = talk.leaving.sources if talk.leaving else ()
-    chat = [source for source in sources if source.format not in ("text", "cache") and source.template == "chat"]
+    chat = [source for source in sources if source.of_turns and source.template == "chat"]
     ends = ", ".join(map(str, talk.leaving.end_ids if talk.leaving else talk.end_ids)) or "none"
     lines = [f"- {plain(line)}" for line in _said(sources, chat)]
     lines.append(f"- end tokens that it was trained to write: {ends} (in generation_config.json)")

@@ -187,7 +187,7 @@ def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
 
     reasons: dict[str, PromptError] = {}
     for prompt in recipe.prompts:
-        if prompt.format == "cache":
+        if prompt.of_cache:
             continue  # a cache is on this machine
         try:
             locate(prompt)

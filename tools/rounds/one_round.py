@@ -90,7 +90,7 @@ class Round:
         return tuple(
             source.model_copy(update={"source": own_label(number, source.source)})
             for source in sources
-            if source.format not in ("cache", "text")
+            if source.of_turns
         )
 
     def answering(self) -> Recipe:

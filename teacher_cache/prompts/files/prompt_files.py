@@ -94,7 +94,7 @@ def _of_one_kind(chosen: Chosen, source: PromptSource) -> LocalFiles:
         raise PromptError(
             f"{source.path}: files of several kinds ({named}); name those of one kind with a glob such as *.jsonl"
         )
-    if "txt" in kinds and source.format != "text":
+    if "txt" in kinds and not source.of_text:
         raise PromptError(
             f"{chosen.files[0]}: a .txt file is one text, which `format: {source.format}` has no columns in; set "
             "`format: text`"

@@ -1,9 +1,8 @@
-"""Five row formats, one conversation: what a row of a prompt file may look like and what it becomes.
+"""A row of a prompt file and the conversation that it becomes, whichever format it is in.
 
-`messages`, `sharegpt`, `alpaca` and `prompt_completion` become a list of turns (prompt_turns.py); `text` stays text.
-What belongs to the prompt (`system`, `history`, `tools`) goes with the turns. A row that does not fit its format, or
-whose other columns would change what it means, is a `ValueError` whose message is the reason; the reader adds the
-place.
+One file beside this one a format: all but `text` become a list of turns (prompt_turns.py). What belongs to the prompt
+(`system`, `history`, `tools`) goes with the turns. A row that does not fit its format, or whose other columns would
+change what it means, is a `ValueError` whose message is the reason; the reader adds the place.
 
 Also here, because it must never depend on anything but the row: the text whose hash is the row's group (`group_text`).
 """
@@ -11,23 +10,16 @@ Also here, because it must never depend on anything but the row: the text whose 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from shared.cache.groups import normalised
 from shared.recipe.prompts import COLUMNS
-from teacher_cache.prompts.formats.prompt_turns import (
-    ROLES,
-    SHAREGPT_ROLES,
-    Message,
-    field_of,
-    is_empty,
-    kind_name,
-    parse_turns,
-    texts_in,
-    tools_turn,
-)
+from teacher_cache.prompts.formats.prompt_turns import Message, is_empty, kind_name, texts_in
+from teacher_cache.prompts.formats.row_parts import RowFormat
 
 REFERENCE_KEYS = ("reference", "answer")
 PART_OF_THE_PROMPT = (
@@ -97,23 +89,30 @@ def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | N
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"the row is {kind_name(row)} but must be an object with named fields")
-    reads = COLUMNS[format_name]
-    for name in PART_OF_THE_PROMPT if format_name != "text" else ():
+    reads, row_format = COLUMNS[format_name], _row_format(format_name)
+    for name in PART_OF_THE_PROMPT if row_format.is_conversation else ():
         if name not in reads and not is_empty(row.get(name)):
             raise ValueError(
                 f"the column {name!r} is part of the prompt and `format: {format_name}` does not read it; name it in "
                 "`columns` "
                 f"for one of {', '.join(reads)}, or leave it out knowingly with `ignore: [{name}]`"
             )
-    if row.get("label") is False and format_name != "text":
+    if row.get("label") is False and row_format.is_conversation:
         raise ValueError("'label' is false, which marks an answer that is not to be learnt; remove the row")
-    messages, text = _PARSERS[format_name](row)
+    parsed = row_format.parse(row)
+    messages, text = (None, parsed) if isinstance(parsed, str) else (parsed, None)
     reference = next((row[key] for key in REFERENCE_KEYS if row.get(key) is not None), None)
     if reference is not None and not isinstance(reference, str):
         reference = json.dumps(reference, ensure_ascii=False, sort_keys=True, default=str)
     for value in texts_in([text, reference, *(messages or ())]):
         _require_unicode(value)
     return messages, text, reference
+
+
+@cache
+def _row_format(name: str) -> RowFormat:
+    found: RowFormat = import_module(f"{__package__}.{name}").FORMAT
+    return found
 
 
 def prompt_turns(messages: list[Message]) -> list[Message]:
@@ -158,117 +157,6 @@ def group_text(messages: list[Message] | None, text: str | None, rule: str = "fi
         return normalised(text)
     asked = prompt_turns(messages)
     return normalised(next((turn for turn in asked if turn["role"] == "user"), asked[-1])["content"])
-
-
-def _parse_messages(row: Mapping[str, Any]) -> tuple[list[Message], None]:
-    if "messages" in row or "chosen" not in row:
-        return _with_context(row, _turns_of(_list(row, "messages"), "messages")), None
-    return _with_context(row, _prompt_and_answer(row.get("prompt"), "prompt", row["chosen"], "chosen")), None
-
-
-def _parse_sharegpt(row: Mapping[str, Any]) -> tuple[list[Message], None]:
-    turns = list(_list(row, "conversations"))
-    if not is_empty(row.get("chosen")):  # a preference pair: the better answer to the conversation
-        turns.append(row["chosen"])
-    return _with_context(row, parse_turns(turns, "conversations", "from", "value", SHAREGPT_ROLES)), None
-
-
-def _parse_prompt_completion(row: Mapping[str, Any]) -> tuple[list[Message], None]:
-    name = "chosen" if is_empty(row.get("completion")) and "chosen" in row else "completion"
-    prompt = row["prompt"] if isinstance(row.get("prompt"), list) else _text(row, "prompt")
-    return _with_context(row, _prompt_and_answer(prompt, "prompt", row.get(name), name)), None
-
-
-def _parse_alpaca(row: Mapping[str, Any]) -> tuple[list[Message], None]:
-    instruction, given = _text(row, "instruction"), _optional_text(row, "input")
-    prompt = f"{instruction}\n\n{given}" if given else instruction
-    name = "chosen" if is_empty(row.get("output")) and "chosen" in row else "output"
-    return _with_context(row, _prompt_and_answer(prompt, "instruction", row.get(name), name)), None
-
-
-def _parse_text(row: Mapping[str, Any]) -> tuple[None, str]:
-    return None, _text(row, "text")
-
-
-_PARSERS: dict[str, Callable[[Mapping[str, Any]], tuple[list[Message] | None, str | None]]] = {
-    "messages": _parse_messages,
-    "prompt_completion": _parse_prompt_completion,
-    "alpaca": _parse_alpaca,
-    "sharegpt": _parse_sharegpt,
-    "text": _parse_text,
-}
-
-
-def _prompt_and_answer(prompt: Any, prompt_name: str, answer: Any, answer_name: str) -> list[Message]:
-    """Join a prompt and its answer, each text or turns; an answer that repeats the prompt's turns stands for both."""
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt.strip() else []
-    if isinstance(prompt, list):
-        asked = _turns_of(prompt, prompt_name)
-    elif prompt is not None and not isinstance(prompt, str):
-        raise ValueError(f"{prompt_name!r} of the row is {kind_name(prompt)} but must be text")
-    if isinstance(answer, list) and answer:
-        if not isinstance(answer[0], Mapping):
-            raise ValueError(f"{answer_name!r} of the row is a list but must be text or a list of turns")
-        answered = _turns_of(answer, answer_name)
-        return answered if any(turn["role"] == "user" for turn in answered) else [*asked, *answered]
-    if answer is not None and not isinstance(answer, str):
-        raise ValueError(f"{answer_name!r} of the row is {kind_name(answer)} but must be text")
-    return [*asked, {"role": "assistant", "content": answer}] if answer and answer.strip() else asked
-
-
-def _with_context(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
-    """Put what columns say of the prompt before the turns: tools, system text, earlier questions and answers."""
-    before: list[Message] = []
-    system = _optional_text(row, "system")
-    if system is not None and turns[0]["role"] == "system":
-        if turns[0]["content"].strip() != system.strip():
-            raise ValueError("the row has a column 'system' and a system turn that differ; keep one")
-        system = None
-    if system is not None:
-        before.append({"role": "system", "content": system})
-    for number, pair in enumerate(_list(row, "history") if not is_empty(row.get("history")) else ()):
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not all(isinstance(text, str) and text.strip() for text in pair)
-        ):
-            raise ValueError(f"history[{number}] must be a question and its answer, both text")
-        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    if len(before) > 1 and turns[0]["role"] == "system":
-        raise ValueError(
-            "the row has a column 'history' and a system turn after it; put the system text into a column 'system'"
-        )
-    return [*(tools_turn(row["tools"]) if not is_empty(row.get("tools")) else []), *before, *turns]
-
-
-def _turns_of(turns: list[Any], name: str) -> list[Message]:
-    return parse_turns(turns, name, "role", "content", ROLES)
-
-
-def _list(row: Mapping[str, Any], name: str) -> list[Any]:
-    """Return a list, which tables of text hold as JSON."""
-    value = row.get(name)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            row = {**row, name: json.loads(value)}
-        except (ValueError, RecursionError):
-            raise ValueError(f"{name!r} of the row is text but no JSON list") from None
-    found: list[Any] = field_of(row, name, list)
-    return found
-
-
-def _text(row: Mapping[str, Any], key: str) -> str:
-    value: str = field_of(row, key, str)
-    if not value.strip():
-        raise ValueError(f"{key!r} is empty; expected text")
-    return value
-
-
-def _optional_text(row: Mapping[str, Any], key: str) -> str | None:
-    value = row.get(key)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{key!r} of the row is {kind_name(value)} but must be text")
-    return value if value and value.strip() else None
 
 
 def _require_unicode(text: str) -> None:

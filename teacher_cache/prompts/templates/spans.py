@@ -77,9 +77,9 @@ class Template:
         self._rows_advised = 0
         self._special = special_ids(tokenizer)
         self._chat: ChatTemplate | None = None
-        if source.format == "cache":
+        if source.of_cache:
             self.end_token_id = -1  # nothing is rendered
-        elif source.format == "text" or source.template == "none":
+        elif source.of_text or source.template == "none":
             if tokenizer.eos_token_id is None:
                 raise PromptError(
                     f"source {source.source!r}: the tokenizer has no eos token to end an answer with; use a chat "

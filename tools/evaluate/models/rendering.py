@@ -31,8 +31,8 @@ def source_of(recipe: Recipe, task: Task) -> PromptSource:
 
 def rendering_sources(recipe: Recipe) -> list[PromptSource]:
     """Return the sources of a recipe that render conversations; of its caches, where it has none."""
-    own = [source for source in recipe.prompts if source.format not in ("text", "cache")]
-    return own or [source for source in rendered_sources(recipe) if source.format not in ("text", "cache")]
+    own = [source for source in recipe.prompts if source.of_turns]
+    return own or [source for source in rendered_sources(recipe) if source.of_turns]
 
 
 def template_end(tokenizer: Any, source: PromptSource) -> int:

@@ -66,7 +66,7 @@ def _refused_rows(asked: Asked, i: int, stage: Stage) -> Iterator[Problem]:
 
 def _sources(asked: Asked) -> set[str] | None:
     """Return the sources that the rows have or will have; None where that cannot be said."""
-    if any(prompt.format == "cache" and not prompt.source for prompt in asked.recipe.prompts):
+    if any(prompt.of_cache and not prompt.source for prompt in asked.recipe.prompts):
         return None
     found = {prompt.source for prompt in asked.recipe.prompts} if asked.builds else set()
     for path in asked.caches:

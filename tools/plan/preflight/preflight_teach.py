@@ -41,7 +41,7 @@ def prompt_problems(asked: Asked) -> Iterator[Problem]:
     from teacher_cache.prompts.files.prompt_files import locate
 
     for i, prompt in enumerate(asked.recipe.prompts):
-        if prompt.format == "cache":
+        if prompt.of_cache:
             yield from said(("prompts", i, "path"), lambda path=Path(prompt.path): read_header(path))  # type: ignore[misc]
         elif not (asked.plans_only and prompt.source in asked.recipe.assume.sources):
             yield from said(("prompts", i, "path"), lambda prompt=prompt: locate(prompt))  # type: ignore[misc]
