@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from shared.recipe.base import Count, CountOrZero, Integer, NonNegative, Problem, Section, Text, inconsistent, repeated
 
-TaskName = Literal["gsm8k", "humaneval", "keywords", "multiple_choice"]
+TaskName = Literal["copying", "gsm8k", "humaneval", "keywords", "multiple_choice"]
 
 
 class Task(Section):
@@ -21,7 +21,9 @@ class Task(Section):
     """Fields that an evaluation's identity has always held; a later one joins it where it is not at its default."""
 
     name: TaskName
-    """How answers are scored: final number, unit tests, keywords, or the most probable choice."""
+    """How answers are scored: a value copied from the prompt, final number, unit tests, keywords, or the most probable
+    choice.
+    """
     path: Text
     """A jsonl or json file of questions, as the task is published."""
     domain: str = ""

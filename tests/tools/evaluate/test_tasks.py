@@ -15,7 +15,7 @@ import pytest
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Task
 from tools.evaluate.sandbox import sandbox
-from tools.evaluate.tasks import gsm8k, humaneval, keywords
+from tools.evaluate.tasks import copying, gsm8k, humaneval, keywords
 from tools.evaluate.tasks.code_answer import program_of
 from tools.evaluate.tasks.questions import Question, Score, read_questions
 from tools.evaluate.tasks.registry import aggregate, task_kind, wilson_interval
@@ -97,6 +97,30 @@ def test_keywords_are_shared_out_whatever_case_and_spacing(tmp_path: Path) -> No
     )
     assert [score.value for score in scores] == [0.5, 0.0, 1.0]
     assert scores[0].reason == "not named: Orders, free space"
+
+
+COPYING = {"prompt": "orders 482; mailer 119; 4821", "value": "482", "others": ["119"], "reference": "orders 482"}
+
+
+def test_a_copied_value_counts_as_a_word_of_its_own_and_alone(tmp_path: Path) -> None:
+    question = questions_of("copying", write(tmp_path / "a.jsonl", [COPYING]))[0]
+    answers = ["It says orders 482.", "482", "4821", "orders 119", "", question.prompt]
+    scores = copying.score_answers([(question, answer) for answer in answers])
+    assert [score.value for score in scores] == [1, 1, 0, 0, 0, 0]
+    assert (scores[2].reason, scores[3].reason) == ("does not name 482", "names 119 instead of 482")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"value": "48"}, "the prompt does not name the value '48'"),
+        ({"others": "119"}, "the column 'others' is '119', expected a list of texts"),
+        ({"others": ["119", "482"]}, "the value '482' is also one of 'others'"),
+    ],
+)
+def test_a_row_that_cannot_tell_copying_is_refused(tmp_path: Path, change: dict, reason: str) -> None:
+    with pytest.raises(EvaluationError, match=f"a.jsonl:1: not a row of the task 'copying': {reason}"):
+        questions_of("copying", write(tmp_path / "a.jsonl", [COPYING | change]))
 
 
 PROMPT = 'import math\n\n\ndef helper(x):\n    return x\n\n\ndef f(x):\n    """Double."""\n'

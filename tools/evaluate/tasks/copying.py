@@ -1,0 +1,51 @@
+"""Copying from the context: a value that a long prompt names has to come back: {"prompt", "value": "482", "reference"}.
+
+An answer scores 1 when it names the value as a word of its own and none of the row's `others` (a list, such as the
+prompt's other values), so that repeating the whole prompt earns nothing. What the answer says besides does not matter.
+Distilled models are known to lose this first (2509.01649).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tools.evaluate.tasks.questions import Question, Score, TaskKind, text_column
+
+
+def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return prompt and reference answer."""
+    prompt, reference = text_column(row, "prompt"), text_column(row, "reference")
+    value, others = text_column(row, "value"), row.get("others", [])
+    if not isinstance(others, list) or not all(isinstance(other, str) and other.strip() for other in others):
+        raise ValueError(f"the column 'others' is {others!r:.60}, expected a list of texts")
+    if value in others:
+        raise ValueError(f"the value {value!r:.60} is also one of 'others'")
+    if not _names(prompt, value):
+        raise ValueError(f"the prompt does not name the value {value!r:.60}")
+    return prompt, reference
+
+
+def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool = False) -> list[Score]:
+    """Give 1 for the value alone, 0 otherwise."""
+    return [_score(question.row, answer) for question, answer in pairs]
+
+
+def _score(row: Mapping[str, Any], answer: str) -> Score:
+    wrong = [other for other in row.get("others", []) if _names(answer, other)]
+    if wrong:
+        return Score(0.0, f"names {', '.join(wrong):.60} instead of {row['value']}")
+    return Score(1.0) if _names(answer, row["value"]) else Score(0.0, f"does not name {row['value']}")
+
+
+def _names(text: str, value: str) -> bool:
+    """Whether a text holds the value with no letter or digit on either side.
+
+    >>> _names("The code is 482.", "482"), _names("It is 4821.", "482")
+    (True, False)
+    """
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
+
+
+TASK = TaskKind("the asked value came back, and no other", read_row, score_answers)
