@@ -32,7 +32,14 @@ class CrossEntropy(LossTerm):
     """Against the tokens of the text; needs no teacher."""
 
 
-class Divergence(LossTerm):
+class OnTargets(LossTerm):
+    """A loss against the teacher's next-token distributions."""
+
+    weigh: Literal["entropy"] | None = None
+    """entropy: each position is weighted by the teacher's entropy there over head and bucket, in nats."""
+
+
+class Divergence(OnTargets):
     """A divergence between the teacher's and the student's next-token distributions."""
 
     name: Literal["forward_kl", "reverse_kl"]
@@ -59,6 +66,25 @@ class JensenShannon(Divergence):
     """beta KL(teacher || mixture) + (1 - beta) KL(student || mixture)."""
     beta: Share = 0.5
     """Share of the teacher in the mixture."""
+
+
+class TailWeightedKL(Divergence):
+    """Forward KL whose tail, known from drawn tokens, weighs more or less than its mass."""
+
+    name: Literal["tail_weighted_kl"]  # type: ignore[assignment]
+    """KL over head and bucket, and `tail_weight` times the KL within the tail; needs a layer with draws."""
+    tail_weight: Positive = 2.0
+    """Weight of the tail's own part; 1 is forward_kl."""
+
+
+class DecoupledKL(OnTargets):
+    """KL whose head has a temperature of its own, also one that was not captured."""
+
+    temperature: ClassVar[Schedule] = constant(1.0)
+    name: Literal["decoupled_kl"]
+    """KL of the head's mass against the bucket's at temperature 1, and within the head at `head_temperature`."""
+    head_temperature: Positive = 2.0
+    """Temperature of both sides within the head; its part is multiplied by the square."""
 
 
 class SkewKL(Divergence):
@@ -140,11 +166,16 @@ LOSSES: tuple[type[LossTerm], ...] = (
     Divergence,
     JensenShannon,
     SkewKL,
+    TailWeightedKL,
+    DecoupledKL,
     HiddenStates,
     Attention,
     Contrastive,
 )
 """Every kind of term; a new kind is one line here, a new name of a kind one word in its Literal."""
+TAKES_DRAWS_ALONE = ("forward_kl", "tail_weighted_kl")
+"""Divergences that are right on a layer of mode `sample`, which has no head."""
+NEEDS_DRAWS = ("tail_weighted_kl",)
 LOSSES_ON_HIDDEN_LAYER = ("hidden", "attention", "contrastive")
 """Losses that read a hidden layer of the cache instead of a targets layer."""
 
@@ -182,8 +213,33 @@ def names_of(kind: type[LossTerm]) -> tuple[str, ...]:
     return tuple(kind.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
 
 
+def unfit(name: str, mode: str, *, by_entropy: bool = False) -> str | None:
+    """Say why a divergence cannot be taken on targets of a capture's mode; None where it can.
+
+    >>> unfit("tail_weighted_kl", "top")
+    "mode 'top', which does not tell the shape of the tail; use forward_kl, or capture in mode 'top+sample'"
+    >>> unfit("tail_weighted_kl", "top+sample")
+    """
+    if mode == "sample" and name not in TAKES_DRAWS_ALONE:
+        why = "it is biased, since a token that was not drawn would count as impossible"
+        return f"mode 'sample', where {why}; use forward_kl, or a layer captured in mode 'top' or 'top+sample'"
+    if mode == "sample" and by_entropy:
+        return "mode 'sample', which does not tell the teacher's entropy; leave `weigh` out, or capture a head"
+    if mode == "top" and name in NEEDS_DRAWS:
+        return "mode 'top', which does not tell the shape of the tail; use forward_kl, or capture in mode 'top+sample'"
+    return None
+
+
 Loss = Annotated[
-    CrossEntropy | Divergence | JensenShannon | SkewKL | HiddenStates | Attention | Contrastive,
+    CrossEntropy
+    | Divergence
+    | JensenShannon
+    | SkewKL
+    | TailWeightedKL
+    | DecoupledKL
+    | HiddenStates
+    | Attention
+    | Contrastive,
     Field(discriminator="name"),
     options_of_kinds(LOSSES, by="name"),
     BeforeValidator(without_foreign_defaults),

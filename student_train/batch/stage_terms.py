@@ -39,5 +39,6 @@ def terms_at(stage: Stage, step: int, num_steps: int, run: RunSteps | None = Non
         options = {name: getattr(loss, name) for name in registry[loss.name].options}
         weight = schedules.value(loss.weight, step, num_steps, run)
         temperature = schedules.value(loss.temperature, step, num_steps, run)
-        terms.append(LossTerm(loss.name, weight, temperature, options))
+        by_entropy = getattr(loss, "weigh", None) == "entropy"
+        terms.append(LossTerm(loss.name, weight, temperature, options, by_entropy=by_entropy))
     return terms

@@ -75,6 +75,8 @@ class Members:
     log_p: Tensor
     """[C, K + 1] natural logs of the members' masses and, last, the bucket's; -inf in padded slots and empty buckets.
     """
+    num_head: int
+    """How many of the K are slots of the head; drawn tokens follow."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,12 +228,14 @@ class TargetBatch:
         if self.temperatures[j] != 1.0 and ids.shape[1]:
             logprobs = _head_at(logprobs, tail, self.temperatures[j])
         if not (self.draws and with_draws):
-            return Members(ids, torch.cat([logprobs, tail[:, None]], dim=1))
+            return Members(ids, torch.cat([logprobs, tail[:, None]], dim=1), ids.shape[1])
         drawn_ids, multiplicities = self.draws[j].padded(where, vocab_size, 0.0, dtype)
         num_draws = multiplicities.sum(dim=1)
         drawn = tail[:, None] + multiplicities.log() - num_draws.clamp_min(1.0).log()[:, None]
         bucket = tail.masked_fill(num_draws > 0, -torch.inf)
-        return Members(torch.cat([ids, drawn_ids], dim=1), torch.cat([logprobs, drawn, bucket[:, None]], dim=1))
+        return Members(
+            torch.cat([ids, drawn_ids], dim=1), torch.cat([logprobs, drawn, bucket[:, None]], dim=1), ids.shape[1]
+        )
 
 
 def _head_at(logprobs: Tensor, tail_logmass: Tensor, temperature: float) -> Tensor:

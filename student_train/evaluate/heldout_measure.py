@@ -29,7 +29,7 @@ from student_train.evaluate.heldout_rows import heldout_rows_per_source
 from student_train.order.packing import pack_rows
 from student_train.student.forward_patch import Objective
 
-_KL, _EQUAL, _NLL, _POSITIONS = range(4)
+_KL, _EQUAL, _NLL, _ACCEPTANCE, _POSITIONS = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,8 @@ class Processes:
 def measure_heldout(
     model: Any, objective: Objective, heldout: HeldoutSet, packs: Sequence[Sequence[int]], processes: Processes
 ) -> dict[str, Any]:
-    """Return `kl_nats`, `top1_agreement`, `perplexity`, `positions`, `rows`, and the same by source under `by_source`.
+    """Return `kl_nats`, `top1_agreement`, `acceptance_rate`, `perplexity`, `positions`, `rows`, and the same by
+    source under `by_source`.
 
     Args:
         model: the patched student, with whatever wraps it.
@@ -112,7 +113,7 @@ def measure_heldout(
         processes: who measures what.
     """
     codes = {row: code for code, rows in enumerate(heldout.rows.values()) for row in rows}
-    sums = torch.zeros(len(heldout.rows), 4, dtype=torch.float64)
+    sums = torch.zeros(len(heldout.rows), 5, dtype=torch.float64)
     rounds = -(-len(packs) // processes.count)
     with scoring(model, objective):
         for index in range(processes.index, rounds * processes.count, processes.count):
@@ -157,6 +158,7 @@ def _figures(sums: np.ndarray, num_rows: int) -> dict[str, Any]:
     return {
         "kl_nats": float(sums[_KL]) / positions,
         "top1_agreement": float(sums[_EQUAL]) / positions,
+        "acceptance_rate": float(sums[_ACCEPTANCE]) / positions,
         "perplexity": math.exp(nll) if nll < 700 else None,
         "positions": int(positions),
         "rows": num_rows,

@@ -39,6 +39,8 @@ class Divergence:
     """Its gradient is linear in p, so that drawn tokens, whose weights are right on average, give the right gradient on
     average.
     """
+    splits_tail: bool = False
+    """It also takes `num_head`, how many of the masses are the head's, and needs drawn tokens behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +57,5 @@ class LossTerm:
     """Keyword options of the loss."""
     layer: str = ""
     """Which of several teachers a divergence is from; empty where there is one, and for labels."""
+    by_entropy: bool = False
+    """Each position is weighted by the teacher's entropy over head and bucket, in nats, at the temperature."""

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shared.errors import TrainingError
+from shared.recipe.losses import unfit
 from student_train.batch.target_batch import TargetBatch
 from student_train.losses import Divergence, LossTerm, divergences
+from student_train.losses.entropy_weight import entropy_weights
 
 Targets = TargetBatch | Mapping[str, TargetBatch] | None
 """Of a batch: one teacher's, several teachers' by the `layer` of their terms (one that no position is taught by may be
@@ -28,10 +30,17 @@ class WeightedDivergence:
     """A divergence with its options bound, and the place of its value among all terms."""
 
     index: int
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[..., Tensor]
     coefficient: Tensor | float
     """Weight x T^2 / positions of the global batch."""
     on_labels: bool
+    splits_tail: bool = False
+    by_entropy: bool = False
+
+    def values(self, log_p: Tensor, log_q: Tensor, num_head: int) -> Tensor:
+        """Return [C] values in nats of log-masses [C, M], of which the first `num_head` are the head's."""
+        found = self.function(log_p, log_q, **({"num_head": num_head} if self.splits_tail else {}))
+        return found * entropy_weights(log_p, num_head) if self.by_entropy else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,11 @@ def group_terms(terms: Sequence[LossTerm], targets: Targets, num_positions: floa
         coefficient = term.weight * term.temperature**2 / num_positions
         function = functools.partial(divergence.function, **term.options)
         group = groups.setdefault(key, TermGroup(batch, *key[1:], []))
-        group.terms.append(WeightedDivergence(index, function, coefficient, divergence.on_labels))
+        group.terms.append(
+            WeightedDivergence(
+                index, function, coefficient, divergence.on_labels, divergence.splits_tail, term.by_entropy
+            )
+        )
     return list(groups.values())
 
 
@@ -123,10 +136,7 @@ def _checked(term: LossTerm, targets: TargetBatch | None, *, is_taught: bool) ->
             f"loss '{term.name}' needs the teacher's targets and the batch has none; name a targets layer"
         )
     targets.temperature_index(term.temperature)
-    if targets.has_only_draws and not divergence.linear_in_teacher:
-        raise TrainingError(
-            f"loss '{term.name}' was asked for on targets of mode 'sample', where it is biased, since a token that "
-            "was not "
-            "drawn would count as impossible; use forward_kl, or a layer captured in mode 'top' or 'top+sample'"
-        )
+    mode = "sample" if targets.has_only_draws else "top+sample" if targets.draws else "top"
+    if (why := unfit(term.name, mode, by_entropy=term.by_entropy)) is not None:
+        raise TrainingError(f"loss '{term.name}' was asked for on targets of {why}")
     return divergence

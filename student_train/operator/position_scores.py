@@ -6,6 +6,8 @@ head. Only where there is no head (mode `sample`) the drawn tokens take its plac
 empirical distribution,
 which exceeds the true one by an amount that does not depend on the student: good for comparing students on one cache,
 not across caches.
+The acceptance rate of speculative decoding, sum min(p, q) over the vocabulary (2211.17192), lies between the sum over
+the head and that with the tails' masses as one token each; both ends are given.
 Cost: one matrix product and four passes over each chunk's logits.
 
 Shape letters: S positions, H hidden width, V vocabulary, C positions of a chunk, K members.
@@ -42,6 +44,10 @@ class PositionScores:
     """[S] bool: the student's most likely token is the label."""
     top1_logprob: Tensor
     """[S] float32 log-probability that the student gives its most likely token."""
+    acceptance: Tensor
+    """[S] float32 sum of min(p, q) over the head: at least that share of the student's drafts the teacher accepts."""
+    acceptance_at_most: Tensor
+    """[S] float32 the same with all other tokens as one."""
 
 
 def evaluate_positions(
@@ -64,9 +70,9 @@ def evaluate_positions(
     head = Head.of(hidden, head_weight, head_bias, logit_scale, softcap, vocab_size)
     check_positions(head, hidden, labels, targets)
     num_positions = len(labels)
-    kl, nll, top1 = (torch.empty(num_positions, dtype=torch.float32, device=hidden.device) for _ in range(3))
+    kl, nll, top1, least, most = (torch.empty(num_positions, device=hidden.device) for _ in range(5))
     equal, in_top5, is_label = (torch.empty(num_positions, dtype=torch.bool, device=hidden.device) for _ in range(3))
-    scores = PositionScores(kl, equal, nll, in_top5, is_label, top1)
+    scores = PositionScores(kl, equal, nll, in_top5, is_label, top1, least, most)
     buffer = head.buffer(head.chunk_size(num_positions, 1, chunk_positions))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for where in head.chunks(num_positions, 1, chunk_positions):
@@ -87,11 +93,19 @@ def _score_chunk(
     log_q, log_total, _ = student_masses(logits, members.ids)
     likeliest = _likeliest_members(members, with_draws=with_draws)
     scores.kl_nats[where] = forward_kl(finite(members.log_p), log_q).float()
+    p, q = (_with_one_tail(log_masses, members.num_head).exp() for log_masses in (members.log_p, log_q))
+    accepted = torch.minimum(p, q).float()
+    scores.acceptance[where], scores.acceptance_at_most[where] = accepted[:, :-1].sum(1), accepted.sum(1)
     scores.top1_equal[where] = (likeliest[:, :1] == best[:, None]).any(1)
     scores.label_nll_nats[where] = (log_total[:, 0] - label_logits).float()
     scores.top1_in_teacher_top5[where] = (likeliest == best[:, None]).any(1)
     scores.top1_is_label[where] = best == labels
     scores.top1_logprob[where] = (best_logits - log_total[:, 0]).float()
+
+
+def _with_one_tail(log_masses: Tensor, num_head: int) -> Tensor:
+    """Return [C, num_head + 1] log-masses of the head and of all other tokens together."""
+    return torch.cat([log_masses[:, :num_head], log_masses[:, num_head:].logsumexp(1, keepdim=True)], 1)
 
 
 def _likeliest_members(members: Members, *, with_draws: bool) -> Tensor:

@@ -79,7 +79,7 @@ def mass_gradients(
         values[term.index] += term.function(torch.zeros_like(label_logprobs), label_logprobs).sum()
     slopes = torch.zeros_like(log_q)
     if members is not None:
-        slopes = _slopes(finite(members.log_p), log_q, on_members, values, want_gradient=want_gradient)
+        slopes = _slopes(members, log_q, on_members, values, want_gradient=want_gradient)
     label_weight: Tensor | float = sum((term.coefficient for term in on_labels), start=0.0)
     slopes = slopes / temperature
     total_slope = slopes.sum(1, keepdim=True) - label_weight
@@ -110,14 +110,15 @@ def student_masses(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _slopes(
-    log_p: Tensor, log_q: Tensor, terms: Sequence[WeightedDivergence], values: Tensor, *, want_gradient: bool
+    members: Members, log_q: Tensor, terms: Sequence[WeightedDivergence], values: Tensor, *, want_gradient: bool
 ) -> Tensor:
     """Return [C, K + 1] the derivative of the weighted divergences by log q; add their sums to `values`."""
+    log_p = finite(members.log_p)
     with torch.set_grad_enabled(want_gradient):
         leaf = log_q.detach().requires_grad_(want_gradient)
         total = leaf.new_zeros(())
         for term in terms:
-            value = term.function(log_p, leaf).sum()
+            value = term.values(log_p, leaf, members.num_head).sum()
             values[term.index] += value.detach()
             total = total + term.coefficient * value
     if not want_gradient or not terms:

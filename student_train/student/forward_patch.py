@@ -135,15 +135,15 @@ class Objective:
             vocab_size=head.vocab_size,
         )
         ones = torch.ones_like(scores.kl_nats)
-        columns = (scores.kl_nats, scores.top1_equal, scores.label_nll_nats, ones)
+        columns = (scores.kl_nats, scores.top1_equal, scores.label_nll_nats, scores.acceptance, ones)
         self._scores.append(torch.stack([column.double() for column in columns], dim=1).cpu())
 
     def take_scores(self) -> Tensor:
-        """Return [S, 4] of the passes since the last call, float64: KL in nats, top-1 equal, NLL of the label in nats,
-        1.
+        """Return [S, 5] of the passes since the last call, float64: KL in nats, top-1 equal, NLL of the label in nats,
+        acceptance, 1.
         """
         scores, self._scores = self._scores, []
-        return torch.cat([torch.zeros(0, 4, dtype=torch.float64), *scores])
+        return torch.cat([torch.zeros(0, 5, dtype=torch.float64), *scores])
 
 
 def patch_forward(model: Any, objective: Objective) -> None:

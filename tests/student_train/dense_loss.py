@@ -92,8 +92,18 @@ def draw_tail(logits: Tensor, supports: list[list[int]], num_draws: int, generat
     return torch.zeros_like(logits).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=logits.dtype))
 
 
-def divergence_of_masses(name: str, p: Tensor, q: Tensor, options: dict[str, float]) -> Tensor:
-    """The definition on probabilities [M] of one position; a mass of 0 counts for nothing."""
+DRAWN = ("forward_kl", "tail_weighted_kl")
+"""Divergences that see drawn tokens."""
+
+
+def divergence_of_masses(
+    name: str, p: Tensor, q: Tensor, options: dict[str, float], num_head: int | None = None
+) -> Tensor:
+    """The definition on probabilities [M] of one position, the first `num_head` (default: all but the last) of the
+    head; a mass of 0 counts for nothing.
+    """
+    head = slice(0, len(p) - 1 if num_head is None else num_head)
+    tail = slice(head.stop, None)
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         there = a > 0
@@ -107,6 +117,15 @@ def divergence_of_masses(name: str, p: Tensor, q: Tensor, options: dict[str, flo
         beta = options.get("beta", 0.5)
         m = beta * p + (1 - beta) * q
         return beta * kl(p, m) + (1 - beta) * kl(q, m)
+    if name == "tail_weighted_kl":
+        coarse = [torch.cat([x[head], x[tail].sum()[None]]) for x in (p, q)]
+        inner = kl(p[tail] / p[tail].sum(), q[tail] / q[tail].sum()) * p[tail].sum() if p[tail].sum() > 0 else 0.0
+        return kl(*coarse) + options.get("tail_weight", 2.0) * inner
+    if name == "decoupled_kl":
+        t = options.get("head_temperature", 2.0)
+        halves = [torch.stack([x[head].sum(), x[tail].sum()]) for x in (p, q)]
+        within = kl(*(x[head] ** (1 / t) / (x[head] ** (1 / t)).sum() for x in (p, q))) if len(p[head]) else 0.0
+        return kl(*halves) + p[head].sum() * t**2 * within
     skew = options.get("skew", 0.1)
     return kl(p, skew * p + (1 - skew) * q) if name == "skew_forward_kl" else kl(q, skew * q + (1 - skew) * p)
 
@@ -120,9 +139,12 @@ def dense_loss(case: Case, student_logits: Tensor, terms: list[LossTerm], num_po
                 total = total - term.weight * student_logits[s].log_softmax(0)[case.labels[s]]
                 continue
             p, q = masses(case, student_logits, s, term)
-            total = total + term.weight * term.temperature**2 * divergence_of_masses(
-                term.name, p, q, dict(term.options)
-            )
+            num_head = len(case.supports[s])
+            value = divergence_of_masses(term.name, p, q, dict(term.options), num_head)
+            if term.by_entropy:
+                coarse = torch.cat([p[:num_head], p[num_head:].sum()[None]])
+                value = value * -(coarse * coarse.log())[coarse > 0].sum()
+            total = total + term.weight * term.temperature**2 * value
     return total / num_positions
 
 
@@ -132,11 +154,13 @@ def masses(case: Case, student_logits: Tensor, s: int, term: LossTerm) -> tuple[
     student = (student_logits[s] / term.temperature).softmax(0)
     head = case.supports[s]
     rest = outside([head], len(teacher))[0]
-    if case.multiplicities is not None and term.name == "forward_kl":
+    if case.multiplicities is not None and term.name in DRAWN:
         drawn = case.multiplicities[TEMPERATURES.index(term.temperature)][s]
         where = drawn > 0
         weights = teacher[rest].sum() * drawn[where] / drawn.sum()
-        return torch.cat([teacher[head], weights]), torch.cat([student[head], student[where]])
+        not_drawn = student[rest].sum() - student[where].sum()
+        empty = weights.new_zeros(1)
+        return torch.cat([teacher[head], weights, empty]), torch.cat([student[head], student[where], not_drawn[None]])
     if not rest.any():
         return teacher[head], student[head]
     return torch.cat([teacher[head], teacher[rest].sum()[None]]), torch.cat([student[head], student[rest].sum()[None]])

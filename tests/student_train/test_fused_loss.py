@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from student_train.batch.target_batch import TargetBatch
-from student_train.losses import LossTerm, divergences
+from student_train.losses import LossTerm, divergences, registry
 from student_train.operator import head_chunks
 from student_train.operator.fused_loss import fused_sparse_loss, term_keys
 from tests.student_train.dense_loss import SHAPES, Case, dense_loss, make_case, outside, relative_error
 
 DIVERGENCES = [name for name in divergences if name != "cross_entropy"]
-OPTIONS = {"jsd": {"beta": 0.3}, "skew_forward_kl": {"skew": 0.2}, "skew_reverse_kl": {"skew": 0.2}}
+REFUSED = {"forward_kl": (), "tail_weighted_kl": ("fixed", "ragged", "whole")}
+"""Targets that a divergence does not take; draws alone for most."""
+OPTIONS = {
+    "jsd": {"beta": 0.3},
+    "skew_forward_kl": {"skew": 0.2},
+    "skew_reverse_kl": {"skew": 0.2},
+    "tail_weighted_kl": {"tail_weight": 1.7},
+    "decoupled_kl": {"head_temperature": 3.0},
+}
 TERMS = {
     1.0: lambda name: [LossTerm(name, 0.7, 1.0, OPTIONS.get(name, {})), LossTerm("cross_entropy", 0.3)],
     2.0: lambda name: [LossTerm("cross_entropy", 0.3), LossTerm(name, 0.7, 2.0, OPTIONS.get(name, {}))],
@@ -44,8 +54,8 @@ def assert_equal_to_dense(case: Case, terms, bound: float, **options):
 def combinations():
     for name in DIVERGENCES:
         for shape in SHAPES:
-            if shape != "sample" or name == "forward_kl":  # the others are refused there
-                yield from ((name, shape, temperature) for temperature in TERMS)
+            if shape not in REFUSED.get(name, ("sample",)):
+                yield from ((name, shape, t) for t in TERMS if name != "decoupled_kl" or t == 1.0)
 
 
 @pytest.mark.parametrize(("name", "shape", "temperature"), combinations())
@@ -54,6 +64,32 @@ def test_value_and_gradients_equal_dense_autograd(name, shape, temperature):
     terms = TERMS[temperature](name)
     assert_equal_to_dense(case, terms, 1e-9, chunk_positions=4)
     assert_equal_to_dense(case, terms, 1e-4, chunk_positions=4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *(
+            (name, shape)
+            for name in ("forward_kl", "reverse_kl", "decoupled_kl")
+            for shape in ("ragged", "whole", "hybrid")
+        ),
+        ("tail_weighted_kl", "hybrid"),
+    ],
+)
+def test_weights_by_the_teachers_entropy_equal_dense_autograd(name, shape):
+    terms = [replace(term, by_entropy=term.name == name) for term in TERMS[1.0](name)]
+    assert_equal_to_dense(make_case(shape, seed=5), terms, 1e-9, chunk_positions=4)
+
+
+@pytest.mark.parametrize("name", ["tail_weighted_kl", "decoupled_kl"])
+def test_riders_at_their_neutral_setting_are_forward_kl(name):
+    """On draws for a tail's weight; over head and bucket for the head's temperature."""
+    case = make_case("hybrid" if name == "tail_weighted_kl" else "ragged", seed=4)
+    plain, *expected = run_fused(case, [LossTerm("forward_kl")])
+    neutral, *found = run_fused(case, [LossTerm(name, options={registry[name].options[0]: 1.0})])
+    torch.testing.assert_close(neutral.loss, plain.loss)
+    torch.testing.assert_close(found, expected)
 
 
 def test_cross_entropy_alone_needs_no_targets():
@@ -151,7 +187,7 @@ def test_half_batches_with_the_global_denominator_equal_the_whole():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "tail_weighted_kl"])  # takes drawn targets
 def test_teacher_equal_to_student_gives_zero_loss_and_gradient(name, temperature):
     case = make_case("self")
     terms = [LossTerm(name, 1.0, temperature)]

@@ -39,6 +39,10 @@ def test_scores_equal_dense_ones_position_by_position(shape):
         token in five for five, token in zip(fives, best.tolist(), strict=True)
     ]
     assert scores.top1_is_label.tolist() == (best == case.labels).tolist()
+    both = torch.minimum(case.teacher_logits.softmax(1), logits.softmax(1))
+    least = torch.stack([both[s, ids].sum() for s, ids in enumerate(case.supports)])
+    torch.testing.assert_close(scores.acceptance, least.float())
+    assert bool((both.sum(1) <= scores.acceptance_at_most + 1e-6).all())
     torch.testing.assert_close(scores.top1_logprob.exp(), probabilities.float())
 
 

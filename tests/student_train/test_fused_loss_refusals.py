@@ -23,11 +23,20 @@ def test_temperature_that_was_not_captured_is_refused(shape):
         attempt(LossTerm("forward_kl", 1.0, 4.0), shape)
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "decoupled_kl"])
 def test_divergence_biased_by_draws_is_refused_without_head(name):
     with pytest.raises(TrainingError, match="mode 'sample', where it is biased"):
         attempt(LossTerm(name), "sample")
     attempt(LossTerm(name), "hybrid")
+
+
+def test_what_the_capture_does_not_tell_is_refused():
+    with pytest.raises(TrainingError, match="mode 'top', which does not tell the shape of the tail; use forward_kl"):
+        attempt(LossTerm("tail_weighted_kl"), "fixed")
+    with pytest.raises(TrainingError, match="mode 'sample', which does not tell the teacher's entropy"):
+        attempt(LossTerm("forward_kl", by_entropy=True), "sample")
+    for name in ("tail_weighted_kl", "forward_kl"):
+        attempt(LossTerm(name), "sample")
 
 
 def test_terms_that_mean_nothing_are_refused():

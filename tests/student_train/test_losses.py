@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.recipe.losses import LOSSES, names_of
+from shared.recipe.losses import LOSSES, NEEDS_DRAWS, TAKES_DRAWS_ALONE, names_of
 from student_train.losses import ZERO_LOG_MASS, divergences, registry
 from tests.student_train.dense_loss import divergence_of_masses
 
@@ -36,11 +36,11 @@ def test_divergence_is_positive_and_zero_only_at_equality(name):
 def test_mass_that_both_sides_lack_counts_for_nothing(name):
     p, q = masses(0).log(), masses(1).log()
     empty = torch.full((6, 2), ZERO_LOG_MASS, dtype=torch.float64)
-    q_wide = torch.cat([q, empty], 1).requires_grad_()
-    values = registry[name].function(torch.cat([p, empty], 1), q_wide)
+    q_wide = torch.cat([empty, q], 1).requires_grad_()
+    values = registry[name].function(torch.cat([empty, p], 1), q_wide)
     torch.testing.assert_close(values, registry[name].function(p, q))
     (slopes,) = torch.autograd.grad(values.sum(), q_wide)
-    assert float(slopes[:, 5:].abs().max()) < 1e-40
+    assert float(slopes[:, :2].abs().max()) < 1e-40
 
 
 def test_skewed_divergences_are_bounded_where_plain_ones_are_not():
@@ -51,6 +51,11 @@ def test_skewed_divergences_are_bounded_where_plain_ones_are_not():
         torch.testing.assert_close(registry[name].function(p, q)[0], bound)
     assert float(registry["forward_kl"].function(p, q)) > 99
     assert float(registry["jsd"].function(p, q)) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_draws_alone_do_for_divergences_that_are_linear_in_the_teacher():
+    assert set(TAKES_DRAWS_ALONE) == {name for name in DIVERGENCES if registry[name].linear_in_teacher}
+    assert set(NEEDS_DRAWS) == {name for name in DIVERGENCES if registry[name].splits_tail}
 
 
 def test_registry_has_every_loss_that_a_recipe_may_name():

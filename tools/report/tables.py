@@ -19,13 +19,22 @@ from tools.report.numbers import NONE, data_size, duration, number, percent
 __all__ = ["NONE", "duration", "number", "percent"]
 
 _TIME = "time: "
-HELDOUT_HEADER = ("model", "source", "positions", "KL", "top-1", "in top 5", "calibration error", "perplexity")
+HELDOUT_HEADER = (
+    "model",
+    "source",
+    "positions",
+    "KL",
+    "top-1",
+    "in top 5",
+    "accepted, at least",
+    "calibration error",
+    "perplexity",
+)
 HELDOUT_LEGEND = (
     "KL: nats per position. top-1: the model's most probable token is the teacher's; in top 5: it is among the "
-    "teacher's five most "
-    "probable. Calibration error: mean gap between the probability of the model's most probable token and how often "
-    "it is the one "
-    "that followed, in ten bins."
+    "teacher's five most probable. Accepted: the share of this model's drafts that the teacher would accept in "
+    "speculative decoding, as far as the stored head tells. Calibration error: mean gap between the probability of "
+    "the model's most probable token and how often it is the one that followed, in ten bins."
 )
 
 
@@ -91,9 +100,8 @@ def heldout_rows(report: Mapping[str, Any]) -> list[list[str]]:
             continue
         sources = heldout.get("by_source") or {}
         for source, figures in {"all": heldout, **(sources if len(sources) > 1 else {})}.items():
-            shares = [
-                percent(figures.get(key)) for key in ("top1_agreement", "top1_in_teacher_top5", "calibration_error")
-            ]
+            keys = ("top1_agreement", "top1_in_teacher_top5", "acceptance_rate", "calibration_error")
+            shares = [percent(figures.get(key)) for key in keys]
             cells = [number(figures.get("positions"), 0), number(figures.get("kl_nats"), 4), *shares]
             rows.append([name, str(source), *cells, number(figures.get("perplexity"), 2)])
     return rows
@@ -196,6 +204,8 @@ def models_csv(report: Mapping[str, Any]) -> str:
         "kl_high",
         "top1_agreement",
         "top1_in_teacher_top5",
+        "acceptance_rate",
+        "acceptance_rate_at_most",
         "calibration_error",
         "perplexity",
     )

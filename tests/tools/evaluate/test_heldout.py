@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def reference(cache_dir: Path, model_dir: Path) -> dict[str, float]:
     cache = Cache.open(cache_dir)
-    kl, equal, nll, in_five, sure, followed, teacher_sure = [], [], [], [], [], [], []
+    kl, equal, nll, in_five, sure, followed, teacher_sure, accepted = [], [], [], [], [], [], [], []
     for index in range(len(cache)):
         row = cache[index]
         if not is_heldout(row.group_key, FRACTION):
@@ -46,6 +46,7 @@ def reference(cache_dir: Path, model_dir: Path) -> dict[str, float]:
             log_p = row.targets.logprobs[row.targets.offsets()[s] : row.targets.offsets()[s + 1]].astype(np.float64)
             tail_p, tail_q = math.exp(row.targets.tail_logmass[s, 0]), 1 - np.exp(log_q[s, ids]).sum()
             kl.append(float((np.exp(log_p) * (log_p - log_q[s, ids])).sum() + tail_p * math.log(tail_p / tail_q)))
+            accepted.append(float(np.minimum(np.exp(log_p), np.exp(log_q[s, ids])).sum()))
             equal.append(int(log_q[s].argmax()) == int(ids[0]))
             nll.append(-log_q[s, label])
             in_five.append(int(log_q[s].argmax()) in ids[:5].tolist())
@@ -55,7 +56,7 @@ def reference(cache_dir: Path, model_dir: Path) -> dict[str, float]:
     calibration, agreement = binned(sure, followed), binned(teacher_sure, equal)
     error = sum(n * abs(right - confidence) for _, n, confidence, right in calibration) / len(kl)
     return {"kl_nats": np.mean(kl), "top1_agreement": np.mean(equal), "perplexity": math.exp(np.mean(nll)),
-    "positions": len(kl),
+    "positions": len(kl), "acceptance_rate": np.mean(accepted),
             "top1_in_teacher_top5": np.mean(in_five), "calibration_error": error, "calibration": calibration,
             "agreement_by_teacher_confidence": agreement}  # fmt: skip
 
@@ -90,6 +91,8 @@ def test_figures_equal_dense_float64_maths_however_rows_are_batched(
     assert found["top1_agreement"] == pytest.approx(expected["top1_agreement"])
     assert found["kl_low"] <= found["kl_nats"] <= found["kl_high"]
     assert found["top1_in_teacher_top5"] == pytest.approx(expected["top1_in_teacher_top5"])
+    assert found["acceptance_rate"] == pytest.approx(expected["acceptance_rate"], rel=1e-4)
+    assert found["acceptance_rate"] <= found["acceptance_rate_at_most"] <= 1
     assert found["calibration_error"] == pytest.approx(expected["calibration_error"], rel=1e-4, abs=1e-6)
     for name in ("calibration", "agreement_by_teacher_confidence"):
         bins = [(part["low"], part["positions"], part["confidence"], part["right"]) for part in found[name]]

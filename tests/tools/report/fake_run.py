@@ -71,7 +71,8 @@ def write_evaluation(root: Path, model: str, scores: dict[str, float], kl: float
     heldout = {"kl_nats": kl, "kl_low": kl * 0.9, "kl_high": kl * 1.1, "top1_agreement": 1 / (1 + kl),
     "perplexity": 3 + kl,
                "teacher_perplexity": 3.0, "positions": 5000, "rows": 120, "rows_too_long": 0,
-               "top1_in_teacher_top5": 0.876, "calibration_error": 0.0321, "calibration": bins,
+               "top1_in_teacher_top5": 0.876, "acceptance_rate": 0.9, "acceptance_rate_at_most": 0.95,
+               "calibration_error": 0.0321, "calibration": bins,
                "agreement_by_teacher_confidence": bins, "by_source": {"math": part, "code": part}}  # fmt: skip
     heldout["partings"] = [
         {"kl_nats": 3.25, "source": "math", "before": "The answer is ", "token": HOSTILE, "after": " apples.\n",

@@ -72,6 +72,7 @@ def evaluate_heldout(
 
     Returns:
         kl_nats, kl_low, kl_high (95 % over rows; None of one row), top1_agreement, top1_in_teacher_top5,
+        acceptance_rate (sum of min(p, q) over the head, a lower bound), acceptance_rate_at_most,
         agreement_by_teacher_confidence, calibration_error, calibration, perplexity, teacher_perplexity, positions,
         rows, rows_too_long, dtype, by_source with the same figures per source, and partings: the positions of the
         largest KL in their context.
@@ -202,6 +203,8 @@ def _row_measure(row: Any, scores: PositionScores, where: slice) -> RowMeasure:
         teacher_nll_nats=-float(targets.label_logprobs.sum(dtype=np.float64)),
         calibration=ConfidenceBins.of(np.exp(of_row(scores.top1_logprob)), of_row(scores.top1_is_label).astype(bool)),
         agreement=ConfidenceBins.of(teacher_top1, equal[with_head]),
+        acceptance=float(of_row(scores.acceptance).sum()),
+        acceptance_at_most=float(of_row(scores.acceptance_at_most).sum()),
         largest=largest_of_row(kl_nats),
     )
 

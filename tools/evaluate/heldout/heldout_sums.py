@@ -33,6 +33,8 @@ class RowMeasure:
     """The student's most probable token against the one that followed."""
     agreement: ConfidenceBins
     """The teacher's most probable token against the student's."""
+    acceptance: float
+    acceptance_at_most: float
     largest: tuple[tuple[float, int], ...] = ()
     """KL in nats and position, where the row's KL is largest."""
 
@@ -42,14 +44,16 @@ class HeldoutSums:
     """Everything measured so far, by source."""
 
     rows: dict[str, list[tuple[float, ...]]] = field(default_factory=lambda: defaultdict(list))
-    """Per source and row: positions, KL, top-1 equal, top-1 in the teacher's top 5, NLL, the teacher's NLL."""
+    """Per source and row: positions, KL, top-1 equal, top-1 in the teacher's top 5, NLL, the teacher's NLL,
+    acceptance and its upper bound."""
     calibration: dict[str, ConfidenceBins] = field(default_factory=lambda: defaultdict(ConfidenceBins))
     agreement: dict[str, ConfidenceBins] = field(default_factory=lambda: defaultdict(ConfidenceBins))
 
     def add(self, row: RowMeasure) -> None:
         """Count one row."""
-        in_top5 = row.top1_in_teacher_top5
-        figures = (row.positions, row.kl_nats, row.top1_equal, in_top5, row.label_nll_nats, row.teacher_nll_nats)
+        agreement = (row.top1_equal, row.top1_in_teacher_top5)
+        nll = (row.label_nll_nats, row.teacher_nll_nats)
+        figures = (row.positions, row.kl_nats, *agreement, *nll, row.acceptance, row.acceptance_at_most)
         self.rows[row.source].append(figures)
         self.calibration[row.source] = self.calibration[row.source] + row.calibration
         self.agreement[row.source] = self.agreement[row.source] + row.agreement
@@ -61,7 +65,7 @@ class HeldoutSums:
 
     def _of(self, sources: Sequence[str], seed: int) -> dict[str, Any]:
         rows = [row for name in sources for row in self.rows[name]]
-        positions, kl, equal, in_top5, nll, teacher_nll = np.array(rows, dtype=np.float64).T
+        positions, kl, equal, in_top5, nll, teacher_nll, least, most = np.array(rows, dtype=np.float64).T
         calibration = sum((self.calibration[name] for name in sources), start=ConfidenceBins())
         agreement = sum((self.agreement[name] for name in sources), start=ConfidenceBins())
         total = float(positions.sum())
@@ -73,6 +77,8 @@ class HeldoutSums:
             "kl_high": high,
             "top1_agreement": float(equal.sum()) / total,
             "top1_in_teacher_top5": float(in_top5.sum()) / total,
+            "acceptance_rate": float(least.sum()) / total,
+            "acceptance_rate_at_most": float(most.sum()) / total,
             "agreement_by_teacher_confidence": agreement.figures(),
             "calibration_error": calibration.gap(),
             "calibration": calibration.figures(),

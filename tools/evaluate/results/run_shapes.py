@@ -61,6 +61,8 @@ class HeldoutPart(BaseModel):
     kl_high: Number | None = None
     top1_agreement: Share | None = None
     top1_in_teacher_top5: Share | None = None
+    acceptance_rate: Share | None = None
+    acceptance_rate_at_most: Share | None = None
     calibration_error: Share | None = None
     perplexity: Number | None = None
     positions: Count | None = None

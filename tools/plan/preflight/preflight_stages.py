@@ -14,7 +14,7 @@ from shared.identity.identity import layer_short_name
 from shared.parts.records import list_records
 from shared.payload.narrowing import LayerView
 from shared.recipe.base import Problem, closest, quoted
-from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER
+from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, OnTargets, unfit
 from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.training import Stage, StageTrainer
 from tools.plan.plan_lengths import row_lengths
@@ -89,6 +89,7 @@ def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
         return
     coming = layer_short_name(recipe.capture) if asked.builds else None
     if coming is not None and (stage.targets is None or f"{stage.targets}-".startswith(f"{coming}-")):
+        yield from _unfit(stage, recipe.capture.mode, "the recipe's capture is")
         return
     if asked.plans_only and not asked.caches and stage.targets and LAYER_NAME.fullmatch(stage.targets):
         return  # a layer that another command builds before
@@ -105,12 +106,20 @@ def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
             yield ("targets",), str(error)
             continue
         assert layer is not None
+        yield from _unfit(stage, layer.identity.mode, f"layer {layer.full_name} was captured in")
         for j, loss in enumerate(stage.losses):
             missing = sorted(set(loss.temperature.extremes()) - set(layer.identity.temperatures))
             if missing and loss.name not in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy"):
                 have = ", ".join(f"{value:g}" for value in layer.identity.temperatures)
                 sentence = f"temperature {missing[0]:g} is not in layer {layer.full_name}, only {have}; capture it"
                 yield ("losses", j, "temperature"), sentence
+
+
+def _unfit(stage: Stage, mode: str, said: str) -> Iterator[Problem]:
+    """Name divergences that targets of a capture's mode cannot give."""
+    for j, loss in enumerate(stage.losses):
+        if isinstance(loss, OnTargets) and (why := unfit(loss.name, mode, by_entropy=loss.weigh == "entropy")):
+            yield ("losses", j, "name"), f"{said} {why}"
 
 
 def _trainer(asked: Asked, trainer: StageTrainer) -> Iterator[Problem]:
