@@ -48,6 +48,7 @@ WRONG = [
     ("student.adapter={kind: lora, target_modules: 'no_such.*'}", "student.adapter.target_modules", "no_such"),
     ("student.adapter={kind: lora, target_modules: [lm_head]}", "student.adapter.target_modules", "head"),
     ("student.revision=main", "student.model", "leave the revision out"),
+    (f"{LOSS}={{name: tail_weighted_kl}}", "stages.0.losses.0.name", "does not tell the shape of the tail"),
     ("teacher.model=./techer", "teacher.model", "did you mean 'teacher'?"),
     ("teacher.model=org/no-such-model", "teacher.model", "neither a directory nor a hub id"),
     ("teacher.adapter=nowhere", "teacher.adapter", "adapter_config.json"),
