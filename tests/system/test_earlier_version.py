@@ -133,7 +133,7 @@ def test_kept_evaluations_are_reused(run: Path) -> None:
 
 def test_the_recipe_that_a_run_wrote_out_is_read_with_every_option_of_version_1(run: Path) -> None:
     written = load_recipe(Path("run/recipe.yaml"))
-    assert [loss.model_dump(exclude={"weight"}) for loss in written.stage("kd").losses] == [
+    assert [loss.model_dump(exclude={"weight", "weigh"}) for loss in written.stage("kd").losses] == [
         {"name": "forward_kl", "temperature": 2.0},
         {"name": "jsd", "temperature": 1.0, "beta": 0.3},
         {"name": "hidden", "metric": "mse", "normalise": True, "layer_map": None},
