@@ -4,12 +4,14 @@ head.
 Logits are softcap(scale (h W^T + b)), in float32 even where h and W are bfloat16 (`torch.mm` with a wide output where
 the device has one, else products of float32 copies), in float64 where the inputs are. Buffers are a little wider than
 the vocabulary: what lies beyond column V reads as -inf and serves as the dump of padded slots. The gradient of W is
-accumulated in float32.
+accumulated in float32. Products take P rows of the head, a multiple of 16: tensor cores are slow on matrices whose
+sides are odd, as a tokenizer of 151,669 makes them. The rows beyond V are the model's own padding, or zeros where W is
+copied anyway; their logits are overwritten and their gradients 0.
 Cost: one matrix product forward, one per gradient asked for; memory: the chunk's buffers, W's gradient once, and, where
 the type of W must change, one copy of W. [positions, vocabulary] is never held.
 
-Shape letters: S positions, C positions of a chunk, H hidden width, V vocabulary, W width of a buffer (above V, a
-multiple of 16).
+Shape letters: S positions, C positions of a chunk, H hidden width, V vocabulary, P rows that are multiplied (from V to
+W), W width of a buffer (above V, a multiple of 16).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from torch import Tensor
 from shared.errors import TrainingError
 from student_train.batch.target_batch import TargetBatch
 
+ALIGNMENT = 16
+"""Rows and columns of products are a multiple of it: 32 bytes of bfloat16, 64 of float32."""
 CHUNK_BYTES = 256 * 2**20
 """Bytes of all buffers [C, W] together, where nothing else is asked for; chunks are as long as that allows."""
 MIN_CHUNK_POSITIONS = 16
@@ -52,7 +56,9 @@ class Head:
     """A student's output head, detached, ready for products in `compute_dtype`."""
 
     weight: Tensor
-    """[V, H] in `compute_dtype`."""
+    """[P, H] in `compute_dtype`; the first V rows count."""
+    vocab_size: int
+    """V."""
     bias: Tensor | None
     """[V] in `dtype`, scaled already."""
     scale: float
@@ -89,20 +95,21 @@ class Head:
         types = {hidden.dtype, weight.dtype}
         dtype = torch.float64 if torch.float64 in types else torch.float32
         narrow = hidden.dtype == torch.bfloat16 and dtype == torch.float32 and _has_wide_products(hidden.device.type)
-        weight = weight.detach()[:num_rows].to(torch.bfloat16 if narrow else dtype)
+        weight = _padded(weight.detach(), num_rows, torch.bfloat16 if narrow else dtype)
         if bias is not None:
             bias = bias.detach()[:num_rows].to(dtype) * scale
-        return Head(weight, bias, scale, softcap, dtype)
+        return Head(weight, num_rows, bias, scale, softcap, dtype)
 
-    @property
-    def vocab_size(self) -> int:
-        """V, the rows of the head that count."""
-        return int(self.weight.shape[0])
+    def part(self, first: int, stop: int) -> Head:
+        """Return the head of the tokens from `first` to before `stop`, which takes further rows along as padding."""
+        padded = min(first + _aligned(stop - first), len(self.weight))
+        bias = None if self.bias is None else self.bias[first:stop]
+        return Head(self.weight[first:padded], stop - first, bias, self.scale, self.softcap, self.dtype)
 
     @property
     def buffer_width(self) -> int:
         """W, columns of a buffer: at least one beyond the vocabulary, rows aligned to 64 bytes."""
-        return (self.vocab_size // 16 + 1) * 16
+        return (self.vocab_size // ALIGNMENT + 1) * ALIGNMENT
 
     def buffer(self, num_positions: int) -> Tensor:
         """Return [C, W] uninitialised memory for a chunk's logits."""
@@ -141,11 +148,11 @@ class Head:
 
         With a soft cap, `slope` [C, W] receives the derivative of capped by uncapped logits.
         """
-        logits = out[:, : self.vocab_size]
+        products, logits = out[:, : len(self.weight)], out[:, : self.vocab_size]
         if hidden.dtype == self.dtype:
-            torch.mm(hidden, self.weight.t(), out=logits)
+            torch.mm(hidden, self.weight.t(), out=products)
         else:
-            torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=logits)
+            torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=products)
         if self.bias is not None:
             logits.add_(self.bias)
         if self.softcap is not None:
@@ -154,6 +161,20 @@ class Head:
                 torch.mul(logits, logits, out=slope[:, : self.vocab_size]).neg_().add_(1.0)
             logits.mul_(self.softcap)
         out[:, self.vocab_size :] = -torch.inf
+
+
+def _aligned(rows: int) -> int:
+    return -(-rows // ALIGNMENT) * ALIGNMENT
+
+
+def _padded(weight: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Return [P, H] of which the first `num_rows` are those of a head [rows, H], in a type; a view where that does."""
+    wanted = _aligned(num_rows)
+    if wanted <= len(weight) or (weight.dtype == dtype and dtype != torch.bfloat16):
+        return weight[:wanted].to(dtype)
+    padded = weight.new_zeros(wanted, weight.shape[1], dtype=dtype)
+    padded[:num_rows].copy_(weight[:num_rows])
+    return padded
 
 
 def check_positions(head: Head, hidden: Tensor, labels: Tensor, targets: TargetBatch | None) -> None:
@@ -202,19 +223,21 @@ class HeadGradients:
 
     def add(self, head: Head, where: slice, hidden: Tensor, logits_gradient: Tensor) -> None:
         """Add a chunk: `hidden` [C, H] from `input_of`, `logits_gradient` [C, W] by uncapped logits."""
-        gradient = logits_gradient[:, : head.vocab_size]
+        logits_gradient[:, head.vocab_size :] = 0.0
+        gradient = logits_gradient[:, : len(head.weight)]
         if self.bias is not None:
-            self.bias[: head.vocab_size].add_(gradient.sum(0), alpha=head.scale)
+            self.bias[: head.vocab_size].add_(gradient[:, : head.vocab_size].sum(0), alpha=head.scale)
+        rows = None if self.weight is None else self.weight[: len(head.weight)]
         if head.weight.dtype == head.dtype:
             if self.hidden is not None:
                 torch.mm(gradient, head.weight, out=self.hidden[where])
-            if self.weight is not None:
-                self.weight[: head.vocab_size].addmm_(gradient.t(), hidden)
+            if rows is not None:
+                rows.addmm_(gradient[:, : len(rows)].t(), hidden)
         else:
             narrow = gradient.to(head.weight.dtype)
             if self.hidden is not None:
                 torch.mm(narrow, head.weight, out_dtype=head.dtype, out=self.hidden[where])
-            if self.weight is not None:
-                self.weight[: head.vocab_size].add_(torch.mm(narrow.t(), hidden, out_dtype=head.dtype))
+            if rows is not None:
+                rows.add_(torch.mm(narrow.t(), hidden, out_dtype=head.dtype)[: len(rows)])
         if self.hidden is not None and head.scale != 1.0:
             self.hidden[where].mul_(head.scale)

@@ -126,15 +126,13 @@ def _tiles(
     Buffers are reused, and end in columns that read as -inf.
     """
     width = min(width, head.vocab_size)
-    whole = Head(head.weight[:width], None, head.scale, head.softcap, head.dtype)
+    whole = head.part(0, width)
     buffer, slope = (
         whole.buffer(len(inputs)),
         whole.buffer(len(inputs)) if with_slope and head.softcap is not None else None,
     )
     for first in range(0, head.vocab_size, width):
-        rows = slice(first, min(first + width, head.vocab_size))
-        bias = None if head.bias is None else head.bias[rows]
-        part = Head(head.weight[rows], bias, head.scale, head.softcap, head.dtype)
+        part = head.part(first, min(first + width, head.vocab_size))
         part_slope = None if slope is None else slope[:, : part.buffer_width]
         logits = buffer[:, : part.buffer_width]
         part.logits_into(logits, inputs, part_slope)

@@ -322,14 +322,18 @@ def test_bfloat16_hidden_states_get_float32_logits(weight_dtype):
     assert relative_error(weight.grad, weight_expected) < (5e-3 if weight_dtype == torch.bfloat16 else 1e-5)
 
 
-def test_products_with_wide_output_give_the_same_gradients(monkeypatch):
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spare_rows", [0, 3, 40])
+def test_products_with_wide_output_are_even_and_give_the_same_gradients(monkeypatch, spare_rows, weight_dtype):
     real_mm = torch.mm
+    seen = []
 
     def mm(a, b, out_dtype=None, *, out=None):  # what a GPU offers: bfloat16 in, float32 out
         if out_dtype is None:
             assert torch.bfloat16 not in (a.dtype, b.dtype)
             return real_mm(a, b, out=out)
         assert {a.dtype, b.dtype} == {torch.bfloat16}
+        seen.extend((a, b) if out is None else (a, b, out))
         result = real_mm(a.float(), b.float())
         return result if out is None else out.copy_(result)
 
@@ -339,12 +343,34 @@ def test_products_with_wide_output_give_the_same_gradients(monkeypatch):
     loss, hidden_expected, weight_expected = run_dense(case, terms)
     monkeypatch.setattr(head_chunks, "_has_wide_products", lambda device_type: True)
     monkeypatch.setattr(torch, "mm", mm)
-    hidden, weight = case.hidden.bfloat16().requires_grad_(), case.weight.float().requires_grad_()
-    fused = fused_sparse_loss(hidden, weight, case.labels, case.targets, terms, 11.0, chunk_positions=10)
+    spare = torch.full((spare_rows, 32), 1e3)
+    hidden = case.hidden.bfloat16().requires_grad_()
+    weight = torch.cat([case.weight, spare]).to(weight_dtype).requires_grad_()
+    options = {"chunk_positions": 16, "vocab_size": 301}
+    fused = fused_sparse_loss(hidden, weight, case.labels, case.targets, terms, 11.0, **options)
     fused.loss.backward()
     assert relative_error(fused.loss.detach(), loss.detach()) < 1e-5
     assert relative_error(hidden.grad, hidden_expected) < 1e-2
-    assert relative_error(weight.grad, weight_expected) < 1e-2
+    assert relative_error(weight.grad[:301], weight_expected) < 1e-2
+    assert not weight.grad[301:].any(), "rows beyond the vocabulary never move"
+    assert len(seen) == 4 * (3 + 3 + 2)
+    assert {size % 16 for tensor in seen for size in (*tensor.shape, max(tensor.stride()))} == {0}
+
+
+@pytest.mark.parametrize("spare_rows", [0, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_pad_a_head_change_nothing_beyond_rounding(spare_rows, dtype):
+    case = make_case("hybrid", positions=20, width=16, vocab=301)
+    hidden = case.hidden.to(dtype, copy=True).requires_grad_()
+    weight = torch.cat([case.weight, torch.full((spare_rows, 16), 1e3)]).to(dtype).requires_grad_()
+    terms = TERMS[1.0]("reverse_kl")
+    fused = fused_sparse_loss(hidden, weight, case.labels, case.targets, terms, 11.0, vocab_size=301)
+    fused.loss.backward()
+    found, bound = run_fused(case, terms, dtype=dtype), 4 * torch.finfo(dtype).eps
+    assert relative_error(fused.loss.detach(), found[0].loss.detach()) <= bound
+    assert relative_error(hidden.grad, found[1]) <= 4 * bound
+    assert relative_error(weight.grad[:301], found[2]) <= 4 * bound
+    assert not weight.grad[301:].any()
 
 
 @pytest.mark.parametrize("shape", ["fixed", "sample"])
