@@ -15,6 +15,7 @@ from pathlib import Path
 from shared.errors import PromptError, UsageError
 from shared.recipe.base import SLUG
 from shared.recipe.prompts import COLUMNS, PromptSource
+from tools.doctor_gpu import list_gpus
 
 _TEMPLATE = """\
 # {name}: {teacher} into {student}.
@@ -72,7 +73,7 @@ stages:
       num_train_epochs: 1         # or max_steps
       pack_tokens: 2048
       gradient_accumulation_steps: 4
-      bf16: false                 # true on a GPU that has it
+      bf16: {bf16}
 
 evaluate:
   models: [teacher, base, kd]
@@ -80,6 +81,8 @@ evaluate:
 """
 
 
+OLDEST_WITH_BFLOAT16 = (8, 0)
+"""Compute capability from which on tensor cores multiply bfloat16."""
 _GENERATE = """generate:                         # leave this section out to score the answers that the data has
   temperature: 1.0
   max_new_tokens: 512
@@ -113,6 +116,7 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
         format=format_name,
         generate=_TEXTS if format_name == "text" else _GENERATE,
         note=f"\n  # {note}" if note else "",
+        bf16=_computing(),
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +129,19 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
             f"{path} cannot be written ({error.strerror}); name a file in a directory of yours with --output"
         ) from None
     return path
+
+
+def _computing() -> str:
+    """Return the value of `bf16` for this machine, and why in a comment."""
+    gpus = list_gpus()
+    if not gpus:
+        return (
+            "false                 # no GPU was found here; true on one computes in bfloat16, weights stay in float32"
+        )
+    name, _, capability = min(gpus, key=lambda gpu: gpu[2])
+    if capability < OLDEST_WITH_BFLOAT16:
+        return f"false                 # {_plain(name)} has no tensor cores for bfloat16; float16 is fp16: true"
+    return f"true                  # for {_plain(name)}, found here: bfloat16 products, weights stay in float32"
 
 
 def guess_format(prompts: str) -> tuple[str, str]:

@@ -12,6 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
+def offered_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> list[str]:
+    """Return the names of the GPUs that the driver offers, without asking torch; none where none is wanted."""
+    if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return []
+    return sorted(path.name for path in devices.glob("nvidia[0-9]*"))
+
+
 def unused_gpu(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> str | None:
     """Return a sentence where the driver offers NVIDIA GPUs and torch can use none, else None.
 
@@ -19,8 +26,8 @@ def unused_gpu(environment: Mapping[str, str] = os.environ, devices: Path = Path
         environment: an empty CUDA_VISIBLE_DEVICES, or one of -1, says that no GPU is wanted.
         devices: where the driver puts nvidia0, nvidia1, ...
     """
-    offered = sorted(path.name for path in devices.glob("nvidia[0-9]*"))
-    if not offered or environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+    offered = offered_gpus(environment, devices)
+    if not offered:
         return None
     import torch
 

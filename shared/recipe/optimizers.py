@@ -33,6 +33,11 @@ class Optimizer:
     wide_embeddings: bool = False
     """States of embeddings are kept in 32 bits."""
 
+    @property
+    def steps_weight_by_weight(self) -> bool:
+        """Return whether it can be called for one weight at a time: nothing is counted or moved per call."""
+        return self.is_elementwise or (self.package == "bitsandbytes" and not self.is_paged)
+
     def state_bytes(self, weight_bytes: int) -> float:
         """Return bytes of state per trained weight of so many bytes: 8.0 for AdamW on float32 weights."""
         return self.states * (weight_bytes if self.number_bytes is None else self.number_bytes)

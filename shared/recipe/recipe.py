@@ -34,6 +34,7 @@ from shared.recipe.generate import Generate
 from shared.recipe.heldout import Heldout
 from shared.recipe.hidden import AttentionCapture, HiddenCapture
 from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
+from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.prompts import PromptSource
 from shared.recipe.rounds import Guards, Rounds
 from shared.recipe.schedule import Schedule
@@ -113,7 +114,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         problems = [*_phase1_problems(self), *_stage_problems(self), *_temperature_problems(self)]
-        problems += [*_rounds_problems(self), *_evaluate_problems(self), *_assume_problems(self)]
+        problems += [
+            *_rounds_problems(self),
+            *_rounding_problems(self),
+            *_evaluate_problems(self),
+            *_assume_problems(self),
+        ]
         if problems:
             inconsistent(*problems)
         return self
@@ -241,6 +247,26 @@ def _rounds_problems(recipe: Recipe) -> list[Problem]:
             problems.append(
                 (("stages", i, "init_from"), "random weights answer nothing; train a stage before the rounds")
             )
+    return problems
+
+
+def _rounding_problems(recipe: Recipe) -> list[Problem]:
+    problems: list[Problem] = []
+    student = recipe.student
+    for i, stage in enumerate(recipe.stages):
+        if student is None or stage.trainer.rounding == "nearest":
+            continue
+        optim = stage.trainer.optim
+        if student.dtype != "bfloat16" or student.adapter.kind != "none":
+            why = "it rounds updates of weights kept in bfloat16, and here none is trained; leave it out"
+        elif not OPTIMIZERS[optim].steps_weight_by_weight:
+            known = ", ".join(name for name, one in OPTIMIZERS.items() if one.steps_weight_by_weight)
+            why = f"trainer.optim {optim} cannot step weight by weight; choose one of {known}"
+        elif stage.trainer.fsdp != "none":
+            why = "it does not work on shards of weights; set trainer.fsdp: none, or leave it out"
+        else:
+            continue
+        problems.append((("stages", i, "trainer", "rounding"), why))
     return problems
 
 

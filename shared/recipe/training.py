@@ -143,6 +143,10 @@ class StageTrainer(Section):
     """
     optim: OptimizerName = "adamw_torch"
     """Optimizer, by its name in transformers."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How updates of weights kept in bfloat16 are rounded: to the nearest number, which loses those below half of a
+    weight's last bit, or up and down by chance, exact on average.
+    """
     bf16: bool = False
     """Compute in bfloat16 over float32 weights."""
     fp16: bool = False

@@ -41,8 +41,9 @@ def bytes_needed(model: Any, stage: Stage, num_steps: int, *, adapted: bool) -> 
     saved = {id(parameter): parameter for parameter in model.parameters()}.values()
     trained = [parameter for parameter in saved if parameter.requires_grad]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in (trained if adapted else saved))
+    least = 4 if stage.trainer.rounding == "stochastic" else 0  # its state is float32 also of narrower weights
     state = sum(
-        parameter.numel() * OPTIMIZERS[stage.trainer.optim].state_bytes(parameter.element_size())
+        parameter.numel() * OPTIMIZERS[stage.trainer.optim].state_bytes(max(parameter.element_size(), least))
         for parameter in trained
     )
     keep = stage.trainer.save_total_limit

@@ -152,9 +152,14 @@ class _Step:
         self.carried = self.gradients if trainer.gradient_accumulation_steps > 1 else 0
         optimizer = OPTIMIZERS[trainer.optim]
         wide = self._embeddings_trained() if optimizer.wide_embeddings else 0
-        state = (self.trained - wide) * optimizer.state_bytes(self.trained_width) + wide * 4 * optimizer.states
+        rounds = trainer.rounding == "stochastic"
+        number_bytes = 4 if rounds else self.trained_width
+        state = (self.trained - wide) * optimizer.state_bytes(number_bytes) + wide * 4 * optimizer.states
         self.optimizer = 0 if optimizer.is_paged else int(state)
         self.update = 0 if optimizer.updates_in_place else self.gradients
+        if rounds:  # one weight at a time: itself, its gradient and what the update works with, in float32
+            largest = max(shape.num_head_parameters, shape.largest_linear)
+            self.update = largest * 4 * (2 if optimizer.updates_in_place else 3)
         narrow_hidden = trainer.bf16 or (student.dtype == "bfloat16" and not trainer.fp16)
         self.head_width = 2 if narrow_hidden and has_wide_products else 4
         self.has_wide_temporary = narrow_hidden and has_wide_products

@@ -29,6 +29,7 @@ from student_train.evaluate.evaluation_run import EvaluationRun, evaluations_unt
 from student_train.evaluate.verdict import Verdict, judge
 from student_train.fit.disk_space import check_disk_space
 from student_train.fit.first_step import fit_first_step
+from student_train.fit.precision import precision_notes
 from student_train.layers.layer_losses import LayerLosses, check_layer_losses
 from student_train.operator.operator_choice import operator_for
 from student_train.order.order import length_limit
@@ -94,6 +95,8 @@ def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path
     if damaged is not None:
         progress.note(f"{phase}: {damaged}")
     progress.note(_description(work, checkpoint))
+    for said in precision_notes(stage, work.student, on_gpu=args.device.type == "cuda"):
+        progress.note(f"{phase}: {said}")
     is_saved, stopped = False, None
     try:
         with _deterministic(), _without_bars(), explained(stage.trainer):

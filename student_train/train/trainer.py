@@ -34,6 +34,7 @@ from student_train.train.course import Course
 from student_train.train.gradient_watch import DivergedError, GradientWatch
 from student_train.train.read_ahead import ReadAhead
 from student_train.train.sharded_trainer import ShardedTrainer
+from student_train.train.stochastic_rounding import StochasticRounding
 from student_train.train.training_problems import setting_explained, writing_explained
 
 
@@ -171,8 +172,13 @@ class DistilTrainer(ShardedTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer that the recipe names."""
+        if self.optimizer is not None:
+            return self.optimizer
         with setting_explained("optim", str(self.args.optim)):
-            return super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
+        if self._course.stage.trainer.rounding == "stochastic":
+            self.optimizer = StochasticRounding(optimizer, int(self.args.seed), lambda: int(self.state.global_step))
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the learning-rate schedule that the recipe names."""

@@ -246,6 +246,7 @@ SHOWN = {
         "max_grad_norm_factor": "test_divergence_stops.py::"
         "test_exploding_gradients_stop_with_the_newest_state_from_before",
         "optim": argument("optim", "sgd"),
+        "rounding": "test_rounding.py::test_updates_are_lost_to_nearest_rounding_and_kept_by_chance",
         "bf16": argument("bf16", True),
         "fp16": "test_training_steps.py::test_setting_that_cannot_be_honoured_is_refused_in_a_sentence",
         "tf32": "test_training_steps.py::test_setting_that_cannot_be_honoured_is_refused_in_a_sentence",

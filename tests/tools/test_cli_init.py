@@ -111,3 +111,18 @@ def test_plain_texts_get_a_starter_without_answers(tmp_path, monkeypatch):
     Path("q.jsonl").write_text('{"messages": []}\n')
     assert load_recipe(init_recipe("texts", "t", "s", "p.txt")).generate is None
     assert load_recipe(init_recipe("talks", "t", "s", "q.jsonl")).generate is not None
+
+
+@pytest.mark.parametrize(
+    "listed, bf16, why",
+    [
+        ([], False, "no GPU was found here"),
+        ([("NVIDIA H200", "143771 MiB", (9, 0))], True, "for NVIDIA H200, found here"),
+        ([("NVIDIA H200", "1 MiB", (9, 0)), ("Tesla T4", "1 MiB", (7, 5))], False, "Tesla T4 has no tensor cores for"),
+    ],
+)
+def test_starter_computes_in_bfloat16_where_the_machine_does_and_says_why(tmp_path, monkeypatch, listed, bf16, why):
+    monkeypatch.setattr("tools.init_recipe.list_gpus", lambda: listed)
+    path = init_recipe("x", "t", "s", "p", tmp_path / "r.yaml")
+    assert load_recipe(path).stages[0].trainer.bf16 is bf16
+    assert why in next(line for line in path.read_text().splitlines() if "bf16:" in line and "#" in line)

@@ -15,6 +15,7 @@ from tools.doctor import doctor_gpu
 SMI = """#!/bin/sh
 case "$*" in
   *name,memory.total,driver_version*) echo "NVIDIA H200, 143771 MiB, {driver}.65.06" ;;
+  *compute_cap*) echo "NVIDIA H200, 143771 MiB, 9.0" ;;
   *driver_version*) echo "{driver}.65.06" ;;
   *-L*) echo "GPU 0: NVIDIA H200" ;;
 esac
@@ -43,6 +44,11 @@ def answers(monkeypatch, said: str) -> dict[str, tuple]:
     asked = lambda command: said if doctor_gpu.ASK_TORCH in command else real(command)  # noqa: E731
     monkeypatch.setattr(doctor_gpu, "output", asked)
     return {answer[0].split(" ")[0]: answer for answer in doctor_gpu.check_gpu()}
+
+
+def test_name_memory_and_ability_of_each_gpu_are_the_drivers(machine):
+    machine(580, "sh")
+    assert doctor_gpu.list_gpus() == [("NVIDIA H200", "143771 MiB", (9, 0))]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -45,6 +46,7 @@ def recipe(size, student=None, trainer=None, **stage) -> Recipe:
     )
 
 
+EIGHT = {"learning_rate": 2e-5, "optim": "adamw_8bit"}
 QLORA = {"dtype": "bfloat16", "adapter": "qlora"}
 
 
@@ -181,3 +183,18 @@ def test_command_prints_a_table_or_json_and_refuses_in_a_sentence(tmp_path, caps
     assert json.loads(capsys.readouterr().out)["stages"]["kd"]["as_written_bytes"] > 10 * GIB
     assert main(["plan", str(path), "--card", "2GiB"]) == 1
     assert capsys.readouterr().err.startswith("decant: error: stage 'kd'")
+
+
+@pytest.mark.parametrize(
+    ("card", "way"), [(80, "masters in float32 with 8-bit states fit"), (16, "rounding by chance fit")]
+)
+def test_stage_that_rounds_its_updates_away_is_offered_what_the_card_has_room_for(card, way):
+    wanted = recipe("1.7B", {"dtype": "bfloat16", "gradient_checkpointing": True}, EIGHT)
+    text = card_text(plan_card(wanted, card * GIB))
+    assert "learning rate 2e-05 moves 30% of them" in text
+    (line,) = (line for line in text.splitlines() if "fit this card" in line)
+    assert way in line
+    trained = dict(re.findall(r"--set stages\.kd\.trainer\.(\w+)=(\S+)", line))
+    student = dict(re.findall(r"--set student\.(\w+)=(\S+)", line))
+    changed = recipe("1.7B", {"gradient_checkpointing": True, "dtype": "bfloat16"} | student, EIGHT | trained)
+    assert "moves 30%" not in card_text(plan_card(changed, card * GIB)), "the advice works"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DecantError, ModelError, TrainingError, UsageError
+from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student
 from shared.recipe.training import recomputation
 
@@ -111,6 +112,7 @@ def student_config(recipe: Recipe, source: str) -> tuple[Any, str | None]:
 def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, Any]:
     """Return what fits, or raise with the smallest change that would."""
     from student_train.fit.memory import estimate_memory
+    from student_train.fit.precision import precision_notes
 
     as_written = estimate_memory(shape, student, stage.trainer)
     chosen = _first_fit(shape, student, stage, card)
@@ -136,12 +138,44 @@ def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, A
         "as_written_fits": as_written.total <= card,
         "settings": settings,
         "set": overrides,
+        "precision": [
+            *precision_notes(stage, student, on_gpu=True),
+            *_kept_updates(shape, student, stage, trainer, recomputes, card),
+        ],
         "tokens_per_forward": trainer.pack_tokens * trainer.per_device_train_batch_size,
         "moment": estimate.moment,
         "terms": estimate.terms(),
         "allocated_bytes": estimate.allocated,
         "total_bytes": estimate.total,
     }
+
+
+def _kept_updates(
+    shape: Any, student: Student, stage: Stage, chosen: StageTrainer, recomputes: bool, card: int
+) -> Iterator[str]:
+    """Yield how a stage that rounds updates away keeps them on this card: masters where there is room, else chance."""
+    from student_train.fit.memory import estimate_memory
+    from student_train.fit.precision import loses_updates
+
+    if not loses_updates(stage, student):
+        return
+    optim = stage.trainer.optim if "8bit" in stage.trainer.optim else "adamw_8bit"
+    ways: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("masters in float32 with 8-bit states", {"dtype": "float32"}, {"bf16": True, "optim": optim})
+    ]
+    if student.dtype == "bfloat16" and OPTIMIZERS[stage.trainer.optim].steps_weight_by_weight:
+        ways.append(("rounding by chance", {}, {"rounding": "stochastic"}))
+    for words, of_student, of_trainer in ways:
+        changed = student.model_copy(update=of_student), chosen.model_copy(update=of_trainer)
+        total = estimate_memory(shape, *changed, recomputes=recomputes).total
+        if total <= card:
+            options = [f"student.{name}={value}" for name, value in of_student.items()]
+            options += [
+                f"stages.{stage.name}.trainer.{name}={str(value).lower()}" for name, value in of_trainer.items()
+            ]
+            said = " ".join(f"--set {option}" for option in options)
+            yield f"{words} fit this card ({total / GIB:.1f} GiB): {said}"
+            return
 
 
 def _first_fit(shape: Any, student: Student, stage: Stage, card: int) -> tuple[StageTrainer, bool, Any] | None:
@@ -284,6 +318,7 @@ def card_text(result: dict[str, Any]) -> str:
         if stage["set"]:
             fits = "fits too" if stage["as_written_fits"] else "does not fit"
             notes.append(f"    {written}, which {fits}; use " + " ".join(f"--set {option}" for option in stage["set"]))
+        notes += [f"    {said}" for said in stage["precision"]]
         if stage["note"]:
             notes.append(f"    {stage['note']}")
     lines += notes

@@ -14,7 +14,9 @@ from typing import Any
 
 from shared.cache.rows_left_out import answers_line
 from shared.errors import EvaluationError, UsageError
+from shared.models.unused_gpu import offered_gpus
 from shared.recipe.recipe import Recipe, Stage
+from student_train.fit.precision import precision_notes
 from tools.cache.cache_commands import size
 from tools.evaluate.tasks.contamination import among_groups, sentence
 from tools.plan.plan_existing import bytes_assumption, bytes_per_position, existing
@@ -62,6 +64,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         lengths, longest = row_lengths(recipe), _longest_to_come(recipe, result)
         for stage in recipe.stages:
             result["stages"][stage.name]["lengths"] = length_figures(recipe, stage, lengths, longest)
+            notes = precision_notes(stage, recipe.student, on_gpu=bool(offered_gpus())) if recipe.student else []
+            result["stages"][stage.name]["precision"] = notes
     return result
 
 
@@ -260,6 +264,7 @@ def plan_text(result: dict[str, Any]) -> str:
         lines.append(f"  train {name}: {steps}, {stage['tokens']:,} tokens{epochs}")
         line = length_line(name, stage["lengths"])
         lines += [line] if line else []
+        lines += [f"  train {name}: {note}" for note in stage["precision"]]
     lines += [f"  assumed: {assumption}" for assumption in result["assumptions"]]
     return "\n".join(lines)
 
