@@ -76,7 +76,8 @@ class StochasticRounding(torch.optim.Optimizer):  # type: ignore[misc]  # torch 
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state."""
-        return self._inner.state_dict()
+        state: dict[str, Any] = self._inner.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give it back, in the types that it was saved in: a stock optimizer would cast it to the weights'."""

@@ -42,6 +42,7 @@ class DistilTrainer(ShardedTrainer):
     """The Trainer of one stage."""
 
     loss_is_scaled_for_ga = True
+    optimizer: Any
 
     def __init__(
         self,
