@@ -15,7 +15,7 @@ from pathlib import Path
 from shared.errors import PromptError, UsageError
 from shared.recipe.base import SLUG
 from shared.recipe.prompts import COLUMNS, PromptSource
-from tools.doctor_gpu import list_gpus
+from tools.doctor.doctor_gpu import list_gpus
 
 _TEMPLATE = """\
 # {name}: {teacher} into {student}.
