@@ -13,9 +13,9 @@ import shlex
 from pathlib import Path
 
 from shared.errors import PromptError, UsageError
+from shared.models.gpus import list_gpus
 from shared.recipe.base import SLUG
 from shared.recipe.prompts import COLUMNS, PromptSource
-from tools.doctor.doctor_gpu import list_gpus
 
 _TEMPLATE = """\
 # {name}: {teacher} into {student}.
@@ -138,7 +138,7 @@ def _computing() -> str:
         return (
             "false                 # no GPU was found here; true on one computes in bfloat16, weights stay in float32"
         )
-    name, _, capability = min(gpus, key=lambda gpu: gpu[2])
+    name, capability = min(gpus, key=lambda gpu: gpu[1])
     if capability < OLDEST_WITH_BFLOAT16:
         return f"false                 # {_plain(name)} has no tensor cores for bfloat16; float16 is fp16: true"
     return f"true                  # for {_plain(name)}, found here: bfloat16 products, weights stay in float32"

@@ -11,12 +11,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from shared.models.gpus import ask_driver
 from tools.doctor.doctor_packages import Answer
 
 OLDEST_DRIVER = {13: 580, 12: 525}
 """By CUDA version of torch's build: the oldest driver that runs it. The wheels of today are of CUDA 13."""
-NAMES_AND_DRIVERS = ["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-NAMES_AND_ABILITIES = ["--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
 ASK_TORCH = (
     "import torch; print(torch.version.cuda or 'none', torch.cuda.device_count() if torch.cuda.is_available() else 0)"
 )
@@ -24,27 +23,11 @@ ASK_TORCH = (
 
 def check_gpu() -> list[Answer]:
     """Compare what the driver lists with what torch can use, and with what is needed to use it."""
-    listed = _ask_driver(NAMES_AND_DRIVERS)
+    listed = ask_driver("name", "memory.total", "driver_version")
     if not listed:
         return [("GPU", True, "none; everything runs on the CPU", "", False)]
     said = (output([sys.executable, "-P", "-c", ASK_TORCH]) or "none 0").split()
     return [_gpu(listed, said[1]), _driver(listed[0][2], said[0]), _header(), _compiler()]
-
-
-def list_gpus() -> list[tuple[str, str, tuple[int, ...]]]:
-    """Return (name, memory, compute capability) of every GPU that the driver lists.
-
-    Example: `("NVIDIA H200", "143771 MiB", (9, 0))`.
-    """
-    found = [parts for parts in _ask_driver(NAMES_AND_ABILITIES) if parts[2].replace(".", "").isdigit()]
-    return [(name, memory, tuple(map(int, ability.split(".")))) for name, memory, ability in found]
-
-
-def _ask_driver(query: list[str]) -> list[list[str]]:
-    """Return what the driver says of each GPU, in three parts; nothing where there is none."""
-    lines = (output([shutil.which("nvidia-smi") or "", *query]) or "").splitlines()
-    listed = [[part.strip() for part in line.split(",")] for line in lines]
-    return [parts[:3] for parts in listed if len(parts) >= 3]
 
 
 def _gpu(listed: list[list[str]], usable: str) -> Answer:
