@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,20 @@ from student_train.train.training_arguments import training_arguments
 from student_train.train.training_problems import explained
 
 
-def run_stage(recipe: Recipe, stage: Stage, open_progress: OpenProgress) -> Path:
-    """Train one stage, or reuse or continue what is there, and return its model's directory.
+def run_stage(
+    recipe: Recipe, stage: Stage, open_progress: OpenProgress, patch: Callable[[Any, Objective], None] = patch_forward
+) -> Path:
+    """Train one stage, or reuse or continue what is there, and return its model's directory; `patch` makes the student
+    return the loss of a batch.
 
     Raises:
         TrainingError: it cannot start, its directory holds another stage, the disk is too small, a GPU would not be
             used, or it has diverged.
         CacheError: a cache cannot be opened, or is of another tokenizer than the student.
     """
-    work = resolve_stage(recipe, stage)
+    work = replace(resolve_stage(recipe, stage), patch=patch)
     phase, total, model_dir = f"train {stage.name}", work.plan.num_steps, work.directory / "model"
-    args = _arguments(work)  # joins the other processes, where there are any
+    args = arguments_of(work)  # joins the other processes, where there are any
     display = open_progress if is_first() else SilentProgress
     if first_then_others(lambda: claim_stage(work)):
         progress = display(phase, total, unit="steps", done=total)
@@ -143,7 +147,7 @@ def _verdict(work: StageWork, step: int) -> Verdict:
     return judge(evaluations_until(work.directory, step), settings.early_stopping if settings else None)
 
 
-def _arguments(work: StageWork) -> TrainingArguments:
+def arguments_of(work: StageWork) -> TrainingArguments:
     """Return the Trainer's arguments for a stage."""
     check_sharding(work.student, work.stage.trainer)
     check_liger(wanted=work.student.liger)
@@ -204,7 +208,9 @@ def _train_loaded(
 ) -> None:
     """Train a loaded student and write its model's directory."""
     make_savable(base)
-    model, objective = _student(work, args, base)
+    done = checkpoint.step if checkpoint else 0
+    trainer, objective = assemble(work, args, base, progress, done=done, on_checkpoint=seconds.save)
+    model = trainer.model
     if are_rows_alone(body_of(base)):
         progress.note(
             f"train {work.stage.name}: layers of {type(base).__name__} do not keep the rows of a pack apart, so each "
@@ -212,20 +218,6 @@ def _train_loaded(
         )
     adapted = work.student.adapter.kind != "none"
     check_disk_space(model, work.stage, work.plan.num_steps, work.directory, adapted=adapted)
-    done = checkpoint.step if checkpoint else 0
-    trainer = DistilTrainer(
-        model,
-        args,
-        PackDataset(work.caches, work.plan, work.temperatures, work.hidden),
-        objective,
-        Course(work.stage, work.plan.num_steps, work.run, _evaluation(work, base, objective), work.sampling),
-        belongs_to=work.belongs_to,
-        keep_checkpoints=work.stage.trainer.save_total_limit,
-        watch=GradientWatch(work.stage.trainer.max_grad_norm_factor, scales_loss=work.stage.trainer.fp16),
-        progress=progress,
-        on_checkpoint=seconds.save if is_first() else lambda: None,
-        callbacks=_callbacks(work, done) if is_first() else [],
-    )
     first = fit_first_step(work, trainer, base, work.directory / "memory.json" if is_first() else None)
     if first is not None:
         progress.note(f"train {work.stage.name}: {first.text()}")
@@ -256,6 +248,46 @@ def _train_loaded(
     wait_for_all()
 
 
+def assemble(
+    work: StageWork,
+    args: TrainingArguments,
+    base: Any,
+    progress: StageProgress,
+    *,
+    done: int = 0,
+    on_checkpoint: Callable[[], None] = lambda: None,
+) -> tuple[DistilTrainer, Objective]:
+    """Return the trainer of a stage over a loaded student, with adapter, loss, packs, schedules and evaluations; and
+    what it minimises.
+
+    Args:
+        work: the stage.
+        args: `arguments_of` it.
+        base: the student without its adapter; its forward is patched.
+        progress: is told of every step.
+        done: steps of the checkpoint that it will continue from.
+        on_checkpoint: called after each checkpoint, by the first process.
+
+    Raises:
+        TrainingError: the student cannot be trained as the stage wants it.
+    """
+    model, objective = _student(work, args, base)
+    trainer = DistilTrainer(
+        model,
+        args,
+        PackDataset(work.caches, work.plan, work.temperatures, work.hidden),
+        objective,
+        Course(work.stage, work.plan.num_steps, work.run, _evaluation(work, base, objective), work.sampling),
+        belongs_to=work.belongs_to,
+        keep_checkpoints=work.stage.trainer.save_total_limit,
+        watch=GradientWatch(work.stage.trainer.max_grad_norm_factor, scales_loss=work.stage.trainer.fp16),
+        progress=progress,
+        on_checkpoint=on_checkpoint if is_first() else lambda: None,
+        callbacks=_callbacks(work, done) if is_first() else [],
+    )
+    return trainer, objective
+
+
 def _leaving(work: StageWork, tokenizer: Any, progress: StageProgress) -> Leaving:
     """Return what leaves with the model besides its weights; say where the sources do not agree."""
     leaving = leaving_of(work.recipe, work.caches.caches, tokenizer)
@@ -283,7 +315,7 @@ def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, 
     objective = Objective(head, chunk_bytes=trainer.operator_chunk_mib << 20, operator=operator)
     if work.hidden is not None:
         objective.layers = LayerLosses(base, work.stage.losses, work.hidden.identity, seed=work.seed)
-    patch_forward(base, objective)
+    work.patch(base, objective)
     if shards:
         shard(model, base, args.device)
     return model, objective

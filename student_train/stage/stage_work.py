@@ -5,8 +5,10 @@ Cost: columns of the caches without their tokens, and the plan of the stage's ep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shared.cache.layer_choice import layer_of_capture
 from shared.errors import TrainingError
@@ -23,6 +25,7 @@ from student_train.order.schedules import RunSteps
 from student_train.order.stage_plan import StagePlan
 from student_train.stage.stage_order import evaluation_sampling, open_caches, plan_order, run_steps, stage_seed
 from student_train.stage.stage_start import start_directory
+from student_train.student.forward_patch import Objective, patch_forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class StageWork:
     """What moves its shares, where its evaluations do."""
     hidden: HiddenReading | None = None
     """What its losses read of a hidden layer; None where none does."""
+    patch: Callable[[Any, Objective], None] = patch_forward
+    """Makes the student return the loss of a batch."""
 
     @property
     def belongs_to(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from shared.recipe.recipe import Adapter, Stage, StageTrainer, Student
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import terms_at
 from student_train.stage.stage_identity import stage_identity
-from student_train.stage.stage_run import _arguments, _student
+from student_train.stage.stage_run import _student, arguments_of
 from student_train.stage.stage_work import resolve_stage
 from student_train.student.student import add_adapter, load_student
 from student_train.student.student_head import body_of
@@ -38,7 +38,7 @@ class World:
         return resolve_stage(recipe, recipe.stages[0])
 
     def arguments(self, **trainer):
-        return _arguments(self.work(trainer=trainer))
+        return arguments_of(self.work(trainer=trainer))
 
     def adapted(self, **adapter):
         caches = CacheList.open([self.tiny.cache], None)
@@ -108,7 +108,7 @@ def shows_compiled_body(world):
     for wanted in (True, False):
         work = world.work(trainer={"torch_compile": wanted})
         base = load_student(work.student, None, work.caches)
-        _student(work, _arguments(work), base)
+        _student(work, arguments_of(work), base)
         assert (body_of(base)._compiled_call_impl is not None) == wanted
 
 

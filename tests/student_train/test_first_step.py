@@ -159,14 +159,14 @@ def test_stage_that_says_whether_it_recomputes_is_not_overruled_by_the_student(s
 
 def test_stage_overrules_the_student_when_it_trains_and_keeps_its_identity(recipe_of):
     from student_train.stage.stage_identity import stage_identity
-    from student_train.stage.stage_run import _arguments
+    from student_train.stage.stage_run import arguments_of
     from student_train.stage.stage_work import resolve_stage
 
     found, identities = [], []
     for said in ({}, {"gradient_checkpointing": False}, {"gradient_checkpointing": True}):
         recipe = recipe_of(student={"gradient_checkpointing": True}, trainer=said)
         work = resolve_stage(recipe, recipe.stages[0])
-        found.append(_arguments(work).gradient_checkpointing)
+        found.append(arguments_of(work).gradient_checkpointing)
         identities.append([stage_identity(work), stage_identity(work, only_moved=True)])
     assert found == [True, False, True]
     assert identities[0] == identities[1] != identities[2]

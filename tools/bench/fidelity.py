@@ -17,11 +17,10 @@ import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,9 +33,8 @@ from shared.progress import Progress
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
 from student_train.evaluate.heldout_rows import heldout_rows
-from student_train.stage import stage_run
-from student_train.stage.stages import run_stages
-from student_train.student.forward_patch import Objective
+from student_train.stage.stage_run import run_stage
+from student_train.student.forward_patch import Objective, patch_forward
 from student_train.student.row_separation import separate_rows
 from student_train.student.student_head import StudentHead, body_of, head_of, run_body
 from tools.bench.benchmarks_page import measured_by, replace_section, table
@@ -66,11 +64,6 @@ def overrides(options: argparse.Namespace, capture: str | None, seed: int = 0) -
     settings = CAPTURES[capture or next(iter(CAPTURES))]
     sets += [f"capture={json.dumps(settings)}"]
     return sets if options.steps is None else [*sets, f"stages.kd.trainer.max_steps={options.steps}"]
-
-
-def teacher_live(teacher: Any) -> AbstractContextManager[Any]:
-    """Let stages train on a teacher in memory instead of the targets that their batches bring along."""
-    return mock.patch.object(stage_run, "patch_forward", lambda model, objective: patch_live(model, objective, teacher))
 
 
 def patch_live(model: Any, objective: Objective, teacher: Any) -> None:
@@ -125,10 +118,8 @@ def load(directory: Path | str) -> Any:
 
 def train(recipe: Recipe, teacher: Any | None) -> Path:
     """Train the recipe's stage `kd`, live where a teacher is given; return its model's directory."""
-    if teacher is None:
-        return run_stages(recipe, "kd", "kd", open_progress=Progress)[0]
-    with teacher_live(teacher):
-        return run_stages(recipe, "kd", "kd", open_progress=Progress)[0]
+    patch = patch_forward if teacher is None else partial(patch_live, teacher=teacher)
+    return run_stage(recipe, recipe.stages[[stage.name for stage in recipe.stages].index("kd")], Progress, patch)
 
 
 def summary(kl: Mapping[str, Sequence[float]], sizes: Mapping[str, float]) -> str:

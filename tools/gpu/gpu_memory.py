@@ -54,7 +54,8 @@ def measure_memory(name: str, *, dry_run: bool, num_tokens: int = 4096) -> dict[
     """
     import torch
 
-    from shared.recipe.recipe import Stage, Student
+    from shared.recipe.recipe import Recipe
+    from tools.bench.reader_bench import build
 
     size, student_settings, trainer_settings = STUDENTS[name]
     needs_bitsandbytes = "8bit" in trainer_settings.get("optim", "") or student_settings.get("adapter") == "qlora"
@@ -64,70 +65,45 @@ def measure_memory(name: str, *, dry_run: bool, num_tokens: int = 4096) -> dict[
     if not dry_run:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CARD_GIB * 2**30 / total))
-    student = Student.model_validate({"model": "made-up", "gradient_checkpointing": True, **student_settings})
-    arguments = {"pack_tokens": tokens, "max_steps": 3, "report_to": "none", "learning_rate": 1e-5, **trainer_settings}
+    trainer = {"pack_tokens": tokens, "max_steps": 3, "report_to": "none", "learning_rate": 1e-5, **trainer_settings}
     losses = [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}]
-    stage = Stage.model_validate({"name": "kd", "losses": losses, "trainer": arguments})
-    with tempfile.TemporaryDirectory(prefix="decant-gpu-check-") as directory:
-        return {"size": size, "tokens": tokens, **_train(student, stage, qwen3(size), Path(directory), dry_run=dry_run)}
+    with tempfile.TemporaryDirectory(prefix="decant-gpu-check-") as name:
+        directory, config = Path(name), qwen3(size)
+        config.save_pretrained(directory / "student")
+        document = {
+            "name": "gpu-check",
+            "cache": str(directory / "cache"),
+            "output_dir": str(directory),
+            "student": {"model": str(directory / "student"), "gradient_checkpointing": True, **student_settings},
+            "stages": [{"name": "kd", "losses": losses, "trainer": trainer}],
+        }
+        build(directory / "cache", 1, 64 if dry_run else 512)
+        return {"size": size, "tokens": tokens, **_train(Recipe.model_validate(document), config)}
 
 
-def _train(student: Any, stage: Any, config: Any, directory: Path, *, dry_run: bool) -> dict[str, Any]:
-    """Train and measure."""
+def _train(recipe: Any, config: Any) -> dict[str, Any]:
+    """Train the only stage over random weights and measure."""
     import torch
     from transformers.trainer_utils import SaveStrategy
 
-    from student_train.batch.dataset import CacheList, PackDataset
     from student_train.fit.memory import estimate_memory
     from student_train.fit.model_shape import shape_of
-    from student_train.operator.operator_choice import operator_for
-    from student_train.order.stage_plan import plan_stage
     from student_train.records.progress import SilentProgress
-    from student_train.student.forward_patch import Objective, patch_forward
-    from student_train.student.row_separation import separate_rows
-    from student_train.student.student import add_adapter
-    from student_train.student.student_head import head_of
-    from student_train.train.course import Course
-    from student_train.train.gradient_watch import GradientWatch
-    from student_train.train.trainer import DistilTrainer
-    from student_train.train.training_arguments import training_arguments
-    from tools.bench.reader_bench import build
+    from student_train.stage.stage_run import arguments_of, assemble
+    from student_train.stage.stage_work import resolve_stage
 
-    trainer = stage.trainer
-    build(directory / "cache", 1, 64 if dry_run else 512)
-    caches = CacheList.open([directory / "cache"], None)
-    plan = plan_stage(stage, 0, caches.num_tokens, caches.sources, None, None)
-    args = training_arguments(trainer, directory / "stage", 0, plan.num_steps, gradient_checkpointing=True)
+    work = resolve_stage(recipe, recipe.stages[0])
+    args = arguments_of(work)
     args.save_strategy = SaveStrategy.NO  # nothing of it is worth a disk
-    base = random_student(config, student, args.device)
-    head = head_of(base, config.vocab_size)
-    separate_rows(base, config.vocab_size)
-    model = add_adapter(base, student.adapter)
-    if model is not base:
-        base.enable_input_require_grads()
-    objective = Objective(
-        head, chunk_bytes=trainer.operator_chunk_mib << 20, operator=operator_for(trainer.operator, args.device.type)
-    )
-    patch_forward(base, objective)
-    distil = DistilTrainer(
-        model,
-        args,
-        PackDataset(caches, plan, (1.0,)),
-        objective,
-        Course(stage, plan.num_steps),
-        belongs_to={},
-        keep_checkpoints=None,
-        watch=GradientWatch(None),
-        progress=SilentProgress("gpu check", plan.num_steps),
-        on_checkpoint=lambda: None,
-    )
+    base = random_student(config, work.student, args.device)
+    trainer, objective = assemble(work, args, base, SilentProgress("gpu check", work.plan.num_steps))
     on_gpu = args.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    (directory / "stage").mkdir(exist_ok=True)
-    distil.run(None, 0)
-    estimate = estimate_memory(shape_of(config), student, trainer)
+    work.directory.mkdir(parents=True, exist_ok=True)
+    trainer.run(None, 0)
+    estimate = estimate_memory(shape_of(config), work.student, work.stage.trainer)
     allocated = torch.cuda.max_memory_allocated() if on_gpu else None
     return {
         "planned_bytes": estimate.allocated,
