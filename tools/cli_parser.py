@@ -114,7 +114,10 @@ def build_parser() -> Parser:
     schema = command("schema", "print the JSON schema of recipes, for editors")
     schema.add_argument("--page", action="store_true", help="print docs/recipe.md instead: every key with its meaning")
 
-    looks = "look into a cache or make another of it: ls, show, stats, verify, gc, drop, merge, export, import, audit"
+    looks = (
+        "look into a cache or make another of it: ls, show, stats, verify, gc, drop, merge, export, import, "
+        "translate, audit"
+    )
     cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)
     _cache_commands(cache, command)
     command("doctor", "say what this machine can do, and the command that mends what it cannot")
@@ -171,6 +174,16 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     imports = command("import", "make a cache of what export wrote", within=within)
     imports.add_argument("parquet", type=Path, metavar="PARQUET_DIR", help="directory that `decant cache export` wrote")
     imports.add_argument("out", type=Path, metavar="OUT_CACHE", help="the new cache; must not exist")
+    translate = command("translate", "derive a cache in the student's tokenizer; no teacher is loaded", within=within)
+    translate.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
+    translate.add_argument("out", type=Path, metavar="OUT", help="the new cache; must not exist")
+    translate.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="the student's model or tokenizer: a directory or a hub id"
+    )
+    translate.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
+    translate.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja template in place of the student's own (default: its own)"
+    )
     audit = command(
         "audit",
         "score rows again with the teacher: is it what is stored, and what does the capture lose",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,12 @@ class LayerWriter(RowsWriter):
         self._codec = layer.identity.make_codec()
 
     def write(
-        self, stem: str, keys: Sequence[bytes], targets: Sequence[SparseTargets], software: Mapping[str, Any]
+        self,
+        stem: str,
+        keys: Sequence[bytes],
+        targets: Sequence[SparseTargets],
+        software: Mapping[str, Any],
+        figures: Mapping[str, float] = MappingProxyType({}),
     ) -> PartRecord:
         """Commit the targets of one sequences part; a part that is committed already is left as it is.
 
@@ -165,6 +171,7 @@ class LayerWriter(RowsWriter):
             keys: `key` of each of its rows, in order.
             targets: the targets of each.
             software: versions of what made them.
+            figures: further sums for the record.
 
         Raises:
             ValueError: the keys are not those of the sequences part, or targets contradict the layer.
@@ -174,7 +181,8 @@ class LayerWriter(RowsWriter):
         blobs = self._codec.encode_rows(targets)
         nll = [float(-row.label_logprobs.sum(dtype=np.float64)) for row in targets]
         table = targets_table(keys, [row.num_positions for row in targets], nll, blobs)
-        return self.commit(stem, table, targets_stats(targets, sum(map(len, blobs))), software)
+        stats = targets_stats(targets, sum(map(len, blobs)))
+        return self.commit(stem, table, {**stats, **figures}, software)
 
 
 def targets_table(

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from shared.errors import DamagedError, PromptError
-from shared.parts.jobs import list_jobs
+from shared.parts.jobs import Job, list_jobs
 from shared.recipe.recipe import PromptSource, Recipe
 
 MAX_TEMPLATE_BYTES = 2**20
@@ -89,6 +89,18 @@ def _sources_of(cache_dir: Path, prompts: Sequence[PromptSource]) -> list[Prompt
         return own + elsewhere
     told = [_plain(prompt) for prompt in prompts if not prompt.of_cache]
     return told + elsewhere
+
+
+def source_of_job(job: Job, origin: int, where: Path) -> PromptSource:
+    """Return how a job rendered its source number `origin`.
+
+    Raises:
+        DamagedError: the job's request says what does not fit.
+    """
+    entries = job.request.get("prompts") or ()
+    if not 0 <= origin < len(entries):
+        raise DamagedError(f"{where}: job {job.id} has {len(entries)} sources and a row of source {origin}")
+    return _source(entries[origin], where)
 
 
 def _plain(prompt: PromptSource) -> PromptSource:

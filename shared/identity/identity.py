@@ -78,6 +78,10 @@ class LayerIdentity:
     """Hash of the adapter's weights."""
     draw_key: Literal["context", "row"] = grown("context")
     """What keys a position's draws: the tokens before it, or its row as well (all that are begun now)."""
+    derived_from: str = grown("")
+    """NAME-HASH8 of the layer in the teacher's tokenizer that it was made from; empty where the teacher wrote it."""
+    method: str = grown("")
+    """Rule by which a derived layer was made."""
 
     @property
     def hash8(self) -> str:

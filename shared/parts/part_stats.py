@@ -69,6 +69,9 @@ class TargetsFigures(HiddenFigures):
     impossible_labels: _Count
     entropy_histogram: Annotated[list[_Count], Field(min_length=ENTROPY_BINS, max_length=ENTROPY_BINS)]
     support_histogram: Annotated[list[_Count], Field(min_length=SUPPORT_BINS, max_length=SUPPORT_BINS)]
+    placed_mass_sum: _Sum = 0.0
+    """Of a layer in another tokenizer: mass of its heads, and next what the teacher's had at the same positions."""
+    teacher_mass_sum: _Sum = 0.0
 
 
 STATS_OF: dict[str, type[_Figures]] = {

@@ -43,6 +43,7 @@ def run_cache_command(args: argparse.Namespace) -> int:
         "merge": _merge,
         "export": _export,
         "import": _import,
+        "translate": _translate,
         "audit": _audit,
     }
     return commands[args.cache_command](args)
@@ -326,6 +327,24 @@ def _import(args: argparse.Namespace) -> int:
     with Progress("import", None) as progress:
         result = import_parquet(args.parquet, args.out, progress.advance)
     _print(args, result, import_text(result))
+    return 0
+
+
+def _translate(args: argparse.Namespace) -> int:
+    from shared.cache.rendering import template_text
+    from tools.cache.translate.translate_cache import translate_cache, translate_text
+
+    total = sum(record.rows for record in list_records(sequences_dir(args.cache)))
+    with Progress("translate", 2 * total) as progress:
+        result = translate_cache(
+            args.cache,
+            args.out,
+            args.tokenizer,
+            targets=args.targets,
+            chat_template=template_text(args.chat_template),
+            advance=progress.advance,
+        )
+    _print(args, result, translate_text(result))
     return 0
 
 
