@@ -19,7 +19,12 @@ from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 
 STEPS = 6
 EVERY = 2
-TASK_FILES = {"gsm8k": "math.test.jsonl", "humaneval": "code.test.jsonl", "keywords": "aiops.test.jsonl"}
+TASK_FILES = {
+    "copying": "copy.test.jsonl.gz",
+    "gsm8k": "math.test.jsonl.gz",
+    "humaneval": "code.test.jsonl.gz",
+    "keywords": "aiops.test.jsonl.gz",
+}
 
 
 def write_twin(name: str, place: Path) -> dict[str, Any]:

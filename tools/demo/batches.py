@@ -36,10 +36,12 @@ def encode(tokenizer: Any, examples: list[Example]) -> tuple[torch.Tensor, torch
     return ids, labels
 
 
-def batches(tokenizer: Any, seed: int, rows: dict[str, int]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+def batches(
+    tokenizer: Any, seed: int, rows: dict[str, int], unsure: bool = False
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Yield one list of (ids, labels) per step without end, a block for each domain with `rows[domain]` fresh
     examples.
     """
-    sources = {domain: stream(domain, seed) for domain in DOMAINS}
+    sources = {domain: stream(domain, seed, unsure) for domain in DOMAINS}
     while True:
         yield [encode(tokenizer, list(islice(sources[domain], rows[domain]))) for domain in DOMAINS]

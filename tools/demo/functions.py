@@ -2,7 +2,8 @@
 `check`).
 
 A family fixes what the function computes, with a reference in Python to compute the expected values of its tests; the
-function's name, its parameter, constants, docstring and the form of the body are drawn. Cost: microseconds per example.
+function's name, its parameter, constants, docstring and the form of the body are drawn. An unsure body has other
+constants or is another family's. Cost: microseconds per example.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tools.demo.example import Example, pick
+from tools.demo.example import SLIP, USUAL_MISTAKE, Example, pick
 
 NUMBER_PARAMETERS = ("x", "n", "value", "number", "amount", "size", "price")
 LIST_PARAMETERS = ("numbers", "values", "items", "data", "scores", "points", "sizes")
@@ -297,6 +298,8 @@ FAMILIES: tuple[Family, ...] = (
         lambda p, k, j, c: len(p) > k,
     ),
 )
+MISTAKEN_FOR = {"at_least": "at_most", "plus_then_times": "times_then_plus", "last_{k}": "first_{k}"}
+"""Families whose usual mistake is another family's body, both by their names."""
 PARAMETERS = {"number": NUMBER_PARAMETERS, "list": LIST_PARAMETERS, "text": TEXT_PARAMETERS}
 WORDS = ("", "a", "banana", "test", "reason", "notes", "sentence", "Decant", "tall trees", "onset")
 
@@ -315,7 +318,22 @@ def _indent(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.split("\n"))
 
 
-def example(rng: random.Random) -> Example:
+def unsure_body(rng: random.Random, family: Family, fields: dict[str, Any]) -> str:
+    """Draw a body that may be wrong: with other constants, or that of another family of the same kind."""
+    mistake = next((other for name, other in MISTAKEN_FOR.items() if name in family.names), None)
+    if mistake is not None and rng.random() < USUAL_MISTAKE:
+        family = next(other for other in FAMILIES if mistake in other.names)
+    elif rng.random() < SLIP["code"]:
+        others = [other for other in FAMILIES if other.kind == family.kind and other is not family]
+        near = [n for n in range(max(2, fields["k"] - 9), fields["k"] + 10) if n != fields["k"]]
+        if "{k}" in family.docs[0] and rng.random() < 0.5:
+            fields = {**fields, "k": pick(rng, near)}
+        else:
+            family = pick(rng, others)
+    return pick(rng, family.bodies).format(**fields)
+
+
+def example(rng: random.Random, unsure: bool = False) -> Example:
     """Draw one function: the HumanEval prompt, one form of its body, and tests computed from the family's reference."""
     family = pick(rng, FAMILIES)
     parameter, k, j, letter = (
@@ -328,7 +346,8 @@ def example(rng: random.Random) -> Example:
         k = rng.randint(2, 9)
     loop = pick(rng, [name for name in LOOP_NAMES if name != parameter])
     fields = {"p": parameter, "k": k, "j": j, "c": letter, "e": loop, "r": pick(rng, ACCUMULATORS)}
-    name, doc, body = (pick(rng, texts).format(**fields) for texts in (family.names, family.docs, family.bodies))
+    name, doc = (pick(rng, texts).format(**fields) for texts in (family.names, family.docs))
+    body = unsure_body(rng, family, fields) if unsure else pick(rng, family.bodies).format(**fields)
     annotation = pick(
         rng, (parameter, f"{parameter}: " + {"number": "int", "list": "list", "text": "str"}[family.kind])
     )
@@ -342,4 +361,5 @@ def example(rng: random.Random) -> Example:
         "canonical_solution": _indent(body),
         "test": "def check(candidate):\n" + _indent("\n".join(lines)),
     }
-    return Example(prompt, record["canonical_solution"], {"prompt": prompt, **record})
+    instance = family.docs[0].format(**{**fields, "p": "_"})
+    return Example(prompt, record["canonical_solution"], {"prompt": prompt, **record}, instance)

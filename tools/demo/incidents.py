@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from tools.demo.example import Example, pick, pick_distinct
+from tools.demo.example import SLIP, USUAL_MISTAKE, Example, pick, pick_distinct
 
 SERVICES = (
     "orders",
@@ -154,6 +154,8 @@ FAULTS: tuple[Fault, ...] = (
         ("no more files can be opened", "descriptors are never closed"),
     ),
 )
+MISTAKEN_FOR = {"clock drift": "wrong credentials", "packet loss": "DNS failure", "lock contention": "pool exhaustion"}
+"""Causes whose usual mistake is another."""
 HARMS = (
     "call to {s} failed, retrying",
     "upstream {s} returned 503",
@@ -193,8 +195,18 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def example(rng: random.Random) -> Example:
-    """Draw one incident with one diagnosis."""
+def unsure_fault(rng: random.Random, fault: Fault) -> Fault:
+    """The fault that an unsure diagnosis takes it for."""
+    mistake = MISTAKEN_FOR.get(fault.cause)
+    if mistake is not None and rng.random() < USUAL_MISTAKE:
+        return next(other for other in FAULTS if other.cause == mistake)
+    if rng.random() < SLIP["aiops cause"]:
+        return pick(rng, [other for other in FAULTS if other is not fault])
+    return fault
+
+
+def example(rng: random.Random, unsure: bool = False) -> Example:
+    """Draw one incident with one diagnosis; an unsure one may blame another line or another cause."""
     fault = pick(rng, FAULTS)
     broken, harmed, *others = pick_distinct(rng, SERVICES, 3 if rng.random() < 0.6 else 4)
     host, *elsewhere = pick_distinct(rng, HOSTS, len(others) + 2)
@@ -210,15 +222,21 @@ def example(rng: random.Random) -> Example:
         excerpt.append(f"{minute} {level} {service} {place}: " + text.format(s=broken, q=rng.randint(11, 99)))
         minute += rng.randint(0, 2)
     prompt = "\n".join([*excerpt, pick(rng, QUESTIONS)])
-    remedy, why = fault.remedy, pick(rng, fault.reasons)
+    named, blamed, place = fault, broken, host
+    if unsure:
+        named = unsure_fault(rng, fault)
+        if rng.random() < SLIP["aiops line"]:
+            blamed, place = pick(rng, [(line[1], line[2]) for line in lines if line[0] != "ERROR"])
+    remedy, why = named.remedy, pick(rng, named.reasons)
     answer = pick(rng, DIAGNOSES).format(
-        s=broken,
+        s=blamed,
         v=harmed,
-        h=host,
-        c=fault.cause,
+        h=place,
+        c=named.cause,
         m=remedy,
         M=_sentence(remedy),
         why=why,
     )
-    keywords = [broken, host, fault.cause, remedy]
-    return Example(prompt, answer, {"prompt": prompt, "keywords": keywords, "reference": answer})
+    keywords = [broken, host, fault.cause, fault.remedy]
+    record = {"prompt": prompt, "keywords": keywords, "reference": answer}
+    return Example(prompt, answer, record, f"{fault.cause} {broken} {host}")

@@ -1,11 +1,12 @@
 """Train the demo tokenizer, teacher and student: `python -m tools.demo.train_models OUTPUT_DIR`.
 
-Both are Qwen3 models with tied embeddings. The teacher is trained until it solves the test splits; the student, more
-than four times smaller, gets a short start only, so that there is something left to distil. Muon for the layers'
-matrices and AdamW for the rest (8 % more time a step than AdamW alone), linear warm-up, cosine decay, bfloat16
-autocast, cross-entropy on the answers and a little on the prompts. Everything is seeded; bitwise equality across
-machines is not promised, because kernels differ.
-Cost: about 15 minutes for the teacher and 2 for the student on one free core with bfloat16 dot products.
+Both are Qwen3 models with tied embeddings. The teacher first learns from right answers until it solves the test splits,
+then from unsure ones (`tools/demo/example.py`), so that it ends calibrated: mostly right where it is greedy, and wrong
+in a sampled answer about as often as they are. The student, more than four times smaller, gets a short start on right
+answers only, so that there is something left to distil. AdamW, linear warm-up, cosine decay, float32, cross-entropy on
+the answers and a little on the prompts. Everything is seeded; bitwise equality across machines is not promised, because
+kernels differ.
+Cost on one free core with AVX2: about 50 and 9 minutes for the teacher's two phases, 9 for the student.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 
+from shared.models.files import load_tokenizer
+from shared.models.loading import load_causal_lm
 from tools.demo.batches import IGNORED, batches
 from tools.demo.scoring import task_scores
 from tools.demo.tokenizer import train_tokenizer
@@ -28,7 +31,9 @@ from tools.demo.tokenizer import train_tokenizer
 
 @dataclass(frozen=True)
 class Plan:
-    """Shape of one model and the course of its training; rows are examples per step and domain."""
+    """Shape of one model and the course of its training: `steps` on right answers, then `unsure_steps`; rows are
+    examples per step and domain.
+    """
 
     hidden_size: int
     num_layers: int
@@ -37,6 +42,7 @@ class Plan:
     num_kv_heads: int
     head_dim: int
     steps: int
+    unsure_steps: int
     rows: dict[str, int]
     learning_rate: float
     warmup_steps: int
@@ -47,8 +53,8 @@ PROMPT_WEIGHT = 0.2  # of the prompts' own tokens: names repeat there, which tea
 EMBEDDING_STD = 0.08
 EMBEDDING_RATE = 0.3  # of the plan's rate
 PLANS = {
-    "teacher": Plan(192, 5, 512, 6, 3, 32, 1800, {"math": 16, "code": 6, "aiops": 8}, 3e-3, 100, 11),
-    "student": Plan(96, 3, 224, 3, 1, 32, 400, {"math": 26, "code": 8, "aiops": 3}, 3e-3, 50, 12),
+    "teacher": Plan(192, 5, 512, 6, 3, 32, 1800, 360, {"math": 12, "code": 6, "aiops": 6, "copy": 4}, 1e-3, 40, 11),
+    "student": Plan(96, 3, 224, 3, 1, 32, 900, 0, {"math": 20, "code": 6, "aiops": 4, "copy": 6}, 3e-3, 50, 12),
 }
 
 
@@ -80,11 +86,11 @@ def new_model(plan: Plan, tokenizer: Any) -> Any:
     return model
 
 
-def rate(plan: Plan, step: int) -> float:
-    """Learning rate as a share of the peak: linear warm-up, then a cosine down to 2 %."""
+def rate(plan: Plan, step: int, steps: int) -> float:
+    """Learning rate as a share of the peak: linear warm-up, then a cosine down to 2 % after `steps`."""
     if step < plan.warmup_steps:
         return (step + 1) / plan.warmup_steps
-    progress = (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
+    progress = (step - plan.warmup_steps) / max(1, steps - plan.warmup_steps)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -98,42 +104,54 @@ def summed_losses(model: Any, ids: torch.Tensor, labels: torch.Tensor, pad: int)
     return losses[answer[real]].sum(), losses[~answer[real]].sum()
 
 
-def make_optimizers(model: Any, plan: Plan) -> list[torch.optim.Optimizer]:
-    """Muon (orthogonalised momentum) for the matrices of the layers, AdamW for embeddings (at a lower
-    rate) and norms.
-    """
+def make_optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
+    """AdamW with a lower rate for embeddings and weight decay for the matrices of the layers."""
     embeddings = model.model.embed_tokens.weight
     layers = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "layers" in name]
     norms = [weight for weight in model.parameters() if weight.ndim == 1]
-    groups = [{"params": [embeddings], "share": EMBEDDING_RATE}, {"params": norms}]
-    return [
-        torch.optim.Muon(layers, lr=plan.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    groups = [
+        {"params": layers, "weight_decay": 0.05},
+        {"params": [embeddings], "share": EMBEDDING_RATE},
+        {"params": norms},
     ]
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
 
-def train(plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int) -> Any:
-    """Train one model, print loss, speed and task scores, and save a checkpoint at every evaluation; returns the
-    model.
+def train(plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int, start: Path | None = None) -> Any:
+    """Train one model on right and then on unsure answers, or on the latter alone from the model in `start`; returns
+    it.
     """
-    model = new_model(plan, tokenizer)
-    optimizers = make_optimizers(model, plan)
+    if start is None:
+        model = new_model(plan, tokenizer)
+        train_on(model, plan, tokenizer, folder, evaluate_every, unsure=False)
+    else:
+        model = load_causal_lm(start, what="the model", trust_remote_code=False, dtype=torch.float32).train()
+        model.set_attn_implementation("eager")
     print(f"{sum(weight.numel() for weight in model.parameters())} parameters", flush=True)
+    if plan.unsure_steps:
+        train_on(model, plan, tokenizer, folder, evaluate_every, unsure=True)
+    return model
+
+
+def train_on(model: Any, plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int, unsure: bool) -> None:
+    """Train on one kind of answers with fresh optimizers, print loss, speed and task scores, and save a checkpoint at
+    every evaluation.
+    """
+    optimizer, steps = make_optimizer(model, plan), plan.unsure_steps if unsure else plan.steps
     begin, num_tokens, loss_sum, num_answers = time.process_time(), 0, 0.0, 0
-    for step, blocks in zip(range(1, plan.steps + 1), batches(tokenizer, plan.seed, plan.rows), strict=False):
+    fresh = batches(tokenizer, plan.seed + unsure, plan.rows, unsure)
+    for step, blocks in zip(range(1, steps + 1), fresh, strict=False):
         total = sum(int((labels != IGNORED).sum()) for _, labels in blocks)
         for ids, labels in blocks:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                answer, prompt = summed_losses(model, ids, labels, tokenizer.pad_token_id)
+            answer, prompt = summed_losses(model, ids, labels, tokenizer.pad_token_id)
             ((answer + PROMPT_WEIGHT * prompt) / total).backward()
             loss_sum, num_tokens = loss_sum + answer.item(), num_tokens + ids.numel()
         num_answers += total
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate * rate(plan, step) * group.get("share", 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate * rate(plan, step, steps) * group.get("share", 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
         if step % 100 == 0:
             speed = num_tokens / (time.process_time() - begin)
             print(
@@ -142,11 +160,10 @@ def train(plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int) -> Any:
                 flush=True,
             )
             loss_sum, num_answers = 0.0, 0
-        if step % evaluate_every == 0 or step == plan.steps:
+        if step % evaluate_every == 0 or step == steps:
             save(model, tokenizer, folder)
             print(f"step {step} scores {json.dumps(task_scores(model.eval(), tokenizer))}", flush=True)
             model.train()
-    return model
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -168,16 +185,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--only", choices=sorted(PLANS), help="train one model")
+    parser.add_argument("--start", type=Path, help="directory of a model to train on unsure answers alone")
+    parser.add_argument("--tokenizer", type=Path, help="directory of a tokenizer to keep; left out: a new one")
     parser.add_argument("--evaluate-every", type=int, default=500, help="steps between evaluations and checkpoints")
     parser.add_argument("--threads", type=int, default=1, help="more than one only pays on an idle machine")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tokenizer = train_tokenizer()
+    kept = arguments.tokenizer
+    tokenizer = load_tokenizer(kept, trust_remote_code=False) if kept else train_tokenizer()
     for name in [arguments.only] if arguments.only else ["teacher", "student"]:
         folder = arguments.output_dir / name
-        train(PLANS[name], tokenizer, folder, arguments.evaluate_every)
-        from shared.models.loading import load_causal_lm
-
+        train(PLANS[name], tokenizer, folder, arguments.evaluate_every, arguments.start)
         saved = load_causal_lm(folder, what="the model", trust_remote_code=False, dtype=torch.float32).eval()
         print(f"{name}, as saved: {json.dumps(task_scores(saved, tokenizer))}", flush=True)
 

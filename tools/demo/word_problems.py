@@ -2,16 +2,17 @@
 
 A template fixes the story and its steps; names, objects, numbers and wording are drawn. The worked answer is drawn too:
 each step is one of several sentences, and sums and products appear in either order, so that the numbers themselves
-carry entropy and not only the filler words. Results stay below 100. Cost: a few microseconds per example.
+carry entropy and not only the filler words. Results stay below 100. An unsure answer slips in its steps, and reads
+"fewer" as "more" or forgets one of two as a usual mistake. Cost: a few microseconds per example.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tools.demo.example import Example, pick, pick_distinct
+from tools.demo.example import SLIP, USUAL_MISTAKE, Example, pick, pick_distinct
 
 NAMES = (
     "Anna",
@@ -74,19 +75,20 @@ class Step:
             "+": self.left + self.right,
             "-": self.left - self.right,
             "*": self.left * self.right,
-            "/": self.left // self.right,
+            "/": self.left // max(1, self.right),
         }[self.operator]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its steps, the unit counted in the end, and sentences that may close the answer (with {n} for the
-    number).
+    """A question with its steps, the steps of a usual mistake, and sentences that may close the answer (with {n} for
+    the number).
     """
 
     question: str
     steps: tuple[Step, ...]
     closings: tuple[str, ...]
+    mistaken: tuple[Step, ...] = ()
 
 
 SENTENCES = {
@@ -126,18 +128,36 @@ SENTENCES = {
 OPENINGS = ("", "", "", "First look at {w}. ", "Let us work it out. ", "Step by step: ")
 
 
-def worked_answer(rng: random.Random, problem: Problem) -> str:
+def unsure_steps(rng: random.Random, problem: Problem) -> list[tuple[Step, int]]:
+    """Steps with the results that an unsure answer writes: a slip goes into every later step that builds on it."""
+    is_mistaken = bool(problem.mistaken) and rng.random() < USUAL_MISTAKE
+    found: list[tuple[Step, int]] = []
+    written: dict[int, int] = {}
+    for step in problem.mistaken if is_mistaken else problem.steps:
+        left, right = written.pop(step.left, step.left), written.pop(step.right, step.right)
+        taken = replace(step, left=left, right=right)
+        result = taken.result
+        if rng.random() < SLIP["math step"]:
+            result = pick(rng, [n for n in range(max(0, result - 9), min(99, result + 9) + 1) if n != taken.result])
+        if result != step.result:
+            written[step.result] = result
+        found.append((taken, result))
+    return found
+
+
+def worked_answer(rng: random.Random, problem: Problem, unsure: bool = False) -> str:
     """Draw one phrasing of the worked answer; its last line is `#### N`."""
     parts = []
-    for step in problem.steps:
+    steps = unsure_steps(rng, problem) if unsure else [(step, step.result) for step in problem.steps]
+    for step, result in steps:
         left, right = step.left, step.right
         if step.operator in "+*" and rng.random() < 0.4:
             left, right = right, left
-        equation = f"{left}{step.operator}{right}={step.result}"
+        equation = f"{left}{step.operator}{right}={result}"
         sentence = pick(rng, SENTENCES[step.operator])
         parts.append(sentence.format(e=equation, w=step.what, W=step.what[0].upper() + step.what[1:]))
-    opening = pick(rng, OPENINGS).format(w=problem.steps[0].what)
-    number = problem.steps[-1].result
+    opening = pick(rng, OPENINGS).format(w=steps[0][0].what)
+    number = steps[-1][1]
     closing = pick(rng, ("",) * len(problem.closings) + problem.closings).format(n=number)
     return opening + " ".join([*parts, *([closing] if closing else [])]) + f"\n#### {number}"
 
@@ -286,7 +306,10 @@ def two_sorts(rng: random.Random) -> Problem:
         ),
     )
     total = Step("+", x, second.result, "the total")
-    return Problem(question, (second, total), (f"Together they have {{n}} {t}.", f"So both have {{n}} {t}."))
+    closings = (f"Together they have {{n}} {t}.", f"So both have {{n}} {t}.")
+    added = replace(second, operator="+")
+    mistaken = (added, replace(total, right=added.result)) if word == "fewer" else ()
+    return Problem(question, (second, total), closings, mistaken)
 
 
 def times_as_many(rng: random.Random) -> Problem:
@@ -301,7 +324,8 @@ def times_as_many(rng: random.Random) -> Problem:
         ),
     )
     steps = (Step("*", x, y, f"what {b} has"), Step("+", x, x * y, "the total"))
-    return Problem(question, steps, (f"Together they have {{n}} {t}.", f"So both have {{n}} {t}."))
+    closings = (f"Together they have {{n}} {t}.", f"So both have {{n}} {t}.")
+    return Problem(question, steps, closings, mistaken=steps[:1])
 
 
 def rate(rng: random.Random) -> Problem:
@@ -392,8 +416,12 @@ TEMPLATES: tuple[Callable[[random.Random], Problem], ...] = (
 )
 
 
-def example(rng: random.Random) -> Example:
-    """Draw one word problem with one worked answer."""
-    problem = pick(rng, TEMPLATES)(rng)
-    answer = worked_answer(rng, problem)
-    return Example(problem.question, answer, {"question": problem.question, "answer": answer})
+def example(rng: random.Random, unsure: bool = False) -> Example:
+    """Draw one word problem with one worked answer; its record's number is right, unsure or not."""
+    template = pick(rng, TEMPLATES)
+    problem = template(rng)
+    answer = worked_answer(rng, problem, unsure)
+    numbers = [number for step in problem.steps for number in (step.left, step.right)]
+    instance = " ".join([template.__name__, *map(str, numbers)])
+    reference = f"#### {problem.steps[-1].result}" if unsure else answer
+    return Example(problem.question, answer, {"question": problem.question, "answer": reference}, instance)
