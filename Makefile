@@ -29,7 +29,7 @@ help:
 	@echo "make docs           docs/recipe.md and its schema, from the program"
 	@echo "make bench          codec, operator, capture, reader, teach -> runs/bench/bench.json"
 	@echo "make gpu-check      what only a GPU can show, into docs/benchmarks.md, at most 10 minutes"
-	@echo "make bench-quality  the demo for three student seeds, with intervals, into docs/benchmarks.md"
+	@echo "make bench-quality  sft, kd, controls and rounds for five seeds, paired, into docs/benchmarks.md"
 
 setup: $(READY)
 

@@ -263,8 +263,10 @@ def test_demo_recipe_is_the_documented_one():
         ("forward_kl", 0.9),
         ("cross_entropy", 0.1),
     ]
-    assert demo.evaluate.models == ("teacher", "base", "sft", "kd")
-    assert [task.domain for task in demo.evaluate.tasks] == ["math", "code", "aiops"]
+    assert demo.evaluate.models == ("teacher", "base", "sft", "kd", "more", "own")
+    assert [task.domain for task in demo.evaluate.tasks] == ["math", "code", "aiops", "copy"]
+    own = demo.stage("own")
+    assert demo.stage("more").trainer.max_steps == own.rounds.count * own.trainer.max_steps
 
 
 HEAD = "name: x\noutput_dir: o\ncache: c\n"

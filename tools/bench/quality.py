@@ -1,10 +1,10 @@
-"""`make bench-quality`: the demo's students trained from several seeds, so that a difference is more than noise.
+"""`make bench-quality`: the arms of `tools/bench/quality.yaml` from several seeds: is a difference more than noise?
 
-The teacher's cache is the demo's and is reused; each seed trains the same stages (another order of packs, another
-dropout) and is evaluated on the same held-out rows and tasks, once as the recipe says and once with several sampled
-answers per question, which is both less noisy and closer to what was distilled. The tables show the mean over seeds and
-a 95 % interval of Student's t.
-Cost: two trainings and four evaluations per seed.
+The teacher answers and scores once; each seed trains the same stages (another order of packs, other answers in rounds)
+and is evaluated on the same held-out rows and tasks. Differences are paired by seed: what two arms of one seed share
+(its start, its order) falls out of them. Tables show means over seeds with 95 % intervals of Student's t.
+Whatever is finished is used again, so that a run may be cut short and continued, or extended by seeds and arms.
+Cost: a minute or two of a core per arm and seed, half of it for answers to 1,600 questions.
 """
 
 from __future__ import annotations
@@ -17,22 +17,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shared.atomic import write_atomic
 from shared.errors import EvaluationError
-from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import measured_by, replace_section, table
+from tools.demo.domains import NUM_TRAIN, train_examples
+from tools.demo.generate import conversations
 from tools.own_process import own_command, own_environment
 
+RECIPE = "tools/bench/quality.yaml"
+ROOT = Path("runs/quality")
+ARMS = ("sft", "kd", "more", "fresh", "one", "two", "four")
+PAIRS = (
+    ("kd", "sft"),
+    *((arm, control) for arm in ("one", "two", "four") for control in ("kd", "more", "fresh")),
+)
+"""Arm and control of each difference."""
+NUM_FRESH = {"math": 240, "code": 240, "aiops": 240, "copy": 80}
+"""Prompts beyond the demo's, which the arms `fresh` and those with rounds share."""
 STUDENT_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Two-sided 95 % quantile of Student's t by number of seeds."""
+Figures = dict[str, float]
+"""Column -> value of one arm and seed."""
 
 
-def interval(values: list[float]) -> str:
-    """Format mean and half-width of the 95 % interval."""
+def interval(values: list[float], sign: str = "") -> str:
+    """Format mean and half-width of the 95 % interval; `sign` "+" for differences."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{mean:.4g}"
+        return f"{mean:{sign}.4g}"
     half = STUDENT_T_975.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.4g} ± {half:.2g}"
+    return f"{mean:{sign}.4g} ± {half:.2g}"
 
 
 def decant(*arguments: str) -> None:
@@ -44,67 +58,75 @@ def decant(*arguments: str) -> None:
         )
 
 
-def run_seed(
-    recipe: str, seed: int, models: list[str], root: Path, num_samples: int
-) -> list[dict[str, dict[str, object]]]:
-    """Train the recipe's stages with one seed; return the report's `models` as the recipe evaluates and with sampled
-    answers.
-    """
+def write_fresh_prompts(path: Path) -> None:
+    """Write the prompts that follow the demo's in each domain's train split."""
+    drawn = [
+        train_examples(domain, NUM_TRAIN[domain] + count)[NUM_TRAIN[domain] :] for domain, count in NUM_FRESH.items()
+    ]
+    contents = conversations(item for examples in drawn for item in examples)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != contents:
+        write_atomic(path, contents, "fresh_prompts")
+
+
+def run_seed(recipe: str, seed: int, arms: list[str], root: Path) -> dict[str, Figures]:
+    """Train and evaluate the arms with one seed, reusing what is finished; return each arm's figures."""
     out = root / f"seed{seed}"
-    sets = ["--set", f"seed={seed}", "--set", f"output_dir={out}", "--set", f"evaluate.models=[{', '.join(models)}]"]
-    decant("train", recipe, *sets)
-    num_tasks = len(load_recipe(Path(recipe)).evaluate.tasks)
-    fields = {"temperature": 1.0, "samples": num_samples}
-    sampled = [f"evaluate.tasks.{task}.{name}={value}" for task in range(num_tasks) for name, value in fields.items()]
-    reports = []
-    for more in ([], [word for setting in sampled for word in ("--set", setting)]):
-        decant("eval", recipe, *sets, *more)
-        decant("report", str(out))
-        reports.append(json.loads((out / "report.json").read_text())["models"])
-    return reports
+    sets = ["--set", f"seed={seed}", "--set", f"output_dir={out}", "--set", f"evaluate.models=[{', '.join(arms)}]"]
+    for arm in arms:
+        decant("train", recipe, *sets, "--from-stage", arm, "--to-stage", arm)
+    decant("eval", recipe, *sets)
+    decant("report", str(out))
+    models = json.loads((out / "report.json").read_text())["models"]
+    return {arm: figures_of(models[arm]) for arm in arms}
 
 
-def figures_of(model: dict[str, object]) -> dict[str, float]:
-    """Pick the figures of one model out of a report: tasks, their mean, distance to the teacher."""
-    tasks: dict[str, dict[str, float]] = model["tasks"]  # type: ignore[assignment]
+def figures_of(model: dict[str, dict[str, dict[str, float]]]) -> Figures:
+    """Pick the figures of one model out of a report: task scores in percent, their mean, distance to the teacher."""
     heldout: dict[str, float] = model["heldout"]  # type: ignore[assignment]
-    scores = {name: task["score"] for name, task in tasks.items()}
+    scores = {name: 100 * task["score"] for name, task in model["tasks"].items()}
+    own = model["heldout"].get("own")
     return {
         **scores,
         "mean score": statistics.fmean(scores.values()),
         "held-out KL (nats)": heldout["kl_nats"],
-        "top-1 agreement": heldout["top1_agreement"],
-        "perplexity": heldout["perplexity"],
+        **({"KL on own answers (nats)": own["kl_nats"]} if own else {}),
+        "top-1 agreement": 100 * heldout["top1_agreement"],
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run every seed, print the table and write it into docs/benchmarks.md."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="recipes/demo.yaml")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--models", nargs="+", default=["sft", "kd"])
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--root", type=Path, default=Path("runs/quality"))
-    options = parser.parse_args(argv)
-    decant("teach", options.recipe)
-    runs = [run_seed(options.recipe, seed, options.models, options.root, options.samples) for seed in options.seeds]
-    texts = []
-    for which, how in enumerate(
-        ["Answers as the recipe says.", f"{options.samples} answers per question, sampled at temperature 1."]
-    ):
-        per_model = {name: [figures_of(run[which][name]) for run in runs] for name in options.models}
-        columns = list(per_model[options.models[0]][0])
-        rows = [
-            [name, *(interval([figures[column] for figures in per_model[name]]) for column in columns)]
-            for name in options.models
+def tables(runs: list[dict[str, Figures]], arms: list[str]) -> str:
+    """The arms' means and their paired differences."""
+    columns = list(runs[0][arms[0]])
+    means = [[arm, *(interval([run[arm][column] for run in runs]) for column in columns)] for arm in arms]
+    differences = [
+        [
+            f"{arm} - {control}",
+            *(interval([run[arm][column] - run[control][column] for run in runs], "+") for column in columns),
         ]
-        texts.append(f"{how}\n\n{table(['model', *columns], rows)}")
-    text = "\n\n".join(texts)
+        for arm, control in PAIRS
+        if arm in arms and control in arms
+    ]
+    return f"{table(['arm', *columns], means)}\n\n{table(['difference', *columns], differences)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run every seed, print the tables and write them into docs/benchmarks.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default=RECIPE)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--root", type=Path, default=ROOT)
+    options = parser.parse_args(argv)
+    write_fresh_prompts(ROOT / "fresh.jsonl")
+    decant("teach", options.recipe)
+    runs = [run_seed(options.recipe, seed, options.arms, options.root) for seed in options.seeds]
+    text = tables(runs, options.arms)
     print(text)
     replace_section(
         "quality",
-        f"{measured_by('make bench-quality')} Seeds {options.seeds}; mean ± 95 % interval (Student's t).\n\n{text}",
+        f"{measured_by('make bench-quality')} Seeds {options.seeds}; scores in percent; mean ± 95 % interval "
+        f"(Student's t), differences paired by seed.\n\n{text}",
     )
     return 0
 
