@@ -108,6 +108,9 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: S
         DecantError: training cannot start or must stop.
     """
     require_stages(recipe, from_stage, to_stage)
+    from student_train.fit.allocator import expand_segments
+
+    expand_segments()
     from student_train.stage.stages import chosen_stages, run_stages
 
     chosen = chosen_stages(recipe, from_stage, to_stage)

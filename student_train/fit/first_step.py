@@ -1,9 +1,9 @@
 """Before the first step: does a step at the longest packs fit the card? Measured, not believed.
 
 Forward and backward pass of the stage's longest batch run once on the GPU without an update; the optimizer's state,
-which is not there yet, is added by arithmetic (memory.py). Where that is more than the card has,
-`gradient_checkpointing: auto` turns on recomputation and measures again; otherwise the stage stops with a sentence that
-names the terms, instead of dying hours later.
+which is not there yet, is added by arithmetic (memory.py), and a share for what the allocator cannot put to use. Where
+that is more than is free on the card (others may use it too), `gradient_checkpointing: auto` turns on recomputation and
+measures again; otherwise the stage stops with a sentence that names the terms, instead of dying hours later.
 Cost: one or two forward and backward passes. A CPU has no card to overfill, so nothing is measured there.
 """
 
@@ -23,7 +23,7 @@ from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, StageTrainer, Student
 from shared.recipe.training import recomputation
 from student_train.batch.collate import collate
-from student_train.fit.memory import CONTEXT_BYTES, GIB, bytes_of_step, estimate_memory
+from student_train.fit.memory import FRAGMENTATION, GIB, bytes_of_step, estimate_memory
 from student_train.fit.model_shape import ModelShape, shape_of
 from student_train.records.processes import num_processes
 
@@ -31,6 +31,15 @@ MOST_PACKS_LOOKED_AT = 4096
 Measure = Callable[[bool], int | None]
 """Whether activations are recomputed -> most bytes of tensors during forward and backward pass; None: they did not fit.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a card has for the tensors of this process."""
+
+    free_bytes: int
+    """What is free and what the process holds already, without its context and what others take."""
+    card_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +52,22 @@ class FirstStep:
     measured_bytes: int
     """Tensors of its forward and backward pass."""
     needed_bytes: int
-    """Tensors of a step, from what was measured."""
+    """Tensors of a step, from what was measured, and the allocator's gaps between them."""
+    free_bytes: int
     card_bytes: int
 
     def text(self) -> str:
         """Say it in a line."""
-        numbers = (f"{value / GIB:.1f}" for value in (self.needed_bytes, self.card_bytes, self.planned_bytes))
-        needed, card, planned = numbers
+        numbers = (self.needed_bytes, self.free_bytes, self.card_bytes, self.planned_bytes)
+        needed, free, card, planned = (f"{value / GIB:.1f}" for value in numbers)
         recomputes = ", activations are recomputed" if self.gradient_checkpointing else ""
-        return f"a step needs {needed} of {card} GiB, measured at the longest packs (planned: {planned}){recomputes}"
+        return (
+            f"a step needs {needed} of {free} GiB that are free of the card's {card}, measured at the longest packs "
+            f"(tensors planned: {planned}){recomputes}"
+        )
 
 
-def check_first_step(stage: Stage, student: Student, shape: ModelShape, card_bytes: int, measure: Measure) -> FirstStep:
+def check_first_step(stage: Stage, student: Student, shape: ModelShape, room: Room, measure: Measure) -> FirstStep:
     """Return how the stage's steps fit the card.
 
     Raises:
@@ -68,25 +81,27 @@ def check_first_step(stage: Stage, student: Student, shape: ModelShape, card_byt
         measured = measure(recomputes)
         if measured is None:
             continue
-        needed = bytes_of_step(shape, student, trainer, measured, recomputes=recomputes)
+        tensors = bytes_of_step(shape, student, trainer, measured, recomputes=recomputes)
+        needed = int(tensors * (1 + FRAGMENTATION))
         least = needed if least is None else min(least, needed)
-        if needed + CONTEXT_BYTES <= card_bytes:
-            return FirstStep(recomputes, planned, measured, needed, card_bytes)
-    raise _too_large(stage, student, shape, card_bytes, least, recomputes=ways[-1])
+        if needed <= room.free_bytes:
+            return FirstStep(recomputes, planned, measured, needed, room.free_bytes, room.card_bytes)
+    raise _too_large(stage, student, shape, room, least, recomputes=ways[-1])
 
 
 def _too_large(
-    stage: Stage, student: Student, shape: ModelShape, card_bytes: int, least: int | None, *, recomputes: bool
+    stage: Stage, student: Student, shape: ModelShape, room: Room, least: int | None, *, recomputes: bool
 ) -> TrainingError:
     """Return the sentence for a stage that does not fit."""
     estimate = estimate_memory(shape, student, stage.trainer, recomputes=recomputes)
     terms = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(estimate.terms().items())[:3])
-    needs = "more than fits" if least is None else f"{(least + CONTEXT_BYTES) / GIB:.1f} GiB"
+    needs = "more than fits" if least is None else f"{least / GIB:.1f} GiB"
     change = "" if recomputes else "set gradient_checkpointing: auto, or "
+    free, card = room.free_bytes / GIB, room.card_bytes / GIB
     return TrainingError(
-        f"a step of stage '{stage.name}' at its longest packs needs {needs} where the GPU has {card_bytes / GIB:.1f} "
-        "GiB "
-        f"(planned, in GiB: {terms}); {change}take what `decant plan --card {int(card_bytes / GIB)}GiB` proposes"
+        f"a step of stage '{stage.name}' at its longest packs needs {needs} where {free:.1f} of the GPU's {card:.1f} "
+        f"GiB are free for it (planned, in GiB: {terms}); {change}end what else uses the GPU, or take what `decant "
+        f"plan --card {max(int(free), 1)}GiB` proposes"
     )
 
 
@@ -104,18 +119,34 @@ def fit_first_step(work: Any, trainer: Any, base: Any, write_to: Path | None) ->
     """
     if trainer.args.device.type != "cuda" or work.stage.trainer.fsdp != "none":
         return None
-    index = trainer.args.device.index or 0
-    card = int(torch.cuda.get_device_properties(index).total_memory * torch.cuda.get_per_process_memory_fraction(index))
     lengths = np.minimum(np.asarray(work.caches.num_tokens), work.plan.limit)
     packs = longest_batch(work.plan.num_packs, lambda i: int(lengths[work.plan.rows_of(i)].sum()), work.stage.trainer)
     batch = collate([trainer.train_dataset[i] for i in packs])
     trainer.prepare_terms()
     measure = _of_all(lambda recomputes: measured_pass(trainer, base, batch, recomputes=recomputes))
     shape = shape_of(base.config, trust_remote_code=work.student.trust_remote_code)
-    first = check_first_step(work.stage, work.student, shape, card, measure)
+    room = _least(_room(trainer.args.device.index or 0), trainer.args.device)
+    first = check_first_step(work.stage, work.student, shape, room, measure)
     if write_to is not None:
         write_atomic(write_to, json.dumps(asdict(first), indent=1).encode(), what="memory")
     return first
+
+
+def _room(index: int) -> Room:
+    """Return what tensors of this process may take of a GPU now."""
+    free, card = torch.cuda.mem_get_info(index)
+    held = torch.cuda.memory_reserved(index)
+    allowed = int(card * torch.cuda.get_per_process_memory_fraction(index))
+    return Room(min(free + held, allowed), min(card, allowed))
+
+
+def _least(room: Room, device: torch.device) -> Room:
+    """Return the least of all processes' rooms, so that all decide alike."""
+    if num_processes() == 1:
+        return room
+    values = torch.tensor([room.free_bytes, room.card_bytes], dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MIN)
+    return Room(*values.tolist())
 
 
 def longest_batch(num_packs: int, tokens_of: Callable[[int], int], trainer: StageTrainer) -> Sequence[int]:

@@ -50,6 +50,7 @@ from student_train.records.run_seconds import SecondsLog
 from student_train.stage.export import export_student, make_savable
 from student_train.stage.stage_identity import claim_stage, mark_done
 from student_train.stage.stage_work import StageWork, resolve_stage
+from student_train.student.decoder_layers import compile_layers
 from student_train.student.forward_patch import Objective, patch_forward, restore_forward
 from student_train.student.liger import check_liger, liger_layers
 from student_train.student.row_attention import switch_attention
@@ -309,7 +310,7 @@ def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, 
     if _recomputes(work) and model is not base:
         base.enable_input_require_grads()  # frozen embeddings would leave nothing to recompute for
     if work.stage.trainer.torch_compile:
-        body_of(base).compile(dynamic=True)
+        compile_layers(base)
     trainer = work.stage.trainer
     operator = operator_for(trainer.operator, args.device.type)
     objective = Objective(head, chunk_bytes=trainer.operator_chunk_mib << 20, operator=operator)

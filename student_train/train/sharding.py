@@ -21,6 +21,7 @@ from shared.errors import TrainingError
 from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import StageTrainer, Student
 from student_train.records.processes import is_first, num_processes
+from student_train.student.decoder_layers import decoder_layers
 
 
 def check_sharding(student: Student, trainer: StageTrainer) -> None:
@@ -68,22 +69,11 @@ def shard(model: Any, base: Any, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (num_processes(),))
-    layers = _layers(base)
-    for layer in layers:
+    for layer in decoder_layers(base, "trainer.fsdp: full_shard"):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
-
-
-def _layers(base: Any) -> list[nn.Module]:
-    names = set(getattr(base, "_no_split_modules", None) or ())
-    layers = [module for module in base.modules() if type(module).__name__ in names]
-    if not layers:
-        raise TrainingError(
-            f"{type(base).__name__} does not name its decoder layers, so it cannot be sharded; set trainer.fsdp: none"
-        )
-    return layers
 
 
 def is_sharded(model: nn.Module) -> bool:

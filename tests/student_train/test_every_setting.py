@@ -20,8 +20,8 @@ from student_train.batch.stage_terms import terms_at
 from student_train.stage.stage_identity import stage_identity
 from student_train.stage.stage_run import _student, arguments_of
 from student_train.stage.stage_work import resolve_stage
+from student_train.student.decoder_layers import decoder_layers
 from student_train.student.student import add_adapter, load_student
-from student_train.student.student_head import body_of
 
 HERE = Path(__file__).parent
 CLASSES = (Stage, StageTrainer, Student, Adapter, *LOSSES)
@@ -109,7 +109,8 @@ def shows_compiled_body(world):
         work = world.work(trainer={"torch_compile": wanted})
         base = load_student(work.student, None, work.caches)
         _student(work, arguments_of(work), base)
-        assert (body_of(base)._compiled_call_impl is not None) == wanted
+        layers = decoder_layers(base, "torch_compile")
+        assert {layer._compiled_call_impl is not None for layer in layers} == {wanted}
 
 
 def shows_wandb_and_none(world):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +12,11 @@ import torch
 
 from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, Student
-from student_train.fit.first_step import check_first_step, longest_batch, measured_pass
-from student_train.fit.memory import CONTEXT_BYTES, GIB, bytes_of_step, estimate_memory
+from student_train.fit.allocator import expand_segments
+from student_train.fit.first_step import Room, _room, check_first_step, longest_batch, measured_pass
+from student_train.fit.memory import FRAGMENTATION, GIB, bytes_of_step, estimate_memory
 from student_train.fit.model_shape import ModelShape
+from tests.system.program import ROOT
 
 SHAPE = ModelShape(
     num_parameters=600_000_000,
@@ -46,7 +51,7 @@ def test_auto_recomputes_only_where_the_measurement_asks_for_it():
             asked.append(recomputes)
             return 4 * GIB if recomputes else kept
 
-        first = check_first_step(stage("auto"), STUDENT, SHAPE, 24 * GIB, measure)
+        first = check_first_step(stage("auto"), STUDENT, SHAPE, Room(24 * GIB, 24 * GIB), measure)
         assert first.gradient_checkpointing is expected
         assert asked == [False, True][: 1 + expected]
         assert first.measured_bytes == (4 * GIB if expected else kept)
@@ -64,24 +69,54 @@ def test_bytes_of_a_step_add_the_state_that_comes_after_the_first():
 @pytest.mark.parametrize("checkpointing", [False, True, "auto"])
 def test_stage_that_does_not_fit_stops_with_terms_and_a_way_out(checkpointing):
     with pytest.raises(
-        TrainingError, match=r"stage 'kd' at its longest packs needs \d+\.\d GiB where .* 24\.0 GiB .*weights"
+        TrainingError,
+        match=r"stage 'kd' at its longest packs needs \d+\.\d GiB where 20\.0 of the GPU's 24\.0 GiB .*weights",
     ) as caught:
-        check_first_step(stage(checkpointing), STUDENT, SHAPE, 24 * GIB, lambda recomputes: 30 * GIB)
+        check_first_step(stage(checkpointing), STUDENT, SHAPE, Room(20 * GIB, 24 * GIB), lambda recomputes: 30 * GIB)
     assert ("gradient_checkpointing: auto" in str(caught.value)) == (checkpointing is False)
-    assert "decant plan --card 24GiB" in str(caught.value)
+    assert "decant plan --card 20GiB" in str(caught.value)
 
 
 def test_stage_that_runs_out_of_memory_while_measured_stops_with_the_same_sentence():
-    with pytest.raises(TrainingError, match="needs more than fits where the GPU has 24"):
-        check_first_step(stage("auto"), STUDENT, SHAPE, 24 * GIB, lambda recomputes: None)
+    with pytest.raises(TrainingError, match=r"needs more than fits where 20\.0 of"):
+        check_first_step(stage("auto"), STUDENT, SHAPE, Room(20 * GIB, 24 * GIB), lambda recomputes: None)
 
 
-def test_room_for_the_process_itself_is_kept():
+def test_gaps_of_the_allocator_are_counted_and_what_others_take_is_not_free(monkeypatch):
     measured = estimate_memory(SHAPE, STUDENT, stage(True).trainer).allocated
-    needed = bytes_of_step(SHAPE, STUDENT, stage(True).trainer, measured, recomputes=True)
-    check_first_step(stage(True), STUDENT, SHAPE, needed + CONTEXT_BYTES, lambda recomputes: measured)
-    with pytest.raises(TrainingError):
-        check_first_step(stage(True), STUDENT, SHAPE, needed + CONTEXT_BYTES - 1, lambda recomputes: measured)
+    tensors = bytes_of_step(SHAPE, STUDENT, stage(True).trainer, measured, recomputes=True)
+    needed = int(tensors * (1 + FRAGMENTATION))
+    first = check_first_step(stage(True), STUDENT, SHAPE, Room(needed, 24 * GIB), lambda recomputes: measured)
+    assert (first.needed_bytes, first.free_bytes) == (needed, needed)
+    assert "that are free of the card's 24.0" in first.text()
+    with pytest.raises(TrainingError, match="end what else uses the GPU"):
+        check_first_step(stage(True), STUDENT, SHAPE, Room(needed - 1, 24 * GIB), lambda recomputes: measured)
+    for name, value in (("memory_reserved", 2 * GIB), ("get_per_process_memory_fraction", 1.0)):
+        monkeypatch.setattr(torch.cuda, name, lambda index, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (5 * GIB, 24 * GIB))
+    assert _room(0) == Room(7 * GIB, 24 * GIB), "17 GiB are another's"
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 0.25)
+    assert _room(0) == Room(6 * GIB, 6 * GIB)
+
+
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_grow_unless_the_user_has_set_the_allocator_up(own):
+    ours, theirs = {}, {own: "max_split_size_mb:64"}
+    expand_segments(ours)
+    expand_segments(theirs)
+    assert (ours, theirs) == ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, {own: "max_split_size_mb:64"})
+
+
+def test_training_asks_for_growing_segments_before_torch_is_there(tmp_path):
+    program = (
+        "import os, sys; from tools.phases import train; import student_train.fit.allocator as a\n"
+        "real = a.expand_segments\n"
+        "def seen(): real(); print('torch' in sys.modules, os.environ['PYTORCH_ALLOC_CONF']); sys.exit()\n"
+        "a.expand_segments = seen; train(type('R', (), {'stages': ()}), None, None)"
+    )
+    kept = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=kept, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "expandable_segments:True"], done.stderr
 
 
 def test_longest_batch_is_one_that_training_makes():
