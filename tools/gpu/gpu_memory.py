@@ -8,10 +8,11 @@ Cost: a build on the device, a cache of a few megabytes, three steps.
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from tools.gpu.measuring import device, is_installed
 
 CARD_GIB = 24
 SIZES: dict[str, tuple[int, int, int, int, bool]] = {
@@ -22,13 +23,22 @@ SIZES: dict[str, tuple[int, int, int, int, bool]] = {
     "8B": (4096, 12288, 36, 32, False),
 }
 """Qwen3: hidden width, width of the MLP, layers, heads, tied."""
+_LORA, _QLORA = ({"dtype": "bfloat16", "adapter": kind} for kind in ("lora", "qlora"))
 STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "full": ("0.6B", {"dtype": "float32"}, {"bf16": True}),
     "adam8": ("1.7B", {"dtype": "bfloat16"}, {"optim": "adamw_8bit"}),
-    "lora": ("4B", {"dtype": "bfloat16", "adapter": "lora"}, {"bf16": True}),
-    "qlora": ("8B", {"dtype": "bfloat16", "adapter": "qlora"}, {"bf16": True}),
+    "rounding": ("1.7B", {"dtype": "bfloat16"}, {"optim": "adamw_8bit", "rounding": "stochastic"}),
+    "lora": ("4B", _LORA, {"bf16": True}),
+    "qlora": ("8B", _QLORA, {"bf16": True}),
+    "long": ("0.6B", {"dtype": "float32"}, {"bf16": True, "pack_tokens": 16_384}),
+    "paged": ("0.6B", {"dtype": "float32"}, {"bf16": True, "optim": "paged_adamw_8bit"}),
 }
 """Name -> size, student section, trainer section."""
+TIMED = ("full", "lora", "qlora")
+"""Students whose speed is measured, too."""
+STEPS, TIMED_STEPS = 3, 8
+REFUSED = ("8B", {"dtype": "float32"}, {"bf16": True})
+"""A student that no card of 24 GiB trains whole."""
 
 
 def qwen3(size: str) -> Any:
@@ -48,41 +58,94 @@ def qwen3(size: str) -> Any:
     )
 
 
-def measure_memory(name: str, *, dry_run: bool, num_tokens: int = 4096) -> dict[str, Any]:
-    """Train one of `STUDENTS` for three steps and return planned and allocated bytes; a dry run is tiny and counts
-    nothing.
-    """
-    import torch
-
+def recipe_of(
+    config: Any, directory: Path, student: dict[str, Any], trainer: dict[str, Any], *, tiny: bool, steps: int
+) -> Any:
+    """Return a recipe of one stage over a made-up cache and a student of a config, both below `directory`."""
     from shared.recipe.recipe import Recipe
     from tools.bench.reader_bench import build
 
-    size, student_settings, trainer_settings = STUDENTS[name]
-    needs_bitsandbytes = "8bit" in trainer_settings.get("optim", "") or student_settings.get("adapter") == "qlora"
-    if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
+    config.save_pretrained(directory / "student")
+    build(directory / "cache", 1 if tiny else 3, 64 if tiny else 512)
+    made = {"pack_tokens": 4096, "max_steps": steps, "report_to": "none", "learning_rate": 1e-5, **trainer}
+    made |= {"pack_tokens": 192} if tiny else {}
+    losses = [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}]
+    document = {
+        "name": "gpu-check",
+        "cache": str(directory / "cache"),
+        "output_dir": str(directory),
+        "student": {"model": str(directory / "student"), "gradient_checkpointing": True, **student},
+        "stages": [{"name": "kd", "losses": losses, "trainer": made}],
+    }
+    return Recipe.model_validate(document)
+
+
+def measure(name: str, *, dry_run: bool) -> dict[str, Any]:
+    """Train one of `STUDENTS` a few steps and return planned and allocated bytes, and the speed of `TIMED` ones."""
+    size, student, trainer = STUDENTS[name]
+    optim = trainer.get("optim", "")
+    if ("8bit" in optim or student.get("adapter") == "qlora") and not is_installed("bitsandbytes"):
         return {"skipped": "bitsandbytes is not installed"}
-    size, tokens = ("tiny", 192) if dry_run else (size, num_tokens)
-    if not dry_run:
+    if "paged" in optim and device() == "cpu":
+        return {"skipped": "pages of an optimizer need a GPU"}
+    cap_memory()
+    steps, size = TIMED_STEPS if name in TIMED and not dry_run else STEPS, "tiny" if dry_run else size
+    with tempfile.TemporaryDirectory(prefix="decant-gpu-check-") as directory:
+        recipe = recipe_of(qwen3(size), Path(directory), student, trainer, tiny=dry_run, steps=steps)
+        figures = {"size": size, "tokens": recipe.stages[0].trainer.pack_tokens}
+        trained, found = _train(recipe, qwen3(size))
+        figures |= found
+        if name in TIMED:
+            from tools.gpu.speed import speed
+
+            figures |= speed(trained, recipe)
+    return figures
+
+
+def refused(*, dry_run: bool) -> dict[str, Any]:
+    """Return the sentence that a student gets which does not fit, from the check before a stage's first step."""
+    from shared.errors import TrainingError
+    from student_train.fit.first_step import Room, check_first_step
+    from student_train.fit.model_shape import shape_of
+
+    del dry_run
+    size, student, trainer = REFUSED
+    room = Room(CARD_GIB * 2**30, CARD_GIB * 2**30)
+    with tempfile.TemporaryDirectory(prefix="decant-gpu-check-") as directory:
+        recipe = recipe_of(qwen3(size), Path(directory), student, trainer, tiny=True, steps=1)
+    try:
+        check_first_step(recipe.stages[0], recipe.student, shape_of(qwen3(size)), room, _built_under_the_cap)
+    except TrainingError as error:
+        return {"sentence": str(error)[:160]}
+    raise RuntimeError("a whole student of 8 billion float32 weights was said to fit 24 GiB")
+
+
+def _built_under_the_cap(recomputes: bool) -> int | None:
+    """Measure as a first step does: the weights alone are more than the card has."""
+    import torch
+
+    del recomputes
+    if device() == "cpu":
+        return None
+    cap_memory()
+    try:
+        torch.empty(8_190_735_360, dtype=torch.float32, device="cuda")
+    except torch.OutOfMemoryError:
+        return None
+    return int(torch.cuda.max_memory_allocated())
+
+
+def cap_memory() -> None:
+    """Let this process have a card's memory and no more."""
+    import torch
+
+    if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CARD_GIB * 2**30 / total))
-    trainer = {"pack_tokens": tokens, "max_steps": 3, "report_to": "none", "learning_rate": 1e-5, **trainer_settings}
-    losses = [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}]
-    with tempfile.TemporaryDirectory(prefix="decant-gpu-check-") as name:
-        directory, config = Path(name), qwen3(size)
-        config.save_pretrained(directory / "student")
-        document = {
-            "name": "gpu-check",
-            "cache": str(directory / "cache"),
-            "output_dir": str(directory),
-            "student": {"model": str(directory / "student"), "gradient_checkpointing": True, **student_settings},
-            "stages": [{"name": "kd", "losses": losses, "trainer": trainer}],
-        }
-        build(directory / "cache", 1, 64 if dry_run else 512)
-        return {"size": size, "tokens": tokens, **_train(Recipe.model_validate(document), config)}
 
 
-def _train(recipe: Any, config: Any) -> dict[str, Any]:
-    """Train the only stage over random weights and measure."""
+def _train(recipe: Any, config: Any) -> tuple[Any, dict[str, Any]]:
+    """Train the only stage over random weights; return its trainer, and planned and allocated bytes."""
     import torch
     from transformers.trainer_utils import SaveStrategy
 
@@ -105,9 +168,10 @@ def _train(recipe: Any, config: Any) -> dict[str, Any]:
     trainer.run(None, 0)
     estimate = estimate_memory(shape_of(config), work.student, work.stage.trainer)
     allocated = torch.cuda.max_memory_allocated() if on_gpu else None
-    return {
+    return trainer, {
         "planned_bytes": estimate.allocated,
         "allocated_bytes": allocated,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
         "planned_over_allocated": None if allocated is None else estimate.allocated / allocated,
         "moment": estimate.moment,
         "operator": objective.operator,
