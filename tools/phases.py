@@ -110,7 +110,8 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: S
     require_stages(recipe, from_stage, to_stage)
     from student_train.fit.allocator import expand_segments
 
-    expand_segments()
+    if not any(stage.rounds is not None for stage in recipe.stages):  # whose processes are not all for training
+        expand_segments()
     from student_train.stage.stages import chosen_stages, run_stages
 
     chosen = chosen_stages(recipe, from_stage, to_stage)

@@ -93,7 +93,7 @@ def _grouped(lengths: Sequence[int], group_of: Callable[[int], Hashable]) -> lis
     return sorted(groups.values(), key=lambda rows: min(lengths[row] for row in rows))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_rows(
     module: Any,
     query: Tensor,
@@ -110,9 +110,8 @@ def attend_rows(
 ) -> tuple[Tensor, None]:
     """Return attention [1, B, A, D] of `query` [1, A, B, D] over `key` and `value` [1, G, B, D], each row over itself.
 
-    Without a layout, all of the pack is one row. A compiler leaves this out: it would make a graph per layout. `softcap`
-    c makes scores c tanh(scores / c); `s_aux` [A] are sinks:
-    scores that take part in the softmax and have no value.
+    Without a layout, all of the pack is one row. A compiler leaves this out: it makes a graph per layout. `softcap` c
+    makes scores c tanh(scores / c); `s_aux` [A] are sinks: scores that take part in the softmax and have no value.
 
     Raises:
         TypeError: the model wants attention of another kind, so that this function would be wrong.

@@ -76,4 +76,4 @@ def peak_gib(call: Callable[[], object]) -> float | None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+    return float(torch.cuda.max_memory_allocated() - before) / 2**30

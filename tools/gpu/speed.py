@@ -72,4 +72,4 @@ def _plain(trainer: Any, base: Any, stage: Any) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return tokens / median_seconds(step, 3)
+    return float(tokens / median_seconds(step, 3))

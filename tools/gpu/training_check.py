@@ -111,7 +111,8 @@ def _make_cache(path: Path, tokenizer: bytes, vocab: int) -> None:
     from shared.payload.targets import SparseTargets
 
     rng, known = np.random.default_rng(0), tokenizer_hash(tokenizer)
-    writer = CacheWriter.create_or_open(path, SequencesIdentity(known, vocab), {"tokenizer.json": tokenizer})
+    identity = SequencesIdentity(tokenizer_hash=known, vocab_size=vocab)
+    writer = CacheWriter.create_or_open(path, identity, {"tokenizer.json": tokenizer})
     rows, targets, k, length = [], [], 8, 48
     for number in range(64):
         group, labels = group_key(f"prompt {number}"), rng.integers(0, BYTES, length)
@@ -134,6 +135,7 @@ def _make_cache(path: Path, tokenizer: bytes, vocab: int) -> None:
         tail = np.full((length, 1), np.log(0.1), np.float32)
         label_logprobs = np.full(length, -6.0, np.float32)
         targets.append(SparseTargets(counts, ids.ravel(), logprobs, label_logprobs, tail, (1.0,)))
-    layer = writer.layer(None, LayerIdentity("made-up", "", known, vocab, mode="top", k=k), {})
+    scored = LayerIdentity(teacher="made-up", weights_hash="", tokenizer_hash=known, vocab_size=vocab, mode="top", k=k)
+    layer = writer.layer(None, scored, {})
     writer.write_sequences("part-00000000-000000", rows, {})
     layer.write("part-00000000-000000", [row.key for row in rows], targets, {})

@@ -86,6 +86,9 @@ def train(one: Round, open_progress: Callable[..., Any] = Progress) -> Result:
         GuardError: its answers are beyond the bounds.
         DecantError: training cannot start or must stop.
     """
+    from student_train.fit.allocator import expand_segments
+
+    expand_segments()
     from student_train.stage.stages import run_stages
 
     require_sound(one)
