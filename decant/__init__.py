@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from decant.losses import (
         cross_entropy,
         forward_kl,
+        head_kl,
         jsd,
         reverse_kl,
         skew_forward_kl,
@@ -36,6 +37,7 @@ _HOMES = {
     "decant.losses": (
         "cross_entropy",
         "forward_kl",
+        "head_kl",
         "jsd",
         "reverse_kl",
         "skew_forward_kl",
@@ -57,6 +59,7 @@ __all__ = [
     "cross_entropy",
     "evaluate",
     "forward_kl",
+    "head_kl",
     "jsd",
     "load_recipe",
     "open_cache",

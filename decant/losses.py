@@ -37,6 +37,11 @@ def reverse_kl(weight: float = 1.0, temperature: float = 1.0) -> LossTerm:
     return LossTerm("reverse_kl", weight, temperature)
 
 
+def head_kl(weight: float = 1.0, temperature: float = 1.0) -> LossTerm:
+    """Return forward KL given that the token is in the teacher's head: for layers whose tail is unknown."""
+    return LossTerm("head_kl", weight, temperature)
+
+
 def jsd(weight: float = 1.0, temperature: float = 1.0, beta: float = 0.5) -> LossTerm:
     """Return the generalised Jensen-Shannon divergence; `beta` is the teacher's share of the mixture (2306.13649)."""
     return LossTerm("jsd", weight, temperature, {"beta": beta})

@@ -171,9 +171,7 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     export.add_argument("out", type=Path, metavar="OUT_DIR", help="the new directory; must not exist")
     export.add_argument("--format", choices=["parquet"], default="parquet", help="kind of file (default: parquet)")
     export.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
-    imports = command("import", "make a cache of what export wrote", within=within)
-    imports.add_argument("parquet", type=Path, metavar="PARQUET_DIR", help="directory that `decant cache export` wrote")
-    imports.add_argument("out", type=Path, metavar="OUT_CACHE", help="the new cache; must not exist")
+    _import_command(command("import", "make a cache of what export wrote, or of what others made", within=within))
     translate = command("translate", "derive a cache in the student's tokenizer; no teacher is loaded", within=within)
     translate.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
     translate.add_argument("out", type=Path, metavar="OUT", help="the new cache; must not exist")
@@ -204,6 +202,31 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     audit.add_argument("--k", metavar="K,K", help="heads to compare (default: 8,16,32,64)")
     audit.add_argument("--mass", metavar="M,M", help="masses to compare (default: 0.99,0.999,1)")
     audit.add_argument("--temperatures", metavar="T,T", help="temperatures to compare, besides the layer's")
+
+
+def _import_command(imports: Parser) -> None:
+    """Add the options of `decant cache import`."""
+    imports.add_argument(
+        "source_path", type=Path, metavar="FILES", help="a directory of files, or one: Parquet, JSON lines or shards"
+    )
+    imports.add_argument("out", type=Path, metavar="OUT_CACHE", help="the new cache; must not exist")
+    formats = ["decant", "distillkit", "axolotl", "openai", "megatron"]
+    imports.add_argument("--format", choices=formats, help="whose files (default: told by endings and columns)")
+    imports.add_argument("--tokenizer", metavar="DIR", help="the tokenizer that made the ids")
+    imports.add_argument("--teacher", metavar="NAME", help="who made the distributions")
+    imports.add_argument("--source", metavar="NAME", help="name of the rows' source (default: imported)")
+    imports.add_argument("--licence", metavar="NAME", help="under which the rows may be used")
+    tails = "the values are raw log-probabilities, so that 1 minus their sum is the tail (derived), or not (unknown)"
+    imports.add_argument("--tail", choices=["derived", "unknown"], help=tails)
+    settings = "DistillKit: its compression_config.yaml or recipe (default: the one beside the files)"
+    imports.add_argument("--compression", type=Path, metavar="FILE", help=settings)
+    ends = "DistillKit: a token that ends the documents of packed rows, may be repeated"
+    imports.add_argument("--split-at", action="append", default=[], metavar="TOKEN", help=ends)
+    imports.add_argument("--temperature", type=_price, metavar="T", help="Axolotl: kd_temperature of the values")
+    shift = "Axolotl: row i is about token i + this (default: measured)"
+    imports.add_argument("--shift", type=int, choices=[0, 1], help=shift)
+    order = "Megatron-LM: Parquet with input_ids, a sequence a row in the order of training"
+    imports.add_argument("--token-ids", type=Path, metavar="FILE", help=order)
 
 
 def _max_set_aside(parser: Parser) -> None:

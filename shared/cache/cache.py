@@ -204,6 +204,8 @@ class Cache:
                 ) from None
             if self._narrowing is not None:
                 targets = narrow(targets, self._narrowing)
+            if self._layer is not None and self._layer.identity.tail == "unknown":
+                targets = replace(targets, tail_logmass=np.full_like(targets.tail_logmass, np.nan))
         return Row(
             row.key,
             row.row_key,

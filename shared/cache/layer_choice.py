@@ -18,6 +18,7 @@ from shared.cache.layout import Layer, list_hidden_layers, list_layers
 from shared.identity.hidden_layers import keeps
 from shared.identity.identity import LayerIdentity, difference
 from shared.payload.narrowing import LayerView, holds, narrowing_to
+from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, LOSSES_WITHIN_HEAD, LossTerm
 from shared.recipe.recipe import Recipe
 
 
@@ -45,6 +46,7 @@ def layer_of_capture(recipe: Recipe, path: Path | None = None) -> str | LayerVie
     dtypes = {teacher.dtype, *(() if teacher.dtype != "auto" else ("float32", "bfloat16", "float16"))}
     listed = list_layers(path or recipe.cache[0]).values()
     layers = [layer for layer in listed if layer.identity.teacher == teacher.model and layer.identity.dtype in dtypes]
+    layers = [layer for layer in layers if layer.identity.tail == "exact"]  # as a capture makes them
     own = [layer for layer in layers if _same_capture(layer.identity, recipe)]
     if own:
         return own[0].full_name if len(own) == 1 else None
@@ -53,6 +55,20 @@ def layer_of_capture(recipe: Recipe, path: Path | None = None) -> str | LayerVie
         return None
     narrowing = narrowing_to(holding[0].identity, capture)
     return holding[0].full_name if narrowing is None else LayerView(holding[0].full_name, narrowing)
+
+
+def loss_problem(identity: LayerIdentity, loss: LossTerm) -> str | None:
+    """Say why a loss cannot be taken with the tail of a layer; None where it can, or does not look at it."""
+    name: str = loss.name  # type: ignore[attr-defined]
+    by_entropy = getattr(loss, "weigh", None) == "entropy"
+    within_head = name in (*LOSSES_ON_HIDDEN_LAYER, *LOSSES_WITHIN_HEAD, "cross_entropy")
+    if identity.tail != "unknown" or (within_head and not by_entropy):
+        return None
+    what = f"'{name}' with weigh: entropy" if within_head else f"'{name}'"
+    return (
+        f"{what} needs the teacher's mass outside its head, and the tail of layer {identity.name} is unknown (others "
+        "made it); use 'head_kl' with 'cross_entropy'"
+    )
 
 
 def hidden_layer_of(recipe: Recipe, path: Path) -> str | bool:

@@ -82,6 +82,11 @@ class LayerIdentity:
     """NAME-HASH8 of the layer in the teacher's tokenizer that it was made from; empty where the teacher wrote it."""
     method: str = grown("")
     """Rule by which a derived layer was made."""
+    tail: Literal["exact", "derived", "unknown"] = grown("exact")
+    """Mass outside the head: of the teacher's own softmax; 1 minus what others rounded and stored; or not known at
+    all, and then the head is known up to a factor."""
+    labels: Literal["all", "head"] = grown("all")
+    """Labels whose log-probability is known; `head`: only those in the head, and -inf stands for not known."""
 
     @property
     def hash8(self) -> str:

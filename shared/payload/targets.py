@@ -48,7 +48,7 @@ class SparseTargets:
     """[S] log-probability of the token that follows, inside the head or not."""
     tail_logmass: FloatArray
     """[S, J] log of the mass outside the head at each captured temperature; -inf where the head is the whole
-    vocabulary, 0 without a head."""
+    vocabulary, 0 without a head, NaN where it is not known (a layer whose tail is `unknown`)."""
     temperatures: tuple[float, ...] = (1.0,)
     """J captured temperatures, ascending, 1.0 among them."""
     draws: tuple[Draws, ...] = ()

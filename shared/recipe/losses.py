@@ -42,9 +42,10 @@ class OnTargets(LossTerm):
 class Divergence(OnTargets):
     """A divergence between the teacher's and the student's next-token distributions."""
 
-    name: Literal["forward_kl", "reverse_kl"]
+    name: Literal["forward_kl", "reverse_kl", "head_kl"]
     """forward_kl: KL(teacher || student), covers what the teacher may say; reverse_kl: KL(student || teacher), keeps to
-    what it likes best."""
+    what it likes best; head_kl: forward KL given that the token is in the teacher's head, for layers whose tail is
+    unknown."""
     temperature: Schedule = constant(1.0)
     """Temperature of both sides: a number or a step schedule; every value must have been captured."""
 
@@ -178,6 +179,9 @@ TAKES_DRAWS_ALONE = ("forward_kl", "tail_weighted_kl")
 NEEDS_DRAWS = ("tail_weighted_kl",)
 LOSSES_ON_HIDDEN_LAYER = ("hidden", "attention", "contrastive")
 """Losses that read a hidden layer of the cache instead of a targets layer."""
+
+LOSSES_WITHIN_HEAD = ("head_kl",)
+"""Divergences that need no mass outside the teacher's head."""
 
 _VERSION_1: dict[str, Any] = {
     "temperature": 1.0,

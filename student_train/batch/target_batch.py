@@ -141,6 +141,8 @@ class TargetBatch:
     """[S] int64 ascending: which of the batch's positions these are; None: they are all of them."""
     positions_host: Tensor | None = None
     """The same on the CPU, where it is decided which of them a chunk holds."""
+    tail_is_known: bool = True
+    """Whether the mass outside the head is; in the arrays, NaN stands for a mass that is not."""
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> TargetBatch:
@@ -160,7 +162,8 @@ class TargetBatch:
         max_token_id = max(int(largest) for largest in every_id) if every_id else -1
         positions = batch.get("positions")
         host = None if positions is None else positions.to("cpu", torch.int64)
-        return cls(head, batch["tail_logmass"], temperatures, tuple(draws), max_token_id, positions, host)
+        known = not bool(batch["tail_logmass"].isnan().any())
+        return cls(head, batch["tail_logmass"], temperatures, tuple(draws), max_token_id, positions, host, known)
 
     @classmethod
     def from_rows(cls, rows: Sequence[SparseTargets]) -> TargetBatch:

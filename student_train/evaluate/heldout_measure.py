@@ -154,11 +154,11 @@ def scoring(model: Any, objective: Objective) -> Iterator[None]:
 
 def _figures(sums: np.ndarray, num_rows: int) -> dict[str, Any]:
     positions = float(sums[_POSITIONS])
-    nll = float(sums[_NLL]) / positions
+    nll, acceptance = float(sums[_NLL]) / positions, float(sums[_ACCEPTANCE]) / positions
     return {
         "kl_nats": float(sums[_KL]) / positions,
         "top1_agreement": float(sums[_EQUAL]) / positions,
-        "acceptance_rate": float(sums[_ACCEPTANCE]) / positions,
+        "acceptance_rate": None if math.isnan(acceptance) else acceptance,
         "perplexity": math.exp(nll) if nll < 700 else None,
         "positions": int(positions),
         "rows": num_rows,

@@ -136,6 +136,12 @@ def _checked(term: LossTerm, targets: TargetBatch | None, *, is_taught: bool) ->
             f"loss '{term.name}' needs the teacher's targets and the batch has none; name a targets layer"
         )
     targets.temperature_index(term.temperature)
+    if not targets.tail_is_known and (term.by_entropy or not divergence.within_head):
+        what = "weigh: entropy" if divergence.within_head else f"loss '{term.name}'"
+        raise TrainingError(
+            f"{what} needs the teacher's mass outside its head, and that of these targets is not known; use head_kl "
+            "and cross_entropy"
+        )
     mode = "sample" if targets.has_only_draws else "top+sample" if targets.draws else "top"
     if (why := unfit(term.name, mode, by_entropy=term.by_entropy)) is not None:
         raise TrainingError(f"loss '{term.name}' was asked for on targets of {why}")

@@ -8,6 +8,7 @@ which exceeds the true one by an amount that does not depend on the student: goo
 not across caches.
 The acceptance rate of speculative decoding, sum min(p, q) over the vocabulary (2211.17192), lies between the sum over
 the head and that with the tails' masses as one token each; both ends are given.
+Where the teacher's tail is not known (imported targets), the KL is that within the head, and acceptance is NaN.
 Cost: one matrix product and four passes over each chunk's logits.
 
 Shape letters: S positions, H hidden width, V vocabulary, C positions of a chunk, K members.
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from student_train.batch.target_batch import Members, TargetBatch
 from student_train.losses.forward_kl import forward_kl
+from student_train.losses.head_kl import head_kl
 from student_train.operator.head_chunks import Head, check_positions
 from student_train.operator.softmax_group import finite, student_masses
 
@@ -92,9 +94,12 @@ def _score_chunk(
     label_logits = logits.gather(1, labels[:, None])[:, 0]
     log_q, log_total, _ = student_masses(logits, members.ids)
     likeliest = _likeliest_members(members, with_draws=with_draws)
-    scores.kl_nats[where] = forward_kl(finite(members.log_p), log_q).float()
+    divergence = forward_kl if targets.tail_is_known else head_kl
+    scores.kl_nats[where] = divergence(finite(members.log_p), log_q).float()
     p, q = (_with_one_tail(log_masses, members.num_head).exp() for log_masses in (members.log_p, log_q))
     accepted = torch.minimum(p, q).float()
+    if not targets.tail_is_known:
+        accepted.fill_(torch.nan)
     scores.acceptance[where], scores.acceptance_at_most[where] = accepted[:, :-1].sum(1), accepted.sum(1)
     scores.top1_equal[where] = (likeliest[:, :1] == best[:, None]).any(1)
     scores.label_nll_nats[where] = (log_total[:, 0] - label_logits).float()

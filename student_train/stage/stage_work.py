@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.cache.layer_choice import layer_of_capture
+from shared.cache.layer_choice import layer_of_capture, loss_problem
 from shared.errors import TrainingError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import difference
@@ -83,6 +83,10 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
         for temperature in temperatures or ():
             assert cache.layer is not None
             temperature_column(cache.layer.temperatures, temperature)
+        for loss in stage.losses:
+            problem = loss_problem(cache.layer, loss) if cache.layer else None
+            if problem is not None:
+                raise TrainingError(f"{cache.path}: {problem}")
     run = run_steps(recipe, stage)
     plan = plan_order(recipe, stage, caches, run)
     heldout = _heldout(recipe, stage, caches)

@@ -56,7 +56,7 @@ def _batch(temperatures=None):
     return data.collate([data[0], data[1]])
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "head_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_fused_and_plain_loss_agree_in_value_and_gradient(name: str, temperature: float) -> None:
     import torch

@@ -113,6 +113,8 @@ def divergence_of_masses(
         return kl(p, q)
     if name == "reverse_kl":
         return kl(q, p)
+    if name == "head_kl":
+        return kl(p[:-1] / p[:-1].sum(), q[:-1] / q[:-1].sum())
     if name == "jsd":
         beta = options.get("beta", 0.5)
         m = beta * p + (1 - beta) * q
@@ -161,7 +163,7 @@ def masses(case: Case, student_logits: Tensor, s: int, term: LossTerm) -> tuple[
         not_drawn = student[rest].sum() - student[where].sum()
         empty = weights.new_zeros(1)
         return torch.cat([teacher[head], weights, empty]), torch.cat([student[head], student[where], not_drawn[None]])
-    if not rest.any():
+    if not rest.any() and term.name != "head_kl":
         return teacher[head], student[head]
     return torch.cat([teacher[head], teacher[rest].sum()[None]]), torch.cat([student[head], student[rest].sum()[None]])
 

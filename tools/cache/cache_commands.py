@@ -322,11 +322,11 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from tools.cache.parquet_import import import_parquet, import_text
+    from tools.cache.foreign.formats import import_any
 
     with Progress("import", None) as progress:
-        result = import_parquet(args.parquet, args.out, progress.advance)
-    _print(args, result, import_text(result))
+        result, text = import_any(args, progress.advance)
+    _print(args, result, text)
     return 0
 
 

@@ -160,7 +160,10 @@ def _import_file(file: Path, export: Export, writer: CacheWriter, target: Path, 
     try:
         with open_regular(file) as source, pq.ParquetFile(source, read_dictionary=list(TEXTS)) as opened:
             file_bytes = os.fstat(source.fileno()).st_size
-            _check_size(file, opened, file_bytes)
+            if opened.metadata.num_rows > MAX_ROWS_PER_PART:
+                found = opened.metadata.num_rows
+                raise DamagedError(f"{file} has {found} rows where a part has at most {MAX_ROWS_PER_PART}")
+            check_unpacked(file, opened, file_bytes)
             about = _about(file, opened.schema_arrow.metadata)
             missing = sorted(set(schema.names) - set(opened.schema_arrow.names))
             if missing:
@@ -198,20 +201,19 @@ def _about(file: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]
     return about
 
 
-def _check_size(file: Path, opened: pq.ParquetFile, file_bytes: int) -> None:
-    """Refuse a file that would take memory out of proportion to its bytes.
+def check_unpacked(file: Path, opened: pq.ParquetFile, file_bytes: int) -> int:
+    """Return the bytes that a file says it unpacks to.
 
     Raises:
-        DamagedError: it would, or has more rows than a part.
+        DamagedError: they are out of proportion to its own.
     """
     metadata = opened.metadata
-    if metadata.num_rows > MAX_ROWS_PER_PART:
-        raise DamagedError(f"{file} has {metadata.num_rows} rows where a part has at most {MAX_ROWS_PER_PART}")
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     unpacked = sum(max(column.total_uncompressed_size, 4 * column.num_values) for column in columns)
     if unpacked > _most_bytes(file_bytes):
         raise DamagedError(f"{file} claims {unpacked:,} bytes in {file_bytes:,}; it was altered")
+    return int(unpacked)
 
 
 def _most_bytes(file_bytes: int) -> int:

@@ -77,8 +77,8 @@ class HeldoutSums:
             "kl_high": high,
             "top1_agreement": float(equal.sum()) / total,
             "top1_in_teacher_top5": float(in_top5.sum()) / total,
-            "acceptance_rate": float(least.sum()) / total,
-            "acceptance_rate_at_most": float(most.sum()) / total,
+            "acceptance_rate": _known(float(least.sum()) / total),
+            "acceptance_rate_at_most": _known(float(most.sum()) / total),
             "agreement_by_teacher_confidence": agreement.figures(),
             "calibration_error": calibration.gap(),
             "calibration": calibration.figures(),
@@ -87,6 +87,11 @@ class HeldoutSums:
             "positions": int(total),
             "rows": len(rows),
         }
+
+
+def _known(share: float) -> float | None:
+    """Return a share, or None where the teacher's tail, and so the share, is not known."""
+    return None if math.isnan(share) else share
 
 
 def _exp(nats: float) -> float | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.cache.layer_choice import layer_of_capture
+from shared.cache.layer_choice import layer_of_capture, loss_problem
 from shared.cache.layout import choose_layer, list_hidden_layers, list_layers, sequences_dir
 from shared.errors import DecantError
 from shared.identity.identity import layer_short_name
@@ -108,6 +108,9 @@ def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
         assert layer is not None
         yield from _unfit(stage, layer.identity.mode, f"layer {layer.full_name} was captured in")
         for j, loss in enumerate(stage.losses):
+            problem = loss_problem(layer.identity, loss)
+            if problem is not None:
+                yield ("losses", j, "name"), f"{path}: {problem}"
             missing = sorted(set(loss.temperature.extremes()) - set(layer.identity.temperatures))
             if missing and loss.name not in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy"):
                 have = ", ".join(f"{value:g}" for value in layer.identity.temperatures)

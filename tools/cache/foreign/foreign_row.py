@@ -1,0 +1,112 @@
+"""A row as others store it: its tokens, and for some of them the entries that the teacher named.
+
+Shape letters: T tokens, S tokens that have entries, K most entries of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import DamagedError
+from shared.schema import MAX_ENTRIES_PER_ROW, MAX_TOKENS_PER_ROW
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForeignRow:
+    """One document of a foreign cache.
+
+    `token_ids=[5, 6, 7, 8]`, `predicted=[2, 3]` and `ids=[[7, 1], [9, 8]]`: before the token 7 the teacher named 7 and
+    1, before the token 8 it named 9 and 8.
+    """
+
+    where: str
+    """File and row, for messages."""
+    token_ids: NDArray[np.int64]
+    """[T]."""
+    predicted: NDArray[np.int64]
+    """[S] ascending indices, from 1, of the tokens whose distribution is known."""
+    ids: NDArray[np.int64]
+    """[S, K] token ids."""
+    logprobs: NDArray[np.float64]
+    """[S, K] natural logs; -inf where there is no entry."""
+    label_logprobs: NDArray[np.float64] | None = None
+    """[S] of the tokens themselves where the format stores them, NaN where it does not; None: nowhere."""
+    prompt: str | None = None
+    """None: what the tokens before the first predicted one spell."""
+    question: str | None = None
+    """First user turn, whose rows are held out together; None: the prompt."""
+    response: str | None = None
+    """None: what the predicted tokens spell."""
+    source: str | None = None
+    """None: the one that the user named."""
+    finish_reason: str = "given"
+
+
+class ForeignReader(Protocol):
+    """Reads one format."""
+
+    form: str
+    """Its name, as layers and reports say it."""
+    tail: str
+    """Kind of tail that its numbers give: derived or unknown."""
+    labels: str
+    """Labels whose log-probability is known: all or head."""
+    k: int
+    """Most entries of a token."""
+    vocab_size: int | None
+    """Entries of the teacher's head where the format says so."""
+    notes: dict[str, object]
+    """What was decided while reading, for the provenance and the summary."""
+
+    def rows(self) -> Iterator[ForeignRow]:
+        """Yield every document.
+
+        Raises:
+            DamagedError: a file contradicts its format.
+        """
+        ...
+
+
+def check_row(row: ForeignRow) -> None:
+    """Refuse a row whose arrays contradict each other or are too large.
+
+    Raises:
+        DamagedError: with the place.
+    """
+    num_tokens, (num_predicted, width) = len(row.token_ids), row.ids.shape
+    if num_tokens > MAX_TOKENS_PER_ROW or num_predicted * width > MAX_ENTRIES_PER_ROW:
+        raise DamagedError(f"{row.where} has {num_tokens:,} tokens and {num_predicted * width:,} entries; too many")
+    if row.logprobs.shape != row.ids.shape or len(row.predicted) != num_predicted:
+        raise DamagedError(f"{row.where} has {row.ids.shape} ids and {row.logprobs.shape} log-probabilities")
+    if num_tokens and int(row.token_ids.min()) < 0:
+        raise DamagedError(f"{row.where} has a negative token id")
+    edges = row.predicted
+    if num_predicted and (edges[0] < 1 or edges[-1] >= num_tokens or bool((np.diff(edges) < 1).any())):
+        raise DamagedError(f"{row.where} has entries for tokens that it does not have")
+
+
+def pieces_of(row: ForeignRow, starts: NDArray[np.bool_]) -> Iterator[ForeignRow]:
+    """Yield the documents of a packed row; entries for the first token of a document belong to none and are left out.
+
+    Args:
+        row: the packed row.
+        starts: [T] where a document begins.
+    """
+    cuts = [0, *(np.flatnonzero(starts[1:]) + 1).tolist(), len(starts)]
+    for first, last in pairwise(cuts):
+        inside = slice(*np.searchsorted(row.predicted, [first + 1, last]))
+        labels = None if row.label_logprobs is None else row.label_logprobs[inside]
+        yield ForeignRow(
+            f"{row.where} tokens {first}-{last - 1}" if len(cuts) > 2 else row.where,
+            row.token_ids[first:last],
+            row.predicted[inside] - first,
+            row.ids[inside],
+            row.logprobs[inside],
+            labels,
+        )

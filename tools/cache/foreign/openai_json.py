@@ -1,0 +1,237 @@
+"""Answers of OpenAI-style servers as JSON lines: chat completions, completions, and vLLM's `prompt_logprobs`.
+
+A line is a response body with its request beside it: `{"messages": [...], "choices": [...]}`, or
+`{"request": {...}, "response": {...}}` (a batch's `body` inside either is looked into). Each choice is a row:
+
+- chat: `logprobs.content[]` with `token`, `bytes`, `logprob` and `top_logprobs[]` of the same three;
+- completions: `logprobs.tokens`, `token_logprobs` and `top_logprobs`, a map from text to log-probability per token;
+- `prompt_logprobs`: per prompt token null (the first) or a map from id to `logprob`, the token's own among them.
+
+Tokens are told by id where the server says it (`token_id:123`, keys of `prompt_logprobs`, `prompt_token_ids`), else by
+`bytes`, else by text; an alternative whose text is torn (U+FFFD) is left out and counted, an answer with such a token
+is set aside. The prompt is `prompt_token_ids`, else the rendered `messages`, else the tokenized `prompt`. Whether
+values are the model's own or after the request's temperature and filters is not in the answer: the tail is unknown
+unless the user says that they are raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.errors import CacheError, DamagedError
+from shared.parts.cache_files import list_folder, open_regular, parse_json
+from shared.schema import MAX_TOKENS_PER_ROW
+from tools.cache.foreign.foreign_row import ForeignRow
+from tools.cache.foreign.token_bytes import TokenIds, token_bytes
+
+_MOST_LINE_BYTES = 2**28
+_MOST_ENTRIES = 4096
+_NOT_AMONG_TOP = -9998.0
+"""What servers write for a token that is not among the most probable ones: -9999."""
+_TORN = "\ufffd"
+_REASONS = {"stop": "stop", "length": "length"}
+
+
+class UnreadableAnswerError(Exception):
+    """An answer that is set aside; the message is the reason."""
+
+
+class OpenAIReader:
+    """Reads JSON lines of one file, or of every *.jsonl of a directory."""
+
+    form = "OpenAI JSON"
+    labels = "all"
+    vocab_size: int | None = None
+
+    def __init__(self, path: Path, tokenizer: Any, tokenizer_json: bytes) -> None:
+        """Look for the longest list of alternatives. Cost: one pass over the files.
+
+        Raises:
+            CacheError: no such files, or a tokenizer whose tokens have no bytes.
+            DamagedError: a line is no JSON.
+        """
+        self.tail = "unknown"
+        self._files = [path] if path.is_file() else [path / n for n in list_folder(path) if n.endswith(".jsonl")]
+        if not self._files:
+            raise CacheError(f"{path} holds no *.jsonl files; expected answers as JSON lines")
+        self._tokenizer = tokenizer
+        self._ids = TokenIds(token_bytes(tokenizer_json))
+        self.set_aside: dict[str, int] = {}
+        self._torn = 0
+        self.k = max((row.ids.shape[1] for row in self.rows()), default=1)
+        self.notes: dict[str, object] = {"alternatives left out for torn text": self._torn}
+
+    def rows(self) -> Iterator[ForeignRow]:
+        """Yield every answer; see `ForeignReader`. Those that cannot be told apart are counted in `set_aside`."""
+        self.set_aside, self._torn = {}, 0
+        for where, document in _lines(self._files):
+            request, body = _request_and_body(document)
+            choices = body.get("choices")
+            if not isinstance(choices, list) or not choices:
+                raise DamagedError(f"{where} has no choices; expected a response of an OpenAI-style server")
+            for number, choice in enumerate(choices):
+                place = f"{where} choice {number}" if len(choices) > 1 else where
+                try:
+                    yield self._row(place, request, body, choice)
+                except UnreadableAnswerError as error:
+                    self.set_aside[str(error)] = self.set_aside.get(str(error), 0) + 1
+                except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+                    raise DamagedError(
+                        f"{place} is no answer with log-probabilities ({type(error).__name__}: {error})"
+                    ) from None
+
+    def _row(self, where: str, request: Mapping[str, Any], body: Mapping[str, Any], choice: Any) -> ForeignRow:
+        prompt_logprobs = choice.get("prompt_logprobs") or body.get("prompt_logprobs")
+        prompt_ids, question, prompt = self._prompt(where, request, body, choice)
+        logprobs = choice.get("logprobs")
+        tokens: list[tuple[int, float, dict[int, float]]] = []
+        if logprobs and logprobs.get("content"):
+            tokens = [self._of_chat(entry) for entry in logprobs["content"]]
+        elif logprobs and logprobs.get("top_logprobs"):
+            columns = (logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"])
+            tokens = [self._of_completion(*each) for each in zip(*columns, strict=True) if each[2]]
+        first = len(prompt_ids)
+        if prompt_logprobs:
+            inside = _of_prompt(where, prompt_ids, prompt_logprobs)
+            tokens, first = [*inside, *tokens], 1
+        if not tokens:
+            raise CacheError(f"{where} has no top log-probabilities; ask the server for them (logprobs, top_logprobs)")
+        if not prompt_ids:
+            raise CacheError(
+                f"{where} has no prompt beside its answer; write the request's messages or prompt into the line"
+            )
+        token_ids = [*prompt_ids[:first], *(token_id for token_id, _, _ in tokens)]
+        width = max(len(named) for _, _, named in tokens)
+        if width > _MOST_ENTRIES or len(token_ids) > MAX_TOKENS_PER_ROW:
+            raise DamagedError(f"{where} has {len(token_ids):,} tokens of {width:,} alternatives; too many")
+        ids, values = np.full((len(tokens), width), -1, np.int64), np.full((len(tokens), width), -np.inf)
+        for s, (_, _, named) in enumerate(tokens):
+            ids[s, : len(named)], values[s, : len(named)] = list(named), list(named.values())
+        message = choice.get("message")
+        return ForeignRow(
+            where,
+            np.array(token_ids, np.int64),
+            np.arange(first, len(token_ids)),
+            ids,
+            values,
+            np.array([logprob for _, logprob, _ in tokens]),
+            prompt,
+            question,
+            message.get("content") if isinstance(message, dict) else choice.get("text"),
+            None,
+            _REASONS.get(str(choice.get("finish_reason")), "given"),
+        )
+
+    def _prompt(
+        self, where: str, request: Mapping[str, Any], body: Mapping[str, Any], choice: Mapping[str, Any]
+    ) -> tuple[list[int], str | None, str | None]:
+        """Return ids of the prompt, its first user turn and its text."""
+        messages, prompt = request.get("messages"), request.get("prompt")
+        question = next((m["content"] for m in messages if m["role"] == "user"), None) if messages else None
+        texts = [t for t in (question, prompt) if isinstance(t, str)]
+        known = choice.get("prompt_token_ids") or body.get("prompt_token_ids")
+        if known is None and isinstance(prompt, list):
+            known = prompt
+        if known is not None:
+            ids = [int(token_id) for token_id in known]
+        elif messages:
+            ids = self._rendered(where, messages)
+        elif isinstance(prompt, str):
+            ids = list(self._tokenizer(prompt, add_special_tokens=True)["input_ids"])
+        else:
+            ids = []
+        return ids, *((texts[0], texts[0]) if texts else (None, None))
+
+    def _rendered(self, where: str, messages: list[dict[str, Any]]) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # noqa: BLE001 - a template raises what it likes
+            raise CacheError(
+                f"{where}: the tokenizer's chat template cannot render its messages "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from None
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _of_chat(self, entry: Mapping[str, Any]) -> tuple[int, float, dict[int, float]]:
+        """Return id, log-probability and alternatives of a token of a chat completion."""
+        token_id = self._id(entry["token"], entry.get("bytes"))
+        own = float(entry["logprob"])
+        return self._with_own(
+            token_id, own, [(o["token"], o.get("bytes"), o["logprob"]) for o in entry["top_logprobs"]]
+        )
+
+    def _of_completion(self, token: str, own: Any, named: Mapping[str, Any]) -> tuple[int, float, dict[int, float]]:
+        """Return id, log-probability and alternatives of a token of a completion."""
+        return self._with_own(self._id(token, None), float(own), [(text, None, p) for text, p in named.items()])
+
+    def _with_own(
+        self, token_id: int | None, own: float, others: Sequence[tuple[str, Any, Any]]
+    ) -> tuple[int, float, dict[int, float]]:
+        if token_id is None:
+            raise UnreadableAnswerError("a token of the answer is none of the tokenizer's")
+        named: dict[int, float] = {}
+        for text, spelled, logprob in others:
+            other = self._id(text, spelled)
+            if other is None:
+                self._torn += 1
+            elif other not in named and float(logprob) > _NOT_AMONG_TOP:
+                named[other] = float(logprob)
+        if own <= _NOT_AMONG_TOP:
+            return token_id, named.get(token_id, float("nan")), named
+        named.setdefault(token_id, own)
+        return token_id, own, named
+
+    def _id(self, text: str, spelled: Any) -> int | None:
+        """Return the id of a token by its own word, its bytes or its text; None where it is no token."""
+        if text.startswith("token_id:"):
+            return int(text.removeprefix("token_id:"))
+        if isinstance(spelled, list):
+            return self._ids.of(bytes(spelled))
+        return None if _TORN in text else self._ids.of(text.encode())
+
+
+def _of_prompt(where: str, prompt_ids: Sequence[int], said: Sequence[Any]) -> list[tuple[int, float, dict[int, float]]]:
+    """Return id, log-probability and alternatives of every prompt token but the first."""
+    if len(said) != len(prompt_ids) or said[0] is not None:
+        raise DamagedError(
+            f"{where} has {len(prompt_ids)} prompt tokens and {len(said)} prompt_logprobs, of which the first is to be "
+            "null; ask the server for prompt_token_ids too, or name the tokenizer that it had"
+        )
+    found = []
+    for place, (token_id, named) in enumerate(zip(prompt_ids[1:], said[1:], strict=True), 1):
+        values = {int(key): float(value["logprob"]) for key, value in named.items()}
+        if token_id not in values:
+            raise DamagedError(
+                f"{where}: prompt token {place} is {token_id} and prompt_logprobs names {list(values)[:5]}; another "
+                "tokenizer made them"
+            )
+        found.append((token_id, values[token_id], values))
+    return found
+
+
+def _lines(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in files:
+        with open_regular(file) as source:
+            number = 0
+            while line := source.readline(_MOST_LINE_BYTES + 1):
+                number += 1
+                if len(line) > _MOST_LINE_BYTES:
+                    raise DamagedError(f"{file}:{number} has more than {_MOST_LINE_BYTES:,} bytes")
+                if line.strip():
+                    yield f"{file}:{number}", parse_json(line, f"{file}:{number}")
+
+
+def _request_and_body(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what was asked and what was answered, wherever the line keeps them."""
+
+    def inner(value: Any) -> dict[str, Any]:
+        value = value.get("body", value) if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) else {}
+
+    body = inner(document["response"]) if "response" in document else document
+    request = next((inner(document[name]) for name in ("request", "body") if name in document), document)
+    return request, body
