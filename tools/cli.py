@@ -163,8 +163,8 @@ def _export(args: argparse.Namespace) -> int:
 def _cache(args: argparse.Namespace) -> int:
     if args.cache_command is None:
         args.parser.error(
-            "name what to do with the cache: ls, show, stats, verify, gc, drop, merge, export, import, translate "
-            "or audit"
+            "name what to do with the cache: ls, show, stats, verify, gc, drop, merge, subset, export, import, "
+            "translate or audit"
         )
     from tools.cache.cache_commands import run_cache_command
 

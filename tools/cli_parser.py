@@ -115,7 +115,7 @@ def build_parser() -> Parser:
     schema.add_argument("--page", action="store_true", help="print docs/recipe.md instead: every key with its meaning")
 
     looks = (
-        "look into a cache or make another of it: ls, show, stats, verify, gc, drop, merge, export, import, "
+        "look into a cache or make another of it: ls, show, stats, verify, gc, drop, merge, subset, export, import, "
         "translate, audit"
     )
     cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)
@@ -166,10 +166,12 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     merge.add_argument(
         "--copy", action="store_true", help="copy files instead of hard-linking them where that is possible"
     )
+    _subset_command(command("subset", "make a cache of some rows of one", within=within))
     export = command("export", "write a cache as plain files for other tools", within=within)
     export.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
     export.add_argument("out", type=Path, metavar="OUT_DIR", help="the new directory; must not exist")
-    export.add_argument("--format", choices=["parquet"], default="parquet", help="kind of file (default: parquet)")
+    formats = ["parquet", "axolotl", "distillkit"]
+    export.add_argument("--format", choices=formats, default="parquet", help="kind of file (default: parquet)")
     export.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
     _import_command(command("import", "make a cache of what export wrote, or of what others made", within=within))
     translate = command("translate", "derive a cache in the student's tokenizer; no teacher is loaded", within=within)
@@ -202,6 +204,21 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     audit.add_argument("--k", metavar="K,K", help="heads to compare (default: 8,16,32,64)")
     audit.add_argument("--mass", metavar="M,M", help="masses to compare (default: 0.99,0.999,1)")
     audit.add_argument("--temperatures", metavar="T,T", help="temperatures to compare, besides the layer's")
+
+
+def _subset_command(subset: Parser) -> None:
+    """Add the options of `decant cache subset`."""
+    subset.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
+    subset.add_argument("out", type=Path, metavar="OUT_CACHE", help="the new cache; must not exist")
+    subset.add_argument("--source", action="append", default=[], metavar="NAME", help="rows of it, may be repeated")
+    condition = "rows that fulfil a condition, such as: num_tokens < 512 and 'integral' in prompt"
+    subset.add_argument("--query", metavar="CONDITION", help=condition)
+    subset.add_argument("--share", type=_share, metavar="SHARE", help="this share of them, at random")
+    subset.add_argument("--count", type=_positive, metavar="N", help="at most so many of them, at random")
+    subset.add_argument("--seed", type=_row_number, default=0, metavar="N", help="of the chance (default: 0)")
+    kept = "targets layer to keep, may be repeated (default: all)"
+    subset.add_argument("--targets", action="append", metavar="NAME", help=kept)
+    subset.add_argument("--copy", action="store_true", help="copy files instead of hard-linking them")
 
 
 def _import_command(imports: Parser) -> None:

@@ -41,6 +41,7 @@ def run_cache_command(args: argparse.Namespace) -> int:
         "gc": _gc,
         "drop": _drop,
         "merge": _merge,
+        "subset": _subset,
         "export": _export,
         "import": _import,
         "translate": _translate,
@@ -311,12 +312,27 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def _subset(args: argparse.Namespace) -> int:
+    from tools.cache.cache_subset import Choice, subset_cache, subset_text
+
+    choice = Choice(tuple(args.source), args.query, args.share, args.count, args.seed)
+    total = sum(record.rows for record in list_records(sequences_dir(args.cache)))
+    with Progress("subset", total) as progress:
+        result = subset_cache(args.cache, args.out, choice, args.targets, args.copy, progress.advance)
+    _print(args, result, subset_text(result))
+    return 0
+
+
 def _export(args: argparse.Namespace) -> int:
+    from tools.cache.foreign.export_foreign import export_foreign
     from tools.cache.parquet_export import export_cache, export_text
 
     total = sum(record.rows for record in list_records(sequences_dir(args.cache)))
     with Progress("export", total) as progress:
-        result = export_cache(args.cache, args.out, args.targets, progress.advance)
+        if args.format == "parquet":
+            result = export_cache(args.cache, args.out, args.targets, progress.advance)
+        else:
+            result = export_foreign(args.cache, args.out, args.format, args.targets, progress.advance)
     _print(args, result, f"{export_text(result)}, {size(result['bytes'])}")
     return 0
 

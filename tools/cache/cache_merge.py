@@ -14,7 +14,7 @@ byte is read once, or copied; memory: the commit records, one part that is writt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,10 @@ def merge_caches(
         raise UsageError(
             f"a merge needs two different caches or more, each named once, got {', '.join(map(str, inputs))}"
         )
-    sources = [_open(path) for path in inputs]
+    sources = [open_source(path) for path in inputs]
     _check_sequences(sources)
-    layers, left_out = _common_layers(sources, targets)
-    request = {"merge": [_fingerprint(source, layers) for source in sources], "layers": sorted(layers)}
+    layers, left_out = common_layers(sources, targets)
+    request = {"merge": [fingerprint(source, layers) for source in sources], "layers": sorted(layers)}
     job = job_id(request)
     existed = _check_out(out, job)
     staging = out if existed else staging_path(out, "merging", job)
@@ -117,15 +117,16 @@ def merge_caches(
     if not existed:
         make_dir(sequences_dir(staging))
         create_job(staging, request, (), 1)
-        _write_layers(merge)
-    _write_parts(merge, repeats, advance, dry_run=existed)
+        write_layers(merge)
+    write_parts(merge, repeats, advance, dry_run=existed)
     if not existed:
-        _write_header(merge)
+        write_header(merge)
         publish(staging, out, out / "jobs" / job / "plan.arrow")
     return _summary(out, job, merge, left_out, existed)
 
 
-def _open(path: Path) -> Source:
+def open_source(path: Path) -> Source:
+    """Read the small files of a cache."""
     layers = {layer.identity.hash8: layer for layer in list_layers(path).values()}
     return Source(path, read_header(path), layers, list_records(sequences_dir(path)))
 
@@ -148,7 +149,7 @@ def _named(problem: str, first: Source, other: Source) -> str:
     return problem.replace(" in the request", f" in {other.path}")
 
 
-def _common_layers(
+def common_layers(
     sources: Sequence[Source], targets: Sequence[str] | None
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Return the layers to merge, hash8 -> name, and those that are left out with the inputs that lack them.
@@ -198,7 +199,7 @@ def _check_names(sources: Sequence[Source], chosen: set[str]) -> None:
                     )
 
 
-def _fingerprint(source: Source, layers: dict[str, str]) -> str:
+def fingerprint(source: Source, layers: dict[str, str]) -> str:
     """Return 32 hexadecimal digits for what is taken from a cache; where it lies does not count."""
     digest = xxhash.xxh3_128(read_bounded(source.path / "cache.json", MAX_JSON_BYTES))
     for record in source.records:
@@ -222,7 +223,8 @@ def _check_out(out: Path, job: str) -> bool:
     return False
 
 
-def _write_layers(merge: Merge) -> None:
+def write_layers(merge: Merge) -> None:
+    """Write layer.json of every layer that is taken over."""
     for hash8, name in merge.layers.items():
         found = [source.layers[hash8] for source in merge.sources]
         provenances = [dict(layer.provenance) for layer in found]
@@ -231,10 +233,10 @@ def _write_layers(merge: Merge) -> None:
         write_layer(Layer(merge.staging / "targets" / name, provenance, found[0].identity))
 
 
-def _write_parts(
-    merge: Merge, repeats: dict[int, NDArray[np.bool_]], advance: Callable[[int], None], *, dry_run: bool
+def write_parts(
+    merge: Merge, dropped_rows: Mapping[int, NDArray[np.bool_]], advance: Callable[[int], None], *, dry_run: bool
 ) -> None:
-    """Take over every part, or only count."""
+    """Take over every part, or only count; `dropped_rows` of part i are left out."""
     index = -1
     for source in merge.sources:
         scored = {
@@ -243,7 +245,7 @@ def _write_parts(
         }
         for record in source.records:
             index += 1
-            mask = repeats.get(index)
+            mask = dropped_rows.get(index)
             dropped = 0 if mask is None else int(mask.sum())
             source.dropped += dropped
             if dropped and dropped == record.rows:
@@ -289,7 +291,7 @@ def _write_part(
         merge.take_over.part(layer.directory, targets, directory, stem)
 
 
-def _write_header(merge: Merge) -> None:
+def write_header(merge: Merge) -> None:
     """Write cache.json and tokenizer: from now on the directory is a cache."""
     first = merge.sources[0]
     headers = [source.header.identity for source in merge.sources]

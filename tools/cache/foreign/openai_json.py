@@ -25,8 +25,8 @@ import numpy as np
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.schema import MAX_TOKENS_PER_ROW
+from shared.tokens.token_bytes import read_vocabulary
 from tools.cache.foreign.foreign_row import ForeignRow
-from tools.cache.foreign.token_bytes import TokenIds, token_bytes
 
 _MOST_LINE_BYTES = 2**28
 _MOST_ENTRIES = 4096
@@ -59,7 +59,8 @@ class OpenAIReader:
         if not self._files:
             raise CacheError(f"{path} holds no *.jsonl files; expected answers as JSON lines")
         self._tokenizer = tokenizer
-        self._ids = TokenIds(token_bytes(tokenizer_json))
+        octets = read_vocabulary(tokenizer_json).octets
+        self._ids = {spelled: i for i, spelled in reversed(list(enumerate(octets))) if spelled is not None}
         self.set_aside: dict[str, int] = {}
         self._torn = 0
         self.k = max((row.ids.shape[1] for row in self.rows()), default=1)
@@ -190,8 +191,8 @@ class OpenAIReader:
         if text.startswith("token_id:"):
             return int(text.removeprefix("token_id:"))
         if isinstance(spelled, list):
-            return self._ids.of(bytes(spelled))
-        return None if _TORN in text else self._ids.of(text.encode())
+            return self._ids.get(bytes(spelled))
+        return None if _TORN in text else self._ids.get(text.encode())
 
 
 def _of_prompt(where: str, prompt_ids: Sequence[int], said: Sequence[Any]) -> list[tuple[int, float, dict[int, float]]]:
