@@ -16,6 +16,7 @@ from shared.cache.cache import Cache as StoredCache
 from shared.cache.cache import Row as StoredRow
 from shared.errors import CacheError
 from shared.identity.identity import LayerIdentity
+from shared.places import named, place_of
 from tools.cache.cache_show import row_document, row_text
 
 
@@ -84,7 +85,7 @@ class Cache(Sequence[Row]):
         return (Row(self.stored, i) for i in self._rows)
 
     def __repr__(self) -> str:
-        return f"<cache {self.stored.path}: {len(self):,} rows, layer {self.stored.layer_name}>"
+        return f"<cache {named(self.stored.path)}: {len(self):,} rows, layer {self.stored.layer_name}>"
 
     @property
     def path(self) -> Path:
@@ -140,7 +141,7 @@ def open_cache(path: Path | str, targets: str | None = None, hidden: str | bool 
     """Open a cache for reading.
 
     Args:
-        path: its directory.
+        path: its directory, or its URL (s3, gs, hf, https), whose parts are fetched as they are read.
         targets: NAME or NAME-HASH8 of a targets layer; None for the only one.
         hidden: NAME of a hidden layer, True for the only one, False to read none.
 
@@ -150,9 +151,11 @@ def open_cache(path: Path | str, targets: str | None = None, hidden: str | bool 
     >>> open_cache("data/golden/run-1/cache")
     <cache data/golden/run-1/cache: 24 rows, layer top6-sample3-2c488e40>
     """
-    if "://" in str(path):
-        raise CacheError(f"{path}: a cache is read from a directory; copy it to this machine first")
-    return Cache(StoredCache.open(path, targets, hidden=hidden))
+    try:
+        place = place_of(path)
+    except ValueError as error:
+        raise CacheError(str(error)) from None
+    return Cache(StoredCache.open(place, targets, hidden=hidden))
 
 
 def _plain(row: Row) -> dict[str, Any]:

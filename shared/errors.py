@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from shared.places import with_urls
+
 
 class DecantError(Exception):
     """Base of every error that a user can meet."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        """Return the message, caches that mirror a URL called by it."""
+        return with_urls(super().__str__())
 
 
 class UsageError(DecantError):

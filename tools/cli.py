@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 from shared.errors import DecantError
+from shared.places import with_urls
 from shared.printable import printable
 from tools.cli_parser import EXIT_USAGE, build_parser
 
@@ -218,7 +219,7 @@ def _load(args: argparse.Namespace, phases: PhasesOf | None = None, *, save: boo
 
 
 def _result(args: argparse.Namespace, result: Any, text: str) -> None:
-    print(json.dumps(result, indent=2, default=str) if args.json else printable(text), flush=True)
+    print(with_urls(json.dumps(result, indent=2, default=str) if args.json else printable(text)), flush=True)
 
 
 @contextlib.contextmanager

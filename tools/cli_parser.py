@@ -138,7 +138,10 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     }
     for name, text in texts.items():
         sub = command(name, text, within=within)
-        sub.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
+        kind = Path if name in ("gc", "drop") else _place
+        sub.add_argument(
+            "cache", type=kind, metavar="CACHE", help=f"directory{'' if kind is Path else ' or URL'} of the cache"
+        )
         if name in ("show", "stats"):
             sub.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
         if name == "show":
@@ -155,7 +158,7 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     merge = command("merge", "join caches of one identity into a new one, every row once", within=within)
     merge.add_argument("out", type=Path, metavar="OUT", help="the new cache; must not exist")
     merge.add_argument(
-        "caches", type=Path, nargs="+", metavar="CACHE", help="two caches or more; of equal rows the first counts"
+        "caches", type=_place, nargs="+", metavar="CACHE", help="two caches or more; of equal rows the first counts"
     )
     chosen = merge.add_mutually_exclusive_group()
     every = "targets layer to merge, may be repeated (default: those that every cache has)"
@@ -168,7 +171,7 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     )
     _subset_command(command("subset", "make a cache of some rows of one", within=within))
     export = command("export", "write a cache as plain files for other tools", within=within)
-    export.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
+    export.add_argument("cache", type=_place, metavar="CACHE", help="directory or URL of the cache")
     export.add_argument("out", type=Path, metavar="OUT_DIR", help="the new directory; must not exist")
     formats = ["parquet", "axolotl", "distillkit"]
     export.add_argument("--format", choices=formats, default="parquet", help="kind of file (default: parquet)")
@@ -189,7 +192,7 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
         "score rows again with the teacher: is it what is stored, and what does the capture lose",
         within=within,
     )
-    audit.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
+    audit.add_argument("cache", type=_place, metavar="CACHE", help="directory or URL of the cache")
     audit.add_argument(
         "--recipe", type=Path, help="take teacher, adapter and student from a recipe, and keep audit.json in its run"
     )
@@ -262,6 +265,15 @@ def _recipe(parser: Parser) -> Parser:
         help="change a value: stages.kd.trainer.max_steps=10",
     )
     return parser
+
+
+def _place(text: str) -> Path:
+    from shared.places import place_of
+
+    try:
+        return place_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _partition(text: str) -> tuple[int, int]:

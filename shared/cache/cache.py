@@ -28,26 +28,31 @@ from shared.cache.cache_stats import summed_stats
 from shared.cache.garbage import collect_garbage
 from shared.cache.hidden_reader import HiddenReader
 from shared.cache.layout import Layer, choose_layer, list_hidden_layers, list_layers, read_header, sequences_dir
+from shared.cache.mirror import bring_if_remote
+from shared.cache.part_columns import part_columns
 from shared.cache.verify import verify_cache
 from shared.cache.visible_rows import hidden_rows
 from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import read_bounded
-from shared.parts.jobs import committed_keys
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.open_parts import OpenParts
+from shared.parts.part_file import part_file
 from shared.parts.parts import check_file
 from shared.parts.records import PartRecord, list_records
 from shared.parts.sequences import SequenceRow
 from shared.payload.hidden import HiddenStates
 from shared.payload.narrowing import LayerView, Narrowing, can_narrow, narrow
 from shared.payload.targets import SparseTargets
+from shared.places import origin_of, place_of
 from shared.schema import MAX_JSON_BYTES
 
 __all__ = ["Cache", "Row", "collect_garbage", "verify_cache"]
 
 MOST_OPEN_PARTS = 64
+MOST_FETCHED_PARTS = 16
+"""Of a mirror: a mapped part holds its place on disk, also when the store takes its name away."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,8 +98,9 @@ class Cache:
         self._ends = np.cumsum(rows, dtype=np.int64).tolist()
         self._codec = layer.identity.make_codec() if layer else None
         self._checked = bytearray(len(self._records))
-        self._sequences: OpenParts[MappedSequences] = OpenParts(self._open_sequences, MOST_OPEN_PARTS)
-        self._targets: OpenParts[MappedTargets] = OpenParts(self._open_targets, MOST_OPEN_PARTS)
+        most = MOST_OPEN_PARTS if origin_of(path) is None else MOST_FETCHED_PARTS
+        self._sequences: OpenParts[MappedSequences] = OpenParts(self._open_sequences, most)
+        self._targets: OpenParts[MappedTargets] = OpenParts(self._open_targets, most)
 
     @classmethod
     def open(
@@ -108,7 +114,7 @@ class Cache:
         """Open a cache.
 
         Args:
-            path: its directory.
+            path: its directory or URL.
             targets: NAME or NAME-HASH8 of a targets layer, or a view that narrows one; None for the only one.
             verify: compare every part with its checksum first (reads everything once).
             allow_partial: leave out rows that the layer has not scored yet, instead of refusing.
@@ -119,7 +125,8 @@ class Cache:
                 states.
             DamagedError: something on disk contradicts the format.
         """
-        path = Path(path)
+        path = place_of(path)
+        bring_if_remote(path)
         read_header(path)
         narrowing = targets.narrowing if isinstance(targets, LayerView) else None
         layer = choose_layer(list_layers(path), targets.name if isinstance(targets, LayerView) else targets, path)
@@ -146,7 +153,8 @@ class Cache:
     @classmethod
     def open_sequences(cls, path: Path | str, verify: bool = False, hidden: str | bool = False) -> Cache:
         """Open the rows of a cache without targets, however many layers it has; arguments and errors as for `open`."""
-        path = Path(path)
+        path = place_of(path)
+        bring_if_remote(path)
         read_header(path)
         return cls._assemble(path, None, list_records(sequences_dir(path)), [], verify, hidden=hidden)
 
@@ -231,6 +239,23 @@ class Cache:
         targets: Sequence[PartRecord | None] = self._target_records or [None] * len(self._records)
         return [(one, other, self._masks.get(one.stem)) for one, other in zip(self._records, targets, strict=True)]
 
+    @property
+    def num_parts(self) -> int:
+        """Parts that are read."""
+        return len(self._records)
+
+    def fetch_part(self, number: int) -> None:
+        """Bring what is read of part `number` to this machine; nothing where it is here.
+
+        Raises:
+            CacheError: it cannot be fetched, or is not what was committed.
+        """
+        part_file(sequences_dir(self.path), self._records[number])
+        if self._layer is not None:
+            part_file(self._layer.directory, self._target_records[number])
+        if self._hidden is not None:
+            part_file(self._hidden.layer.directory, self._hidden.records[number])
+
     def where(self, index: int) -> str:
         """Return part:row of a row, for messages."""
         number, local = self._locate(index)
@@ -297,9 +322,9 @@ class Cache:
     def row_keys(self) -> NDArray[np.uint8]:
         """[R, 16] row_key of each row, read from the parts' key columns."""
         keys = [np.zeros((0, 16), np.uint8)]
-        for record, shown in zip(self._records, self._shown, strict=True):
-            found = committed_keys(sequences_dir(self.path), [record])
-            keys.append(found if shown is None else found[shown])
+        columns = part_columns(sequences_dir(self.path), self._records)
+        for part, shown in zip(columns, self._shown, strict=True):
+            keys.append(part.row_keys if shown is None else part.row_keys[shown])
         return np.ascontiguousarray(np.concatenate(keys))
 
     def jobs_of_rows(self) -> list[tuple[str, int, int]]:
@@ -325,14 +350,14 @@ class Cache:
         sources = np.empty(len(self), dtype=np.int32)
         codes = {name: code for code, name in enumerate(self.source_names)}
         start = 0
-        for end, record, shown in zip(self._ends, self._records, self._shown, strict=True):
-            part = MappedSequences(sequences_dir(self.path), record, verify=False)
+        columns = part_columns(sequences_dir(self.path), self._records)
+        for end, record, shown, part in zip(self._ends, self._records, self._shown, columns, strict=True):
             rows = slice(None) if shown is None else shown
-            indices, found = part.sources()
-            if not codes.keys() >= set(found):
-                raise DamagedError(f"{part.path} has a source that its record does not list; it was altered")
-            recoded = np.asarray([codes[name] for name in found], dtype=np.int32)[indices]
-            num_tokens[start:end] = part.num_tokens()[rows]
+            if not codes.keys() >= set(part.names.tolist()):
+                path = sequences_dir(self.path) / f"{record.stem}.arrow"
+                raise DamagedError(f"{path} has a source that its record does not list; it was altered")
+            recoded = np.asarray([codes[name] for name in part.names.tolist()], dtype=np.int32)[part.codes]
+            num_tokens[start:end] = part.num_tokens[rows]
             group_keys[start:end] = np.ascontiguousarray(part.group_keys).view("V16").ravel()[rows]
             sources[start:end] = recoded[rows]
             start = end

@@ -27,7 +27,9 @@ from shared.atomic import fill_exclusive, write_atomic
 from shared.errors import CacheError, DamagedError, first_line
 from shared.parts.arrow_layout import ArrowLayout
 from shared.parts.cache_files import hash_file, open_regular, parse_json
+from shared.parts.part_file import with_part_file
 from shared.parts.records import PartRecord, check_layer, kind_of, layer_of, list_records, read_record, sealed_json
+from shared.places import origin_of
 from shared.schema import FORMAT_VERSION, HIDDEN, MAX_JSON_BYTES, MAX_ROWS_PER_PART, SEQUENCES, STEM_PATTERN, TARGETS
 
 __all__ = ["PartRecord", "check_file", "commit_part", "hash_file", "kind_of", "list_records", "map_table", "open_part"]
@@ -158,7 +160,7 @@ def check_file(directory: Path, record: PartRecord) -> None:
         DamagedError: they differ.
     """
     path = directory / f"{record.stem}.arrow"
-    xxh3, num_bytes = hash_file(path)
+    xxh3, num_bytes = with_part_file(directory, record, hash_file)
     if (xxh3, num_bytes) != (record.xxh3, record.bytes):
         raise DamagedError(
             f"{path} has {num_bytes} bytes with checksum {xxh3} where its record says {record.bytes} bytes with "
@@ -168,8 +170,13 @@ def check_file(directory: Path, record: PartRecord) -> None:
         )
 
 
-def map_table(path: Path, schema: pa.Schema) -> pa.Table:
+def map_table(path: Path, schema: pa.Schema, directory: Path | None = None) -> pa.Table:
     """Map an Arrow file into memory; nothing but its metadata is read.
+
+    Args:
+        path: the file.
+        schema: its columns.
+        directory: whose part it is, where it lies elsewhere.
 
     Raises:
         DamagedError: it cannot be read, is no regular file, is not an Arrow file of these columns, has more than one
@@ -198,7 +205,7 @@ def map_table(path: Path, schema: pa.Schema) -> pa.Table:
         raise DamagedError(f"{path} is not a readable Arrow file ({first_line(error)})") from None
     if not inside:
         raise DamagedError(f"{path} is compressed inside where a part is stored plain")
-    check_layer(_layer_said(table.schema.metadata or {}), path)
+    check_layer(_layer_said(table.schema.metadata or {}), path if directory is None else directory / path.name)
     return table
 
 
@@ -222,7 +229,7 @@ def open_part(directory: Path, record: PartRecord, verify: bool) -> pa.Table:
     if verify:
         check_file(directory, record)
     path = directory / f"{record.stem}.arrow"
-    table = map_table(path, _schema_of(directory))
+    table = with_part_file(directory, record, lambda file: map_table(file, _schema_of(directory), directory))
     if table.num_rows != record.rows:
         raise DamagedError(
             f"{path} has {table.num_rows} rows where its record says {record.rows}; it is another part or was altered"
@@ -236,9 +243,13 @@ def open_part(directory: Path, record: PartRecord, verify: bool) -> pa.Table:
 def check_whole(path: Path, num_bytes: int) -> None:
     """Refuse a mapped part that was cut or replaced since: touching a page beyond its end would kill the process.
 
+    A part that was fetched is a file of this machine's own, whose name may go while it is mapped; nothing cuts it.
+
     Raises:
         DamagedError: its size is not `num_bytes`.
     """
+    if origin_of(path) is not None:
+        return
     try:
         found = path.stat().st_size
     except OSError as error:

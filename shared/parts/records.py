@@ -150,14 +150,18 @@ def read_sealed(path: Path, fields: Collection[str]) -> dict[str, Any]:
         CacheError: a file of another format version.
         DamagedError: it cannot be read, has other fields, or is not what was written.
     """
-    data = read_bounded(path, MAX_JSON_BYTES)
+    return parse_sealed(read_bounded(path, MAX_JSON_BYTES), path, fields)
+
+
+def parse_sealed(data: bytes, path: object, fields: Collection[str] | None = None) -> dict[str, Any]:
+    """Return what `read_sealed` does, of bytes that came from `path`; None lets every field through."""
     document = parse_json(data, path)
     if document.get("format") != FORMAT_VERSION or isinstance(document.get("format"), bool):
         raise CacheError(
             f"{path} has format {document.get('format')!r} and this version of Decant reads format {FORMAT_VERSION}; "
             "use the version that wrote it"
         )
-    unknown = sorted(document.keys() - {*fields, "checksum"})
+    unknown = sorted(document.keys() - {*fields, "checksum"}) if fields is not None else []
     if unknown:
         raise DamagedError(
             f"{path} says {unknown[0][:60]!r}, which this version of Decant does not know; "

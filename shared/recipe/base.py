@@ -11,11 +11,22 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
+
+from shared.places import named, place_of
 
 Problem = tuple[tuple[str | int, ...], str]
 """Path below the section that raises, and the sentence."""
@@ -69,6 +80,17 @@ def _plain_number(value: Any) -> Any:
 
 
 _number = BeforeValidator(_plain_number)
+
+
+def _place(value: Any) -> Any:
+    try:
+        return place_of(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise PydanticCustomError("url", "{text}", {"text": str(error)}) from None
+
+
+CachePlace = Annotated[Path, BeforeValidator(_place), PlainSerializer(named, return_type=str, when_used="json")]
+"""A cache's directory, or the mirror of its URL; written as what it was given as."""
 
 MOST = 2**31 - 1
 """Largest count: rows, tokens and steps are held in 32 bits."""

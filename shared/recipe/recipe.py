@@ -13,9 +13,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from shared.places import named
 from shared.recipe.assumptions import Assume, AssumedModel, AssumedSource
 from shared.recipe.base import (
     MOST_SEED,
+    CachePlace,
     Count,
     Integer,
     Name,
@@ -93,11 +95,11 @@ class Recipe(Section):
     capture: Capture = Capture()
     """What is kept of the teacher's distributions."""
     cache: Annotated[
-        tuple[Path, ...],
+        tuple[CachePlace, ...],
         Field(min_length=1),
         BeforeValidator(one_or_many, json_schema_input_type=Path | tuple[Path, ...]),
     ]
-    """The cache directory, or a list of them to train from."""
+    """The cache's directory or URL (s3, gs, hf, https), or a list of them to train from."""
     rows_per_part: Annotated[Count, Field(le=MAX_ROWS_PER_PART)] = 1024
     """Rows in one file of the cache: what is lost at most when a machine dies."""
     heldout: Heldout = Heldout()
@@ -195,7 +197,7 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
             problems.append(
                 (("prompts", i, "path"), "is the cache that this recipe builds; without `prompts` its rows are scored")
             )
-    problems += [(("cache", i), f"'{recipe.cache[i]}' is listed twice") for i in repeated(recipe.cache)]
+    problems += [(("cache", i), f"'{named(recipe.cache[i])}' is listed twice") for i in repeated(recipe.cache)]
     return problems
 
 

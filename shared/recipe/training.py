@@ -220,6 +220,9 @@ class Stage(Section):
     """Longest row in tokens; left out: pack_tokens."""
     too_long: Literal["cut", "drop", "refuse"] = "cut"
     """What happens to longer rows."""
+    window_parts: Count | None = None
+    """Rows are shuffled within windows of so many parts of the cache, as a stream needs it; left out: 8 where the cache
+    is read from a URL, else all rows together."""
     evaluate: StageEvaluation | None = None
     """Held-out figures and sample answers while it trains; left out: none."""
     rounds: Rounds | None = None

@@ -10,10 +10,11 @@ Shape letters: R rows of all caches, B tokens of a pack, S its supervised positi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +25,18 @@ from shared.cache.rows_left_out import rows_left_out
 from shared.errors import CacheError, IdentityError, TrainingError
 from shared.keys import is_heldout
 from shared.payload.narrowing import LayerView
+from shared.places import origin_of
 from shared.recipe.recipe import Recipe
 from student_train.batch.hidden_batch import HiddenReading
+from student_train.batch.part_prefetch import PartPrefetch
 from student_train.batch.row_targets import at_temperatures, first_positions, within_vocabulary
 from student_train.batch.target_batch import pack_targets
 from student_train.order.stage_plan import StagePlan
 
 Share = TypeVar("Share")
+
+PARTS_AHEAD = 8
+"""Parts that are fetched before they are needed, where a cache is read from a URL."""
 
 
 class CacheList:
@@ -126,6 +132,25 @@ class CacheList:
         ]
         return np.concatenate(parts)
 
+    @cached_property
+    def part_numbers(self) -> NDArray[np.int32]:
+        """[R] number of the part that each row lies in, over all caches."""
+        ranges = [found for cache in self.caches for found in cache.jobs_of_rows()]
+        return np.repeat(np.arange(len(ranges), dtype=np.int32), [end - start for _, start, end in ranges])
+
+    @property
+    def is_remote(self) -> bool:
+        """Tell whether a cache is read from a URL."""
+        return any(origin_of(cache.path) is not None for cache in self.caches)
+
+    def fetch_part(self, number: int) -> None:
+        """Bring a part to this machine, by its number over all caches; nothing where it is here."""
+        for cache in self.caches:
+            if number < cache.num_parts:
+                cache.fetch_part(number)
+                return
+            number -= cache.num_parts
+
     @property
     def left_out(self) -> NDArray[np.bool_]:
         """[R] rows that are neither trained on nor measured."""
@@ -171,6 +196,11 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         self.caches = caches
         self.plan = plan
         self.temperatures = temperatures
+        self._ahead: PartPrefetch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the threads of this process out."""
+        return self.__dict__ | {"_ahead": None}
 
     def __len__(self) -> int:
         """Packs of all epochs."""
@@ -183,8 +213,17 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         hidden state predicts; `labels` int64 [S]; and what `pack_targets` returns, unless labels are all that is
         needed. Where a hidden layer is read, also what `HiddenReading.pack` returns.
         """
+        if self.caches.is_remote:
+            self._prefetch().reached(index)
         rows = [self.caches[int(row)] for row in self.plan.rows_of(index)]
         return build_pack(rows, self.plan.limit, self.temperatures, self.caches.vocab_size, self.hidden)
+
+    def _prefetch(self) -> PartPrefetch:
+        """Return what fetches parts ahead in this process."""
+        if self._ahead is None or self._ahead.pid != os.getpid():
+            caches = self.caches
+            self._ahead = PartPrefetch(self.plan, caches.part_numbers, PARTS_AHEAD, caches.fetch_part)
+        return self._ahead
 
     def tokens_by_source(self, step: int) -> dict[str, int]:
         """Return how many tokens of each source optimizer step `step`, counted from 1, trains on, on all devices

@@ -9,6 +9,10 @@ together. A source's draws run through one random pass over its rows after anoth
 one endless stream of tokens, and epoch e takes the rows that begin in the e-th slice of it. So a source below its share
 repeats rows evenly, one above it is sub-sampled without neglecting any row, and shares are exact to one row. A source
 that the mixture does not name is not drawn.
+
+Windows, where asked for: the caches' parts are drawn at random into windows of so many, the rows are taken window
+after window, and rows and packs are shuffled within one. So training reads a few parts at a time and each once per
+epoch, which lets it stream; what is lost is that rows of two windows never meet in a pack.
 Cost: O(rows log rows) once per epoch, 12 bytes per row at its peak and 4 afterwards; no sequence is read.
 
 Shape letters: R rows in the caches, D rows drawn in the epoch, P packs in the epoch.
@@ -24,9 +28,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.errors import TrainingError
-from student_train.order.packing import pack_rows
+from student_train.order.packing import Packs, pack_rows
 
-_ROWS, _PACKS, _FIRST_SOURCE = 0, 1, 16
+_ROWS, _PACKS, _PARTS, _FIRST_SOURCE = 0, 1, 2, 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +73,25 @@ def length_limit(pack_tokens: int, max_length: int | None) -> int:
     return pack_tokens if max_length is None else min(pack_tokens, max_length)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Windows:
+    """Windows of parts within which rows are shuffled."""
+
+    parts: NDArray[np.int32]
+    """[R] number of the part that each row lies in."""
+    size: int
+    """Parts of a window."""
+
+    def of_rows(self, seed: int, epoch: int, rows: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Return the window of each row in an epoch, from 0: with parts [0, 0, 1, 2] and windows of 2, [0, 0, 1, 0],
+        say.
+        """
+        order = np.argsort(random_keys(seed, _PARTS, epoch, int(self.parts.max()) + 1), kind="stable")
+        window_of_part = np.empty(len(order), np.int64)
+        window_of_part[order] = np.arange(len(order)) // self.size
+        return window_of_part[self.parts[rows]]
+
+
 def plan_epoch(
     seed: int,
     epoch: int,
@@ -80,6 +103,7 @@ def plan_epoch(
     too_long: str = "cut",
     *,
     eligible: NDArray[np.integer] | None = None,
+    windows: Windows | None = None,
 ) -> EpochPlan:
     """Plan the packs of one epoch.
 
@@ -93,6 +117,7 @@ def plan_epoch(
         max_length: longest row in tokens, if shorter than a pack.
         too_long: `cut` keeps a longer row's beginning, `drop` leaves it out, `refuse` raises.
         eligible: indices of the rows that may be drawn, ascending; None for all.
+        windows: windows of parts that the rows are taken from one after another; None shuffles all rows together.
 
     Raises:
         TrainingError: nothing is left to train on, or a row is too long and `too_long` is `refuse`.
@@ -111,9 +136,11 @@ def plan_epoch(
             "not in the "
             "mixture; raise max_length, lower heldout.fraction or name another source"
         )
-    packs = pack_rows(lengths[drawn], pack_tokens)
+    of_rows = np.zeros(len(drawn), np.int64) if windows is None else windows.of_rows(seed, epoch, drawn)
+    drawn = drawn[np.argsort(of_rows, kind="stable")]
+    packs, of_packs = _packed(lengths[drawn], np.bincount(of_rows), pack_tokens)
     num_packs = len(packs.offsets) - 1
-    order = np.argsort(random_keys(seed, _PACKS, epoch, num_packs), kind="stable")
+    order = np.lexsort((random_keys(seed, _PACKS, epoch, num_packs), of_packs))
     sizes = np.diff(packs.offsets)[order]
     offsets = np.zeros(num_packs + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
@@ -124,6 +151,18 @@ def plan_epoch(
     digest = xxhash.xxh3_128(rows.astype("<i4").tobytes())
     digest.update(offsets.astype("<i8").tobytes())
     return EpochPlan(rows, offsets, total, total / (num_packs * pack_tokens), num_cut, num_dropped, digest.hexdigest())
+
+
+def _packed(
+    lengths: NDArray[np.integer], rows_of_windows: NDArray[np.int64], pack_tokens: int
+) -> tuple[Packs, NDArray[np.int64]]:
+    """Pack rows, window after window, and return also the window of each pack."""
+    starts = np.cumsum(rows_of_windows) - rows_of_windows
+    each = [pack_rows(lengths[a : a + n], pack_tokens) for a, n in zip(starts, rows_of_windows, strict=True)]
+    members = np.concatenate([packs.members + start for packs, start in zip(each, starts, strict=True)])
+    ends = np.concatenate([packs.offsets[1:] + start for packs, start in zip(each, starts, strict=True)])
+    counts = [len(packs.offsets) - 1 for packs in each]
+    return Packs(members, np.concatenate([[0], ends])), np.repeat(np.arange(len(each)), counts)
 
 
 def usable_rows(
@@ -147,9 +186,14 @@ def usable_rows(
     return candidates, 0
 
 
-def source_pass(seed: int, code: int, pass_index: int, rows: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the rows of source `code` in the order of one random pass over them."""
-    return rows[np.argsort(random_keys(seed, _FIRST_SOURCE + code, pass_index, len(rows)), kind="stable")]
+def source_pass(
+    seed: int, code: int, pass_index: int, rows: NDArray[np.int32], windows: Windows | None = None
+) -> NDArray[np.int32]:
+    """Return the rows of source `code` in the order of one random pass over them, window after window where asked."""
+    keys = random_keys(seed, _FIRST_SOURCE + code, pass_index, len(rows))
+    within = np.zeros(len(rows), np.int64) if windows is None else windows.of_rows(seed, pass_index, rows)
+    order: NDArray[np.int64] = np.lexsort((keys, within))
+    return rows[order]
 
 
 def _shuffled(seed: int, epoch: int, candidates: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.errors import TrainingError
-from student_train.order.order import EpochPlan, length_limit, random_keys, source_pass, usable_rows
+from student_train.order.order import EpochPlan, Windows, length_limit, random_keys, source_pass, usable_rows
 from student_train.order.packing import pack_rows
 
 _SPARE = 8
@@ -36,8 +36,16 @@ _SMALLEST = 1e-9
 class RowStream:
     """Endless random passes over the rows of one source."""
 
-    def __init__(self, seed: int, code: int, rows: NDArray[np.int32], lengths: NDArray[np.integer]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        code: int,
+        rows: NDArray[np.int32],
+        lengths: NDArray[np.integer],
+        windows: Windows | None = None,
+    ) -> None:
         """Begin with the first pass over `rows`; `lengths` [R] are tokens of every row of the caches."""
+        self._windows = windows
         self._seed, self._code, self._rows, self._lengths = seed, code, rows, lengths
         self._pass_tokens = int(lengths[rows].sum(dtype=np.int64))
         self._next_pass = 0
@@ -50,7 +58,7 @@ class RowStream:
         if self._held < num_tokens:
             pieces = [self._waiting[self._start :]]
             while self._held < num_tokens:
-                pieces.append(source_pass(self._seed, self._code, self._next_pass, self._rows))
+                pieces.append(source_pass(self._seed, self._code, self._next_pass, self._rows, self._windows))
                 self._held += self._pass_tokens
                 self._next_pass += 1
             self._waiting, self._start = np.concatenate(pieces), 0
@@ -86,6 +94,7 @@ class RoundPlanner:
         max_length: int | None,
         too_long: str,
         eligible: NDArray[np.integer] | None,
+        windows: Windows | None = None,
     ) -> None:
         """Prepare the streams of the sources `codes`; the other arguments as in `order.plan_epoch`.
 
@@ -102,7 +111,7 @@ class RoundPlanner:
                 raise TrainingError(
                     f"the mixture asks for source number {code}, which has no row to train on; leave it out or add rows"
                 )
-        self._streams = {code: RowStream(seed, code, own, self._lengths) for code, own in members.items()}
+        self._streams = {code: RowStream(seed, code, own, self._lengths, windows) for code, own in members.items()}
         self._credit = dict.fromkeys(members, 0.0)
         self.tokens_per_source = {code: int(self._lengths[own].sum(dtype=np.int64)) for code, own in members.items()}
         """Tokens of one pass over each source."""
@@ -115,6 +124,8 @@ class RoundPlanner:
         digest = xxhash.xxh3_128(f"{seed} {pack_tokens} {self._limit} {sorted(codes)}".encode())
         digest.update(together.astype("<i4").tobytes())
         digest.update(self._lengths[together].astype("<i4").tobytes())
+        if windows is not None:
+            digest.update(f" windows {windows.size}".encode() + windows.parts[together].astype("<i4").tobytes())
         self.hash = digest.hexdigest()
         """xxh3-128 of everything that the rounds depend on beside their shares, in hex."""
 

@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.recipe.recipe import Stage
-from student_train.order.order import EpochPlan, length_limit, plan_epoch
+from student_train.order.order import EpochPlan, Windows, length_limit, plan_epoch
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +64,16 @@ class StagePlan:
 
     def rows_of(self, index: int) -> NDArray[np.int32]:
         """Return the row indices of the stage's pack `index`."""
+        epoch, pack = self.place_of(index)
+        return self.epochs[epoch].pack(pack)
+
+    def place_of(self, index: int) -> tuple[int, int]:
+        """Return the epoch, or round, of the stage's pack `index`, and the pack's number in it."""
         if not 0 <= index < self.num_packs:
             raise IndexError(f"pack {index} of {self.num_packs}")
         epoch = bisect_right(self._ends, index)
         assert epoch < len(self.epochs), f"pack {index} is read before its round is planned"
-        return self.epochs[epoch].pack(index - (self._ends[epoch - 1] if epoch else 0))
+        return epoch, index - (self._ends[epoch - 1] if epoch else 0)
 
     def epoch_at(self, num_steps: int) -> float:
         """Return how many epochs `num_steps` steps cover."""
@@ -101,6 +106,7 @@ def plan_stage(
     mixture: Mapping[int, float] | None,
     eligible: NDArray[np.integer] | None,
     num_devices: int = 1,
+    windows: Windows | None = None,
 ) -> StagePlan:
     """Plan as many epochs as `max_steps` or `num_train_epochs` of the stage needs.
 
@@ -112,6 +118,7 @@ def plan_stage(
         mixture: share per source code, or None.
         eligible: rows that are not held out, or None for all.
         num_devices: processes that train together.
+        windows: windows of parts that rows are taken from, or None.
 
     Raises:
         TrainingError: nothing is left to train on, or a row is too long and must not be.
@@ -132,6 +139,7 @@ def plan_stage(
             stage.max_length,
             stage.too_long,
             eligible=eligible,
+            windows=windows,
         )
         part = 1.0 if wanted_packs is not None else min(1.0, trainer.num_train_epochs - len(epochs))
         num_packs += math.ceil(part * epoch.num_packs)

@@ -23,6 +23,7 @@ from shared.models.load_report import loading
 from shared.recipe.base import Section
 from shared.recipe.losses import without_foreign_defaults
 from shared.recipe.recipe import Student
+from student_train.stage.stage_order import windows_of
 from student_train.stage.stage_work import StageWork
 
 IDENTITY_FILE = "identity.json"
@@ -50,6 +51,7 @@ def stage_identity(work: StageWork, *, only_moved: bool = False) -> dict[str, An
         "evaluate": True,
         "sampling": True,
         "balance": True,
+        "window_parts": True,
         "trainer": set(_WITHOUT_EFFECT),
     }
 
@@ -65,6 +67,9 @@ def stage_identity(work: StageWork, *, only_moved: bool = False) -> dict[str, An
     course: dict[str, Any] = {}
     if work.run is not None:
         course["run"] = {"steps_before": work.run.before, "steps": work.run.total}
+    windows = windows_of(work.stage, work.caches)
+    if windows is not None:
+        course["window_parts"] = windows.size
     if work.stage.balance.kind != "fixed":
         course["balance"] = said(work.stage.balance)
     if work.stage.sampling is not None:

@@ -20,13 +20,16 @@ from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import hidden_reads, needs_teacher
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.order.evaluation_sampling import EvaluationSampling
-from student_train.order.order import length_limit
+from student_train.order.order import Windows, length_limit
 from student_train.order.round_order import RoundPlanner
 from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled
 from student_train.order.schedules import RunSteps
 from student_train.order.stage_plan import StagePlan, plan_stage
 from student_train.records.processes import num_processes
 from student_train.stage.student_length import within_positions
+
+REMOTE_WINDOW_PARTS = 8
+"""Parts of a window where a cache is read from a URL and the stage says nothing."""
 
 
 def stage_seed(recipe: Recipe, stage: Stage) -> int:
@@ -89,7 +92,16 @@ def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | 
     if not _moves(stage):
         shares = None if mixture is None else {code: share.value(0.0) for code, share in mixture.items()}
         eligible = caches.training_rows(recipe.heldout.fraction)
-        return plan_stage(stage, seed, caches.num_tokens, caches.sources, shares, eligible, num_devices=num_processes())
+        return plan_stage(
+            stage,
+            seed,
+            caches.num_tokens,
+            caches.sources,
+            shares,
+            eligible,
+            num_devices=num_processes(),
+            windows=windows_of(stage, caches),
+        )
     planner = _planner(recipe, stage, caches)
     size = StageSize.of(stage, planner.packs_per_epoch, num_processes())
     limit = length_limit(trainer.pack_tokens, stage.max_length)
@@ -108,6 +120,12 @@ def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | 
         every_steps=_every_steps(stage, stage.sampling),
         settings=stage.sampling.model_dump_json(exclude=unmoved(stage.sampling, Sampling.NAMES_THE_PLAN)),
     )
+
+
+def windows_of(stage: Stage, caches: CacheList) -> Windows | None:
+    """Return the windows of parts that a stage's rows are taken from; None where all are shuffled together."""
+    size = stage.window_parts or (REMOTE_WINDOW_PARTS if caches.is_remote else None)
+    return None if size is None else Windows(caches.part_numbers, size)
 
 
 def _readable(recipe: Recipe, stage: Stage, caches: CacheList) -> Stage:
@@ -171,4 +189,5 @@ def _planner(recipe: Recipe, stage: Stage, caches: CacheList) -> RoundPlanner:
         stage.max_length,
         stage.too_long,
         eligible,
+        windows_of(stage, caches),
     )

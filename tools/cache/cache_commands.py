@@ -17,11 +17,13 @@ from typing import Any
 from shared.cache.cache import Cache, collect_garbage, verify_cache
 from shared.cache.drop import carry_out, drop_job, drop_layer, drop_source
 from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir
+from shared.cache.mirror import bring_if_remote
 from shared.cache.verify import parts_without_layer
 from shared.identity.hidden_layers import layer_name
 from shared.parts.jobs import list_jobs
 from shared.parts.part_stats import ENTROPY_BIN_NATS
 from shared.parts.records import list_records
+from shared.places import named, with_urls
 from shared.printable import printable
 from shared.progress import Progress
 from tools.cache.cache_show import row_document, row_text
@@ -47,11 +49,14 @@ def run_cache_command(args: argparse.Namespace) -> int:
         "translate": _translate,
         "audit": _audit,
     }
+    for path in (getattr(args, "cache", None), *getattr(args, "caches", ())):
+        if path is not None:
+            bring_if_remote(path)
     return commands[args.cache_command](args)
 
 
 def _print(args: argparse.Namespace, document: Any, text: str) -> None:
-    print(json.dumps(document, indent=2) if args.json else printable(text))
+    print(with_urls(json.dumps(document, indent=2) if args.json else printable(text)))
 
 
 def listing(path: Path) -> dict[str, Any]:
@@ -251,7 +256,7 @@ def _verify(args: argparse.Namespace) -> int:
     problems = []
     if not (args.cache / "cache.json").exists():
         read_header(args.cache)
-    for problem in verify_cache(args.cache):
+    for problem in map(with_urls, verify_cache(args.cache)):
         problems.append(problem)
         if not args.json:
             print(printable(problem), flush=True)
@@ -264,7 +269,7 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         found = listing(args.cache)
         layers = len(found["layers"]) + len(found["hidden"])
-        print(f"{args.cache}: {found['rows']:,} rows and {layers} layers are as they were committed")
+        print(f"{named(args.cache)}: {found['rows']:,} rows and {layers} layers are as they were committed")
         for name, count in silent.items():
             print(
                 f"{count:,} parts of {name} do not say which layer they are of: an earlier version of Decant wrote them"

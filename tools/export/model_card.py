@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from shared.places import named
 from shared.recipe.recipe import Loss, Recipe, Stage
 from shared.recipe.schedule import Schedule
 from tools.export.base_licence import base_facts
@@ -110,7 +111,7 @@ def _origin(
     if not caches:
         lines.append(
             "- cache: could not be read when this card was written; the recipe names "
-            + ", ".join(map(str, recipe.cache))
+            + ", ".join(map(named, recipe.cache))
         )
     lines.append(
         f"- weights: `{weights}`; stage `{_plain(stage.name)}` of run `{_plain(recipe.name)}`, seed {recipe.seed}"

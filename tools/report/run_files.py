@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
+from shared.places import named
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
 from tools.evaluate.results.results import heldout_layer
@@ -217,7 +218,7 @@ def _caches(recipe: Recipe | None, missing: list[str]) -> list[Cache]:
 
 
 def _layer(cache: Cache) -> dict[str, Any]:
-    return {"path": str(cache.path), "cache_id": cache.cache_id, **(cache.layer.to_json() if cache.layer else {})}
+    return {"path": named(cache.path), "cache_id": cache.cache_id, **(cache.layer.to_json() if cache.layer else {})}
 
 
 def _questions(recipe: Recipe | None, caches: Sequence[Cache]) -> dict[str, dict[str, int]]:

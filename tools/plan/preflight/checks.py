@@ -13,10 +13,11 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from shared.cache.mirror import bring_if_remote
 from shared.recipe.base import Problem
 from shared.recipe.file import Where, listed
 from shared.recipe.recipe import Recipe
-from tools.plan.preflight.preflight_asked import Asked
+from tools.plan.preflight.preflight_asked import Asked, said
 from tools.plan.preflight.preflight_evaluate import evaluation_problems
 from tools.plan.preflight.preflight_stages import stage_problems
 from tools.plan.preflight.preflight_student import student_problems
@@ -47,6 +48,12 @@ def preflight(recipe: Recipe, where: Where, phases: Collection[str], *, plans_on
             raise listed(problems.items(), where)
 
 
+def _records(asked: Asked) -> Iterator[Problem]:
+    """Fetch the records of caches that are named by a URL."""
+    for i, path in enumerate(asked.recipe.cache):
+        yield from said(("cache", i), lambda path=path: bring_if_remote(path))  # type: ignore[misc]
+
+
 def _places(asked: Asked) -> Iterator[Problem]:
     """Check that directories can be written to."""
     places: list[tuple[tuple[str | int, ...], Path]] = [(("output_dir",), asked.recipe.output_dir)]
@@ -66,6 +73,7 @@ def _places(asked: Asked) -> Iterator[Problem]:
 
 
 CHECKS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
+    ("any", _records),
     ("any", _places),
     ("teach", teacher_problems),
     ("teach", prompt_problems),

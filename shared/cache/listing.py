@@ -1,0 +1,60 @@
+"""`files.json`: size and checksum of every file of a cache, for servers that cannot list what they have.
+
+Written last by a push, so it names nothing that is not there. Cost: one entry of 100 bytes per file; small files are
+hashed, parts have their checksum from their records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared.cache.cache_names import is_part, rank_of
+from shared.parts.cache_files import hash_file
+from shared.parts.records import checked_model, parse_sealed, read_record, sealed_json
+from shared.remote.transfer import RemoteFile
+from shared.schema import FORMAT_VERSION
+
+
+class _Listed(BaseModel):
+    """What `files.json` says of a file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: int = Field(ge=0)
+    xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+def read_listing(data: bytes, where: str) -> dict[str, RemoteFile]:
+    """Return what `files.json` lists.
+
+    Raises:
+        DamagedError: it was altered.
+    """
+    document = parse_sealed(data, where, ("format", "files"))
+    for name, entry in dict(document.get("files", {})).items():
+        checked_model(_Listed, entry, f"{where}: {name[:60]}")
+    return {name: RemoteFile(entry["bytes"], entry["xxh3"]) for name, entry in document["files"].items()}
+
+
+def listing_of(path: Path, names: Iterable[str]) -> bytes:
+    """Return what `files.json` says of files of a cache on this machine.
+
+    Args:
+        path: the cache.
+        names: paths within it; a part is described by its record.
+
+    Raises:
+        DamagedError: a file cannot be read.
+    """
+    entries = {}
+    for name in sorted(name for name in names if rank_of(name) is not None):
+        if is_part(name):
+            record = read_record((path / name).with_suffix(".json"))
+            entries[name] = {"bytes": record.bytes, "xxh3": record.xxh3}
+        else:
+            xxh3, num_bytes = hash_file(path / name)
+            entries[name] = {"bytes": num_bytes, "xxh3": xxh3}
+    return sealed_json({"format": FORMAT_VERSION, "files": entries})

@@ -1,0 +1,120 @@
+"""Bring the small files of a cache behind a URL to its mirror: everything but the parts, which come when they are read.
+
+What is there is asked once per process; files that are new or changed are fetched, in parallel, and each JSON file is
+compared with its own checksum before it is kept, so nothing that was altered on the way or on the server stays. What
+was removed at the URL goes here too; what this machine made and has not pushed stays.
+Cost: one listing, one small request per new part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+from shared.atomic import fill_atomic, make_dir, write_atomic
+from shared.cache.cache_names import is_part, rank_of
+from shared.cache.listing import read_listing
+from shared.errors import CacheError, DamagedError
+from shared.parts.cache_files import read_bounded, read_json
+from shared.parts.records import json_bytes, parse_sealed
+from shared.places import origin_of
+from shared.remote.transfer import BLOCK_BYTES, LIST_FILE, PARALLEL, Remote, RemoteFile
+from shared.schema import MAX_JSON_BYTES, MAX_TOKENIZER_FILE_BYTES
+
+VERSIONS_FILE = "versions.json"
+"""In a mirror: the version of each small file as it was fetched or pushed."""
+
+
+def list_remote(remote: Remote) -> dict[str, RemoteFile]:
+    """Return the files of a cache at a URL by their path within it; what is no file of a cache is left out.
+
+    Raises:
+        CacheError: the place cannot be asked.
+    """
+    return {name: file for name, file in remote.list_files(read_listing).items() if rank_of(name) is not None}
+
+
+@functools.cache
+def _bring_once(path: Path) -> None:
+    bring(path)
+
+
+def bring_if_remote(path: Path) -> None:
+    """Bring a mirror up to date, once per process; do nothing where a path is no mirror."""
+    if origin_of(path) is not None:
+        _bring_once(path)
+
+
+def bring(path: Path) -> None:
+    """Bring a mirror up to date with its URL.
+
+    Raises:
+        CacheError: nothing can be asked or fetched, or a part that this machine made is another one there.
+        DamagedError: a file at the URL is not what was written.
+    """
+    origin = origin_of(path)
+    assert origin is not None, f"{path} mirrors nothing"
+    remote = Remote(origin)
+    listed = {name: file for name, file in list_remote(remote).items() if not is_part(name)}
+    known = read_versions(path)
+    if not listed and not known and not path.exists():
+        return
+    new = [name for name, file in listed.items() if known.get(name) != file.version or not (path / name).is_file()]
+    for name in known.keys() - listed.keys():
+        (path / name).unlink(missing_ok=True)
+    for folder in {(path / name).parent for name in new}:
+        make_dir(folder)
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(lambda name: _fetch(remote, path, name, listed[name], name in known), sorted(new)))
+    write_versions(path, {name: file.version for name, file in listed.items()})
+
+
+def _fetch(remote: Remote, path: Path, name: str, listed: RemoteFile, replaces: bool) -> None:
+    """Fetch one small file; it is kept only where it fits its own checksum, and the list's where that has one."""
+    where, target, size = f"{remote.url}/{name}", path / name, listed.size
+    if name.startswith("jobs/"):
+        fill_atomic(target, lambda file: _copy(remote, name, size, file), "mirror", size)
+        return
+    most = MAX_TOKENIZER_FILE_BYTES if name.startswith("tokenizer/") else MAX_JSON_BYTES
+    if size > most:
+        raise DamagedError(f"{where} has {size:,} bytes where at most {most:,} are expected")
+    try:
+        data = remote.read(name)
+    except FileNotFoundError:
+        raise CacheError(f"{where} went while it was fetched; run the same command again") from None
+    if name.endswith(".json") and not name.startswith("tokenizer/"):
+        parse_sealed(data, where)
+    if remote.lists_in_file and xxhash.xxh3_128_hexdigest(data) != listed.version:
+        raise DamagedError(f"{where} is not what {remote.url}/{LIST_FILE} lists; push the cache there again")
+    own = not replaces and target.with_suffix(".arrow").is_file() and target.is_file()
+    if own and read_bounded(target, MAX_JSON_BYTES) != data:
+        raise CacheError(
+            f"{where} is another part than this machine made in {path}; two builds went on apart: remove that "
+            "directory to go on from what is there"
+        )
+    write_atomic(target, data, "mirror")
+
+
+def _copy(remote: Remote, name: str, size: int, file: BinaryIO) -> None:
+    for start in range(0, size, BLOCK_BYTES):
+        file.write(remote.read_range(name, start, min(start + BLOCK_BYTES, size)))
+
+
+def read_versions(path: Path) -> dict[str, str]:
+    """Return the versions of a mirror's files that came from its URL or are there already."""
+    try:
+        found: Mapping[str, Any] = read_json(path / VERSIONS_FILE) if (path / VERSIONS_FILE).exists() else {}
+    except DamagedError:  # of this machine alone: what it says is asked again
+        found = {}
+    return {name: str(version) for name, version in found.items() if rank_of(name) is not None}
+
+
+def write_versions(path: Path, versions: Mapping[str, str]) -> None:
+    """Keep the versions of a mirror's files."""
+    make_dir(path)
+    write_atomic(path / VERSIONS_FILE, json_bytes(dict(versions)), "mirror")

@@ -1,0 +1,191 @@
+"""Fetched parts on this machine: each once, named by its checksum, all together within a bound.
+
+A part is written to `XXH3.SIZE.partial`, whose writer holds a lock that ends with its process: who comes second waits
+and finds the part, who follows a killed one goes on where it stopped. Only a file of the right size and checksum gets
+the name `XXH3.arrow`, by rename. Before a part comes, those that nobody opened for the longest go; whoever has one
+mapped keeps reading it. A part's checksum is compared once per process, so a disk that forgets is noticed and the part
+fetched again. Cost: one pass of the checksum over a part as it comes, one at its first use in a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from shared.atomic import make_dir
+from shared.errors import CacheError, DamagedError, UsageError
+from shared.places import store_dir
+from shared.remote.transfer import BLOCK_BYTES
+
+BOUND_VARIABLE = "DECANT_STORE_GB"
+"""Gigabytes (powers of ten) of fetched parts that this machine keeps."""
+DEFAULT_GB = 20.0
+_PARTIAL = re.compile(r"([0-9a-f]{32})\.([0-9]+)\.partial")
+_PIECE_BYTES = 2**20
+
+Read = Callable[[int, int], bytes]
+"""Returns bytes [start, end) of the part."""
+
+_checked: set[Path] = set()
+"""Parts whose checksum this process has compared."""
+
+
+def bound_bytes() -> int:
+    """Return how many bytes of fetched parts are kept.
+
+    Raises:
+        UsageError: the variable is no number above 0.
+    """
+    text = os.environ.get(BOUND_VARIABLE, str(DEFAULT_GB))
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < 1e9:
+        raise UsageError(f"{BOUND_VARIABLE} is {text[:40]!r}; expected gigabytes, such as {DEFAULT_GB:g}")
+    return int(found * 1e9)
+
+
+def parts_dir() -> Path:
+    """Return the directory of fetched parts."""
+    return store_dir() / "parts"
+
+
+def fetch_part(where: str, num_bytes: int, xxh3: str, read: Read) -> Path:
+    """Return the file of a part, fetching it first where it is not here.
+
+    Args:
+        where: its URL, for messages.
+        num_bytes: its size, from its record.
+        xxh3: xxh3-128 in hexadecimal, from its record.
+        read: reads a range of it.
+
+    Raises:
+        DamagedError: what came is not what the record says.
+        CacheError: it does not fit the bound, cannot be fetched or cannot be kept.
+    """
+    if num_bytes > bound_bytes():
+        raise CacheError(
+            f"{where} has {num_bytes:,} bytes where {BOUND_VARIABLE} keeps {bound_bytes():,}; raise it above that"
+        )
+    path = parts_dir() / f"{xxh3}.arrow"
+    partial = path.with_name(f"{xxh3}.{num_bytes}.partial")
+    make_dir(path.parent)
+    while not _is_here(path, num_bytes, xxh3):
+        with _claimed(partial) as file:
+            if file is not None and not path.exists():
+                _make_room(partial)
+                try:
+                    _fill(file, where, num_bytes, xxh3, read)
+                except DamagedError:
+                    partial.unlink(missing_ok=True)
+                    raise
+                partial.replace(path)
+                _checked.add(path)
+    return path
+
+
+def _is_here(path: Path, num_bytes: int, xxh3: str) -> bool:
+    """Tell whether a part is here and whole, and note that it is in use; take a damaged one away."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == num_bytes and (path in _checked or _hash(file) == xxh3):
+                _checked.add(path)
+                os.utime(path)
+                return True
+        path.unlink(missing_ok=True)
+        _checked.discard(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}; check the disk of the store") from None
+    return False
+
+
+def _hash(file: BinaryIO) -> str:
+    digest = xxhash.xxh3_128()
+    while piece := file.read(_PIECE_BYTES):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _claimed(partial: Path) -> Iterator[BinaryIO | None]:
+    """Yield the partial file once no other process writes it; None where it went meanwhile."""
+    try:
+        with partial.open("a+b") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            same = partial.exists() and partial.stat().st_ino == os.fstat(file.fileno()).st_ino
+            yield file if same else None
+    except OSError as error:
+        raise CacheError(
+            f"{partial} cannot be written: {error.strerror or error}; name a disk with space and locks in DECANT_STORE"
+        ) from None
+
+
+def _fill(file: BinaryIO, where: str, num_bytes: int, xxh3: str, read: Read) -> None:
+    """Write what is missing of a part and compare the whole; what a killed writer left counts only if it fits."""
+    for resumed in (True, False):
+        file.seek(0)
+        digest = xxhash.xxh3_128()
+        if resumed:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+        start = file.tell()
+        if not resumed or start > num_bytes:
+            file.truncate(0)
+            digest, start = xxhash.xxh3_128(), 0
+        begun = start
+        while start < num_bytes:
+            data = read(start, min(start + BLOCK_BYTES, num_bytes))
+            file.write(data)
+            digest.update(data)
+            start += len(data)
+        file.flush()
+        if digest.hexdigest() == xxh3:
+            return
+        if not begun:
+            break
+    raise DamagedError(
+        f"{where} has checksum {digest.hexdigest()} where its record says {xxh3}; it was altered after it was "
+        "committed: nothing of it is used; restore it from a copy, or push it again"
+    )
+
+
+def _make_room(own: Path) -> None:
+    """Remove the parts that were used the longest ago until one more fits, counting those that others fetch."""
+    found = []
+    with os.scandir(own.parent) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat()
+                reserved = _PARTIAL.fullmatch(entry.name)
+                size = int(reserved[2]) if reserved else status.st_size
+                found.append((status.st_mtime, size, Path(entry.path)))
+    total, bound = sum(size for _, size, _ in found), bound_bytes()
+    for _, size, path in sorted(found):
+        if total <= bound:
+            return
+        if path != own and _removed(path):
+            total -= size
+
+
+def _removed(path: Path) -> bool:
+    """Remove a part, or a partial file whose writer is gone; False where one is being written."""
+    if path.suffix == ".arrow":
+        path.unlink(missing_ok=True)
+        return True
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            return True
+    except OSError:
+        return False

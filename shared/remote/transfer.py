@@ -1,0 +1,180 @@
+"""Files below one URL: list, read, read a range, write; what breaks off is repeated.
+
+Schemes are fsspec's: s3 through s3fs, gs through gcsfs, hf through huggingface_hub, https and http plainly. A plain
+server lists nothing, so there `files.json`, which `decant cache push` writes, says what is there. Credentials are
+those that these libraries find by themselves; no message shows a query, where some servers put signatures.
+Cost: one request per listing of a thousand files, one per small file, one per `BLOCK_BYTES` of a part.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from shared.errors import CacheError, DamagedError, DecantError, first_line
+
+BLOCK_BYTES = 2**23
+"""Bytes of one ranged request: large beside its latency, small beside memory."""
+LIST_FILE = "files.json"
+"""What is below a URL, where a server cannot tell."""
+MOST_ATTEMPTS = 8
+PARALLEL = 16
+"""Transfers at the same time."""
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 20.0
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "https": "aiohttp", "http": "aiohttp"}
+_WAIT_AND_TRY = (408, 425, 429)
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, DecantError)
+_FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ParamValidationError")
+_QUERY = re.compile(r"\?[^\s'\")>]*")
+
+Result = TypeVar("Result")
+
+
+class RemoteFile(NamedTuple):
+    """What a listing says about a file."""
+
+    size: int
+    version: str
+    """Changes when the file does: an entity tag, a hash or a time."""
+
+
+class Remote:
+    """Files below one URL; threads may share it."""
+
+    def __init__(self, url: str) -> None:
+        """Name a place; nothing is asked yet."""
+        self.url = url.rstrip("/")
+        self.scheme = urlsplit(url).scheme
+        self.lists_in_file = self.scheme in ("http", "https")
+
+    def list_files(self, listed: Callable[[bytes, str], Mapping[str, RemoteFile]]) -> dict[str, RemoteFile]:
+        """Return size and version of every file below, by its path relative to the URL; none where nothing is there.
+
+        Args:
+            listed: reads the content of `files.json`, called with bytes and URL, where the server lists nothing.
+
+        Raises:
+            CacheError: the place cannot be asked.
+        """
+        if self.lists_in_file:
+            try:
+                return dict(listed(self.read(LIST_FILE), f"{self.url}/{LIST_FILE}"))
+            except FileNotFoundError:
+                return {}
+        files = self._files()
+        try:
+            found = self._tried("listed", lambda: _listing(files, self._path("")))
+        except FileNotFoundError:
+            return {}
+        root = files._strip_protocol(self.url).rstrip("/") + "/"
+        return {name.removeprefix(root): RemoteFile(int(e["size"]), _version(e)) for name, e in found.items()}
+
+    def read(self, name: str) -> bytes:
+        """Return a small file's bytes.
+
+        Raises:
+            CacheError: it cannot be read.
+            FileNotFoundError: it is not there.
+        """
+        return self._tried(name, lambda: bytes(self._files().cat_file(self._path(name))))
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Return bytes [start, end) of a file; errors as for `read`, and for fewer bytes than asked for."""
+
+        def attempt() -> bytes:
+            data = bytes(self._files().cat_file(self._path(name), start=start, end=end))
+            if len(data) > end - start and len(data) >= end:  # a server that knows no ranges sent all of it
+                data = data[start:end]
+            if len(data) != end - start:
+                raise ConnectionError(f"{len(data):,} of {end - start:,} bytes came")
+            return data
+
+        return self._tried(name, attempt)
+
+    def write(self, name: str, source: Path | bytes) -> None:
+        """Write a file whole.
+
+        Raises:
+            CacheError: it cannot be written.
+        """
+        files = self._files()
+        if isinstance(source, bytes):
+            self._tried(name, lambda: files.pipe_file(self._path(name), source))
+        else:
+            self._tried(name, lambda: files.put_file(str(source), self._path(name)))
+
+    def _path(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def _files(self) -> Any:
+        return _filesystem(self.scheme, os.getpid())
+
+    def _tried(self, what: str, attempt: Callable[[], Result]) -> Result:
+        """Repeat an attempt while it may pass; name the place in what it raises at last."""
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+        waits = wait_exponential_jitter(multiplier=_FIRST_WAIT_SECONDS, max=_LONGEST_WAIT_SECONDS)
+        repeated = Retrying(
+            stop=stop_after_attempt(MOST_ATTEMPTS), wait=waits, retry=retry_if_exception(_may_pass), reraise=True
+        )
+        try:
+            return repeated(attempt)
+        except (FileNotFoundError, DecantError):
+            raise
+        except Exception as error:  # noqa: BLE001 - every backend raises kinds of its own; each becomes one sentence
+            said = _QUERY.sub("?...", first_line(error))[:300]
+            tries = f" in {MOST_ATTEMPTS} attempts" if _may_pass(error) else ""
+            where = self.url if what == "listed" else f"{self.url}/{what}"
+            raise CacheError(
+                f"{where} cannot be reached{tries} ({type(error).__name__}: {said}); check the URL, the network and "
+                "the credentials of that scheme"
+            ) from None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Tell whether the same request may succeed a moment later."""
+    if isinstance(error, _FINAL) or type(error).__name__ in _FINAL_NAMES:
+        return False
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in _WAIT_AND_TRY
+    return isinstance(error, Exception)
+
+
+@lru_cache(maxsize=8)
+def _filesystem(scheme: str, pid: int) -> Any:
+    """Return fsspec's file system of a scheme, one per process: connections do not survive a fork.
+
+    Raises:
+        CacheError: a package is missing.
+    """
+    try:
+        import fsspec
+        import tenacity  # noqa: F401 - said together with the others
+
+        options = {"client_kwargs": {"trust_env": True}} if scheme in ("http", "https") else {}
+        return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+    except ImportError as error:
+        package = _PACKAGES[scheme]
+        extra = "pip install gcsfs" if scheme == "gs" else "pip install 'decant-kd[remote]'"
+        raise CacheError(
+            f"{scheme}:// needs the package {package}, which cannot be imported ({error}); install it with {extra}"
+        ) from None
+
+
+def _listing(files: Any, path: str) -> dict[str, Any]:
+    files.invalidate_cache()
+    found: dict[str, Any] = files.find(path, detail=True)
+    return found
+
+
+def _version(entry: Mapping[str, Any]) -> str:
+    for name in ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime"):
+        if entry.get(name):
+            return str(entry[name]).strip('"')
+    raise DamagedError(f"the listing of {entry.get('name')} tells neither a tag nor a time; it cannot be followed")

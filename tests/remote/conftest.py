@@ -1,0 +1,44 @@
+import shutil
+
+import pytest
+
+from shared.cache import mirror
+from shared.cache.listing import listing_of
+from shared.remote import part_store, transfer
+from tests.remote.loopback import KEYS, WebServer, serving
+from tests.shared.small_cache import build
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory):
+    """A cache of 10 parts."""
+    path = tmp_path_factory.mktemp("remote") / "cache"
+    build(path, 0, 40)
+    return path
+
+
+@pytest.fixture
+def new_store(tmp_path, monkeypatch):
+    """A machine that has fetched nothing, and keys for S3."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DECANT_STORE_GB", raising=False)
+
+    def make(name: str = "store"):
+        monkeypatch.setenv("DECANT_STORE", str(tmp_path / name))
+        mirror._bring_once.cache_clear()
+        part_store._checked.clear()
+        transfer._filesystem.cache_clear()
+
+    make()
+    return make
+
+
+@pytest.fixture
+def web(new_store, local, tmp_path):
+    """A web server that holds the cache at its `url`."""
+    shutil.copytree(local, tmp_path / "served")
+    names = [str(file.relative_to(local)) for file in local.rglob("*") if file.is_file()]
+    (tmp_path / "served" / "files.json").write_bytes(listing_of(local, names))
+    with serving(WebServer(tmp_path / "served")) as server:
+        yield server
