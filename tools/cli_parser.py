@@ -138,9 +138,9 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     }
     for name, text in texts.items():
         sub = command(name, text, within=within)
-        kind = Path if name in ("gc", "drop") else _place
+        kind = _directory if name in ("gc", "drop") else _place
         sub.add_argument(
-            "cache", type=kind, metavar="CACHE", help=f"directory{'' if kind is Path else ' or URL'} of the cache"
+            "cache", type=kind, metavar="CACHE", help=f"directory{' or URL' if kind is _place else ''} of the cache"
         )
         if name in ("show", "stats"):
             sub.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
@@ -274,6 +274,14 @@ def _place(text: str) -> Path:
         return place_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _directory(text: str) -> Path:
+    from shared.places import is_url
+
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is a URL where a directory of this machine is expected")
+    return Path(text)
 
 
 def _partition(text: str) -> tuple[int, int]:
