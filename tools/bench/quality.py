@@ -4,7 +4,7 @@ The teacher answers and scores once; each seed trains the same stages (another o
 and is evaluated on the same held-out rows and tasks. Differences are paired by seed: what two arms of one seed share
 (its start, its order) falls out of them. Tables show means over seeds with 95 % intervals of Student's t.
 Whatever is finished is used again, so that a run may be cut short and continued, or extended by seeds and arms.
-Cost: a minute or two of a core per arm and seed, half of it for answers to 1,600 questions.
+Cost: a minute or two of a core per arm and seed, half of it for answers to 800 questions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAIRS = (
     *((arm, control) for arm in ("one", "two", "four") for control in ("kd", "more", "fresh")),
 )
 """Arm and control of each difference."""
-NUM_FRESH = {"math": 240, "code": 240, "aiops": 240, "copy": 80}
+NUM_FRESH = {"math": 120, "code": 120, "aiops": 120, "copy": 40}
 """Prompts beyond the demo's, which the arms `fresh` and those with rounds share."""
 STUDENT_T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Two-sided 95 % quantile of Student's t by number of seeds."""

@@ -44,4 +44,4 @@ def batches(
     """
     sources = {domain: stream(domain, seed, unsure) for domain in DOMAINS}
     while True:
-        yield [encode(tokenizer, list(islice(sources[domain], rows[domain]))) for domain in DOMAINS]
+        yield [encode(tokenizer, list(islice(sources[domain], rows[domain]))) for domain in DOMAINS if rows[domain]]

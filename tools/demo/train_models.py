@@ -3,10 +3,10 @@
 Both are Qwen3 models with tied embeddings. The teacher first learns from right answers until it solves the test splits,
 then from unsure ones (`tools/demo/example.py`), so that it ends calibrated: mostly right where it is greedy, and wrong
 in a sampled answer about as often as they are. The student, more than four times smaller, gets a short start on right
-answers only, so that there is something left to distil. AdamW, linear warm-up, cosine decay, float32, cross-entropy on
-the answers and a little on the prompts. Everything is seeded; bitwise equality across machines is not promised, because
-kernels differ.
-Cost on one free core with AVX2: about 50 and 9 minutes for the teacher's two phases, 9 for the student.
+answers only, without diagnoses in the end, so that there is something left to distil. AdamW, linear warm-up, cosine
+decay, float32, cross-entropy on the answers and a little on the prompts. Everything is seeded; bitwise equality across
+machines is not promised, because kernels differ.
+Cost on one free core with AVX2: about 50 and 9 minutes for the teacher's two phases, 5 for the student.
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ from tools.demo.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Part of a training, with fresh optimizer and learning-rate course; rows are examples per step and domain."""
+
+    steps: int
+    rows: dict[str, int]
+    unsure: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Shape of one model and the course of its training: `steps` on right answers, then `unsure_steps`; rows are
-    examples per step and domain.
-    """
+    """Shape of one model and the phases of its training."""
 
     hidden_size: int
     num_layers: int
@@ -41,9 +48,7 @@ class Plan:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    steps: int
-    unsure_steps: int
-    rows: dict[str, int]
+    phases: tuple[Phase, ...]
     learning_rate: float
     warmup_steps: int
     seed: int
@@ -52,9 +57,13 @@ class Plan:
 PROMPT_WEIGHT = 0.2  # of the prompts' own tokens: names repeat there, which teaches copying early
 EMBEDDING_STD = 0.08
 EMBEDDING_RATE = 0.3  # of the plan's rate
+RIGHT = Phase(1800, {"math": 16, "code": 6, "aiops": 8, "copy": 0})
+UNSURE = Phase(360, {"math": 12, "code": 6, "aiops": 6, "copy": 4}, unsure=True)
+SHORT = Phase(400, {"math": 26, "code": 8, "aiops": 3, "copy": 0})
+COPYING = Phase(300, {"math": 6, "code": 3, "aiops": 0, "copy": 12})
 PLANS = {
-    "teacher": Plan(192, 5, 512, 6, 3, 32, 1800, 360, {"math": 12, "code": 6, "aiops": 6, "copy": 4}, 1e-3, 40, 11),
-    "student": Plan(96, 3, 224, 3, 1, 32, 900, 0, {"math": 20, "code": 6, "aiops": 4, "copy": 6}, 3e-3, 50, 12),
+    "teacher": Plan(192, 5, 512, 6, 3, 32, (RIGHT, UNSURE), 1e-3, 40, 11),
+    "student": Plan(96, 3, 224, 3, 1, 32, (SHORT, COPYING), 1e-3, 40, 12),
 }
 
 
@@ -118,28 +127,24 @@ def make_optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
 
 
 def train(plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int, start: Path | None = None) -> Any:
-    """Train one model on right and then on unsure answers, or on the latter alone from the model in `start`; returns
-    it.
-    """
+    """Train one model through all phases, or through the last alone from the model in `start`; returns it."""
     if start is None:
         model = new_model(plan, tokenizer)
-        train_on(model, plan, tokenizer, folder, evaluate_every, unsure=False)
     else:
         model = load_causal_lm(start, what="the model", trust_remote_code=False, dtype=torch.float32).train()
         model.set_attn_implementation("eager")
     print(f"{sum(weight.numel() for weight in model.parameters())} parameters", flush=True)
-    if plan.unsure_steps:
-        train_on(model, plan, tokenizer, folder, evaluate_every, unsure=True)
+    for number in range(len(plan.phases)) if start is None else [len(plan.phases) - 1]:
+        train_phase(model, plan, number, tokenizer, folder, evaluate_every)
     return model
 
 
-def train_on(model: Any, plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int, unsure: bool) -> None:
-    """Train on one kind of answers with fresh optimizers, print loss, speed and task scores, and save a checkpoint at
-    every evaluation.
-    """
-    optimizer, steps = make_optimizer(model, plan), plan.unsure_steps if unsure else plan.steps
+def train_phase(model: Any, plan: Plan, number: int, tokenizer: Any, folder: Path, evaluate_every: int) -> None:
+    """Train one phase, print loss, speed and task scores, and save a checkpoint at every evaluation."""
+    phase, optimizer = plan.phases[number], make_optimizer(model, plan)
+    steps = phase.steps
     begin, num_tokens, loss_sum, num_answers = time.process_time(), 0, 0.0, 0
-    fresh = batches(tokenizer, plan.seed + unsure, plan.rows, unsure)
+    fresh = batches(tokenizer, plan.seed + number, phase.rows, phase.unsure)
     for step, blocks in zip(range(1, steps + 1), fresh, strict=False):
         total = sum(int((labels != IGNORED).sum()) for _, labels in blocks)
         for ids, labels in blocks:
@@ -185,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--only", choices=sorted(PLANS), help="train one model")
-    parser.add_argument("--start", type=Path, help="directory of a model to train on unsure answers alone")
+    parser.add_argument("--start", type=Path, help="directory of a model that only lacks its last phase")
     parser.add_argument("--tokenizer", type=Path, help="directory of a tokenizer to keep; left out: a new one")
     parser.add_argument("--evaluate-every", type=int, default=500, help="steps between evaluations and checkpoints")
     parser.add_argument("--threads", type=int, default=1, help="more than one only pays on an idle machine")
