@@ -86,7 +86,7 @@ def hidden_layer_of(recipe: Recipe, path: Path) -> str | bool:
 
 
 def _same_capture(identity: LayerIdentity, recipe: Recipe) -> bool:
-    names = ("mode", "k", "draws", "mass", "temperatures", "gap_step")
+    names = ("mode", "k", "draws", "mass", "temperatures", "gap_step", "label")
     return all(getattr(identity, name) == getattr(recipe.capture, name) for name in names)
 
 
@@ -97,4 +97,4 @@ def _richness(layer: Layer) -> tuple[object, ...]:
 
 def without_capture(identity: LayerIdentity) -> LayerIdentity:
     """Return what layers of one teacher share; one whose draws have the older key serves too and keeps it."""
-    return replace(identity, k=0, mass=1.0, temperatures=(1.0,), draw_key="context")
+    return replace(identity, k=0, mass=1.0, temperatures=(1.0,), draw_key="context", label="apart")

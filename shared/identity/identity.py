@@ -87,6 +87,9 @@ class LayerIdentity:
     all, and then the head is known up to a factor."""
     labels: Literal["all", "head"] = grown("all")
     """Labels whose log-probability is known; `head`: only those in the head, and -inf stands for not known."""
+    label: Literal["apart", "head"] = grown("apart")
+    """Whether the token that follows is an entry of the head where it would be outside of it; then a head has up to
+    k + 1 entries."""
 
     @property
     def hash8(self) -> str:
@@ -109,7 +112,8 @@ class LayerIdentity:
         if self.mode not in ("top", "sample", "top+sample") or not 0 < self.mass <= 1:
             raise DamagedError(f"the layer's identity is impossible: mode {self.mode[:40]!r} with mass {self.mass}")
         try:
-            return Codec(self.gap_step, self.temperatures, self.draws, self.vocab_size, self.k)
+            most = self.k + (self.label == "head")
+            return Codec(self.gap_step, self.temperatures, self.draws, self.vocab_size, most)
         except ValueError as error:
             raise DamagedError(f"the layer's identity is impossible: {error}") from None
 

@@ -58,6 +58,11 @@ class Captured(Protocol):
         """Quantisation step in nats."""
         ...
 
+    @property
+    def label(self) -> str:
+        """Either apart, or head where the token that follows is always in the head."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Narrowing:
@@ -87,8 +92,11 @@ class LayerView:
 
 def holds(found: Captured, wanted: Captured) -> bool:
     """Tell whether a layer's targets hold those of a capture by the same teacher."""
-    if (found.mode, found.draws, found.gap_step) != (wanted.mode, wanted.draws, wanted.gap_step):
+    fixed = [(each.mode, each.draws, each.gap_step, each.label) for each in (found, wanted)]
+    if fixed[0] != fixed[1]:
         return False
+    if found.label == "head" and narrowing_to(found, wanted) is not None:
+        return False  # where a head is cut, a label that belonged to it would be cut as well
     if not set(wanted.temperatures) <= set(found.temperatures):
         return False
     if wanted.mode == "top":
@@ -107,7 +115,7 @@ def narrowing_to(found: Captured, wanted: Captured) -> Narrowing | None:
 def can_narrow(found: Captured, narrowing: Narrowing) -> bool:
     """Tell whether a layer holds the heads that a narrowing keeps."""
     within = narrowing.k <= found.k and narrowing.mass <= found.mass
-    return found.mode == "top" and within and narrowing.cut_temperature in found.temperatures
+    return found.mode == "top" and found.label == "apart" and within and narrowing.cut_temperature in found.temperatures
 
 
 def narrow(targets: SparseTargets, narrowing: Narrowing) -> SparseTargets:

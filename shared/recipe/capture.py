@@ -40,6 +40,9 @@ class Capture(Section):
     """Temperatures at which the mass of the rest is stored exactly; 1 is always among them."""
     gap_step: Annotated[Number, Field(ge=MIN_GAP_STEP, le=MAX_GAP_STEP)] = 0.0625
     """Quantisation step of log-probabilities, in nats."""
+    label: Literal["apart", "head"] = "apart"
+    """Where the log-probability of the token that follows is kept: apart alone, or also in the head where it would be
+    outside of it, as `reverse_kl`, `skew_reverse_kl` and `jsd` need it on the student's own answers."""
     hidden: HiddenCapture | None = None
     """A hidden layer beside the targets: states, a pooled state or attention of the teacher; left out: none."""
 
@@ -63,6 +66,9 @@ class Capture(Section):
             )
         if self.mode == "top" and self.draws:
             problems.append((("draws",), f"mode 'top' draws nothing, so draws: {self.draws} needs mode 'top+sample'"))
+        if self.label == "head" and (self.mode == "sample" or self.k == MAX_K):
+            why = "mode 'sample' keeps no head" if self.mode == "sample" else f"k of {MAX_K} leaves no room"
+            problems.append((("label",), f"{why}, so the label cannot be in it; leave it out"))
         if self.mode == "sample" and self.k:
             problems.append((("k",), f"mode 'sample' keeps no exact tokens, so k: {self.k} needs mode 'top+sample'"))
         if self.mode == "sample" and self.mass != 1.0:

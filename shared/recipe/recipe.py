@@ -38,7 +38,7 @@ from shared.recipe.hidden import AttentionCapture, HiddenCapture
 from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
 from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.prompts import PromptSource
-from shared.recipe.rounds import Guards, Rounds
+from shared.recipe.rounds import LABEL_LOSSES, Guards, Rounds
 from shared.recipe.schedule import Schedule
 from shared.recipe.teacher import Teacher, Workers
 from shared.recipe.training import Adapter, Stage, StageTrainer, Student
@@ -245,6 +245,13 @@ def _rounds_problems(recipe: Recipe) -> list[Problem]:
             problems.append((place, "there is no `teacher` to score the student's answers; add one"))
         if not recipe.prompts and not stage.rounds.sources:
             problems.append((place, "there are no `prompts` to answer; add some, or `sources` here"))
+        for j, loss in enumerate(stage.losses):
+            if loss.name in LABEL_LOSSES and recipe.capture.label != "head":
+                why = (
+                    f"on the student's own answers '{loss.name}' needs what the teacher thinks of every token of them; "
+                    "say `capture: {label: head}`, or use forward_kl"
+                )
+                problems.append((("stages", i, "losses", j, "name"), why))
         if recipe.student is not None and recipe.student.init == "random" and stage.init_from == "base":
             problems.append(
                 (("stages", i, "init_from"), "random weights answer nothing; train a stage before the rounds")

@@ -22,8 +22,7 @@ from shared.recipe.base import (
 from shared.recipe.prompts import PromptSource
 
 LABEL_LOSSES = ("reverse_kl", "skew_reverse_kl", "jsd")
-"""Divergences that ask what the teacher thinks of the student's own tokens, which may lie outside of the teacher's
-head."""
+"""Divergences with an expectation over the student, whose own tokens may lie outside of the teacher's head."""
 
 
 def _share_or_number(value: Any) -> Any:

@@ -101,6 +101,7 @@ def layer_identity(known: KnownTeacher, teacher: Teacher, capture: Capture) -> L
         quantization=teacher.quantization or known.files.quantization,
         adapter=known.adapter_hash,
         draw_key="row" if capture.draws else "context",
+        label=capture.label,
     )
 
 

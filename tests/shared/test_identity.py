@@ -30,6 +30,7 @@ CHANGES: dict[str, Any] = {
     "quantization": "fp8",
     "adapter": "hash",
     "draw_key": "row",
+    "label": "head",
 }
 
 

@@ -100,7 +100,12 @@ def audit_faithfulness(cache: Cache, model: CausalModel, chosen: Sequence[int]) 
     assert identity is not None
     codec = identity.make_codec()
     layout = ColumnLayout(
-        min(identity.k, identity.vocab_size), identity.temperatures, identity.draws, identity.mass, identity.vocab_size
+        min(identity.k, identity.vocab_size),
+        identity.temperatures,
+        identity.draws,
+        identity.mass,
+        identity.vocab_size,
+        identity.label == "head",
     )
     stored, control, decoded = Comparison(), Comparison(), Comparison()
     rows = [cache[index] for index in chosen]

@@ -79,7 +79,8 @@ def candidates_of(
     identity = cache.layer
     assert identity is not None
     vocab = identity.vocab_size
-    own = ColumnLayout(min(identity.k, vocab), tuple(temperatures), identity.draws, identity.mass, vocab)
+    has_label = identity.label == "head"
+    own = ColumnLayout(min(identity.k, vocab), tuple(temperatures), identity.draws, identity.mass, vocab, has_label)
     grid = [ColumnLayout(min(k, vocab), tuple(temperatures), 0, mass, vocab) for k in ks for mass in masses]
     grid += [ColumnLayout(min(k, vocab), tuple(temperatures), draws, 1.0, vocab) for k, draws in hybrids]
     return [Candidate(layout, layout == own) for layout in dict.fromkeys([own, *grid])]
@@ -119,7 +120,8 @@ def audit_truncation(
         for candidate in candidates:
             targets = join_columns(candidate.columns, candidate.layout)
             layout = candidate.layout
-            codec = Codec(identity.gap_step, layout.temperatures, layout.num_draws, vocab, layout.num_head)
+            most = layout.num_head + layout.has_label
+            codec = Codec(identity.gap_step, layout.temperatures, layout.num_draws, vocab, most)
             candidate.num_bytes += len(codec.encode(targets))
             candidate.entries += len(targets.ids)
             candidate.columns.clear()

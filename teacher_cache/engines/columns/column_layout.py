@@ -1,9 +1,11 @@
 """Which column of a scored row holds what: the contract between the worker that fills rows and the front end that reads
 them.
 
-    [ label | K head entries | J tails, ids are sentinels | J x m draws, temperature by temperature ]
+    [ label | K head entries | label again, where wanted | J tails, ids are sentinels | J x m draws, temperature by
+      temperature ]
 
-The label is the token that actually follows; it may appear again in the head. An id below 0 in a head or draw column
+The label is the token that actually follows; it may appear again in the head. Where it is to be in the head always, one
+more head column holds it if none of the K does. An id below 0 in a head or draw column
 means "nothing here" (cut by `mass`, a padded vocabulary entry, or an empty tail). A tail column holds a log-mass and an
 id that no token has, so that a row filled by anything else than the tail plug-in is noticed.
 
@@ -37,11 +39,14 @@ class ColumnLayout:
     """The head stops once it covers this much probability at the highest temperature."""
     vocab_size: int
     """Ids from here on are padding of the model's head: never captured, their mass stays in the tail."""
+    has_label: bool = False
+    """The label is in the head, in a column of its own where it is none of the K."""
 
     @classmethod
     def of(cls, capture: Capture, vocab_size: int) -> ColumnLayout:
         """Return the layout that a recipe's capture section asks for, K at most the vocabulary."""
-        return cls(min(capture.k, vocab_size), tuple(capture.temperatures), capture.draws, capture.mass, vocab_size)
+        k, in_head = min(capture.k, vocab_size), capture.label == "head"
+        return cls(k, tuple(capture.temperatures), capture.draws, capture.mass, vocab_size, in_head)
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> ColumnLayout:
@@ -60,12 +65,12 @@ class ColumnLayout:
     @property
     def num_extra(self) -> int:
         """Columns besides the label: what is asked of the engine as its number of log-probabilities."""
-        return self.num_head + len(self.temperatures) * (1 + self.num_draws)
+        return self.num_head + self.has_label + len(self.temperatures) * (1 + self.num_draws)
 
     @property
     def tail_start(self) -> int:
         """First tail column."""
-        return 1 + self.num_head
+        return 1 + self.num_head + self.has_label
 
     @property
     def draw_start(self) -> int:

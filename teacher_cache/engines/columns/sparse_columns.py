@@ -75,10 +75,18 @@ def targets_from_stock(ids: Ids, values: Values, layout: ColumnLayout) -> Sparse
     keep = head_ids < layout.vocab_size
     if layout.mass < 1.0:
         keep &= probabilities.cumsum(-1) - probabilities < layout.mass
+    is_whole = keep.all(-1) & (layout.num_head == layout.vocab_size)
+    if layout.has_label:
+        labels, found = (
+            ids[:, :1],
+            np.minimum(values[:, :1], head_logprobs.min(-1, keepdims=True, where=keep, initial=0)),
+        )
+        keep = np.c_[keep, ~((head_ids == labels) & keep).any(-1) & (labels[:, 0] < layout.vocab_size)]
+        head_ids, head_logprobs = np.c_[head_ids, labels], np.c_[head_logprobs, found]
+        probabilities = np.exp(head_logprobs, dtype=np.float64)
     tail = 1.0 - (probabilities * keep).sum(-1)
     tail = np.maximum(tail, SMALLEST_DERIVED_TAIL)
-    if layout.num_head == layout.vocab_size:  # padding, if any, is not worth telling from rounding
-        tail[keep.all(-1)] = 0.0
+    tail[is_whole] = 0.0  # padding, if any, is not worth telling from rounding
     with np.errstate(divide="ignore"):
         tail_logmass = np.log(tail)[:, None].astype(np.float32)
     counts, head_ids, head_logprobs = _flatten(head_ids, head_logprobs, keep)

@@ -58,6 +58,9 @@ def extend_columns(
     """
     num_rows, device = len(scores), scores.device
     head_ids, head_logprobs = order_head(head_ids.to(torch.int64), head_logprobs)
+    if layout.has_label:  # after the entries that it is not among, none of which is less probable
+        head_ids = torch.cat([head_ids, label_ids[:, None].to(torch.int64)], 1)
+        head_logprobs = torch.cat([head_logprobs, label_logprobs[:, None].to(head_logprobs.dtype)], 1)
     sentinels = torch.tensor(list(layout.sentinels), device=device, dtype=torch.int64)
     ids = torch.full((num_rows, 1 + layout.num_extra), NOTHING, dtype=torch.int64, device=device)
     values = torch.zeros(ids.shape, dtype=head_logprobs.dtype, device=device)
@@ -77,11 +80,15 @@ def extend_columns(
 def _chunk(
     scores: torch.Tensor, head_ids: torch.Tensor, keys: torch.Tensor, layout: ColumnLayout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return of one chunk: which head entries stay [P, K], log tail masses [P, J], drawn ids [P, J m]."""
+    """Return of one chunk: which head entries stay [P, K], log tail masses [P, J], drawn ids [P, J m].
+
+    With the label in the head, its column is the last of K + 1, and stays where it is none of the others that do.
+    """
     compute_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     shifted = scores.to(compute_dtype) - scores.amax(-1, keepdim=True)
     head_shifted = shifted.gather(1, head_ids)
     keep = head_ids < layout.vocab_size
+    gone = keep
     tails, draws = [], []
     masses, above = shifted, math.nan
     block = 2 ** max(4, math.isqrt(layout.vocab_size).bit_length() - 1)
@@ -93,8 +100,12 @@ def _chunk(
         above = temperature
         head = torch.exp(head_shifted / temperature)
         if temperature == layout.temperatures[-1] and layout.mass < 1.0:
-            keep &= _covering(head, masses.sum(-1), layout.mass)
-        masses.scatter_(1, head_ids, head.where(~keep, 0.0))
+            keep[:, : layout.num_head] &= _covering(head[:, : layout.num_head], masses.sum(-1), layout.mass)
+        if layout.has_label and temperature == layout.temperatures[-1]:
+            is_label = head_ids == head_ids[:, -1:]
+            keep[:, -1] &= ~(is_label & keep)[:, :-1].any(-1)
+            gone = keep | (is_label & (head_ids < layout.vocab_size))
+        masses.scatter_(1, head_ids, head.where(~gone, 0.0))
         blocks = block_sums(masses[:, : layout.vocab_size], block)
         tail = blocks.sum(-1) + masses[:, layout.vocab_size :].sum(-1)
         # log(tail / (tail + head)) without the difference of two logarithms, which cancels where the tail is near 1

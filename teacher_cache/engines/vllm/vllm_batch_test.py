@@ -60,9 +60,9 @@ def batch_problem(found: Columns, stock: Columns, prompt: list[int], layout: Col
         return "its rows of a batch do not all carry the sentinels"
     tolerance = BATCH_TOLERANCE_NATS.get(dtype, TOLERANCE_NATS)
     labels = np.abs(values[:, 0].astype(np.float64) - stock[1][:, 0])
-    head, wanted = values[:, 1 : layout.tail_start].astype(np.float64), stock[1][:, 1:].astype(np.float64)
+    head, wanted = values[:, 1 : 1 + layout.num_head].astype(np.float64), stock[1][:, 1:].astype(np.float64)
     real = (stock[0][:, 1:] < layout.vocab_size).all(1, keepdims=True)  # a padded entry takes a place among stock rows
-    kept = (ids[:, 1 : layout.tail_start] >= 0) & real
+    kept = (ids[:, 1 : 1 + layout.num_head] >= 0) & real
     heads = np.abs(np.where(kept, head, 0.0) - np.where(kept, -np.sort(-wanted, axis=1), 0.0))
     for name, differences in (("labels", labels), ("head", heads)):
         pieces = np.array_split(differences, -(-len(differences) // 64))
@@ -71,7 +71,8 @@ def batch_problem(found: Columns, stock: Columns, prompt: list[int], layout: Col
             return f"the {name} of rows in a batch are {worst:.3g} nats off"
     if 1.0 in layout.temperatures:
         tail = values[:, layout.tail_start + layout.temperatures.index(1.0)].astype(np.float64)
-        mass = np.exp(np.where(ids[:, 1 : layout.tail_start] >= 0, head, -np.inf)).sum(1) + np.exp(tail)
+        entries = values[:, 1 : layout.tail_start].astype(np.float64)
+        mass = np.exp(np.where(ids[:, 1 : layout.tail_start] >= 0, entries, -np.inf)).sum(1) + np.exp(tail)
         if float(np.abs(mass - 1.0).max()) > 0.01:
             return f"head and tail of a row in a batch sum to {float(mass[np.abs(mass - 1.0).argmax()]):.3g}"
     return None

@@ -146,7 +146,7 @@ def plugin_problem(
     if not np.allclose(np.take_along_axis(dense, np.maximum(head, 0), 1)[kept], found[kept], atol=TOLERANCE_NATS):
         return "its head differs from the full rows"
     outside = np.where(in_head, -np.inf, dense)[:, : layout.vocab_size].max(-1, keepdims=True)
-    if bool((kept & (found < outside - TOLERANCE_NATS)).any()):
+    if bool((kept & (found < outside - TOLERANCE_NATS))[:, : layout.num_head].any()):
         return "its head leaves out more probable tokens"
     for j, temperature in enumerate(layout.temperatures):
         scaled = np.exp((dense - dense.max(-1, keepdims=True)) / temperature)

@@ -84,9 +84,10 @@ def test_sequence_without_supervised_positions_gives_empty_arrays():
     assert len(targets.draws) == 2
 
 
+@pytest.mark.parametrize("has_label", [False, True])
 @pytest.mark.parametrize("mass", [1.0, 0.9])
-def test_stock_rows_give_what_the_plugin_gives_at_temperature_one(mass):
-    layout = ColumnLayout(12, (1.0,), 0, mass, 57)
+def test_stock_rows_give_what_the_plugin_gives_at_temperature_one(mass, has_label):
+    layout = ColumnLayout(12, (1.0,), 0, mass, 57, has_label)
     scores = full_rows(5)
     ids, values = plugin_rows(scores, layout)
     expected = targets_from_plugin(ids, values, layout)

@@ -36,6 +36,8 @@ def dense_row(logits: np.ndarray, layout: ColumnLayout) -> tuple[list[int], dict
             break
         head.append(v)
         covered += softmax[layout.temperatures[-1]][v]
+    if layout.has_label and 0 not in head:
+        head.append(0)
     return head, {t: 1.0 - softmax[t][head].sum() for t in layout.temperatures}
 
 
@@ -46,17 +48,30 @@ def dense_row(logits: np.ndarray, layout: ColumnLayout) -> tuple[list[int], dict
     mass=st.sampled_from([1.0, 0.99, 0.7, 0.3]),
     temperatures=st.sampled_from([(1.0,), (1.0, 2.0, 4.0), (0.5, 1.0, 3.0), (1.0, 1.5)]),
     padding=st.integers(0, 5),
+    has_label=st.booleans(),
 )
-def test_head_and_tails_equal_dense_maths(seed, k, mass, temperatures, padding):
+def test_head_and_tails_equal_dense_maths(seed, k, mass, temperatures, padding, has_label):
     logits = np.random.default_rng(seed).normal(0, 3, (5, 40))
-    layout = ColumnLayout(k, temperatures, 0, mass, 40 - padding)
+    layout = ColumnLayout(k, temperatures, 0, mass, 40 - padding, has_label)
     ids, values = columns(logits, layout)
+    start = layout.tail_start
     for row in range(5):
         head, tails = dense_row(logits[row], layout)
-        assert [i for i in ids[row, 1 : 1 + k] if i >= 0] == head
-        assert ids[row, 1 + k :].tolist() == list(layout.sentinels)
+        kept = ids[row, 1:start] >= 0
+        assert ids[row, 1:start][kept].tolist() == head
+        np.testing.assert_allclose(values[row, 1:start][kept], (logits[row] - np.logaddexp.reduce(logits[row]))[head])
+        assert ids[row, start:].tolist() == list(layout.sentinels)
         for j, t in enumerate(temperatures):
-            assert np.exp(values[row, 1 + k + j]) == pytest.approx(tails[t], rel=1e-9, abs=1e-12)
+            assert np.exp(values[row, start + j]) == pytest.approx(tails[t], rel=1e-9, abs=1e-12)
+
+
+def test_a_label_in_the_head_is_drawn_no_more():
+    layout = ColumnLayout(2, (1.0,), 64, 1.0, 9, has_label=True)
+    logits = np.zeros((1, 9))
+    logits[0, [3, 4]] = 5.0
+    ids, _ = columns(logits, layout)
+    assert ids[0, 1:4].tolist() == [3, 4, 0]
+    assert set(ids[0, layout.draw_start :].tolist()) == {1, 2, 5, 6, 7, 8}
 
 
 def test_tiny_tail_keeps_its_relative_accuracy_in_float32():
