@@ -93,10 +93,11 @@ def _teach(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from tools.phases import require_stages, train
+    from tools.rounds.chain import with_rounds
 
     def phases(args: argparse.Namespace, recipe: Any) -> Collection[str]:
         require_stages(recipe, args.from_stage, args.to_stage)
-        return ("train",)
+        return with_rounds(recipe, ("train",))
 
     with _stdout_kept(args):
         result = train(_load(args, phases, save=True), args.from_stage, args.to_stage, _again(args))
@@ -106,9 +107,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _rounds(args: argparse.Namespace) -> int:
     from tools.phases import rounds
+    from tools.rounds.chain import STEPS
 
     with _stdout_kept(args):
-        recipe = _load(args, lambda *_: ("train",), save=True)
+        recipe = _load(args, lambda *_: (args.only,) if args.only else STEPS, save=True)
         result = rounds(recipe, args.stage, args.only, args.round, _again(args))
     _result(args, *result)
     return 0
@@ -130,9 +132,10 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from tools.rounds.chain import with_rounds
     from tools.run_all import phases_of, run_all
 
-    run_all(_load(args, lambda args, recipe: phases_of(recipe, args), save=True), args)
+    run_all(_load(args, lambda args, recipe: with_rounds(recipe, phases_of(recipe, args)), save=True), args)
     return 0
 
 

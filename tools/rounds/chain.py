@@ -7,7 +7,7 @@ what is missing. Cost: starting Python three times per round, a few seconds each
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from shared.errors import UsageError
 from shared.printable import printable
@@ -18,6 +18,11 @@ from tools.own_process import own_command
 
 STEPS = ("answer", "score", "train")
 """Of a round, in their order."""
+
+
+def with_rounds(recipe: Recipe, phases: Collection[str]) -> list[str]:
+    """Return phases with the steps of rounds that training takes along: `["train"]` -> train, answer and score."""
+    return [*phases, *(STEPS[:2] if "train" in phases and stages_with_rounds(recipe) else ())]
 
 
 def stages_with_rounds(recipe: Recipe) -> list[Stage]:

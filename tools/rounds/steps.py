@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.cache.layer_choice import without_capture
-from shared.cache.layout import list_layers
-from shared.errors import DecantError, IdentityError
-from shared.identity.identity import difference
+from shared.errors import DecantError
 from shared.progress import BuildProgress, Progress
-from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
 from tools.rounds.guards import AnswerFigures, beyond, round_figures
 from tools.rounds.one_round import Round, as_answering
@@ -65,6 +61,7 @@ def score(one: Round) -> Result:
         DecantError: whatever stops a build.
     """
     from teacher_cache.build import teach
+    from teacher_cache.teacher.same_teacher import require_same_teacher
 
     one.job()
     if one.settings.teacher == "same":
@@ -115,29 +112,6 @@ def require_sound(one: Round) -> AnswerFigures:
         f"{as_answering(one.recipe, one.start, None).model}; lower rounds.temperature or the learning rate, or move "
         "the bound"
     )
-
-
-def require_same_teacher(recipe: Recipe) -> None:
-    """Refuse a teacher that has not scored the recipe's caches.
-
-    Raises:
-        IdentityError: with both values of what differs.
-    """
-    from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity
-
-    assert recipe.teacher is not None
-    wanted = without_capture(layer_identity(know_teacher(recipe.teacher), recipe.teacher, recipe.capture))
-    for path in recipe.cache:
-        differences = {
-            name: difference(without_capture(layer.identity), wanted) for name, layer in list_layers(path).items()
-        }
-        if None in differences.values():
-            continue
-        name, found = next(iter(differences.items()), ("none", "it has no targets layer"))
-        raise IdentityError(
-            f"own answers must be scored by the teacher that scored {path}, and teacher {recipe.teacher.model} is "
-            f"another than that of layer {name}: {found}; name that teacher, or say `rounds: {{teacher: other}}`"
-        )
 
 
 def shares_of(one: Round) -> dict[str, float]:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from shared.cache.cache import Cache
 from shared.cache.verify import verify_cache
+from shared.errors import IdentityError
 from shared.identity.identity import weights_hash
 from shared.keys import is_heldout
 from shared.parts.records import list_records
+from shared.recipe.recipe import Guards
 from student_train.stage.stages import run_stages
 from teacher_cache.build import teach
+from tests.tiny_models import make_qwen3
 from tests.tools.rounds.tiny_run import contents, make_models, rounds_recipe
+from tools.rounds.guards import repeated_share
 from tools.rounds.one_round import Round
-from tools.rounds.steps import answer, score, train
+from tools.rounds.steps import GuardError, answer, score, shares_of, train
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +100,79 @@ def test_stage_shows_its_last_round_and_what_the_answers_were_like(done):
     health = json.loads((stage_dir / "health.json").read_text())
     assert [each["round"] for each in health["rounds"]] == [1, 2]
     assert json.loads((stage_dir / "done.json").read_text()) == {"rounds": 2}
+
+
+def other_rounds(done, directory, **changes):
+    """Return the first round of the same run, elsewhere, with other settings of its stage."""
+    recipe, _, _ = done
+    stage = recipe.stage("own")
+    rounds = stage.rounds.model_copy(update=changes)
+    stage = stage.model_copy(update={"rounds": rounds, "init_from": str(recipe.stage_dir("kd"))})
+    recipe = recipe.model_copy(update={"stages": (stage,), "output_dir": directory})
+    return Round(recipe, stage, 1)
+
+
+def test_student_that_repeats_itself_stops_before_it_is_trained(done, tmp_path):
+    recipe, _, _ = done
+    repeating = tmp_path / "repeating"
+    shutil.copytree(recipe.stage_dir("kd") / "model", repeating)
+    weights = load_file(repeating / "model.safetensors")
+    weights = {name: torch.zeros_like(value) if "layers" in name else value for name, value in weights.items()}
+    save_file(weights, repeating / "model.safetensors", metadata={"format": "pt"})  # what follows is the token itself
+    one = other_rounds(done, tmp_path / "run", max_new_tokens=40, temperature=0.0, guards=Guards(cut=1.0))
+    stage = one.stage.model_copy(update={"init_from": str(repeating)})
+    one = Round(one.recipe.model_copy(update={"stages": (stage,)}), stage, 1)
+    for step in (answer, train):
+        with pytest.raises(GuardError, match=r"100\.0% of the answers repeat themselves.*last good model.*repeating"):
+            step(one)
+    assert not one.directory.exists()
+    health = json.loads((tmp_path / "run" / "train" / "own" / "health.json").read_text())
+    assert not health["healthy"]
+    assert health["stopped"].startswith("round 1: 100.0% of the answers repeat themselves")
+    assert health["rounds"][0]["repeating"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"), [([1, 2, 3], 0.0), ([1, 2, 3, 4, 1, 2, 3, 4], 0.2), ([7] * 13, 0.9), (list(range(40)), 0.0)]
+)
+def test_repeated_runs_are_counted(ids, share):
+    assert repeated_share(np.array(ids, np.int32)) == pytest.approx(share)
+
+
+def test_several_answers_of_one_prompt_stay_in_one_round(done, tmp_path):
+    one = other_rounds(done, tmp_path / "run", samples_per_prompt=3, prompts=2)
+    answer(one)
+    cache = Cache.open_sequences(one.own_cache)
+    prompts = [cache.sequence(i).prompt for i in range(len(cache))]
+    assert sorted(prompts.count(prompt) for prompt in set(prompts)) == [3, 3]
+
+
+def test_round_of_other_settings_is_refused_not_mixed_in(done):
+    recipe, rounds, _ = done
+    warmer = other_rounds(done, recipe.output_dir, temperature=1.5)
+    with pytest.raises(IdentityError, match=r"round 1 made otherwise .what differs: how answers are drawn"):
+        answer(warmer)
+    stems = [record.stem for record in list_records(rounds[0].own_cache / "sequences")]
+    assert len(stems) == sum(one.job().num_units for one in rounds)
+
+
+def test_another_teacher_is_refused_unless_the_stage_says_so(done, tmp_path):
+    recipe, rounds, _ = done
+    other = make_qwen3(tmp_path / "other", end_scale=1.5, seed=7)
+    changed = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"model": str(other)})})
+    one = Round(changed, rounds[0].stage, 1)
+    with pytest.raises(IdentityError, match=r"must be scored by the teacher that scored .* weights_hash is "):
+        score(one)
+    stage = one.stage.model_copy(update={"rounds": one.settings.model_copy(update={"teacher": "other"})})
+    shutil.copytree(recipe.output_dir / "own", tmp_path / "run" / "own")
+    elsewhere = changed.model_copy(update={"output_dir": tmp_path / "run"})
+    assert score(Round(elsewhere, stage, 1))[0]["scored"] > 0
+
+
+def test_keep_all_trains_on_earlier_rounds_too(done):
+    recipe, rounds, _ = done
+    stage = rounds[1].stage
+    stage = stage.model_copy(update={"rounds": stage.rounds.model_copy(update={"keep": "all", "own_share": 1.0})})
+    shares = shares_of(Round(recipe, stage, 2))
+    assert set(shares) == {"own 1: math", "own 2: math"}
+    assert sum(shares.values()) == pytest.approx(1.0)

@@ -19,6 +19,7 @@ from shared.recipe.file import Where, listed
 from shared.recipe.recipe import Recipe
 from tools.plan.preflight.preflight_asked import Asked, said
 from tools.plan.preflight.preflight_evaluate import evaluation_problems
+from tools.plan.preflight.preflight_rounds import answer_problems, score_problems
 from tools.plan.preflight.preflight_stages import stage_problems
 from tools.plan.preflight.preflight_student import student_problems
 from tools.plan.preflight.preflight_teach import prompt_problems, teacher_problems
@@ -31,7 +32,7 @@ def preflight(recipe: Recipe, where: Where, phases: Collection[str], *, plans_on
     Args:
         recipe: the recipe.
         where: where its values were written.
-        phases: of teach, train, eval and report, those that will run.
+        phases: of teach, train, eval and report, those that will run; of the steps of rounds, answer and score too.
         plans_only: whether it is only planned, perhaps on another machine.
 
     Raises:
@@ -79,6 +80,8 @@ CHECKS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
     ("teach", prompt_problems),
     ("train", student_problems),
     ("train", stage_problems),
+    ("answer", answer_problems),
+    ("score", score_problems),
     ("eval", evaluation_problems),
 )
 """Which phase needs which check."""

@@ -1,0 +1,39 @@
+"""What is known to be wrong with rounds of own answers before any work: what is asked, and who scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shared.recipe.base import Problem
+from tools.plan.preflight.preflight_asked import Asked, said
+from tools.plan.preflight.preflight_teach import teacher_problems
+
+
+def answer_problems(asked: Asked) -> Iterator[Problem]:
+    """Check that the prompts of rounds are there, and the caches whose tokenizer the answers are written with."""
+    from teacher_cache.prompts.files.prompt_files import locate
+
+    for i, stage in enumerate(asked.recipe.stages):
+        if stage.rounds is None:
+            continue
+        own = bool(stage.rounds.sources)
+        for j, source in enumerate(stage.rounds.sources or asked.recipe.prompts):
+            place = ("stages", i, "rounds", "sources", j, "path") if own else ("prompts", j, "path")
+            if source.format != "cache":
+                yield from said(place, lambda source=source: locate(source))  # type: ignore[misc]
+            elif all(other.format in ("cache", "text") for other in asked.recipe.prompts):
+                yield ("stages", i, "rounds"), "no entry of `prompts` asks anything; name some in `sources` here"
+        if not asked.caches and not asked.builds:
+            yield ("cache", 0), f"there is no cache at '{asked.recipe.cache[0]}' yet; build it with `decant teach`"
+
+
+def score_problems(asked: Asked) -> Iterator[Problem]:
+    """Check the teacher that scores own answers: its files, its engine, and that it scored the recipe's caches."""
+    from teacher_cache.teacher.same_teacher import require_same_teacher
+
+    with_rounds = [(i, stage.rounds) for i, stage in enumerate(asked.recipe.stages) if stage.rounds is not None]
+    found = list(teacher_problems(asked)) if with_rounds and not asked.builds else []
+    yield from found
+    for i, rounds in with_rounds:
+        if rounds.teacher == "same" and asked.caches and not asked.builds and not asked.plans_only and not found:
+            yield from said(("stages", i, "rounds", "teacher"), lambda: require_same_teacher(asked.recipe))
