@@ -82,7 +82,7 @@ class _Build:
     """The engine of pass 1: the teacher's, or another model's."""
     stop: StopSignal
     summary: BuildSummary
-    seconds_under: str
+    seconds_under: str | None
 
     def mine(self, unit: int) -> bool:
         """Tell whether a unit belongs to this partition."""
@@ -96,7 +96,7 @@ def teach(
     progress: Progress | None = None,
     max_set_aside: float = THRESHOLD,
     open_engine: Callable[..., Engine] | None = None,
-    seconds_under: str = "teach",
+    seconds_under: str | None = "teach",
 ) -> BuildSummary:
     """Build or continue the cache that a recipe describes.
 
@@ -106,7 +106,7 @@ def teach(
         progress: receives rows and tokens as they are done.
         max_set_aside: largest share of unusable rows that is accepted.
         open_engine: opens engines instead of `teacher_cache.engines.open_engine`.
-        seconds_under: phase in seconds.json that the time is added to.
+        seconds_under: phase in seconds.json that the time is added to; None: to none.
 
     Raises:
         UsageError: the recipe has no teacher, several caches, or nothing to build from.
@@ -197,7 +197,7 @@ def _run_passes(
             _make_hidden(build, job, hidden)
     finally:
         summary.seconds_starting += sum(one.seconds_starting for one in {engine, answering})
-        if summary.computed:
+        if summary.computed and build.seconds_under is not None:
             add_seconds(build.recipe.output_dir, build.seconds_under, summary.seconds)
     return job
 

@@ -101,7 +101,8 @@ def answer_prompts(
         **request_of(recipe, known.generator, known.tokenizer_hash, known.max_model_len, ends),
         "round": asking.document,
     }
-    _require_one_job(cache.path, request)
+    if not asking.heldout:
+        _require_one_job(cache.path, request)
     progress = progress or NoProgress()
     opener = told(open_engine or engines.open_engine, progress)
     with StopSignal() as stop:

@@ -125,6 +125,19 @@ Text = Annotated[str, Field(min_length=1)]
 """Text that is not empty."""
 
 
+def _share_or_number(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and (0 < value <= 1 if isinstance(value, float) else 1 <= value <= MOST):
+        return value
+    raise PydanticCustomError(
+        "not_a_share", "expected a share above 0 and at most 1.0, or a whole number of prompts from 1"
+    )
+
+
+ShareOrNumber = Annotated[int | float, BeforeValidator(_share_or_number)]
+"""A share above 0 and at most 1.0, or a whole number from 1."""
+
+
 def options_of_kinds(sections: Sequence[type[Section]], by: str) -> BeforeValidator:
     """Return a check beside a union of sections told apart by the field `by`: an option that only others have is named.
 

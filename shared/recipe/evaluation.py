@@ -7,7 +7,19 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from shared.recipe.base import Count, CountOrZero, Integer, NonNegative, Problem, Section, Text, inconsistent, repeated
+from shared.recipe.base import (
+    Count,
+    CountOrZero,
+    Integer,
+    NonNegative,
+    Probability,
+    Problem,
+    Section,
+    ShareOrNumber,
+    Text,
+    inconsistent,
+    repeated,
+)
 
 TaskName = Literal["copying", "gsm8k", "humaneval", "keywords", "multiple_choice"]
 
@@ -100,6 +112,21 @@ class SideBySide(Section):
         return self
 
 
+class OwnAnswers(Section):
+    """Every model answers held-out prompts itself, the teacher scores the answers, and the model is compared there."""
+
+    prompts: ShareOrNumber = 1.0
+    """Held-out prompts to answer: a number, or a share (0.5; all is 1.0)."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature of the answers."""
+    top_p: Probability = 1.0
+    """Sample from the most probable tokens that reach this mass."""
+    max_new_tokens: Count | None = None
+    """Longest answer in tokens; left out: `generate.max_new_tokens`."""
+    seed: Integer = 0
+    """Seed of the choice of prompts and of the answers."""
+
+
 class Evaluate(Section):
     """Which models are compared, and how."""
 
@@ -115,6 +142,8 @@ class Evaluate(Section):
     """Held-out rows to measure on, at most; left out: all."""
     side_by_side: SideBySide | None = None
     """Sampled answers of every model beside each other; left out: none."""
+    own_answers: OwnAnswers | None = None
+    """KL to the teacher on each model's own answers to held-out prompts, `heldout.own`; left out: none."""
     cost: bool = False
     """Measure parameters, memory, time to first token and tokens per second of every model, all in one run."""
 

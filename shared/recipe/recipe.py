@@ -321,6 +321,17 @@ def _evaluate_problems(recipe: Recipe) -> list[Problem]:
         problems.append(
             (("evaluate", "cost"), "there is nothing to ask: no prompt is held out and there are no `tasks`; add some")
         )
+    if recipe.evaluate.own_answers is not None:
+        lacks = {
+            "no `teacher` to score the answers": recipe.teacher is None,
+            "no `prompts` to answer": all(source.format in ("cache", "text") for source in recipe.prompts),
+            "no held-out prompt at heldout.fraction 0": recipe.heldout.fraction == 0,
+        }
+        problems += [
+            (("evaluate", "own_answers"), f"there is {what}; add it, or leave this out")
+            for what, is_lacking in lacks.items()
+            if is_lacking
+        ]
     if side_by_side is not None and "heldout" in side_by_side.prompts and recipe.heldout.fraction == 0:
         sentence = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
         problems.append((("evaluate", "side_by_side", "prompts"), sentence))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import model_validator
 
 from shared.recipe.base import (
-    MOST,
     Count,
     Fraction,
     Integer,
@@ -17,21 +15,13 @@ from shared.recipe.base import (
     Probability,
     Problem,
     Section,
+    ShareOrNumber,
     inconsistent,
 )
 from shared.recipe.prompts import PromptSource
 
 LABEL_LOSSES = ("reverse_kl", "skew_reverse_kl", "jsd")
 """Divergences with an expectation over the student, whose own tokens may lie outside of the teacher's head."""
-
-
-def _share_or_number(value: Any) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and (0 < value <= 1 if isinstance(value, float) else 1 <= value <= MOST):
-        return value
-    raise PydanticCustomError(
-        "not_a_share", "expected a share above 0 and at most 1.0, or a whole number of prompts from 1"
-    )
 
 
 class Guards(Section):
@@ -59,7 +49,7 @@ class Rounds(Section):
 
     count: Count = 1
     """Rounds, one after another; `trainer` is that of each round."""
-    prompts: Annotated[int | float, BeforeValidator(_share_or_number)] = 1.0
+    prompts: ShareOrNumber = 1.0
     """Prompts of each round: a number, or a share (0.5; all is 1.0). Those that no earlier round had come first."""
     sources: tuple[PromptSource, ...] = ()
     """Prompts for the rounds alone, such as some that the teacher never answered; left out: those of the recipe."""

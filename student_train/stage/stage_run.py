@@ -77,6 +77,7 @@ def run_stage(
             used, or it has diverged.
         CacheError: a cache cannot be opened, or is of another tokenizer than the student.
     """
+    assert stage.rounds is None, f"stage '{stage.name}' is trained round by round, each a stage of its own"
     work = replace(resolve_stage(recipe, stage), patch=patch)
     phase, total, model_dir = f"train {stage.name}", work.plan.num_steps, work.directory / "model"
     args = arguments_of(work)  # joins the other processes, where there are any

@@ -75,7 +75,6 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
         CacheError: a cache cannot be opened or lacks the layer.
     """
     assert recipe.student is not None
-    assert stage.rounds is None, f"stage '{stage.name}' is trained round by round, each a stage of its own"
     start = start_directory(recipe, stage)
     caches = open_caches(recipe, stage)
     temperatures = training_temperatures(stage) if needs_teacher(stage) else None

@@ -226,6 +226,7 @@ SHOWN = {
         "max_length": plan("limit", max_length=40),
         "too_long": shows_too_long,
         "evaluate": "test_evaluation.py::test_figures_equal_those_of_the_evaluation_of_the_saved_model",
+        "rounds": "../tools/rounds/test_rounds.py::test_training_tokens_are_divided_as_the_recipe_says",
         "trainer": "test_every_setting.py::test_setting_changes_what_it_says",
     },
     StageTrainer: {

@@ -71,12 +71,17 @@ def outcome(directory: Path) -> dict[str, Any]:
     }
     found |= {str(path): path.read_bytes() for path in sorted((directory / "cache").rglob("*")) if path.is_file()}
     own = directory / "run" / "own" / "own"
-    for row in Cache.open_sequences(own, verify=True) if (own / "cache.json").is_file() else ():
-        found[row.row_key.hex()] = [row.source, row.token_ids.tolist()]
-    for row in Cache.open(own, verify=True, allow_partial=True) if any(own.glob("targets/*/part-*")) else ():
-        kept, drawn = row.targets, row.targets.draws[0] if row.targets else None
-        arrays = (kept.ids, kept.logprobs, kept.tail_logmass, drawn.ids) if kept and drawn else ()
-        found[f"{row.row_key.hex()} targets"] = [values.tolist() for values in arrays]
+    if (own / "cache.json").is_file():
+        answered = Cache.open_sequences(own, verify=True)
+        for row in (answered[index] for index in range(len(answered))):
+            found[row.row_key.hex()] = [row.source, row.token_ids.tolist()]
+    if any(own.glob("targets/*/part-*")):
+        scored = Cache.open(own, verify=True, allow_partial=True)
+        for row in (scored[index] for index in range(len(scored))):
+            assert row.targets is not None
+            kept = row.targets
+            arrays = (kept.ids, kept.logprobs, kept.tail_logmass, kept.draws[0].ids)
+            found[f"{row.row_key.hex()} targets"] = [values.tolist() for values in arrays]
     return found
 
 

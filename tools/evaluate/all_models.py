@@ -19,6 +19,7 @@ from shared.seconds import add_seconds
 from tools.evaluate.cost.cost import measure_cost
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import model_under_test
+from tools.evaluate.own.own_answers import measure_own_answers
 from tools.evaluate.results.results import evaluation_identity, read_result, result_path, same_identity
 from tools.evaluate.sandbox import sandbox
 from tools.evaluate.side_by_side.side_prompts import choose_prompts
@@ -75,6 +76,9 @@ def evaluate_all(
         if stale:
             say(f"{name}: {_figures(found, stale)} ({time.monotonic() - started:.0f} s)")
         results[name] = found
+    if recipe.evaluate.own_answers is not None:
+        for name, own in measure_own_answers(recipe, models, say).items():
+            results[name]["heldout"]["own"] = own
     if recipe.evaluate.cost:
         measure_cost(recipe, say)
     return results

@@ -64,9 +64,10 @@ def export_run(
     _check_whole(source)
     adapter = source / "adapter" if keep_adapter else None
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise UsageError(
-            f"--keep-adapter: stage '{stage.name}' trained all of its weights, so there is no adapter; leave it out"
-        )
+        why = "trained all of its weights, so there is no adapter"
+        if stage.rounds is not None:
+            why = "has rounds, each with an adapter over the model of the one before, so none leads to its model"
+        raise UsageError(f"--keep-adapter: stage '{stage.name}' {why}; leave it out")
     out = output or run / "export" / stage.name
     weights = weights_hash(source / "model")
     told = _told(recipe, source / "model")

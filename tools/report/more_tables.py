@@ -52,6 +52,17 @@ COST_LEGEND = (
     "Tokens/s: greedy "
     "answers one after another, and ten prompts at once. Smaller, faster: against the teacher. Peak memory: {memory}."
 )
+_ALIKE = ("answers", "tokens each", "over teacher's", "cut", "repeat themselves")
+OWN_HEADER = ("model", "KL", "95 % interval", "top-1", *_ALIKE)
+OWN_LEGEND = (
+    "Each model answers held-out prompts, sampled, and the teacher scores those answers: KL to the teacher in nats per "
+    "position where the model itself leads, which the held-out KL on the teacher's answers does not see."
+)
+ROUNDS_HEADER = ("stage", "round", *_ALIKE)
+ROUNDS_LEGEND = (
+    "The student's answers of each round. Over teacher's: mean length against the recipe's cache. Repeat themselves: "
+    "more than half of the runs of four tokens came before in the same answer."
+)
 SIDE_HEADER = (
     *("temperature", "model", "tokens each", "cut", "same as teacher", "same as base"),
     *("length", "terms", "structure", "language"),
@@ -76,6 +87,8 @@ def more_tables(report: Mapping[str, Any]) -> list[Table]:
         side_table,
         lm_eval_table,
         cost_table,
+        own_table,
+        rounds_table,
         faithfulness_table,
         truncation_table,
         questions_table,
@@ -96,6 +109,34 @@ def side_table(report: Mapping[str, Any]) -> Table:
                 shares = [percent(figures.get(key), 0) for key in (*kept, "language_switched")]
                 rows.append([temperature, name, number(figures.get("mean_tokens"), 0), *shares])
     return Table("Side by side at sampling temperatures", SIDE_HEADER, rows, SIDE_LEGEND, 2)
+
+
+def own_table(report: Mapping[str, Any]) -> Table:
+    """Return how close each model is to the teacher on its own answers, beside what those answers are like."""
+    rows = []
+    for name, model in report["models"].items():
+        own = (model["heldout"] or {}).get("own")
+        if own:
+            low, high = own.get("kl_low"), own.get("kl_high")
+            interval = "" if low is None or high is None else f"{low:.4f}\N{EN DASH}{high:.4f}"
+            cells = [number(own["kl_nats"], 4), interval, percent(own.get("top1_agreement")), *_alike(own["answers"])]
+            rows.append([name, *cells])
+    return Table("On each model's own answers to held-out prompts", OWN_HEADER, rows, OWN_LEGEND, 1)
+
+
+def rounds_table(report: Mapping[str, Any]) -> Table:
+    """Return what the answers of every round were like, stage by stage."""
+    rows = [
+        [name, str(each["round"]), *_alike(each)]
+        for name, stage in report["stages"].items()
+        for each in (stage["health"] or {}).get("rounds", ())
+    ]
+    return Table("Rounds of own answers", ROUNDS_HEADER, rows, ROUNDS_LEGEND, 2)
+
+
+def _alike(figures: Mapping[str, Any]) -> list[str]:
+    shares = [percent(figures[key]) for key in ("cut", "repeating")]
+    return [number(figures["answers"], 0), number(figures["mean_tokens"], 1), times(figures["beside_teacher"]), *shares]
 
 
 def cost_table(report: Mapping[str, Any]) -> Table:

@@ -48,8 +48,9 @@ def publish(one: Round, stopped: str | None = None) -> Path:
     stage_dir = one.recipe.stage_dir(one.stage.name)
     claim(one)
     trained = [Round(one.recipe, one.stage, number) for number in range(1, one.number + (stopped is None))]
+    steps = [_last_step(each.directory / "metrics.jsonl") for each in trained]
     for name in LOGS:
-        _join(stage_dir / name, [each.directory / name for each in trained])
+        _join(stage_dir / name, [each.directory / name for each in trained], steps)
     if trained:
         _link(stage_dir / "model", Path(trained[-1].directory.name) / "model")
     every = [*trained, one] if stopped else trained
@@ -66,16 +67,23 @@ def publish(one: Round, stopped: str | None = None) -> Path:
     return stage_dir / "model"
 
 
-def _join(target: Path, logs: list[Path]) -> None:
-    """Write logs of rounds as one, steps counted on; each line says its round."""
+def _join(target: Path, logs: list[Path], steps: list[int]) -> None:
+    """Write logs of rounds, of so many steps each, as one, steps counted on; each line says its round."""
     lines: list[dict[str, Any]] = []
-    before = 0
     for number, log in enumerate(logs, 1):
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        lines += [{**row, "step": row["step"] + before, "round": number} for row in rows]
-        before = lines[-1]["step"] if lines else before
+        before = sum(steps[: number - 1])
+        lines += [{**row, "step": row["step"] + before, "round": number} for row in _rows(log)]
     if lines:
         write_atomic(target, "".join(json.dumps(line) + "\n" for line in lines).encode(), what=target.stem)
+
+
+def _rows(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+
+
+def _last_step(log: Path) -> int:
+    rows = _rows(log)
+    return int(rows[-1]["step"]) if rows else 0
 
 
 def _link(path: Path, target: Path) -> None:

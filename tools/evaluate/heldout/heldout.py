@@ -52,6 +52,7 @@ def evaluate_heldout(
     as_captured: bool = False,
     trust_remote_code: bool = False,
     batch_tokens: int = 4096,
+    only_job: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure one model on the held-out rows of caches, in float32.
@@ -68,6 +69,7 @@ def evaluate_heldout(
         as_captured: it is the teacher: load it in the type that the layer records, as it was when it was captured.
         trust_remote_code: run Python that comes with it.
         batch_tokens: most tokens of a forward pass.
+        only_job: first 8 digits of the job whose rows count; None: those of every job.
         say: progress.
 
     Returns:
@@ -82,7 +84,11 @@ def evaluate_heldout(
         CacheError: a cache cannot be read.
     """
     opened = [Cache.open(Path(cache), targets) for cache in caches]
-    chosen = heldout_rows(opened, fraction, max_rows, rows_left_out(opened, recipe).rows)
+    left_out = rows_left_out(opened, recipe).rows
+    if only_job is not None:
+        jobs = [(name, end - start) for cache in opened for name, start, end in cache.jobs_of_rows()]
+        left_out = left_out | np.repeat([name != only_job for name, _ in jobs], [rows for _, rows in jobs])
+    chosen = heldout_rows(opened, fraction, max_rows, left_out)
     if not chosen:
         listed = ", ".join(str(cache) for cache in caches)
         raise EvaluationError(

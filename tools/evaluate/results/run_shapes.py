@@ -71,12 +71,38 @@ class HeldoutPart(BaseModel):
     agreement_by_teacher_confidence: list[Bin] | None = None
 
 
+class AnswersAlike(BaseModel):
+    """What answers are like: of a round, or of a model to held-out prompts."""
+
+    answers: Count
+    cut: Share
+    repeating: Share
+    repeated: Share
+    mean_tokens: Number
+    beside_teacher: Number
+
+
+class OwnAnswers(HeldoutPart):
+    """Figures on a model's own answers to held-out prompts."""
+
+    kl_nats: Number
+    answers: AnswersAlike
+
+
+class RoundAnswers(AnswersAlike):
+    """A round of health.json."""
+
+    round: Count
+
+
 class Heldout(HeldoutPart):
     """Held-out figures of all sources."""
 
     kl_nats: Number
     top1_agreement: Share
     by_source: dict[str, HeldoutPart] | None = None
+    own: OwnAnswers | None = None
+    """On the model's own answers."""
     row_kl: dict[str, tuple[Count, Number]] | None = None
     """Row key -> positions, sum of the KL in nats."""
 
@@ -212,6 +238,7 @@ class Health(BaseModel):
 
     healthy: Bool | None = None
     checks: dict[str, Bool] = {}
+    rounds: list[RoundAnswers] = []
 
 
 class Seconds(BaseModel):

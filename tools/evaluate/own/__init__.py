@@ -1,0 +1,1 @@
+"""How close is a model to the teacher on what it says itself? Its own answers to held-out prompts, scored."""
