@@ -31,6 +31,10 @@ CHANGES: dict[str, Any] = {
     "adapter": "hash",
     "draw_key": "row",
     "label": "head",
+    "derived_from": "top8-0123abcd",
+    "method": "bytes",
+    "tail": "unknown",
+    "labels": "head",
 }
 
 
