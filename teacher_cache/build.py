@@ -125,12 +125,7 @@ def teach(
     answers = answerer.known
     ends = foreign_ends(maker.template_ends, answers.tokenizer, answers.files.directory, recipe.generate)
     request = _request(recipe, known, answerer, ends)
-    identity = replace(
-        sequences_identity(known, teacher, recipe.generate), groups=group_rule(recipe.cache[0], recipe.prompts)
-    )
-    if request is None:  # nothing is rendered, so the teacher's own template does not matter
-        identity = replace(identity, template=read_header(recipe.cache[0]).identity.template)
-    cache = CacheWriter.create_or_open(recipe.cache[0], identity, known.tokenizer_files)
+    cache = _open_cache(recipe, known, teacher, renders=request is not None)
     before = cache.sequence_records()
     wanted, layers = layer_identity(known, teacher, recipe.capture), list_layers(cache.path)
     serving = serving_layer(layers, wanted)
@@ -140,11 +135,7 @@ def teach(
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
     summary.groups = cache.identity.groups
-    hidden = (
-        HiddenPass.prepare(cache, known, teacher, recipe.capture.hidden) if recipe.capture.hidden is not None else None
-    )
-    if hidden is not None:
-        hidden.describe(summary)
+    hidden = _hidden_pass(recipe, known, teacher, cache, summary)
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
     progress = progress or NoProgress()
     opener = told(open_engine or engines.open_engine, progress)
@@ -171,6 +162,26 @@ def teach(
         )
         job = _run_passes(build, request, ends, maker, hidden)
     return _finish(build, job)
+
+
+def _open_cache(recipe: Recipe, known: KnownTeacher, teacher: Teacher, *, renders: bool) -> CacheWriter:
+    """Create the recipe's cache, or open it."""
+    path = recipe.cache[0]
+    identity = replace(sequences_identity(known, teacher, recipe.generate), groups=group_rule(path, recipe.prompts))
+    if not renders:  # so the teacher's own template does not matter
+        identity = replace(identity, template=read_header(path).identity.template)
+    return CacheWriter.create_or_open(path, identity, known.tokenizer_files)
+
+
+def _hidden_pass(
+    recipe: Recipe, known: KnownTeacher, teacher: Teacher, cache: CacheWriter, summary: BuildSummary
+) -> HiddenPass | None:
+    """Return the pass over hidden layers, where the recipe wants one, and put it into the summary."""
+    if recipe.capture.hidden is None:
+        return None
+    hidden = HiddenPass.prepare(cache, known, teacher, recipe.capture.hidden)
+    hidden.describe(summary)
+    return hidden
 
 
 def _run_passes(

@@ -21,7 +21,6 @@ from shared.cache.layer_writer import RowsWriter, new_or_known_layer
 from shared.cache.layout import Layer, list_layers, read_header, sequences_dir, tokenizer_path
 from shared.errors import DamagedError, IdentityError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
-from shared.parts.jobs import committed_keys
 from shared.parts.mapped_part import MappedSequences
 from shared.parts.part_stats import sequences_stats, targets_stats
 from shared.parts.parts import commit_part, hash_file
@@ -104,11 +103,6 @@ class CacheWriter:
     def sequence_records(self) -> list[PartRecord]:
         """Return the records of committed sequences parts, by stem."""
         return list_records(sequences_dir(self.path))
-
-    def committed_row_keys(self) -> set[bytes]:
-        """Return the row_keys of every committed row (about 100 bytes of memory each)."""
-        flat = committed_keys(sequences_dir(self.path), self.sequence_records()).tobytes()
-        return {flat[i : i + 16] for i in range(0, len(flat), 16)}
 
     def write_sequences(
         self,

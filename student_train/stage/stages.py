@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import UsageError
+from shared.progress import Progress
 from shared.recipe.recipe import Recipe, Stage
-from student_train.records.progress import OpenProgress, PlainProgress
+from student_train.records.progress import OpenProgress
 from student_train.stage.stage_run import run_stage
 
 
@@ -16,7 +17,7 @@ def run_stages(
     from_stage: str | None = None,
     to_stage: str | None = None,
     *,
-    open_progress: OpenProgress = PlainProgress,
+    open_progress: OpenProgress = Progress,
 ) -> list[Path]:
     """Train a recipe's stages, from one to another or all, and return the directories of their models.
 

@@ -17,7 +17,9 @@ import pytest
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
 from shared.cache.cache_writer import CacheWriter
+from shared.cache.layout import sequences_dir
 from shared.errors import CacheError, DamagedError, IdentityError
+from shared.parts.jobs import committed_keys
 from shared.parts.part_stats import position_entropy_nats
 from tests.shared.altered import edit
 from tests.shared.dense_targets import equal_targets
@@ -211,9 +213,10 @@ def test_writer_refuses_rows_and_targets_that_do_not_fit(copy: Path) -> None:
     assert list(verify_cache(copy)) == []
 
 
-def test_committed_row_keys_are_those_of_the_rows(copy: Path) -> None:
+def test_committed_keys_are_those_of_the_rows(copy: Path) -> None:
     writer = CacheWriter.create_or_open(copy, SEQUENCES, TOKENIZER)
-    assert writer.committed_row_keys() == {row.row_key for row in plan_rows(0, 10) if row.line % 7}
+    keys = committed_keys(sequences_dir(copy), writer.sequence_records())
+    assert {key.tobytes() for key in keys} == {row.row_key for row in plan_rows(0, 10) if row.line % 7}
 
 
 def test_statistics_are_those_of_the_rows(path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from tools.evaluate.results.run_shapes import (
     SideRow,
     Step,
     Timing,
-    fault_of,
     read_lines,
     read_object,
 )
@@ -199,11 +198,6 @@ def _evaluations(directory: Path, recipe: Recipe | None, missing: list[str]) -> 
         else:
             missing.append(f"'{name}' was not evaluated; run `decant eval`")
     return found
-
-
-def is_evaluation(result: Mapping[str, Any]) -> bool:
-    """Tell whether a file has the shape of an evaluation."""
-    return not fault_of(Evaluation, result)
 
 
 def _caches(recipe: Recipe | None, missing: list[str]) -> list[Cache]:

@@ -16,12 +16,12 @@ import pytest
 
 from shared.errors import EvaluationError
 from tests.tools.report.fake_run import DOMAINS, HOSTILE, KL, SCORES, make_run, write_evaluation, write_json
+from tools.evaluate.results.run_shapes import Evaluation, fault_of
 from tools.phases import report as print_report
 from tools.report.answer_filter import SCRIPT
 from tools.report.answers_view import outcomes
 from tools.report.build import REPORT_FILES, build_report, table_text
 from tools.report.plots import MOST_POINTS, thinned
-from tools.report.run_files import is_evaluation
 from tools.report.samples import Sample, SampleAnswer, choose_samples
 
 
@@ -99,10 +99,10 @@ def test_held_out_figures_are_shown_by_source_and_bins_are_drawn(run: Path) -> N
 )
 def test_malformed_held_out_details_are_no_evaluation(run: Path, change: dict) -> None:
     result = json.loads((run / "evaluate" / "kd.json").read_text())
-    assert is_evaluation(result)
-    assert not is_evaluation({**result, "heldout": {**result["heldout"], **change}})
+    assert not fault_of(Evaluation, result)
+    assert fault_of(Evaluation, {**result, "heldout": {**result["heldout"], **change}})
     older = {key: result["heldout"][key] for key in ("kl_nats", "kl_low", "kl_high", "top1_agreement", "perplexity")}
-    assert is_evaluation({**result, "heldout": older})
+    assert not fault_of(Evaluation, {**result, "heldout": older})
 
 
 def test_rebuilding_changes_no_byte(run: Path) -> None:

@@ -114,12 +114,13 @@ def evaluate_heldout(
         "row_kl": row_kl,
     }
     if as_captured and layer.quantization is not None:
-        is_quantised = getattr(model, "hf_quantizer", None) is not None
-        found["quantization"] = {
-            "captured": layer.quantization,
-            "measured": layer.quantization if is_quantised else None,
-        }
+        found["quantization"] = _quantization(model, layer.quantization)
     return {**found, **sums.figures(seed), "partings": partings.described(model, opened, layer.vocab_size)}
+
+
+def _quantization(model: Any, captured: str) -> dict[str, str | None]:
+    is_quantised = getattr(model, "hf_quantizer", None) is not None
+    return {"captured": captured, "measured": captured if is_quantised else None}
 
 
 def _measured(
