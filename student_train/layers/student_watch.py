@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import TrainingError
-
-_MARK = "_decant_student_watch"
+from shared.models.layer_taps import find_blocks, tap_attention, untap_attention, wrap_attention
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,10 +70,9 @@ class StudentWatch:
         self._handles += [
             blocks[layer - 1].register_forward_hook(self._state_hook(layer)) for layer in set(state_layers)
         ]
-        self._marked = [module for layer in attention_layers for module in blocks[layer - 1].modules()]
-        for layer in attention_layers:
-            for module in blocks[layer - 1].modules():
-                module.__dict__[_MARK] = (self, layer)
+        self._tapped = [blocks[layer - 1] for layer in attention_layers]
+        for block, layer in zip(self._tapped, attention_layers, strict=True):
+            tap_attention(block, self, layer)
 
     @contextmanager
     def on(self, *, shares: bool = False) -> Iterator[None]:
@@ -83,8 +81,12 @@ class StudentWatch:
         Raises:
             TrainingError: a watched layer's attention was not seen.
         """
-        if self._attention_layers:
-            _wrap(self._base.config._attn_implementation)
+        name = self._base.config._attn_implementation
+        if self._attention_layers and not wrap_attention(name):
+            raise TrainingError(
+                f"the loss 'attention' cannot see through student.attention '{name}'; set it to sdpa or "
+                "flash_attention_2"
+            )
         self._is_on, self._shares = True, shares
         try:
             yield
@@ -106,8 +108,8 @@ class StudentWatch:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
-        for module in self._marked:
-            module.__dict__.pop(_MARK, None)
+        for block in self._tapped:
+            untap_attention(block)
 
     def see(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
         """Keep queries [1, A, B, D] and keys [1, G, B, D] of a layer.
@@ -177,41 +179,13 @@ def blocks_of(base: Any) -> nn.ModuleList:
     Raises:
         TrainingError: it has no list of as many blocks as its config says.
     """
-    count = base.config.get_text_config().num_hidden_layers
-    for _, module in sorted(base.named_modules(), key=lambda item: item[0].count(".")):
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise TrainingError(
-        f"{type(base).__name__} has no list of {count} blocks, so the losses 'hidden' and 'attention' cannot see its "
-        "layers; "
-        "leave them out"
-    )
-
-
-def _wrap(name: str) -> None:
-    """Let the attention function of that name show watched layers; others pass straight through."""
-    from transformers import AttentionInterface
-
-    functions = AttentionInterface()
-    if name not in functions:
+    blocks = find_blocks(base)
+    if blocks is None:
         raise TrainingError(
-            f"the loss 'attention' cannot see through student.attention '{name}'; set it to sdpa or flash_attention_2"
+            f"{type(base).__name__} has no list of as many blocks as its config says, so the losses 'hidden' and "
+            "'attention' cannot see its layers; leave them out"
         )
-    plain = functions[name]
-    if getattr(plain, "shows_watched_students", False):
-        return
-
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> Any:
-        watched = module.__dict__.get(_MARK)
-        if watched is not None:
-            watch, layer = watched
-            watch.see(layer, query, key, attention_mask, options)
-        return plain(module, query, key, value, attention_mask, **options)
-
-    attend.shows_watched_students = True  # type: ignore[attr-defined]
-    AttentionInterface.register(name, attend)
+    return blocks
 
 
 def check_watchable(*, attention: str, compiles: bool, reads_attention: bool) -> None:

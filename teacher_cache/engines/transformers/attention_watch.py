@@ -12,16 +12,15 @@ a row, C of them in a chunk, M strongest keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared.errors import EngineError
+from shared.models.layer_taps import find_blocks, tap_attention, wrap_attention
 from teacher_cache.engines.transformers.transformers_model import CausalModel
 
-_MARK = "_decant_attention_watch"
 _SCORES_AT_ONCE = 2**25
 
 
@@ -43,9 +42,10 @@ class AttentionWatch:
         self._layers = layers
         self._model = model
         for layer in layers:
-            for module in blocks_of(model)[layer - 1].modules():
-                module.__dict__[_MARK] = (self, layer)
-        _wrap(model.model.config._attn_implementation)
+            tap_attention(blocks_of(model)[layer - 1], self, layer)
+        name = model.model.config._attn_implementation
+        if not wrap_attention(name):
+            raise EngineError(f"attention '{name}' cannot be watched; leave out `capture.hidden.attention`")
         self._check()
 
     def see(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
@@ -152,38 +152,10 @@ def blocks_of(model: CausalModel) -> torch.nn.ModuleList:
     Raises:
         EngineError: it has no list of as many blocks as its config says.
     """
-    body, count = model.model.base_model, model.config.num_hidden_layers
-    for _, module in sorted(body.named_modules(), key=lambda item: item[0].count(".")):
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise EngineError(
-        f"{type(model.model).__name__} has no list of {count} blocks, so its hidden states cannot be captured; leave "
-        "out "
-        "`capture.hidden`"
-    )
-
-
-def _wrap(name: str) -> None:
-    """Let the attention function of that name show watched layers; once per process, and others pass
-    straight through.
-    """
-    from transformers import AttentionInterface
-
-    functions = AttentionInterface()
-    if name not in functions:
-        raise EngineError(f"attention '{name}' cannot be watched; leave out `capture.hidden.attention`")
-    plain: Callable[..., Any] = functions[name]
-    if getattr(plain, "shows_watched_layers", False):
-        return
-
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> Any:
-        watched = module.__dict__.get(_MARK)
-        if watched is not None:
-            watch, layer = watched
-            watch.see(layer, query, key, attention_mask, options)
-        return plain(module, query, key, value, attention_mask, **options)
-
-    attend.shows_watched_layers = True  # type: ignore[attr-defined]
-    AttentionInterface.register(name, attend)
+    blocks = find_blocks(model.model)
+    if blocks is None:
+        raise EngineError(
+            f"{type(model.model).__name__} has no list of as many blocks as its config says, so its hidden states "
+            "cannot be captured; leave out `capture.hidden`"
+        )
+    return blocks
