@@ -11,6 +11,9 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 DISTRIBUTION = "decant-kd"
 Answer = tuple[str, bool, str, str, bool]
 """Name, passed, what was found, the command that mends it, required."""
@@ -32,32 +35,18 @@ def installed(name: str) -> str | None:
 def requirements() -> Iterator[tuple[str, str, str | None]]:
     """Yield (package, bounds, extra or None) of the installed distribution's metadata."""
     for line in metadata.requires(DISTRIBUTION) or []:
-        match = re.match(r"([A-Za-z0-9_.-]+)\s*([^;]*)", line)
+        wanted = Requirement(line)
         extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", line)
-        if match:
-            yield match[1], match[2].strip(), extra[1] if extra else None
+        yield wanted.name, str(wanted.specifier), extra[1] if extra else None
 
 
 def within(version: str, bounds: str) -> bool:
-    """Tell whether a version is within bounds such as `>=1.2,<2`; only numbers count, a build tag is left out.
+    """Tell whether a version is within bounds such as `>=1.2,<2`; a build tag is left out.
 
     >>> within("2.13.0+cpu", "<3,>=2.11"), within("5.2", ">=5.16")
     (True, False)
     """
-    compared = {">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b, ">": lambda a, b: a > b}
-    compared["=="] = lambda a, b: a == b
-    for operator, bound in re.findall(r"(>=|<=|==|<|>)\s*([0-9][0-9.]*)", bounds):
-        pair = _numbers(version), _numbers(bound)
-        length = max(map(len, pair))
-        padded = [(*numbers, *[0] * (length - len(numbers))) for numbers in pair]
-        if not compared[operator](*padded):
-            return False
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    match = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
-    return tuple(map(int, match[0].split("."))) if match else ()
+    return SpecifierSet(bounds).contains(version, prereleases=True)
 
 
 def check_packages() -> Iterator[Answer]:

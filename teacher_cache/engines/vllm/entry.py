@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from packaging.version import Version
+
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.engines.vllm.vllm_settings import set_environment
@@ -19,7 +21,7 @@ def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
             "vLLM is not installed; install the extra `teacher` (GPU) or `teacher-cpu`, or write "
             "`teacher.engine: transformers`"
         )
-    version = tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit())
+    version = Version(found).release[:2]
     if version < OLDEST_VLLM:
         return f"vLLM {found} is installed; expected at least {'.'.join(map(str, OLDEST_VLLM))}, so upgrade it"
     if version >= NEWEST_VLLM and capture is not None and (capture.temperatures != (1.0,) or capture.draws):
