@@ -110,10 +110,15 @@ def _layer_names(value: Any) -> Any:
 LayerMap = Annotated[dict[str, StudentLayer] | None, BeforeValidator(_layer_names)]
 
 
-class HiddenStates(LossTerm):
-    """Distance of projected student states from the teacher's, layer by layer."""
+class OnHiddenLayer(LossTerm):
+    """A loss that reads a hidden layer of the cache instead of a targets layer."""
 
     temperature: ClassVar[Schedule] = constant(1.0)
+
+
+class HiddenStates(OnHiddenLayer):
+    """Distance of projected student states from the teacher's, layer by layer."""
+
     name: Literal["hidden"]
     """States of layers, after a learned projection."""
     metric: Literal["mse", "cosine"] = "mse"
@@ -134,10 +139,9 @@ class HiddenStates(LossTerm):
         return self
 
 
-class Attention(LossTerm):
+class Attention(OnHiddenLayer):
     """Distance of the student's attention from the teacher's, layer by layer."""
 
-    temperature: ClassVar[Schedule] = constant(1.0)
     name: Literal["attention"]
     """Attention over the strongest keys and the rest."""
     layer_map: LayerMap = None
@@ -152,14 +156,35 @@ class Attention(LossTerm):
         return self
 
 
-class Contrastive(LossTerm):
+class Contrastive(OnHiddenLayer):
     """Each row's pooled state must find its teacher's among those of the pack."""
 
-    temperature: ClassVar[Schedule] = constant(1.0)
     name: Literal["contrastive"]
     """Pooled states of rows."""
     tau: Positive = 0.07
     """What cosines are divided by."""
+
+
+def names_of(kind: type[LossTerm]) -> tuple[str, ...]:
+    """Return the names of a kind: ("forward_kl", "reverse_kl") of `Divergence`."""
+    return tuple(kind.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
+
+
+def unfit(name: str, mode: str, *, by_entropy: bool = False) -> str | None:
+    """Say why a divergence cannot be taken on targets of a capture's mode; None where it can.
+
+    >>> unfit("tail_weighted_kl", "top")
+    "mode 'top', which does not tell the shape of the tail; use forward_kl, or capture in mode 'top+sample'"
+    >>> unfit("tail_weighted_kl", "top+sample")
+    """
+    if mode == "sample" and name not in TAKES_DRAWS_ALONE:
+        why = "it is biased, since a token that was not drawn would count as impossible"
+        return f"mode 'sample', where {why}; use forward_kl, or a layer captured in mode 'top' or 'top+sample'"
+    if mode == "sample" and by_entropy:
+        return "mode 'sample', which does not tell the teacher's entropy; leave `weigh` out, or capture a head"
+    if mode == "top" and name in NEEDS_DRAWS:
+        return "mode 'top', which does not tell the shape of the tail; use forward_kl, or capture in mode 'top+sample'"
+    return None
 
 
 LOSSES: tuple[type[LossTerm], ...] = (
@@ -177,7 +202,7 @@ LOSSES: tuple[type[LossTerm], ...] = (
 TAKES_DRAWS_ALONE = ("forward_kl", "tail_weighted_kl")
 """Divergences that are right on a layer of mode `sample`, which has no head."""
 NEEDS_DRAWS = ("tail_weighted_kl",)
-LOSSES_ON_HIDDEN_LAYER = ("hidden", "attention", "contrastive")
+LOSSES_ON_HIDDEN_LAYER = tuple(name for kind in LOSSES if issubclass(kind, OnHiddenLayer) for name in names_of(kind))
 """Losses that read a hidden layer of the cache instead of a targets layer."""
 
 LOSSES_WITHIN_HEAD = ("head_kl",)
@@ -210,28 +235,6 @@ def without_foreign_defaults(loss: Any) -> Any:
     if own is None:
         return loss
     return {key: value for key, value in loss.items() if key in own or value != _VERSION_1.get(key, value)}
-
-
-def names_of(kind: type[LossTerm]) -> tuple[str, ...]:
-    """Return the names of a kind: ("forward_kl", "reverse_kl") of `Divergence`."""
-    return tuple(kind.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
-
-
-def unfit(name: str, mode: str, *, by_entropy: bool = False) -> str | None:
-    """Say why a divergence cannot be taken on targets of a capture's mode; None where it can.
-
-    >>> unfit("tail_weighted_kl", "top")
-    "mode 'top', which does not tell the shape of the tail; use forward_kl, or capture in mode 'top+sample'"
-    >>> unfit("tail_weighted_kl", "top+sample")
-    """
-    if mode == "sample" and name not in TAKES_DRAWS_ALONE:
-        why = "it is biased, since a token that was not drawn would count as impossible"
-        return f"mode 'sample', where {why}; use forward_kl, or a layer captured in mode 'top' or 'top+sample'"
-    if mode == "sample" and by_entropy:
-        return "mode 'sample', which does not tell the teacher's entropy; leave `weigh` out, or capture a head"
-    if mode == "top" and name in NEEDS_DRAWS:
-        return "mode 'top', which does not tell the shape of the tail; use forward_kl, or capture in mode 'top+sample'"
-    return None
 
 
 Loss = Annotated[

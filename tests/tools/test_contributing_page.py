@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "contributing.md").read_text()
 PATHS = sorted(set(re.findall(r"`((?:shared|teacher_cache|student_train|tools|tests|decant)/[\w./]+?)`", PAGE)))
 NAMES = [
-    ("shared/recipe/losses.py", "LOSSES LOSSES_ON_HIDDEN_LAYER Loss Literal"),
+    ("shared/recipe/losses.py", "LOSSES OnHiddenLayer Loss Literal"),
     ("shared/recipe/prompts.py", "COLUMNS Literal"),
     ("teacher_cache/prompts/formats/alpaca.py", "FORMAT"),
     ("tools/evaluate/tasks/questions.py", "TaskKind read_row score_answers"),
