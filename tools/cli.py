@@ -42,12 +42,29 @@ class Terminated(BaseException):
     """SIGTERM came; unwinds like KeyboardInterrupt, so that files and processes are closed."""
 
 
+_STARTERS = (("teacher", "teacher"), ("student", "student"), ("prompts", "prompts.jsonl"))
+"""What a starter names where the command line does not."""
+
+
 def _init(args: argparse.Namespace) -> int:
     import shlex
 
+    if args.cache is not None:
+        from shared.errors import UsageError
+
+        given = [name for name in ("teacher", "prompts") if getattr(args, name) is not None]
+        if given or args.student is None:
+            said = f"leave --{given[0]} out" if given else "name the student's directory with --student"
+            raise UsageError(f"--cache trains from what is in the cache, without a teacher; {said}")
+        from tools.init_from_cache import init_from_cache
+
+        path = init_from_cache(args.name, args.cache, args.student, args.output)
+        _result(args, {"recipe": str(path)}, f"wrote {path}; next: decant run {shlex.quote(str(path))}")
+        return 0
     from tools.init_recipe import init_recipe
 
-    path = init_recipe(args.name, args.teacher, args.student, args.prompts, args.output)
+    teacher, student, prompts = (getattr(args, name) or f"path/to/{file}" for name, file in _STARTERS)
+    path = init_recipe(args.name, teacher, student, prompts, args.output)
     _result(args, {"recipe": str(path)}, f"wrote {path}; next: decant plan {shlex.quote(str(path))}")
     return 0
 

@@ -47,11 +47,10 @@ def build_parser() -> Parser:
     init.add_argument(
         "name", nargs="?", default="distil", metavar="NAME", help="name of the experiment (default: distil)"
     )
-    init.add_argument("--teacher", default="path/to/teacher", help="teacher: a directory or hub id")
-    init.add_argument("--student", default="path/to/student", help="student: a directory or hub id")
-    init.add_argument(
-        "--prompts", default="path/to/prompts.jsonl", help="prompts: a file, directory or hub id, see docs/data.md"
-    )
+    init.add_argument("--teacher", help="teacher: a directory or hub id")
+    init.add_argument("--student", help="student: a directory or hub id")
+    init.add_argument("--prompts", help="prompts: a file, directory or hub id, see docs/data.md")
+    init.add_argument("--cache", type=Path, metavar="CACHE", help="train from this cache; no teacher, no prompts")
     init.add_argument("--output", type=Path, help="where to write it (default: recipes/NAME.yaml)")
 
     plan = _recipe(command("plan", "count rows, tokens and gigabytes before anything runs"))
@@ -130,7 +129,7 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     within = cache.add_subparsers(dest="cache_command", metavar="COMMAND", parser_class=Parser)
     texts = {
         "ls": "list layers, parts, rows and identity",
-        "show": "show one row token by token, with the teacher's alternatives",
+        "show": "a page that says what a cache is; with --row a row token by token, with the teacher's alternatives",
         "stats": "count rows, positions, bytes per position and more",
         "verify": "check every byte; exit 1 when anything is wrong",
         "gc": "remove what an interrupted build left behind",
@@ -145,8 +144,8 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
         if name in ("show", "stats"):
             sub.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
         if name == "show":
-            sub.add_argument("--row", type=_row_number, default=0, help="which row, from 0 (default: 0)")
-            sub.add_argument("--top", type=_row_number, default=5, help="alternatives per token (default: 5)")
+            sub.add_argument("--row", type=_row_number, help="which row, from 0 (default: a page of the cache)")
+            sub.add_argument("--top", type=_row_number, help="alternatives per token of a row (default: 5)")
         if name == "gc":
             sub.add_argument("--dry-run", action="store_true", help="only list")
         if name == "drop":

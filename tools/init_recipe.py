@@ -96,28 +96,47 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
     Raises:
         UsageError: the name cannot be a directory's, or the file exists.
     """
+    refuse_name(name)
+    path = output or Path("recipes") / f"{name}.yaml"
+    format_name, note = guess_format(prompts)
+    text = _TEMPLATE.format(
+        name=name,
+        name_value=yaml_text(name),
+        path=plain_text(shlex.quote(str(path))),
+        output=f"runs/{name}",
+        teacher=plain_text(teacher),
+        student=plain_text(student),
+        teacher_value=yaml_text(teacher),
+        student_value=yaml_text(student),
+        prompts_value=yaml_text(prompts),
+        format=format_name,
+        generate=_TEXTS if format_name == "text" else _GENERATE,
+        note=f"\n  # {note}" if note else "",
+        bf16=computing(),
+    )
+    write_new(path, text)
+    return path
+
+
+def refuse_name(name: str) -> None:
+    """Refuse a name that cannot be an experiment's.
+
+    Raises:
+        UsageError: it cannot.
+    """
     if not re.match(SLUG, name) or len(name) > 100:
         raise UsageError(
             f"'{name}' cannot name an experiment; write letters, digits, '.', '_' and '-', and begin with a letter "
             "or digit"
         )
-    path = output or Path("recipes") / f"{name}.yaml"
-    format_name, note = guess_format(prompts)
-    text = _TEMPLATE.format(
-        name=name,
-        name_value=_value(name),
-        path=_plain(shlex.quote(str(path))),
-        output=f"runs/{name}",
-        teacher=_plain(teacher),
-        student=_plain(student),
-        teacher_value=_value(teacher),
-        student_value=_value(student),
-        prompts_value=_value(prompts),
-        format=format_name,
-        generate=_TEXTS if format_name == "text" else _GENERATE,
-        note=f"\n  # {note}" if note else "",
-        bf16=_computing(),
-    )
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a recipe where none is.
+
+    Raises:
+        UsageError: the file exists or cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
@@ -128,10 +147,9 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
         raise UsageError(
             f"{path} cannot be written ({error.strerror}); name a file in a directory of yours with --output"
         ) from None
-    return path
 
 
-def _computing() -> str:
+def computing() -> str:
     """Return the value of `bf16` for this machine, and why in a comment."""
     gpus = list_gpus()
     if not gpus:
@@ -140,8 +158,8 @@ def _computing() -> str:
         )
     name, capability = min(gpus, key=lambda gpu: gpu[1])
     if capability < OLDEST_WITH_BFLOAT16:
-        return f"false                 # {_plain(name)} has no tensor cores for bfloat16; float16 is fp16: true"
-    return f"true                  # for {_plain(name)}, found here: bfloat16 products, weights stay in float32"
+        return f"false                 # {plain_text(name)} has no tensor cores for bfloat16; float16 is fp16: true"
+    return f"true                  # for {plain_text(name)}, found here: bfloat16 products, weights stay in float32"
 
 
 def guess_format(prompts: str) -> tuple[str, str]:
@@ -167,7 +185,7 @@ def guess_format(prompts: str) -> tuple[str, str]:
     for format_name, (first, *_) in ((name, columns) for name, columns in COLUMNS.items() if columns):
         if first in row or (format_name == "messages" and "chosen" in row and "prompt" not in row):
             return format_name, ""
-    names = _plain(", ".join(map(str, row)))[:80]
+    names = plain_text(", ".join(map(str, row)))[:80]
     return "messages", f"a guess: the first row has the columns {names}; docs/data.md says how `columns` names them"
 
 
@@ -179,12 +197,12 @@ def _is_local(prompts: str) -> bool:
         return False
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """Keep a name within one line of comment."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _value(text: str) -> str:
+def yaml_text(text: str) -> str:
     """Write a text as a YAML scalar: plain where that is safe, in double quotes elsewhere."""
     plain = re.fullmatch(r"[A-Za-z/][\w./-]*", text, re.ASCII) and text.lower() not in ("true", "false", "null")
     return text if plain else '"' + "".join(map(_escaped, text)) + '"'

@@ -154,7 +154,7 @@ class StageTrainer(Section):
     tf32: bool | None = None
     """Allow TF32 matrix products; left out: torch's default."""
     torch_compile: bool = False
-    """Compile the layers, in the first step and once for packs of every length; not the attention of packed rows."""
+    """Compile the model's body."""
     gradient_checkpointing: Literal["auto"] | bool | None = None
     """Recompute activations in the backward pass of this stage; left out: as the student's section says."""
     fsdp: Literal["none", "full_shard"] = "none"

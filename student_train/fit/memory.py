@@ -33,8 +33,6 @@ BYTES_PER_4BIT_WEIGHT = 0.516
 SUPPORT_BYTES = 64 * 12
 """Targets of a position on the card: 64 entries of an id and a number."""
 
-ALIGNMENT = 16
-"""Rows of a head that are multiplied are a multiple of it, as operator/head_chunks.py pads them."""
 BYTES_PER_SCORE = 16
 """Of attention that is computed in blocks: scores, what a cap makes of them, their softmax and its gradient."""
 
@@ -232,8 +230,7 @@ class _Step:
         """Return the sizes at each moment where they may be largest."""
         shape, weights = self.shape, self.weights()
         head = shape.num_head_parameters
-        is_odd = self.head_width == 2 and head // shape.hidden_size % ALIGNMENT != 0  # padded in a copy
-        copy = 0 if self.width == self.head_width and not is_odd else head * self.head_width
+        copy = 0 if self.width == self.head_width else head * self.head_width
         made = (head * 4 * (2 if self.has_wide_temporary else 1)) if self.is_full else 0
         loss_head = copy + made
         handed = head * (4 if self.width == 4 else 4 + self.width) if self.is_full else 0

@@ -80,6 +80,20 @@ def test_show_lists_each_supervised_token_with_the_stored_figures(both, capsys, 
             assert sum(draw["times"] for draw in token["draws"]) in (0, identity.draws)
 
 
+def test_show_without_a_row_is_a_page_of_the_cache(both, capsys):
+    cache = Cache.open_sequences(both)
+    page = json.loads(run(capsys, "show", both, "--json"))
+    assert page["tokens"] == int(cache.num_tokens.sum())
+    assert page["row_tokens"]["longest"] == int(cache.num_tokens.max())
+    assert {sample["source"] for sample in page["samples"]} == set(cache.source_names)
+    for sample in page["samples"]:
+        assert sample["prompt"] == cache.sequence(sample["row"]).prompt
+    assert {tail["kind"] for tail in page["tails"].values()} == {"exact"}
+    text = run(capsys, "show", both)
+    assert "licence CC0-1.0" in text
+    assert f"decant init NAME --cache {both} --student DIR" in text
+
+
 def test_show_text_has_a_line_per_token_with_probabilities(both, capsys):
     row = Cache.open(both, TOP.name)[0]
     lines = run(capsys, "show", both, "--targets", TOP.name).splitlines()
@@ -105,16 +119,16 @@ def test_show_writes_tokens_with_the_tokenizer_of_the_cache(tmp_path, capsys):
         tmp_path / "cache", SequencesIdentity(tokenizer_hash="t", vocab_size=VOCAB_SIZE), files
     )
     writer.write_sequences("part-00000000-000000", [row], {})
-    shown = json.loads(run(capsys, "show", tmp_path / "cache", "--json"))
+    shown = json.loads(run(capsys, "show", tmp_path / "cache", "--row", 0, "--json"))
     assert [json.loads(token["text"]) for token in shown["tokens"]] == [tokenizer.decode([i]) for i in ids[1:]]
-    text = run(capsys, "show", tmp_path / "cache")
+    text = run(capsys, "show", tmp_path / "cache", "--row", 0)
     assert "<|im_end|>" in text
     assert "\x1b" not in text
 
 
 @pytest.mark.parametrize("words, part", [
-    (["show", "--row", "99"], "there is no row 99"), (["show", "--targets", "nothing"], "nothing"), (["show"],
-    "targets"),
+    (["show", "--row", "99"], "there is no row 99"), (["show", "--targets", "nothing"], "nothing"),
+    (["show", "--top", "1"], "targets"),
 ])  # fmt: skip
 def test_show_of_what_is_not_there_is_one_line(both, capsys, words, part):
     extra = ["--targets", TOP.name] if "--row" in words else []

@@ -115,6 +115,11 @@ def _layer_listing(layer: Layer | HiddenLayer, stems: set[str]) -> dict[str, Any
 
 def _ls(args: argparse.Namespace) -> int:
     found = listing(args.cache)
+    _print(args, found, "\n".join(_listing_lines(found)))
+    return 0
+
+
+def _listing_lines(found: Mapping[str, Any]) -> list[str]:
     identity = found["identity"]
     lines = [
         f"{found['path']}: {found['rows']:,} rows, {found['positions']:,} positions in {found['parts']:,} parts, "
@@ -139,9 +144,7 @@ def _ls(args: argparse.Namespace) -> int:
         lines.append(f"    {_hidden_text(layer['identity'])}")
     lines += [] if found["layers"] else ["  no targets layer yet"]
     lines.append(f"  all layers: {size(found['layers_bytes'])}")
-    lines += [_job_text(job, counts) for job, counts in found["jobs"].items()]
-    _print(args, found, "\n".join(lines))
-    return 0
+    return [*lines, *(_job_text(job, counts) for job, counts in found["jobs"].items())]
 
 
 def _job_text(job: str, counts: Mapping[str, Any]) -> str:
@@ -164,6 +167,8 @@ def _layer_text(identity: Mapping[str, Any]) -> str:
     parts += [f"draws {identity['draws']}"] if identity["draws"] else []
     parts += [f"mass {identity['mass']:g}", f"temperatures {temperatures}", f"weights {identity['weights_hash'][:8]}"]
     parts += [f"{name} {identity[name]}" for name in ("revision", "quantization", "adapter") if identity[name]]
+    parts += [f"tail {identity['tail']}"] if "tail" in identity else []
+    parts += ["labels known in the head"] if "labels" in identity else []
     return ", ".join(parts)
 
 
@@ -185,8 +190,14 @@ def _hidden_text(identity: Mapping[str, Any]) -> str:
 
 
 def _show(args: argparse.Namespace) -> int:
+    if (args.row, args.top, args.targets) == (None, None, None):
+        from tools.cache.cache_page import page_document, page_lines
+
+        document = page_document(listing(args.cache), args.cache)
+        _print(args, document, "\n".join([*_listing_lines(document), *page_lines(document)]))
+        return 0
     cache = Cache.open(args.cache, args.targets, allow_partial=True)
-    document = row_document(cache, args.row, args.top)
+    document = row_document(cache, args.row or 0, 5 if args.top is None else args.top)
     _print(args, document, row_text(document))
     return 0
 

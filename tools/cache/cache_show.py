@@ -64,7 +64,8 @@ def _position(targets: SparseTargets, s: int, top: int, text_of: Callable[[int],
         for i, logprob in zip(targets.ids[begin:end].tolist(), targets.logprobs[begin:end].tolist(), strict=True)
     ]
     tails = {
-        f"{t:g}": round(math.exp(float(targets.tail_logmass[s, j])), 6) for j, t in enumerate(targets.temperatures)
+        f"{t:g}": None if math.isnan(tail) else round(math.exp(tail), 6)
+        for t, tail in zip(targets.temperatures, targets.tail_logmass[s].tolist(), strict=True)
     }
     label = float(targets.label_logprobs[s])
     described = {
@@ -92,9 +93,9 @@ def row_text(document: dict[str, Any]) -> str:
         f"finished by {document['finish_reason']}",
         *([document["note"]] if document["note"] else []),
         "",
-        f"prompt:   {_shortened(prompt)}",
-        f"response: {_shortened(response)}",
-        *([f"reference: {_shortened(document['reference'])}"] if document["reference"] else []),
+        f"prompt:   {shortened(prompt)}",
+        f"response: {shortened(response)}",
+        *([f"reference: {shortened(document['reference'])}"] if document["reference"] else []),
         "",
     ]
     width = min(max([len(token["text"]) for token in document["tokens"]] + [5]), 20)
@@ -113,10 +114,12 @@ def _token_line(token: dict[str, Any], width: int) -> str:
     probability = f"{100 * math.exp(logprob):6.2f}  {logprob:8.3f}" if logprob is not None else f"{0:6.2f}  {'-inf':>8}"
     said = "  ".join(f"{entry['text']} {100 * math.exp(entry['logprob']):.1f}" for entry in token["alternatives"])
     said += "".join(f"  {draw['text']} x{draw['times']}" for draw in token.get("draws", []))
-    return f"{start}  {probability}  {100 * token['tail_mass']['1']:6.2f}  {token['kept']:4d}  {said}".rstrip()
+    tail = token["tail_mass"]["1"]
+    rest = f"{'?':>6}" if tail is None else f"{100 * tail:6.2f}"
+    return f"{start}  {probability}  {rest}  {token['kept']:4d}  {said}".rstrip()
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
     """Show a text on one line, its middle left out where it is long."""
     line = (
         text.encode("unicode_escape").decode()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DecantError, ModelError, TrainingError, UsageError
-from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER
 from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student
 from shared.recipe.training import recomputation
@@ -139,7 +138,6 @@ def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, A
         "as_written_fits": as_written.total <= card,
         "settings": settings,
         "set": overrides,
-        "uncounted": list(_uncounted(stage)),
         "precision": [
             *precision_notes(stage, student, on_gpu=True),
             *_kept_updates(shape, student, stage, trainer, recomputes, card),
@@ -150,14 +148,6 @@ def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, A
         "allocated_bytes": estimate.allocated,
         "total_bytes": estimate.total,
     }
-
-
-def _uncounted(stage: Stage) -> Iterator[str]:
-    """Say what of a stage the arithmetic leaves out."""
-    if any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in stage.losses):
-        yield "what the losses on a hidden layer keep is not counted; the first step is measured with them on its GPU"
-    if stage.trainer.fsdp != "none":
-        yield "trainer.fsdp: full_shard needs less than this: counted as if one process held all weights"
 
 
 def _kept_updates(
@@ -328,7 +318,7 @@ def card_text(result: dict[str, Any]) -> str:
         if stage["set"]:
             fits = "fits too" if stage["as_written_fits"] else "does not fit"
             notes.append(f"    {written}, which {fits}; use " + " ".join(f"--set {option}" for option in stage["set"]))
-        notes += [f"    {said}" for said in (*stage["uncounted"], *stage["precision"])]
+        notes += [f"    {said}" for said in stage["precision"]]
         if stage["note"]:
             notes.append(f"    {stage['note']}")
     lines += notes

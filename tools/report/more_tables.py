@@ -28,6 +28,11 @@ DIFFERENCES_LEGEND = (
     "KL in nats per position on the held-out rows that both have, scores in points on the questions that both "
     "answered. The differences of rows are resampled; an interval that holds 0 tells the models not apart."
 )
+TAILS_HEADER = ("cache", "teacher", "tail", "labels known")
+TAILS_LEGEND = (
+    "Tail: the mass outside the stored head is the teacher's own (exact), 1 minus what was stored of it (derived), or "
+    "not known (unknown); where it is unknown, the held-out KL is that within the head, and acceptance is not known."
+)
 QUESTIONS_HEADER = ("task", "questions", "trained on", "held out")
 QUESTIONS_LEGEND = (
     "Questions that a prompt of the cache asks, too, but for white space. A score on questions that were trained on "
@@ -93,6 +98,7 @@ def more_tables(report: Mapping[str, Any]) -> list[Table]:
         truncation_table,
         questions_table,
         differences_table,
+        tails_table,
     ]
     return [table for maker in makers if (table := maker(report)).rows]
 
@@ -208,6 +214,23 @@ def questions_table(report: Mapping[str, Any]) -> Table:
         for domain, counts in report.get("questions", {}).items()
     ]
     return Table("Task questions that are also prompts", QUESTIONS_HEADER, rows, QUESTIONS_LEGEND, 1)
+
+
+def tails_table(report: Mapping[str, Any]) -> Table:
+    """Return what is known of the mass outside the heads, where not every layer is the teacher's own."""
+    layers = [layer for layer in report.get("layers", ()) if layer.get("mode")]
+    rows = [
+        [
+            str(layer.get("path", "")),
+            str(layer.get("teacher", "")),
+            str(layer.get("tail", "exact")),
+            "in the head" if layer.get("labels") == "head" else "all",
+        ]
+        for layer in layers
+    ]
+    if all("tail" not in layer and "labels" not in layer for layer in layers):
+        rows = []
+    return Table("Targets that others made", TAILS_HEADER, rows, TAILS_LEGEND, 2)
 
 
 def differences_table(report: Mapping[str, Any]) -> Table:

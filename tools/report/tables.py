@@ -145,7 +145,8 @@ def _entropy(report: Mapping[str, Any]) -> str:
     """Return the bounds of the teacher's mean entropy: a cache has the head and one bucket, not the bucket's shape."""
     layers, cache = report["layers"], report["cache"]
     least = cache.get("mean_entropy_nats")
-    if least is None or not layers or any(layer.get("mode") == "sample" for layer in layers):
+    unknown = any(layer.get("mode") == "sample" or layer.get("tail") == "unknown" for layer in layers)
+    if least is None or not layers or unknown:
         return "not known"
     most = least + cache.get("mean_tail_mass", 0.0) * math.log(max(layer["vocab_size"] for layer in layers))
     return f"{least:.2f} nats" if most - least < 0.005 else f"{least:.2f} to {most:.2f} nats"

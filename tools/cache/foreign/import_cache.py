@@ -28,6 +28,7 @@ from shared.parts.jobs import create_job, job_id
 from shared.parts.records import list_records
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.targets import SparseTargets
+from tools.cache.cache_page import TAIL_MEANS
 from tools.cache.foreign.foreign_row import ForeignReader, ForeignRow, check_row
 from tools.cache.foreign.heads import to_targets
 from tools.cache.staged_directory import publish, refuse_existing, staging_path
@@ -283,11 +284,6 @@ def foreign_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TAIL_MEANS = {
-    "exact": "the mass outside the head is the teacher's own",
-    "derived": "the mass outside the head is 1 minus what was stored of it, so temperature 1 alone can be trained at",
-    "unknown": "the mass outside the head is not known; train with head_kl and cross_entropy",
-}
 _COUNTED = {
     "above_one": "positions weigh more than 1 by rounding; their tail is empty",
     "divided": "positions were divided by their sum",

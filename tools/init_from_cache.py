@@ -1,0 +1,111 @@
+"""`decant init --cache`: a recipe that trains a student from a cache, with no teacher on disk.
+
+The losses are those that the cache's targets can give: forward KL, or KL within the head where the tail is unknown,
+each beside a little cross-entropy. The share that is held out is the first of a few that holds a row. Cost: the small
+files of the cache and its group keys.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from shared.cache.cache import Cache
+from shared.cache.layout import list_layers
+from shared.errors import UsageError
+from shared.keys import is_heldout
+from tools.init_recipe import computing, plain_text, refuse_name, write_new, yaml_text
+
+_FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5)
+
+_TEMPLATE = """\
+# {name}: {student} from the cache {cache}; no teacher is loaded.
+# {rows} rows, licence {licence}.{layers}
+#
+#   decant cache show {cache_word}
+#   decant run {path}             train, evaluate, report
+# Every command continues what is there.
+
+name: {name_value}
+output_dir: {output}
+seed: 0
+
+cache: {cache_value}
+
+heldout: {{fraction: {fraction}}}         # rows that no stage trains on; the student is measured on them
+
+student:
+  model: {student_value}          # a directory or a hub id, with the cache's tokenizer
+  init: pretrained                # or random: fresh weights from its config
+  adapter: none                   # none | lora | qlora, or {{kind: lora, r: 16}}
+  dtype: float32                  # masters in float32 keep small updates; compute type is trainer.bf16
+
+stages:
+  - name: kd
+    init_from: base
+{targets}    losses:
+{losses}    trainer:                      # the names of transformers.TrainingArguments
+      learning_rate: 1e-4
+      num_train_epochs: 1         # or max_steps
+      pack_tokens: 2048
+      gradient_accumulation_steps: 4
+      bf16: {bf16}
+
+evaluate:
+  models: {models}
+  tasks: []                       # such as {{name: gsm8k, path: data/math.test.jsonl}}
+"""
+
+
+def init_from_cache(name: str, cache: Path, student: str, output: Path | None = None) -> Path:
+    """Write the recipe and return its path.
+
+    Raises:
+        UsageError: the name cannot be a directory's, the file exists, or the cache holds no rows.
+        CacheError: it is no cache.
+    """
+    refuse_name(name)
+    opened = Cache.open_sequences(cache)
+    if not len(opened):
+        raise UsageError(f"{cache} holds no rows to train from; name another cache")
+    layers, fraction = list_layers(cache), _fraction(opened)
+    path = output or Path("recipes") / f"{name}.yaml"
+    layer = next(iter(layers.values()), None)
+    terms = [("cross_entropy", 1.0)]
+    if layer is not None:
+        terms = [("head_kl" if layer.identity.tail == "unknown" else "forward_kl", 0.9), ("cross_entropy", 0.1)]
+    described = "".join(
+        f"\n# layer {each.full_name}: teacher {plain_text(each.identity.teacher)}, k {each.identity.k}, "
+        f"tail {each.identity.tail}"
+        for each in layers.values()
+    )
+    text = _TEMPLATE.format(
+        name=name,
+        name_value=yaml_text(name),
+        student=plain_text(student),
+        student_value=yaml_text(student),
+        cache=plain_text(str(cache)),
+        cache_value=yaml_text(str(cache)),
+        cache_word=plain_text(shlex.quote(str(cache))),
+        path=plain_text(shlex.quote(str(path))),
+        output=f"runs/{name}",
+        rows=f"{len(opened):,}",
+        licence=plain_text(opened.sequences_identity.licence or "not said"),
+        layers=described,
+        fraction=fraction,
+        models="[base, kd]" if fraction else "[]                      # no share of so few prompts can be held out",
+        targets=f"    targets: {layer.full_name}\n" if layer is not None else "",
+        losses="".join(f"      - {{name: {term}, weight: {weight}}}\n" for term, weight in terms),
+        bf16=computing(),
+    )
+    write_new(path, text)
+    return path
+
+
+def _fraction(cache: Cache) -> float:
+    """Return the smallest share that holds out a row and leaves one; 0 where none does, as of a single prompt."""
+    keys = [bytes(key) for key in cache.group_keys]
+    for fraction in _FRACTIONS:
+        if 0 < sum(is_heldout(key, fraction) for key in keys) < len(keys):
+            return fraction
+    return 0.0
