@@ -24,8 +24,8 @@ def _inputs(sizes: tuple[int, int, int, int], dtype: Any, *, frozen: bool = Fals
     num_positions, width, vocab, k = sizes
     place, generator = device(), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    hidden = torch.randn(num_positions, width, generator=generator).bfloat16().to(place, dtype).requires_grad_()
-    weight = (torch.randn(vocab + 16, width, generator=generator) * 2 / width**0.5).bfloat16()
+    hidden = torch.randn(num_positions, width, device=place).bfloat16().to(dtype).requires_grad_()
+    weight = (torch.randn(vocab + 16, width, device=place) * 2 / width**0.5).bfloat16()
     ids = torch.arange(k) * (vocab // k) + torch.randint(0, vocab // k, (num_positions, k), generator=generator)
     masses = torch.arange(1, k + 1, dtype=torch.float64) ** -1.5
     batch = {
@@ -37,7 +37,7 @@ def _inputs(sizes: tuple[int, int, int, int], dtype: Any, *, frozen: bool = Fals
     }
     return {
         "hidden": hidden,
-        "weight": weight.to(place, dtype).requires_grad_(not frozen),
+        "weight": weight.to(dtype).requires_grad_(not frozen),
         "labels": ids[:, 0].to(place),
         "ids": ids.to(place),
         "batch": {name: tensor.to(place) for name, tensor in batch.items()},
