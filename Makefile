@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make setup          a virtual environment in .venv with everything, about 3 minutes"
-	@echo "make demo           prompts -> teacher -> cache -> students -> report, about 8 minutes on 2 cores"
+	@echo "make demo           prompts -> teacher -> cache -> students -> report"
 	@echo "make demo-full      the demo, then sampled answers at three temperatures, cost of each model, audits of the cache"
 	@echo "make test           every test    make test-fast   the quick ones"
 	@echo "make check          lint, types, import rules"
