@@ -99,7 +99,7 @@ def _make_student(directory: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=32, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(student)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(student)
     _make_cache(directory / "cache", (student / "tokenizer.json").read_bytes(), len(tokenizer))
 
 
