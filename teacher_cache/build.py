@@ -15,7 +15,7 @@ from typing import Any
 
 from shared.cache.cache_writer import CacheWriter, LayerWriter
 from shared.cache.layer_choice import serving_layer
-from shared.cache.layout import list_layers, read_header
+from shared.cache.layout import Layer, list_layers, read_header
 from shared.errors import DecantError, PromptError, UsageError
 from shared.parts.jobs import Job, PlanRow, create_job
 from shared.parts.parts import PartRecord
@@ -40,7 +40,7 @@ from teacher_cache.prompts.problems import THRESHOLD, Problem, Problems
 from teacher_cache.prompts.prompts import read_prompts
 from teacher_cache.prompts.sequence_maker import SequenceMaker
 from teacher_cache.prompts.work_list import Tally, answer_seed, list_rows, request_of
-from teacher_cache.teacher.answerer import Answerer, know_answerer
+from teacher_cache.teacher.answerer import Answerer, key_beside, know_answerer
 from teacher_cache.teacher.layer_reuse import capture_of, reuse_line
 from teacher_cache.teacher.teacher_identity import (
     KnownTeacher,
@@ -97,6 +97,7 @@ def teach(
     max_set_aside: float = THRESHOLD,
     open_engine: Callable[..., Engine] | None = None,
     seconds_under: str | None = "teach",
+    layer_name: str | None = None,
 ) -> BuildSummary:
     """Build or continue the cache that a recipe describes.
 
@@ -107,6 +108,7 @@ def teach(
         max_set_aside: largest share of unusable rows that is accepted.
         open_engine: opens engines instead of `teacher_cache.engines.open_engine`.
         seconds_under: phase in seconds.json that the time is added to; None: to none.
+        layer_name: name of the targets layer; None for the capture's own.
 
     Raises:
         UsageError: the recipe has no teacher, several caches, or nothing to build from.
@@ -126,11 +128,15 @@ def teach(
     ends = foreign_ends(maker.template_ends, answers.tokenizer, answers.files.directory, recipe.generate)
     request = _request(recipe, known, answerer, ends)
     cache = _open_cache(recipe, known, teacher, renders=request is not None)
+    if answerer.is_teacher and request is not None and recipe.generate is not None:
+        answerer = replace(answerer, key=key_beside(known.answerer, cache.path))
+        request |= {} if answerer.key is None else {"answerer": answerer.key}
     before = cache.sequence_records()
     wanted, layers = layer_identity(known, teacher, recipe.capture), list_layers(cache.path)
     serving = serving_layer(layers, wanted)
+    _require_name(layer_name, serving)
     layer = cache.layer(
-        None, serving.identity if serving else wanted, {"engine": teacher.engine, **software()}, make=False
+        layer_name, serving.identity if serving else wanted, {"engine": teacher.engine, **software()}, make=False
     )
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
@@ -142,7 +148,7 @@ def teach(
     with StopSignal() as stop:
         engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop, opener), known.max_model_len)
         answering = engine
-        if answerer.key is not None:
+        if not answerer.is_teacher:
             answering = LazyEngine(lambda: _open_answering(recipe, answerer, stop, opener), answerer.max_model_len)
         build = _Build(
             recipe,
@@ -211,6 +217,15 @@ def _run_passes(
         if summary.computed and build.seconds_under is not None:
             add_seconds(build.recipe.output_dir, build.seconds_under, summary.seconds)
     return job
+
+
+def _require_name(name: str | None, serving: Layer | None) -> None:
+    """Refuse to score once more, under a name, what a layer of another name holds."""
+    if name is not None and serving is not None and name not in (serving.short_name, serving.full_name):
+        raise UsageError(
+            f"what teacher '{name}' would score is held by layer {serving.full_name}; call it so in `targets` and "
+            f"leave '{name}' out of `teachers`"
+        )
 
 
 def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher, tuple[int, int]]:

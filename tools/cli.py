@@ -103,7 +103,8 @@ def _teach(args: argparse.Namespace) -> int:
     from tools.phases import teach
 
     with _stdout_kept(args):
-        result = teach(_load(args, lambda *_: ("teach",), save=True), args.partition, args.max_set_aside)
+        recipe = _load(args, lambda *_: ("teach",), save=True)
+        result = teach(recipe, args.partition, args.max_set_aside, args.layer)
     _result(args, *result)
     return 0
 

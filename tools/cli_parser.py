@@ -77,6 +77,9 @@ def build_parser() -> Parser:
     teach.add_argument(
         "--partition", type=_partition, metavar="I/N", help="do only share I of N of the plan, I from 0 to N-1"
     )
+    teach.add_argument(
+        "--layer", metavar="NAME", help="run one of several teachers alone: a name of `teachers`, or teacher"
+    )
     train = _recipe(command("train", "phase 2: train the student's stages from the cache; continues what is there"))
     train.add_argument("--from-stage", metavar="STAGE", help="begin with this stage")
     train.add_argument("--to-stage", metavar="STAGE", help="end with this stage")

@@ -22,15 +22,17 @@ Result = tuple[Any, str]
 """What --json prints, and what people see."""
 
 
-def teach(recipe: Recipe, partition: tuple[int, int] | None, max_set_aside: float | None = None) -> Result:
-    """Run phase 1 and summarise it.
+def teach(
+    recipe: Recipe, partition: tuple[int, int] | None, max_set_aside: float | None = None, layer: str | None = None
+) -> Result:
+    """Run phase 1 and summarise it; of several teachers, `layer` names one to run alone.
 
     Raises:
         DecantError: the build cannot start, cannot go on, or set too much aside.
     """
     from teacher_cache.build import SetAsideError
-    from teacher_cache.build import teach as build
     from teacher_cache.cluster.unit_board import UnitsSetAsideError
+    from teacher_cache.several_teachers import OWN, teach_each
 
     other = answers_line(recipe)
     if other:
@@ -38,15 +40,29 @@ def teach(recipe: Recipe, partition: tuple[int, int] | None, max_set_aside: floa
     progress = BuildProgress()
     settings: dict[str, Any] = {} if max_set_aside is None else {"max_set_aside": max_set_aside}
     try:
-        summary = build(recipe, partition, progress, **settings)
+        found = teach_each(
+            recipe,
+            layer,
+            begin=lambda name: progress.note(f"teacher {name}"),
+            partition=partition,
+            progress=progress,
+            **settings,
+        )
     except (SetAsideError, UnitsSetAsideError) as error:
         progress.finish()
         print("\n".join(error.summary.lines()))
         raise
     finally:
         progress.finish()
-    derived = {name: getattr(summary, name) for name in ("seconds", "seconds_writing", "seconds_waiting", "computed")}
-    return {**asdict(summary), **derived}, "\n".join(summary.lines())
+    figures = {name: _build_figures(summary) for name, summary in found.items()}
+    lines = [f"{name}: {line}" if recipe.teachers else line for name, one in found.items() for line in one.lines()]
+    first = figures.pop(OWN, {})
+    return first | ({"teachers": figures} if figures else {}), "\n".join(lines)
+
+
+def _build_figures(summary: Any) -> dict[str, Any]:
+    derived = ("seconds", "seconds_writing", "seconds_waiting", "computed")
+    return {**asdict(summary), **{name: getattr(summary, name) for name in derived}}
 
 
 def plan_calibrated(recipe: Recipe, num_rows: int, price_per_hour: float | None) -> Result:

@@ -41,6 +41,7 @@ EXAMPLES = {
     "Student": "student: {model: Qwen/Qwen3-0.6B, dtype: float32, gradient_checkpointing: auto}",
     "Adapter": "student: {model: Qwen/Qwen3-4B, adapter: {kind: qlora, r: 32, alpha: 64}}",
     "Stage": "stages: [{name: kd, losses: [{name: forward_kl}], trainer: {learning_rate: 1e-4, max_steps: 1000}}]",
+    "TargetLayer": "targets: [{layer: math, sources: [math]}, {layer: code, weight: 0.5, sources: [code, ops]}]",
     "StageTrainer": "trainer: {learning_rate: 1e-4, max_steps: 1000, pack_tokens: 4096, bf16: true}",
     "Schedule": "weight: {kind: linear, start: 0.5, end: 0.1}     # or a plain number",
     "CrossEntropy": "losses: [{name: cross_entropy, weight: 0.1}]",

@@ -200,20 +200,7 @@ class Cache:
         """
         number, local = self._locate(index)
         row = self._sequences.get(number).row(local)
-        targets = None
-        if self._codec is not None:
-            part = self._targets.get(number)
-            try:
-                targets = self._codec.decode(part.blob(local, row), row.num_positions)
-            except DamagedError as error:
-                message = str(error)
-                raise DamagedError(
-                    message if str(part.path) in message else f"{part.path}:{local}: {message}"
-                ) from None
-            if self._narrowing is not None:
-                targets = narrow(targets, self._narrowing)
-            if self._layer is not None and self._layer.identity.tail == "unknown":
-                targets = replace(targets, tail_logmass=np.full_like(targets.tail_logmass, np.nan))
+        targets = None if self._codec is None else self.targets_of(index, row)
         return Row(
             row.key,
             row.row_key,
@@ -228,6 +215,26 @@ class Cache:
             targets,
             None if self._hidden is None else self._hidden.read(number, local, row),
         )
+
+    def targets_of(self, index: int, row: SequenceRow) -> SparseTargets:
+        """Return the targets of row `index`, whose sequence is read already; the cache was opened with a layer.
+
+        Raises:
+            DamagedError: they are not of that row, or not what was committed.
+        """
+        assert self._codec is not None
+        number, local = self._locate(index)
+        part = self._targets.get(number)
+        try:
+            targets = self._codec.decode(part.blob(local, row), row.num_positions)
+        except DamagedError as error:
+            message = str(error)
+            raise DamagedError(message if str(part.path) in message else f"{part.path}:{local}: {message}") from None
+        if self._narrowing is not None:
+            targets = narrow(targets, self._narrowing)
+        if self._layer is not None and self._layer.identity.tail == "unknown":
+            targets = replace(targets, tail_logmass=np.full_like(targets.tail_logmass, np.nan))
+        return targets
 
     def sequence(self, index: int) -> SequenceRow:
         """Return row `index` without decoding its targets; errors as for `cache[index]`."""

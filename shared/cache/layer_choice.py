@@ -47,6 +47,7 @@ def layer_of_capture(recipe: Recipe, path: Path | None = None) -> str | LayerVie
     listed = list_layers(path or recipe.cache[0]).values()
     layers = [layer for layer in listed if layer.identity.teacher == teacher.model and layer.identity.dtype in dtypes]
     layers = [layer for layer in layers if layer.identity.tail == "exact"]  # as a capture makes them
+    layers = [layer for layer in layers if layer.short_name not in recipe.teachers]
     own = [layer for layer in layers if _same_capture(layer.identity, recipe)]
     if own:
         return own[0].full_name if len(own) == 1 else None
@@ -69,6 +70,11 @@ def loss_problem(identity: LayerIdentity, loss: LossTerm) -> str | None:
         f"{what} needs the teacher's mass outside its head, and the tail of layer {identity.name} is unknown (others "
         "made it); use 'head_kl' with 'cross_entropy'"
     )
+
+
+def named_layer(recipe: Recipe, name: str | None, path: Path | None = None) -> str | LayerView | None:
+    """Return the layer that a stage's `targets` means: by its name, or by the recipe's teacher and capture."""
+    return name if name not in (None, "teacher") else layer_of_capture(recipe, path)
 
 
 def hidden_layer_of(recipe: Recipe, path: Path) -> str | bool:

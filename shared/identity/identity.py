@@ -137,7 +137,7 @@ class SequencesIdentity:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     what: ClassVar[str] = "cache"
-    provenance: ClassVar[frozenset[str]] = frozenset({"licence", "answers", "tokenizer"})
+    provenance: ClassVar[frozenset[str]] = frozenset({"licence", "answers", "tokenizer", "answerer"})
 
     tokenizer_hash: str
     vocab_size: Size
@@ -152,6 +152,9 @@ class SequencesIdentity:
     """Who wrote the answers."""
     groups: Literal["prompt", "first question"] = grown("prompt")
     """Rule of the group keys (shared/cache/groups.py); a cache keeps the rule that it began with."""
+    answerer: str = grown("")
+    """Weights of the teacher whose answers' row_keys leave the model out, those that the cache began with; other
+    models' keys hold it. Empty: what the cache's jobs say, as for caches that were begun before the field."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

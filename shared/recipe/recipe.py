@@ -8,6 +8,7 @@ opened. Paths are relative to the current directory.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,8 +42,8 @@ from shared.recipe.prompts import PromptSource
 from shared.recipe.rounds import LABEL_LOSSES, Guards, Rounds
 from shared.recipe.schedule import Schedule
 from shared.recipe.teacher import Teacher, Workers
-from shared.recipe.training import Adapter, Stage, StageTrainer, Student
-from shared.schema import MAX_ROWS_PER_PART
+from shared.recipe.training import RESERVED_STAGE_NAMES, Adapter, Stage, StageTrainer, Student
+from shared.schema import LAYER_NAME_PATTERN, MAX_ROWS_PER_PART
 
 __all__ = [
     "Adapter",
@@ -74,6 +75,11 @@ __all__ = [
     "Workers",
 ]
 
+CAPTURE_NAME = re.compile(r"(top\d+)?(-?sample\d+)?", re.ASCII)
+"""What a layer is called that no recipe names."""
+LayerName = Annotated[str, Field(pattern=f"^{LAYER_NAME_PATTERN.pattern}$")]
+"""Name of a targets layer: lower-case letters, digits, '.', '_', '+' or '-'."""
+
 
 class Recipe(Section):
     """One experiment."""
@@ -86,6 +92,9 @@ class Recipe(Section):
     """Seed of everything that has none of its own."""
     teacher: Teacher | None = None
     """The model to learn from; may be left out where the cache exists."""
+    teachers: dict[LayerName, Teacher] = Field(default_factory=dict)
+    """Further teachers of the same tokenizer, by the name of their targets layer: each scores the rows of the cache in
+    turn, as `capture` says; hidden states come from `teacher` alone."""
     prompts: tuple[PromptSource, ...] = ()
     """What the teacher answers, or the answered prompts that it scores."""
     generate: Generate | None = None
@@ -137,27 +146,50 @@ class Recipe(Section):
                 return stage
         raise KeyError(name)
 
+    def of_teacher(self, name: str) -> Recipe:
+        """Return the recipe by which one of `teachers` scores the rows that the cache has."""
+        capture = self.capture.model_copy(update={"hidden": None})
+        alone = {"teacher": self.teachers[name], "prompts": (), "generate": None, "capture": capture}
+        return self.model_copy(update=alone)
+
     def stage_dir(self, name: str) -> Path:
         """Return where a stage writes; its final model is in `model` below."""
         return self.output_dir / "train" / name
 
 
-def _phase1_problems(recipe: Recipe) -> list[Problem]:
+def _teachers_problems(recipe: Recipe) -> list[Problem]:
+    """Return what is wrong with further teachers."""
     problems: list[Problem] = []
+    if recipe.teachers and recipe.teacher is None:
+        problems.append((("teachers",), "there is no `teacher` beside them; write one of them there"))
+    if recipe.teachers and len(recipe.cache) > 1:
+        sentence = f"teachers score one cache, not {len(recipe.cache)}; name one, or leave them out"
+        problems.append((("teachers",), sentence))
+    stages = {stage.name for stage in recipe.stages}
+    for name in recipe.teachers:
+        if name in (*RESERVED_STAGE_NAMES, *stages) or CAPTURE_NAME.fullmatch(name):
+            other = "a stage" if name in stages else "a capture" if CAPTURE_NAME.fullmatch(name) else "another model"
+            problems.append((("teachers", name), f"'{name}' is the name of {other}; call the teacher something else"))
+    return problems
+
+
+def _phase1_problems(recipe: Recipe) -> list[Problem]:
+    problems = _teachers_problems(recipe)
     if recipe.prompts and recipe.teacher is None:
         problems.append(
             (("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out")
         )
     if recipe.generate is not None and not recipe.prompts:
         problems.append((("generate",), "there are no `prompts` to answer; add some, or leave it out"))
-    if recipe.teacher is not None and recipe.teacher.engine == "server":
+    if any(teacher.engine == "server" for teacher in (recipe.teacher, *recipe.teachers.values()) if teacher):
         problems += server_problems(recipe.capture)
-        if recipe.generate is not None and recipe.generate.model is not None:
-            why = (
-                "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then "
-                "score them with servers"
-            )
-            problems.append((("generate", "model"), why))
+    answers = recipe.generate is not None and recipe.generate.model is not None
+    if answers and recipe.teacher is not None and recipe.teacher.engine == "server":
+        why = (
+            "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then score them "
+            "with servers"
+        )
+        problems.append((("generate", "model"), why))
     if recipe.prompts and len(recipe.cache) > 1:
         problems.append(
             (
@@ -300,7 +332,9 @@ def _temperature_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
     captured = recipe.capture.temperatures
     for i, stage in enumerate(recipe.stages):
-        if stage.targets is not None:
+        named = stage.targets if isinstance(stage.targets, tuple) else ()
+        captured_now = any(entry.layer in ("teacher", *recipe.teachers) for entry in named)
+        if stage.targets is not None and not captured_now:
             continue
         for j, loss in enumerate(stage.losses):
             if loss.name in LOSSES_ON_HIDDEN_LAYER:
@@ -335,7 +369,7 @@ def _evaluate_problems(recipe: Recipe) -> list[Problem]:
     if side_by_side is not None and "heldout" in side_by_side.prompts and recipe.heldout.fraction == 0:
         sentence = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
         problems.append((("evaluate", "side_by_side", "prompts"), sentence))
-    choices = ["teacher", "base", *(stage.name for stage in recipe.stages)]
+    choices = ["teacher", *recipe.teachers, "base", *(stage.name for stage in recipe.stages)]
     known = set(choices)
     for i, model in enumerate(recipe.evaluate.models):
         path = ("evaluate", "models", i)

@@ -29,6 +29,7 @@ from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
 from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.rounds import Rounds
 from shared.recipe.schedule import Schedule
+from shared.recipe.target_layers import TargetLayer, target_problems
 
 RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
 """Names with a meaning of their own."""
@@ -212,8 +213,8 @@ class Stage(Section):
     """Share of each source in the training tokens, a number or a schedule; left out: as they are in the cache."""
     sampling: Sampling | None = None
     """Shares that follow the stage's evaluations, beginning with the mixture; left out: the mixture alone decides."""
-    targets: str | None = None
-    """Targets layer of the cache, where it has more than one."""
+    targets: str | Annotated[tuple[TargetLayer, ...], Field(min_length=1)] | None = None
+    """Targets layer of the cache, where it has more than one; or several teachers, each with weight and sources."""
     hidden: str | None = None
     """Hidden layer of the cache, where it has more than one and losses read it."""
     max_length: Count | None = None
@@ -251,11 +252,13 @@ class Stage(Section):
         if self.hidden is not None and not any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in self.losses):
             listed = ", ".join(LOSSES_ON_HIDDEN_LAYER)
             problems.append((("hidden",), f"no loss of the stage reads a hidden layer ({listed} do), so leave it out"))
-        if self.balance.kind != "fixed" and len(self.losses) < 2:
+        num_teachers = len(self.targets) if isinstance(self.targets, tuple) else 1
+        if self.balance.kind != "fixed" and len(self.losses) < 2 and num_teachers < 2:
             problems.append((("balance",), "there is one loss, and nothing to balance it against; leave it out"))
         if self.mixture is not None and not self.mixture:
             problems.append((("mixture",), "names no source; leave it out to take the rows as they are"))
         problems += self._mixture_problems()
+        problems += self._teacher_problems()
         if self.rounds is not None:
             problems += self._rounds_problems()
         if self.max_length is not None and self.max_length > self.trainer.pack_tokens:
@@ -274,6 +277,7 @@ class Stage(Section):
     def goes_over_run(self) -> bool:
         """Return whether one of its schedules goes over all stages."""
         moving = [schedule for loss in self.losses for schedule in (loss.weight, loss.temperature)]
+        moving += [entry.weight for entry in self.targets] if isinstance(self.targets, tuple) else []
         return any(schedule.over == "run" for schedule in (*moving, *(self.mixture or {}).values()))
 
     def _rounds_problems(self) -> list[Problem]:
@@ -311,6 +315,14 @@ class Stage(Section):
                 (("rounds",), "no loss of the stage asks the teacher about the student's answers; add forward_kl")
             )
         return problems
+
+    def _teacher_problems(self) -> list[Problem]:
+        """Return what is wrong with several teachers."""
+        if not isinstance(self.targets, tuple):
+            return []
+        if all(loss.name in ("cross_entropy", *LOSSES_ON_HIDDEN_LAYER) for loss in self.losses):
+            return [(("targets",), "no loss of the stage is a divergence from a teacher, so name one layer at most")]
+        return target_problems(self.targets)
 
     def _mixture_problems(self) -> list[Problem]:
         """Return what is wrong with shares and what moves them."""

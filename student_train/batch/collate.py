@@ -14,12 +14,16 @@ from torch import Tensor
 
 from student_train.batch.hidden_batch import join_packs
 
+LAST = "support_counts"
+"""What the names of every teacher's targets include; several teachers' have a prefix."""
+
 
 def collate(packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
     """Join packs into one batch.
 
     Returns `input_ids` and `position_ids` int64 [1, B]; `predictor_index`, `labels` and `shift_labels` (the same) int64
-    [S]; and the arrays of `pack_targets` and of `HiddenReading.pack` over all positions, where the packs have them.
+    [S]; and the arrays of `pack_targets`, `pack_layers` and `HiddenReading.pack` over all positions, where the packs
+    have them.
     Draws, which are stored by temperature and then by position, are joined temperature by temperature.
     """
     starts = np.cumsum([0, *(len(pack["input_ids"]) for pack in packs)])
@@ -31,20 +35,34 @@ def collate(packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
         ),
         "labels": np.concatenate([pack["labels"] for pack in packs]),
     }
-    if "temperatures" in packs[0]:
-        arrays["temperatures"] = packs[0]["temperatures"]
-        for name in ("support_counts", "support_ids", "support_logprobs", "label_logprobs", "tail_logmass"):
-            arrays[name] = np.concatenate([pack[name] for pack in packs])
-    if "draw_counts" in packs[0]:
-        arrays["draw_counts"] = np.concatenate([pack["draw_counts"] for pack in packs], axis=1)
-        for name in ("draw_ids", "draw_multiplicities"):
-            arrays[name] = _joined_by_temperature(packs, name)
+    for prefix in sorted({name.removesuffix(LAST) for pack in packs for name in pack if name.endswith(LAST)}):
+        arrays |= {f"{prefix}{name}": array for name, array in _joined_targets(packs, prefix).items()}
     arrays |= join_packs(packs)
     batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     batch["shift_labels"] = batch[
         "labels"
     ]  # the Trainer counts positions by it: every label is supervised, none is shifted
     return batch
+
+
+def _joined_targets(packs: Sequence[Mapping[str, np.ndarray]], prefix: str) -> dict[str, np.ndarray]:
+    """Return the targets of one teacher, whose names begin with `prefix`, over the packs that have them."""
+    starts = np.cumsum([0, *(len(pack["labels"]) for pack in packs)]).tolist()
+    own = [
+        {name.removeprefix(prefix): array for name, array in pack.items() if name.startswith(prefix)}
+        | ({"positions": pack[f"{prefix}positions"] + start} if f"{prefix}positions" in pack else {})
+        for pack, start in zip(packs, starts, strict=False)
+        if f"{prefix}{LAST}" in pack
+    ]
+    arrays = {"temperatures": own[0]["temperatures"]}
+    names = ("support_counts", "support_ids", "support_logprobs", "label_logprobs", "tail_logmass", "positions")
+    for name in (name for name in names if name in own[0]):
+        arrays[name] = np.concatenate([pack[name] for pack in own])
+    if "draw_counts" in own[0]:
+        arrays["draw_counts"] = np.concatenate([pack["draw_counts"] for pack in own], axis=1)
+        for name in ("draw_ids", "draw_multiplicities"):
+            arrays[name] = _joined_by_temperature(own, name)
+    return arrays
 
 
 def _joined_by_temperature(packs: Sequence[Mapping[str, np.ndarray]], name: str) -> np.ndarray:

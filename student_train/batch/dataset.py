@@ -25,12 +25,14 @@ from shared.cache.rows_left_out import rows_left_out
 from shared.errors import CacheError, IdentityError, TrainingError
 from shared.keys import is_heldout
 from shared.payload.narrowing import LayerView
+from shared.payload.targets import SparseTargets
 from shared.places import origin_of
 from shared.recipe.recipe import Recipe
 from student_train.batch.hidden_batch import HiddenReading
 from student_train.batch.part_prefetch import PartPrefetch
-from student_train.batch.row_targets import at_temperatures, first_positions, within_vocabulary
+from student_train.batch.row_targets import as_trained
 from student_train.batch.target_batch import pack_targets
+from student_train.batch.teacher_layers import TeacherLayer, pack_layers
 from student_train.order.stage_plan import StagePlan
 
 Share = TypeVar("Share")
@@ -60,6 +62,8 @@ class CacheList:
                     f"{self.path} has tokenizer {self.tokenizer_hash} and {cache.path} has {other}; "
                     "train on caches of one tokenizer, or build one of them again"
                 )
+        self.layers: tuple[TeacherLayer, ...] = ()
+        """Teachers, where a stage has several; its caches are then opened without a layer of their own."""
         self._ends = np.cumsum([len(cache) for cache in caches])
         self.repeats, self.other_answers, self.all_are_other = rows_left_out(self.caches, None)
 
@@ -105,13 +109,35 @@ class CacheList:
 
     def __getitem__(self, index: int) -> Row:
         """Return one row."""
+        which, place = self._place(index)
+        return self.caches[which][place]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return which cache holds a row, and where."""
         which = int(np.searchsorted(self._ends, index, side="right"))
-        return self.caches[which][index - (int(self._ends[which - 1]) if which else 0)]
+        return which, index - (int(self._ends[which - 1]) if which else 0)
+
+    def taught(self, indices: Sequence[int], rows: Sequence[Row]) -> dict[str, dict[int, SparseTargets]]:
+        """Return per teacher the targets of those of a pack's rows that it teaches, by their place in the pack."""
+        found: dict[str, dict[int, SparseTargets]] = {layer.key: {} for layer in self.layers}
+        for number, (index, row) in enumerate(zip(indices, rows, strict=True)):
+            which, place = self._place(index)
+            for layer in self.layers:
+                if layer.teaches(int(self.sources[index])):
+                    found[layer.key][number] = layer.caches[which].targets_of(place, row)
+        return found
+
+    @property
+    def untaught(self) -> NDArray[np.bool_]:
+        """[R] rows that none of several teachers teaches; none where there is one teacher or no teacher."""
+        codes = [c for c in range(len(self.source_names)) if not any(layer.teaches(c) for layer in self.layers)]
+        return np.isin(self.sources, codes if self.layers else [])
 
     @property
     def cache_id(self) -> str:
-        """Identity of what is read: the caches' own, in order."""
-        return "+".join(cache.cache_id for cache in self.caches)
+        """Identity of what is read: the caches' own, in order, then those of several teachers."""
+        of_layers = [f"{layer.key}:{cache.cache_id}" for layer in self.layers for cache in layer.caches]
+        return "+".join([*(cache.cache_id for cache in self.caches), *of_layers])
 
     @cached_property
     def num_tokens(self) -> NDArray[np.int32]:
@@ -145,9 +171,10 @@ class CacheList:
 
     def fetch_part(self, number: int) -> None:
         """Bring a part to this machine, by its number over all caches; nothing where it is here."""
-        for cache in self.caches:
+        for which, cache in enumerate(self.caches):
             if number < cache.num_parts:
-                cache.fetch_part(number)
+                for one in (cache, *(layer.caches[which] for layer in self.layers)):
+                    one.fetch_part(number)
                 return
             number -= cache.num_parts
 
@@ -210,13 +237,16 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         """Return one pack.
 
         Keys: `input_ids` int64 [B]; `position_ids` int64 [B], from 0 in each row; `predictor_index` int64 [S], which
-        hidden state predicts; `labels` int64 [S]; and what `pack_targets` returns, unless labels are all that is
-        needed. Where a hidden layer is read, also what `HiddenReading.pack` returns.
+        hidden state predicts; `labels` int64 [S]; and what `pack_targets` returns, or `pack_layers` where there are
+        several teachers, unless labels are all that is needed. Where a hidden layer is read, also what
+        `HiddenReading.pack` returns.
         """
         if self.caches.is_remote:
             self._prefetch().reached(index)
-        rows = [self.caches[int(row)] for row in self.plan.rows_of(index)]
-        return build_pack(rows, self.plan.limit, self.temperatures, self.caches.vocab_size, self.hidden)
+        caches, places = self.caches, self.plan.rows_of(index).tolist()
+        rows = [caches[place] for place in places]
+        taught = caches.taught(places, rows)
+        return build_pack(rows, self.plan.limit, self.temperatures, caches.vocab_size, self.hidden, taught)
 
     def _prefetch(self) -> PartPrefetch:
         """Return what fetches parts ahead in this process."""
@@ -243,11 +273,13 @@ def build_pack(
     temperatures: Sequence[float] | None,
     vocab_size: int,
     reading: HiddenReading | None = None,
+    taught: Mapping[str, Mapping[int, SparseTargets]] | None = None,
 ) -> dict[str, np.ndarray]:
     """Return one pack's arrays; a row above `limit` tokens loses its end, with the positions whose
-    label falls there.
+    label falls there. Where there are several teachers, `taught` has the targets instead of the rows.
     """
     tokens, positions, predictors, labels, targets, hidden = [], [], [], [], [], []
+    num_positions: list[int] = []
     start = 0
     for row in rows:
         ids = row.token_ids[:limit]
@@ -257,11 +289,10 @@ def build_pack(
         positions.append(np.arange(len(ids), dtype=np.int64))
         predictors.append(index.astype(np.int64) + start)
         labels.append(ids[index + 1])
-        if temperatures is not None:
+        num_positions.append(len(index))
+        if temperatures is not None and not taught:
             assert row.targets is not None, "the cache was opened without a layer"
-            targets.append(
-                within_vocabulary(first_positions(at_temperatures(row.targets, temperatures), len(index)), vocab_size)
-            )
+            targets.append(as_trained(row.targets, len(index), temperatures, vocab_size))
         if reading is not None:
             assert row.hidden is not None, "the cache was opened without a hidden layer"
             hidden.append((row.hidden, len(index)))
@@ -272,5 +303,6 @@ def build_pack(
         "predictor_index": np.concatenate(predictors),
         "labels": np.concatenate(labels).astype(np.int64),
         **(pack_targets(targets) if targets else {}),
+        **(pack_layers(taught, num_positions, temperatures, vocab_size) if taught and temperatures else {}),
         **(reading.pack(hidden) if reading is not None else {}),
     }

@@ -18,6 +18,17 @@ from shared.payload.ragged import segment_sum
 from shared.payload.targets import Draws, SparseTargets
 
 
+def as_trained(
+    targets: SparseTargets, num_positions: int, temperatures: Sequence[float], vocab_size: int
+) -> SparseTargets:
+    """Return the targets of a row's first positions, at the stage's temperatures and within the tokenizer's vocabulary.
+
+    Raises:
+        TrainingError: a temperature was not captured.
+    """
+    return within_vocabulary(first_positions(at_temperatures(targets, temperatures), num_positions), vocab_size)
+
+
 def first_positions(targets: SparseTargets, num_positions: int) -> SparseTargets:
     """Return the targets of the first `num_positions` positions."""
     if num_positions >= targets.num_positions:

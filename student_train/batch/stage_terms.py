@@ -5,7 +5,11 @@ Cost: nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from shared.recipe.recipe import Stage
+from shared.recipe.target_layers import TargetLayer, layer_keys
 from student_train.losses import LossTerm, divergences, registry, representations
 from student_train.losses.representation import Reads
 from student_train.order import schedules
@@ -34,11 +38,26 @@ def training_temperatures(stage: Stage) -> tuple[float, ...]:
 
 def terms_at(stage: Stage, step: int, num_steps: int, run: RunSteps | None = None) -> list[LossTerm]:
     """Return a stage's loss terms at an optimizer step, counted from 0; `run` where a schedule goes over all stages."""
-    terms = []
+    terms: list[LossTerm] = []
     for loss in stage.losses:
         options = {name: getattr(loss, name) for name in registry[loss.name].options}
         weight = schedules.value(loss.weight, step, num_steps, run)
         temperature = schedules.value(loss.temperature, step, num_steps, run)
         by_entropy = getattr(loss, "weigh", None) == "entropy"
-        terms.append(LossTerm(loss.name, weight, temperature, options, by_entropy=by_entropy))
+        term = LossTerm(loss.name, weight, temperature, options, by_entropy=by_entropy)
+        if isinstance(stage.targets, tuple) and _reads_targets(loss.name):
+            terms += _of_each_teacher(stage.targets, term, step, num_steps, run)
+        else:
+            terms.append(term)
     return terms
+
+
+def _of_each_teacher(
+    targets: Sequence[TargetLayer], term: LossTerm, step: int, num_steps: int, run: RunSteps | None
+) -> list[LossTerm]:
+    """Return a divergence once per teacher, its weight times the teacher's."""
+    weights = [schedules.value(entry.weight, step, num_steps, run) for entry in targets]
+    return [
+        replace(term, weight=term.weight * weight, layer=key)
+        for key, weight in zip(layer_keys(targets), weights, strict=True)
+    ]

@@ -123,6 +123,18 @@ class _Ragged:
         return ids, self.numbers[entry].to(dtype).masked_fill_(outside, pad_number)
 
 
+def targets_in(batch: Mapping[str, Any]) -> TargetBatch | dict[str, TargetBatch] | None:
+    """Return a batch's targets: one teacher's, several teachers' by their keys, or None where it has labels alone."""
+    if "support_counts" in batch:
+        return TargetBatch.from_batch(batch)
+    keys = [name.removesuffix("/support_counts") for name in batch if name.endswith("/support_counts")]
+    return {key: TargetBatch.from_batch(_below(batch, f"{key}/")) for key in keys} or None
+
+
+def _below(batch: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetBatch:
     """Sparse teacher distributions of S supervised positions."""

@@ -150,7 +150,8 @@ def evaluation_line(figures: Mapping[str, Any]) -> str:
     >>> evaluation_line({"step": 9, "kl_nats": 0.51, "top1_agreement": 0.5, "perplexity": 3.0, "by_source": {}})
     'step 9: held-out KL 0.5100 nats per position, top-1 agreement 50.0 %, perplexity 3.00'
     """
-    parts = ", ".join(f"{name} {source['kl_nats']:.4f}" for name, source in figures["by_source"].items())
+    apart = {**figures["by_source"], **{f"from {key}": part for key, part in figures.get("by_layer", {}).items()}}
+    parts = ", ".join(f"{name} {part['kl_nats']:.4f}" for name, part in apart.items())
     sources = f" ({parts})" if parts else ""
     perplexity = "beyond measure" if figures["perplexity"] is None else f"{figures['perplexity']:.2f}"
     return (
@@ -165,6 +166,8 @@ def reported_figures(figures: Mapping[str, Any]) -> dict[str, float]:
     flat = {f"eval_{name}": figures[name] for name in names}
     for source, part in figures["by_source"].items():
         flat |= {f"eval_{name}/{source}": part[name] for name in names}
+    for key, part in figures.get("by_layer", {}).items():
+        flat |= {f"eval_{name}/from {key}": part[name] for name in names[:2]}
     return {name: value for name, value in flat.items() if value is not None}
 
 

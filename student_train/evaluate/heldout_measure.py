@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import TrainingError
@@ -42,13 +43,13 @@ class HeldoutSet:
 
     @classmethod
     def choose(cls, caches: CacheList, fraction: float, rows_per_source: int) -> HeldoutSet:
-        """Choose at most `rows_per_source` held-out rows of each source, of the rows that count.
+        """Choose at most `rows_per_source` held-out rows of each source, of the rows that count and have a teacher.
 
         Raises:
             TrainingError: no row is held out.
         """
         starts = np.concatenate([[0], np.cumsum([len(cache) for cache in caches.caches])])
-        chosen = heldout_rows_per_source(caches.caches, fraction, rows_per_source, caches.left_out)
+        chosen = heldout_rows_per_source(caches.caches, fraction, rows_per_source, caches.left_out | caches.untaught)
         if not chosen:
             raise TrainingError(
                 f"{caches.path}: no row is held out at heldout.fraction {fraction:g}, so there is nothing to "
@@ -105,6 +106,8 @@ def measure_heldout(
     """Return `kl_nats`, `top1_agreement`, `acceptance_rate`, `perplexity`, `positions`, `rows`, and the same by
     source under `by_source`.
 
+    Of several teachers, the figures of a position are their mean by weight, and `by_layer` has each one's own.
+
     Args:
         model: the patched student, with whatever wraps it.
         objective: of the patched forward.
@@ -113,7 +116,8 @@ def measure_heldout(
         processes: who measures what.
     """
     codes = {row: code for code, rows in enumerate(heldout.rows.values()) for row in rows}
-    sums = torch.zeros(len(heldout.rows), 5, dtype=torch.float64)
+    layers = heldout.caches.layers
+    sums = torch.zeros(len(heldout.rows) + len(layers), 5, dtype=torch.float64)
     rounds = -(-len(packs) // processes.count)
     with scoring(model, objective):
         for index in range(processes.index, rounds * processes.count, processes.count):
@@ -121,17 +125,30 @@ def measure_heldout(
             pack = packs[index if counts else 0]
             rows = [heldout.caches[row] for row in pack]
             limit = max(len(row.token_ids) for row in rows)
-            batch = collate([build_pack(rows, limit, (1.0,), heldout.caches.vocab_size)])
+            taught = heldout.caches.taught(pack, rows)
+            batch = collate([build_pack(rows, limit, (1.0,), heldout.caches.vocab_size, taught=taught)])
             model(**{name: value.to(processes.device) for name, value in batch.items()})
-            scores = objective.take_scores()
+            scores, by_layer = objective.take_scores(), objective.take_scores_by_layer()
             if counts:
-                which = torch.repeat_interleave(
-                    torch.tensor([codes[row] for row in pack]), torch.tensor([row.num_positions for row in rows])
-                )
-                sums.index_add_(0, which, scores)
+                lengths = torch.tensor([row.num_positions for row in rows])
+                sums.index_add_(0, torch.tensor([codes[row] for row in pack]).repeat_interleave(lengths), scores)
+                for number, layer in enumerate(layers, len(heldout.rows)):
+                    sums[number] += by_layer[layer.key].sum(0) if layer.key in by_layer else 0.0
     added = processes.add_up(sums.to(processes.device)).cpu().numpy()
     by_source = {name: _figures(added[code], len(rows)) for code, (name, rows) in enumerate(heldout.rows.items())}
-    return {**_figures(added.sum(axis=0), len(codes)), "by_source": by_source}
+    found = {**_figures(added[: len(heldout.rows)].sum(axis=0), len(codes)), "by_source": by_source}
+    return {**found, "by_layer": _by_layer(heldout, added[len(heldout.rows) :])} if layers else found
+
+
+def _by_layer(heldout: HeldoutSet, sums: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the figures of each of several teachers on the rows that it teaches, without those that teach none."""
+    sources = heldout.caches.source_names
+    rows = [
+        sum(len(rows) for name, rows in heldout.rows.items() if layer.teaches(sources.index(name)))
+        for layer in heldout.caches.layers
+    ]
+    layers = zip(heldout.caches.layers, sums, rows, strict=True)
+    return {layer.key: _figures(added, count) for layer, added, count in layers if count}
 
 
 @contextmanager

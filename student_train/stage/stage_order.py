@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shared.cache.layer_choice import hidden_layer_of, layer_of_capture
+from shared.cache.layer_choice import hidden_layer_of, named_layer
 from shared.errors import TrainingError
 from shared.identity.grown import unmoved
 from shared.recipe.recipe import Recipe, Sampling, Stage
@@ -26,6 +26,7 @@ from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_sche
 from student_train.order.schedules import RunSteps
 from student_train.order.stage_plan import StagePlan, plan_stage
 from student_train.records.processes import num_processes
+from student_train.stage.stage_teachers import teacher_layers
 from student_train.stage.student_length import within_positions
 
 REMOTE_WINDOW_PARTS = 8
@@ -43,9 +44,13 @@ def open_caches(recipe: Recipe, stage: Stage) -> CacheList:
     Raises:
         CacheError: a cache cannot be opened or lacks the layer.
     """
-    layers = [stage.targets or layer_of_capture(recipe, path) for path in recipe.cache]
     hidden = [stage.hidden or hidden_layer_of(recipe, path) for path in recipe.cache] if hidden_reads(stage) else None
-    caches = CacheList.open(recipe.cache, layers, with_targets=needs_teacher(stage), hidden=hidden)
+    if isinstance(stage.targets, tuple):
+        caches = CacheList.open(recipe.cache, None, with_targets=False, hidden=hidden)
+        caches.layers = teacher_layers(recipe, stage, caches)
+    else:
+        layers = [named_layer(recipe, stage.targets, path) for path in recipe.cache]
+        caches = CacheList.open(recipe.cache, layers, with_targets=needs_teacher(stage), hidden=hidden)
     caches.leave_out_other_answers(recipe)
     return caches
 

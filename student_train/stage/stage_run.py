@@ -22,6 +22,7 @@ from shared.cache.leaving import Leaving, leaving_of
 from shared.cache.tokenizer_files import checked_tokenizer, tokenizer_without_code
 from shared.errors import TrainingError
 from shared.models.unused_gpu import unused_gpu
+from shared.recipe.base import quoted
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe, Stage
 from shared.recipe.training import recomputation
@@ -49,6 +50,7 @@ from student_train.records.progress import OpenProgress, SilentProgress, StagePr
 from student_train.records.run_seconds import SecondsLog
 from student_train.stage.export import export_student, make_savable
 from student_train.stage.stage_identity import claim_stage, mark_done
+from student_train.stage.stage_teachers import untaught_sources
 from student_train.stage.stage_work import StageWork, resolve_stage
 from student_train.student.decoder_layers import compile_layers
 from student_train.student.forward_patch import Objective, patch_forward, restore_forward
@@ -182,6 +184,8 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
     parts += [f"{repeats:,} rows left out that an earlier cache holds"] if repeats else []
     parts += [f"{others:,} rows left out whose answers were drawn otherwise (`answers: all` keeps them)"] * bool(others)
     parts += ["on answers that were drawn otherwise than `generate` says"] if work.caches.all_are_other else []
+    untaught = untaught_sources(work.stage, work.caches)
+    parts += [f"no teacher for {quoted(untaught)}, whose rows train the other losses alone"] if untaught else []
     parts += [f"started from {work.start}"] if work.start else []
     parts += [f"continued after step {checkpoint.step:,}"] if checkpoint else []
     return f"train {work.stage.name}: {', '.join(parts)}"
@@ -314,7 +318,8 @@ def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, 
         compile_layers(base)
     trainer = work.stage.trainer
     operator = operator_for(trainer.operator, args.device.type)
-    objective = Objective(head, chunk_bytes=trainer.operator_chunk_mib << 20, operator=operator)
+    shares = {layer.key: layer.share for layer in work.caches.layers}
+    objective = Objective(head, chunk_bytes=trainer.operator_chunk_mib << 20, operator=operator, shares=shares)
     if work.hidden is not None:
         objective.layers = LayerLosses(base, work.stage.losses, work.hidden.identity, seed=work.seed)
     work.patch(base, objective)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.cache.layer_choice import layer_of_capture, loss_problem
+from shared.cache.layer_choice import loss_problem, named_layer
 from shared.errors import TrainingError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import difference
@@ -25,6 +25,7 @@ from student_train.order.schedules import RunSteps
 from student_train.order.stage_plan import StagePlan
 from student_train.stage.stage_order import evaluation_sampling, open_caches, plan_order, run_steps, stage_seed
 from student_train.stage.stage_start import start_directory
+from student_train.stage.stage_teachers import untaught_sources
 from student_train.student.forward_patch import Objective, patch_forward
 
 
@@ -78,7 +79,8 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
     start = start_directory(recipe, stage)
     caches = open_caches(recipe, stage)
     temperatures = training_temperatures(stage) if needs_teacher(stage) else None
-    for cache in caches.caches:
+    scored = [cache for layer in caches.layers for cache in layer.caches] or caches.caches
+    for cache in scored:
         for temperature in temperatures or ():
             assert cache.layer is not None
             temperature_column(cache.layer.temperatures, temperature)
@@ -86,6 +88,7 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
             problem = loss_problem(cache.layer, loss) if cache.layer else None
             if problem is not None:
                 raise TrainingError(f"{cache.path}: {problem}")
+    untaught_sources(stage, caches)
     run = run_steps(recipe, stage)
     plan = plan_order(recipe, stage, caches, run)
     heldout = _heldout(recipe, stage, caches)
@@ -133,7 +136,10 @@ def _heldout(recipe: Recipe, stage: Stage, caches: CacheList) -> HeldoutSet | No
     """
     if stage.evaluate is None:
         return None
-    layer = stage.targets or layer_of_capture(recipe)
-    scored = caches if needs_teacher(stage) else CacheList.open(recipe.cache, layer, with_targets=True)
+    scored = caches
+    if not needs_teacher(stage):
+        assert not isinstance(stage.targets, tuple), "a recipe with several teachers has a divergence from them"
+        layers = [named_layer(recipe, stage.targets, path) for path in recipe.cache]
+        scored = CacheList.open(recipe.cache, layers, with_targets=True)
     scored.leave_out_other_answers(recipe)
     return HeldoutSet.choose(scored, recipe.heldout.fraction, stage.evaluate.rows_per_source)

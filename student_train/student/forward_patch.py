@@ -10,9 +10,9 @@ Shape letters: B tokens of the packs, S supervised positions, H hidden width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from student_train.batch.target_batch import TargetBatch
+from student_train.batch.target_batch import TargetBatch, targets_in
 from student_train.layers.layer_losses import LayerLosses
 from student_train.losses import LossTerm, divergences, representations
 from student_train.operator.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss
 from student_train.operator.gradient_norms import brought_down, head_squares, value_squares
+from student_train.operator.loss_terms import Targets
 from student_train.operator.operator_choice import faster_operator
 from student_train.student.router_loss import NAME as ROUTER
 from student_train.student.router_loss import RouterLoss
@@ -51,14 +52,17 @@ class Objective:
     """Kernels of the fused loss; `auto` until the first pack has decided."""
     measures_gradients: bool = False
     """Forward passes also measure how strong each term's gradient is."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Weight of each of several teachers in what is scored, by key."""
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _scores: list[Tensor] = field(default_factory=list)
+    _scores_by_layer: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def loss(
         self,
         hidden: Tensor,
         labels: Tensor,
-        targets: TargetBatch | None,
+        targets: Targets,
         num_positions: Tensor | float,
         down: Callable[[Tensor], Tensor] = lambda gradient: gradient,
     ) -> FusedLoss:
@@ -67,6 +71,8 @@ class Objective:
         `down` turns a gradient by `hidden` into that by the states where gradients are measured.
         """
         head, terms = self.head, [term for term in self.terms if term.name in divergences]
+        if targets is None and any(term.layer for term in terms):  # no row of the batch has a teacher
+            targets = {}
         if not terms:  # the head takes no part, but every process must still have a gradient of it
             return FusedLoss(hidden.new_zeros((), dtype=torch.float32) + head.weight[:1].float().sum() * 0.0, {})
 
@@ -121,8 +127,25 @@ class Objective:
             name = GRADIENT_SQUARE + key
             self._sums[name] = self._sums.get(name, torch.zeros_like(square)) + square
 
-    def score(self, hidden: Tensor, labels: Tensor, targets: TargetBatch) -> None:
-        """Score the positions of one forward pass."""
+    def score(self, hidden: Tensor, labels: Tensor, targets: Targets) -> None:
+        """Score the positions of one forward pass; several teachers' scores of a position are averaged by `shares`."""
+        if isinstance(targets, TargetBatch):
+            self._scores.append(self._scored(hidden, labels, targets))
+            return
+        total = torch.zeros(len(labels), 5, dtype=torch.float64)
+        weights = torch.zeros(len(labels), 1, dtype=torch.float64)
+        for key, batch in (targets or {}).items():
+            assert batch.positions is not None
+            assert batch.positions_host is not None
+            own = replace(batch, positions=None, positions_host=None)
+            scores = self._scored(hidden[batch.positions], labels[batch.positions], own)
+            total.index_add_(0, batch.positions_host, scores * self.shares[key])
+            weights[batch.positions_host] += self.shares[key]
+            self._scores_by_layer.setdefault(key, []).append(scores)
+        self._scores.append(total / weights)
+
+    def _scored(self, hidden: Tensor, labels: Tensor, targets: TargetBatch) -> Tensor:
+        """Return [S, 5] as `take_scores` does, of one teacher."""
         head = self.head
         scores = evaluate_positions(
             hidden,
@@ -136,7 +159,7 @@ class Objective:
         )
         ones = torch.ones_like(scores.kl_nats)
         columns = (scores.kl_nats, scores.top1_equal, scores.label_nll_nats, scores.acceptance, ones)
-        self._scores.append(torch.stack([column.double() for column in columns], dim=1).cpu())
+        return torch.stack([column.double() for column in columns], dim=1).cpu()
 
     def take_scores(self) -> Tensor:
         """Return [S, 5] of the passes since the last call, float64: KL in nats, top-1 equal, NLL of the label in nats,
@@ -144,6 +167,11 @@ class Objective:
         """
         scores, self._scores = self._scores, []
         return torch.cat([torch.zeros(0, 5, dtype=torch.float64), *scores])
+
+    def take_scores_by_layer(self) -> dict[str, Tensor]:
+        """Return the same, not averaged, of the positions that each of several teachers teaches."""
+        scores, self._scores_by_layer = self._scores_by_layer, {}
+        return {key: torch.cat(parts) for key, parts in scores.items()}
 
 
 def patch_forward(model: Any, objective: Objective) -> None:
@@ -177,9 +205,9 @@ def patch_forward(model: Any, objective: Objective) -> None:
                 torch.bfloat16
             )  # the last norm gives float32; the head's products are to be as narrow as the body's
         if objective.is_scoring:
-            objective.score(hidden, labels, TargetBatch.from_batch(kwargs))
+            objective.score(hidden, labels, targets_in(kwargs))
             return CausalLMOutput()
-        targets = TargetBatch.from_batch(kwargs) if "support_counts" in kwargs else None
+        targets = targets_in(kwargs)
         num_positions = _at_least_one(labels.numel() if num_items_in_batch is None else num_items_in_batch)
         shared = objective.layers.shared_states(final) if objective.layers is not None and measures else final
         fused = objective.loss(

@@ -4,20 +4,24 @@ be scored.
 Another model answers through the same engine kind and settings as the teacher, without the teacher's adapter and
 quantisation, and with prompts in the teacher's template, because that is what a student of this cache will see. Its
 tokenizer must be the teacher's. Its engine is closed before the teacher's opens, so each has the machine to itself. Its
-identity is part of every row_key, so answers of both models to one prompt are different rows.
+identity is part of every row_key, so answers of both models to one prompt are different rows. So are those of two
+teachers: the answers that a cache began with have row_keys without the teacher, any other teacher's hold its weights.
 Cost: the other model's tokenizer is loaded once; its weights are sampled, not read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from shared.cache.layout import read_header
 from shared.errors import EngineError, IdentityError
 from shared.identity.identity import weights_hash
+from shared.parts.jobs import list_jobs
 from shared.recipe.recipe import Generate, Teacher
 from teacher_cache.teacher.model_files import resolve_model
-from teacher_cache.teacher.teacher_identity import KnownTeacher, know_teacher
+from teacher_cache.teacher.teacher_identity import KnownTeacher, answerer_of, know_teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,8 @@ class Answerer:
     """How its engine is opened."""
     known: KnownTeacher
     key: str | None
-    """What of it enters a row_key; None where it is the teacher."""
+    """What of it enters a row_key; None where the cache began with its answers."""
+    is_teacher: bool
     max_model_len: int
     """Longest sequence in tokens that both models take."""
 
@@ -56,7 +61,7 @@ def know_answerer(generate: Generate | None, teacher: Teacher, known: KnownTeach
         EngineError: its files are missing or broken.
     """
     if generate is None or generate.model is None:
-        return Answerer(teacher, known, None, known.max_model_len)
+        return Answerer(teacher, known, None, True, known.max_model_len)
     alone = {"model": generate.model, "revision": None, "adapter": None, "quantization": None, "max_model_len": None}
     section = teacher.model_copy(update=alone)
     try:
@@ -76,15 +81,33 @@ def know_answerer(generate: Generate | None, teacher: Teacher, known: KnownTeach
             f"{known.vocab_size:,}; expected a model of the same family"
         )
     length = min(other.max_model_len, known.max_model_len)
-    return Answerer(section.model_copy(update={"max_model_len": length}), other, other.weights_hash, length)
+    return Answerer(section.model_copy(update={"max_model_len": length}), other, other.weights_hash, False, length)
 
 
-def answerer_key(generate: Generate | None) -> str | None:
-    """Return what of the model that answers enters a row_key, from its files alone; None where it is the teacher.
+def answerer_key(generate: Generate | None, teacher: Teacher | None, cache: Path) -> str | None:
+    """Return what of the model that answers enters a row_key of a cache, from its files alone; None for the teacher
+    whose answers the cache began with.
 
     Raises:
         EngineError: it is neither a model directory nor a hub id that can be fetched.
     """
-    if generate is None or generate.model is None:
+    if generate is not None and generate.model is not None:
+        return weights_hash(resolve_model(generate.model).directory)
+    if generate is None or teacher is None or not (cache / "cache.json").is_file():
         return None
-    return weights_hash(resolve_model(generate.model).directory)
+    adapter = None if teacher.adapter is None else weights_hash(Path(teacher.adapter))
+    weights = weights_hash(resolve_model(teacher.model, teacher.revision).directory)
+    return key_beside(answerer_of({"weights": weights, "adapter": adapter}), cache)
+
+
+def key_beside(answerer: str, cache: Path) -> str | None:
+    """Return what of a teacher enters the row_keys of its answers in a cache: nothing where the cache began with them.
+
+    Raises:
+        DamagedError: a file of the cache contradicts the format.
+    """
+    began = read_header(cache).identity.answerer
+    jobs = [] if began else [job.request for job in list_jobs(cache)]
+    answered = [request for request in jobs if request.get("generator") and "answerer" not in request]
+    without = {began} if began else {answerer_of(request["generator"]) for request in answered}
+    return None if not without or answerer in without else answerer

@@ -15,6 +15,7 @@ import torch
 from shared.errors import TrainingError
 from shared.recipe.losses import LOSSES
 from shared.recipe.recipe import Adapter, Stage, StageTrainer, Student
+from shared.recipe.target_layers import TargetLayer
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import terms_at
 from student_train.stage.stage_identity import stage_identity
@@ -24,7 +25,7 @@ from student_train.student.decoder_layers import decoder_layers
 from student_train.student.student import add_adapter, load_student
 
 HERE = Path(__file__).parent
-CLASSES = (Stage, StageTrainer, Student, Adapter, *LOSSES)
+CLASSES = (Stage, TargetLayer, StageTrainer, Student, Adapter, *LOSSES)
 
 
 class World:
@@ -263,6 +264,11 @@ SHOWN = {
         "dataloader_num_workers": argument("dataloader_num_workers", 2),
         "report_to": shows_wandb_and_none,
         "seed": plan("seed", trainer={"seed": 5}),
+    },
+    TargetLayer: {
+        "layer": "test_taught_stages.py::test_a_pack_holds_what_each_teacher_says_of_its_rows",
+        "weight": "test_taught_stages.py::test_weights_of_teachers_multiply_those_of_losses_and_may_move",
+        "sources": "test_taught_stages.py::test_a_pack_holds_what_each_teacher_says_of_its_rows",
     },
     Student: {
         "model": shows_directory_of_model,

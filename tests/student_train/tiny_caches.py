@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from shared.cache.cache_writer import CacheWriter
+from shared.cache.layout import read_header
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.keys import group_key, row_key
 from shared.parts.sequences import SequenceRow, make_row
@@ -62,6 +63,30 @@ def make_cache(
             targets = [teacher_targets(model, row, k, temperatures, num_draws) for row in half]
             scored.write(f"part-0123abcd-{number:06d}", [row.key for row in half], targets, {})
     return path
+
+
+def add_layer(path: Path, teacher_dir: Path, name: str, *, temperatures=(1.0, 2.0), k: int = 16) -> str:
+    """Score the rows of a cache with another teacher into a layer of that name; return its full name."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32).eval()
+    header = read_header(path)
+    writer = CacheWriter(path, header.identity)
+    wanted = LayerIdentity(
+        teacher=str(teacher_dir),
+        weights_hash=name,
+        tokenizer_hash=header.identity.tokenizer_hash,
+        vocab_size=model.config.vocab_size,
+        mode="top",
+        k=k,
+        temperatures=temperatures,
+    )
+    layer = writer.layer(name, wanted, {})
+    for record in layer.missing():
+        rows = layer.read_sequences(record)
+        targets = [teacher_targets(model, row, k, temperatures) for row in rows]
+        layer.write(record.stem, [row.key for row in rows], targets, {})
+    return layer.name
 
 
 def _row(tokenizer, source: str, number: int) -> SequenceRow:

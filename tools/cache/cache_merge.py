@@ -299,6 +299,7 @@ def write_header(merge: Merge) -> None:
         first.header.identity,
         licence=_joined([header.licence for header in headers], " AND "),
         answers=_joined([header.answers for header in headers], "; "),
+        answerer=first.header.identity.answerer if len({header.answerer for header in headers}) == 1 else "",
     )
     CacheWriter.create_or_open(merge.staging, identity, read_tokenizer_files(first.path))
 

@@ -21,6 +21,7 @@ from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import model_under_test
 from tools.evaluate.own.own_answers import measure_own_answers
 from tools.evaluate.results.results import evaluation_identity, read_result, result_path, same_identity
+from tools.evaluate.results.teacher_distances import measure_distances
 from tools.evaluate.sandbox import sandbox
 from tools.evaluate.side_by_side.side_prompts import choose_prompts
 from tools.evaluate.side_by_side.side_results import side_identity, side_path
@@ -79,6 +80,7 @@ def evaluate_all(
     if recipe.evaluate.own_answers is not None:
         for name, own in measure_own_answers(recipe, models, say).items():
             results[name]["heldout"]["own"] = own
+    measure_distances(recipe, say)
     if recipe.evaluate.cost:
         measure_cost(recipe, say)
     return results

@@ -14,7 +14,7 @@ from tools.evaluate.models.generate_answers import Answer
 from tools.evaluate.models.model_process import leave, serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.results.made import made
-from tools.evaluate.results.results import heldout_layer, result_path, write_result
+from tools.evaluate.results.results import heldout_layer, result_path, taught_layers, write_result
 from tools.evaluate.sandbox import sandbox
 from tools.evaluate.side_by_side.side_prompts import choose_prompts
 from tools.evaluate.side_by_side.side_results import write_side_answers
@@ -77,6 +77,7 @@ def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) 
         adapter=model.adapter,
         trust_remote_code=model.trust_remote_code,
         as_captured=model.name == "teacher",
+        several=taught_layers(recipe),
         say=say,
     )
 

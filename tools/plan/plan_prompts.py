@@ -153,15 +153,15 @@ def _too_long_of_the_rest(source: SourceCount) -> int:
 
 
 def _answerer(recipe: Recipe) -> str | None:
-    """Return what of the answering model enters row_keys; one out of reach has no row in the cache that could be
-    found.
+    """Return what of the answering model enters row_keys; another model out of reach has no row in the cache that could
+    be found, and a teacher out of reach is taken for the one that the cache began with.
     """
     from teacher_cache.teacher.answerer import answerer_key
 
     try:
-        return answerer_key(recipe.generate)
+        return answerer_key(recipe.generate, recipe.teacher, recipe.cache[0])
     except EngineError:
-        return "out of reach"
+        return "out of reach" if recipe.generate is not None and recipe.generate.model is not None else None
 
 
 def _foreign_ends(recipe: Recipe, counter: _TokenCounter) -> list[int | None]:

@@ -23,6 +23,7 @@ from tools.plan.plan_existing import bytes_assumption, bytes_per_position, exist
 from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_lengths import length_figures, length_line, row_lengths
 from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
+from tools.plan.plan_teachers import teachers_figures, teachers_lines
 
 EXPECTED_SHARE_OF_MAX_NEW_TOKENS = 0.5
 BYTES_PER_TOKEN_OF_SEQUENCES = 12.0
@@ -58,6 +59,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     )
     if hidden is not None:
         result["hidden"] = hidden
+    if recipe.teachers:
+        result["teachers"] = teachers_figures(recipe, result)
     expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
     result["stages"] = {stage.name: _stage_figures(stage, expected_rows_tokens, recipe) for stage in recipe.stages}
     if recipe.stages:
@@ -208,6 +211,7 @@ def require_disk(recipe: Recipe, result: dict[str, Any]) -> None:
     free = disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
     needed = result.get("bytes", {}).get("expected", 0)
     needed += result.get("rescore", {}).get("bytes", {}).get("expected", 0)
+    needed += sum(figures["bytes"]["expected"] for figures in result.get("teachers", {}).values())
     if needed > free:
         raise UsageError(
             f"the cache needs about {size(needed)} in {place} and {size(free)} are free; make room, set `cache` to a "
@@ -255,6 +259,7 @@ def plan_text(result: dict[str, Any]) -> str:
             lines.append(f"    time     {bound}{again['hours']:.2g} hours at the rate of this run's earlier build")
     if "hidden" in result:
         lines += hidden_lines(result["hidden"], size)
+    lines += teachers_lines(result.get("teachers", {}), size)
     for domain, counts in result.get("tasks", {}).items():
         said = sentence(domain, counts)
         lines += [f"  task {said}: its score will say little about others"] if said else []

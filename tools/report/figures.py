@@ -65,6 +65,7 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "cache": first.cache,
         "questions": first.questions,
         "audit": first.audit,
+        "distances": first.distances,
         "seconds": first.seconds,
         "stages": stages,
         "train": train,

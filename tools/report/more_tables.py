@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tools.report.numbers import NONE, data_size, number, percent, times
+from tools.report.teacher_tables import MODELS_LEGEND, apart_figures, models_figures
 
 SIDE_LEGEND = (
     "Sampled answers to the same prompts. Same as teacher, same as base: share of answers that are identical. "
@@ -99,8 +100,22 @@ def more_tables(report: Mapping[str, Any]) -> list[Table]:
         questions_table,
         differences_table,
         tails_table,
+        teachers_table,
+        teachers_apart_table,
     ]
     return [table for maker in makers if (table := maker(report)).rows]
+
+
+def teachers_table(report: Mapping[str, Any]) -> Table:
+    """Return each model's distance to each of several teachers."""
+    header, rows = models_figures(report)
+    return Table("Distance to each teacher", header, rows, MODELS_LEGEND, 1)
+
+
+def teachers_apart_table(report: Mapping[str, Any]) -> Table:
+    """Return the teachers' distances from one another and from the student's start."""
+    header, rows, legend = apart_figures(report)
+    return Table("Teachers apart", header, rows, legend, 1)
 
 
 def side_table(report: Mapping[str, Any]) -> Table:

@@ -26,6 +26,7 @@ from tools.evaluate.results.run_shapes import (
     AnswerRow,
     Audit,
     Cost,
+    Distances,
     Evaluation,
     Harness,
     Health,
@@ -77,6 +78,8 @@ class RunFiles:
     """Model -> TASK -> METRIC -> value and stderr, of lm-evaluation-harness."""
     audit: dict[str, Any]
     """What `decant cache audit --recipe` found; empty where it was not asked."""
+    distances: dict[str, Any]
+    """How far several teachers are from one another; empty where there is one."""
     seconds: dict[str, float]
     cache: dict[str, Any]
     """Statistics of the caches, summed; empty where none could be read."""
@@ -132,6 +135,8 @@ def read_run(directory: Path) -> RunFiles:
             if (found := _sound(directory / "evaluate" / "lm_eval" / f"{name}.json", Harness, f"'{name}'", missing))
         },
         audit=_sound(directory / "audit.json", Audit, "the audit", missing) or {},
+        distances=_sound(directory / "evaluate" / "teachers" / "distances.json", Distances, "the teachers", missing)
+        or {},
         seconds=_seconds(directory / "seconds.json", stage_names, missing),
         cache=_sum_stats([cache.stats() for cache in caches]) if caches else {},
         layers=[_layer(cache) for cache in caches],

@@ -14,7 +14,7 @@ Shape letters: R rows of a batch, L longest of them, S supervised positions, H h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def evaluate_heldout(
     seed: int = 0,
     adapter: str | None = None,
     as_captured: bool = False,
+    several: Mapping[str, str | LayerView | None] | None = None,
     trust_remote_code: bool = False,
     batch_tokens: int = 4096,
     only_job: str | None = None,
@@ -66,6 +67,7 @@ def evaluate_heldout(
         max_rows: most rows.
         seed: of the intervals.
         adapter: an adapter's directory on top.
+        several: further layers to compare with on the same rows, by the names of their teachers.
         as_captured: it is the teacher: load it in the type that the layer records, as it was when it was captured.
         trust_remote_code: run Python that comes with it.
         batch_tokens: most tokens of a forward pass.
@@ -77,7 +79,7 @@ def evaluate_heldout(
         acceptance_rate (sum of min(p, q) over the head, a lower bound), acceptance_rate_at_most,
         agreement_by_teacher_confidence, calibration_error, calibration, perplexity, teacher_perplexity, positions,
         rows, rows_too_long, dtype, by_source with the same figures per source, and partings: the positions of the
-        largest KL in their context.
+        largest KL in their context. With `several`, by_layer has the figures against each.
 
     Raises:
         EvaluationError: no row is held out, or the model cannot be loaded or does not fit the cache's tokenizer.
@@ -115,12 +117,29 @@ def evaluate_heldout(
     }
     if as_captured and layer.quantization is not None:
         found["quantization"] = _quantization(model, layer.quantization)
+    if several:
+        found["by_layer"] = {
+            name: _against(model, [Cache.open(Path(cache), one) for cache in caches], fitting, batch_tokens, seed)
+            for name, one in several.items()
+        }
     return {**found, **sums.figures(seed), "partings": partings.described(model, opened, layer.vocab_size)}
 
 
 def _quantization(model: Any, captured: str) -> dict[str, str | None]:
     is_quantised = getattr(model, "hf_quantizer", None) is not None
     return {"captured": captured, "measured": captured if is_quantised else None}
+
+
+def _against(
+    model: Any, opened: Sequence[Cache], places: Sequence[tuple[int, int]], batch_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Return the figures of a model on rows that were measured already, against another teacher's layer."""
+    assert opened[0].layer is not None
+    sums, _, _ = _measured(model, opened[0].layer.vocab_size, opened, places, batch_tokens, lambda line: None)
+    figures = sums.figures(seed)
+    kept = ("kl_nats", "kl_low", "kl_high", "top1_agreement", "positions", "rows")
+    by_source = {name: {key: part[key] for key in kept} for name, part in figures["by_source"].items()}
+    return {**{key: figures[key] for key in kept}, "by_source": by_source}
 
 
 def _measured(

@@ -52,7 +52,7 @@ class ModelUnderTest:
             "max_model_len": max_model_len,
             # How much of the machine may be used is the teacher's section, for every model; one card is enough for a
             # student.
-            "tensor_parallel_size": shared.tensor_parallel_size if self.name == "teacher" else 1,
+            "tensor_parallel_size": shared.tensor_parallel_size if self.name in ("teacher", *recipe.teachers) else 1,
             "gpu_memory_utilization": shared.gpu_memory_utilization,
             "max_num_batched_tokens": shared.max_num_batched_tokens,
             # Answering holds one position of logits per row where scoring holds all of them: room for four times as
@@ -76,8 +76,8 @@ def model_under_test(recipe: Recipe, name: str) -> ModelUnderTest:
         EvaluationError: it does not exist (yet), or cannot be evaluated.
         EngineError: it is neither a model directory nor a hub id that can be fetched.
     """
-    if name == "teacher":
-        teacher = recipe.teacher
+    if name == "teacher" or name in recipe.teachers:
+        teacher = recipe.teachers.get(name, recipe.teacher)
         if teacher is None:
             raise EvaluationError(
                 "evaluate.models lists 'teacher', but the recipe has no teacher; add one, or leave it out"

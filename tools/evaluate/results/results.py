@@ -21,12 +21,12 @@ from pydantic import BaseModel
 
 from shared.atomic import write_atomic
 from shared.cache.cache import Cache
-from shared.cache.layer_choice import layer_of_capture
+from shared.cache.layer_choice import layer_of_capture, named_layer
 from shared.cache.rows_left_out import rows_left_out
 from shared.errors import EvaluationError
 from shared.identity.grown import unmoved
 from shared.payload.narrowing import LayerView
-from shared.recipe.recipe import Recipe, Task
+from shared.recipe.recipe import Recipe, Stage, Task
 from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models.models import ModelUnderTest
 from tools.evaluate.models.rendering import rendering_settings, source_of
@@ -54,7 +54,8 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
         rendering = rendering_settings(source_of(recipe, task))
         asked = task.model_dump(mode="json", exclude=unmoved(task, Task.NAMES_THE_RESULT))
         tasks.append({**asked, "file": _file_hash(Path(task.path)), "rendering": rendering})
-    layer = heldout_layer(recipe, model.name)
+    layer, several = heldout_layer(recipe, model.name), taught_layers(recipe) if recipe.heldout.fraction else {}
+    by_layer = {name: [Cache.open(path, one).cache_id for path in recipe.cache] for name, one in several.items()}
     caches = [Cache.open(path, layer) for path in recipe.cache if recipe.heldout.fraction]
     recorded = caches[0].layer if caches and model.name == "teacher" else None
     precision = {} if recorded is None or recorded.dtype == "float32" else {"dtype": recorded.dtype}
@@ -75,6 +76,7 @@ def evaluation_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]
             "targets": None if layer is None else str(layer),
             "caches": [cache.cache_id for cache in caches],
             "seed": recipe.seed,
+            **({"by_layer": by_layer} if by_layer else {}),
             **precision,
             **_left_out(recipe, caches),
         },
@@ -94,16 +96,37 @@ def heldout_layer(recipe: Recipe, model: str | None = None) -> str | LayerView |
     """Return the targets layer to measure a model on; None for the only one.
 
     A stage that learns from a teacher is measured on the layer that it learns from. Other models are measured on the
-    first layer that a stage names, else on the one captured.
+    first layer that a stage names, else on the one captured. Of a stage with several teachers, the layer captured or
+    else the first counts here; `taught_layers` has them all.
     """
-    named = next((stage.targets for stage in recipe.stages if stage.targets is not None), None)
+    named = next((found for stage in recipe.stages if (found := _named(recipe, stage)) is not None), None)
     stage = next((stage for stage in recipe.stages if stage.name == model), None)
     if stage is not None and named is not None:
         from student_train.batch.stage_terms import needs_teacher
 
         if stage.targets is not None or needs_teacher(stage):
-            return stage.targets or layer_of_capture(recipe) or named
+            return _named(recipe, stage) or layer_of_capture(recipe) or named
     return named or layer_of_capture(recipe)
+
+
+def taught_layers(recipe: Recipe) -> dict[str, str | LayerView | None]:
+    """Return the layer of each teacher by its name, where a recipe or a stage has several; else nothing.
+
+    Every model is measured on all of them, besides the layer that `heldout_layer` says.
+    """
+    stages = [stage.targets for stage in recipe.stages if isinstance(stage.targets, tuple)]
+    if not stages and not recipe.teachers:
+        return {}
+    own = ["teacher"] if recipe.teachers else []
+    names = dict.fromkeys([*own, *recipe.teachers, *(entry.layer for targets in stages for entry in targets)])
+    return {name: named_layer(recipe, name) for name in names}
+
+
+def _named(recipe: Recipe, stage: Stage) -> str | LayerView | None:
+    """Return the layer that a stage names, the first of several teachers where none was captured."""
+    if isinstance(stage.targets, tuple):
+        return layer_of_capture(recipe) or named_layer(recipe, stage.targets[0].layer)
+    return None if stage.targets is None else named_layer(recipe, stage.targets)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

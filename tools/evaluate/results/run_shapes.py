@@ -95,6 +95,28 @@ class RoundAnswers(AnswersAlike):
     round: Count
 
 
+class LayerPart(HeldoutPart):
+    """Held-out figures against one of several teachers."""
+
+    kl_nats: Number
+
+
+class Distance(BaseModel):
+    """How far one teacher is from another."""
+
+    of: str
+    to: str
+    kl_nats: Number | None = None
+    top1_agreement: Share | None = None
+
+
+class Distances(BaseModel):
+    """evaluate/teachers/distances.json"""
+
+    pairs: list[Distance]
+    without_head: list[str] = []
+
+
 class Heldout(HeldoutPart):
     """Held-out figures of all sources."""
 
@@ -105,6 +127,8 @@ class Heldout(HeldoutPart):
     """On the model's own answers."""
     row_kl: dict[str, tuple[Count, Number]] | None = None
     """Row key -> positions, sum of the KL in nats."""
+    by_layer: dict[str, LayerPart] | None = None
+    """The same rows against each of several teachers."""
 
 
 class EvaluationIdentity(BaseModel):

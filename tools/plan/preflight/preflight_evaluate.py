@@ -24,6 +24,10 @@ def _models(asked: Asked) -> Iterator[Problem]:
                 ("teacher", "model"),
                 model_problem(teacher.model, teacher.revision, weights=weights, stated=stated),
             )
+        elif name in recipe.teachers:
+            other = recipe.teachers[name]
+            place = ("teachers", name, "model")
+            problem = model_problem(other.model, other.revision, weights=weights, stated=asked.elsewhere)
         elif name == "base" and student is not None and student.init != "random":
             stated = asked.plans_only and assume.student is not None
             place, problem = (

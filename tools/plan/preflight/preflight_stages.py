@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.cache.layer_choice import layer_of_capture, loss_problem
+from shared.cache.layer_choice import loss_problem, named_layer
 from shared.cache.layout import choose_layer, list_hidden_layers, list_layers, sequences_dir
 from shared.errors import DecantError
 from shared.identity.identity import layer_short_name
@@ -18,7 +18,7 @@ from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, OnTargets, unfit
 from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.training import Stage, StageTrainer
 from tools.plan.plan_lengths import row_lengths
-from tools.plan.preflight.preflight_asked import Asked, said
+from tools.plan.preflight.preflight_asked import Asked, Place, said
 
 LAYER_NAME = re.compile(r"(top\d+)?(-?sample\d+)?", re.ASCII)
 
@@ -47,6 +47,7 @@ def stage_problems(asked: Asked) -> Iterator[Problem]:
             known = quoted(sorted(sources or ()))
             yield ("stages", i, "mixture", name), f"no row has the source '{name}'; expected {known}{near}"
         yield from _refused_rows(asked, i, stage)
+        yield from ((("stages", i, *place), said) for place, said in _taught_sources(stage, sources))
         yield from ((("stages", i, *place), said) for place, said in _layers(asked, stage))
         yield from ((("stages", i, "trainer", *place), said) for place, said in _trainer(asked, stage.trainer))
 
@@ -85,25 +86,54 @@ def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
             if not list_hidden_layers(path):
                 sentence = f"'{on_hidden[0][1]}' reads a hidden layer and {path} has none; add capture.hidden"
                 yield ("losses", on_hidden[0][0], "name"), sentence
-    if not any(name not in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy") for name in reads) and stage.targets is None:
+    if isinstance(stage.targets, tuple):
+        for i, entry in enumerate(stage.targets):
+            yield from _layer(asked, stage, entry.layer, ("targets", i, "layer"))
+    elif stage.targets is not None or any(name not in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy") for name in reads):
+        yield from _layer(asked, stage, stage.targets, ("targets",))
+
+
+def _taught_sources(stage: Stage, sources: set[str] | None) -> Iterator[Problem]:
+    """Check that the sources of several teachers are there, and that each source has a teacher or another loss."""
+    if not isinstance(stage.targets, tuple) or sources is None:
         return
-    coming = layer_short_name(recipe.capture) if asked.builds else None
-    if coming is not None and (stage.targets is None or f"{stage.targets}-".startswith(f"{coming}-")):
+    taught: set[str] = set()
+    for i, entry in enumerate(stage.targets):
+        taught |= sources if entry.sources is None else set(entry.sources)
+        for j, name in enumerate(entry.sources or ()):
+            if name not in sources:
+                near = closest(name, sorted(sources))
+                sentence = f"no row has the source '{name}'; expected {quoted(sorted(sources))}{near}"
+                yield ("targets", i, "sources", j), sentence
+    untaught = sorted((sources if stage.mixture is None else set(stage.mixture)) - taught)
+    if untaught and not any(loss.name in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy") for loss in stage.losses):
+        sentence = (
+            f"no layer teaches the source '{untaught[0]}' and no loss goes without a teacher; name it under the "
+            "`sources` of one, or leave it out of `mixture`"
+        )
+        yield ("targets",), sentence
+
+
+def _layer(asked: Asked, stage: Stage, wanted: str | None, place: Place) -> Iterator[Problem]:
+    """Check that one layer is there or will be, with the stage's temperatures."""
+    recipe = asked.recipe
+    coming = ["teacher", *recipe.teachers, layer_short_name(recipe.capture)] if asked.builds else []
+    if coming and (wanted is None or any(f"{wanted}-".startswith(f"{name}-") for name in coming)):
         yield from _unfit(stage, recipe.capture.mode, "the recipe's capture is")
         return
-    if asked.plans_only and not asked.caches and stage.targets and LAYER_NAME.fullmatch(stage.targets):
+    if asked.plans_only and not asked.caches and wanted and LAYER_NAME.fullmatch(wanted):
         return  # a layer that another command builds before
     for path in asked.caches or recipe.cache:
         layers = list_layers(path)
-        chosen: str | LayerView | None = stage.targets or layer_of_capture(recipe)
+        chosen = named_layer(recipe, wanted, path)
         name = chosen.name if isinstance(chosen, LayerView) else chosen
         if not layers:
-            yield ("targets",), f"{path} has no targets layer (or is no cache yet); build it with `decant teach`"
+            yield place, f"{path} has no targets layer (or is no cache yet); build it with `decant teach`"
             continue
         try:
             layer = choose_layer(layers, name, path)
         except DecantError as error:
-            yield ("targets",), str(error)
+            yield place, str(error)
             continue
         assert layer is not None
         yield from _unfit(stage, layer.identity.mode, f"layer {layer.full_name} was captured in")

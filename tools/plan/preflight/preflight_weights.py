@@ -42,6 +42,10 @@ def _models(asked: Asked) -> Iterator[tuple[Place, str, str, bool, str | None]]:
         yield ("teacher", "model"), teacher.model, "the teacher", trusts, None if asked.elsewhere else teacher.adapter
         if asked.builds and generate is not None and generate.model is not None:
             yield ("generate", "model"), generate.model, "the model that answers", trusts, None
+    for name, other in recipe.teachers.items():
+        if asked.builds or name in named:
+            adapter = None if asked.elsewhere else other.adapter
+            yield ("teachers", name, "model"), other.model, f"teacher {name}", other.trust_remote_code, adapter
     if student is None:
         return
     trusts = student.trust_remote_code
@@ -49,7 +53,7 @@ def _models(asked: Asked) -> Iterator[tuple[Place, str, str, bool, str | None]]:
     if student.init != "random" and ("base" in named or any(stage.init_from == "base" for stage in trained)):
         yield ("student", "model"), student.model, "the student", trusts, None
     for i, name in enumerate(named):
-        if name not in ("teacher", "base") and "train" not in asked.phases:
+        if name not in ("teacher", "base", *recipe.teachers) and "train" not in asked.phases:
             directory = recipe.stage_dir(name) / "model"
             yield ("evaluate", "models", i), str(directory), f"the model of stage {name}", trusts, None
     for i, stage in enumerate(trained):

@@ -1,0 +1,136 @@
+"""`python -m tools.bench.teachers`: two specialists tuned from the demo's teacher, and students of one, of both mixed,
+of both routed; several seeds, one table.
+
+The specialists (math, code) are stages of their own recipe: the demo's teacher trained on one domain's own answers. All
+teachers score the same rows, the data's answers to the prompts of both domains, so students differ by the distributions
+alone. Every student starts equal, over equal rows and steps.
+Cost: two short trainings of the teacher, three scoring passes; four trainings and seven evaluations per seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from shared.recipe.file import dump_recipe
+from shared.recipe.recipe import Recipe
+from tools.bench.benchmarks_page import measured_by, replace_section, table
+from tools.bench.quality import decant, interval
+
+DOMAINS = {"math": "gsm8k", "code": "humaneval"}
+SOURCES = tuple(DOMAINS)
+STUDENTS: dict[str, list[dict[str, Any]]] = {
+    "of_math": [{"layer": "math"}],
+    "of_code": [{"layer": "code"}],
+    "mixed": [{"layer": name, "weight": 0.5} for name in SOURCES],
+    "routed": [{"layer": name, "sources": [name]} for name in SOURCES],
+}
+
+
+def recipe(root: Path, name: str, **sections: Any) -> Path:
+    """Write a recipe over the demo's prompts of both domains, answered by the data, and return its path."""
+    prompts = [{"source": name, "path": f"data/demo/{name}.train.jsonl", "format": "messages"} for name in SOURCES]
+    written = Recipe.model_validate(
+        {
+            "name": name,
+            "output_dir": root / name,
+            "teacher": _teacher("data/demo/teacher"),
+            "prompts": prompts,
+            "capture": {"k": 32, "mass": 0.999},
+            "cache": root / "cache",
+            "heldout": {"fraction": 0.05},
+            **sections,
+        }
+    )
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / f"{name}.yaml"
+    path.write_text(dump_recipe(written), encoding="utf-8")
+    return path
+
+
+def specialists(root: Path, steps: int) -> Path:
+    """Return the recipe that tunes the demo's teacher to each domain by itself."""
+    stages = [
+        {
+            "name": name,
+            "losses": [{"name": "cross_entropy"}],
+            "mixture": {name: 1.0},
+            "trainer": {"learning_rate": 3e-4, "max_steps": steps, "pack_tokens": 1024, "report_to": "none"},
+        }
+        for name in SOURCES
+    ]
+    return recipe(root, "specialists", student={"model": "data/demo/teacher"}, stages=stages)
+
+
+def students(root: Path, steps: int, seed: int) -> Path:
+    """Return the recipe of the four students of one seed."""
+    trained = root / "specialists" / "train"
+    stages = [
+        {
+            "name": name,
+            "losses": [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}],
+            "targets": targets,
+            "trainer": {"learning_rate": 1e-3, "max_steps": steps, "pack_tokens": 1024, "report_to": "none"},
+        }
+        for name, targets in STUDENTS.items()
+    ]
+    tasks = [{"name": task, "path": f"data/demo/{name}.test.jsonl"} for name, task in DOMAINS.items()]
+    return recipe(
+        root,
+        f"seed{seed}",
+        seed=seed,
+        teachers={name: _teacher(str(trained / name / "model")) for name in SOURCES},
+        student={"model": "data/demo/student"},
+        stages=stages,
+        evaluate={"models": ["teacher", *SOURCES, "base", *STUDENTS], "engine": "transformers", "tasks": tasks},
+    )
+
+
+def _teacher(model: str) -> dict[str, Any]:
+    return {"model": model, "engine": "transformers", "dtype": "float32", "max_model_len": 512}
+
+
+def figures_of(model: dict[str, Any]) -> dict[str, float]:
+    """Return a model's scores, and its distance to each specialist on that one's own domain."""
+    by_layer = model["heldout"]["by_layer"]
+    scores = {f"{name}, score": task["score"] for name, task in model["tasks"].items()}
+    return scores | {f"{name}, nats to its teacher": by_layer[name]["by_source"][name]["kl_nats"] for name in SOURCES}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Tune, score, train and evaluate; print the table and write it into docs/benchmarks.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--specialist-steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--root", type=Path, default=Path("runs/teachers"))
+    options = parser.parse_args(argv)
+    tuning = str(specialists(options.root, options.specialist_steps))
+    for command in ("teach", "train"):
+        decant(command, tuning)
+    runs = []
+    for seed in options.seeds:
+        path = students(options.root, options.steps, seed)
+        for command in ("teach", "train", "eval"):
+            decant(command, str(path))
+        decant("report", str(options.root / f"seed{seed}"))
+        runs.append(json.loads((options.root / f"seed{seed}" / "report.json").read_text(encoding="utf-8"))["models"])
+    models = ["teacher", *SOURCES, "base", *STUDENTS]
+    per_model = {name: [figures_of(run[name]) for run in runs] for name in models}
+    columns = list(per_model["routed"][0])
+    rows = [[name, *(interval([one[column] for one in per_model[name]]) for column in columns)] for name in models]
+    text = table(["model", *columns], rows)
+    print(text)
+    how = (
+        f"{options.specialist_steps} steps per specialist, {options.steps} per student, seeds {options.seeds}; mean ± "
+        "95 % interval (Student's t)."
+    )
+    replace_section("teachers", f"{measured_by('python -m tools.bench.teachers')} {how}\n\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
