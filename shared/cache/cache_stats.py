@@ -25,7 +25,8 @@ def summed_stats(
 
     Returns:
         rows, positions, tokens, bytes, sources, set_aside (count by reason); with a layer also bytes_per_position,
-        mean_support, mean_entropy_nats, mean_tail_mass, mean_label_nll_nats and both histograms.
+        mean_support, mean_entropy_nats, mean_tail_mass, mean_label_nll_nats and both histograms; of a layer in another
+        tokenizer share_with_head, and placed_mass and teacher_mass, the mean mass of heads now and before.
     """
     total: dict[str, Any] = {"rows": 0, "positions": 0, "tokens": 0, "sources": {}, "finish_reasons": {}}
     reasons: dict[str, int] = {}
@@ -56,6 +57,14 @@ def _layer_stats(targets: Sequence[PartRecord]) -> dict[str, Any]:
     for record in targets:
         add_figures(total, record.stats)
     positions = max(total["positions"], 1)
+    with_head = total["positions"] - total["support_histogram"][0]
+    derived = {}
+    if total.get("teacher_mass_sum"):  # a layer in another tokenizer
+        derived = {
+            "share_with_head": with_head / positions,
+            "placed_mass": total["placed_mass_sum"] / max(with_head, 1),
+            "teacher_mass": total["teacher_mass_sum"] / max(with_head, 1),
+        }
     labels = max(total["positions"] - total["impossible_labels"], 1)
     targets_bytes = sum(record.bytes for record in targets)
     return {
@@ -70,4 +79,5 @@ def _layer_stats(targets: Sequence[PartRecord]) -> dict[str, Any]:
         "entropy_bin_nats": ENTROPY_BIN_NATS,
         "entropy_histogram": total["entropy_histogram"],
         "support_histogram": total["support_histogram"],
+        **derived,
     }

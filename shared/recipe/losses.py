@@ -97,6 +97,16 @@ class SkewKL(Divergence):
     """Share of the other side in the mixture."""
 
 
+class LikelihoodMatching(LossTerm):
+    """Is a chunk of text as likely to the student as to the teacher? For a teacher with another tokenizer."""
+
+    temperature: ClassVar[Schedule] = constant(1.0)
+    name: Literal["alm"]
+    """Approximate likelihood matching of aligned chunks."""
+    tau: Positive = 100.0
+    """Likelihoods are taken to the power 1 / tau, so that long chunks are not impossible on both sides."""
+
+
 def _layer_names(value: Any) -> Any:
     """Let teacher layers be written as numbers."""
     if isinstance(value, dict):
@@ -194,6 +204,7 @@ LOSSES: tuple[type[LossTerm], ...] = (
     SkewKL,
     TailWeightedKL,
     DecoupledKL,
+    LikelihoodMatching,
     HiddenStates,
     Attention,
     Contrastive,
@@ -244,6 +255,7 @@ Loss = Annotated[
     | SkewKL
     | TailWeightedKL
     | DecoupledKL
+    | LikelihoodMatching
     | HiddenStates
     | Attention
     | Contrastive,

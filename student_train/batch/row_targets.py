@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.errors import TrainingError
 from shared.payload.narrowing import keep_entries
@@ -34,15 +35,27 @@ def first_positions(targets: SparseTargets, num_positions: int) -> SparseTargets
     if num_positions >= targets.num_positions:
         return targets
     num_head = int(targets.counts[:num_positions].sum())
+    labels = targets.label_logprobs[:num_positions]
+    if not _has_member(targets)[num_positions]:  # a chunk of text is cut, and no longer as likely as its label says
+        labels = labels.copy()
+        labels[-1:] = -np.inf
     return SparseTargets(
         counts=targets.counts[:num_positions],
         ids=targets.ids[:num_head],
         logprobs=targets.logprobs[:num_head],
-        label_logprobs=targets.label_logprobs[:num_positions],
+        label_logprobs=labels,
         tail_logmass=targets.tail_logmass[:num_positions],
         temperatures=targets.temperatures,
         draws=tuple(_first_draws(draws, num_positions) for draws in targets.draws),
     )
+
+
+def _has_member(targets: SparseTargets) -> NDArray[np.bool_]:
+    """Return [S] where the teacher has a head or drawn tokens."""
+    found: NDArray[np.bool_] = targets.counts > 0
+    for draws in targets.draws:
+        found = found | (draws.counts > 0)
+    return found
 
 
 def _first_draws(draws: Draws, num_positions: int) -> Draws:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from shared.recipe.recipe import Stage
 from shared.recipe.target_layers import TargetLayer, layer_keys
-from student_train.losses import LossTerm, divergences, registry, representations
+from student_train.losses import LossTerm, divergences, likelihoods, registry, representations
 from student_train.losses.representation import Reads
 from student_train.order import schedules
 from student_train.order.schedules import RunSteps
@@ -27,7 +27,7 @@ def hidden_reads(stage: Stage) -> frozenset[Reads]:
 
 
 def _reads_targets(name: str) -> bool:
-    return name in divergences and not divergences[name].on_labels
+    return name in likelihoods or (name in divergences and not divergences[name].on_labels)
 
 
 def training_temperatures(stage: Stage) -> tuple[float, ...]:

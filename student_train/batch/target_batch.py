@@ -151,6 +151,8 @@ class TargetBatch:
     """Largest token id of any member, -1 without members."""
     positions: Tensor | None = None
     """[S] int64 ascending: which of the batch's positions these are; None: they are all of them."""
+    label_logprobs: Tensor | None = None
+    """[S] of the tokens of the text."""
     positions_host: Tensor | None = None
     """The same on the CPU, where it is decided which of them a chunk holds."""
     tail_is_known: bool = True
@@ -175,7 +177,10 @@ class TargetBatch:
         positions = batch.get("positions")
         host = None if positions is None else positions.to("cpu", torch.int64)
         known = not bool(batch["tail_logmass"].isnan().any())
-        return cls(head, batch["tail_logmass"], temperatures, tuple(draws), max_token_id, positions, host, known)
+        labels = batch.get("label_logprobs")
+        return cls(
+            head, batch["tail_logmass"], temperatures, tuple(draws), max_token_id, positions, labels, host, known
+        )
 
     @classmethod
     def from_rows(cls, rows: Sequence[SparseTargets]) -> TargetBatch:
@@ -195,6 +200,7 @@ class TargetBatch:
             tail_logmass=self.tail_logmass.to(device),
             draws=tuple(drawn.to(device) for drawn in self.draws),
             positions=None if self.positions is None else self.positions.to(device),
+            label_logprobs=None if self.label_logprobs is None else self.label_logprobs.to(device),
         )
 
     def within(self, where: slice) -> tuple[slice, Tensor]:
@@ -222,6 +228,14 @@ class TargetBatch:
             "unknown; "
             "train at a captured temperature or score another layer with it"
         )
+
+    @property
+    def has_member(self) -> Tensor:
+        """[S] bool: the teacher has a head there, or drawn tokens."""
+        found = self.head.counts > 0
+        for drawn in self.draws:
+            found = found | (drawn.counts > 0)
+        return found
 
     @property
     def has_only_draws(self) -> bool:

@@ -30,7 +30,7 @@ from student_train.evaluate.heldout_rows import heldout_rows_per_source
 from student_train.order.packing import pack_rows
 from student_train.student.forward_patch import Objective
 
-_KL, _EQUAL, _NLL, _ACCEPTANCE, _POSITIONS = range(5)
+_KL, _EQUAL, _NLL, _ACCEPTANCE, _COMPARED, _POSITIONS = range(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def measure_heldout(
     """
     codes = {row: code for code, rows in enumerate(heldout.rows.values()) for row in rows}
     layers = heldout.caches.layers
-    sums = torch.zeros(len(heldout.rows) + len(layers), 5, dtype=torch.float64)
+    sums = torch.zeros(len(heldout.rows) + len(layers), 6, dtype=torch.float64)
     rounds = -(-len(packs) // processes.count)
     with scoring(model, objective):
         for index in range(processes.index, rounds * processes.count, processes.count):
@@ -171,10 +171,11 @@ def scoring(model: Any, objective: Objective) -> Iterator[None]:
 
 def _figures(sums: np.ndarray, num_rows: int) -> dict[str, Any]:
     positions = float(sums[_POSITIONS])
-    nll, acceptance = float(sums[_NLL]) / positions, float(sums[_ACCEPTANCE]) / positions
+    compared = max(float(sums[_COMPARED]), 1.0)  # a layer in another tokenizer has positions without a head
+    nll, acceptance = float(sums[_NLL]) / positions, float(sums[_ACCEPTANCE]) / compared
     return {
-        "kl_nats": float(sums[_KL]) / positions,
-        "top1_agreement": float(sums[_EQUAL]) / positions,
+        "kl_nats": float(sums[_KL]) / compared,
+        "top1_agreement": float(sums[_EQUAL]) / compared,
         "acceptance_rate": None if math.isnan(acceptance) else acceptance,
         "perplexity": math.exp(nll) if nll < 700 else None,
         "positions": int(positions),

@@ -9,17 +9,31 @@ from importlib import import_module
 
 from shared.recipe.losses import LOSSES, names_of
 from student_train.losses.divergence import ZERO_LOG_MASS, Divergence, LossTerm
+from student_train.losses.likelihood import Likelihood
 from student_train.losses.representation import Representation
 
-registry: dict[str, Divergence | Representation] = {
+registry: dict[str, Divergence | Likelihood | Representation] = {
     name: import_module(f"{__name__}.{name}").LOSS for kind in LOSSES for name in names_of(kind)
 }
 """Every loss by the name that a recipe gives it."""
 
 divergences = {name: loss for name, loss in registry.items() if isinstance(loss, Divergence)}
-"""Losses of the head."""
+"""Losses of the head, position by position."""
+
+likelihoods = {name: loss for name, loss in registry.items() if isinstance(loss, Likelihood)}
+"""Losses of the head on the likelihood of chunks of text."""
 
 representations = {name: loss for name, loss in registry.items() if isinstance(loss, Representation)}
 """Losses of what is inside, on a hidden layer of the cache."""
 
-__all__ = ["ZERO_LOG_MASS", "Divergence", "LossTerm", "Representation", "divergences", "registry", "representations"]
+__all__ = [
+    "ZERO_LOG_MASS",
+    "Divergence",
+    "Likelihood",
+    "LossTerm",
+    "Representation",
+    "divergences",
+    "likelihoods",
+    "registry",
+    "representations",
+]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from shared.errors import TrainingError
-from student_train.losses import LossTerm
+from student_train.losses import LossTerm, likelihoods
+from student_train.operator.chunk_likelihood import chunk_value, label_logprobs
 from student_train.operator.head_chunks import Head, HeadGradients, check_positions
 from student_train.operator.loss_terms import Targets, TermGroup, group_terms, term_keys
 from student_train.operator.position_scores import PositionScores, evaluate_positions
@@ -75,11 +76,23 @@ def fused_sparse_loss(
         num_positions = num_positions.to(head.dtype)
     elif num_positions <= 0:
         raise TrainingError(f"the global batch has {num_positions:g} supervised positions; it needs at least one")
-    groups = group_terms(terms, targets, num_positions)
-    call = _Call(head, labels, groups, len(terms), chunk_positions, chunk_bytes, operator, torch.is_grad_enabled())
-    loss, sums = _FusedSparseLoss.apply(hidden, head_weight, head_bias, call)
-    scaled = [sums[i] * (term.temperature**2) / num_positions for i, term in enumerate(terms)]
-    return FusedLoss(loss, dict(zip(term_keys(terms), scaled, strict=True)))
+    keyed = dict(zip(term_keys(terms), terms, strict=True))
+    on_chunks = {key: term for key, term in keyed.items() if term.name in likelihoods}
+    values, loss = {}, None
+    if len(on_chunks) < len(terms) or not terms:
+        plain = {key: term for key, term in keyed.items() if key not in on_chunks}
+        groups = group_terms(list(plain.values()), targets, num_positions)
+        call = _Call(head, labels, groups, len(plain), chunk_positions, chunk_bytes, operator, torch.is_grad_enabled())
+        loss, sums = _FusedSparseLoss.apply(hidden, head_weight, head_bias, call)
+        values = {key: sums[i] * (term.temperature**2) / num_positions for i, (key, term) in enumerate(plain.items())}
+    if on_chunks:
+        logprobs = label_logprobs(head, hidden, head_weight, head_bias, labels, chunk_positions, chunk_bytes)
+        for key, term in on_chunks.items():
+            value = chunk_value(term, logprobs, targets) / num_positions
+            loss = term.weight * value if loss is None else loss + term.weight * value
+            values[key] = value.detach()
+    assert loss is not None
+    return FusedLoss(loss, {key: values[key] for key in keyed})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from student_train.batch.target_batch import TargetBatch, targets_in
 from student_train.layers.layer_losses import LayerLosses
-from student_train.losses import LossTerm, divergences, representations
+from student_train.losses import LossTerm, representations
 from student_train.operator.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss
 from student_train.operator.gradient_norms import brought_down, head_squares, value_squares
 from student_train.operator.loss_terms import Targets
@@ -70,7 +70,7 @@ class Objective:
 
         `down` turns a gradient by `hidden` into that by the states where gradients are measured.
         """
-        head, terms = self.head, [term for term in self.terms if term.name in divergences]
+        head, terms = self.head, [term for term in self.terms if term.name not in representations]
         if targets is None and any(term.layer for term in terms):  # no row of the batch has a teacher
             targets = {}
         if not terms:  # the head takes no part, but every process must still have a gradient of it
@@ -132,7 +132,7 @@ class Objective:
         if isinstance(targets, TargetBatch):
             self._scores.append(self._scored(hidden, labels, targets))
             return
-        total = torch.zeros(len(labels), 5, dtype=torch.float64)
+        total = torch.zeros(len(labels), 6, dtype=torch.float64)
         weights = torch.zeros(len(labels), 1, dtype=torch.float64)
         for key, batch in (targets or {}).items():
             assert batch.positions is not None
@@ -145,7 +145,7 @@ class Objective:
         self._scores.append(total / weights)
 
     def _scored(self, hidden: Tensor, labels: Tensor, targets: TargetBatch) -> Tensor:
-        """Return [S, 5] as `take_scores` does, of one teacher."""
+        """Return [S, 6] as `take_scores` does, of one teacher."""
         head = self.head
         scores = evaluate_positions(
             hidden,
@@ -158,15 +158,16 @@ class Objective:
             vocab_size=head.vocab_size,
         )
         ones = torch.ones_like(scores.kl_nats)
-        columns = (scores.kl_nats, scores.top1_equal, scores.label_nll_nats, scores.acceptance, ones)
+        compared = targets.has_member.to(ones.device)
+        columns = (scores.kl_nats, scores.top1_equal, scores.label_nll_nats, scores.acceptance, compared, ones)
         return torch.stack([column.double() for column in columns], dim=1).cpu()
 
     def take_scores(self) -> Tensor:
-        """Return [S, 5] of the passes since the last call, float64: KL in nats, top-1 equal, NLL of the label in nats,
-        acceptance, 1.
+        """Return [S, 6] of the passes since the last call, float64: KL in nats, top-1 equal, NLL of the label in nats,
+        acceptance, 1 where the teacher has a head or drawn tokens, 1.
         """
         scores, self._scores = self._scores, []
-        return torch.cat([torch.zeros(0, 5, dtype=torch.float64), *scores])
+        return torch.cat([torch.zeros(0, 6, dtype=torch.float64), *scores])
 
     def take_scores_by_layer(self) -> dict[str, Tensor]:
         """Return the same, not averaged, of the positions that each of several teachers teaches."""

@@ -72,6 +72,11 @@ def audit_cache(path: Path, settings: AuditSettings) -> dict[str, Any]:
     cache = Cache.open(path, settings.targets, allow_partial=True)
     if cache.layer is None:
         raise CacheError(f"{path} holds no teacher distributions to audit; run `decant teach` first")
+    if cache.layer.derived_from:
+        raise CacheError(
+            f"{path}: layer {cache.layer_name} was derived from {cache.layer.derived_from} in another tokenizer, which "
+            "the teacher cannot score; audit the cache that it was derived from"
+        )
     model = open_recorded_teacher(
         cache.layer, settings.teacher, settings.adapter, trust_remote_code=settings.trust_remote_code
     )

@@ -64,8 +64,13 @@ def evaluate_model(
 def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) -> dict[str, Any] | None:
     if recipe.heldout.fraction == 0:
         return None
+    from shared.cache.cache import Cache
     from tools.evaluate.heldout.heldout import evaluate_heldout
 
+    layer = Cache.open(recipe.cache[0], heldout_layer(recipe, model.name)).layer
+    if model.name == "teacher" and layer is not None and layer.derived_from:
+        say("held-out rows are in the student's tokens, so the teacher is not measured on them")
+        return None
     return evaluate_heldout(
         model.files.directory,
         [str(path) for path in recipe.cache],

@@ -29,12 +29,14 @@ HELDOUT_HEADER = (
     "accepted, at least",
     "calibration error",
     "perplexity",
+    "bits/byte",
 )
 HELDOUT_LEGEND = (
     "KL: nats per position. top-1: the model's most probable token is the teacher's; in top 5: it is among the "
     "teacher's five most probable. Accepted: the share of this model's drafts that the teacher would accept in "
     "speculative decoding, as far as the stored head tells. Calibration error: mean gap between the probability of "
-    "the model's most probable token and how often it is the one that followed, in ten bins."
+    "the model's most probable token and how often it is the one that followed, in ten bins. Bits per byte of the "
+    "text compare models of different tokenizers."
 )
 
 
@@ -103,7 +105,8 @@ def heldout_rows(report: Mapping[str, Any]) -> list[list[str]]:
             keys = ("top1_agreement", "top1_in_teacher_top5", "acceptance_rate", "calibration_error")
             shares = [percent(figures.get(key)) for key in keys]
             cells = [number(figures.get("positions"), 0), number(figures.get("kl_nats"), 4), *shares]
-            rows.append([name, str(source), *cells, number(figures.get("perplexity"), 2)])
+            last = [number(figures.get("perplexity"), 2), number(figures.get("bits_per_byte"), 4)]
+            rows.append([name, str(source), *cells, *last])
     return rows
 
 
@@ -209,6 +212,7 @@ def models_csv(report: Mapping[str, Any]) -> str:
         "acceptance_rate_at_most",
         "calibration_error",
         "perplexity",
+        "bits_per_byte",
     )
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

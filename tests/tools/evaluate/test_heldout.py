@@ -17,6 +17,7 @@ from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
 from tools.evaluate.heldout.bootstrap import ratio_interval
 from tools.evaluate.heldout.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout.heldout import evaluate_heldout
+from tools.evaluate.heldout.heldout_sums import HeldoutSums, RowMeasure
 from tools.evaluate.heldout.partings import MOST_PARTINGS, MOST_PER_ROW
 
 FRACTION = 0.4
@@ -214,3 +215,16 @@ def test_quantisation_that_only_the_engine_does_is_said(world: dict[str, Path], 
     quantised = build_cache(tmp_path / "quantised", world["teacher"], dtype="bfloat16", quantization="fp8")
     found = evaluate_heldout(world["teacher"], [quantised], FRACTION, as_captured=True)
     assert found["quantization"] == {"captured": "fp8", "measured": None}
+
+
+def test_bits_per_byte_are_of_the_text_and_positions_without_a_head_count_for_them_alone():
+    bins = ConfidenceBins()
+    sums = HeldoutSums()
+    sums.add(RowMeasure("a", 4, 2, 0.6, 1, 2, math.log(2) * 12, 3.0, bins, bins, 1.0, 1.5, text_bytes=8))
+    found = sums.figures(seed=0)
+    assert found["bits_per_byte"] == pytest.approx(1.5)
+    assert (found["kl_nats"], found["top1_agreement"]) == (pytest.approx(0.3), 0.5)
+    assert (found["positions"], found["positions_compared"]) == (4, 2)
+    assert found["perplexity"] == pytest.approx(8.0)
+    sums.add(RowMeasure("a", 1, 1, 0.1, 1, 1, 1.0, 1.0, bins, bins, 1.0, 1.0))
+    assert sums.figures(seed=0)["bits_per_byte"] is None

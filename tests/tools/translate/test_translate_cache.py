@@ -96,6 +96,9 @@ def test_rows_come_again_in_the_tokens_of_the_student(taught, tmp_path, cache, k
     heads = sum(int((row.targets.counts > 0).sum()) for row in after.values())
     assert result["positions_with_head"] == heads >= 0.3 * result["positions"]
     assert result["likelihood_unknown"] == 0
+    stats = Cache.open(tmp_path / "out").stats()
+    assert stats["share_with_head"] == pytest.approx(heads / result["positions"])
+    assert stats["placed_mass"] == pytest.approx(result["placed_mass"])
     assert result["placed_mass"] <= result["teacher_mass"] + 1e-3
     assert translate_cache(taught / cache, tmp_path / "out", str(student)) == {**result, "existed": True}
 

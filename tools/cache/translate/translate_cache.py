@@ -9,7 +9,6 @@ continued by the same one. Cost: two tokenizations of every row and one decode a
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -209,7 +208,7 @@ def _write(
         derived = _layer_identity(cache, identity, counted)
         short = str(cache.layer_name).rsplit("-", 1)[0]
         layer = writer.layer(short, derived, {**cache.layer_provenance, "derived_by": dict(software())})
-        projection = Projection(landing, counted.stays, cache.layer.vocab_size, cache.layer.k)
+        projection = Projection(landing, counted.stays, cache.layer.vocab_size, derived.k)
     for number, part in enumerate(_parts(cache)):
         stem = f"part-{job[:8]}-{number:06d}"
         advance(part[2] - part[1])
@@ -258,9 +257,14 @@ def _layer_identity(cache: Cache, identity: SequencesIdentity, counted: _Counted
             f"{cache.path}: layer {cache.layer_name} has drawn tokens and no head, which tell too little of what the "
             "text would begin with; name a layer of mode top or top+sample with --targets"
         )
-    return replace(
-        derived, vocab_size=identity.vocab_size, mode="top", draws=0, temperatures=(1.0,), draw_key="context"
-    )
+    if layer.tail == "unknown":
+        raise CacheError(
+            f"{cache.path}: layer {cache.layer_name} does not know the mass outside its heads, so what cannot be "
+            "placed has no bucket to join; translate a layer whose tail is known"
+        )
+    plain = replace(derived, mode="top", draws=0, temperatures=(1.0,), draw_key="context")
+    most = layer.k + (layer.label == "head")
+    return replace(plain, vocab_size=identity.vocab_size, tail="derived", k=most, label="apart")
 
 
 def _placed(before: Sequence[SparseTargets], after: Sequence[SparseTargets], whole: Sequence[Any]) -> dict[str, float]:
@@ -283,7 +287,7 @@ def _summary(out: Path) -> dict[str, Any]:
     if cache.layer is None:
         return found
     total: dict[str, Any] = {}
-    for record in itertools.chain(list_records(out / "targets" / str(cache.layer_name))):
+    for record in list_records(out / "targets" / str(cache.layer_name)):
         add_figures(total, record.stats)
     with_head = total["positions"] - total["support_histogram"][0]
     return found | {

@@ -4,8 +4,9 @@ Held-out rows are those whose group's hash says so, capped to the rows with the 
 sample. A row's tokens go through the model once, rows of similar length together; only the hidden states at
 supervised positions meet the head, in chunks. Reported per position: KL in nats from the cached sparse distribution
 to the model's on the same k + 1 masses (T = 1), agreement of the two most probable tokens (in all, and by how sure
-the teacher is), whether the model's is among the teacher's five, calibration, and the exponential of the mean NLL of
-labels.
+the teacher is), whether the model's is among the teacher's five, calibration, the exponential of the mean NLL of
+labels, and their NLL in bits per byte of the text, which compares models of different tokenizers. Positions without a
+head (a layer in another tokenizer) count for perplexity and bits alone.
 
 Cost: one forward pass over the held-out tokens.
 Shape letters: R rows of a batch, L longest of them, S supervised positions, H hidden width.
@@ -23,12 +24,14 @@ import torch
 
 from shared.cache.cache import Cache
 from shared.cache.rows_left_out import rows_left_out
-from shared.errors import EvaluationError
+from shared.cache.tokenizer_files import read_tokenizer_files
+from shared.errors import CacheError, EvaluationError
 from shared.models.attention_choice import faithful_attention
 from shared.models.loading import load_causal_lm
 from shared.models.row_length import known_positions
 from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe
+from shared.tokens.token_bytes import Vocabulary, read_vocabulary
 from student_train.batch.target_batch import TargetBatch
 from student_train.evaluate.heldout_rows import heldout_rows
 from student_train.operator.fused_loss import PositionScores, evaluate_positions
@@ -77,8 +80,9 @@ def evaluate_heldout(
     Returns:
         kl_nats, kl_low, kl_high (95 % over rows; None of one row), top1_agreement, top1_in_teacher_top5,
         acceptance_rate (sum of min(p, q) over the head, a lower bound), acceptance_rate_at_most,
-        agreement_by_teacher_confidence, calibration_error, calibration, perplexity, teacher_perplexity, positions,
-        rows, rows_too_long, dtype, by_source with the same figures per source, and partings: the positions of the
+        agreement_by_teacher_confidence, calibration_error, calibration, perplexity, teacher_perplexity,
+        bits_per_byte (None where the tokenizer's tokens do not stand for bytes), positions, positions_compared, rows,
+        rows_too_long, dtype, by_source with the same figures per source, and partings: the positions of the
         largest KL in their context. With `several`, by_layer has the figures against each.
 
     Raises:
@@ -153,11 +157,12 @@ def _measured(
     """Measure the rows at `places` (cache, row); the last value is [positions, KL in nats] by row_key."""
     sums, partings, num_done = HeldoutSums(), Partings(), 0
     row_kl: dict[str, list[float]] = {}
+    vocabulary = _vocabulary(opened[0].path)
     for batch in _batches(opened, places, batch_tokens):
         rows = [opened[cache][row] for cache, row in batch]
-        for place, row, measure in zip(batch, rows, measure_batch(model, vocab_size, rows), strict=True):
+        for place, row, measure in zip(batch, rows, measure_batch(model, vocab_size, rows, vocabulary), strict=True):
             sums.add(measure)
-            row_kl[bytes(row.row_key).hex()] = [measure.positions, measure.kl_nats]
+            row_kl[bytes(row.row_key).hex()] = [measure.compared, measure.kl_nats]
             partings.add(place, measure.largest)
         num_done += len(batch)
         say(f"held-out rows: {num_done} of {len(places)}")
@@ -181,8 +186,19 @@ def load_model(model: str, adapter: str | None, dtype: str, trust_remote_code: b
     return loaded
 
 
-def measure_batch(model: Any, vocab_size: int, rows: Sequence[Any]) -> list[RowMeasure]:
-    """Measure rows of a cache in one forward pass."""
+def _vocabulary(cache_dir: Path) -> Vocabulary | None:
+    """Return the bytes of a cache's tokens; None of a tokenizer whose tokens do not stand for bytes."""
+    tokenizer_json = read_tokenizer_files(cache_dir).get("tokenizer.json", b"")
+    try:
+        return read_vocabulary(tokenizer_json)
+    except CacheError:  # of another kind
+        return None
+
+
+def measure_batch(
+    model: Any, vocab_size: int, rows: Sequence[Any], vocabulary: Vocabulary | None = None
+) -> list[RowMeasure]:
+    """Measure rows of a cache in one forward pass; `vocabulary` counts the bytes of their text."""
     head, body = head_of(model, vocab_size), body_of(model)
     device = model.get_input_embeddings().weight.device
     token_ids = torch.from_numpy(np.concatenate([row.token_ids for row in rows]).astype(np.int64))[None].to(device)
@@ -206,10 +222,16 @@ def measure_batch(model: Any, vocab_size: int, rows: Sequence[Any]) -> list[RowM
     )
     ends = np.cumsum([row.num_positions for row in rows])
     starts = ends - [row.num_positions for row in rows]
-    return [_row_measure(row, scores, slice(start, end)) for row, start, end in zip(rows, starts, ends, strict=True)]
+    compared = batch.has_member.cpu().numpy()
+    return [
+        _row_measure(row, scores, slice(start, end), compared[start:end], vocabulary)
+        for row, start, end in zip(rows, starts, ends, strict=True)
+    ]
 
 
-def _row_measure(row: Any, scores: PositionScores, where: slice) -> RowMeasure:
+def _row_measure(
+    row: Any, scores: PositionScores, where: slice, compared: np.ndarray, vocabulary: Vocabulary | None
+) -> RowMeasure:
     """Sum up the scores of one row's positions."""
 
     def of_row(scored: torch.Tensor) -> Any:
@@ -222,6 +244,7 @@ def _row_measure(row: Any, scores: PositionScores, where: slice) -> RowMeasure:
     return RowMeasure(
         source=row.source,
         positions=row.num_positions,
+        compared=int(compared.sum()),
         kl_nats=float(kl_nats.sum()),
         top1_equal=int(equal.sum()),
         top1_in_teacher_top5=int(of_row(scores.top1_in_teacher_top5).sum()),
@@ -230,7 +253,8 @@ def _row_measure(row: Any, scores: PositionScores, where: slice) -> RowMeasure:
         calibration=ConfidenceBins.of(np.exp(of_row(scores.top1_logprob)), of_row(scores.top1_is_label).astype(bool)),
         agreement=ConfidenceBins.of(teacher_top1, equal[with_head]),
         acceptance=float(of_row(scores.acceptance).sum()),
-        acceptance_at_most=float(of_row(scores.acceptance_at_most).sum()),
+        acceptance_at_most=float(of_row(scores.acceptance_at_most)[compared].sum()),
+        text_bytes=math.nan if vocabulary is None else vocabulary.num_bytes(row.labels().tolist()),
         largest=largest_of_row(kl_nats),
     )
 

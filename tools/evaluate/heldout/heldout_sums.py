@@ -24,6 +24,8 @@ class RowMeasure:
 
     source: str
     positions: int
+    compared: int
+    """Positions where the teacher has a head or drawn tokens: what the KL and agreements are means over."""
     kl_nats: float
     top1_equal: int
     top1_in_teacher_top5: int
@@ -35,6 +37,8 @@ class RowMeasure:
     """The teacher's most probable token against the student's."""
     acceptance: float
     acceptance_at_most: float
+    text_bytes: float = math.nan
+    """Bytes of the supervised text, control tokens left out; NaN where the tokenizer does not tell."""
     largest: tuple[tuple[float, int], ...] = ()
     """KL in nats and position, where the row's KL is largest."""
 
@@ -45,7 +49,7 @@ class HeldoutSums:
 
     rows: dict[str, list[tuple[float, ...]]] = field(default_factory=lambda: defaultdict(list))
     """Per source and row: positions, KL, top-1 equal, top-1 in the teacher's top 5, NLL, the teacher's NLL,
-    acceptance and its upper bound."""
+    acceptance and its upper bound, positions compared, bytes of text."""
     calibration: dict[str, ConfidenceBins] = field(default_factory=lambda: defaultdict(ConfidenceBins))
     agreement: dict[str, ConfidenceBins] = field(default_factory=lambda: defaultdict(ConfidenceBins))
 
@@ -53,7 +57,8 @@ class HeldoutSums:
         """Count one row."""
         agreement = (row.top1_equal, row.top1_in_teacher_top5)
         nll = (row.label_nll_nats, row.teacher_nll_nats)
-        figures = (row.positions, row.kl_nats, *agreement, *nll, row.acceptance, row.acceptance_at_most)
+        acceptance = (row.acceptance, row.acceptance_at_most)
+        figures = (row.positions, row.kl_nats, *agreement, *nll, *acceptance, row.compared, row.text_bytes)
         self.rows[row.source].append(figures)
         self.calibration[row.source] = self.calibration[row.source] + row.calibration
         self.agreement[row.source] = self.agreement[row.source] + row.agreement
@@ -65,26 +70,30 @@ class HeldoutSums:
 
     def _of(self, sources: Sequence[str], seed: int) -> dict[str, Any]:
         rows = [row for name in sources for row in self.rows[name]]
-        positions, kl, equal, in_top5, nll, teacher_nll, least, most = np.array(rows, dtype=np.float64).T
+        positions, kl, equal, in_top5, nll, teacher_nll, least, most, compared, octets = np.array(
+            rows, dtype=np.float64
+        ).T
         calibration = sum((self.calibration[name] for name in sources), start=ConfidenceBins())
         agreement = sum((self.agreement[name] for name in sources), start=ConfidenceBins())
-        total = float(positions.sum())
+        total, with_head, text_bytes = float(positions.sum()), max(float(compared.sum()), 1.0), float(octets.sum())
         # One row says nothing about how rows differ.
-        low, high = ratio_interval(kl, positions, seed) if len(rows) > 1 else (None, None)
+        low, high = ratio_interval(kl, compared, seed) if len(rows) > 1 else (None, None)
         return {
-            "kl_nats": math.fsum(kl) / total,
+            "kl_nats": math.fsum(kl) / with_head,
             "kl_low": low,
             "kl_high": high,
-            "top1_agreement": float(equal.sum()) / total,
-            "top1_in_teacher_top5": float(in_top5.sum()) / total,
-            "acceptance_rate": _known(float(least.sum()) / total),
-            "acceptance_rate_at_most": _known(float(most.sum()) / total),
+            "top1_agreement": float(equal.sum()) / with_head,
+            "top1_in_teacher_top5": float(in_top5.sum()) / with_head,
+            "acceptance_rate": _known(float(least.sum()) / with_head),
+            "acceptance_rate_at_most": _known(float(most.sum()) / with_head),
             "agreement_by_teacher_confidence": agreement.figures(),
             "calibration_error": calibration.gap(),
             "calibration": calibration.figures(),
             "perplexity": _exp(math.fsum(nll) / total),
             "teacher_perplexity": _exp(math.fsum(teacher_nll) / total),
+            "bits_per_byte": math.fsum(nll) / (math.log(2) * text_bytes) if text_bytes > 0 else None,
             "positions": int(total),
+            "positions_compared": int(compared.sum()),
             "rows": len(rows),
         }
 

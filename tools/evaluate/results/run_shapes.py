@@ -65,6 +65,7 @@ class HeldoutPart(BaseModel):
     acceptance_rate_at_most: Share | None = None
     calibration_error: Share | None = None
     perplexity: Number | None = None
+    bits_per_byte: Number | None = None
     positions: Count | None = None
     rows: Count | None = None
     calibration: list[Bin] | None = None

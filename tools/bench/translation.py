@@ -1,0 +1,120 @@
+"""`python -m tools.bench.translation`: the demo's teacher into students with other tokenizers, by each loss.
+
+For each kind of tokenizer: a student (other_tokenizers.py), the cache translated for it, and four stages from one start
+over equal rows and steps: the text alone (sft), likelihoods of chunks (alm), projected heads (projected), both.
+The ceiling is the demo's student with the teacher's own tokenizer. Held-out text is the same for all, so bits per byte
+compare. What is there is not made again. Cost: four trainings and evaluations per kind and seed, and one per seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from shared.cache.cache import Cache
+from shared.recipe.file import load_recipe
+from tools.bench.benchmarks_page import measured_by, replace_section, table
+from tools.bench.other_tokenizers import KINDS, make_student, train_tokenizer
+from tools.bench.quality import decant, interval
+
+SFT = {"name": "cross_entropy"}
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "sft": [SFT],
+    "alm": [{"name": "alm", "weight": 0.9}, {**SFT, "weight": 0.1}],
+    "projected": [{"name": "forward_kl", "weight": 0.9}, {**SFT, "weight": 0.1}],
+    "both": [{"name": "forward_kl", "weight": 0.45}, {"name": "alm", "weight": 0.45}, {**SFT, "weight": 0.1}],
+}
+CEILING = {"kd": STAGES["projected"], "sft": [SFT]}
+
+
+def write_recipe(path: Path, demo: Any, cache: Path, student: Path, stages: dict[str, Any], steps: int) -> Path:
+    """Write the recipe of one student."""
+    trainer = {"learning_rate": 1e-3, "max_steps": steps, "pack_tokens": 1024}
+    document = {
+        "name": path.parent.name.replace(" ", "-"),
+        "output_dir": str(path.parent / "run"),
+        "cache": str(cache),
+        "heldout": {"fraction": 0.05},
+        "student": {"model": str(student)},
+        "stages": [{"name": name, "losses": losses, "trainer": trainer} for name, losses in stages.items()],
+        "evaluate": {
+            "models": list(stages),
+            "engine": "transformers",
+            "tasks": [task.model_dump(mode="json", exclude_unset=True) for task in demo.evaluate.tasks],
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def figures(report: dict[str, Any]) -> dict[str, float]:
+    """Return bits per byte and task scores of one model of a report."""
+    return {"bits per byte": report["heldout"]["bits_per_byte"], **{n: t["score"] for n, t in report["tasks"].items()}}
+
+
+def run(recipe: Path, seed: int, root: Path, skip_tasks: bool) -> dict[str, dict[str, float]]:
+    """Train and evaluate a recipe with one seed."""
+    out = root / f"seed{seed}"
+    sets = ["--set", f"seed={seed}", "--set", f"output_dir={out}"]
+    sets += ["--set", "evaluate.tasks=[]"] if skip_tasks else []
+    for command in ("train", "eval"):
+        decant(command, str(recipe), *sets)
+    decant("report", str(out))
+    models = json.loads((out / "report.json").read_text(encoding="utf-8"))["models"]
+    return {name: figures(model) for name, model in models.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run every kind and seed, print the table and write it into docs/tokenizers.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="recipes/demo.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--no-tasks", action="store_true", help="bits per byte alone")
+    parser.add_argument("--root", type=Path, default=Path("runs/translation"))
+    options = parser.parse_args(argv)
+    demo = load_recipe(Path(options.recipe))
+    decant("teach", options.recipe)
+    assert demo.student is not None, "the demo has a student"
+    cache, base = Path(demo.cache[0]), Path(demo.student.model)
+    opened = Cache.open_sequences(cache)
+    texts = [text for i in range(len(opened)) for text in (opened.sequence(i).prompt, opened.sequence(i).response)]
+    recipes = {
+        "teacher's own": write_recipe(options.root / "own/recipe.yaml", demo, cache, base, CEILING, options.steps)
+    }
+    for kind in options.kinds:
+        here = options.root / kind.replace(" ", "-")
+        if not (here / "student/model.safetensors").exists():
+            make_student(base, train_tokenizer(kind, texts, demo_vocabulary(base)), here / "student")
+        decant("cache", "translate", str(cache), str(here / "cache"), "--tokenizer", str(here / "student"))
+        recipes[kind] = write_recipe(
+            here / "recipe.yaml", demo, here / "cache", here / "student", STAGES, options.steps
+        )
+    rows, columns = [], []
+    for kind, recipe in recipes.items():
+        runs = [run(recipe, seed, recipe.parent, options.no_tasks) for seed in options.seeds]
+        for stage in runs[0]:
+            columns = list(runs[0][stage])
+            rows.append([kind, stage, *(interval([found[stage][column] for found in runs]) for column in columns)])
+    text = table(["student's tokenizer", "stage", *columns], rows)
+    print(text)
+    said = (
+        f"{measured_by('python -m tools.bench.translation')} {options.steps} steps each, seeds {options.seeds}; mean ± "
+        "95 % interval."
+    )
+    replace_section("translation", f"{said}\n\n{text}", Path("docs/tokenizers.md"))
+    return 0
+
+
+def demo_vocabulary(base: Path) -> int:
+    """Return how many tokens the demo's student has."""
+    return int(json.loads((base / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
