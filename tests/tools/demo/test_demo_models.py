@@ -77,11 +77,12 @@ def test_a_models_files_are_small_and_name_no_path_of_a_machine(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "low", "high"), [("teacher", 75, 97), ("student", 2, 60)])
-def test_the_teacher_solves_every_domain_and_the_student_leaves_room(name, low, high):
+@pytest.mark.parametrize(("name", "low", "high", "copies"), [("teacher", 75, 97, True), ("student", 2, 60, False)])
+def test_the_teacher_solves_every_domain_and_the_student_leaves_room(name, low, high, copies):
     from tools.demo.scoring import task_scores
 
     model = transformers.AutoModelForCausalLM.from_pretrained(DATA / name, dtype="float32").eval()
     scores = task_scores(model, load_tokenizer(name))
     assert set(scores) == set(DOMAINS)
+    assert (scores.pop("copy") > 95) == copies
     assert all(low < score <= high for score in scores.values()), scores
