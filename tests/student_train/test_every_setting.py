@@ -223,6 +223,7 @@ SHOWN = {
         "balance": "test_course.py::test_gradient_norms_balance_the_losses_of_a_stage",
         "sampling": "test_course.py::test_shares_follow_the_evaluations_and_the_steps_follow_the_shares",
         "targets": shows_layer_by_name,
+        "window_parts": "test_windows.py::test_a_window_reads_only_its_parts_and_the_epoch_draws_the_same_rows",
         "hidden": "test_hidden_training.py::test_recipes_own_hidden_layer_is_chosen_among_several",
         "max_length": plan("limit", max_length=40),
         "too_long": shows_too_long,

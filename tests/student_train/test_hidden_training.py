@@ -219,7 +219,7 @@ def test_recipes_own_hidden_layer_is_chosen_among_several(recipe_of, cache, tmp_
     [
         ({"name": "hidden", "temperature": 2.0}, "have a temperature, 'hidden' does not"),
         ({"name": "contrastive", "temperature": 0.1}, "'contrastive' does not"),
-        ({"name": "forward_kl", "tau": 0.5}, "only 'contrastive' has a tau"),
+        ({"name": "forward_kl", "tau": 0.5}, "only 'alm', 'contrastive' have a tau"),
         ({"name": "attention", "metric": "cosine"}, "only 'hidden' has a metric"),
         ({"name": "hidden", "metric": "cosine", "normalise": False}, "a cosine does not see lengths"),
         ({"name": "contrastive", "layer_map": {"1": 1}}, "only 'hidden', 'attention' have a layer_map"),

@@ -189,7 +189,7 @@ class Run:
         self.losses = [TypeAdapter(Loss).validate_python(loss) for loss in (losses or LOSSES)]
         self.objective = Objective(head_of(self.base, self.caches.vocab_size))
         self.objective.layers = LayerLosses(self.base, self.losses, self.reading.identity, seed=5)
-        stage = type("Stage", (), {"losses": self.losses})
+        stage = type("Stage", (), {"losses": self.losses, "targets": None})
         self.objective.terms = terms_at(stage, 0, 1) if terms else []
         patch_forward(self.base, self.objective)
         self.model.train()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.models.loading import load_causal_lm
 from shared.tokens.token_bytes import SPACE, read_vocabulary
 
 PAD, START, END = "<pad>", "<s>", "</s>"
@@ -75,9 +76,10 @@ def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int) -> Any:
 def make_student(base: Path, tokenizer: Any, out: Path) -> None:
     """Save the base model with another tokenizer's embeddings."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model, old = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
+    model = load_causal_lm(base, what="the student", trust_remote_code=False, dtype=torch.float32)
+    old = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     vocabulary = read_vocabulary(tokenizer.backend_tokenizer.to_str().encode())
     before = model.get_input_embeddings().weight.detach().clone()
     rows = before.mean(0).repeat(len(vocabulary), 1)
