@@ -84,7 +84,7 @@ _number = BeforeValidator(_plain_number)
 
 def _place(value: Any) -> Any:
     try:
-        return place_of(value) if isinstance(value, str) else value
+        return str(place_of(value)) if isinstance(value, str) else value  # JSON knows no path
     except ValueError as error:
         raise PydanticCustomError("url", "{text}", {"text": str(error)}) from None
 

@@ -289,3 +289,9 @@ def test_servers_are_accepted_with_what_they_can_do():
     )
     assert loaded.teacher is not None
     assert (loaded.teacher.server_requests, loaded.teacher.server_patience_seconds) == (64, 600.0)
+
+
+@pytest.mark.parametrize("cache", ["run/cache", "s3://bucket/demo", ["a", "https://host/b"]])
+def test_recipe_crosses_to_another_process_as_json(cache):
+    recipe = Recipe.model_validate({"name": "t", "output_dir": "run", "cache": cache})
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe

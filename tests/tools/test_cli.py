@@ -234,7 +234,7 @@ def test_resolved_recipe_is_saved_with_the_run(recipe, tmp_path, monkeypatch):
     from tools import phases
     from tools.plan.preflight import checks as preflight
 
-    monkeypatch.setattr(phases, "train", lambda recipe, first, last: ({}, ""))
+    monkeypatch.setattr(phases, "train", lambda recipe, first, last, *_: ({}, ""))
     monkeypatch.setattr(preflight, "CHECKS", ())
     assert cli.main(["train", str(recipe), "--set", "stages.kd.trainer.max_steps=7"]) == 0
     assert load_recipe(tmp_path / "run" / "recipe.yaml").stage("kd").trainer.max_steps == 7
