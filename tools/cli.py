@@ -177,16 +177,21 @@ def _export(args: argparse.Namespace) -> int:
     from tools.export.export_run import export_run
 
     with _stdout_kept(args):
-        result = export_run(args.run, args.stage, args.output, keep_adapter=args.keep_adapter, dtype=args.dtype)
-    _result(args, *result)
+        result, text = export_run(args.run, args.stage, args.output, keep_adapter=args.keep_adapter, dtype=args.dtype)
+        if args.push is not None:
+            from shared.remote.hub import push_model
+
+            result["pushed"] = push_model(Path(result["model"]), args.push)
+            text += f"\n  pushed to:   {result['pushed']}"
+    _result(args, result, text)
     return 0
 
 
 def _cache(args: argparse.Namespace) -> int:
     if args.cache_command is None:
         args.parser.error(
-            "name what to do with the cache: ls, show, stats, verify, gc, drop, merge, subset, export, import, "
-            "translate or audit"
+            "name what to do with the cache: ls, show, stats, verify, gc, drop, push, pull, merge, subset, "
+            "export, import, translate or audit"
         )
     from tools.cache.cache_commands import run_cache_command
 

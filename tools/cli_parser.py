@@ -107,6 +107,7 @@ def build_parser() -> Parser:
     export.add_argument("run", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
     export.add_argument("--stage", metavar="NAME", help="whose model (default: the last stage that is finished)")
     export.add_argument("--output", type=Path, metavar="DIR", help="the new directory (default: RUN/export/NAME)")
+    export.add_argument("--push", metavar="ORG/NAME", help="also write it to this model repository of the Hugging Face hub")
     export.add_argument("--keep-adapter", action="store_true", help="put the adapter by itself into adapter/, too")
     dtypes = ["float32", "bfloat16", "float16"]
     export.add_argument(
@@ -117,8 +118,8 @@ def build_parser() -> Parser:
     schema.add_argument("--page", action="store_true", help="print docs/recipe.md instead: every key with its meaning")
 
     looks = (
-        "look into a cache or make another of it: ls, show, stats, verify, gc, drop, merge, subset, export, import, "
-        "translate, audit"
+        "look into a cache or make another of it: ls, show, stats, verify, gc, drop, push, pull, merge, subset, "
+        "export, import, translate, audit"
     )
     cache = commands.add_parser("cache", help=looks, description=looks.capitalize() + ".", allow_abbrev=False)
     _cache_commands(cache, command)
@@ -157,6 +158,12 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
             one.add_argument("--source", metavar="NAME", help="the parts that hold rows of this source alone")
             one.add_argument("--layer", metavar="NAME", help="a targets layer or a hidden layer")
             sub.add_argument("--yes", action="store_true", help="remove; no build of the cache may run meanwhile")
+    push = command("push", "copy a cache to a URL: what is missing there, with a dataset card", within=within)
+    push.add_argument("cache", type=_place, metavar="CACHE", help="directory or URL of the cache")
+    push.add_argument("url", type=_url, metavar="URL", help="s3://, gs:// or hf://datasets/ORG/NAME")
+    pull = command("pull", "copy a cache from a URL: what is missing here, every part checked", within=within)
+    pull.add_argument("url", type=_url, metavar="URL", help="s3://, gs://, hf:// or https:// of the cache")
+    pull.add_argument("out", type=Path, metavar="CACHE", help="the directory, new or of an earlier pull")
     merge = command("merge", "join caches of one identity into a new one, every row once", within=within)
     merge.add_argument("out", type=Path, metavar="OUT", help="the new cache; must not exist")
     merge.add_argument(
@@ -284,6 +291,14 @@ def _directory(text: str) -> Path:
     if is_url(text):
         raise argparse.ArgumentTypeError(f"'{text}' is a URL where a directory of this machine is expected")
     return Path(text)
+
+
+def _url(text: str) -> str:
+    from shared.places import is_url, named
+
+    if not is_url(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no URL; expected one such as s3://bucket/demo")
+    return named(_place(text))
 
 
 def _partition(text: str) -> tuple[int, int]:

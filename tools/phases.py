@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shared.cache.push import pushed_as_committed
 from shared.cache.rows_left_out import answers_line
 from shared.errors import EvaluationError, UsageError
 from shared.progress import BuildProgress, Progress
@@ -40,14 +41,15 @@ def teach(
     progress = BuildProgress()
     settings: dict[str, Any] = {} if max_set_aside is None else {"max_set_aside": max_set_aside}
     try:
-        found = teach_each(
-            recipe,
-            layer,
-            begin=lambda name: progress.note(f"teacher {name}"),
-            partition=partition,
-            progress=progress,
-            **settings,
-        )
+        with pushed_as_committed(recipe.cache[0], progress.note):
+            found = teach_each(
+                recipe,
+                layer,
+                begin=lambda name: progress.note(f"teacher {name}"),
+                partition=partition,
+                progress=progress,
+                **settings,
+            )
     except (SetAsideError, UnitsSetAsideError) as error:
         progress.finish()
         print("\n".join(error.summary.lines()))

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
 from shared.cache.cache_names import is_part, rank_of
 from shared.parts.cache_files import hash_file
-from shared.parts.records import checked_model, parse_sealed, read_record, sealed_json
-from shared.remote.transfer import RemoteFile
+from shared.parts.records import checked_model, parse_record, parse_sealed, read_record, sealed_json
+from shared.remote.transfer import Remote, RemoteFile
 from shared.schema import FORMAT_VERSION
 
 
@@ -39,22 +40,25 @@ def read_listing(data: bytes, where: str) -> dict[str, RemoteFile]:
     return {name: RemoteFile(entry["bytes"], entry["xxh3"]) for name, entry in document["files"].items()}
 
 
-def listing_of(path: Path, names: Iterable[str]) -> bytes:
-    """Return what `files.json` says of files of a cache on this machine.
+def listing_of(path: Path, names: Iterable[str], remote: Remote | None = None) -> bytes:
+    """Return what `files.json` says of files of a cache.
 
     Args:
-        path: the cache.
+        path: the cache on this machine.
         names: paths within it; a part is described by its record.
+        remote: where files are that this machine lacks.
 
     Raises:
         DamagedError: a file cannot be read.
     """
     entries = {}
     for name in sorted(name for name in names if rank_of(name) is not None):
+        of = f"{name.removesuffix('.arrow')}.json" if is_part(name) else name
+        data = remote.read(of) if remote is not None and not (path / of).is_file() else None
         if is_part(name):
-            record = read_record((path / name).with_suffix(".json"))
+            record = read_record(path / of) if data is None else parse_record(data, path / of)
             entries[name] = {"bytes": record.bytes, "xxh3": record.xxh3}
         else:
-            xxh3, num_bytes = hash_file(path / name)
-            entries[name] = {"bytes": num_bytes, "xxh3": xxh3}
+            xxh3, size = hash_file(path / of) if data is None else (xxhash.xxh3_128_hexdigest(data), len(data))
+            entries[name] = {"bytes": size, "xxh3": xxh3}
     return sealed_json({"format": FORMAT_VERSION, "files": entries})

@@ -75,14 +75,37 @@ def bring(path: Path) -> None:
 
 
 def _fetch(remote: Remote, path: Path, name: str, listed: RemoteFile, replaces: bool) -> None:
-    """Fetch one small file; it is kept only where it fits its own checksum, and the list's where that has one."""
-    where, target, size = f"{remote.url}/{name}", path / name, listed.size
-    if name.startswith("jobs/"):
-        fill_atomic(target, lambda file: _copy(remote, name, size, file), "mirror", size)
+    """Fetch a small file; a record that this machine made is not replaced."""
+    target = path / name
+    if not replaces and target.with_suffix(".arrow").is_file() and target.is_file():
+        if read_bounded(target, MAX_JSON_BYTES) != read_small(remote, name, listed):
+            raise CacheError(
+                f"{remote.url}/{name} is another part than this machine made in {str(path)!r}; two builds went on "
+                "apart: remove that directory to go on from what is there"
+            )
         return
+    fetch_small(remote, path, name, listed)
+
+
+def fetch_small(remote: Remote, path: Path, name: str, listed: RemoteFile) -> None:
+    """Fetch a file of a cache that is no part into its place below `path`; errors as for `read_small`."""
+    if name.startswith("jobs/"):  # as long as the prompts are
+        fill_atomic(path / name, lambda file: _copy(remote, name, listed.size, file), "mirror", listed.size)
+    else:
+        write_atomic(path / name, read_small(remote, name, listed), "mirror")
+
+
+def read_small(remote: Remote, name: str, listed: RemoteFile) -> bytes:
+    """Return a small file's bytes, where they fit their own checksum, and the list's where that has one.
+
+    Raises:
+        CacheError: it cannot be fetched.
+        DamagedError: it is not what was written.
+    """
+    where = f"{remote.url}/{name}"
     most = MAX_TOKENIZER_FILE_BYTES if name.startswith("tokenizer/") else MAX_JSON_BYTES
-    if size > most:
-        raise DamagedError(f"{where} has {size:,} bytes where at most {most:,} are expected")
+    if listed.size > most:
+        raise DamagedError(f"{where} has {listed.size:,} bytes where at most {most:,} are expected")
     try:
         data = remote.read(name)
     except FileNotFoundError:
@@ -91,13 +114,7 @@ def _fetch(remote: Remote, path: Path, name: str, listed: RemoteFile, replaces: 
         parse_sealed(data, where)
     if remote.lists_in_file and xxhash.xxh3_128_hexdigest(data) != listed.version:
         raise DamagedError(f"{where} is not what {remote.url}/{LIST_FILE} lists; push the cache there again")
-    own = not replaces and target.with_suffix(".arrow").is_file() and target.is_file()
-    if own and read_bounded(target, MAX_JSON_BYTES) != data:
-        raise CacheError(
-            f"{where} is another part than this machine made in {path}; two builds went on apart: remove that "
-            "directory to go on from what is there"
-        )
-    write_atomic(target, data, "mirror")
+    return data
 
 
 def _copy(remote: Remote, name: str, size: int, file: BinaryIO) -> None:

@@ -199,7 +199,12 @@ def read_record(path: Path) -> PartRecord:
     Raises:
         DamagedError: it contradicts the format, or is of a part of another layer.
     """
-    document = read_sealed(path, _Document.model_fields.keys())
+    return parse_record(read_bounded(path, MAX_JSON_BYTES), path)
+
+
+def parse_record(data: bytes, path: Path) -> PartRecord:
+    """Return what `read_record` does, of bytes that are, or will be, the file `path`."""
+    document = parse_sealed(data, path, _Document.model_fields.keys())
     checked_model(_Document, document, path)
     if document["stem"] != path.stem:
         raise DamagedError(f"{path} describes {document['stem'][:60]!r}; it is another part's record")

@@ -21,6 +21,7 @@ import xxhash
 
 from shared.atomic import make_dir
 from shared.errors import CacheError, DamagedError, UsageError
+from shared.failpoints import failpoint
 from shared.places import store_dir
 from shared.remote.transfer import BLOCK_BYTES
 
@@ -79,17 +80,48 @@ def fetch_part(where: str, num_bytes: int, xxh3: str, read: Read) -> Path:
     partial = path.with_name(f"{xxh3}.{num_bytes}.partial")
     make_dir(path.parent)
     while not _is_here(path, num_bytes, xxh3):
-        with _claimed(partial) as file:
-            if file is not None and not path.exists():
-                _make_room(partial)
-                try:
-                    _fill(file, where, num_bytes, xxh3, read)
-                except DamagedError:
-                    partial.unlink(missing_ok=True)
-                    raise
-                partial.replace(path)
-                _checked.add(path)
+        fill_checked(path, partial, where, num_bytes, xxh3, read, lambda: _make_room(partial))
+        _checked.add(path)
     return path
+
+
+def fill_checked(
+    path: Path,
+    partial: Path,
+    where: str,
+    num_bytes: int,
+    xxh3: str,
+    read: Read,
+    before: Callable[[], object] = lambda: None,
+) -> None:
+    """Create `path` from a URL through `partial`, going on where a killed process left that.
+
+    Args:
+        path: the file; left as it is where it is there once no other process writes `partial`.
+        partial: its unfinished form, in the same directory.
+        where: URL, for messages.
+        num_bytes: size.
+        xxh3: checksum.
+        read: reads a range.
+        before: called once `partial` is this process's.
+
+    Raises:
+        DamagedError: what came has another checksum.
+        CacheError: it cannot be fetched or written.
+    """
+    with _claimed(partial) as file:
+        if file is None or path.exists():
+            return
+        before()
+        try:
+            _fill(file, where, num_bytes, xxh3, read)
+        except DamagedError:
+            partial.unlink(missing_ok=True)
+            raise
+        failpoint("fetch.before_rename")
+        os.fsync(file.fileno())
+        partial.replace(path)
+        failpoint("fetch.after_rename")
 
 
 def _is_here(path: Path, num_bytes: int, xxh3: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +23,7 @@ BLOCK_BYTES = 2**23
 LIST_FILE = "files.json"
 """What is below a URL, where a server cannot tell."""
 MOST_ATTEMPTS = 8
+HUB_BATCH = 64
 PARALLEL = 16
 """Transfers at the same time."""
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 20.0
@@ -51,6 +52,8 @@ class Remote:
         self.url = url.rstrip("/")
         self.scheme = urlsplit(url).scheme
         self.lists_in_file = self.scheme in ("http", "https")
+        self.files_per_write = HUB_BATCH if self.scheme == "hf" else 1
+        """Files that go in one call: a hub keeps each call as a commit."""
 
     def list_files(self, listed: Callable[[bytes, str], Mapping[str, RemoteFile]]) -> dict[str, RemoteFile]:
         """Return size and version of every file below, by its path relative to the URL; none where nothing is there.
@@ -96,17 +99,25 @@ class Remote:
 
         return self._tried(name, attempt)
 
-    def write(self, name: str, source: Path | bytes) -> None:
-        """Write a file whole.
+    def write_all(self, written: Sequence[tuple[str, Path | bytes]]) -> None:
+        """Write files, each whole, in their order.
 
         Raises:
-            CacheError: it cannot be written.
+            CacheError: one cannot be written.
         """
-        files = self._files()
+        if self.scheme == "hf":
+            from shared.remote.hub import commit_files
+
+            self._tried(written[0][0], lambda: commit_files(self.url, written))
+            return
+        for name, source in written:
+            self._tried(name, lambda name=name, source=source: self._write(name, source))  # type: ignore[misc]
+
+    def _write(self, name: str, source: Path | bytes) -> None:
         if isinstance(source, bytes):
-            self._tried(name, lambda: files.pipe_file(self._path(name), source))
+            self._files().pipe_file(self._path(name), source)
         else:
-            self._tried(name, lambda: files.put_file(str(source), self._path(name)))
+            self._files().put_file(str(source), self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url

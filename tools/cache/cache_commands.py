@@ -48,6 +48,8 @@ def run_cache_command(args: argparse.Namespace) -> int:
         "import": _import,
         "translate": _translate,
         "audit": _audit,
+        "push": _push,
+        "pull": _pull,
     }
     for path in (getattr(args, "cache", None), *getattr(args, "caches", ())):
         if path is not None:
@@ -378,6 +380,32 @@ def _translate(args: argparse.Namespace) -> int:
             advance=progress.advance,
         )
     _print(args, result, translate_text(result))
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from shared.cache.push import push_cache
+    from shared.remote.transfer import Remote
+    from tools.cache.dataset_card import dataset_card
+
+    card = dataset_card(listing(args.cache), args.url).encode()
+    with Progress("push", None, unit="files") as progress:
+        done = push_cache(args.cache, Remote(args.url), card, progress.advance)
+    text = (
+        f"{args.url}: {done.files:,} files, {size(done.bytes)} written, {done.already_there:,} were there; train from "
+        f"it with `cache: {args.url}`"
+    )
+    _print(args, {"url": args.url, **done._asdict()}, text)
+    return 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from shared.cache.pull import pull_cache
+    from shared.remote.transfer import Remote
+
+    with Progress("pull", None, unit="files") as progress:
+        files = pull_cache(Remote(args.url), args.out, progress.advance)
+    _print(args, {"cache": str(args.out), "files": files}, f"{args.out}: {files:,} files came from {args.url}")
     return 0
 
 

@@ -1,0 +1,232 @@
+"""Push a cache to a URL: what is missing there, in parallel, in an order that a reader may meet halfway.
+
+A part's file goes before its record, parts before what counts them, cache.json last; so a push that is killed leaves
+no half part, and the same command goes on with what is missing. Each part is compared with its record before it goes.
+What is there already must be what is here: a record that differs is refused, never replaced.
+Cost: one listing before and one after, one small request per file that is there already.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from shared.cache.cache_names import rank_of
+from shared.cache.layout import list_hidden_layers, list_layers, read_header, sequences_dir
+from shared.cache.listing import listing_of
+from shared.cache.mirror import list_remote
+from shared.errors import CacheError, DecantError
+from shared.failpoints import failpoint
+from shared.parts.cache_files import read_bounded
+from shared.parts.jobs import list_jobs
+from shared.parts.part_file import part_file
+from shared.parts.parts import check_file
+from shared.parts.records import PartRecord, list_records
+from shared.places import origin_of
+from shared.remote.transfer import LIST_FILE, PARALLEL, Remote, RemoteFile
+from shared.schema import MAX_JSON_BYTES, MAX_TOKENIZER_FILE_BYTES
+
+INTERVAL_SECONDS = 2.0
+"""Between two looks for parts that a build has committed."""
+CARD_FILE = "README.md"
+
+
+class PushSummary(NamedTuple):
+    """What a push did."""
+
+    files: int
+    """Written now."""
+    bytes: int
+    already_there: int
+    """Files."""
+
+
+class _Item(NamedTuple):
+    """One file of the cache, with its record where it is a part's."""
+
+    name: str
+    record: PartRecord | None
+
+
+def files_of(path: Path) -> list[_Item]:
+    """Return the files of a cache in the order in which they may appear elsewhere.
+
+    Raises:
+        CacheError: the path is no cache, or one of its small files is damaged.
+    """
+    header = read_header(path)
+    items = [_Item("cache.json", None)]
+    items += [_Item(f"tokenizer/{name}", None) for name in header.tokenizer_files]
+    items += [_Item(f"jobs/{job.id}/plan.arrow", None) for job in list_jobs(path)]
+    folders = [sequences_dir(path)]
+    for layer in (*list_layers(path).values(), *list_hidden_layers(path).values()):
+        folders.append(layer.directory)
+        items.append(_Item(f"{layer.directory.relative_to(path)}/layer.json", None))
+    for folder in folders:
+        items += [_Item(f"{folder.relative_to(path)}/{record.stem}.json", record) for record in list_records(folder)]
+    return sorted(items, key=lambda item: (rank_of(item.name), item.name))
+
+
+def push_cache(
+    path: Path, remote: Remote, card: bytes | None = None, advance: Callable[[int], object] = lambda files: None
+) -> PushSummary:
+    """Push a cache.
+
+    Args:
+        path: the cache, a directory of this machine or a mirror.
+        remote: where to.
+        card: README.md of the place; None leaves the one that is there.
+        advance: told the files that are done.
+
+    Raises:
+        CacheError: nothing can be written there, or another cache is.
+        DamagedError: a part is not what was committed.
+    """
+    if remote.lists_in_file:
+        raise CacheError(f"{remote.url} can be read only; push to s3://, gs:// or hf://, and serve it from there")
+    there = list_remote(remote)
+    items = files_of(path)
+    written: list[int] = []
+    with ThreadPoolExecutor(1 if remote.files_per_write > 1 else PARALLEL) as pool:
+        for _, group in groupby(items, key=lambda item: rank_of(item.name)):
+            batches = _batches(list(group), remote.files_per_write)
+            for sizes in pool.map(lambda batch: _push(path, remote, batch, there), batches):
+                written += sizes
+                advance(len(sizes))
+    found = list_remote(remote)
+    for name, size in _sizes(path, items).items():
+        if name not in found or found[name].size != size:
+            at = f"{found[name].size:,}" if name in found else "no"
+            raise CacheError(
+                f"{remote.url}/{name} has {at} bytes after it was pushed where it has {size:,} here; push again"
+            )
+    extra = [(LIST_FILE, _listing(path, remote, found))] + ([(CARD_FILE, card)] if card is not None else [])
+    remote.write_all(extra)
+    return PushSummary(len(written), sum(written), len(_sizes(path, items)) - len(written))
+
+
+def _batches(items: Sequence[_Item], size: int) -> list[list[_Item]]:
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def _push(path: Path, remote: Remote, batch: Sequence[_Item], there: Mapping[str, RemoteFile]) -> list[int]:
+    """Write what is missing of some files; return the sizes of what was written."""
+    files: list[tuple[str, Path | bytes]] = []
+    sizes: list[int] = []
+    for name, record in batch:
+        if record is None and name.startswith("jobs/"):
+            size = (path / name).stat().st_size
+            if name not in there or there[name].size != size:
+                files.append((name, path / name))
+                sizes.append(size)
+            continue
+        data = read_bounded(path / name, MAX_TOKENIZER_FILE_BYTES if name.startswith("tokenizer/") else MAX_JSON_BYTES)
+        known = name in there and _is_same(remote, name, data)
+        arrow = name.removesuffix(".json") + ".arrow"
+        if record is not None and not (known and arrow in there and there[arrow].size == record.bytes):
+            check_file((path / name).parent, record)
+            files.append((arrow, part_file((path / name).parent, record)))
+            sizes.append(record.bytes)
+        if not known:
+            files.append((name, data))
+            sizes.append(len(data))
+    if files:
+        failpoint("push.before_write")
+        remote.write_all(files)
+        failpoint("push.after_write")
+    return sizes
+
+
+def _is_same(remote: Remote, name: str, data: bytes) -> bool:
+    """Tell whether a small file is there as it is here.
+
+    Raises:
+        CacheError: it is another one.
+    """
+    try:
+        other = remote.read(name)
+    except FileNotFoundError:
+        return False
+    if other != data:
+        raise CacheError(
+            f"{remote.url}/{name} is another one than this cache has; another cache is there, or another build went "
+            "on: push to another place"
+        )
+    return True
+
+
+def _sizes(path: Path, items: Sequence[_Item]) -> dict[str, int]:
+    """Return the size of each file, parts included."""
+    sizes = {item.name: (path / item.name).stat().st_size for item in items}
+    parts = {f"{name.removesuffix('.json')}.arrow": record.bytes for name, record in items if record is not None}
+    return sizes | parts
+
+
+def _listing(path: Path, remote: Remote, found: Mapping[str, RemoteFile]) -> bytes:
+    """Return files.json of everything that is there, also of what another machine pushed."""
+    return listing_of(path, found, remote)
+
+
+@contextmanager
+def pushed_as_committed(path: Path, note: Callable[[str], object]) -> Iterator[None]:
+    """Push a mirror's parts while a build commits them, and the rest at its end; do nothing for a directory.
+
+    What cannot be pushed on the way is said and tried again; at the end it is an error, unless the build itself failed.
+
+    Raises:
+        CacheError: the last push failed.
+    """
+    origin = origin_of(path)
+    if origin is None:
+        yield
+        return
+    remote, stop = Remote(origin), threading.Event()
+
+    def push_now_and_then() -> None:
+        done: set[str] = set()
+        while not stop.wait(INTERVAL_SECONDS):
+            try:
+                done |= push_new(path, remote, done)
+            except DecantError as error:
+                note(f"teach: {error}; it is tried again")
+
+    thread = threading.Thread(target=push_now_and_then, daemon=True, name="push")
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        _end(stop, thread)
+        try:
+            _push_rest(path, remote)
+        except DecantError as error:  # the build's own failure is the one to report
+            note(f"teach: {error}; the same command pushes it")
+        raise
+    _end(stop, thread)
+    _push_rest(path, remote)
+
+
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    thread.join()
+
+
+def _push_rest(path: Path, remote: Remote) -> None:
+    if (path / "cache.json").is_file():
+        push_cache(path, remote)
+
+
+def push_new(path: Path, remote: Remote, done: set[str]) -> set[str]:
+    """Push what a build has committed and `done` does not name; return the names of what is there now."""
+    if not (path / "cache.json").is_file():
+        return set()
+    new = [item for item in files_of(path) if item.name not in done]
+    if new:
+        there = list_remote(remote)
+        for item in new:
+            _push(path, remote, [item], there)
+    return {item.name for item in new}
