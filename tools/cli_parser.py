@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     init.add_argument("--teacher", help="teacher: a directory or hub id")
     init.add_argument("--student", help="student: a directory or hub id")
     init.add_argument("--prompts", help="prompts: a file, directory or hub id, see docs/data.md")
-    init.add_argument("--cache", type=Path, metavar="CACHE", help="train from this cache; no teacher, no prompts")
+    init.add_argument("--cache", type=_place, metavar="CACHE", help="train from this cache; no teacher, no prompts")
     init.add_argument("--output", type=Path, help="where to write it (default: recipes/NAME.yaml)")
 
     plan = _recipe(command("plan", "count rows, tokens and gigabytes before anything runs"))
@@ -107,7 +107,9 @@ def build_parser() -> Parser:
     export.add_argument("run", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
     export.add_argument("--stage", metavar="NAME", help="whose model (default: the last stage that is finished)")
     export.add_argument("--output", type=Path, metavar="DIR", help="the new directory (default: RUN/export/NAME)")
-    export.add_argument("--push", metavar="ORG/NAME", help="also write it to this model repository of the Hugging Face hub")
+    export.add_argument(
+        "--push", metavar="ORG/NAME", help="also write it to this model repository of the Hugging Face hub"
+    )
     export.add_argument("--keep-adapter", action="store_true", help="put the adapter by itself into adapter/, too")
     dtypes = ["float32", "bfloat16", "float16"]
     export.add_argument(

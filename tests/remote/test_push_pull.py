@@ -1,0 +1,121 @@
+"""Pushed and pulled caches are the same files; what is there is not sent again, what differs is refused."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from shared.cache.cache import Cache
+from shared.cache.mirror import _bring_once
+from shared.cache.pull import pull_cache
+from shared.cache.push import push_cache, pushed_as_committed
+from shared.cache.verify import verify_cache
+from shared.errors import CacheError, DamagedError
+from shared.places import place_of
+from shared.remote.hub import push_model
+from shared.remote.transfer import Remote
+from tests.remote.fake_hub import FakeHub
+from tests.remote.loopback import flipped, serving
+from tests.remote.test_reading import same_rows
+from tests.shared.small_cache import build, tree
+from tools.cache.cache_commands import listing
+from tools.cache.dataset_card import dataset_card
+
+
+@pytest.fixture
+def hub(new_store, monkeypatch):
+    """A hub, asked with a token."""
+    import huggingface_hub.constants as constants
+
+    with serving(FakeHub()) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield server
+
+
+URL = "hf://datasets/org/demo"
+
+
+def test_a_cache_goes_to_the_hub_and_comes_back_and_streams_from_there(hub, local, tmp_path):
+    card = dataset_card(listing(local), URL)
+    first = push_cache(local, Remote(URL), card.encode())
+    files = hub.repositories["datasets/org/demo"]
+    assert {name: data for name, data in files.items() if name not in ("README.md", "files.json")} == tree(local)
+    assert hub.private["datasets/org/demo"]
+    assert (first.files, first.already_there) == (len(tree(local)), 0)
+    assert hub.commits[-2] == ["cache.json"]
+    assert yaml.safe_load(files["README.md"].decode().split("---")[1])["license"] == "cc0-1.0"
+    again = push_cache(local, Remote(URL))
+    assert again.files == 0
+    pull_cache(Remote(URL), tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(local)
+    same_rows(Cache.open(URL), Cache.open(local))
+    assert "Bearer hf_secret" in hub.tokens
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
+
+
+def test_a_grown_cache_sends_what_is_new_and_another_cache_is_refused(hub, local, tmp_path):
+    build(tmp_path / "grows", 0, 8)
+    push_cache(tmp_path / "grows", Remote(URL))
+    build(tmp_path / "grows", 8, 12)
+    assert push_cache(tmp_path / "grows", Remote(URL)).files == 2 + 2 + 1
+    same_rows(Cache.open(URL), Cache.open(tmp_path / "grows"))
+    build(tmp_path / "grows", 12, 16)
+    push_cache(tmp_path / "grows", Remote(URL))
+    _bring_once.cache_clear()
+    same_rows(Cache.open(URL), Cache.open(tmp_path / "grows"))
+    record = next((tmp_path / "grows" / "sequences").glob("*.json"))
+    other = record.read_bytes().replace(b'"decant": "test"', b'"decant": "best"')
+    hub.repositories["datasets/org/demo"][f"sequences/{record.name}"] = other
+    with pytest.raises(CacheError, match=f"{URL}/sequences/{record.name} is another one than this cache has"):
+        push_cache(tmp_path / "grows", Remote(URL))
+
+
+def test_a_damaged_part_is_neither_pushed_nor_pulled(hub, web, local, tmp_path):
+    build(tmp_path / "bad", 0, 8)
+    part = sorted((tmp_path / "bad" / "sequences").glob("*.arrow"))[0]
+    part.write_bytes(flipped(part))
+    with pytest.raises(DamagedError, match=part.name):
+        push_cache(tmp_path / "bad", Remote(URL))
+    assert f"sequences/{part.name}" not in hub.repositories.get("datasets/org/demo", {})
+    served = sorted(web.directory.rglob("part-*.arrow"))[3]
+    served.write_bytes(flipped(served))
+    with pytest.raises(DamagedError, match=f"{web.url}/{served.relative_to(web.directory)}"):
+        pull_cache(Remote(web.url), tmp_path / "pulled")
+    assert not (tmp_path / "pulled" / served.relative_to(web.directory)).exists()
+    served.write_bytes((local / served.relative_to(web.directory)).read_bytes())
+    pull_cache(Remote(web.url), tmp_path / "pulled")
+    assert tree(tmp_path / "pulled") == tree(local)
+    with pytest.raises(CacheError, match="can be read only"):
+        push_cache(local, Remote(web.url))
+
+
+def test_a_build_into_a_url_goes_on_elsewhere_with_what_was_committed(hub, new_store, local):
+    with pytest.raises(KeyboardInterrupt), pushed_as_committed(place_of(URL), print):
+        build(place_of(URL), 0, 20)
+        raise KeyboardInterrupt
+    new_store("another machine")
+    from shared.cache.mirror import bring_if_remote
+
+    bring_if_remote(place_of(URL))
+    with pushed_as_committed(place_of(URL), print):
+        build(place_of(URL), 0, 20)
+        build(place_of(URL), 20, 40)
+    _bring_once.cache_clear()
+    new_store("a third machine")
+    assert len(Cache.open(URL)) == len(Cache.open(local))
+    assert list(verify_cache(place_of(URL))) == []
+
+
+def test_a_student_is_pushed_with_its_card(hub, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A student\n")
+    (tmp_path / "config.json").write_text("{}")
+    push_model(tmp_path, "org/student")
+    assert hub.repositories["models/org/student"]["README.md"].startswith(b"---\nlicense: mit")
