@@ -165,9 +165,9 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     push.add_argument("url", type=_url, metavar="URL", help="s3://, gs:// or hf://datasets/ORG/NAME")
     pull = command("pull", "copy a cache from a URL: what is missing here, every part checked", within=within)
     pull.add_argument("url", type=_url, metavar="URL", help="s3://, gs://, hf:// or https:// of the cache")
-    pull.add_argument("out", type=Path, metavar="CACHE", help="the directory, new or of an earlier pull")
+    pull.add_argument("out", type=_directory, metavar="CACHE", help="the directory, new or of an earlier pull")
     merge = command("merge", "join caches of one identity into a new one, every row once", within=within)
-    merge.add_argument("out", type=Path, metavar="OUT", help="the new cache; must not exist")
+    merge.add_argument("out", type=_directory, metavar="OUT", help="the new cache; must not exist")
     merge.add_argument(
         "caches", type=_place, nargs="+", metavar="CACHE", help="two caches or more; of equal rows the first counts"
     )
@@ -183,14 +183,14 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
     _subset_command(command("subset", "make a cache of some rows of one", within=within))
     export = command("export", "write a cache as plain files for other tools", within=within)
     export.add_argument("cache", type=_place, metavar="CACHE", help="directory or URL of the cache")
-    export.add_argument("out", type=Path, metavar="OUT_DIR", help="the new directory; must not exist")
+    export.add_argument("out", type=_directory, metavar="OUT_DIR", help="the new directory; must not exist")
     formats = ["parquet", "axolotl", "distillkit"]
     export.add_argument("--format", choices=formats, default="parquet", help="kind of file (default: parquet)")
     export.add_argument("--targets", metavar="NAME", help="targets layer, where there is more than one")
     _import_command(command("import", "make a cache of what export wrote, or of what others made", within=within))
     translate = command("translate", "derive a cache in the student's tokenizer; no teacher is loaded", within=within)
-    translate.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
-    translate.add_argument("out", type=Path, metavar="OUT", help="the new cache; must not exist")
+    translate.add_argument("cache", type=_place, metavar="CACHE", help="directory or URL of the cache")
+    translate.add_argument("out", type=_directory, metavar="OUT", help="the new cache; must not exist")
     translate.add_argument(
         "--tokenizer", required=True, metavar="DIR", help="the student's model or tokenizer: a directory or a hub id"
     )
@@ -222,8 +222,8 @@ def _cache_commands(cache: Parser, command: Callable[..., Parser]) -> None:
 
 def _subset_command(subset: Parser) -> None:
     """Add the options of `decant cache subset`."""
-    subset.add_argument("cache", type=Path, metavar="CACHE", help="directory of the cache")
-    subset.add_argument("out", type=Path, metavar="OUT_CACHE", help="the new cache; must not exist")
+    subset.add_argument("cache", type=_place, metavar="CACHE", help="directory or URL of the cache")
+    subset.add_argument("out", type=_directory, metavar="OUT_CACHE", help="the new cache; must not exist")
     subset.add_argument("--source", action="append", default=[], metavar="NAME", help="rows of it, may be repeated")
     condition = "rows that fulfil a condition, such as: num_tokens < 512 and 'integral' in prompt"
     subset.add_argument("--query", metavar="CONDITION", help=condition)
@@ -240,7 +240,7 @@ def _import_command(imports: Parser) -> None:
     imports.add_argument(
         "source_path", type=Path, metavar="FILES", help="a directory of files, or one: Parquet, JSON lines or shards"
     )
-    imports.add_argument("out", type=Path, metavar="OUT_CACHE", help="the new cache; must not exist")
+    imports.add_argument("out", type=_directory, metavar="OUT_CACHE", help="the new cache; must not exist")
     formats = ["decant", "distillkit", "axolotl", "openai", "megatron"]
     imports.add_argument("--format", choices=formats, help="whose files (default: told by endings and columns)")
     imports.add_argument("--tokenizer", metavar="DIR", help="the tokenizer that made the ids")

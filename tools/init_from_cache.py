@@ -14,6 +14,7 @@ from shared.cache.cache import Cache
 from shared.cache.layout import list_layers
 from shared.errors import UsageError
 from shared.keys import is_heldout
+from shared.places import named
 from tools.init_recipe import computing, plain_text, refuse_name, write_new, yaml_text
 
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5)
@@ -67,7 +68,7 @@ def init_from_cache(name: str, cache: Path, student: str, output: Path | None = 
     refuse_name(name)
     opened = Cache.open_sequences(cache)
     if not len(opened):
-        raise UsageError(f"{cache} holds no rows to train from; name another cache")
+        raise UsageError(f"{named(cache)} holds no rows to train from; name another cache")
     layers, fraction = list_layers(cache), _fraction(opened)
     path = output or Path("recipes") / f"{name}.yaml"
     layer = next(iter(layers.values()), None)
@@ -84,9 +85,9 @@ def init_from_cache(name: str, cache: Path, student: str, output: Path | None = 
         name_value=yaml_text(name),
         student=plain_text(student),
         student_value=yaml_text(student),
-        cache=plain_text(str(cache)),
-        cache_value=yaml_text(str(cache)),
-        cache_word=plain_text(shlex.quote(str(cache))),
+        cache=plain_text(named(cache)),
+        cache_value=yaml_text(named(cache)),
+        cache_word=plain_text(shlex.quote(named(cache))),
         path=plain_text(shlex.quote(str(path))),
         output=f"runs/{name}",
         rows=f"{len(opened):,}",
