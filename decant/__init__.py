@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from decant.losses import (
         cross_entropy,
+        decoupled_kl,
         forward_kl,
         head_kl,
         jsd,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         skew_reverse_kl,
         sparse_loss,
         sparse_loss_from_logits,
+        tail_weighted_kl,
     )
     from decant.phases import evaluate, report, teach, train
     from decant.reading import Cache, Row, open_cache
@@ -36,12 +38,14 @@ _HOMES = {
     "decant.torch_dataset": ("TorchDataset",),
     "decant.losses": (
         "cross_entropy",
+        "decoupled_kl",
         "forward_kl",
         "head_kl",
         "jsd",
         "reverse_kl",
         "skew_forward_kl",
         "skew_reverse_kl",
+        "tail_weighted_kl",
         "sparse_loss",
         "sparse_loss_from_logits",
     ),
@@ -57,6 +61,7 @@ __all__ = [
     "Row",
     "TorchDataset",
     "cross_entropy",
+    "decoupled_kl",
     "evaluate",
     "forward_kl",
     "head_kl",
@@ -69,6 +74,7 @@ __all__ = [
     "skew_reverse_kl",
     "sparse_loss",
     "sparse_loss_from_logits",
+    "tail_weighted_kl",
     "teach",
     "train",
 ]

@@ -57,6 +57,16 @@ def skew_reverse_kl(weight: float = 1.0, temperature: float = 1.0, skew: float =
     return LossTerm("skew_reverse_kl", weight, temperature, {"skew": skew})
 
 
+def tail_weighted_kl(weight: float = 1.0, temperature: float = 1.0, tail_weight: float = 2.0) -> LossTerm:
+    """Return KL over head and bucket + `tail_weight` times the KL within the tail, known from draws (2602.20816)."""
+    return LossTerm("tail_weighted_kl", weight, temperature, {"tail_weight": tail_weight})
+
+
+def decoupled_kl(weight: float = 1.0, head_temperature: float = 2.0) -> LossTerm:
+    """Return KL of head against bucket at temperature 1 and within the head at `head_temperature` (2203.08679)."""
+    return LossTerm("decoupled_kl", weight, 1.0, {"head_temperature": head_temperature})
+
+
 def sparse_loss(
     hidden: Tensor,
     head: Tensor | torch.nn.Linear,
@@ -134,7 +144,8 @@ def sparse_loss_from_logits(
             members = targets.members(
                 slice(0, len(labels)), group.temperature, z.shape[1], dtype, with_draws=group.with_draws
             )
-            total = total + term.coefficient * term.function(finite(members.log_p), _masses(z, members)).sum()
+            values = term.values(finite(members.log_p), _masses(z, members), members.num_head)
+            total = total + term.coefficient * values.sum()
     return total
 
 

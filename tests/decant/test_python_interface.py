@@ -6,6 +6,7 @@ import doctest
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -56,9 +57,18 @@ def _batch(temperatures=None):
     return data.collate([data[0], data[1]])
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "head_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_fused_and_plain_loss_agree_in_value_and_gradient(name: str, temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(
+            (name, {"temperature": temperature})
+            for name in ("forward_kl", "reverse_kl", "head_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
+            for temperature in (1.0, 2.0)
+        ),
+        ("decoupled_kl", {"head_temperature": 3.0}),
+    ],
+)
+def test_fused_and_plain_loss_agree_in_value_and_gradient(name: str, options: dict[str, float]) -> None:
     import torch
 
     import decant
@@ -68,7 +78,10 @@ def test_fused_and_plain_loss_agree_in_value_and_gradient(name: str, temperature
     tokens = batch["input_ids"].shape[1]
     hidden = torch.randn(1, tokens, 16, dtype=torch.float64, requires_grad=True)
     head = torch.randn(512, 16, dtype=torch.float64, requires_grad=True)
-    terms = [getattr(decant, name)(0.8, temperature=temperature), decant.cross_entropy(0.2)]
+    terms = [
+        replace(getattr(decant, name)(0.8, **options), by_entropy=name == "decoupled_kl"),
+        decant.cross_entropy(0.2),
+    ]
     fused = decant.sparse_loss(hidden, head, batch, terms)
     fused_gradients = torch.autograd.grad(fused, [hidden, head])
     plain = decant.sparse_loss_from_logits(hidden @ head.T, batch, terms)
