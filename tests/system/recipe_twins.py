@@ -121,6 +121,7 @@ def _small_training(twin: dict[str, Any]) -> None:
         adapter["kind"] = "lora"
     twin["student"]["dtype"] = "float32"
     for stage in twin["stages"]:
+        stage["trainer"].pop("rounding", None)  # the twin trains in float32
         stage["trainer"].pop("num_train_epochs", None)
         stage["trainer"] |= {
             "max_steps": STEPS,
