@@ -239,7 +239,7 @@ def older_curve(settings: dict[str, Any]) -> np.ndarray:
     ranks = range(1, settings["k"] - settings["exact_k"] + 1)
     sign = -1 if settings.get("invert_polynomial", True) else 1
     columns = [[float(t) ** (sign * power) for t in ranks] for power in range(settings["polynomial_degree"] + 1)]
-    columns += [[math.sqrt(t) for t in ranks]] if settings["with_sqrt_term"] else []
+    columns += [[math.sqrt(t) for t in ranks]] if settings.get("with_sqrt_term", False) else []
     return np.array(columns).T
 
 
