@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from shared.cache.cache import Cache
-from shared.cache.mirror import _bring_once
+from shared.cache.mirror import _bring_once, bring_if_remote
 from shared.cache.pull import pull_cache
 from shared.cache.push import push_cache, pushed_as_committed
 from shared.cache.verify import verify_cache
@@ -15,7 +15,7 @@ from shared.places import place_of
 from shared.remote.hub import push_model
 from shared.remote.transfer import Remote
 from tests.remote.fake_hub import FakeHub
-from tests.remote.loopback import flipped, serving
+from tests.remote.loopback import flipped, s3_server, serving
 from tests.remote.test_reading import same_rows
 from tests.shared.small_cache import build, tree
 from tools.cache.cache_commands import listing
@@ -61,6 +61,15 @@ def test_a_cache_goes_to_the_hub_and_comes_back_and_streams_from_there(hub, loca
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
 
 
+def test_a_cache_goes_to_s3_and_streams_from_there(new_store, local, monkeypatch):
+    with s3_server() as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        Remote("s3://bucket")._files().mkdir("bucket")
+        assert push_cache(local, Remote("s3://bucket/demo")).files == len(tree(local))
+        assert push_cache(local, Remote("s3://bucket/demo")).files == 0
+        same_rows(Cache.open("s3://bucket/demo"), Cache.open(local))
+
+
 def test_a_grown_cache_sends_what_is_new_and_another_cache_is_refused(hub, local, tmp_path):
     build(tmp_path / "grows", 0, 8)
     push_cache(tmp_path / "grows", Remote(URL))
@@ -102,8 +111,6 @@ def test_a_build_into_a_url_goes_on_elsewhere_with_what_was_committed(hub, new_s
         build(place_of(URL), 0, 20)
         raise KeyboardInterrupt
     new_store("another machine")
-    from shared.cache.mirror import bring_if_remote
-
     bring_if_remote(place_of(URL))
     with pushed_as_committed(place_of(URL), print):
         build(place_of(URL), 0, 20)
