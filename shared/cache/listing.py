@@ -28,6 +28,14 @@ class _Listed(BaseModel):
     xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
 
 
+class _Listing(BaseModel):
+    """What `files.json` says."""
+
+    model_config = ConfigDict(strict=True)
+
+    files: dict[str, _Listed]
+
+
 def read_listing(data: bytes, where: str) -> dict[str, RemoteFile]:
     """Return what `files.json` lists.
 
@@ -35,8 +43,7 @@ def read_listing(data: bytes, where: str) -> dict[str, RemoteFile]:
         DamagedError: it was altered.
     """
     document = parse_sealed(data, where, ("format", "files"))
-    for name, entry in dict(document.get("files", {})).items():
-        checked_model(_Listed, entry, f"{where}: {name[:60]}")
+    checked_model(_Listing, document, where)
     return {name: RemoteFile(entry["bytes"], entry["xxh3"]) for name, entry in document["files"].items()}
 
 

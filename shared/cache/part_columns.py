@@ -12,6 +12,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,13 +62,10 @@ def _read(directory: Path, record: PartRecord) -> PartColumns:
 
 def _kept(directory: Path, record: PartRecord) -> PartColumns:
     path = directory.parent / "columns" / f"{record.xxh3}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            return PartColumns(*(found[name] for name in PartColumns._fields))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # a disk that forgot; the part itself says it again
-        path.unlink(missing_ok=True)
+    # what is not kept yet, or what this disk forgot, is made again from the part, which is checked, and replaces it
+    unkept = suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+    with unkept, np.load(path, allow_pickle=False) as found:
+        return PartColumns(*(found[name] for name in PartColumns._fields))
     columns = _read(directory, record)
     make_dir(path.parent)
     fill_atomic(path, lambda file: np.savez(file, **columns._asdict()), "columns", 40 * record.rows)

@@ -61,6 +61,6 @@ def with_part_file(directory: Path, record: PartRecord, use: Callable[[Path], Re
         try:
             return use(file)
         except DamagedError as error:
-            if file == path or (file.exists() or attempt == _MOST_ATTEMPTS):
+            if file == path or file.exists() or attempt == _MOST_ATTEMPTS:
                 raise DamagedError(str(error).replace(str(file), str(path))) from None
     raise AssertionError("the last attempt returns or raises")

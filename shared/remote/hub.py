@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.errors import CacheError
+from shared.errors import CacheError, first_line
 
 _PLACE = re.compile(r"hf://(datasets/|models/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 
@@ -69,7 +69,7 @@ def push_model(directory: Path, repo_id: str) -> str:
         api.create_repo(repo_id, repo_type="model", private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=str(directory), commit_message="Add a student"))
     except (OSError, ValueError) as error:  # what the hub refuses, and names that it does not know
-        said = str(error).split("\n", 1)[0].split("?", 1)[0][:300]
+        said = first_line(error).split("?", 1)[0][:300]
         raise CacheError(f"{repo_id} cannot be pushed ({type(error).__name__}: {said}); see `hf auth login`") from None
 
 

@@ -134,8 +134,8 @@ def _is_here(path: Path, num_bytes: int, xxh3: str) -> bool:
                 return True
         path.unlink(missing_ok=True)
         _checked.discard(path)
-    except FileNotFoundError:
-        pass
+    except FileNotFoundError:  # never fetched, or taken away for room: either way it is fetched next
+        return False
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error.strerror}; check the disk of the store") from None
     return False
@@ -215,9 +215,9 @@ def _removed(path: Path) -> bool:
         path.unlink(missing_ok=True)
         return True
     try:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # for writing, or network file systems refuse the lock
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
             return True
-    except OSError:
+    except (BlockingIOError, FileNotFoundError):  # another writes it, or it is a whole part by now
         return False

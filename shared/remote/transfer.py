@@ -71,7 +71,7 @@ class Remote:
                 return {}
         files = self._files()
         try:
-            found = self._tried("listed", lambda: _listing(files, self._path("")))
+            found = self._tried("", lambda: _listing(files, self._path("")))
         except FileNotFoundError:
             return {}
         root = files._strip_protocol(self.url).rstrip("/") + "/"
@@ -125,8 +125,8 @@ class Remote:
     def _files(self) -> Any:
         return _filesystem(self.scheme, os.getpid())
 
-    def _tried(self, what: str, attempt: Callable[[], Result]) -> Result:
-        """Repeat an attempt while it may pass; name the place in what it raises at last."""
+    def _tried(self, name: str, attempt: Callable[[], Result]) -> Result:
+        """Repeat an attempt while it may pass; name the file, or the place, in what it raises at last."""
         from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
         waits = wait_exponential_jitter(multiplier=_FIRST_WAIT_SECONDS, max=_LONGEST_WAIT_SECONDS)
@@ -140,10 +140,9 @@ class Remote:
         except Exception as error:  # noqa: BLE001 - every backend raises kinds of its own; each becomes one sentence
             said = _QUERY.sub("?...", first_line(error))[:300]
             tries = f" in {MOST_ATTEMPTS} attempts" if _may_pass(error) else ""
-            where = self.url if what == "listed" else f"{self.url}/{what}"
             raise CacheError(
-                f"{where} cannot be reached{tries} ({type(error).__name__}: {said}); check the URL, the network and "
-                "the credentials of that scheme"
+                f"{self._path(name)} cannot be reached{tries} ({type(error).__name__}: {said}); check the URL, the "
+                "network and the credentials of that scheme"
             ) from None
 
 

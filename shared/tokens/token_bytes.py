@@ -96,7 +96,7 @@ def _kinds(part: Any) -> Iterator[str]:
 def _spells_spaces(document: dict[str, Any], kinds: set[str]) -> bool:
     """Tell whether spaces are spelled `▁`: by Metaspace, or by a Replace of the normaliser."""
     return "Metaspace" in kinds or (
-        "Replace" in kinds and SPACE in json.dumps(document["normalizer"], ensure_ascii=False)
+        "Replace" in kinds and SPACE in json.dumps(document.get("normalizer"), ensure_ascii=False)
     )
 
 

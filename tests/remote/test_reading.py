@@ -13,11 +13,13 @@ import pytest
 
 from shared.cache import mirror
 from shared.cache.cache import Cache
+from shared.cache.listing import read_listing
 from shared.cache.verify import verify_cache
 from shared.errors import CacheError, DamagedError
 from shared.places import named, origin_of, place_of, store_dir
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe
+from shared.remote import part_store
 from tests.remote.loopback import KEYS, flipped
 
 REPOSITORY = Path(__file__).parents[2]
@@ -88,14 +90,21 @@ def test_a_flipped_byte_on_the_server_is_refused_by_the_name_of_its_file(web, lo
 
 def test_a_part_that_the_disk_forgot_is_fetched_again(web, local):
     Cache.open(web.url)[0]
-    from shared.remote import part_store
-
     part = max((store_dir() / "parts").iterdir(), key=lambda file: file.stat().st_size)
     data = part.read_bytes()
     part.write_bytes(data[:-9] + b"?" + data[-8:])
     part_store._checked.clear()
     same_rows(Cache.open(web.url), Cache.open(local))
     assert part.read_bytes() == data
+    for columns in (Cache.open(web.url).path / "columns").iterdir():
+        columns.write_bytes(b"")
+    same_rows(Cache.open(web.url), Cache.open(local))
+
+
+@pytest.mark.parametrize("content", [{}, {"files": []}, {"files": {"cache.json": {"bytes": 1}}}])
+def test_a_list_of_files_in_another_shape_is_refused(content):
+    with pytest.raises(DamagedError, match=r"files\.json says files"):
+        read_listing(json.dumps({"format": 1, **content}).encode(), "https://host/files.json")
 
 
 def test_what_is_not_there_is_said(web):
