@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import re
 
-from shared.schema import JOB_PATTERN, LAYER_PATTERN, STEM_PATTERN, TOKENIZER_FILE_PATTERN
+from shared.schema import (
+    JOB_PATTERN,
+    LAYER_PATTERN,
+    MAX_JSON_BYTES,
+    MAX_TOKENIZER_FILE_BYTES,
+    STEM_PATTERN,
+    TOKENIZER_FILE_PATTERN,
+)
 
 _STEM, _LAYER = (re.sub(r"\?P<\w+>", "?:", pattern.pattern) for pattern in (STEM_PATTERN, LAYER_PATTERN))
 _PART = rf"{_STEM}\.(?:json|arrow)"
@@ -37,3 +44,8 @@ def rank_of(name: str) -> int | None:
 def is_part(name: str) -> bool:
     """Tell whether a file of a cache is a part's Arrow file, which its record describes."""
     return name.endswith(".arrow") and not name.startswith("jobs/")
+
+
+def most_bytes(name: str) -> int:
+    """Return the most bytes of a small file: of the tokenizer, or JSON."""
+    return MAX_TOKENIZER_FILE_BYTES if name.startswith("tokenizer/") else MAX_JSON_BYTES

@@ -17,14 +17,14 @@ from typing import Any, BinaryIO
 import xxhash
 
 from shared.atomic import fill_atomic, make_dir, write_atomic
-from shared.cache.cache_names import is_part, rank_of
+from shared.cache.cache_names import is_part, most_bytes, rank_of
 from shared.cache.listing import read_listing
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import read_bounded, read_json
 from shared.parts.records import json_bytes, parse_sealed
 from shared.places import origin_of
 from shared.remote.transfer import BLOCK_BYTES, LIST_FILE, PARALLEL, Remote, RemoteFile
-from shared.schema import MAX_JSON_BYTES, MAX_TOKENIZER_FILE_BYTES
+from shared.schema import MAX_JSON_BYTES
 
 VERSIONS_FILE = "versions.json"
 """In a mirror: the version of each small file as it was fetched or pushed."""
@@ -103,9 +103,8 @@ def read_small(remote: Remote, name: str, listed: RemoteFile) -> bytes:
         DamagedError: it is not what was written.
     """
     where = f"{remote.url}/{name}"
-    most = MAX_TOKENIZER_FILE_BYTES if name.startswith("tokenizer/") else MAX_JSON_BYTES
-    if listed.size > most:
-        raise DamagedError(f"{where} has {listed.size:,} bytes where at most {most:,} are expected")
+    if listed.size > most_bytes(name):
+        raise DamagedError(f"{where} has {listed.size:,} bytes where at most {most_bytes(name):,} are expected")
     try:
         data = remote.read(name)
     except FileNotFoundError:

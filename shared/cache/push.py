@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from shared.cache.cache_names import rank_of
+from shared.cache.cache_names import most_bytes, rank_of
 from shared.cache.layout import list_hidden_layers, list_layers, read_header, sequences_dir
 from shared.cache.listing import listing_of
 from shared.cache.mirror import list_remote
@@ -29,7 +29,6 @@ from shared.parts.parts import check_file
 from shared.parts.records import PartRecord, list_records
 from shared.places import origin_of
 from shared.remote.transfer import LIST_FILE, PARALLEL, Remote, RemoteFile
-from shared.schema import MAX_JSON_BYTES, MAX_TOKENIZER_FILE_BYTES
 
 INTERVAL_SECONDS = 2.0
 """Between two looks for parts that a build has committed."""
@@ -95,19 +94,19 @@ def push_cache(
     with ThreadPoolExecutor(1 if remote.files_per_write > 1 else PARALLEL) as pool:
         for _, group in groupby(items, key=lambda item: rank_of(item.name)):
             batches = _batches(list(group), remote.files_per_write)
-            for sizes in pool.map(lambda batch: _push(path, remote, batch, there), batches):
-                written += sizes
-                advance(len(sizes))
-    found = list_remote(remote)
-    for name, size in _sizes(path, items).items():
+            for new in pool.map(lambda batch: _push(path, remote, batch, there), batches):
+                written += new
+                advance(len(new))
+    found, sizes = list_remote(remote), _sizes(path, items)
+    for name, size in sizes.items():
         if name not in found or found[name].size != size:
             at = f"{found[name].size:,}" if name in found else "no"
             raise CacheError(
                 f"{remote.url}/{name} has {at} bytes after it was pushed where it has {size:,} here; push again"
             )
-    extra = [(LIST_FILE, _listing(path, remote, found))] + ([(CARD_FILE, card)] if card is not None else [])
-    remote.write_all(extra)
-    return PushSummary(len(written), sum(written), len(_sizes(path, items)) - len(written))
+    extra = [(LIST_FILE, listing_of(path, found, remote))]  # also of what another machine pushed
+    remote.write_all(extra if card is None else [*extra, (CARD_FILE, card)])
+    return PushSummary(len(written), sum(written), len(sizes) - len(written))
 
 
 def _batches(items: Sequence[_Item], size: int) -> list[list[_Item]]:
@@ -125,7 +124,7 @@ def _push(path: Path, remote: Remote, batch: Sequence[_Item], there: Mapping[str
                 files.append((name, path / name))
                 sizes.append(size)
             continue
-        data = read_bounded(path / name, MAX_TOKENIZER_FILE_BYTES if name.startswith("tokenizer/") else MAX_JSON_BYTES)
+        data = read_bounded(path / name, most_bytes(name))
         known = name in there and _is_same(remote, name, data)
         arrow = name.removesuffix(".json") + ".arrow"
         if record is not None and not (known and arrow in there and there[arrow].size == record.bytes):
@@ -167,11 +166,6 @@ def _sizes(path: Path, items: Sequence[_Item]) -> dict[str, int]:
     return sizes | parts
 
 
-def _listing(path: Path, remote: Remote, found: Mapping[str, RemoteFile]) -> bytes:
-    """Return files.json of everything that is there, also of what another machine pushed."""
-    return listing_of(path, found, remote)
-
-
 @contextmanager
 def pushed_as_committed(path: Path, note: Callable[[str], object]) -> Iterator[None]:
     """Push a mirror's parts while a build commits them, and the rest at its end; do nothing for a directory.
@@ -188,6 +182,7 @@ def pushed_as_committed(path: Path, note: Callable[[str], object]) -> Iterator[N
     remote, stop = Remote(origin), threading.Event()
 
     def push_now_and_then() -> None:
+        """Push what is new until the build ends."""
         done: set[str] = set()
         while not stop.wait(INTERVAL_SECONDS):
             try:
@@ -221,12 +216,12 @@ def _push_rest(path: Path, remote: Remote) -> None:
 
 
 def push_new(path: Path, remote: Remote, done: set[str]) -> set[str]:
-    """Push what a build has committed and `done` does not name; return the names of what is there now."""
+    """Push what a build has committed and `done` does not name; return the names to add to `done`."""
     if not (path / "cache.json").is_file():
         return set()
     new = [item for item in files_of(path) if item.name not in done]
     if new:
         there = list_remote(remote)
-        for item in new:
-            _push(path, remote, [item], there)
+        for batch in _batches(new, remote.files_per_write):
+            _push(path, remote, batch, there)
     return {item.name for item in new}
