@@ -18,7 +18,7 @@ from shared.cache.layout import Layer, list_hidden_layers, list_layers
 from shared.identity.hidden_layers import keeps
 from shared.identity.identity import LayerIdentity, difference
 from shared.payload.narrowing import LayerView, holds, narrowing_to
-from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, LOSSES_WITHIN_HEAD, LossTerm
+from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, LOSSES_WITHIN_HEAD, Loss, OnTargets
 from shared.recipe.recipe import Recipe
 
 
@@ -58,14 +58,13 @@ def layer_of_capture(recipe: Recipe, path: Path | None = None) -> str | LayerVie
     return holding[0].full_name if narrowing is None else LayerView(holding[0].full_name, narrowing)
 
 
-def loss_problem(identity: LayerIdentity, loss: LossTerm) -> str | None:
+def loss_problem(identity: LayerIdentity, loss: Loss) -> str | None:
     """Say why a loss cannot be taken with the tail of a layer; None where it can, or does not look at it."""
-    name: str = loss.name  # type: ignore[attr-defined]
-    by_entropy = getattr(loss, "weigh", None) == "entropy"
-    within_head = name in (*LOSSES_ON_HIDDEN_LAYER, *LOSSES_WITHIN_HEAD, "cross_entropy")
+    by_entropy = isinstance(loss, OnTargets) and loss.weigh == "entropy"
+    within_head = loss.name in (*LOSSES_ON_HIDDEN_LAYER, *LOSSES_WITHIN_HEAD, "cross_entropy")
     if identity.tail != "unknown" or (within_head and not by_entropy):
         return None
-    what = f"'{name}' with weigh: entropy" if within_head else f"'{name}'"
+    what = f"'{loss.name}' with weigh: entropy" if within_head else f"'{loss.name}'"
     return (
         f"{what} needs the teacher's mass outside its head, and the tail of layer {identity.name} is unknown (others "
         "made it); use 'head_kl' with 'cross_entropy'"

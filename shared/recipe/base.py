@@ -146,6 +146,7 @@ def options_of_kinds(sections: Sequence[type[Section]], by: str) -> BeforeValida
     kinds = {name: section for section in sections for name in typing.get_args(section.model_fields[by].annotation)}
 
     def check(value: Any) -> Any:
+        """Return a value as it is, or name what is wrong with its kind and its options."""
         if not isinstance(value, dict):
             return value
         own = kinds.get(value.get(by)) if isinstance(value.get(by), str) else None
@@ -178,8 +179,14 @@ def one_or_many(value: Any) -> Any:
 
 def repeated(values: Iterable[Hashable]) -> list[int]:
     """Return the places of values that came before: [0, 1, 0] -> [2]."""
-    seen: set[Hashable] = set()
-    return [place for place, value in enumerate(values) if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
+    first: dict[Hashable, int] = {}
+    return [place for place, value in enumerate(values) if first.setdefault(value, place) != place]
+
+
+def equal_samples(counted_by: str, samples: int, temperature: float) -> list[Problem]:
+    """Return what is wrong with several samples at temperature 0, blamed on the field that counts them."""
+    said = "all answers at temperature 0 are the same; raise the temperature or leave it at 1"
+    return [((counted_by,), said)] if temperature == 0 and samples > 1 else []
 
 
 def closest(found: str, choices: Sequence[str]) -> str:

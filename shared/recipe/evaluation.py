@@ -17,6 +17,7 @@ from shared.recipe.base import (
     Section,
     ShareOrNumber,
     Text,
+    equal_samples,
     inconsistent,
     repeated,
 )
@@ -64,17 +65,12 @@ class Task(Section):
     def _sampling_is_used(self) -> Task:
         if self.name == "multiple_choice":
             sampled = {"temperature": self.temperature != 0, "samples": self.samples != 1, "seed": self.seed != 0}
-            problems = [
-                ((key,), "multiple_choice compares likelihoods and samples no answer; leave it out")
-                for key, is_set in sampled.items()
-                if is_set
-            ]
-            if problems:
-                inconsistent(*problems)
-        if self.temperature == 0 and self.samples > 1:
-            inconsistent(
-                (("samples",), "all answers at temperature 0 are the same; raise the temperature or leave it at 1")
-            )
+            why = "multiple_choice compares likelihoods and samples no answer; leave it out"
+            problems: list[Problem] = [((key,), why) for key, is_set in sampled.items() if is_set]
+        else:
+            problems = equal_samples("samples", self.samples, self.temperature)
+        if problems:
+            inconsistent(*problems)
         return self
 
 

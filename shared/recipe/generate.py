@@ -12,9 +12,9 @@ from shared.recipe.base import (
     Integer,
     NonNegative,
     Probability,
-    Problem,
     Section,
     Text,
+    equal_samples,
     inconsistent,
 )
 
@@ -60,14 +60,7 @@ class Generate(Section):
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Generate:
-        problems: list[Problem] = []
-        if self.temperature == 0 and self.samples_per_prompt > 1:
-            problems.append(
-                (
-                    ("samples_per_prompt",),
-                    "all answers at temperature 0 are the same; raise the temperature or leave it at 1",
-                )
-            )
+        problems = equal_samples("samples_per_prompt", self.samples_per_prompt, self.temperature)
         if problems:
             inconsistent(*problems)
         return self

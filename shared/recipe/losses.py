@@ -180,8 +180,20 @@ def names_of(kind: type[LossTerm]) -> tuple[str, ...]:
     return tuple(kind.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
 
 
+TAKES_DRAWS_ALONE = ("forward_kl", "tail_weighted_kl")
+"""Divergences that are right on a layer of mode `sample`, which has no head."""
+NEEDS_DRAWS = ("tail_weighted_kl",)
+"""Divergences that look into the tail, which mode `top` does not tell."""
+LOSSES_WITHIN_HEAD = ("head_kl",)
+"""Divergences that need no mass outside the teacher's head, so a layer whose tail is `unknown` does."""
+LABEL_LOSSES = ("reverse_kl", "skew_reverse_kl", "jsd")
+"""Divergences with an expectation over the student, whose own tokens may lie outside of the teacher's head."""
+
+
 def unfit(name: str, mode: str, *, by_entropy: bool = False) -> str | None:
     """Say why a divergence cannot be taken on targets of a capture's mode; None where it can.
+
+    What a layer's tail allows, `shared.cache.layer_choice.loss_problem` says.
 
     >>> unfit("tail_weighted_kl", "top")
     "mode 'top', which does not tell the shape of the tail; use forward_kl, or capture in mode 'top+sample'"
@@ -210,14 +222,8 @@ LOSSES: tuple[type[LossTerm], ...] = (
     Contrastive,
 )
 """Every kind of term; a new kind is one line here, a new name of a kind one word in its Literal."""
-TAKES_DRAWS_ALONE = ("forward_kl", "tail_weighted_kl")
-"""Divergences that are right on a layer of mode `sample`, which has no head."""
-NEEDS_DRAWS = ("tail_weighted_kl",)
 LOSSES_ON_HIDDEN_LAYER = tuple(name for kind in LOSSES if issubclass(kind, OnHiddenLayer) for name in names_of(kind))
 """Losses that read a hidden layer of the cache instead of a targets layer."""
-
-LOSSES_WITHIN_HEAD = ("head_kl",)
-"""Divergences that need no mass outside the teacher's head."""
 
 _VERSION_1: dict[str, Any] = {
     "temperature": 1.0,

@@ -36,10 +36,10 @@ from shared.recipe.evaluation import Evaluate, SideBySide, Task
 from shared.recipe.generate import Generate
 from shared.recipe.heldout import Heldout
 from shared.recipe.hidden import AttentionCapture, HiddenCapture
-from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
+from shared.recipe.losses import LABEL_LOSSES, LOSSES_ON_HIDDEN_LAYER, Loss
 from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.prompts import PromptSource
-from shared.recipe.rounds import LABEL_LOSSES, Guards, Rounds
+from shared.recipe.rounds import Guards, Rounds
 from shared.recipe.schedule import Schedule
 from shared.recipe.teacher import Teacher, Workers
 from shared.recipe.training import RESERVED_STAGE_NAMES, Adapter, Stage, StageTrainer, Student
@@ -124,8 +124,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        problems = [*_phase1_problems(self), *_stage_problems(self), *_temperature_problems(self)]
-        problems += [
+        problems = [
+            *_phase1_problems(self),
+            *_stage_problems(self),
+            *_temperature_problems(self),
             *_rounds_problems(self),
             *_rounding_problems(self),
             *_evaluate_problems(self),
@@ -332,8 +334,8 @@ def _temperature_problems(recipe: Recipe) -> list[Problem]:
     problems: list[Problem] = []
     captured = recipe.capture.temperatures
     for i, stage in enumerate(recipe.stages):
-        named = stage.targets if isinstance(stage.targets, tuple) else ()
-        captured_now = any(entry.layer in ("teacher", *recipe.teachers) for entry in named)
+        layers = [entry.layer for entry in stage.targets] if isinstance(stage.targets, tuple) else []
+        captured_now = any(layer in ("teacher", *recipe.teachers) for layer in layers)
         if stage.targets is not None and not captured_now:
             continue
         for j, loss in enumerate(stage.losses):
@@ -358,7 +360,7 @@ def _evaluate_problems(recipe: Recipe) -> list[Problem]:
     if recipe.evaluate.own_answers is not None:
         lacks = {
             "no `teacher` to score the answers": recipe.teacher is None,
-            "no `prompts` to answer": all(source.format in ("cache", "text") for source in recipe.prompts),
+            "no `prompts` to answer": not any(source.of_turns for source in recipe.prompts),
             "no held-out prompt at heldout.fraction 0": recipe.heldout.fraction == 0,
         }
         problems += [

@@ -13,15 +13,12 @@ from shared.recipe.base import (
     NonNegative,
     Positive,
     Probability,
-    Problem,
     Section,
     ShareOrNumber,
+    equal_samples,
     inconsistent,
 )
 from shared.recipe.prompts import PromptSource
-
-LABEL_LOSSES = ("reverse_kl", "skew_reverse_kl", "jsd")
-"""Divergences with an expectation over the student, whose own tokens may lie outside of the teacher's head."""
 
 
 class Guards(Section):
@@ -76,18 +73,12 @@ class Rounds(Section):
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Rounds:
-        problems: list[Problem] = []
-        if self.temperature == 0 and self.samples_per_prompt > 1:
-            said = "all answers at temperature 0 are the same; raise the temperature or leave it at 1"
-            problems.append((("samples_per_prompt",), said))
-        for i, source in enumerate(self.sources):
-            if not source.of_turns:
-                problems.append(
-                    (("sources", i, "format"), f"rows of format '{source.format}' ask nothing; leave it out")
-                )
+        problems = equal_samples("samples_per_prompt", self.samples_per_prompt, self.temperature)
+        problems += [
+            (("sources", i, "format"), f"rows of format '{source.format}' ask nothing; leave it out")
+            for i, source in enumerate(self.sources)
+            if not source.of_turns
+        ]
         if problems:
             inconsistent(*problems)
         return self
-
-
-__all__ = ["LABEL_LOSSES", "Guards", "Rounds"]

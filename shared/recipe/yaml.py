@@ -86,6 +86,11 @@ class _Builder:
         self.num_values = 0
 
     def build(self, node: Node, path: Path) -> Any:
+        """Return a node as plain data; `path` leads to it from the document's root.
+
+        Raises:
+            YamlProblem: it is too large or too deep, or says something that plain data cannot.
+        """
         line = node.start_mark.line + 1
         self.num_values += 1
         if self.num_values > MAX_VALUES or len(path) > MAX_DEPTH:
