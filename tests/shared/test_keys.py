@@ -39,7 +39,8 @@ def test_content_key_separates_tokens_from_spans() -> None:
 
     assert key([1, 2, 3, 4], [1, 2]) != key([1, 2, 3, 4, 1, 2], [])
     assert key([1, 2, 3], [1, 3]) != key([1, 2, 3], [2, 3])
-    assert content_key(np.array([1, 2], np.int64), np.zeros((0, 2), np.int32)) == key([1, 2], [])  # type: ignore[arg-type]
+    wide = np.array([1, 2], np.int64)
+    assert content_key(wide, np.zeros((0, 2), np.int32)) == key([1, 2], [])  # type: ignore[arg-type]
 
 
 def test_heldout_share_is_the_fraction_and_nested() -> None:

@@ -81,11 +81,9 @@ def test_loss_temperature_that_the_recipe_does_not_capture_is_refused():
 
 
 def test_loss_temperature_of_a_recipe_that_reuses_a_cache_is_left_to_the_cache():
-    Recipe.model_validate(
-        recipe(
-            teacher=None, prompts=None, generate=None, stages=[{"name": "kd", "losses": [{**KL, "temperature": 2.0}]}]
-        )
-    )
+    hot = [{"name": "kd", "losses": [{**KL, "temperature": 2.0}]}]
+    loaded = Recipe.model_validate(recipe(teacher=None, prompts=None, generate=None, stages=hot))
+    assert (loaded.stages[0].losses[0].temperature.start, loaded.capture.temperatures) == (2.0, (1.0,))
 
 
 def test_temperature_schedule_through_uncaptured_values_is_refused():
@@ -112,29 +110,30 @@ def test_loss_option_that_cannot_be_honoured_is_refused(loss, why):
 
 
 @pytest.mark.parametrize(
-    "start, earlier, fine",
+    "start, place, why",
     [
-        ("base", 1, True),
-        ("previous", 1, True),
-        ("sft", 1, True),
-        ("previous", 0, False),
-        ("kd", 1, False),
-        ("sft", 0, False),
-        ("stf", 1, False),
-        ("/no/such/directory", 1, False),
+        ("base", 1, None),
+        ("previous", 1, None),
+        ("sft", 1, None),
+        ("previous", 0, "no stage before the first"),
+        ("kd", 1, "'kd' does not come earlier"),
+        ("sft", 0, "'sft' does not come earlier"),
+        ("stf", 1, "did you mean 'sft'?"),
+        ("/no/such/directory", 1, "no directory '/no/such/directory'"),
     ],
 )
-def test_stage_starts_only_from_what_is_there_before_it(start, earlier, fine):
+def test_stage_starts_only_from_what_is_there_before_it(start, place, why):
     stages = [{"name": "sft", "losses": [KL]}, {"name": "kd", "losses": [KL]}]
-    stages[earlier]["init_from"] = start
-    if fine:
-        Recipe.model_validate(recipe(stages=stages))
+    stages[place]["init_from"] = start
+    if why is None:
+        assert Recipe.model_validate(recipe(stages=stages)).stages[place].init_from == start
     else:
-        refused(Recipe, recipe(stages=stages))
+        assert why in refused(Recipe, recipe(stages=stages))
 
 
 def test_stage_may_start_from_an_existing_directory(tmp_path):
-    Recipe.model_validate(recipe(stages=[{"name": "kd", "losses": [KL], "init_from": str(tmp_path)}]))
+    stages = [{"name": "kd", "losses": [KL], "init_from": str(tmp_path)}]
+    assert Recipe.model_validate(recipe(stages=stages)).stages[0].init_from == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -242,19 +241,19 @@ def test_step_schedule_changes_at_its_places():
 
 
 @pytest.mark.parametrize(
-    "schedule",
+    "schedule, why",
     [
-        {"kind": "linear", "start": 1},
-        {"kind": "constant"},
-        {"kind": "constant", "start": 1, "end": 0},
-        {"kind": "step", "values": [1, 2]},
-        {"kind": "step", "values": [1, 2, 3], "at": [0.5, 0.4]},
-        {"kind": "step", "values": [1, 2], "at": [1.0]},
-        {"kind": "sine", "start": 1},
+        ({"kind": "linear", "start": 1}, "a linear schedule needs it"),
+        ({"kind": "constant"}, "a constant schedule needs it"),
+        ({"kind": "constant", "start": 1, "end": 0}, "a constant schedule does not use it"),
+        ({"kind": "step", "values": [1, 2]}, "2 values need 1 places to change, not 0"),
+        ({"kind": "step", "values": [1, 2, 3], "at": [0.5, 0.4]}, "must ascend"),
+        ({"kind": "step", "values": [1, 2], "at": [1.0]}, "less than 1"),
+        ({"kind": "sine", "start": 1}, "'constant', 'linear', 'cosine' or 'step'"),
     ],
 )
-def test_schedule_without_what_its_kind_needs_is_refused(schedule):
-    refused(Schedule, schedule)
+def test_schedule_without_what_its_kind_needs_is_refused(schedule, why):
+    assert why in refused(Schedule, schedule)
 
 
 def test_number_becomes_constant_schedule():

@@ -94,6 +94,7 @@ def plus(name):
 @WAYS
 @pytest.mark.parametrize("name", ["tied", "untied", "experts", "mixtral", "larger"])
 def test_whole_model_is_loaded(models, name, way):
+    """No way raises here; each does in `test_gap_is_named`, where a tensor of the same models is taken away."""
     way(models[name])
 
 
