@@ -4,9 +4,9 @@ What is checked when a row is read: once per process the checksum of its sequenc
 its targets' key and number of positions against the sequence; the targets' frame by its checksum. `verify=True` checks
 every part as a whole before the first row.
 
-Memory: a few hundred bytes per part and at most 64 open parts of each kind, whatever the cache's size; `num_tokens`,
-`group_keys` and `sources` take 24 bytes per row once one of them is asked for, and read no token. A cache pickles as
-its path, layer and parts, so every process reads the same rows, also when the cache has grown in between.
+Memory: a few hundred bytes per part and at most 64 open parts of each kind (16 of a mirror), whatever the cache's size;
+`num_tokens`, `group_keys` and `sources` take 24 bytes per row once one of them is asked for, and read no token. A cache
+pickles as its path, layer and parts, so every process reads the same rows, also when the cache has grown in between.
 
 Shape letters: R rows shown, T tokens of a row, S its supervised positions.
 """
@@ -135,19 +135,17 @@ class Cache:
                 f"{path}: layer {layer.full_name} does not hold what is asked for ({targets}); score another layer"
             )
         records = list_records(sequences_dir(path))
+        chosen: list[PartRecord] = []
         if layer is not None:
             scored = {record.stem: record for record in list_records(layer.directory)}
             missing = [record for record in records if record.stem not in scored]
             if missing and not allow_partial:
                 raise CacheError(
                     f"{path} has {sum(r.rows for r in missing)} rows in {len(missing)} parts that layer "
-                    f"{layer.full_name} has not "
-                    "scored; finish it with 'decant teach' or choose another layer"
+                    f"{layer.full_name} has not scored; finish it with 'decant teach' or choose another layer"
                 )
             records = [record for record in records if record.stem in scored]
             chosen = [scored[record.stem] for record in records]
-        else:
-            chosen = []
         return cls._assemble(path, layer, records, chosen, verify, narrowing, hidden)
 
     @classmethod
@@ -172,9 +170,9 @@ class Cache:
         for record, scored in zip(records, targets, strict=False):
             if (record.rows, record.positions) != (scored.rows, scored.positions):
                 raise DamagedError(
-                    f"{path}: targets of {record.stem} have {scored.rows} rows and {scored.positions} positions "
-                    "where its "
-                    f"sequences have {record.rows} and {record.positions}; delete the targets part and score it again"
+                    f"{path}: targets of {record.stem} have {scored.rows} rows and {scored.positions} positions where "
+                    f"its sequences have {record.rows} and {record.positions}; delete the targets part and score it "
+                    "again"
                 )
         if verify:
             for directory, listed in ((sequences_dir(path), records), (layer.directory if layer else path, targets)):
@@ -270,9 +268,7 @@ class Cache:
 
     @property
     def layer(self) -> LayerIdentity | None:
-        """Identity of the targets as they are read, narrowed where they are; None where the cache was opened without a
-        layer.
-        """
+        """Identity of the targets as they are read, narrowed where they are; None where no layer was opened."""
         if self._layer is None or self._narrowing is None:
             return self._layer.identity if self._layer else None
         return replace(self._layer.identity, k=self._narrowing.k, mass=self._narrowing.mass)
@@ -359,11 +355,11 @@ class Cache:
         start = 0
         columns = part_columns(sequences_dir(self.path), self._records)
         for end, record, shown, part in zip(self._ends, self._records, self._shown, columns, strict=True):
-            rows = slice(None) if shown is None else shown
-            if not codes.keys() >= set(part.names.tolist()):
+            rows, names = slice(None) if shown is None else shown, part.names.tolist()
+            if not codes.keys() >= set(names):
                 path = sequences_dir(self.path) / f"{record.stem}.arrow"
                 raise DamagedError(f"{path} has a source that its record does not list; it was altered")
-            recoded = np.asarray([codes[name] for name in part.names.tolist()], dtype=np.int32)[part.codes]
+            recoded = np.asarray([codes[name] for name in names], dtype=np.int32)[part.codes]
             num_tokens[start:end] = part.num_tokens[rows]
             group_keys[start:end] = np.ascontiguousarray(part.group_keys).view("V16").ravel()[rows]
             sources[start:end] = recoded[rows]
@@ -377,10 +373,8 @@ class Cache:
         hidden_positions = 0
         for number, record in enumerate(self._records):
             if record.stem in self._masks:
-                part = self._sequences.get(number)
-                hidden_positions += sum(
-                    part.row(int(i)).num_positions for i in (~self._masks[record.stem]).nonzero()[0]
-                )
+                part, unseen = self._sequences.get(number), (~self._masks[record.stem]).nonzero()[0]
+                hidden_positions += sum(part.row(int(i)).num_positions for i in unseen)
         hidden = sum(record.rows for record in self._records) - len(self)
         stats = summed_stats(self._records, self._target_records, hidden, hidden_positions)
         return stats if self._hidden is None else stats | self._hidden.stats()
@@ -420,8 +414,7 @@ def _hidden_reader(path: Path, hidden: str | bool, records: Sequence[PartRecord]
     if layer is None:
         raise CacheError(
             f"{path} has no hidden layer; add `capture.hidden` to the recipe that built it and run 'decant teach' "
-            "again: it "
-            "generates and scores nothing a second time"
+            "again: it generates and scores nothing a second time"
         )
     return HiddenReader(layer, records, verify)
 
@@ -445,10 +438,8 @@ def _reopen(
     targets = {record.stem: record for record in list_records(layer.directory)} if layer else {}
     if any(stem not in sequences or (layer_name and stem not in targets) for stem in stems):
         raise CacheError(f"{path} lost parts while it was in use; restore them and start again")
-    chosen = [targets[stem] for stem in stems] if layer else []
-    cache = Cache._assemble(
-        root, layer, [sequences[stem] for stem in stems], chosen, False, narrowing, hidden_name or False
-    )
+    records, chosen = [sequences[stem] for stem in stems], [targets[stem] for stem in stems] if layer else []
+    cache = Cache._assemble(root, layer, records, chosen, False, narrowing, hidden_name or False)
     if cache.cache_id != cache_id:
         raise CacheError(
             f"{path} was altered while it was in use (it is {cache.cache_id} and was {cache_id}); start again"

@@ -59,7 +59,7 @@ class TakeOver:
                 )
             return
         what = kind_of(target_dir)
-        if not (not self.copy and self._link(directory, record, final)):
+        if self.copy or not self._link(directory, record, final):
             self._copy(directory, record, final, what)
         document = {**read_json(directory / f"{record.stem}.json"), "stem": stem}
         write_atomic(record_path, sealed_json(document), f"{what}_record")
@@ -86,6 +86,7 @@ class TakeOver:
         path = directory / f"{record.stem}.arrow"
 
         def fill(target: BinaryIO) -> None:
+            """Copy the part's bytes, compared with its record once all are there."""
             digest = xxhash.xxh3_128()
             with open_regular(path) as source:
                 while piece := source.read(_COPY_BYTES):

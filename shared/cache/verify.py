@@ -227,6 +227,7 @@ def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, s
     counted: list[str] = []
 
     def decoded() -> Iterator[SparseTargets]:
+        """Yield the targets that can be read; the problems of other rows go to `counted`."""
         for i in range(len(part)):
             try:
                 row = part.row(i)

@@ -86,10 +86,11 @@ class LayerIdentity:
     """Mass outside the head: of the teacher's own softmax; 1 minus what others rounded and stored; or not known at
     all, and then the head is known up to a factor."""
     labels: Literal["all", "head"] = grown("all")
-    """Labels whose log-probability is known; `head`: only those in the head, and -inf stands for not known."""
+    """Not `label`: which labels' log-probabilities the layer knows at all. `head`, of targets that others made: only of
+    those in the head, and -inf stands for not known."""
     label: Literal["apart", "head"] = grown("apart")
-    """Whether the token that follows is an entry of the head where it would be outside of it; then a head has up to
-    k + 1 entries."""
+    """Not `labels`: whether the label, the token that follows, is an entry of the head also where it would be outside
+    of it (`head`; then a head has up to k + 1 entries), or has its log-probability beside the head alone (`apart`)."""
 
     @property
     def hash8(self) -> str:

@@ -16,13 +16,16 @@ def list_gpus() -> list[tuple[str, tuple[int, ...]]]:
 
 
 def ask_driver(*fields: str) -> list[list[str]]:
-    """Return the fields that the driver says of each GPU: `ask_driver("name")` -> `[["NVIDIA H200"]]`."""
+    """Return the fields that the driver says of each GPU: `ask_driver("name")` -> `[["NVIDIA H200"]]`.
+
+    None where there is no driver, or one that fails or does not answer.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     query = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603 - fixed words
+        done = subprocess.run(query, capture_output=True, text=True, timeout=120, check=False)  # noqa: S603 - fixed
     except (OSError, subprocess.TimeoutExpired):
         return []
     lines = done.stdout.splitlines() if done.returncode == 0 else []
