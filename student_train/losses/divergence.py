@@ -41,8 +41,6 @@ class Divergence:
     """
     splits_tail: bool = False
     """It also takes `num_head`, how many of the masses are the head's, and needs drawn tokens behind them."""
-    within_head: bool = False
-    """It looks at the members alone, never at the bucket."""
 
 
 @dataclass(frozen=True, slots=True)

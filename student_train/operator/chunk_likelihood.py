@@ -11,21 +11,18 @@ Shape letters: S positions, H hidden width, V vocabulary, A chunks of text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared.errors import TrainingError
-from student_train.batch.target_batch import TargetBatch
 from student_train.losses import LossTerm, likelihoods
 from student_train.operator.head_chunks import Head, HeadGradients
+from student_train.operator.loss_terms import Targets, check_term, targets_of
 
 
-def chunk_value(
-    term: LossTerm, label_logprobs: Tensor, targets: TargetBatch | Mapping[str, TargetBatch] | None
-) -> Tensor:
+def chunk_value(term: LossTerm, label_logprobs: Tensor, targets: Targets) -> Tensor:
     """Return the sum of a term's values over the batch's chunks; its weight is left out.
 
     Args:
@@ -34,20 +31,18 @@ def chunk_value(
         targets: the teacher's, or those of several teachers by layer.
 
     Raises:
-        TrainingError: the batch has no targets, or an option is unknown.
+        TrainingError: the batch has no targets, or the loss has not what the term asks for.
     """
     loss = likelihoods[term.name]
-    unknown = set(term.options) - set(loss.options)
-    if unknown:
-        raise TrainingError(f"loss '{term.name}' was given the option '{min(unknown)}', which it does not have")
-    batch = targets.get(term.layer) if isinstance(targets, Mapping) else targets
-    if batch is None and isinstance(targets, Mapping):
-        return label_logprobs.new_zeros(()) * label_logprobs.sum()
-    if batch is None or batch.label_logprobs is None:
-        raise TrainingError(f"loss '{term.name}' needs the teacher's targets; name a targets layer")
+    check_term(term, loss)
+    batch = targets_of(term, targets)
+    if batch is None:
+        return label_logprobs.sum() * 0.0
+    if batch.label_logprobs is None:
+        raise TrainingError(f"loss '{term.name}' needs `label_logprobs` among the teacher's targets; add them")
     ours = label_logprobs if batch.positions is None else label_logprobs[batch.positions]
     chunk = (batch.has_member.long().cumsum(0) - 1).clamp_min(0)
-    sums = ours.new_zeros(len(ours), dtype=ours.dtype).index_add(0, chunk, ours)
+    sums = torch.zeros_like(ours).index_add(0, chunk, ours)
     told = torch.zeros_like(sums).index_add(0, chunk, batch.label_logprobs.to(sums.dtype))
     counts = torch.isfinite(told) & (torch.bincount(chunk, minlength=len(sums)) > 0)
     return loss.function(told[counts], sums[counts], **term.options).sum()
@@ -81,6 +76,7 @@ class _LabelLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch ha
         chunk_positions: int | None,
         chunk_bytes: int | None,
     ) -> Tensor:
+        """Return [S] log-probabilities; keep the states and not the logits."""
         found = torch.empty(len(labels), dtype=head.dtype, device=hidden.device)
         size = head.chunk_size(len(labels), 2, chunk_positions, chunk_bytes)
         buffer = head.buffer(size)
@@ -97,6 +93,7 @@ class _LabelLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch ha
 
     @staticmethod
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
+        """Return gradients by states, weight and bias, of logits that are made again."""
         hidden, labels = ctx.saved_tensors
         head, inputs = ctx.head, [hidden, *ctx.weights]
         wanted = ctx.needs_input_grad[:3]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shared.errors import TrainingError
-from shared.recipe.losses import unfit
+from shared.recipe.losses import LOSSES_WITHIN_HEAD, unfit
 from student_train.batch.target_batch import TargetBatch
-from student_train.losses import Divergence, LossTerm, divergences
+from student_train.losses import Divergence, Likelihood, LossTerm, divergences
 from student_train.losses.entropy_weight import entropy_weights
 
 Targets = TargetBatch | Mapping[str, TargetBatch] | None
@@ -89,18 +89,19 @@ def group_terms(terms: Sequence[LossTerm], targets: Targets, num_positions: floa
     if not terms:
         raise TrainingError("a stage without losses has nothing to train; name at least one")
     groups: dict[tuple[str, float, bool], TermGroup] = {}
-    of_term = [targets.get(term.layer) if isinstance(targets, Mapping) else targets for term in terms]
-    checked = [
-        _checked(term, batch, is_taught=batch is not None or not isinstance(targets, Mapping))
-        for term, batch in zip(terms, of_term, strict=True)
-    ]
-    for index in sorted(range(len(terms)), key=lambda i: checked[i].on_labels):
-        term, divergence, batch = terms[index], checked[index], of_term[index]
-        key = (term.layer, term.temperature, divergence.linear_in_teacher and batch is not None and bool(batch.draws))
+    divergences_of = [_divergence(term) for term in terms]
+    for index in sorted(range(len(terms)), key=lambda i: divergences_of[i].on_labels):
+        term, divergence = terms[index], divergences_of[index]
+        batch: TargetBatch | None = None
+        key = ("", 1.0, False)
         if divergence.on_labels:
             key = next((have for have, group in groups.items() if have[1] == 1.0 and group.positions is None), key)
-        elif batch is None:
-            continue
+        else:
+            batch = targets_of(term, targets)
+            if batch is None:
+                continue
+            _check_fits(term, batch)
+            key = (term.layer, term.temperature, divergence.linear_in_teacher and bool(batch.draws))
         coefficient = term.weight * term.temperature**2 / num_positions
         function = functools.partial(divergence.function, **term.options)
         group = groups.setdefault(key, TermGroup(batch, *key[1:], []))
@@ -112,32 +113,61 @@ def group_terms(terms: Sequence[LossTerm], targets: Targets, num_positions: floa
     return list(groups.values())
 
 
-def _checked(term: LossTerm, targets: TargetBatch | None, *, is_taught: bool) -> Divergence:
-    """Return the term's divergence, or raise TrainingError where the term cannot be honoured."""
-    divergence = divergences.get(term.name)
-    if divergence is None:
-        raise TrainingError(f"loss '{term.name}' is unknown; use one of {', '.join(divergences)}")
-    unknown = set(term.options) - set(divergence.options)
+def check_term(term: LossTerm, loss: Divergence | Likelihood) -> None:
+    """Check that a loss has what a term asks for.
+
+    Raises:
+        TrainingError: it has no such option; or it has no temperature, or no entropy to be weighted by, and is given
+            one.
+    """
+    unknown = set(term.options) - set(loss.options)
     if unknown:
-        takes = ", ".join(divergence.options) or "none"
+        takes = ", ".join(loss.options) or "none"
         raise TrainingError(
             f"loss '{term.name}' was given the option '{min(unknown)}', which it does not have; it takes {takes}"
         )
-    if divergence.on_labels:
-        if term.temperature != 1.0:
-            raise TrainingError(
-                f"{term.name} was asked for at temperature {term.temperature:g}; it is taken at 1, so leave it out"
-            )
-        return divergence
-    if not is_taught:
-        return divergence
+    if isinstance(loss, Divergence) and not loss.on_labels:
+        return
+    if term.temperature != 1.0:
+        raise TrainingError(
+            f"{term.name} was asked for at temperature {term.temperature:g}; it is taken at 1, so leave it out"
+        )
+    if term.by_entropy:
+        raise TrainingError(f"{term.name} was to be weighted by the teacher's entropy; only divergences are, so do not")
+
+
+def targets_of(term: LossTerm, targets: Targets) -> TargetBatch | None:
+    """Return the targets of a term's teacher; None where it teaches no position of the batch.
+
+    Raises:
+        TrainingError: the batch has no targets, or the term does not say from which of several teachers it is.
+    """
     if targets is None:
         raise TrainingError(
             f"loss '{term.name}' needs the teacher's targets and the batch has none; name a targets layer"
         )
+    if not isinstance(targets, Mapping):
+        return targets
+    if not term.layer:
+        raise TrainingError(f"loss '{term.name}' does not say from which of several teachers it is; set its `layer`")
+    return targets.get(term.layer)
+
+
+def _divergence(term: LossTerm) -> Divergence:
+    """Return the term's divergence, or raise TrainingError where there is none or it has not what the term asks for."""
+    divergence = divergences.get(term.name)
+    if divergence is None:
+        raise TrainingError(f"loss '{term.name}' is unknown; use one of {', '.join(divergences)}")
+    check_term(term, divergence)
+    return divergence
+
+
+def _check_fits(term: LossTerm, targets: TargetBatch) -> None:
+    """Raise TrainingError where these targets cannot give a divergence."""
     targets.temperature_index(term.temperature)
-    if not targets.tail_is_known and (term.by_entropy or not divergence.within_head):
-        what = "weigh: entropy" if divergence.within_head else f"loss '{term.name}'"
+    within_head = term.name in LOSSES_WITHIN_HEAD
+    if not targets.tail_is_known and (term.by_entropy or not within_head):
+        what = "weigh: entropy" if within_head else f"loss '{term.name}'"
         raise TrainingError(
             f"{what} needs the teacher's mass outside its head, and that of these targets is not known; use head_kl "
             "and cross_entropy"
@@ -145,4 +175,3 @@ def _checked(term: LossTerm, targets: TargetBatch | None, *, is_taught: bool) ->
     mode = "sample" if targets.has_only_draws else "top+sample" if targets.draws else "top"
     if (why := unfit(term.name, mode, by_entropy=term.by_entropy)) is not None:
         raise TrainingError(f"loss '{term.name}' was asked for on targets of {why}")
-    return divergence

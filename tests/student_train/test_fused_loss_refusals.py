@@ -44,11 +44,17 @@ def test_terms_that_mean_nothing_are_refused():
         attempt(LossTerm("forwardkl"))
     with pytest.raises(TrainingError, match="option 'skew', which it does not have; it takes beta"):
         attempt(LossTerm("jsd", options={"skew": 0.1}))
-    with pytest.raises(TrainingError, match="taken at 1"):
-        attempt(LossTerm("cross_entropy", 1.0, 2.0))
     with pytest.raises(TrainingError, match="needs the teacher's targets"):
         attempt(LossTerm("forward_kl"), with_targets=False)
+    for name in ("cross_entropy", "alm"):
+        with pytest.raises(TrainingError, match=f"{name} was asked for at temperature 2; it is taken at 1"):
+            attempt(LossTerm(name, 1.0, 2.0))
+        with pytest.raises(TrainingError, match=f"{name} was to be weighted by the teacher's entropy"):
+            attempt(LossTerm(name, by_entropy=True))
     case = make_case("fixed")
+    for name in ("forward_kl", "alm"):
+        with pytest.raises(TrainingError, match=f"'{name}' does not say from which of several teachers"):
+            fused_sparse_loss(case.hidden, case.weight, case.labels, {"math": case.targets}, [LossTerm(name)], 9)
     with pytest.raises(TrainingError, match="name at least one"):
         fused_sparse_loss(case.hidden, case.weight, case.labels, case.targets, [], 9)
 
