@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from shared.errors import TrainingError
-from student_train.records.checkpoints import MARKER, damage, list_checkpoints, put_damaged_aside
+from student_train.records.checkpoints import MARKER, Checkpoint, damage, list_checkpoints, put_damaged_aside
 from student_train.stage import stage_run
 from student_train.stage.stages import run_stages
 
@@ -153,6 +154,23 @@ def test_checkpoint_of_a_version_without_checksums_is_continued_and_told_by_its_
     run_stages(killed)
     assert (stage / "damaged-checkpoint-6").is_dir()
     assert weights(killed) == weights(trained)
+
+
+def test_altered_files_that_still_look_like_their_formats_are_told(tmp_path):
+    from safetensors.torch import save_file
+
+    weights, state = tmp_path / "model.safetensors", tmp_path / "optimizer.pt"
+    torch.save({"step": 1}, state)
+    entry = state.read_bytes().index(b"PK\x01\x02") + 8
+    damaged = bytearray(state.read_bytes())
+    damaged[entry] |= 1  # of the archive's directory: "this file is encrypted"
+    state.write_bytes(damaged)
+    assert damage(Checkpoint(tmp_path, 2, {})).startswith(f"{state} cannot be read")
+    state.unlink()
+    save_file({"weight": torch.zeros(2)}, weights)
+    assert damage(Checkpoint(tmp_path, 2, {})) is None
+    weights.write_bytes(weights.read_bytes().replace(b"data_offsets", b"data_offsetz"))
+    assert damage(Checkpoint(tmp_path, 2, {})).startswith(f"{weights} cannot be read")
 
 
 def test_best_checkpoint_that_is_altered_before_it_is_exported_is_named_and_trained_again(recipe_of, monkeypatch):
