@@ -44,8 +44,8 @@ PARTS_AHEAD = 8
 class CacheList:
     """Several caches as one list of rows."""
 
-    def __init__(self, caches: Sequence[Cache]) -> None:
-        """Join opened caches.
+    def __init__(self, caches: Sequence[Cache], recipe: Recipe | None = None) -> None:
+        """Join opened caches; of their rows those count that a recipe's `answers` chooses, or all where it is None.
 
         Raises:
             IdentityError: their tokenizers differ.
@@ -65,30 +65,27 @@ class CacheList:
         self.layers: tuple[TeacherLayer, ...] = ()
         """Teachers, where a stage has several; its caches are then opened without a layer of their own."""
         self._ends = np.cumsum([len(cache) for cache in caches])
-        self.repeats, self.other_answers, self.all_are_other = rows_left_out(self.caches, None)
-
-    def leave_out_other_answers(self, recipe: Recipe) -> None:
-        """Read the rows alone that a recipe's `answers` chooses; all where none was drawn as it says."""
         self.repeats, self.other_answers, self.all_are_other = rows_left_out(self.caches, recipe)
 
     @classmethod
     def open(
         cls,
         paths: Sequence[Path],
-        targets: str | LayerView | list[str | LayerView | None] | None,
+        layers: Sequence[str | LayerView | None] | None,
         *,
         with_targets: bool = True,
         hidden: Sequence[str | bool] | None = None,
+        recipe: Recipe | None = None,
     ) -> CacheList:
-        """Open caches with the named layer (a list: one name for each), their only one, or none at all, and each with
-        a hidden layer where one is named.
+        """Open caches, each with the layer named for it, its only one where none is named, or without targets, and with
+        a hidden layer where one is named; `recipe` chooses the rows that count.
 
         Raises:
             CacheError: one cannot be opened, or has no such layer.
         """
         hidden = [False] * len(paths) if hidden is None else hidden
         if with_targets:
-            named = targets if isinstance(targets, list) else [targets] * len(paths)
+            named = [None] * len(paths) if layers is None else layers
             caches = [
                 Cache.open(path, layer, hidden=name) for path, layer, name in zip(paths, named, hidden, strict=True)
             ]
@@ -101,7 +98,7 @@ class CacheList:
         else:
             # labels need no layer; the rows are the same, so stages with and without one compare
             caches = [Cache.open_sequences(path, hidden=name) for path, name in zip(paths, hidden, strict=True)]
-        return cls(caches)
+        return cls(caches, recipe)
 
     def __len__(self) -> int:
         """R, the number of rows."""
@@ -128,10 +125,15 @@ class CacheList:
         return found
 
     @property
+    def untaught_codes(self) -> list[int]:
+        """Sources that none of several teachers teaches; none where there is one teacher or no teacher."""
+        codes = range(len(self.source_names)) if self.layers else ()
+        return [code for code in codes if not any(layer.teaches(code) for layer in self.layers)]
+
+    @property
     def untaught(self) -> NDArray[np.bool_]:
-        """[R] rows that none of several teachers teaches; none where there is one teacher or no teacher."""
-        codes = [c for c in range(len(self.source_names)) if not any(layer.teaches(c) for layer in self.layers)]
-        return np.isin(self.sources, codes if self.layers else [])
+        """[R] rows of those sources."""
+        return np.isin(self.sources, self.untaught_codes)
 
     @property
     def cache_id(self) -> str:

@@ -46,12 +46,11 @@ def open_caches(recipe: Recipe, stage: Stage) -> CacheList:
     """
     hidden = [stage.hidden or hidden_layer_of(recipe, path) for path in recipe.cache] if hidden_reads(stage) else None
     if isinstance(stage.targets, tuple):
-        caches = CacheList.open(recipe.cache, None, with_targets=False, hidden=hidden)
+        caches = CacheList.open(recipe.cache, None, with_targets=False, hidden=hidden, recipe=recipe)
         caches.layers = teacher_layers(recipe, stage, caches)
     else:
         layers = [named_layer(recipe, stage.targets, path) for path in recipe.cache]
-        caches = CacheList.open(recipe.cache, layers, with_targets=needs_teacher(stage), hidden=hidden)
-    caches.leave_out_other_answers(recipe)
+        caches = CacheList.open(recipe.cache, layers, with_targets=needs_teacher(stage), hidden=hidden, recipe=recipe)
     return caches
 
 

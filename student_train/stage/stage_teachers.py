@@ -42,11 +42,8 @@ def untaught_sources(stage: Stage, caches: CacheList) -> list[str]:
     Raises:
         TrainingError: there are some, and no loss of the stage is without a teacher.
     """
-    if not caches.layers:
-        return []
-    trained = caches.source_names if stage.mixture is None else tuple(stage.mixture)
-    codes = {name: caches.source_names.index(name) for name in trained}
-    found = [name for name, code in codes.items() if not any(layer.teaches(code) for layer in caches.layers)]
+    untaught = [caches.source_names[code] for code in caches.untaught_codes]
+    found = untaught if stage.mixture is None else [name for name in stage.mixture if name in untaught]
     if found and all(needs_teacher(stage.model_copy(update={"losses": (loss,)})) for loss in stage.losses):
         raise TrainingError(
             f"stage '{stage.name}' trains on source '{found[0]}', which no layer of its `targets` teaches, and has no "

@@ -140,6 +140,5 @@ def _heldout(recipe: Recipe, stage: Stage, caches: CacheList) -> HeldoutSet | No
     if not needs_teacher(stage):
         assert not isinstance(stage.targets, tuple), "a recipe with several teachers has a divergence from them"
         layers = [named_layer(recipe, stage.targets, path) for path in recipe.cache]
-        scored = CacheList.open(recipe.cache, layers, with_targets=True)
-    scored.leave_out_other_answers(recipe)
+        scored = CacheList.open(recipe.cache, layers, recipe=recipe)
     return HeldoutSet.choose(scored, recipe.heldout.fraction, stage.evaluate.rows_per_source)
