@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from student_train.batch.hidden_batch import join_packs
-
-LAST = "support_counts"
-"""What the names of every teacher's targets include; several teachers' have a prefix."""
+from student_train.batch.target_batch import teacher_prefixes
 
 
 def collate(packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -35,7 +33,7 @@ def collate(packs: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
         ),
         "labels": np.concatenate([pack["labels"] for pack in packs]),
     }
-    for prefix in sorted({name.removesuffix(LAST) for pack in packs for name in pack if name.endswith(LAST)}):
+    for prefix in teacher_prefixes(name for pack in packs for name in pack):
         arrays |= {f"{prefix}{name}": array for name, array in _joined_targets(packs, prefix).items()}
     arrays |= join_packs(packs)
     batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
@@ -52,7 +50,7 @@ def _joined_targets(packs: Sequence[Mapping[str, np.ndarray]], prefix: str) -> d
         {name.removeprefix(prefix): array for name, array in pack.items() if name.startswith(prefix)}
         | ({"positions": pack[f"{prefix}positions"] + start} if f"{prefix}positions" in pack else {})
         for pack, start in zip(packs, starts, strict=False)
-        if f"{prefix}{LAST}" in pack
+        if f"{prefix}temperatures" in pack
     ]
     arrays = {"temperatures": own[0]["temperatures"]}
     names = ("support_counts", "support_ids", "support_logprobs", "label_logprobs", "tail_logmass", "positions")

@@ -13,7 +13,7 @@ chunk, K members of the chunk's longest position, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,6 +93,7 @@ class _Ragged:
 
     @staticmethod
     def of(counts: Tensor, ids: Tensor, numbers: Tensor) -> _Ragged:
+        """Split flat ids and numbers by counts [S], which are read back to the host."""
         counts_host = counts.to("cpu", torch.int64)
         if int(counts_host.sum()) != len(ids) or len(ids) != len(numbers):
             raise ValueError(
@@ -104,6 +105,7 @@ class _Ragged:
         )
 
     def to(self, device: torch.device | str) -> _Ragged:
+        """Return the same on a device, but for what stays on the host."""
         moved = [tensor.to(device, non_blocking=True) for tensor in (self.counts, self.starts, self.ids, self.numbers)]
         return _Ragged(moved[0], self.counts_host, *moved[1:])
 
@@ -125,10 +127,16 @@ class _Ragged:
 
 def targets_in(batch: Mapping[str, Any]) -> TargetBatch | dict[str, TargetBatch] | None:
     """Return a batch's targets: one teacher's, several teachers' by their keys, or None where it has labels alone."""
-    if "support_counts" in batch:
+    prefixes = teacher_prefixes(batch)
+    if prefixes == [""]:
         return TargetBatch.from_batch(batch)
-    keys = [name.removesuffix("/support_counts") for name in batch if name.endswith("/support_counts")]
-    return {key: TargetBatch.from_batch(_below(batch, f"{key}/")) for key in keys} or None
+    return {prefix[:-1]: TargetBatch.from_batch(_below(batch, prefix)) for prefix in prefixes} or None
+
+
+def teacher_prefixes(names: Iterable[str]) -> list[str]:
+    """Return what the names of each teacher's arrays begin with: [""] of one teacher, ["code/", "math/"] of several."""
+    last = "support_counts"  # every teacher has it
+    return sorted({name.removesuffix(last) for name in names if name.endswith(last)})
 
 
 def _below(batch: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -151,10 +159,10 @@ class TargetBatch:
     """Largest token id of any member, -1 without members."""
     positions: Tensor | None = None
     """[S] int64 ascending: which of the batch's positions these are; None: they are all of them."""
-    label_logprobs: Tensor | None = None
-    """[S] of the tokens of the text."""
     positions_host: Tensor | None = None
     """The same on the CPU, where it is decided which of them a chunk holds."""
+    label_logprobs: Tensor | None = None
+    """[S] of the tokens of the text."""
     tail_is_known: bool = True
     """Whether the mass outside the head is; in the arrays, NaN stands for a mass that is not."""
 
@@ -175,11 +183,16 @@ class TargetBatch:
         every_id = [ragged.ids.max() for ragged in (head, *draws) if len(ragged.ids)]
         max_token_id = max(int(largest) for largest in every_id) if every_id else -1
         positions = batch.get("positions")
-        host = None if positions is None else positions.to("cpu", torch.int64)
-        known = not bool(batch["tail_logmass"].isnan().any())
-        labels = batch.get("label_logprobs")
         return cls(
-            head, batch["tail_logmass"], temperatures, tuple(draws), max_token_id, positions, labels, host, known
+            head,
+            batch["tail_logmass"],
+            temperatures,
+            tuple(draws),
+            max_token_id,
+            positions=positions,
+            positions_host=None if positions is None else positions.to("cpu", torch.int64),
+            label_logprobs=batch.get("label_logprobs"),
+            tail_is_known=not bool(batch["tail_logmass"].isnan().any()),
         )
 
     @classmethod

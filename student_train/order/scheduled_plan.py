@@ -20,10 +20,12 @@ from student_train.order import schedules
 from student_train.order.order import EpochPlan
 from student_train.order.round_order import RoundPlanner
 from student_train.order.schedules import RunSteps
-from student_train.order.stage_plan import StagePlan
+from student_train.order.stage_plan import StagePlan, packs_in_step
 
 _ROUNDS = 64
 """Rounds of a scheduled stage, at least, where it has as many steps."""
+_MOST_ROUNDS = 1024
+"""And at most, where no share moves in steps: each plans its packs apart."""
 _ROUND_PACKS = 16
 """Packs of a round, where that leaves `_ROUNDS` of them: enough to fill them well."""
 READ_AHEAD_STEPS = 1
@@ -42,10 +44,10 @@ class StageSize:
     def of(cls, stage: Stage, packs_per_epoch: int, num_devices: int) -> StageSize:
         """Return the size of a stage from its trainer arguments."""
         trainer = stage.trainer
-        packs_per_step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * num_devices
+        per_step = packs_in_step(trainer, num_devices)
         wanted = math.ceil(trainer.num_train_epochs * packs_per_epoch)
-        num_packs = wanted if trainer.max_steps is None else trainer.max_steps * packs_per_step
-        return cls(num_packs, math.ceil(num_packs / packs_per_step), packs_per_step)
+        num_packs = wanted if trainer.max_steps is None else trainer.max_steps * per_step
+        return cls(num_packs, math.ceil(num_packs / per_step), per_step)
 
     def packs_between(self, first_step: int, end_step: int) -> int:
         """Return how many packs the steps from one to before another have."""
@@ -89,7 +91,7 @@ def plan_scheduled(
 def _round_starts(size: StageSize, mixture: Mapping[int, Schedule], run: RunSteps | None) -> list[int]:
     """Return the first step of each round."""
     length = min(-(-_ROUND_PACKS // size.packs_per_step), size.num_steps // _ROUNDS)
-    length = max(length, size.num_steps // (16 * _ROUNDS), 1)
+    length = max(length, size.num_steps // _MOST_ROUNDS, 1)
     starts = set(range(0, size.num_steps, length))
     for share in mixture.values():
         if share.kind == "step":

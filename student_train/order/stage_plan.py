@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.recipe.recipe import Stage
+from shared.recipe.recipe import Stage, StageTrainer
 from student_train.order.order import EpochPlan, Windows, length_limit, plan_epoch
 
 
@@ -98,6 +98,11 @@ class StagePlan:
         return sum(epoch.num_tokens for epoch in self.epochs) / room
 
 
+def packs_in_step(trainer: StageTrainer, num_devices: int) -> int:
+    """Return how many packs an optimizer step takes on all devices together."""
+    return trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * num_devices
+
+
 def plan_stage(
     stage: Stage,
     seed: int,
@@ -124,8 +129,8 @@ def plan_stage(
         TrainingError: nothing is left to train on, or a row is too long and must not be.
     """
     trainer = stage.trainer
-    packs_per_step = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps * num_devices
-    wanted_packs = None if trainer.max_steps is None else trainer.max_steps * packs_per_step
+    per_step = packs_in_step(trainer, num_devices)
+    wanted_packs = None if trainer.max_steps is None else trainer.max_steps * per_step
     epochs: list[EpochPlan] = []
     num_packs = 0
     while num_packs < wanted_packs if wanted_packs is not None else len(epochs) < trainer.num_train_epochs:
@@ -145,7 +150,5 @@ def plan_stage(
         num_packs += math.ceil(part * epoch.num_packs)
         epochs.append(epoch)
     num_packs = num_packs if wanted_packs is None else wanted_packs
-    num_steps = math.ceil(num_packs / packs_per_step)
-    return StagePlan(
-        tuple(epochs), num_packs, num_steps, packs_per_step, length_limit(trainer.pack_tokens, stage.max_length), seed
-    )
+    limit = length_limit(trainer.pack_tokens, stage.max_length)
+    return StagePlan(tuple(epochs), num_packs, math.ceil(num_packs / per_step), per_step, limit, seed)
