@@ -63,7 +63,8 @@ def fused_sparse_loss(
     (default: all) are the vocabulary; `num_positions` counts the global batch's supervised positions. `targets` may be
     None where every term is on labels; several teachers' targets come by the `layer` of their terms, each for its own
     positions. Chunks are as long as `chunk_bytes` of buffers allow, or `chunk_positions`.
-    `operator` "triton" streams over tiles of the vocabulary instead (tiled_loss.py); it has no chunks of positions.
+    `operator` "triton" streams over tiles of the vocabulary instead (tiled_loss.py); it has no chunks of positions, but
+    for losses on likelihoods.
 
     Raises:
         TrainingError: a term is unknown, its temperature was not captured or it cannot be had from drawn tokens; or ids
@@ -118,23 +119,15 @@ class _FusedSparseLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
         wanted = [needed and call.grad_enabled for needed in ctx.needs_input_grad[:3]]
         asked_for = [x if want else None for x, want in zip((hidden, weight, bias), wanted, strict=True)]
         with torch.autocast(hidden.device.type, enabled=False):
-            gradients = HeadGradients.zeros(call.head, *asked_for)
+            head, gradients = call.head, HeadGradients.zeros(call.head, *asked_for)
+            sums = torch.zeros(call.num_terms, dtype=head.dtype, device=hidden.device)
             if call.operator == "triton":
                 from student_train.operator.tiled_loss import run_tiles
 
-                sums = hidden.new_zeros(call.num_terms, dtype=call.head.dtype)
-                run_tiles(
-                    call.head,
-                    hidden,
-                    call.labels,
-                    call.groups,
-                    sums,
-                    gradients,
-                    call.chunk_bytes,
-                    want=any(wanted),
-                )
+                labels, budget = call.labels, call.chunk_bytes
+                run_tiles(head, hidden, labels, call.groups, sums, gradients, budget, want=any(wanted))
             else:
-                sums = _run_chunks(call, hidden, gradients, want_gradient=any(wanted))
+                _run_chunks(call, hidden, sums, gradients, want_gradient=any(wanted))
         ctx.gradients = [gradients.hidden, gradients.weight, gradients.bias]
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(sums)
@@ -160,10 +153,9 @@ class _FusedSparseLoss(torch.autograd.Function):  # type: ignore[misc]  # torch 
         return hidden, weight, bias, None
 
 
-def _run_chunks(call: _Call, hidden: Tensor, gradients: HeadGradients, *, want_gradient: bool) -> Tensor:
-    """Return [terms] sums of values over all positions; add the gradients of every chunk."""
+def _run_chunks(call: _Call, hidden: Tensor, sums: Tensor, gradients: HeadGradients, *, want_gradient: bool) -> None:
+    """Add each term's sum over all positions to `sums` [terms], and the gradients of every chunk."""
     head, groups = call.head, call.groups
-    sums = torch.zeros(call.num_terms, dtype=head.dtype, device=hidden.device)
     with_slope = head.softcap is not None and want_gradient
     most = 2 if want_gradient else 1
     is_whole = all(group.positions is None for group in groups)
@@ -181,7 +173,6 @@ def _run_chunks(call: _Call, hidden: Tensor, gradients: HeadGradients, *, want_g
             if slope is not None:
                 gradient[:, : head.vocab_size].mul_(slope[:, : head.vocab_size])
             gradients.add(head, where, inputs, gradient)
-    return sums
 
 
 def _run_groups(

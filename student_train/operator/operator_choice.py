@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -49,7 +50,7 @@ def faster_operator(
         try:
             for _ in range(WARM_UPS):
                 loss(operator)
-            medians[operator] = statistics.median(measure(lambda chosen=operator: loss(chosen)) for _ in range(COUNTED))  # type: ignore[misc]
+            medians[operator] = statistics.median(measure(partial(loss, operator)) for _ in range(COUNTED))
         except Exception as error:  # a compiler fails in its own ways, and the other path is there
             if operator == "torch":
                 raise

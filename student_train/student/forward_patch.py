@@ -79,6 +79,7 @@ class Objective:
         def fused(
             states: Tensor, operator: str, terms: Sequence[LossTerm] = terms, *, trains_head: bool = True
         ) -> FusedLoss:
+            """Return the fused loss of some of the terms, with gradients for the head or without."""
             return fused_sparse_loss(
                 states,
                 head.weight if trains_head else head.weight.detach(),
@@ -188,6 +189,7 @@ def patch_forward(model: Any, objective: Objective) -> None:
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
+        """Return the loss of a batch, or keep its scores; without `predictor_index`, the model's own outputs."""
         if "predictor_index" not in kwargs:
             return original(input_ids=input_ids, position_ids=position_ids, labels=labels, **kwargs)
         assert input_ids is not None
