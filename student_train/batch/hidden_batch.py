@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.payload.hidden import MASS_UNIT, Attention, HiddenStates
-from student_train.losses.representation import Reads
+from student_train.losses.hidden_layers.representation import Reads
 
 PER_POSITION = ("states_integers", "states_scales", "attention_distances", "attention_codes")
 PER_ROW = ("pooled_integers", "pooled_scales")

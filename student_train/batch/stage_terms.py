@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from shared.recipe.losses import OnTargets
 from shared.recipe.recipe import Stage
 from shared.recipe.target_layers import TargetLayer, layer_keys
 from student_train.losses import LossTerm, divergences, likelihoods, registry, representations
-from student_train.losses.representation import Reads
+from student_train.losses.hidden_layers.representation import Reads
 from student_train.order import schedules
 from student_train.order.schedules import RunSteps
 
@@ -43,7 +44,7 @@ def terms_at(stage: Stage, step: int, num_steps: int, run: RunSteps | None = Non
         options = {name: getattr(loss, name) for name in registry[loss.name].options}
         weight = schedules.value(loss.weight, step, num_steps, run)
         temperature = schedules.value(loss.temperature, step, num_steps, run)
-        by_entropy = getattr(loss, "weigh", None) == "entropy"
+        by_entropy = isinstance(loss, OnTargets) and loss.weigh == "entropy"
         term = LossTerm(loss.name, weight, temperature, options, by_entropy=by_entropy)
         if isinstance(stage.targets, tuple) and _reads_targets(loss.name):
             terms += _of_each_teacher(stage.targets, term, step, num_steps, run)

@@ -39,7 +39,7 @@ from student_train.layers.projections import (
 from student_train.layers.student_attention import stored_masses
 from student_train.layers.student_watch import StudentWatch, check_watchable
 from student_train.losses import LossTerm, representations
-from student_train.losses.representation import Reads
+from student_train.losses.hidden_layers.representation import Reads
 
 POOLED = "pooled"
 """Name of the projection of pooled states."""

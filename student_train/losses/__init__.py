@@ -1,4 +1,5 @@
-"""What is minimised? One divergence or loss per file, named as a recipe names it, its `LOSS` saying what it is.
+"""What is minimised? One divergence or loss per file, named as a recipe names it, its `LOSS` saying what it is; those
+on hidden layers in a folder of their own.
 
 The names are those of `shared.recipe.losses`: a name there without a file here does not import.
 """
@@ -7,13 +8,15 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from shared.recipe.losses import LOSSES, names_of
+from shared.recipe.losses import LOSSES, OnHiddenLayer, names_of
 from student_train.losses.divergence import ZERO_LOG_MASS, Divergence, LossTerm
+from student_train.losses.hidden_layers.representation import Representation
 from student_train.losses.likelihood import Likelihood
-from student_train.losses.representation import Representation
 
 registry: dict[str, Divergence | Likelihood | Representation] = {
-    name: import_module(f"{__name__}.{name}").LOSS for kind in LOSSES for name in names_of(kind)
+    name: import_module(f"{__name__}.{'hidden_layers.' if issubclass(kind, OnHiddenLayer) else ''}{name}").LOSS
+    for kind in LOSSES
+    for name in names_of(kind)
 }
 """Every loss by the name that a recipe gives it."""
 

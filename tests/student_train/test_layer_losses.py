@@ -25,9 +25,9 @@ from student_train.layers.projections import MODULE
 from student_train.layers.student_attention import stored_masses
 from student_train.layers.student_watch import AttentionInputs
 from student_train.losses import LossTerm
-from student_train.losses.attention import attention_kl
-from student_train.losses.contrastive import info_nce
-from student_train.losses.hidden import hidden_distance
+from student_train.losses.hidden_layers.attention import attention_kl
+from student_train.losses.hidden_layers.contrastive import info_nce
+from student_train.losses.hidden_layers.hidden import hidden_distance
 from student_train.student.forward_patch import Objective, patch_forward
 from student_train.student.row_attention import NAME as ROW_ATTENTION
 from student_train.student.row_attention import switch_attention

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from student_train.losses.representation import Representation
+from student_train.losses.hidden_layers.representation import Representation
 
 _LEAST_MASS = 1e-12
 
