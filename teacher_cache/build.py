@@ -8,7 +8,7 @@ Cost: two engine passes over the tokens; memory for a few units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,18 +16,19 @@ from typing import Any
 from shared.cache.cache_writer import CacheWriter, LayerWriter
 from shared.cache.layer_choice import serving_layer
 from shared.cache.layout import Layer, list_layers, read_header
-from shared.errors import DecantError, PromptError, UsageError
-from shared.parts.jobs import Job, PlanRow, create_job
+from shared.errors import PromptError, UsageError
+from shared.parts.jobs import Job
 from shared.parts.parts import PartRecord
 from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.recipe.teacher import Workers
-from shared.seconds import add_seconds, read_seconds
+from shared.seconds import read_seconds
 from teacher_cache import engines
 from teacher_cache.cluster.unit_board import UnitsSetAsideError
 from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.engines.protocol import Engine
+from teacher_cache.passes.answering import Answering, listed, make_sequences, open_answering, plan, ran, told
 from teacher_cache.passes.feeding import Desk
-from teacher_cache.passes.generate import PROBLEM, Pass1, generate_units, import_units
+from teacher_cache.passes.generate import PROBLEM
 from teacher_cache.passes.hidden_pass import HiddenPass
 from teacher_cache.passes.lazy_engine import LazyEngine
 from teacher_cache.passes.progress import NoProgress, Progress
@@ -35,11 +36,10 @@ from teacher_cache.passes.score import parts_to_score, require_length, score_par
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
 from teacher_cache.passes.unit_writer import UnitWriter
-from teacher_cache.prompts.cache_source import answers_of, group_rule, require_tokenizer
-from teacher_cache.prompts.problems import THRESHOLD, Problem, Problems
-from teacher_cache.prompts.prompts import read_prompts
+from teacher_cache.prompts.cache_source import group_rule, require_tokenizer
+from teacher_cache.prompts.problems import THRESHOLD, Problem
 from teacher_cache.prompts.sequence_maker import SequenceMaker
-from teacher_cache.prompts.work_list import Tally, answer_seed, list_rows, request_of
+from teacher_cache.prompts.work_list import request_of
 from teacher_cache.teacher.answerer import Answerer, key_beside, know_answerer
 from teacher_cache.teacher.layer_reuse import capture_of, reuse_line
 from teacher_cache.teacher.teacher_identity import (
@@ -49,10 +49,6 @@ from teacher_cache.teacher.teacher_identity import (
     sequences_identity,
     software,
 )
-
-
-class BuildStoppedError(DecantError):
-    """A build was asked to stop (SIGTERM) and did; what was committed stays."""
 
 
 class SetAsideError(PromptError):
@@ -65,29 +61,13 @@ class SetAsideError(PromptError):
 
 
 @dataclass(slots=True)
-class _Build:
+class _Build(Answering):
     """What the steps of one build share."""
 
-    recipe: Recipe
     teacher: Teacher
-    partition: tuple[int, int]
-    progress: Progress
-    max_set_aside: float
     known: KnownTeacher
-    cache: CacheWriter
     layer: LayerWriter
     engine: LazyEngine
-    answerer: Answerer
-    answering: LazyEngine
-    """The engine of pass 1: the teacher's, or another model's."""
-    stop: StopSignal
-    summary: BuildSummary
-    seconds_under: str | None
-
-    def mine(self, unit: int) -> bool:
-        """Tell whether a unit belongs to this partition."""
-        index, count = self.partition
-        return unit % count == index
 
 
 def teach(
@@ -131,40 +111,31 @@ def teach(
     if answerer.is_teacher and request is not None and recipe.generate is not None:
         answerer = replace(answerer, key=key_beside(known.answerer, cache.path))
         request |= {} if answerer.key is None else {"answerer": answerer.key}
-    before = cache.sequence_records()
-    wanted, layers = layer_identity(known, teacher, recipe.capture), list_layers(cache.path)
-    serving = serving_layer(layers, wanted)
-    _require_name(layer_name, serving)
-    layer = cache.layer(
-        layer_name, serving.identity if serving else wanted, {"engine": teacher.engine, **software()}, make=False
-    )
+    layer, summary = _begin_layer(cache, known, teacher, recipe.capture, layer_name)
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
-    summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
-    summary.groups = cache.identity.groups
     hidden = _hidden_pass(recipe, known, teacher, cache, summary)
-    summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
     progress = progress or NoProgress()
     opener = told(open_engine or engines.open_engine, progress)
     with StopSignal() as stop:
         engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop, opener), known.max_model_len)
         answering = engine
         if not answerer.is_teacher:
-            answering = LazyEngine(lambda: _open_answering(recipe, answerer, stop, opener), answerer.max_model_len)
+            answering = LazyEngine(lambda: open_answering(recipe, answerer, stop, opener), answerer.max_model_len)
         build = _Build(
             recipe,
-            teacher,
             own_share,
             progress,
             max_set_aside,
-            known,
             cache,
-            layer,
-            engine,
             answerer,
             answering,
             stop,
             summary,
             seconds_under,
+            teacher,
+            known,
+            layer,
+            engine,
         )
         job = _run_passes(build, request, ends, maker, hidden)
     return _finish(build, job)
@@ -177,6 +148,22 @@ def _open_cache(recipe: Recipe, known: KnownTeacher, teacher: Teacher, *, render
     if not renders:  # so the teacher's own template does not matter
         identity = replace(identity, template=read_header(path).identity.template)
     return CacheWriter.create_or_open(path, identity, known.tokenizer_files)
+
+
+def _begin_layer(
+    cache: CacheWriter, known: KnownTeacher, teacher: Teacher, capture: Capture, name: str | None
+) -> tuple[LayerWriter, BuildSummary]:
+    """Return the targets layer that serves a capture, and the summary of a build that reuses what is there."""
+    before = cache.sequence_records()
+    wanted, layers = layer_identity(known, teacher, capture), list_layers(cache.path)
+    serving = serving_layer(layers, wanted)
+    _require_name(name, serving)
+    ran_with = {"engine": teacher.engine, **software()}
+    layer = cache.layer(name, serving.identity if serving else wanted, ran_with, make=False)
+    summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
+    summary.groups = cache.identity.groups
+    summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
+    return layer, summary
 
 
 def _hidden_pass(
@@ -198,24 +185,22 @@ def _run_passes(
     hidden: HiddenPass | None,
 ) -> Job | None:
     """Plan the job, make what is missing of it in up to three passes, and keep the seconds whatever happens."""
-    engine, answering, summary = build.engine, build.answering, build.summary
+    engine, answering = build.engine, build.answering
     try:
         with engine, answering:
-            job = _plan(build, request, ends) if request is not None else None
-            if job is not None and _units_without_part(build, job):
+            job = plan(build, request, partial(listed, build, ends)) if request is not None else None
+            if job is not None and build.units_without_part(job):
                 maker.require_date()
             if build.teacher.workers is not None:
                 _use_many_engines(build, job, build.teacher.workers)
             else:
                 if job is not None:
-                    _make_sequences(build, job, maker)
+                    make_sequences(build, job, maker)
                 _make_targets(build, job)
         if hidden is not None:
             _make_hidden(build, job, hidden)
     finally:
-        summary.seconds_starting += sum(one.seconds_starting for one in {engine, answering})
-        if summary.computed and build.seconds_under is not None:
-            add_seconds(build.recipe.output_dir, build.seconds_under, summary.seconds)
+        build.keep_seconds({engine, answering})
     return job
 
 
@@ -245,21 +230,6 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
     return recipe.teacher, (index, count)
 
 
-def told(opener: Callable[..., Engine], progress: Progress) -> Callable[..., Engine]:
-    """Return an opener that first says what it opens: minutes may pass before the first row."""
-
-    def open_it(settings: Teacher, capture: Capture | None, **how: Any) -> Engine:
-        if settings.engine == "server":
-            doing = f"asking the server for {settings.model}"
-        else:
-            test = ", then a self-test of what it captures" if settings.engine == "vllm" and capture is not None else ""
-            doing = f"loading the weights of {settings.model}{test}"
-        progress.note(f"starting engine {settings.engine}: {doing}")
-        return opener(settings, capture, **how)
-
-    return open_it
-
-
 def _open_engine(
     recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal, opener: Callable[..., Engine]
 ) -> Engine:
@@ -276,80 +246,12 @@ def _open_engine(
     )
 
 
-def _open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal, opener: Callable[..., Engine]) -> Engine:
-    """Start the engine of another model than the teacher, which only answers."""
-    directory = answerer.known.files.directory
-    return opener(
-        answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested
-    )
-
-
 def _request(recipe: Recipe, known: KnownTeacher, answerer: Answerer, ends: list[int | None]) -> dict[str, Any] | None:
     """Return what names the job, or None without prompts; finds every prompt file before anything is written."""
     if not recipe.prompts:
         return None
     generator = answerer.generator if recipe.generate else None
     return request_of(recipe, generator, known.tokenizer_hash, answerer.max_model_len, ends)
-
-
-def _plan(build: _Build, request: dict[str, Any], ends: list[int | None]) -> Job:
-    """Return the job of the recipe's prompts, reading them only if it was never planned."""
-    recipe, summary = build.recipe, build.summary
-    problems, tally = Problems(), Tally()
-
-    def rows() -> Iterator[PlanRow]:
-        build.progress.start("list", 0)
-        conversations = read_prompts(recipe.prompts, problems)
-        answerer = build.answerer.key
-        groups = build.cache.identity.groups
-        listed = list_rows(
-            conversations, recipe.prompts, recipe.generate, recipe.seed, problems, tally, answerer, groups, ends
-        )
-        for row in listed:
-            build.progress.advance(1, 0)
-            _stop_if_asked(build)
-            yield row
-        build.progress.finish()
-        problems.check(build.max_set_aside)
-
-    job = create_job(build.cache.path, request, rows(), recipe.rows_per_part)
-    summary.duplicates = tally.duplicates
-    for problem in problems.listed:
-        summary.add_problem(problem)
-    summary.num_set_aside = problems.total
-    summary.notes = problems.notes()
-    return job
-
-
-def _make_sequences(build: _Build, job: Job, maker: SequenceMaker) -> None:
-    """Pass 1 over this partition's units that have no part."""
-    recipe = build.recipe
-    units = _units_without_part(build, job)
-    if not units:
-        return
-    _stop_if_asked(build)
-    with UnitWriter() as writer:
-        desk = Desk(writer, build.stop, build.progress)
-        if recipe.generate is None:
-            given = {**software(), **answers_of(recipe.prompts)}
-            import_units(Pass1(build.cache, job, maker, lambda: given, build.summary), units, desk)
-        else:
-            engine = build.answering.get()
-            ran = partial(_ran, build.answering, answers=build.answerer.name)
-            work = Pass1(build.cache, job, maker, ran, build.summary)
-            generate_units(
-                work, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk
-            )
-            if build.answering is not build.engine:
-                build.answering.close()  # the teacher gets the machine to itself
-    (build.summary.imported if recipe.generate is None else build.summary.generated).count_writer(writer)
-    _stop_if_asked(build)
-
-
-def _units_without_part(build: _Build, job: Job) -> list[int]:
-    """Return this partition's units of pass 1."""
-    committed = {record.stem for record in build.cache.sequence_records()}
-    return [unit for unit in range(job.num_units) if build.mine(unit) and job.part_stem(unit) not in committed]
 
 
 def _parts_without_targets(build: _Build, job: Job | None) -> list[PartRecord]:
@@ -366,11 +268,11 @@ def _use_many_engines(build: _Build, job: Job | None, workers: Workers) -> None:
 
     order = work_order(build.recipe, build.layer.name, job.id if job else None, build.known.max_model_len)
     build.layer.make()  # the workers open it
-    units = _units_without_part(build, job) if job else []
+    units = build.units_without_part(job) if job else []
     first = sequences_tasks(job, units, build.recipe) if job else []
     second = targets_tasks(_parts_without_targets(build, job), job)
     run_units(order, workers, first, second, build.stop, build.progress, build.summary)
-    _stop_if_asked(build)
+    build.stop_if_asked()
 
 
 def _make_targets(build: _Build, job: Job | None) -> None:
@@ -378,40 +280,29 @@ def _make_targets(build: _Build, job: Job | None) -> None:
     records = _parts_without_targets(build, job)
     if not records:
         return
-    _stop_if_asked(build)
+    build.stop_if_asked()
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
         score_parts(
-            build.layer, records, build.engine.get().score, partial(_ran, build.engine), desk, build.summary.scored
+            build.layer, records, build.engine.get().score, partial(ran, build.engine), desk, build.summary.scored
         )
     build.summary.scored.count_writer(writer)
-    _stop_if_asked(build)
+    build.stop_if_asked()
 
 
 def _make_hidden(build: _Build, job: Job | None, hidden: HiddenPass) -> None:
     """Pass 3 over this partition's parts that the hidden layer lacks; the scoring engine is closed by now."""
-    _stop_if_asked(build)
+    build.stop_if_asked()
     with UnitWriter() as writer:
         desk = Desk(writer, build.stop, build.progress)
         hidden.run(_own_stems(build, job), job.id8 if job else None, build.partition, desk, build.summary)
     build.summary.hidden.count_writer(writer)
-    _stop_if_asked(build)
+    build.stop_if_asked()
 
 
 def _own_stems(build: _Build, job: Job | None) -> frozenset[str]:
     """Return the parts of this partition's units."""
     return frozenset(job.part_stem(unit) for unit in range(job.num_units) if build.mine(unit)) if job else frozenset()
-
-
-def _ran(engine: LazyEngine, **more: str) -> dict[str, Any]:
-    """Return what ran, for records."""
-    return {**software(), "engine": dict(engine.provenance()), **more}
-
-
-def _stop_if_asked(build: _Build) -> None:
-    if build.stop.requested:
-        where = f"{build.cache.path}: stopped by SIGTERM"
-        raise BuildStoppedError(f"{where}; what was committed stays, and the same command again continues")
 
 
 def _finish(build: _Build, job: Job | None) -> BuildSummary:

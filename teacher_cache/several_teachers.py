@@ -22,7 +22,6 @@ def teach_each(
     recipe: Recipe,
     only: str | None = None,
     begin: Callable[[str], None] = lambda name: None,
-    done: Callable[[str, BuildSummary], None] = lambda name, summary: None,
     **settings: Any,
 ) -> dict[str, BuildSummary]:
     """Build what a recipe's teachers make of its cache, and return each one's summary by name.
@@ -31,7 +30,6 @@ def teach_each(
         recipe: with a teacher, perhaps with several.
         only: one of them alone: `teacher` or a name of `teachers`; the rows must be there for those.
         begin: told whose turn it is, where there are several.
-        done: told of each summary.
         settings: as for `teach`.
 
     Raises:
@@ -49,5 +47,4 @@ def teach_each(
         found[name] = teach(
             recipe if is_own else recipe.of_teacher(name), layer_name=None if is_own else name, **settings
         )
-        done(name, found[name])
     return found

@@ -157,6 +157,13 @@ class BuildSummary:
         """Time in which an engine stood still for the writer."""
         return self.generated.seconds_waiting + self.scored.seconds_waiting + self.hidden.seconds_waiting
 
+    def set_aside_lines(self) -> list[str]:
+        """Return how many rows cannot be used, in a line where there are any."""
+        if not self.num_set_aside:
+            return []
+        first = self.set_aside[0].sentence()
+        return [f"{self.num_set_aside:,} rows cannot be used and were set aside, the first: {first}"]
+
     def lines(self) -> list[str]:
         """Return the summary in plain lines."""
         new = self.imported.rows or self.generated.rows
@@ -199,11 +206,7 @@ class BuildSummary:
                 "and others "
                 "trained on; a new cache goes by the first question"
             )
-        if self.num_set_aside:
-            lines.append(
-                f"{self.num_set_aside:,} rows cannot be used and were set aside, the first: "
-                f"{self.set_aside[0].sentence()}"
-            )
+        lines += self.set_aside_lines()
         lines.append(f"{self.cache}: {self.rows:,} rows, {self.positions:,} positions, layer {self.layer}")
         if self.unscored_parts:
             lines.append(f"{self.unscored_parts:,} parts are left to other partitions")

@@ -15,7 +15,8 @@ from shared.cache.cache import Cache
 from shared.errors import CacheError, EngineError, IdentityError, PromptError, UsageError
 from shared.progress import BuildProgress
 from shared.recipe.recipe import Recipe
-from teacher_cache.build import BuildStoppedError, SetAsideError, teach
+from teacher_cache.build import SetAsideError, teach
+from teacher_cache.passes.answering import BuildStoppedError
 from tests.teacher_cache.fake_engine import END_ID, FakeEngine, fake_targets
 from tests.tiny_models import make_qwen3
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from shared.cache.cache import Cache
 from shared.cache.layout import sequences_dir
+from shared.parts.jobs import Job
 from shared.parts.records import list_records
 from shared.parts.sequences import SequenceRow
 from shared.recipe.recipe import Guards
@@ -65,7 +66,7 @@ def repeated_share(token_ids: NDArray[np.int32]) -> float:
     return 1.0 - len(np.unique(runs, axis=0)) / len(runs)
 
 
-def figures_of(rows: Iterable[SequenceRow], teacher_tokens: float) -> AnswerFigures:
+def _figures_of(rows: Iterable[SequenceRow], teacher_tokens: float) -> AnswerFigures:
     """Return the figures of answers; `teacher_tokens` is the mean length to compare with."""
     lengths: list[float] = []
     repeated: list[float] = []
@@ -93,14 +94,22 @@ def round_figures(one: Round) -> AnswerFigures:
         UsageError: the answers are not all there.
         CacheError: a cache cannot be read.
     """
-    id8 = one.job().id8
-    cache = Cache.open_sequences(one.own_cache)
-    places = [(start, end) for name, start, end in cache.jobs_of_rows() if name == id8]
+    return job_figures(one.own_cache, one.job(), one.recipe.cache)
+
+
+def job_figures(own_cache: Path, job: Job, teacher_caches: Iterable[Path]) -> AnswerFigures:
+    """Return the figures of a job's answers, their length beside that of the rows of other caches.
+
+    Raises:
+        CacheError: a cache cannot be read.
+    """
+    cache = Cache.open_sequences(own_cache)
+    places = [(start, end) for id8, start, end in cache.jobs_of_rows() if id8 == job.id8]
     rows = (cache.sequence(index) for start, end in places for index in range(start, end))
-    return figures_of(rows, mean_answer_tokens(one.recipe.cache))
+    return _figures_of(rows, _mean_answer_tokens(teacher_caches))
 
 
-def mean_answer_tokens(caches: Iterable[Path]) -> float:
+def _mean_answer_tokens(caches: Iterable[Path]) -> float:
     """Return the mean supervised positions of a row in caches, at least 1; reads records alone."""
     records = [record for path in caches for record in list_records(sequences_dir(path))]
     return max(1.0, sum(record.positions for record in records) / max(1, sum(record.rows for record in records)))

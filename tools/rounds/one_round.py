@@ -16,11 +16,11 @@ from shared.cache.layout import sequences_dir
 from shared.errors import UsageError
 from shared.parts.jobs import Job, list_jobs
 from shared.parts.records import list_records
-from shared.recipe.recipe import Generate, PromptSource, Recipe, Rounds, Schedule, Stage, Teacher
+from shared.recipe.recipe import PromptSource, Recipe, Rounds, Schedule, Stage, Teacher
 from student_train.stage.stage_start import start_directory
-from teacher_cache.student_answers import Asking
+from teacher_cache.student_answers import Asking, answers_as
 
-OF_A_TEACHER = {
+_OF_A_TEACHER = {
     "revision": None,
     "adapter": None,
     "quantization": None,
@@ -85,10 +85,10 @@ class Round:
         return directory
 
     def labelled(self, number: int) -> tuple[PromptSource, ...]:
-        """Return the sources of prompts, each labelled as rows of round `number`."""
+        """Return the sources of prompts, each labelled as rows of round `number`, such as 'own 2: math'."""
         sources = self.settings.sources or self.recipe.prompts
         return tuple(
-            source.model_copy(update={"source": own_label(number, source.source)})
+            source.model_copy(update={"source": f"own {number}: {source.source}"})
             for source in sources
             if source.of_turns
         )
@@ -96,21 +96,11 @@ class Round:
     def answering(self) -> Recipe:
         """Return the recipe of the build in which the student answers; its `teacher` is the student."""
         recipe, settings = self.recipe, self.settings
-        assert recipe.student is not None
-        longest = settings.max_new_tokens or (recipe.generate or Generate()).max_new_tokens
-        generate = Generate(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            samples_per_prompt=settings.samples_per_prompt,
-            max_new_tokens=longest,
-            stop=recipe.generate.stop if recipe.generate else (),
-            seed=self.seed,
-        )
         return recipe.model_copy(
             update={
                 "teacher": as_answering(recipe, self.start, settings.engine),
                 "prompts": self.labelled(self.number),
-                "generate": generate,
+                "generate": answers_as(recipe, settings, self.seed, settings.samples_per_prompt),
                 "cache": (self.own_cache,),
             }
         )
@@ -139,19 +129,15 @@ class Round:
             UsageError: they are not.
         """
         found = [job for job in list_jobs(self.own_cache) if job.request.get("round", {}).get("number") == self.number]
-        stems = frozenset(record.stem for record in list_records(sequences_dir(self.own_cache))) if found else set()
-        if not found or not found[0].is_complete(frozenset(stems)):
+        if not found or not found[0].is_complete(
+            frozenset(record.stem for record in list_records(sequences_dir(self.own_cache)))
+        ):
             raise UsageError(
                 f"round {self.number} of stage '{self.stage.name}' has not all of its answers in {self.own_cache}; let "
                 f"the student answer first: decant rounds RECIPE --stage {self.stage.name} --only answer --round "
                 f"{self.number}"
             )
         return found[0]
-
-
-def own_label(number: int, source: str) -> str:
-    """Return the label of a round's rows: `own_label(2, "math")` -> 'own 2: math'."""
-    return f"own {number}: {source}"
 
 
 def as_answering(recipe: Recipe, start: Path | None, engine: str | None) -> Teacher:
@@ -163,7 +149,4 @@ def as_answering(recipe: Recipe, start: Path | None, engine: str | None) -> Teac
     own = {"model": student.model if start is None else str(start), "engine": kind}
     trust = {"trust_remote_code": student.trust_remote_code}
     revision = {"revision": student.revision if start is None else None}
-    return teacher.model_copy(update={**OF_A_TEACHER, **own, **trust, **revision})
-
-
-__all__ = ["Round", "as_answering", "own_label"]
+    return teacher.model_copy(update={**_OF_A_TEACHER, **own, **trust, **revision})

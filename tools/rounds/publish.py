@@ -2,7 +2,8 @@
 
 train/STAGE/model is a link to the last round that was trained; metrics, timing and evaluations are those of the rounds
 one after another, their steps counted on; health.json is that of the last round, with what every round's answers were
-like. All of it is made anew from the rounds' own files, so doing it twice changes nothing. Cost: small files.
+like. All of it is made anew from the rounds' own files, so doing it twice changes nothing.
+Cost: small files, and a pass over the rounds' answers.
 """
 
 from __future__ import annotations
@@ -21,21 +22,19 @@ IDENTITY = {"rounds": "of own answers", "stage": {"losses": []}}
 LOGS = ("metrics.jsonl", "timing.jsonl", "evaluations.jsonl")
 
 
-def claim(one: Round) -> None:
-    """Take a stage's directory for rounds.
+def require_of_rounds(one: Round) -> None:
+    """Refuse a directory that is not for rounds.
 
     Raises:
         TrainingError: it holds a stage that was trained without rounds.
     """
     directory = one.recipe.stage_dir(one.stage.name)
     path = directory / "identity.json"
-    make_dir(directory)
     if path.exists() and "rounds" not in json.loads(path.read_text()):
         raise TrainingError(
             f"{directory} holds a stage that was trained without rounds; remove or rename it, or give this stage "
             "another name"
         )
-    write_atomic(path, json.dumps(IDENTITY, indent=1).encode(), what="identity")
 
 
 def publish(one: Round, stopped: str | None = None) -> Path:
@@ -46,7 +45,9 @@ def publish(one: Round, stopped: str | None = None) -> Path:
         stopped: why it stopped before it was trained.
     """
     stage_dir = one.recipe.stage_dir(one.stage.name)
-    claim(one)
+    require_of_rounds(one)
+    make_dir(stage_dir)
+    write_atomic(stage_dir / "identity.json", json.dumps(IDENTITY, indent=1).encode(), what="identity")
     trained = [Round(one.recipe, one.stage, number) for number in range(1, one.number + (stopped is None))]
     steps = [_last_step(each.directory / "metrics.jsonl") for each in trained]
     for name in LOGS:

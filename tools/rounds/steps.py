@@ -14,10 +14,9 @@ import numpy as np
 
 from shared.errors import DecantError
 from shared.progress import BuildProgress, Progress
-from shared.seconds import add_seconds
 from tools.rounds.guards import AnswerFigures, beyond, round_figures
 from tools.rounds.one_round import Round, as_answering
-from tools.rounds.publish import publish
+from tools.rounds.publish import publish, require_of_rounds
 
 if TYPE_CHECKING:
     from student_train.batch.dataset import CacheList
@@ -35,22 +34,20 @@ def answer(one: Round) -> Result:
 
     Raises:
         GuardError: they are beyond the bounds.
+        TrainingError: the stage was trained without rounds before.
         DecantError: whatever stops a build.
     """
     from teacher_cache.student_answers import answer_prompts
 
-    progress = BuildProgress()
+    require_of_rounds(one)
+    progress, phase = BuildProgress(), f"answer.{one.stage.name}"
     try:
-        _, summary = answer_prompts(one.answering(), one.recipe.cache[0], one.asking, progress)
+        _, summary = answer_prompts(one.answering(), one.recipe.cache[0], one.asking, progress, phase)
     finally:
         progress.finish()
-    made = summary.generated
-    if made.rows:
-        seconds = made.seconds + summary.seconds_starting
-        add_seconds(one.recipe.output_dir, f"answer.{one.stage.name}", seconds)
     figures = require_sound(one)
-    lines = [*summary.notes, f"{_name(one)}: {figures.text()}"]
-    return {"cache": str(one.own_cache), "generated": made.rows, **figures.document}, "\n".join(lines)
+    lines = [*summary.notes, *summary.set_aside_lines(), f"{_name(one)}: {figures.text()}"]
+    return {"cache": str(one.own_cache), "generated": summary.generated.rows, **figures.document}, "\n".join(lines)
 
 
 def score(one: Round) -> Result:
@@ -88,6 +85,7 @@ def train(one: Round, open_progress: Callable[..., Any] = Progress) -> Result:
     expand_segments()
     from student_train.stage.stages import run_stages
 
+    require_of_rounds(one)
     require_sound(one)
     recipe = one.training(shares_of(one))
     name = f"{one.stage.name}/round-{one.number}"

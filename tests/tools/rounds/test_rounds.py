@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.cache.cache import Cache
 from shared.cache.verify import verify_cache
-from shared.errors import IdentityError
+from shared.errors import IdentityError, TrainingError
 from shared.identity.identity import weights_hash
 from shared.keys import is_heldout
 from shared.parts.records import list_records
@@ -130,6 +130,14 @@ def test_student_that_repeats_itself_stops_before_it_is_trained(done, tmp_path):
     assert not health["healthy"]
     assert health["stopped"].startswith("round 1: 100.0% of the answers repeat themselves")
     assert health["rounds"][0]["repeating"] == 1.0
+
+
+def test_stage_that_was_trained_without_rounds_is_refused_before_its_student_answers(done, tmp_path):
+    one = other_rounds(done, tmp_path / "run")
+    shutil.copytree(done[0].stage_dir("kd"), one.recipe.stage_dir("own"))
+    with pytest.raises(TrainingError, match="holds a stage that was trained without rounds"):
+        answer(one)
+    assert not one.own_cache.exists()
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def own_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]:
         "engine": recipe.evaluate.engine,
         "own_answers": recipe.evaluate.own_answers.model_dump(mode="json"),
         "fraction": recipe.heldout.fraction,
-        "prompts": [content_hash(source) for source in recipe.prompts if source.format != "cache"],
+        "prompts": [content_hash(source) for source in recipe.prompts if not source.of_cache],
         "teacher": model_under_test(recipe, "teacher").weights_id(),
         "capture": recipe.capture.model_dump(mode="json", exclude={"hidden"}),
     }

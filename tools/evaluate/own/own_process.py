@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from shared.cache.cache import Cache
 from shared.cache.layer_choice import layer_of_capture
 from shared.parts.jobs import Job
-from shared.recipe.recipe import Generate, Recipe
+from shared.recipe.recipe import Recipe
 from tools.evaluate.models.model_process import leave, serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.own.own_answers import own_cache, write_own
@@ -19,24 +18,17 @@ from tools.evaluate.own.own_answers import own_cache, write_own
 
 def answer(recipe: Recipe, model: ModelUnderTest) -> Job:
     """Let a model answer held-out prompts, or continue; return the job."""
-    from teacher_cache.student_answers import Asking, answer_prompts
+    from teacher_cache.student_answers import Asking, answer_prompts, answers_as
 
     asked = recipe.evaluate.own_answers
     assert asked is not None
     assert recipe.teacher is not None
-    generate = Generate(
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        max_new_tokens=asked.max_new_tokens or (recipe.generate or Generate()).max_new_tokens,
-        stop=recipe.generate.stop if recipe.generate else (),
-        seed=asked.seed,
-    )
     section = model.settings(recipe, recipe.teacher.max_model_len or model.files.max_position_embeddings)
     answering = recipe.model_copy(
         update={
             "teacher": section,
-            "prompts": tuple(source for source in recipe.prompts if source.format not in ("cache", "text")),
-            "generate": generate,
+            "prompts": tuple(source for source in recipe.prompts if source.of_turns),
+            "generate": answers_as(recipe, asked, asked.seed),
             "cache": (own_cache(recipe),),
         }
     )
@@ -56,7 +48,7 @@ def score(recipe: Recipe) -> None:
 def measure(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) -> dict[str, Any]:
     """Return a model's figures on its own answers, and what those are like."""
     from tools.evaluate.heldout.heldout import evaluate_heldout
-    from tools.rounds.guards import figures_of, mean_answer_tokens
+    from tools.rounds.guards import job_figures
 
     job, path = answer(recipe, model), own_cache(recipe)
     found = evaluate_heldout(
@@ -72,11 +64,8 @@ def measure(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) -
         only_job=job.id8,
         say=say,
     )
-    cache = Cache.open_sequences(path)
-    places = [(start, end) for name, start, end in cache.jobs_of_rows() if name == job.id8]
-    rows = (cache.sequence(index) for start, end in places for index in range(start, end))
-    alike = figures_of(rows, mean_answer_tokens(recipe.cache)).document
-    return {**{key: value for key, value in found.items() if key not in ("row_kl", "partings")}, "answers": alike}
+    answers = job_figures(path, job, recipe.cache).document
+    return {**{key: value for key, value in found.items() if key not in ("row_kl", "partings")}, "answers": answers}
 
 
 def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:

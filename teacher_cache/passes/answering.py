@@ -1,0 +1,171 @@
+"""Planning a job and pass 1 over it: what a build and a student's own answers have in common.
+
+A job's prompts are read only if it was never planned; units without a part are answered, or taken over as given.
+Cost: that of the prompts and of the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from shared.cache.cache_writer import CacheWriter
+from shared.errors import DecantError
+from shared.parts.jobs import Job, PlanRow, create_job
+from shared.recipe.recipe import Capture, Recipe, Teacher
+from shared.seconds import add_seconds
+from teacher_cache.engines.protocol import Engine
+from teacher_cache.passes.feeding import Desk
+from teacher_cache.passes.generate import Pass1, generate_units, import_units
+from teacher_cache.passes.lazy_engine import LazyEngine
+from teacher_cache.passes.progress import Progress
+from teacher_cache.passes.stop_signal import StopSignal
+from teacher_cache.passes.summary import BuildSummary
+from teacher_cache.passes.unit_writer import UnitWriter
+from teacher_cache.prompts.cache_source import answers_of
+from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.prompts import read_prompts
+from teacher_cache.prompts.sequence_maker import SequenceMaker
+from teacher_cache.prompts.work_list import Tally, answer_seed, list_rows
+from teacher_cache.teacher.answerer import Answerer
+from teacher_cache.teacher.teacher_identity import software
+
+
+class BuildStoppedError(DecantError):
+    """A build was asked to stop (SIGTERM) and did; what was committed stays."""
+
+
+@dataclass(slots=True)
+class Answering:
+    """What the steps up to the answers share."""
+
+    recipe: Recipe
+    partition: tuple[int, int]
+    progress: Progress
+    max_set_aside: float
+    cache: CacheWriter
+    answerer: Answerer
+    answering: LazyEngine
+    """The engine of pass 1: the teacher's, or another model's."""
+    stop: StopSignal
+    summary: BuildSummary
+    seconds_under: str | None
+    """Phase in seconds.json that the time is added to; None: to none."""
+
+    def mine(self, unit: int) -> bool:
+        """Tell whether a unit belongs to this partition."""
+        index, count = self.partition
+        return unit % count == index
+
+    def units_without_part(self, job: Job) -> list[int]:
+        """Return this partition's units of pass 1."""
+        committed = {record.stem for record in self.cache.sequence_records()}
+        return [unit for unit in range(job.num_units) if self.mine(unit) and job.part_stem(unit) not in committed]
+
+    def stop_if_asked(self) -> None:
+        """End where SIGTERM arrived.
+
+        Raises:
+            BuildStoppedError: it did.
+        """
+        if self.stop.requested:
+            where = f"{self.cache.path}: stopped by SIGTERM"
+            raise BuildStoppedError(f"{where}; what was committed stays, and the same command again continues")
+
+    def keep_seconds(self, opened: Iterable[LazyEngine]) -> None:
+        """Add what was computed, and the start of the engines, to the seconds of the phase."""
+        self.summary.seconds_starting += sum(engine.seconds_starting for engine in opened)
+        if self.summary.computed and self.seconds_under is not None:
+            add_seconds(self.recipe.output_dir, self.seconds_under, self.summary.seconds)
+
+
+def told(opener: Callable[..., Engine], progress: Progress) -> Callable[..., Engine]:
+    """Return an opener that first says what it opens: minutes may pass before the first row."""
+
+    def open_it(settings: Teacher, capture: Capture | None, **how: Any) -> Engine:
+        if settings.engine == "server":
+            doing = f"asking the server for {settings.model}"
+        else:
+            test = ", then a self-test of what it captures" if settings.engine == "vllm" and capture is not None else ""
+            doing = f"loading the weights of {settings.model}{test}"
+        progress.note(f"starting engine {settings.engine}: {doing}")
+        return opener(settings, capture, **how)
+
+    return open_it
+
+
+def open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal, opener: Callable[..., Engine]) -> Engine:
+    """Start the engine of another model than the teacher, which only answers."""
+    directory = answerer.known.files.directory
+    return opener(
+        answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested
+    )
+
+
+def listed(work: Answering, ends: list[int | None], problems: Problems, tally: Tally) -> Iterator[PlanRow]:
+    """Yield a row for each answer that the recipe's prompts ask for."""
+    recipe, groups = work.recipe, work.cache.identity.groups
+    prompts, key = read_prompts(recipe.prompts, problems), work.answerer.key
+    return list_rows(prompts, recipe.prompts, recipe.generate, recipe.seed, problems, tally, key, groups, ends)
+
+
+def plan(work: Answering, request: dict[str, Any], rows: Callable[[Problems, Tally], Iterable[PlanRow]]) -> Job:
+    """Return the job of a request, listing its rows only if it was never planned.
+
+    Raises:
+        BuildStoppedError: SIGTERM arrived.
+        PromptError: too many rows cannot be used.
+    """
+    summary, problems, tally = work.summary, Problems(), Tally()
+
+    def counted() -> Iterator[PlanRow]:
+        work.progress.start("list", 0)
+        for row in rows(problems, tally):
+            work.progress.advance(1, 0)
+            work.stop_if_asked()
+            yield row
+        work.progress.finish()
+        problems.check(work.max_set_aside)
+
+    job = create_job(work.cache.path, request, counted(), work.recipe.rows_per_part)
+    summary.duplicates = tally.duplicates
+    for problem in problems.listed:
+        summary.add_problem(problem)
+    summary.num_set_aside = problems.total
+    summary.notes = problems.notes()
+    return job
+
+
+def make_sequences(work: Answering, job: Job, maker: SequenceMaker, **said: Any) -> None:
+    """Pass 1 over this partition's units that have no part; `said` goes into the records of what ran.
+
+    Raises:
+        BuildStoppedError: SIGTERM arrived.
+    """
+    recipe, units = work.recipe, work.units_without_part(job)
+    if not units:
+        return
+    work.stop_if_asked()
+    with UnitWriter() as writer:
+        desk = Desk(writer, work.stop, work.progress)
+        if recipe.generate is None:
+            given = {**software(), **answers_of(recipe.prompts)}
+            import_units(Pass1(work.cache, job, maker, lambda: given, work.summary), units, desk)
+        else:
+            engine = work.answering.get()
+            who = partial(ran, work.answering, answers=work.answerer.name, **said)
+            pass1 = Pass1(work.cache, job, maker, who, work.summary)
+            generate_units(
+                pass1, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk
+            )
+            if not work.answerer.is_teacher:
+                work.answering.close()  # the teacher gets the machine to itself
+    (work.summary.imported if recipe.generate is None else work.summary.generated).count_writer(writer)
+    work.stop_if_asked()
+
+
+def ran(engine: LazyEngine, **more: Any) -> dict[str, Any]:
+    """Return what ran, for records."""
+    return {**software(), "engine": dict(engine.provenance()), **more}
