@@ -6,10 +6,12 @@ Cost: starting Python.
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Sequence
 
 from shared.errors import DecantError
 from shared.parent_watch import announced
+from shared.printable import printable
 from tools.own_process import own_environment
 
 
@@ -18,12 +20,13 @@ class PhaseFailedError(DecantError):
 
 
 def run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
-    """Run one phase to its end, its output going to a file descriptor or, for None, to ours; stop it where we are
-    stopped.
+    """Say that a phase begins and run it to its end, its output going to a file descriptor or, for None, to ours; stop
+    it where we are stopped.
 
     Raises:
         PhaseFailedError: it failed.
     """
+    print(printable(f"{phase}: begins"), file=sys.stderr, flush=True)
     with announced():  # a phase ends with the run, also after kill -9
         process = subprocess.Popen(command, env=own_environment(), stdout=output)  # noqa: S603 - our own interpreter
     try:

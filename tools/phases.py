@@ -17,7 +17,7 @@ from shared.errors import EvaluationError, UsageError
 from shared.progress import BuildProgress, Progress
 from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe
-from tools.rounds.chain import rounds_in_processes, stage_of, train_in_processes
+from tools.rounds.chain import rounds_in_processes, stage_of, stages_with_rounds, train_in_processes
 
 Result = tuple[Any, str]
 """What --json prints, and what people see."""
@@ -128,7 +128,7 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: S
     require_stages(recipe, from_stage, to_stage)
     from student_train.fit.allocator import expand_segments
 
-    if not any(stage.rounds is not None for stage in recipe.stages):  # whose processes are not all for training
+    if not stages_with_rounds(recipe):  # whose processes are not all for training
         expand_segments()
     from student_train.stage.stages import chosen_stages, run_stages
 

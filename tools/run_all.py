@@ -30,9 +30,8 @@ def run_all(recipe: Recipe, args: argparse.Namespace) -> None:
     for phase in chosen:
         reason = None if args.only else nothing_to_do(recipe, phase)
         if reason is not None:
-            _say(f"{phase}: left out, {reason}")
+            print(printable(f"{phase}: left out, {reason}"), file=sys.stderr, flush=True)
             continue
-        _say(f"{phase}: begins")
         superseded = phase == "eval" and "report" in chosen  # its table is the report's
         output = subprocess.DEVNULL if superseded else sys.stderr.fileno() if args.json and phase != "report" else None
         run_phase(phase, phase_command(phase, recipe, args), output)
@@ -89,7 +88,3 @@ def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[
     command += ["--json"] if args.json and phase == "report" else []
     command += ["--verbose"] if args.verbose else []
     return command
-
-
-def _say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)

@@ -6,11 +6,10 @@ what is missing. Cost: starting Python three times per round, a few seconds each
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from itertools import product
 
 from shared.errors import UsageError
-from shared.printable import printable
 from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe, Stage
 from tools.own_phase import run_phase
@@ -58,31 +57,17 @@ def train_in_processes(stages: Sequence[Stage], again: Sequence[str], output: in
     Raises:
         PhaseFailedError: a step failed.
     """
-    for name, words in _commands(stages):
-        command, *options = words
-        print(printable(f"{name}: begins"), file=sys.stderr, flush=True)
-        run_phase(name, own_command("-m", "tools.cli", command, *again, *options), output)
+    for stage in stages:
+        if stage.rounds is None:
+            options = ("--from-stage", stage.name, "--to-stage", stage.name)
+            run_phase(f"train {stage.name}", own_command("-m", "tools.cli", "train", *again, *options), output)
+        else:
+            rounds_in_processes(stage, range(1, stage.rounds.count + 1), again, output)
 
 
 def rounds_in_processes(stage: Stage, numbers: Sequence[int], again: Sequence[str], output: int | None = None) -> None:
     """Do rounds of a stage; arguments and errors as for `train_in_processes`."""
-    for name, words in _steps(stage, numbers):
-        command, *options = words
-        print(printable(f"{name}: begins"), file=sys.stderr, flush=True)
-        run_phase(name, own_command("-m", "tools.cli", command, *again, *options), output)
-
-
-def _commands(stages: Sequence[Stage]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the name and the words of every process."""
-    for stage in stages:
-        if stage.rounds is None:
-            yield f"train {stage.name}", ["train", "--from-stage", stage.name, "--to-stage", stage.name]
-        else:
-            yield from _steps(stage, range(1, stage.rounds.count + 1))
-
-
-def _steps(stage: Stage, numbers: Sequence[int]) -> Iterator[tuple[str, list[str]]]:
-    for number in numbers:
-        for step in STEPS:
-            words = ["rounds", "--stage", stage.name, "--only", step, "--round", str(number)]
-            yield f"round {number} of {stage.name}, {step}", words
+    for number, step in product(numbers, STEPS):
+        options = ("--stage", stage.name, "--only", step, "--round", str(number))
+        command = own_command("-m", "tools.cli", "rounds", *again, *options)
+        run_phase(f"round {number} of {stage.name}, {step}", command, output)
