@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared.cache.cache import Cache
 from shared.cache.rows_left_out import rows_left_out
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import CacheError, EvaluationError
+from shared.identity.identity import LayerIdentity
 from shared.models.attention_choice import faithful_attention
 from shared.models.loading import load_causal_lm
 from shared.models.row_length import known_positions
@@ -90,23 +92,11 @@ def evaluate_heldout(
         CacheError: a cache cannot be read.
     """
     opened = [Cache.open(Path(cache), targets) for cache in caches]
-    left_out = rows_left_out(opened, recipe).rows
-    if only_job is not None:
-        jobs = [(name, end - start) for cache in opened for name, start, end in cache.jobs_of_rows()]
-        left_out = left_out | np.repeat([name != only_job for name, _ in jobs], [rows for _, rows in jobs])
-    chosen = heldout_rows(opened, fraction, max_rows, left_out)
-    if not chosen:
-        listed = ", ".join(str(cache) for cache in caches)
-        raise EvaluationError(
-            f"{listed}: no row is held out at heldout.fraction {fraction:g}; raise it, or add prompts"
-        )
-    layer = opened[0].layer
-    if layer is None:
-        raise EvaluationError(
-            f"{caches[0]}: the cache holds no teacher distributions to compare with; run `decant teach` first"
-        )
-    dtype = layer.dtype if as_captured else "float32"
-    model = load_model(str(model_dir), adapter, dtype, trust_remote_code)
+    chosen = heldout_rows(
+        opened, fraction, max_rows, rows_left_out(opened, recipe).rows | _of_other_jobs(opened, only_job)
+    )
+    layer = _require_comparable(caches, opened[0].layer, fraction, chosen)
+    model = load_model(str(model_dir), adapter, layer.dtype if as_captured else "float32", trust_remote_code)
     check_head(model, head_of(model, layer.vocab_size))
     limit = known_positions(model.config.get_text_config()) or math.inf
     fitting = [(cache, row) for cache, row in chosen if opened[cache].num_tokens[row] <= limit]
@@ -122,11 +112,31 @@ def evaluate_heldout(
     if as_captured and layer.quantization is not None:
         found["quantization"] = _quantization(model, layer.quantization)
     if several:
-        found["by_layer"] = {
-            name: _against(model, [Cache.open(Path(cache), one) for cache in caches], fitting, batch_tokens, seed)
-            for name, one in several.items()
-        }
+        other = {name: [Cache.open(Path(cache), one) for cache in caches] for name, one in several.items()}
+        found["by_layer"] = {name: _against(model, of, fitting, batch_tokens, seed) for name, of in other.items()}
     return {**found, **sums.figures(seed), "partings": partings.described(model, opened, layer.vocab_size)}
+
+
+def _of_other_jobs(opened: Sequence[Cache], job: str | None) -> NDArray[np.bool_]:
+    """Return [R] which rows of caches another job made than the one of those 8 digits; none where it is None."""
+    parts = [(id8, end - start) for cache in opened for id8, start, end in cache.jobs_of_rows()]
+    return np.repeat([job is not None and id8 != job for id8, _ in parts], [rows for _, rows in parts])
+
+
+def _require_comparable(
+    caches: Sequence[str | Path], layer: LayerIdentity | None, fraction: float, chosen: Sequence[tuple[int, int]]
+) -> LayerIdentity:
+    """Return the layer of caches, once there are rows and distributions to compare with."""
+    if not chosen:
+        listed = ", ".join(str(cache) for cache in caches)
+        raise EvaluationError(
+            f"{listed}: no row is held out at heldout.fraction {fraction:g}; raise it, or add prompts"
+        )
+    if layer is None:
+        raise EvaluationError(
+            f"{caches[0]}: the cache holds no teacher distributions to compare with; run `decant teach` first"
+        )
+    return layer
 
 
 def _quantization(model: Any, captured: str) -> dict[str, str | None]:
