@@ -153,7 +153,8 @@ def _temporary_directory() -> Path:
     """Return a new directory with a short name, and remove those of builds that were killed."""
     root = Path(tempfile.gettempdir())
     if len(str(root)) > _LONGEST_SOCKET_DIRECTORY:
-        root = Path("/tmp")  # noqa: S108 - a fresh directory is made below it; a longer path does not fit a socket's address
+        # A fresh directory is made below it; a longer path does not fit a socket's address.
+        root = Path("/tmp")  # noqa: S108
     for left in root.glob(f"{_PREFIX}*"):
         pid = left.name.removeprefix(_PREFIX).partition("-")[0]
         if pid.isdigit() and not _runs(int(pid)) and left.lstat().st_uid == os.getuid():

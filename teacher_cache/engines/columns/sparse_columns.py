@@ -77,12 +77,9 @@ def targets_from_stock(ids: Ids, values: Values, layout: ColumnLayout) -> Sparse
         keep &= probabilities.cumsum(-1) - probabilities < layout.mass
     is_whole = keep.all(-1) & (layout.num_head == layout.vocab_size)
     if layout.has_label:
-        labels, found = (
-            ids[:, :1],
-            np.minimum(values[:, :1], head_logprobs.min(-1, keepdims=True, where=keep, initial=0)),
-        )
+        labels, smallest = ids[:, :1], head_logprobs.min(-1, keepdims=True, where=keep, initial=0)
         keep = np.c_[keep, ~((head_ids == labels) & keep).any(-1) & (labels[:, 0] < layout.vocab_size)]
-        head_ids, head_logprobs = np.c_[head_ids, labels], np.c_[head_logprobs, found]
+        head_ids, head_logprobs = np.c_[head_ids, labels], np.c_[head_logprobs, np.minimum(values[:, :1], smallest)]
         probabilities = np.exp(head_logprobs, dtype=np.float64)
     tail = 1.0 - (probabilities * keep).sum(-1)
     tail = np.maximum(tail, SMALLEST_DERIVED_TAIL)

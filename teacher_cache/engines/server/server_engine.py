@@ -115,6 +115,7 @@ class ServerEngine:
         ends = AnswerEnds.of(self.tokenizer, self._declared_ends, settings)
 
         def answer(request: GenerateRequest) -> Generated:
+            """Ask the servers for one answer."""
             room = self.max_model_len - len(request.token_ids)
             if room < 1:
                 raise EngineError(
@@ -152,6 +153,7 @@ class ServerEngine:
         layout = self._layout
 
         def answer(request: ScoreRequest) -> Scored:
+            """Ask the servers for the columns of one sequence."""
             if not 2 <= len(request.token_ids) <= self.max_model_len:
                 found, most = len(request.token_ids), self.max_model_len
                 raise EngineError(f"a sequence to score has {found} tokens; expected 2 to teacher.max_model_len {most}")

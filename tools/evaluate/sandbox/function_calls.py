@@ -82,7 +82,8 @@ def decode(value: Any) -> Any:
 
 def caller(pipes: tuple[int, int]) -> Callable[..., Any]:
     """Return the function as the tests see it: each call is answered by the other side of `pipes` (read, write)."""
-    results, calls = open(pipes[0], "rb"), open(pipes[1], "wb")  # noqa: PTH123, SIM115 - of descriptors, open to the end
+    # Of descriptors, open to the end.
+    results, calls = open(pipes[0], "rb"), open(pipes[1], "wb")  # noqa: PTH123, SIM115
 
     def function(*args: Any, **kwargs: Any) -> Any:
         call = json.dumps(encode([args, kwargs])).encode() + b"\n"
@@ -97,7 +98,7 @@ def caller(pipes: tuple[int, int]) -> Callable[..., Any]:
         try:
             outcome, content = json.loads(line)
             found = decode(content)
-        except Exception as error:  # noqa: BLE001 - whatever the answer's side sends, it is no exception of the function
+        except Exception as error:  # noqa: BLE001 - whatever the answer's side sends, the function did not raise it
             raise Broken(f"the answer sent no data: {type(error).__name__}") from None
         if outcome == "returned":
             return found
@@ -119,7 +120,8 @@ def _raise(name: str, text: str) -> NoReturn:
 
 def serve(function: Callable[..., Any], pipes: tuple[int, int]) -> None:
     """Answer calls that come from `pipes` (read, write) until there are no more."""
-    calls, results = open(pipes[0], "rb"), open(pipes[1], "wb")  # noqa: PTH123, SIM115 - of descriptors, open to the end
+    # Of descriptors, open to the end.
+    calls, results = open(pipes[0], "rb"), open(pipes[1], "wb")  # noqa: PTH123, SIM115
     dumps, loads = json.dumps, json.loads
     for line in calls:
         args, kwargs = decode(loads(line))

@@ -199,7 +199,8 @@ def _command(mechanism: str, scratch: Path) -> list[str]:
 @functools.cache
 def _landlock_works() -> bool:
     code = f"import runpy; print(runpy.run_path({str(_CHILD)!r})['landlock_abi']())"
-    found = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    command = [sys.executable, "-I", "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own interpreter
     return found.returncode == 0 and int(found.stdout or 0) > 0
 
 

@@ -131,7 +131,8 @@ def _execute(code: str, pipes: tuple[int, ...]) -> str:
     """Run the program; return an empty string, or what it died of."""
     try:
         # Not "__main__": an example call behind that guard is no part of the answer.
-        exec(compile(code, "program", "exec"), {"__name__": "program", "PIPES": pipes})  # noqa: S102 - the purpose of this process
+        names = {"__name__": "program", "PIPES": pipes}
+        exec(compile(code, "program", "exec"), names)  # noqa: S102 - the purpose of this process
     except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt are failures of the program, too
         try:
             return f"{type(error).__name__}: {error}"[:400]

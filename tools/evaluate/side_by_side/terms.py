@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 _UNITS = (
-    "%|percent|ms|µs|us|ns|s|sec|seconds?|min|minutes?|h|hours?|days?|weeks?|months?|years?|b|kb|mb|gb|tb|kib|mib|gib|tib|bytes?|bits?|"
-    "hz|khz|mhz|ghz|mm|cm|m|km|mg|g|kg|ml|l|°c|°f|k|v|w|kw|kwh|usd|eur|dollars?|euros?|cents?|tokens?|requests?|rps|qps|x"
+    "%|percent|ms|µs|us|ns|s|sec|seconds?|min|minutes?|h|hours?|days?|weeks?|months?|years?|"
+    "b|kb|mb|gb|tb|kib|mib|gib|tib|bytes?|bits?|hz|khz|mhz|ghz|mm|cm|m|km|mg|g|kg|ml|l|°c|°f|k|v|w|kw|kwh|"
+    "usd|eur|dollars?|euros?|cents?|tokens?|requests?|rps|qps|x"
 )
 _PATTERNS = (
     r"`([^`\n]{1,80})`",
