@@ -65,7 +65,7 @@ def test_a_sample_is_in_proportion_spread_out_and_always_the_same(tmp_path, mode
     assert {row.source for row in rows[:10]} == {"a", "b"}
 
 
-def test_a_calibration_builds_its_sample_once_with_one_engine_and_leaves_nothing(tmp_path, model, opened, monkeypatch):  # noqa: F811
+def test_a_calibration_builds_its_sample_once_and_leaves_nothing(tmp_path, model, opened, monkeypatch):  # noqa: F811
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))

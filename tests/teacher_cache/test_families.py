@@ -96,7 +96,7 @@ def _in_text(turn: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def require_what_the_row_says(tokenizer, found, row: dict[str, Any], settings: dict[str, Any]) -> None:
+def assert_what_the_row_says(tokenizer, found, row: dict[str, Any], settings: dict[str, Any]) -> None:
     """Compare spans with the row's answers: each holds its answer's words, in their order."""
     ids, spans = found
     texts = [tokenizer.decode(ids[start:end].tolist()) for start, end in spans.tolist()]
@@ -134,7 +134,7 @@ def test_what_is_supervised_is_what_the_row_says_or_the_advice_works(tokenizers,
     except PromptError as error:
         row, settings = follow(str(error).rpartition("; ")[2], row)
         found = template(tokenizer, **settings).complete(talk(row))
-    require_what_the_row_says(tokenizer, found, row, settings)
+    assert_what_the_row_says(tokenizer, found, row, settings)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_the_advice_is_the_least_change_that_works(tokenizers, family, row_name,
 @pytest.mark.parametrize("family", ["phi4", "gemma3", "llama3", "qwen2.5"])
 def test_plain_dialogues_of_most_families_need_no_setting(tokenizers, family):
     for name in ("one answer", "two answers", "system, two answers"):
-        require_what_the_row_says(
+        assert_what_the_row_says(
             tokenizers[family], template(tokenizers[family]).complete(talk(ROWS[name])), ROWS[name], {}
         )
 
@@ -175,7 +175,10 @@ def test_families_that_write_the_date_are_refused_without_one_and_follow_the_adv
 
 
 def test_a_setting_of_the_template_may_stand_for_the_date(tokenizers):
-    template(tokenizers["llama3"], date=None, chat_template_kwargs={"date_string": "26 Jul 2024"}).require_date()
+    dated = template(tokenizers["llama3"], date=None, chat_template_kwargs={"date_string": "26 Jul 2024"})
+    dated.require_date()
+    ids, _ = dated.complete(talk(ROWS["one answer"]))
+    assert "26 Jul 2024" in tokenizers["llama3"].decode(ids.tolist())
 
 
 def test_every_family_asks_for_answers_that_are_to_be_generated(tokenizers):

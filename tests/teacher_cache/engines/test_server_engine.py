@@ -318,7 +318,9 @@ def test_server_that_does_not_fit_is_refused(change, settings, why, model_dir, t
 
 def test_16_bit_head_is_accepted_where_the_recipe_says_so(model_dir, tokenizer, fakes):
     fakes[0].half = True
-    engine(model_dir, tokenizer, fakes[0], head_dtype="auto").close()
+    accepted = engine(model_dir, tokenizer, fakes[0], head_dtype="auto")
+    assert len(list(accepted.generate(generate_requests(2), Generate(max_new_tokens=2)))) == 2
+    accepted.close()
 
 
 def test_servers_with_different_weights_are_refused(model_dir, tokenizer, fakes):

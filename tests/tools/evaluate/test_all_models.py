@@ -206,7 +206,7 @@ def test_what_cannot_be_evaluated_is_refused_before_any_model_starts(root: Path,
         with pytest.raises(EvaluationError, match=says):
             all_models.evaluate_all(chosen, say=lambda line: None)
     random = recipe(root, models=["base"])
-    random = random.model_copy(update={"student": random.student.model_copy(update={"init": "random"})})  # type: ignore[union-attr]
+    random = random.model_copy(update={"student": random.student.model_copy(update={"init": "random"})})
     with pytest.raises(EvaluationError, match="random weights"):
         all_models.evaluate_all(random, say=lambda line: None)
     assert canned == []

@@ -26,7 +26,7 @@ def mechanism(request: pytest.FixtureRequest) -> str:
 
 
 def attempt(code: str, mechanism: str, **limits: float) -> sandbox.Verdict:
-    return sandbox.run(textwrap.dedent(code), sandbox.Limits(**{"seconds": 2.0, **limits}), mechanism)  # type: ignore[arg-type]
+    return sandbox.run(textwrap.dedent(code), sandbox.Limits(**{"seconds": 2.0, **limits}), mechanism)
 
 
 def test_correct_program_passes_and_failing_ones_do_not(mechanism: str) -> None:
