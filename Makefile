@@ -96,7 +96,7 @@ gpu-check: setup
 	$(BIN)/python -m tools.gpu_check
 
 bench-quality: setup
-	$(BIN)/python -m tools.bench.quality
+	$(BIN)/python -m tools.bench.students.quality
 
 doctor: setup
 	$(BIN)/decant doctor

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench.flip_trials import run as flip
-from tools.bench.fuzz_trials import KINDS
-from tools.bench.fuzz_trials import run as fuzz
+from tools.bench.trials.flip_trials import run as flip
+from tools.bench.trials.fuzz_trials import KINDS
+from tools.bench.trials.fuzz_trials import run as fuzz
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "format-1-sealed" / "cache"
 

@@ -13,7 +13,7 @@ from student_train.records.metrics_log import read_steps
 from student_train.student.row_separation import separate_rows
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_llama, make_qwen3
-from tools.bench.fidelity import LIVE, dense_kl, load, summary, train
+from tools.bench.students.fidelity import LIVE, dense_kl, load, summary, train
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,21 @@ from teacher_cache.build import teach
 from tests.system.program import ROOT
 from tests.teacher_cache.fake_engine import FakeEngine
 from tests.tiny_models import make_qwen3
-from tools.bench.cache_comparison import differences
+from tools.bench.trials.cache_comparison import differences
 
 
 @pytest.mark.slow
 def test_three_kills_leave_the_cache_of_an_unbroken_build():
     done = subprocess.run(
-        [sys.executable, "-m", "tools.bench.kill_trials", "--kills", "3", "--seed", str(random.randrange(10**6))],
+        [
+            sys.executable,
+            "-m",
+            "tools.bench.trials.kill_trials",
+            "--kills",
+            "3",
+            "--seed",
+            str(random.randrange(10**6)),
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.recipe.file import load_recipe
-from tools.bench.quality import ARMS, NUM_FRESH, PAIRS, RECIPE, tables
+from tools.bench.students.quality import ARMS, NUM_FRESH, PAIRS, RECIPE, tables
 
 ROOT = Path(__file__).parents[2]
 

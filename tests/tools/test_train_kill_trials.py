@@ -7,8 +7,8 @@ import pytest
 from shared.recipe.recipe import Recipe
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_qwen3
-from tools.bench import train_kill_trials
-from tools.bench.train_kill_trials import SETTINGS, main, outcome, recipe_of
+from tools.bench.trials import train_kill_trials
+from tools.bench.trials.train_kill_trials import SETTINGS, main, outcome, recipe_of
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,9 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared.atomic import write_atomic
@@ -28,6 +31,11 @@ def machine() -> str:
 def measured_by(command: str) -> str:
     """Return the line above a table: the command, today's date and the machine."""
     return f"`{command}`, {datetime.date.today().isoformat()}, {machine()}."
+
+
+def called(module: str, argv: Sequence[str] | None) -> str:
+    """Return the command that ran a module with `argv` (None: this process's), for `measured_by`."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
 
 
 def replace_section(name: str, markdown: str, page: Path = PAGE) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.tools.rounds.tiny_run import make_models
-from tools.bench.rounds_kill_trials import main
+from tools.bench.trials.rounds_kill_trials import main
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """Kill builds at random moments and continue them, until the number of kills is reached; judge every cache that comes
 of it.
 
-    python -m tools.bench.kill_trials --engine transformers --kills 100
-    python -m tools.bench.kill_trials --engine vllm --kills 10
-    python -m tools.bench.kill_trials --ray --kills 5          # two engines: in turn one of them and the whole job
+    python -m tools.bench.trials.kill_trials --engine transformers --kills 100
+    python -m tools.bench.trials.kill_trials --engine vllm --kills 10
+    python -m tools.bench.trials.kill_trials --ray --kills 5          # two engines: in turn one and the whole job
 
 One cache is built unbroken. Others are killed with SIGKILL after seeded random delays, first after the cache's first
 commit, and continued by the same command; when a build finishes, the next cache begins. Every finished cache must hold
@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.bench.kill_runs import ROOT, Build, ForkedBuild, ProgramBuild, import_everything, in_child
+from tools.bench.trials.kill_runs import Build, ForkedBuild, ProgramBuild, import_everything, in_child
+from tools.own_process import ROOT
 
 POLL_SECONDS = 0.005
 SECONDS_PER_BUILD = 900.0
@@ -204,7 +205,7 @@ class Trials:
 
     def _judge(self, directory: Path, committed: dict[str, bytes]) -> None:
         """Compare a finished cache with the unbroken one, and its parts with those seen before each kill."""
-        from tools.bench.cache_comparison import differences
+        from tools.bench.trials.cache_comparison import differences
 
         now = _records(directory)
         self.violations += [

@@ -1,4 +1,4 @@
-"""`python -m tools.bench.fidelity --seeds 3`: training on cached targets against training on the same teacher live.
+"""`python -m tools.bench.students.fidelity --seeds 3`: on cached targets against a live teacher.
 
 The demo's student learns 0.9 forward KL + 0.1 cross-entropy from the demo's teacher, in equal steps over the same rows
 in the same order from the same seeds; only where the teacher's distribution comes from differs. Live: the teacher is in
@@ -37,8 +37,8 @@ from student_train.stage.stage_run import run_stage
 from student_train.student.forward_patch import Objective, patch_forward
 from student_train.student.row_separation import separate_rows
 from student_train.student.student_head import StudentHead, body_of, head_of, run_body
-from tools.bench.benchmarks_page import measured_by, replace_section, table
-from tools.bench.quality import decant
+from tools.bench.benchmarks_page import called, measured_by, replace_section, table
+from tools.bench.students.seeds import decant
 
 LIVE = "live, full vocabulary"
 CAPTURES: dict[str, dict[str, Any]] = {
@@ -119,7 +119,7 @@ def load(directory: Path | str) -> Any:
 def train(recipe: Recipe, teacher: Any | None) -> Path:
     """Train the recipe's stage `kd`, live where a teacher is given; return its model's directory."""
     patch = patch_forward if teacher is None else partial(patch_live, teacher=teacher)
-    return run_stage(recipe, recipe.stages[[stage.name for stage in recipe.stages].index("kd")], Progress, patch)
+    return run_stage(recipe, recipe.stage("kd"), Progress, patch)
 
 
 def summary(kl: Mapping[str, Sequence[float]], sizes: Mapping[str, float]) -> str:
@@ -181,9 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     text = summary(kl, sizes)
     print(text)
     if not options.no_page:
-        command = f"python -m tools.bench.fidelity --seeds {options.seeds}" + (
-            f" --steps {options.steps}" if options.steps else ""
-        )
+        command = called("tools.bench.students.fidelity", argv)
         replace_section("fidelity", f"## Cached targets against a live teacher\n\n{measured_by(command)}\n\n{text}")
     return 0
 

@@ -1,4 +1,4 @@
-"""`python -m tools.bench.rounds_kill_trials --kills 30`: kill each step of a round with SIGKILL, continue it, compare.
+"""`python -m tools.bench.trials.rounds_kill_trials --kills 30`: steps killed with SIGKILL, continued, compared.
 
 Two rounds of a tiny recipe are left alone, and what stood before and after each of their steps is kept. Then a step
 begins again from what stood before it, is killed from outside after a randomly drawn share of the time that it takes,
@@ -10,11 +10,9 @@ Cost: two or three short steps per kill, in processes forked from one that has i
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
+import math
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -23,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.cache import Cache
-from shared.errors import TrainingError, UsageError
+from shared.errors import UsageError
 from tools.bench.benchmarks_page import measured_by, replace_section, table
+from tools.bench.trials.forked import Forked
 
 STEPS = ("answer", "score", "train")
 ROUNDS = 2
@@ -85,50 +84,13 @@ def outcome(directory: Path) -> dict[str, Any]:
     return found
 
 
-class Steps:
-    """Runs steps of rounds in real processes that start at once."""
-
-    def __init__(self) -> None:
-        """Start the process that imports everything and forks."""
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["torch._dynamo", "transformers.trainer", "student_train.stage.stages", "tools.rounds.steps"]
-        )
-
-    def run(self, recipe: dict[str, Any], step: str, number: int, kill_after: float | None = None) -> bool:
-        """Run a step until it ends, or for so many seconds; return whether it was killed.
-
-        Raises:
-            TrainingError: it failed by itself.
-        """
-        log = Path(recipe["output_dir"]).with_suffix(".log")
-        process = self._context.Process(target=_run, args=(recipe, step, number, str(log)))
-        process.start()
-        if kill_after is not None:
-            process.join(kill_after)
-            if process.is_alive():
-                process.kill()
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
-            return True
-        if process.exitcode:
-            raise TrainingError(f"a step ended with exit code {process.exitcode}; its output is in {log}")
-        return False
-
-
-def _run(document: dict[str, Any], step: str, number: int, log: str) -> None:
-    """Do one step of a recipe's stage with rounds (`teach`: build its cache), saying everything into a file."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    import torch
-
+def do_step(document: dict[str, Any], step: str, number: int) -> None:
+    """Do one step of a recipe's stage with rounds; `teach`: build its cache."""
     from shared.recipe.recipe import Recipe
     from teacher_cache.build import teach
     from tools.rounds import steps
     from tools.rounds.one_round import Round
 
-    torch.set_num_threads(1)
     recipe = Recipe.model_validate(document)
     if step == "teach":
         teach(recipe)
@@ -143,18 +105,19 @@ class Trials:
 
     def __init__(self, teacher: Path, student: Path, prompts: Path, root: Path, seed: int) -> None:
         """Run everything once without kills, and keep what stood before and after each step."""
-        self._steps, self._root, self._chance = Steps(), root, random.Random(seed)
+        self._forked = Forked("student_train.stage.stages", "tools.rounds.steps")
+        self._root, self._chance = root, random.Random(seed)
         self._place = root / "now"
         self._place.mkdir()
         self._recipe = recipe_of(teacher, student, prompts, self._place)
-        self._steps.run(self._recipe, "teach", 0)
+        self._run("teach", 0)
         self._after: dict[tuple[str, int], dict[str, Any]] = {}
         self._seconds: dict[tuple[str, int], float] = {}
         for number in range(1, ROUNDS + 1):
             for step in STEPS:
                 shutil.copytree(self._place, self._before(step, number), symlinks=True)
                 started = time.monotonic()
-                self._steps.run(self._recipe, step, number)
+                self._run(step, number)
                 self._seconds[step, number] = time.monotonic() - started
                 self._after[step, number] = outcome(self._place)
 
@@ -165,11 +128,17 @@ class Trials:
         done = 0
         for _ in range(kills):
             moment = self._chance.uniform(0.05, 1.0) * self._seconds[step, number]
-            if not self._steps.run(self._recipe, step, number, moment):
+            if not self._run(step, number, moment):
                 break
             done += 1
-        self._steps.run(self._recipe, step, number)
+        self._run(step, number)
         return done, outcome(self._place) == self._after[step, number]
+
+    def _run(self, step: str, number: int, kill_after: float = math.inf) -> bool:
+        """Run a step until it ends, or for so many seconds; return whether it was killed."""
+        end = time.monotonic() + kill_after
+        log = self._place / "run.log"
+        return self._forked.run(log, do_step, self._recipe, step, number, kill_when=lambda: time.monotonic() >= end)
 
     def _before(self, step: str, number: int) -> Path:
         return self._root / f"before-{number}-{step}"
@@ -206,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     text = table(["step", "kills", "equal to the unbroken run"], rows)
     print(text)
     if not options.no_page:
-        command = f"python -m tools.bench.rounds_kill_trials --kills {options.kills}"
+        command = f"python -m tools.bench.trials.rounds_kill_trials --kills {options.kills}"
         replace_section("rounds_kills", f"## Kill trials of rounds\n\n{measured_by(command)}\n\n{text}")
     return 0 if equal.total() == runs.total() else 1
 

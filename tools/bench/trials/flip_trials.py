@@ -1,6 +1,6 @@
 """What one flipped byte does to a cache: in no file may anything that is read or shown change in silence.
 
-    python -m tools.bench.flip_trials --cache data/golden/format-1-sealed/cache --count 10000
+    python -m tools.bench.trials.flip_trials --cache data/golden/format-1-sealed/cache --count 10000
 
 Each trial flips one byte of one file of a copy, files in turn, and reads everything: every row with its targets and
 hidden states, the columns, the statistics, what `decant cache ls` lists, every unit of every plan, every tokenizer

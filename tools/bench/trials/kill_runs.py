@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 from tools.own_process import own_command, own_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_DIE = 90.0
 
 

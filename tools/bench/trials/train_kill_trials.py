@@ -1,4 +1,4 @@
-"""`python -m tools.bench.train_kill_trials --kills 50`: kill trainings with SIGKILL, continue them, compare every byte.
+"""`python -m tools.bench.trials.train_kill_trials --kills 50`: trainings killed with SIGKILL, continued, compared.
 
 For each setting (all weights, LoRA with dropout, accumulation, a mixture of sources, data workers, two stages in a row,
 bfloat16, evaluation that keeps the best) one run is left alone. Others are killed from outside once a randomly drawn
@@ -11,22 +11,20 @@ Cost: about two short trainings per kill, in processes forked from one that has 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.errors import TrainingError, UsageError
+from shared.errors import UsageError
 from student_train.records.checkpoints import list_checkpoints
 from tools.bench.benchmarks_page import measured_by, replace_section, table
+from tools.bench.trials.forked import Forked
 
 STEPS = 12
 COMPARED = ("metrics.jsonl", "evaluations.jsonl", "model/model.safetensors", "model/config.json")
@@ -70,49 +68,11 @@ def recipe_of(setting: str, cache: Path, student: Path, output_dir: Path) -> dic
     }
 
 
-class Trainings:
-    """Runs trainings in real processes that start at once."""
-
-    def __init__(self) -> None:
-        """Start the process that imports everything and forks."""
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["peft", "torch._dynamo", "transformers.trainer", "student_train.stage.stages"]
-        )
-
-    def run(self, recipe: Mapping[str, Any], kill_when: Callable[[], bool] | None) -> bool:
-        """Train until it ends, or until `kill_when` says so; return whether it was killed.
-
-        Raises:
-            TrainingError: it failed by itself.
-        """
-        log = Path(recipe["output_dir"]).with_suffix(".log")
-        process = self._context.Process(target=_train, args=(dict(recipe), str(log)))
-        process.start()
-        while kill_when is not None and process.is_alive():
-            if kill_when():
-                process.kill()
-                break
-            time.sleep(0.001)
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
-            return True
-        if process.exitcode:
-            raise TrainingError(f"a training ended with exit code {process.exitcode}; its output is in {log}")
-        return False
-
-
-def _train(document: dict[str, Any], log: str) -> None:
-    """Train a recipe's stages, saying everything into a file."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    import torch
-
+def train(document: dict[str, Any]) -> None:
+    """Train a recipe's stages."""
     from shared.recipe.recipe import Recipe
     from student_train.stage.stages import run_stages
 
-    torch.set_num_threads(1)
     run_stages(Recipe.model_validate(document))
 
 
@@ -163,25 +123,25 @@ class Trials:
         """Prepare trials that write below `root`."""
         self._cache, self._student, self._root = cache, student, root
         self._chance = random.Random(seed)
-        self._trainings = Trainings()
+        self._forked = Forked("peft", "student_train.stage.stages")
         self._whole: dict[str, dict[str, bytes]] = {}
 
     def trial(self, setting: str, tally: Tally, kills: int) -> None:
         """Train once with at most `kills` kills, and compare."""
         if setting not in self._whole:
             recipe = recipe_of(setting, self._cache, self._student, self._root / "whole")
-            self._trainings.run(recipe, None)
+            self._forked.run(self._root / "whole.log", train, recipe)
             self._whole[setting] = outcome(self._root / "whole")
             shutil.rmtree(self._root / "whole")
-        out = self._root / "killed"
+        out, log = self._root / "killed", self._root / "killed.log"
         recipe = recipe_of(setting, self._cache, self._student, out)
         for _ in range(kills):
-            if self._trainings.run(recipe, self._moment(out)):
+            if self._forked.run(log, train, recipe, kill_when=self._moment(out)):
                 tally.kills += 1
                 tally.kill_steps.append(steps_logged(out))
             else:
                 break
-        self._trainings.run(recipe, None)
+        self._forked.run(log, train, recipe)
         tally.runs += 1
         same = outcome(out) == self._whole[setting]
         tally.equal += same
@@ -238,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     text = table(["setting", "kills", f"steps logged at the kill (of {STEPS})", "runs equal byte for byte"], rows)
     print(text)
     if not options.no_page:
-        command = f"python -m tools.bench.train_kill_trials --kills {options.kills}"
+        command = f"python -m tools.bench.trials.train_kill_trials --kills {options.kills}"
         replace_section("train_kills", f"## Kill trials of training\n\n{measured_by(command)}\n\n{text}")
     return 0 if equal == runs else 1
 

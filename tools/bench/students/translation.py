@@ -1,4 +1,4 @@
-"""`python -m tools.bench.translation`: the demo's teacher into students with other tokenizers, by each loss.
+"""`python -m tools.bench.students.translation`: the demo's teacher into students with other tokenizers, by each loss.
 
 For each kind of tokenizer: a student (other_tokenizers.py), the cache translated for it, and four stages from one start
 over equal rows and steps: the text alone (sft), likelihoods of chunks (alm), projected heads (projected), both.
@@ -16,9 +16,9 @@ from typing import Any
 
 from shared.cache.cache import Cache
 from shared.recipe.file import load_recipe
-from tools.bench.benchmarks_page import measured_by, replace_section, table
-from tools.bench.other_tokenizers import KINDS, make_student, train_tokenizer
-from tools.bench.quality import decant, interval
+from tools.bench.benchmarks_page import called, measured_by, replace_section, table
+from tools.bench.students.other_tokenizers import KINDS, make_student, train_tokenizer
+from tools.bench.students.seeds import Figures, decant, mean_rows, percents, run
 
 SFT = {"name": "cross_entropy"}
 STAGES: dict[str, list[dict[str, Any]]] = {
@@ -51,21 +51,9 @@ def write_recipe(path: Path, demo: Any, cache: Path, student: Path, stages: dict
     return path
 
 
-def figures(report: dict[str, Any]) -> dict[str, float]:
-    """Return bits per byte and task scores of one model of a report."""
-    return {"bits per byte": report["heldout"]["bits_per_byte"], **{n: t["score"] for n, t in report["tasks"].items()}}
-
-
-def run(recipe: Path, seed: int, root: Path, skip_tasks: bool) -> dict[str, dict[str, float]]:
-    """Train and evaluate a recipe with one seed."""
-    out = root / f"seed{seed}"
-    sets = ["--set", f"seed={seed}", "--set", f"output_dir={out}"]
-    sets += ["--set", "evaluate.tasks=[]"] if skip_tasks else []
-    for command in ("train", "eval"):
-        decant(command, str(recipe), *sets)
-    decant("report", str(out))
-    models = json.loads((out / "report.json").read_text(encoding="utf-8"))["models"]
-    return {name: figures(model) for name, model in models.items()}
+def figures_of(model: dict[str, Any]) -> Figures:
+    """Return bits per byte and task scores in percent of one model of a report."""
+    return {"bits per byte": model["heldout"]["bits_per_byte"], **percents(model)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,16 +84,17 @@ def main(argv: list[str] | None = None) -> int:
             here / "recipe.yaml", demo, here / "cache", here / "student", STAGES, options.steps
         )
     rows, columns = [], []
+    without = ("evaluate.tasks=[]",) if options.no_tasks else ()
     for kind, recipe in recipes.items():
-        runs = [run(recipe, seed, recipe.parent, options.no_tasks) for seed in options.seeds]
-        for stage in runs[0]:
-            columns = list(runs[0][stage])
-            rows.append([kind, stage, *(interval([found[stage][column] for found in runs]) for column in columns)])
+        found = [run(recipe, seed, recipe.parent, *without) for seed in options.seeds]
+        runs = [{stage: figures_of(model) for stage, model in models.items()} for models in found]
+        columns = list(next(iter(runs[0].values())))
+        rows += [[kind, *row] for row in mean_rows(runs, runs[0])]
     text = table(["student's tokenizer", "stage", *columns], rows)
     print(text)
     said = (
-        f"{measured_by('python -m tools.bench.translation')} {options.steps} steps each, seeds {options.seeds}; mean ± "
-        "95 % interval."
+        f"{measured_by(called('tools.bench.students.translation', argv))} {options.steps} steps each, seeds "
+        f"{options.seeds}; scores in percent; mean ± 95 % interval."
     )
     replace_section("translation", f"{said}\n\n{text}", Path("docs/tokenizers.md"))
     return 0

@@ -1,6 +1,6 @@
 """Frames, Arrow files and JSON headers altered at will: each is read, or refused in one sentence, and nothing else.
 
-    python -m tools.bench.fuzz_trials --cache data/golden/format-1-sealed/cache --count 1000000
+    python -m tools.bench.trials.fuzz_trials --cache data/golden/format-1-sealed/cache --count 1000000
 
 A trial takes a real frame, part, plan or header of the cache and changes a few bytes or numbers: flips, extreme
 integers at any offset, cuts, repeats, or pieces of another sample. Checksums are made to agree, so that what lies

@@ -1,5 +1,6 @@
-"""`python -m tools.bench.teachers`: two specialists tuned from the demo's teacher, and students of one, of both mixed,
-of both routed; several seeds, one table.
+"""`python -m tools.bench.students.teachers`: two specialists tuned from the demo's teacher, and their students.
+
+Students learn from one of them, from both mixed or from both routed; several seeds, one table.
 
 The specialists (math, code) are stages of their own recipe: the demo's teacher trained on one domain's own answers. All
 teachers score the same rows, the data's answers to the prompts of both domains, so students differ by the distributions
@@ -10,15 +11,14 @@ Cost: two short trainings of the teacher, three scoring passes; four trainings a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe
-from tools.bench.benchmarks_page import measured_by, replace_section, table
-from tools.bench.quality import decant, interval
+from tools.bench.benchmarks_page import called, measured_by, replace_section, table
+from tools.bench.students.seeds import Figures, decant, mean_rows, percents, run
 
 DOMAINS = {"math": "gsm8k", "code": "humaneval"}
 SOURCES = tuple(DOMAINS)
@@ -28,6 +28,7 @@ STUDENTS: dict[str, list[dict[str, Any]]] = {
     "mixed": [{"layer": name, "weight": 0.5} for name in SOURCES],
     "routed": [{"layer": name, "sources": [name]} for name in SOURCES],
 }
+MODELS = ["teacher", *SOURCES, "base", *STUDENTS]
 
 
 def recipe(root: Path, name: str, **sections: Any) -> Path:
@@ -65,8 +66,8 @@ def specialists(root: Path, steps: int) -> Path:
     return recipe(root, "specialists", student={"model": "data/demo/teacher"}, stages=stages)
 
 
-def students(root: Path, steps: int, seed: int) -> Path:
-    """Return the recipe of the four students of one seed."""
+def students(root: Path, steps: int) -> Path:
+    """Return the recipe of the four students."""
     trained = root / "specialists" / "train"
     stages = [
         {
@@ -77,15 +78,14 @@ def students(root: Path, steps: int, seed: int) -> Path:
         }
         for name, targets in STUDENTS.items()
     ]
-    tasks = [{"name": task, "path": f"data/demo/{name}.test.jsonl"} for name, task in DOMAINS.items()]
+    tasks = [{"name": task, "path": f"data/demo/{name}.test.jsonl.gz"} for name, task in DOMAINS.items()]
     return recipe(
         root,
-        f"seed{seed}",
-        seed=seed,
+        "students",
         teachers={name: _teacher(str(trained / name / "model")) for name in SOURCES},
         student={"model": "data/demo/student"},
         stages=stages,
-        evaluate={"models": ["teacher", *SOURCES, "base", *STUDENTS], "engine": "transformers", "tasks": tasks},
+        evaluate={"models": MODELS, "engine": "transformers", "tasks": tasks},
     )
 
 
@@ -93,10 +93,10 @@ def _teacher(model: str) -> dict[str, Any]:
     return {"model": model, "engine": "transformers", "dtype": "float32", "max_model_len": 512}
 
 
-def figures_of(model: dict[str, Any]) -> dict[str, float]:
-    """Return a model's scores, and its distance to each specialist on that one's own domain."""
+def figures_of(model: dict[str, Any]) -> Figures:
+    """Return a model's scores in percent, and its distance to each specialist on that one's own domain."""
     by_layer = model["heldout"]["by_layer"]
-    scores = {f"{name}, score": task["score"] for name, task in model["tasks"].items()}
+    scores = {f"{name}, score": score for name, score in percents(model).items()}
     return scores | {f"{name}, nats to its teacher": by_layer[name]["by_source"][name]["kl_nats"] for name in SOURCES}
 
 
@@ -111,24 +111,19 @@ def main(argv: list[str] | None = None) -> int:
     tuning = str(specialists(options.root, options.specialist_steps))
     for command in ("teach", "train"):
         decant(command, tuning)
+    path = students(options.root, options.steps)
+    decant("teach", str(path))
     runs = []
     for seed in options.seeds:
-        path = students(options.root, options.steps, seed)
-        for command in ("teach", "train", "eval"):
-            decant(command, str(path))
-        decant("report", str(options.root / f"seed{seed}"))
-        runs.append(json.loads((options.root / f"seed{seed}" / "report.json").read_text(encoding="utf-8"))["models"])
-    models = ["teacher", *SOURCES, "base", *STUDENTS]
-    per_model = {name: [figures_of(run[name]) for run in runs] for name in models}
-    columns = list(per_model["routed"][0])
-    rows = [[name, *(interval([one[column] for one in per_model[name]]) for column in columns)] for name in models]
-    text = table(["model", *columns], rows)
+        found = run(path, seed, options.root)
+        runs.append({name: figures_of(found[name]) for name in MODELS})
+    text = table(["model", *runs[0]["routed"]], mean_rows(runs, MODELS))
     print(text)
     how = (
         f"{options.specialist_steps} steps per specialist, {options.steps} per student, seeds {options.seeds}; mean ± "
         "95 % interval (Student's t)."
     )
-    replace_section("teachers", f"{measured_by('python -m tools.bench.teachers')} {how}\n\n{text}")
+    replace_section("teachers", f"{measured_by(called('tools.bench.students.teachers', argv))} {how}\n\n{text}")
     return 0
 
 
