@@ -27,7 +27,7 @@ help:
 	@echo "make test           every test    make test-fast   the quick ones"
 	@echo "make check          lint, types, import rules"
 	@echo "make docs           docs/recipe.md and its schema, from the program"
-	@echo "make bench          codec, operator, capture, reader, teach -> runs/bench/bench.json"
+	@echo "make bench          codec, reader, capture, teach, replay, operator -> runs/bench/bench.json"
 	@echo "make gpu-check      what only a GPU can show, into docs/benchmarks.md, at most 10 minutes"
 	@echo "make bench-quality  sft, kd, controls and rounds for five seeds, paired, into docs/benchmarks.md"
 

@@ -127,8 +127,10 @@ def run_all(*, dry_run: bool, page: Path | None, vllm_files: Path | None, until:
     results = {}
     for name, bound in PARTS.items():
         left = min(bound, until - time.monotonic())
-        here = partial(run_part, name, dry_run=True, vllm_files=vllm_files)
-        results[name] = here() if dry_run else run_apart(name, left, vllm_files)
+        if dry_run:
+            results[name] = run_part(name, dry_run=True, vllm_files=vllm_files)
+        else:
+            results[name] = run_apart(name, left, vllm_files)
         print(f"{name}: {json.dumps(results[name])}", flush=True)
         if page is not None:
             replace_section(SECTION, as_markdown(results), page)

@@ -99,14 +99,7 @@ def audit_faithfulness(cache: Cache, model: CausalModel, chosen: Sequence[int]) 
     identity = cache.layer
     assert identity is not None
     codec = identity.make_codec()
-    layout = ColumnLayout(
-        min(identity.k, identity.vocab_size),
-        identity.temperatures,
-        identity.draws,
-        identity.mass,
-        identity.vocab_size,
-        identity.label == "head",
-    )
+    layout = ColumnLayout.of(identity, identity.vocab_size)
     stored, control, decoded = Comparison(), Comparison(), Comparison()
     rows = [cache[index] for index in chosen]
     for place, row in enumerate(rows):

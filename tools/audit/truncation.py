@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,8 +79,7 @@ def candidates_of(
     identity = cache.layer
     assert identity is not None
     vocab = identity.vocab_size
-    has_label = identity.label == "head"
-    own = ColumnLayout(min(identity.k, vocab), tuple(temperatures), identity.draws, identity.mass, vocab, has_label)
+    own = replace(ColumnLayout.of(identity, vocab), temperatures=tuple(temperatures))
     grid = [ColumnLayout(min(k, vocab), tuple(temperatures), 0, mass, vocab) for k in ks for mass in masses]
     grid += [ColumnLayout(min(k, vocab), tuple(temperatures), draws, 1.0, vocab) for k, draws in hybrids]
     return [Candidate(layout, layout == own) for layout in dict.fromkeys([own, *grid])]

@@ -126,8 +126,8 @@ def make_optimizer(model: Any, plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
 
-def train(plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int, start: Path | None = None) -> Any:
-    """Train one model through all phases, or through the last alone from the model in `start`; returns it."""
+def train(plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int, start: Path | None = None) -> None:
+    """Train one model through all phases, or through the last alone from the model in `start`."""
     if start is None:
         model = new_model(plan, tokenizer)
     else:
@@ -136,7 +136,6 @@ def train(plan: Plan, tokenizer: Any, folder: Path, evaluate_every: int, start: 
     print(f"{sum(weight.numel() for weight in model.parameters())} parameters", flush=True)
     for number in range(len(plan.phases)) if start is None else [len(plan.phases) - 1]:
         train_phase(model, plan, number, tokenizer, folder, evaluate_every)
-    return model
 
 
 def train_phase(model: Any, plan: Plan, number: int, tokenizer: Any, folder: Path, evaluate_every: int) -> None:
@@ -195,6 +194,8 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=500, help="steps between evaluations and checkpoints")
     parser.add_argument("--threads", type=int, default=1, help="more than one only pays on an idle machine")
     arguments = parser.parse_args()
+    if arguments.start and not arguments.only:
+        parser.error("--start is the start of one model; say which with --only")
     torch.set_num_threads(arguments.threads)
     kept = arguments.tokenizer
     tokenizer = load_tokenizer(kept, trust_remote_code=False) if kept else train_tokenizer()

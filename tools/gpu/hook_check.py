@@ -81,17 +81,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def vllm_files(named: Path | None) -> Path | None:
     """Return the folder of the two files: below the named one, or of the installed vLLM; None where there are none."""
-    spec = importlib.util.find_spec("vllm") if named is None else None
-    roots = (
-        [named]
-        if named is not None
-        else [Path(root) for root in (spec.submodule_search_locations or [])]
-        if spec
-        else []
-    )
-    below = [
-        root / part for root in roots for part in ("", "sample", "v1/worker/gpu/sample", "vllm/v1/worker/gpu/sample")
-    ]
+    roots = [named] if named is not None else []
+    if named is None and (spec := importlib.util.find_spec("vllm")) is not None:
+        roots = [Path(root) for root in spec.submodule_search_locations or []]
+    parts = ("", "sample", "v1/worker/gpu/sample", "vllm/v1/worker/gpu/sample")
+    below = [root / part for root in roots for part in parts]
     return next((place for place in below if all((place / name).is_file() for name in FILES.values())), None)
 
 

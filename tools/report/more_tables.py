@@ -7,11 +7,10 @@ Each is a title, a header, rows of texts and a legend; a table that a run has no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from tools.report.numbers import NONE, data_size, number, percent, times
-from tools.report.teacher_tables import MODELS_LEGEND, apart_figures, models_figures
+from tools.report.numbers import NONE, Table, data_size, number, percent, times
+from tools.report.teacher_tables import teachers_apart_table, teachers_table
 
 SIDE_LEGEND = (
     "Sampled answers to the same prompts. Same as teacher, same as base: share of answers that are identical. "
@@ -75,18 +74,6 @@ SIDE_HEADER = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """One table of the report."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[list[str]]
-    legend: str
-    num_labels: int
-    """Columns at the left that hold words."""
-
-
 def more_tables(report: Mapping[str, Any]) -> list[Table]:
     """Return every table that the run has figures for."""
     makers: list[Callable[[Mapping[str, Any]], Table]] = [
@@ -104,18 +91,6 @@ def more_tables(report: Mapping[str, Any]) -> list[Table]:
         teachers_apart_table,
     ]
     return [table for maker in makers if (table := maker(report)).rows]
-
-
-def teachers_table(report: Mapping[str, Any]) -> Table:
-    """Return each model's distance to each of several teachers."""
-    header, rows = models_figures(report)
-    return Table("Distance to each teacher", header, rows, MODELS_LEGEND, 1)
-
-
-def teachers_apart_table(report: Mapping[str, Any]) -> Table:
-    """Return the teachers' distances from one another and from the student's start."""
-    header, rows, legend = apart_figures(report)
-    return Table("Teachers apart", header, rows, legend, 1)
 
 
 def side_table(report: Mapping[str, Any]) -> Table:
@@ -234,6 +209,8 @@ def questions_table(report: Mapping[str, Any]) -> Table:
 def tails_table(report: Mapping[str, Any]) -> Table:
     """Return what is known of the mass outside the heads, where not every layer is the teacher's own."""
     layers = [layer for layer in report.get("layers", ()) if layer.get("mode")]
+    if all("tail" not in layer and "labels" not in layer for layer in layers):
+        layers = []
     rows = [
         [
             str(layer.get("path", "")),
@@ -243,8 +220,6 @@ def tails_table(report: Mapping[str, Any]) -> Table:
         ]
         for layer in layers
     ]
-    if all("tail" not in layer and "labels" not in layer for layer in layers):
-        rows = []
     return Table("Targets that others made", TAILS_HEADER, rows, TAILS_LEGEND, 2)
 
 

@@ -1,11 +1,24 @@
-"""How numbers are written, the same in every table: percent, decimals, times, bytes; a dash for what there is not."""
+"""What a table is, and how numbers are written in it: percent, decimals, times, bytes; a dash for what there is not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 NONE = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table of the report."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[list[str]]
+    legend: str
+    num_labels: int
+    """Columns at the left that hold words."""
 
 
 def percent(share: float | None, digits: int = 1) -> str:

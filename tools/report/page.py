@@ -16,8 +16,8 @@ from tools.report import confidence_plots, plots, tables
 from tools.report.answer_filter import SCRIPT, script_source
 from tools.report.answers_view import answers_section
 from tools.report.course_view import course_plots, course_series
-from tools.report.more_tables import Table, more_tables
-from tools.report.numbers import kl_interval
+from tools.report.more_tables import more_tables
+from tools.report.numbers import Table, kl_interval
 from tools.report.partings_view import partings_section
 from tools.report.run_files import RunFiles
 from tools.report.samples import Sample

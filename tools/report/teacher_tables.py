@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tools.evaluate.results.teacher_distances import far_teachers
-from tools.report.numbers import NONE, number
+from tools.report.numbers import NONE, Table, number
 
 MODELS_LEGEND = "KL(teacher || model) in nats per position on the same held-out rows, for each teacher of the recipe."
 APART_LEGEND = (
@@ -18,8 +18,8 @@ APART_LEGEND = (
 )
 
 
-def models_figures(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Return header and rows of each model's distance to each teacher; no row where there is one teacher."""
+def teachers_table(report: Mapping[str, Any]) -> Table:
+    """Return each model's distance to each of several teachers; no row where there is one."""
     measured = {name: (model["heldout"] or {}).get("by_layer") or {} for name, model in report["models"].items()}
     teachers = list(dict.fromkeys(teacher for layers in measured.values() for teacher in layers))
     rows = [
@@ -27,11 +27,11 @@ def models_figures(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[lis
         for name, layers in measured.items()
         if layers
     ]
-    return ("model", *teachers), rows
+    return Table("Distance to each teacher", ("model", *teachers), rows, MODELS_LEGEND, 1)
 
 
-def apart_figures(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]], str]:
-    """Return header, rows and legend of the teachers' distances, with a warning for one that is far from all."""
+def teachers_apart_table(report: Mapping[str, Any]) -> Table:
+    """Return the teachers' distances from one another and from the student's start, warning of one far from all."""
     pairs = (report.get("distances") or {}).get("pairs", ())
     distances = {(pair["of"], pair["to"]): pair["kl_nats"] for pair in pairs if pair.get("kl_nats") is not None}
     names = list(dict.fromkeys(of for of, _ in distances))
@@ -48,4 +48,5 @@ def apart_figures(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list
     warnings = [f"Warning: {sentence}." for sentence in far_teachers(distances, start)]
     headless = (report.get("distances") or {}).get("without_head", ())
     warnings += [f"{name} holds drawn tokens alone, or no tail, and cannot be compared." for name in headless]
-    return ("teacher", *names, "student's start"), rows, " ".join([APART_LEGEND, *warnings])
+    legend = " ".join([APART_LEGEND, *warnings])
+    return Table("Teachers apart", ("teacher", *names, "student's start"), rows, legend, 1)

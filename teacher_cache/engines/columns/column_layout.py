@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from shared.identity.identity import LayerIdentity
 from shared.recipe.recipe import Capture
 
 NOTHING = -1
@@ -43,8 +44,8 @@ class ColumnLayout:
     """The label is in the head, in a column of its own where it is none of the K."""
 
     @classmethod
-    def of(cls, capture: Capture, vocab_size: int) -> ColumnLayout:
-        """Return the layout that a recipe's capture section asks for, K at most the vocabulary."""
+    def of(cls, capture: Capture | LayerIdentity, vocab_size: int) -> ColumnLayout:
+        """Return the layout that a capture asks for or a layer was made with, K at most the vocabulary."""
         k, in_head = min(capture.k, vocab_size), capture.label == "head"
         return cls(k, tuple(capture.temperatures), capture.draws, capture.mass, vocab_size, in_head)
 

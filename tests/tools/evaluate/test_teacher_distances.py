@@ -8,7 +8,7 @@ import pytest
 from shared.payload.targets import SparseTargets
 from tools.evaluate.results.teacher_distances import far_teachers, position_distances, top_tokens
 from tools.report.numbers import NONE
-from tools.report.teacher_tables import apart_figures, models_figures
+from tools.report.teacher_tables import teachers_apart_table, teachers_table
 
 
 def heads(dense: np.ndarray, counts: list[int]) -> SparseTargets:
@@ -68,10 +68,10 @@ def test_report_shows_models_and_teachers_and_warns():
         "models": {"base": {"heldout": {"by_layer": layers}}, "kd": {"heldout": None}},
         "distances": {"pairs": pairs, "without_head": ["drawn"]},
     }
-    assert models_figures(report) == (("model", "math", "code"), [["base", "0.5000", "0.2500"]])
-    header, rows, legend = apart_figures(report)
-    assert header == ("teacher", "math", "code", "student's start")
-    assert rows == [["math", NONE, "0.7500", "0.5000"], ["code", "0.1250", NONE, "0.2500"]]
-    assert "Warning: math is far from all other teachers: 0.7500 nats" in legend
-    assert "drawn holds drawn tokens alone, or no tail" in legend
-    assert apart_figures({"models": {}})[1] == models_figures({"models": {}})[1] == []
+    models, apart = teachers_table(report), teachers_apart_table(report)
+    assert (models.header, models.rows) == (("model", "math", "code"), [["base", "0.5000", "0.2500"]])
+    assert apart.header == ("teacher", "math", "code", "student's start")
+    assert apart.rows == [["math", NONE, "0.7500", "0.5000"], ["code", "0.1250", NONE, "0.2500"]]
+    assert "Warning: math is far from all other teachers: 0.7500 nats" in apart.legend
+    assert "drawn holds drawn tokens alone, or no tail" in apart.legend
+    assert teachers_apart_table({"models": {}}).rows == teachers_table({"models": {}}).rows == []

@@ -63,7 +63,8 @@ def run(recipe: str | Path, seed: int, root: Path, *sets: str, stages: Iterable[
     """
     out = root / f"seed{seed}"
     words = [word for one in (f"seed={seed}", f"output_dir={out}", *sets) for word in ("--set", one)]
-    for span in [("--from-stage", name, "--to-stage", name) for name in stages] or [()]:
+    spans = [["--from-stage", name, "--to-stage", name] for name in stages]
+    for span in spans or [[]]:
         decant("train", str(recipe), *words, *span)
     decant("eval", str(recipe), *words)
     decant("report", str(out))
