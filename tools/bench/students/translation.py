@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.cache import Cache
+from shared.models.files import load_config
 from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import called, measured_by, replace_section, table
 from tools.bench.students.other_tokenizers import KINDS, make_student, train_tokenizer
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     assert demo.student is not None, "the demo has a student"
     cache, base = Path(demo.cache[0]), Path(demo.student.model)
     opened = Cache.open_sequences(cache)
+    size = load_config(base, what="the demo's student", trust_remote_code=False).vocab_size
     texts = [text for i in range(len(opened)) for text in (opened.sequence(i).prompt, opened.sequence(i).response)]
     recipes = {
         "teacher's own": write_recipe(options.root / "own/recipe.yaml", demo, cache, base, CEILING, options.steps)
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     for kind in options.kinds:
         here = options.root / kind.replace(" ", "-")
         if not (here / "student/model.safetensors").exists():
-            make_student(base, train_tokenizer(kind, texts, demo_vocabulary(base)), here / "student")
+            make_student(base, train_tokenizer(kind, texts, size), here / "student")
         decant("cache", "translate", str(cache), str(here / "cache"), "--tokenizer", str(here / "student"))
         recipes[kind] = write_recipe(
             here / "recipe.yaml", demo, here / "cache", here / "student", STAGES, options.steps
@@ -98,11 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     replace_section("translation", f"{said}\n\n{text}", Path("docs/tokenizers.md"))
     return 0
-
-
-def demo_vocabulary(base: Path) -> int:
-    """Return how many tokens the demo's student has."""
-    return int(json.loads((base / "config.json").read_text(encoding="utf-8"))["vocab_size"])
 
 
 if __name__ == "__main__":
