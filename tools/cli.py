@@ -27,7 +27,9 @@ from typing import Any
 from shared.errors import DecantError
 from shared.places import with_urls
 from shared.printable import printable
-from tools.cli_parser import EXIT_USAGE, build_parser
+from tools.cli_cache_parser import CACHE_COMMANDS
+from tools.cli_parser import build_parser
+from tools.cli_values import EXIT_USAGE
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 DEFERRED_SECONDS = 0.05
@@ -189,10 +191,8 @@ def _export(args: argparse.Namespace) -> int:
 
 def _cache(args: argparse.Namespace) -> int:
     if args.cache_command is None:
-        args.parser.error(
-            "name what to do with the cache: ls, show, stats, verify, gc, drop, push, pull, merge, subset, "
-            "export, import, translate or audit"
-        )
+        *names, last = CACHE_COMMANDS.names
+        args.parser.error(f"name what to do with the cache: {', '.join(names)} or {last}")
     from tools.cache.cache_commands import run_cache_command
 
     return run_cache_command(args)
@@ -202,7 +202,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from tools.doctor.doctor import examine, text
 
     checks = examine()
-    _result(args, [check.as_dict() for check in checks], text(checks))
+    _result(args, [check._asdict() for check in checks], text(checks))
     return EXIT_FAILED if any(check.required and not check.passed for check in checks) else 0
 
 

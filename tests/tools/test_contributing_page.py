@@ -23,7 +23,7 @@ NAMES = [
     ("shared/recipe/curriculum.py", "NAMES_THE_PLAN"),
     ("tools/recipe_page.py", "EXAMPLES"),
     ("tools/report/more_tables.py", "more_tables Table"),
-    ("tools/cli_parser.py", "_cache_commands looks"),
+    ("tools/cli_cache_parser.py", "CACHE_COMMANDS"),
     ("tools/cache/cache_commands.py", "run_cache_command"),
 ]
 
