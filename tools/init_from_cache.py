@@ -7,7 +7,6 @@ files of the cache and its group keys.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from shared.cache.cache import Cache
@@ -15,46 +14,17 @@ from shared.cache.layout import list_layers
 from shared.errors import UsageError
 from shared.keys import is_heldout
 from shared.places import named
-from tools.init_recipe import computing, plain_text, refuse_name, write_new, yaml_text
+from tools.init_recipe import place_of, plain_text, word_of, write_starter, yaml_text
 
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5)
 
-_TEMPLATE = """\
+_HEAD = """\
 # {name}: {student} from the cache {cache}; no teacher is loaded.
-# {rows} rows, licence {licence}.{layers}
+# {rows:,} rows, licence {licence}.{layers}
 #
 #   decant cache show {cache_word}
 #   decant run {path}             train, evaluate, report
 # Every command continues what is there.
-
-name: {name_value}
-output_dir: {output}
-seed: 0
-
-cache: {cache_value}
-
-heldout: {{fraction: {fraction}}}         # rows that no stage trains on; the student is measured on them
-
-student:
-  model: {student_value}          # a directory or a hub id, with the cache's tokenizer
-  init: pretrained                # or random: fresh weights from its config
-  adapter: none                   # none | lora | qlora, or {{kind: lora, r: 16}}
-  dtype: float32                  # masters in float32 keep small updates; compute type is trainer.bf16
-
-stages:
-  - name: kd
-    init_from: base
-{targets}    losses:
-{losses}    trainer:                      # the names of transformers.TrainingArguments
-      learning_rate: 1e-4
-      num_train_epochs: 1         # or max_steps
-      pack_tokens: 2048
-      gradient_accumulation_steps: 4
-      bf16: {bf16}
-
-evaluate:
-  models: {models}
-  tasks: []                       # such as {{name: gsm8k, path: data/math.test.jsonl}}
 """
 
 
@@ -65,12 +35,11 @@ def init_from_cache(name: str, cache: Path, student: str, output: Path | None = 
         UsageError: the name cannot be a directory's, the file exists, or the cache holds no rows.
         CacheError: it is no cache.
     """
-    refuse_name(name)
+    place = place_of(name, output)
     opened = Cache.open_sequences(cache)
     if not len(opened):
         raise UsageError(f"{named(cache)} holds no rows to train from; name another cache")
     layers, fraction = list_layers(cache), _fraction(opened)
-    path = output or Path("recipes") / f"{name}.yaml"
     layer = next(iter(layers.values()), None)
     terms = [("cross_entropy", 1.0)]
     if layer is not None:
@@ -80,27 +49,30 @@ def init_from_cache(name: str, cache: Path, student: str, output: Path | None = 
         f"tail {each.identity.tail}"
         for each in layers.values()
     )
-    text = _TEMPLATE.format(
+    head = _HEAD.format(
         name=name,
-        name_value=yaml_text(name),
         student=plain_text(student),
-        student_value=yaml_text(student),
         cache=plain_text(named(cache)),
-        cache_value=yaml_text(named(cache)),
-        cache_word=plain_text(shlex.quote(named(cache))),
-        path=plain_text(shlex.quote(str(path))),
-        output=f"runs/{name}",
-        rows=f"{len(opened):,}",
+        rows=len(opened),
         licence=plain_text(opened.sequences_identity.licence or "not said"),
         layers=described,
+        cache_word=word_of(named(cache)),
+        path=word_of(place),
+    )
+    write_starter(
+        place,
+        name,
+        student,
+        head=head,
+        teacher="",
+        cache=yaml_text(named(cache)),
         fraction=fraction,
-        models="[base, kd]" if fraction else "[]                      # no share of so few prompts can be held out",
+        whose="cache",
         targets=f"    targets: {layer.full_name}\n" if layer is not None else "",
         losses="".join(f"      - {{name: {term}, weight: {weight}}}\n" for term, weight in terms),
-        bf16=computing(),
+        models="[base, kd]" if fraction else "[]                      # no share of so few prompts can be held out",
     )
-    write_new(path, text)
-    return path
+    return place
 
 
 def _fraction(cache: Cache) -> float:

@@ -17,7 +17,7 @@ from shared.models.gpus import list_gpus
 from shared.recipe.base import SLUG
 from shared.recipe.prompts import COLUMNS, PromptSource
 
-_TEMPLATE = """\
+_HEAD = """\
 # {name}: {teacher} into {student}.
 #
 # Run-book
@@ -29,20 +29,17 @@ _TEMPLATE = """\
 #   decant eval {path}            every model side by side
 #   decant report {output}
 # Every command continues what is there. `--set stages.kd.trainer.max_steps=10` changes a value for one call.
-
-name: {name_value}
-output_dir: {output}
-seed: 0
-
+"""
+_TEACHER = """\
 teacher:
-  model: {teacher_value}          # a directory or a hub id
+  model: {teacher}          # a directory or a hub id
   engine: vllm                    # or transformers, the slow reference
   dtype: bfloat16
   # max_model_len: 4096           # longest prompt and answer together, in tokens
   # tensor_parallel_size: 2       # GPUs that share one copy
 
 prompts:                          # one entry per source; mixtures and reports use the source's name
-  - {{source: main, path: {prompts_value}, format: {format}}}{note}
+  - {{source: main, path: {prompts}, format: {format}}}{note}
   # formats: messages | prompt_completion | alpaca | sharegpt | text | cache; limit: 1000 takes the first rows only
 
 {generate}
@@ -52,12 +49,19 @@ capture:
   mass: 0.999                     # stop earlier once this much probability is covered
   temperatures: [1.0]             # every temperature that a loss will use
 
-cache: {output}/cache
+"""
+_TEMPLATE = """\
+{head}
+name: {name}
+output_dir: {output}
+seed: 0
 
-heldout: {{fraction: 0.05}}         # prompts that no stage trains on
+{teacher}cache: {cache}
+
+heldout: {{fraction: {fraction}}}         # prompts that no stage trains on
 
 student:
-  model: {student_value}          # a directory or a hub id, with the teacher's tokenizer
+  model: {student}          # a directory or a hub id, with the {whose}'s tokenizer
   init: pretrained                # or random: fresh weights from its config
   adapter: none                   # none | lora | qlora, or {{kind: lora, r: 16}}
   dtype: float32                  # masters in float32 keep small updates; compute type is trainer.bf16
@@ -65,10 +69,8 @@ student:
 stages:
   - name: kd
     init_from: base               # base | previous | an earlier stage | a directory
-    losses:                       # they are added; each weight and temperature is a number or a schedule
-      - {{name: forward_kl, weight: 0.9, temperature: 1.0}}
-      - {{name: cross_entropy, weight: 0.1}}
-    trainer:                      # the names of transformers.TrainingArguments
+{targets}    losses:                       # they are added; each weight and temperature is a number or a schedule
+{losses}    trainer:                      # the names of transformers.TrainingArguments
       learning_rate: 1e-4
       num_train_epochs: 1         # or max_steps
       pack_tokens: 2048
@@ -76,8 +78,12 @@ stages:
       bf16: {bf16}
 
 evaluate:
-  models: [teacher, base, kd]
+  models: {models}
   tasks: []                       # such as {{name: gsm8k, path: data/math.test.jsonl}}
+"""
+_LOSSES = """\
+      - {name: forward_kl, weight: 0.9, temperature: 1.0}
+      - {name: cross_entropy, weight: 0.1}
 """
 
 
@@ -96,47 +102,58 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
     Raises:
         UsageError: the name cannot be a directory's, or the file exists.
     """
-    refuse_name(name)
-    path = output or Path("recipes") / f"{name}.yaml"
+    place = place_of(name, output)
     format_name, note = guess_format(prompts)
-    text = _TEMPLATE.format(
-        name=name,
-        name_value=yaml_text(name),
-        path=plain_text(shlex.quote(str(path))),
-        output=f"runs/{name}",
-        teacher=plain_text(teacher),
-        student=plain_text(student),
-        teacher_value=yaml_text(teacher),
-        student_value=yaml_text(student),
-        prompts_value=yaml_text(prompts),
-        format=format_name,
-        generate=_TEXTS if format_name == "text" else _GENERATE,
-        note=f"\n  # {note}" if note else "",
-        bf16=computing(),
+    run = f"runs/{name}"
+    head = _HEAD.format(
+        name=name, teacher=plain_text(teacher), student=plain_text(student), path=word_of(place), output=run
     )
-    write_new(path, text)
-    return path
+    section = _TEACHER.format(
+        teacher=yaml_text(teacher),
+        prompts=yaml_text(prompts),
+        format=format_name,
+        note=f"\n  # {note}" if note else "",
+        generate=_TEXTS if format_name == "text" else _GENERATE,
+    )
+    write_starter(
+        place,
+        name,
+        student,
+        head=head,
+        teacher=section,
+        cache=f"{run}/cache",
+        fraction=0.05,
+        whose="teacher",
+        targets="",
+        losses=_LOSSES,
+        models="[teacher, base, kd]",
+    )
+    return place
 
 
-def refuse_name(name: str) -> None:
-    """Refuse a name that cannot be an experiment's.
+def place_of(name: str, output: Path | None) -> Path:
+    """Return where the starter of an experiment is to be written.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: the name cannot be an experiment's.
     """
     if not re.match(SLUG, name) or len(name) > 100:
         raise UsageError(
             f"'{name}' cannot name an experiment; write letters, digits, '.', '_' and '-', and begin with a letter "
             "or digit"
         )
+    return output or Path("recipes") / f"{name}.yaml"
 
 
-def write_new(path: Path, text: str) -> None:
-    """Write a recipe where none is.
+def write_starter(path: Path, name: str, student: str, **values: object) -> None:
+    """Write a starter where no file is; `values` fill the places of the template that the two kinds fill differently.
 
     Raises:
         UsageError: the file exists or cannot be written.
     """
+    text = _TEMPLATE.format(
+        name=yaml_text(name), output=f"runs/{name}", student=yaml_text(student), bf16=_computing(), **values
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
@@ -149,7 +166,7 @@ def write_new(path: Path, text: str) -> None:
         ) from None
 
 
-def computing() -> str:
+def _computing() -> str:
     """Return the value of `bf16` for this machine, and why in a comment."""
     gpus = list_gpus()
     if not gpus:
@@ -200,6 +217,11 @@ def _is_local(prompts: str) -> bool:
 def plain_text(text: str) -> str:
     """Keep a name within one line of comment."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def word_of(path: object) -> str:
+    """Write a path as one word of a command within a comment."""
+    return plain_text(shlex.quote(str(path)))
 
 
 def yaml_text(text: str) -> str:
