@@ -40,11 +40,11 @@ from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
 from shared.identity.identity import difference
 from shared.parts.cache_files import read_bounded
-from shared.parts.jobs import create_job, job_id
 from shared.parts.records import PartRecord, list_records
 from shared.parts.repeated_rows import repeated_rows
 from shared.schema import MAX_JSON_BYTES
-from tools.cache.staged_directory import publish, refuse_existing, staging_path, unfinished
+from tools.cache.derived_cache import DerivedCache
+from tools.cache.staged_directory import unfinished
 
 
 @dataclass(slots=True)
@@ -63,8 +63,7 @@ class Source:
 class Merge:
     """What one merge does, and how far it came."""
 
-    staging: Path
-    id8: str
+    out: DerivedCache
     sources: list[Source]
     layers: dict[str, str]
     """Hash of each layer's identity -> name of its directory."""
@@ -109,20 +108,19 @@ def merge_caches(
     _check_sequences(sources)
     layers, left_out = common_layers(sources, targets)
     request = {"merge": [fingerprint(source, layers) for source in sources], "layers": sorted(layers)}
-    job = job_id(request)
-    existed = _check_out(out, job)
-    staging = out if existed else staging_path(out, "merging", job)
-    merge = Merge(staging, job[:8], sources, layers, TakeOver(copy))
+    derived = DerivedCache.of(out, "merging", "the merge of these caches as they are now", request)
+    merge = Merge(derived, sources, layers, TakeOver(copy))
     repeats = repeated_rows([(sequences_dir(source.path), record) for source in sources for record in source.records])
-    if not existed:
-        make_dir(sequences_dir(staging))
-        create_job(staging, request, (), 1)
-        write_layers(merge)
-    write_parts(merge, repeats, advance, dry_run=existed)
-    if not existed:
-        write_header(merge)
-        publish(staging, out, out / "jobs" / job / "plan.arrow")
-    return _summary(out, job, merge, left_out, existed)
+    return {
+        **carry_out(merge, repeats, advance),
+        "inputs": [
+            {"path": str(s.path), "rows": sum(record.rows for record in s.records), "dropped": s.dropped}
+            for s in sources
+        ],
+        "unscored": {name: count for name, count in merge.unscored.items() if count},
+        "left_out": left_out,
+        "unfinished": unfinished(out, "merging"),
+    }
 
 
 def open_source(path: Path) -> Source:
@@ -211,32 +209,49 @@ def fingerprint(source: Source, layers: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _check_out(out: Path, job: str) -> bool:
-    """Tell whether `out` holds this merge already.
+def carry_out(
+    merge: Merge, dropped_rows: Mapping[int, NDArray[np.bool_]], advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Write the new cache, or only count where it existed; `dropped_rows` of part i are left out.
 
-    Raises:
-        CacheError: it holds something else.
+    Returns:
+        cache, job, existed, rows, parts, linked, copied, rewritten, layers and hidden_left_out.
     """
-    if (out / "cache.json").is_file() and (out / "jobs" / job / "plan.arrow").is_file():
-        return True
-    refuse_existing(out, "the merge of these caches as they are now")
-    return False
+    out, take_over = merge.out, merge.take_over
+    if not out.existed:
+        make_dir(sequences_dir(out.path))
+        out.plan()
+        _write_layers(merge)
+    _write_parts(merge, dropped_rows, advance)
+    if not out.existed:
+        _write_header(merge)
+        out.publish()
+    return {
+        "cache": str(out.out),
+        "job": out.job,
+        "existed": out.existed,
+        "rows": merge.rows,
+        "parts": merge.parts,
+        "linked": take_over.linked,
+        "copied": take_over.copied,
+        "rewritten": take_over.rewritten,
+        "layers": sorted(merge.layers.values()),
+        "hidden_left_out": sorted({name for source in merge.sources for name in list_hidden_layers(source.path)}),
+    }
 
 
-def write_layers(merge: Merge) -> None:
+def _write_layers(merge: Merge) -> None:
     """Write layer.json of every layer that is taken over."""
     for hash8, name in merge.layers.items():
         found = [source.layers[hash8] for source in merge.sources]
         provenances = [dict(layer.provenance) for layer in found]
         same = all(provenance == provenances[0] for provenance in provenances)
         provenance = provenances[0] if same else {"merged": provenances}
-        write_layer(Layer(merge.staging / "targets" / name, provenance, found[0].identity))
+        write_layer(Layer(merge.out.path / "targets" / name, provenance, found[0].identity))
 
 
-def write_parts(
-    merge: Merge, dropped_rows: Mapping[int, NDArray[np.bool_]], advance: Callable[[int], None], *, dry_run: bool
-) -> None:
-    """Take over every part, or only count; `dropped_rows` of part i are left out."""
+def _write_parts(merge: Merge, dropped_rows: Mapping[int, NDArray[np.bool_]], advance: Callable[[int], None]) -> None:
+    """Take over every part, or only count."""
     index = -1
     for source in merge.sources:
         scored = {
@@ -251,9 +266,8 @@ def write_parts(
             if dropped and dropped == record.rows:
                 advance(record.rows)
                 continue
-            stem = f"part-{merge.id8}-{merge.parts:06d}"
-            if not dry_run:
-                _write_part(merge, source, record, stem, None if mask is None else ~mask, scored)
+            if not merge.out.existed:
+                _write_part(merge, source, record, merge.out.stem(merge.parts), None if mask is None else ~mask, scored)
             for hash8, name in merge.layers.items():
                 merge.unscored[name] = merge.unscored.get(name, 0) + (record.stem not in scored[hash8])
             merge.parts += 1
@@ -271,7 +285,7 @@ def _write_part(
 ) -> None:
     """Take over one part of sequences and its targets."""
     layers = [
-        (source.layers[hash8], scored[hash8][record.stem], merge.staging / "targets" / name)
+        (source.layers[hash8], scored[hash8][record.stem], merge.out.path / "targets" / name)
         for hash8, name in merge.layers.items()
         if record.stem in scored[hash8]
     ]
@@ -283,15 +297,15 @@ def _write_part(
                 f"sequences have {record.rows} and {record.positions}; delete the targets part and score it again"
             )
     if kept is not None:
-        rewrite_part(sequences_dir(source.path), record, kept, sequences_dir(merge.staging), stem, layers)
+        rewrite_part(sequences_dir(source.path), record, kept, sequences_dir(merge.out.path), stem, layers)
         merge.take_over.rewritten += 1
         return
-    merge.take_over.part(sequences_dir(source.path), record, sequences_dir(merge.staging), stem)
+    merge.take_over.part(sequences_dir(source.path), record, sequences_dir(merge.out.path), stem)
     for layer, targets, directory in layers:
         merge.take_over.part(layer.directory, targets, directory, stem)
 
 
-def write_header(merge: Merge) -> None:
+def _write_header(merge: Merge) -> None:
     """Write cache.json and tokenizer: from now on the directory is a cache."""
     first = merge.sources[0]
     headers = [source.header.identity for source in merge.sources]
@@ -301,7 +315,7 @@ def write_header(merge: Merge) -> None:
         answers=_joined([header.answers for header in headers], "; "),
         answerer=first.header.identity.answerer if len({header.answerer for header in headers}) == 1 else "",
     )
-    CacheWriter.create_or_open(merge.staging, identity, read_tokenizer_files(first.path))
+    CacheWriter.create_or_open(merge.out.path, identity, read_tokenizer_files(first.path))
 
 
 def _joined(values: Sequence[str | None], separator: str) -> str | None:
@@ -310,37 +324,20 @@ def _joined(values: Sequence[str | None], separator: str) -> str | None:
     return None if distinct == ["unknown"] else separator.join(distinct)
 
 
-def _summary(out: Path, job: str, merge: Merge, left_out: list[dict[str, Any]], existed: bool) -> dict[str, Any]:
-    return {
-        "cache": str(out),
-        "job": job,
-        "existed": existed,
-        "rows": merge.rows,
-        "parts": merge.parts,
-        "linked": merge.take_over.linked,
-        "copied": merge.take_over.copied,
-        "rewritten": merge.take_over.rewritten,
-        "inputs": [
-            {"path": str(s.path), "rows": sum(record.rows for record in s.records), "dropped": s.dropped}
-            for s in merge.sources
-        ],
-        "layers": sorted(merge.layers.values()),
-        "unscored": {name: count for name, count in merge.unscored.items() if count},
-        "left_out": left_out,
-        "hidden_left_out": sorted({name for source in merge.sources for name in list_hidden_layers(source.path)}),
-        "unfinished": unfinished(out, "merging"),
-    }
+def how_made(result: Mapping[str, Any], without: str) -> str:
+    """Say in brackets how the parts came, some of them rewritten `without` some rows."""
+    how = [f"{result[name]:,} files {name}" for name in ("linked", "copied") if result[name]]
+    how += [f"{result['rewritten']:,} parts rewritten without {without}"] if result["rewritten"] else []
+    how = ["it was there already"] if result["existed"] else how
+    return f" ({', '.join(how)})" if how else ""
 
 
 def merge_text(result: dict[str, Any]) -> str:
     """Say for people what a merge did."""
-    how = [f"{result[name]:,} files {name}" for name in ("linked", "copied") if result[name]]
-    how += [f"{result['rewritten']:,} parts rewritten without repeated rows"] if result["rewritten"] else []
-    how = ["it was there already"] if result["existed"] else how
     lines = [
         f"{result['cache']}: {result['rows']:,} rows in {result['parts']:,} parts from {len(result['inputs'])} caches"
+        + how_made(result, "repeated rows")
     ]
-    lines[0] += f" ({', '.join(how)})" if how else ""
     for entry in result["inputs"]:
         repeated = (
             f", {entry['dropped']:,} left out because an earlier row has the same row_key" if entry["dropped"] else ""

@@ -17,24 +17,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.atomic import make_dir
 from shared.cache.cache import Cache
-from shared.cache.layout import list_hidden_layers, sequences_dir
 from shared.cache.part_takeover import TakeOver
 from shared.errors import CacheError, UsageError
-from shared.parts.jobs import create_job, job_id
 from shared.recipe.base import closest
-from tools.cache.cache_merge import (
-    Merge,
-    common_layers,
-    fingerprint,
-    open_source,
-    write_header,
-    write_layers,
-    write_parts,
-)
+from tools.cache.cache_merge import Merge, carry_out, common_layers, fingerprint, how_made, open_source
+from tools.cache.derived_cache import DerivedCache
 from tools.cache.row_query import Condition
-from tools.cache.staged_directory import publish, refuse_existing, staging_path
 
 _HASHES = 2.0**64
 
@@ -81,37 +70,13 @@ def subset_cache(
     source = open_source(path)
     layers, _ = common_layers([source], targets)
     request = {"subset": fingerprint(source, layers), "choice": asdict(choice), "layers": sorted(layers)}
-    job = job_id(request)
-    proof = out / "jobs" / job / "plan.arrow"
-    existed = (out / "cache.json").is_file() and proof.is_file()
+    derived = DerivedCache.of(out, "choosing", "this subset of the cache as it is now", request)
     cache = Cache.open_sequences(path)
     chosen = chosen_rows(cache, choice)
     if not chosen.any():
         raise CacheError(f"{path}: none of its {len(cache):,} rows is chosen; widen the choice")
-    if not existed:
-        refuse_existing(out, "this subset of the cache as it is now")
-    merge = Merge(out if existed else staging_path(out, "choosing", job), job[:8], [source], layers, TakeOver(copy))
-    if not existed:
-        make_dir(sequences_dir(merge.staging))
-        create_job(merge.staging, request, (), 1)
-        write_layers(merge)
-    write_parts(merge, _dropped(cache, chosen), advance, dry_run=existed)
-    if not existed:
-        write_header(merge)
-        publish(merge.staging, out, proof)
-    return {
-        "cache": str(out),
-        "job": job,
-        "existed": existed,
-        "rows": merge.rows,
-        "of": len(cache),
-        "parts": merge.parts,
-        "linked": merge.take_over.linked,
-        "copied": merge.take_over.copied,
-        "rewritten": merge.take_over.rewritten,
-        "layers": sorted(layers.values()),
-        "hidden_left_out": sorted(list_hidden_layers(path)),
-    }
+    done = carry_out(Merge(derived, [source], layers, TakeOver(copy)), _dropped(cache, chosen), advance)
+    return {**done, "of": len(cache)}
 
 
 def chosen_rows(cache: Cache, choice: Choice) -> NDArray[np.bool_]:
@@ -162,11 +127,10 @@ def _dropped(cache: Cache, chosen: NDArray[np.bool_]) -> dict[int, NDArray[np.bo
 
 def subset_text(result: dict[str, Any]) -> str:
     """Say for people what a subset holds."""
-    how = [f"{result[name]:,} files {name}" for name in ("linked", "copied") if result[name]]
-    how += [f"{result['rewritten']:,} parts rewritten without the others"] if result["rewritten"] else []
-    how = ["it was there already"] if result["existed"] else how
-    lines = [f"{result['cache']}: {result['rows']:,} of {result['of']:,} rows in {result['parts']:,} parts"]
-    lines[0] += f" ({', '.join(how)})" if how else ""
+    lines = [
+        f"{result['cache']}: {result['rows']:,} of {result['of']:,} rows in {result['parts']:,} parts"
+        + how_made(result, "the others")
+    ]
     lines += [f"  targets {name}" for name in result["layers"]]
     lines += [f"  hidden {name} left out: hidden layers are not taken over" for name in result["hidden_left_out"]]
     return "\n".join(lines)

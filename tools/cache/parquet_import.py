@@ -28,7 +28,6 @@ from shared.cache.verify import nll_problem
 from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import open_regular, parse_json, read_bounded, read_json
-from shared.parts.jobs import create_job, job_id
 from shared.parts.part_stats import TargetsFigures, targets_stats, targets_stats_problem
 from shared.parts.parts import commit_part
 from shared.parts.records import checked_model, list_records, read_record
@@ -36,6 +35,7 @@ from shared.parts.repeated_rows import repeated_rows
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.codec import Codec
 from shared.schema import MAX_FRAME_RATIO, MAX_JSON_BYTES, MAX_ROWS_PER_PART, STEM_PATTERN
+from tools.cache.derived_cache import DerivedCache
 from tools.cache.parquet_columns import (
     EXPORT_FORMAT,
     METADATA_FILE,
@@ -45,7 +45,6 @@ from tools.cache.parquet_columns import (
     export_schema,
     read_targets,
 )
-from tools.cache.staged_directory import publish, refuse_existing, staging_path
 
 ROWS_PER_BATCH = 64
 FREE_BYTES = 2**26
@@ -93,26 +92,25 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
         found = file.lstat()
         digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
     request = {"import": digest.hexdigest()}
-    job = job_id(request)
-    existed = (out / "cache.json").is_file() and (out / "jobs" / job / "plan.arrow").is_file()
-    if not existed:
-        refuse_existing(out, "an import of these files as they are now")
-        staging = staging_path(out, "importing", job)
-        writer = CacheWriter.create_or_open(staging, export.identity, export.tokenizer_files)
+    derived = DerivedCache.of(out, "importing", "an import of these files as they are now", request)
+    if not derived.existed:
+        writer = CacheWriter.create_or_open(derived.path, export.identity, export.tokenizer_files)
         layer = writer.layer(export.layer_name, export.layer, export.provenance) if export.layer else None
-        create_job(staging, request, (), 1)
+        derived.plan()
+        sequences = sequences_dir(derived.path)
         for number, file in enumerate(files):
-            stem = f"part-{job[:8]}-{number:06d}"
-            target = layer.directory if layer else sequences_dir(staging)
+            stem = derived.stem(number)
+            target = layer.directory if layer else sequences
             if not (target / f"{stem}.json").exists():
                 _import_file(file, export, writer, target, stem)
-            advance(read_record(sequences_dir(staging) / f"{stem}.json").rows)
-        _refuse_repeats(staging, files)
-        publish(staging, out, out / "jobs" / job / "plan.arrow")
+            advance(read_record(sequences / f"{stem}.json").rows)
+        _refuse_repeats(derived.path, files)
+        derived.publish()
     records = list_records(sequences_dir(out))
     name = f"{export.layer_name}-{export.layer.hash8}" if export.layer else None
     rows = sum(record.rows for record in records)
-    return {"cache": str(out), "job": job, "rows": rows, "parts": len(records), "layer": name, "existed": existed}
+    found = {"cache": str(out), "job": derived.job, "rows": rows, "parts": len(records)}
+    return {**found, "layer": name, "existed": derived.existed}
 
 
 def _read_export(directory: Path) -> Export:

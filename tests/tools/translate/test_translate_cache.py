@@ -19,6 +19,7 @@ from teacher_cache.build import teach
 from tests.shared.dense_targets import equal_targets
 from tests.teacher_cache.fake_engine import FakeEngine
 from tests.tiny_models import TURN_END, make_qwen3
+from tests.tools.foreign.peers import samples, write_axolotl
 from tests.tools.translate.odd_texts import odd_text
 from tests.tools.translate.student_tokenizers import INST, TURNS, permuted, save, student_tokenizer
 from tools import cli
@@ -129,6 +130,12 @@ def test_what_cannot_be_translated_is_refused_before_anything_is_written(taught,
     translate_cache(taught / "given", tmp_path / "out", str(student))
     with pytest.raises(CacheError, match="was itself derived from top4"):
         translate_cache(tmp_path / "out", tmp_path / "again", str(student))
+    (tmp_path / "kd").mkdir()
+    write_axolotl(tmp_path / "kd/kd.parquet", samples(2), 4, temperature=1.0, shift=1)
+    imported = ["cache", "import", str(tmp_path / "kd"), str(tmp_path / "tailless"), "--shift", "1"]
+    assert cli.main([*imported, "--tokenizer", str(taught / "teacher")]) == 0
+    with pytest.raises(CacheError, match="does not know the mass outside its heads"):
+        translate_cache(tmp_path / "tailless", tmp_path / "no", str(student))
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "</s>": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     bad = save(words, tmp_path / "words")

@@ -8,6 +8,7 @@ Memory: the rows of one part. Cost: the codec's, beside that of reading the form
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,18 +21,17 @@ import xxhash
 from shared.cache.cache_writer import CacheWriter, LayerWriter
 from shared.cache.groups import GroupRule, question_key
 from shared.cache.growing_key_set import GrowingKeySet
-from shared.cache.layout import sequences_dir
+from shared.cache.layout import list_layers, sequences_dir
 from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.keys import content_key
-from shared.parts.jobs import create_job, job_id
 from shared.parts.records import list_records
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.targets import SparseTargets
 from tools.cache.cache_page import TAIL_MEANS
+from tools.cache.derived_cache import DerivedCache
 from tools.cache.foreign.foreign_row import ForeignReader, ForeignRow, check_row
 from tools.cache.foreign.heads import to_targets
-from tools.cache.staged_directory import publish, refuse_existing, staging_path
 
 _MOST_ROWS, _MOST_ENTRIES = 512, 2**23
 """Of a part; the entries bound the memory."""
@@ -48,10 +48,10 @@ class Told:
     """Of transformers."""
     tokenizer_files: Mapping[str, bytes]
     tokenizer_name: str
-    teacher: str = "unknown"
-    source: str = "imported"
-    licence: str | None = None
-    tail: str | None = None
+    teacher: str
+    source: str
+    licence: str | None
+    tail: str | None
     """derived or unknown, where the user knows better than the format."""
 
     @property
@@ -101,29 +101,26 @@ def import_foreign(
         CacheError: there is no usable row, `out` is something else, or it cannot be written.
     """
     request = {"import": dict(fingerprint), "tokenizer": told.tokenizer_hash}
-    job = job_id(request)
-    proof = out / "jobs" / job / "plan.arrow"
-    existed = (out / "cache.json").is_file() and proof.is_file()
+    derived = DerivedCache.of(out, "importing", "an import of these files as they are now", request)
     counts: Counter[str] = Counter()
-    if not existed:
-        refuse_existing(out, "an import of these files as they are now")
-        staging = staging_path(out, "importing", job)
+    if not derived.existed:
         vocab_size = min(len(told.tokenizer), reader.vocab_size or len(told.tokenizer))
         writer = CacheWriter.create_or_open(
-            staging, _sequences_identity(told, reader, vocab_size), told.tokenizer_files
+            derived.path, _sequences_identity(told, reader, vocab_size), told.tokenizer_files
         )
         layer = writer.layer(None, _layer_identity(told, reader, vocab_size), _provenance(told, reader), make=False)
-        create_job(staging, request, (), 1)
+        derived.plan()
         tail = layer.identity.tail
         for number, part in enumerate(_parts(reader, told, vocab_size, tail, counts)):
-            _commit(writer, layer, f"part-{job[:8]}-{number:06d}", part, software)
+            _commit(writer, layer, derived.stem(number), part, software)
             advance(len(part.rows))
         if not counts["rows"]:
+            shutil.rmtree(derived.path)
             raise CacheError(
                 f"{out}: no row can be used ({_reasons(counts) or 'the files hold none'}); nothing was made"
             )
-        publish(staging, out, proof)
-    return _summary(out, job, reader, counts, existed=existed)
+        derived.publish()
+    return _summary(derived, reader, counts)
 
 
 def _sequences_identity(told: Told, reader: ForeignReader, vocab_size: int) -> SequencesIdentity:
@@ -237,15 +234,14 @@ def _reasons(counts: Counter[str]) -> str:
     return "; ".join(f"{rows:,} {name}" for name, rows in counts.items() if name.startswith("set aside: "))
 
 
-def _summary(out: Path, job: str, reader: ForeignReader, counts: Counter[str], *, existed: bool) -> dict[str, Any]:
-    from shared.cache.layout import list_layers
-
+def _summary(derived: DerivedCache, reader: ForeignReader, counts: Counter[str]) -> dict[str, Any]:
+    out = derived.out
     ((name, layer),) = list_layers(out).items()
     records, targets = list_records(sequences_dir(out)), list_records(layer.directory)
     found = {
         "cache": str(out),
-        "job": job,
-        "existed": existed,
+        "job": derived.job,
+        "existed": derived.existed,
         "rows": sum(record.rows for record in records),
         "positions": sum(record.positions for record in records),
         "parts": len(records),
@@ -256,7 +252,7 @@ def _summary(out: Path, job: str, reader: ForeignReader, counts: Counter[str], *
         "notes": dict(reader.notes),
         "bytes_per_position": sum(r.bytes for r in targets) / max(sum(r.positions for r in targets), 1),
     }
-    if existed:
+    if derived.existed:
         return found
     set_aside = {name.removeprefix("set aside: "): n for name, n in counts.items() if name.startswith("set aside: ")}
     figures = {name: counts[name] for name in ("in_head", "above_one", "divided", "outside")}

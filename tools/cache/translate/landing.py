@@ -164,11 +164,6 @@ class Stays:
         self.share = np.where(share >= LEAST_STAY, share, 0.0)
         self.is_joined = self.kept < self.seen
 
-    @property
-    def always(self) -> bool:
-        """Say whether no token was ever joined."""
-        return not self.is_joined.any()
-
 
 def _ids_of_bytes(vocabulary: Vocabulary) -> dict[bytes, int]:
     """Return the id of every byte string; of several, one that is not spelled as a byte."""

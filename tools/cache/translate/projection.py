@@ -171,7 +171,6 @@ class _Walk:
         self._end = end if cut[4] else 0
         self._label = int(self._pair.student_ids[cut[2]]) if cut[4] else -1
         self._label_bytes = self._landing.student_bytes(self._label) if cut[4] else b""
-        self._strips = alignment.teacher_lead > 0
         text = b" " if is_first and alignment.student_lead else b""
         found: dict[int, float] = {}
         self._place(int(cut[0]), text, 1.0, found, 0, strips=is_first and alignment.teacher_lead > 0)

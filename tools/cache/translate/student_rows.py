@@ -26,11 +26,10 @@ from shared.errors import CacheError, PromptError
 from shared.models.end_tokens import special_ids
 from shared.parts.jobs import Job, PlanRow, list_jobs
 from shared.parts.sequences import SequenceRow, make_row
-from shared.tokens.token_bytes import Vocabulary
 from teacher_cache.prompts.templates.spans import Template
 from teacher_cache.prompts.work_list import conversation_of
 from tools.cache.translate.alignment import align
-from tools.cache.translate.landing import END, UNKNOWN, Landing
+from tools.cache.translate.landing import END, Landing
 from tools.cache.translate.projection import RowPair
 
 
@@ -110,7 +109,7 @@ class StudentRows:
         spans, ends, first, teacher_first = [], (-1, -1), 0, 0
         for (start, end), (begin, stop) in zip(row.spans.tolist(), translated.spans.tolist(), strict=True):
             theirs, ours = row.token_ids[start:end].tolist(), translated.token_ids[begin:stop].tolist()
-            told, said = _octets(self._teacher, theirs), _octets(self._student, ours)
+            told, said = [*map(self._landing.teacher_bytes, theirs)], [*map(self._landing.student_bytes, ours)]
             if theirs[-1] in self._teacher.special and ours[-1] in self._student.special:
                 told[-1] = said[-1] = END
                 ends = (theirs[-1], ours[-1])
@@ -157,7 +156,7 @@ class StudentRows:
         """
         if self._other_ids is not None:
             return list(self._other_ids[teacher_ids].tolist())
-        octets = b"".join(_octets(self._teacher, teacher_ids))
+        octets = b"".join(map(self._landing.teacher_bytes, teacher_ids))
         text = octets.decode(errors="replace")
         spelled = next((control for control in self._controls if control in text), None)
         if spelled is not None:
@@ -201,14 +200,10 @@ class StudentRows:
         """Return the student's control token for one of the teacher's."""
         if ends and self._tokenizer.eos_token_id is not None:
             return int(self._tokenizer.eos_token_id)
-        piece = self._teacher.pieces[token]
-        found = next((i for i in self._student.special if self._student.pieces[i] == piece), None)
-        if found is None:
+        found = int(self._landing.ids[token])
+        if found < 0:
             raise UntranslatableError(
-                f"the cache keeps no conversation of the row to render, and the student has no token {piece!r}"
+                "the cache keeps no conversation of the row to render, and the student has no token "
+                f"{self._teacher.pieces[token]!r}"
             )
         return found
-
-
-def _octets(vocabulary: Vocabulary, ids: list[int]) -> list[bytes]:
-    return [(vocabulary.octets[i] if i < len(vocabulary) else None) or UNKNOWN for i in ids]

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -26,14 +26,13 @@ from shared.cache.tokenizer_files import tokenizer_without_code
 from shared.errors import CacheError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.models.files import load_tokenizer
-from shared.parts.jobs import create_job, job_id
 from shared.parts.part_stats import add_figures
 from shared.parts.records import list_records, read_record
 from shared.parts.sequences import SequenceRow
 from shared.payload.targets import SparseTargets
 from teacher_cache.teacher.model_files import tokenizer_files
 from teacher_cache.teacher.teacher_identity import software
-from tools.cache.staged_directory import publish, refuse_existing, staging_path
+from tools.cache.derived_cache import DerivedCache
 from tools.cache.translate.landing import Landing, Stays
 from tools.cache.translate.projection import Projection, RowPair, renamed
 from tools.cache.translate.student_rows import StudentRows, UntranslatableError
@@ -42,14 +41,12 @@ BY_BYTES, RENAMED = "bytes-1", "renamed-1"
 """How a derived layer was made, as its identity says; another rule gets another name."""
 
 
-@dataclass(slots=True)
-class _Counted:
+class _Counted(NamedTuple):
     """What the first pass found."""
 
     stays: Stays
     ids: NDArray[np.int32] | None
     """Where tokens only have other ids: the student's id of each of the teacher's."""
-    reasons: Counter[str] = field(default_factory=Counter)
 
 
 def translate_cache(
@@ -72,15 +69,16 @@ def translate_cache(
         advance: called with the rows that are done; every row counts twice.
 
     Returns:
-        cache, job, existed, layer, method, rows, set_aside (count by reason), positions, positions_with_head,
-        placed_mass and teacher_mass (sums over positions with a head), chunks (positions whose likelihood is known).
+        cache, job, existed, rows, parts, set_aside (count by reason), layer; with a layer also method, positions,
+        positions_with_head, placed_mass and teacher_mass (means over positions with a head), likelihood_unknown
+        (positions).
 
     Raises:
         CacheError: the cache, the tokenizer or its template is not of a kind that can be translated with, or `out` is
             something else.
     """
     cache = Cache.open(source, targets)
-    _require_translatable(cache)
+    _refuse_derived(cache)
     loaded = load_tokenizer(tokenizer, trust_remote_code=False)
     if not getattr(loaded, "is_fast", False):
         raise CacheError(f"{tokenizer}: the tokenizer has no tokenizer.json form; expected a fast tokenizer")
@@ -88,17 +86,18 @@ def translate_cache(
     before = cache.sequences_identity
     landing = Landing(tokenizer_without_code(source)["tokenizer.json"], files["tokenizer.json"])
     other_ids = landing.other_ids(max(before.vocab_size, cache.layer.vocab_size if cache.layer else 0))
+    if other_ids is None:
+        _refuse_without_mass(cache)
     rows = StudentRows(source, loaded, landing, other_ids, chat_template)
     template = chat_template or str(loaded.chat_template or "")
     hashed = tokenizer_hash(files["tokenizer.json"])
     said = {"cache": cache.cache_id, "tokenizer": hashed, "template": xxhash.xxh3_128_hexdigest(template.encode())}
     request = {"translate": {**said, "method": BY_BYTES}}
-    job = job_id(request)
-    existed = (out / "cache.json").is_file() and (out / "jobs" / job / "plan.arrow").is_file()
-    if not existed:
-        refuse_existing(out, "a translation of this cache as it is now")
-        staging = staging_path(out, "translating", job)
+    derived = DerivedCache.of(out, "translating", "a translation of this cache as it is now", request)
+    if not derived.existed:
         counted = _count(cache, rows, landing, other_ids, advance)
+        if counted.ids is None:
+            _refuse_without_mass(cache)
         is_equal = hashed == before.tokenizer_hash
         identity = replace(
             before,
@@ -107,19 +106,35 @@ def translate_cache(
             template=said["template"] if template else "",
             tokenizer=tokenizer,
         )
-        writer = CacheWriter.create_or_open(staging, identity, files)
-        create_job(staging, request, (), 1)
-        _write(cache, rows, landing, counted, writer, identity, job, advance)
-        publish(staging, out, out / "jobs" / job / "plan.arrow")
-    return {"cache": str(out), "job": job, "existed": existed, **_summary(out)}
+        writer = CacheWriter.create_or_open(derived.path, identity, files)
+        derived.plan()
+        _write(cache, rows, landing, counted, writer, identity, derived, advance)
+        derived.publish()
+    return {"cache": str(out), "job": derived.job, "existed": derived.existed, **_summary(out)}
 
 
-def _require_translatable(cache: Cache) -> None:
+def _refuse_derived(cache: Cache) -> None:
+    """Refuse a layer that is a translation itself."""
     layer = cache.layer
     if layer is not None and layer.derived_from:
         raise CacheError(
             f"{cache.path}: layer {cache.layer_name} was itself derived from {layer.derived_from} "
             f"({layer.method}); translate the cache that the teacher wrote"
+        )
+
+
+def _refuse_without_mass(cache: Cache) -> None:
+    """Refuse a layer that cannot be carried over by bytes: of draws alone, or of heads beside an unknown mass."""
+    layer = cache.layer
+    if layer is not None and layer.mode == "sample":
+        raise CacheError(
+            f"{cache.path}: layer {cache.layer_name} has drawn tokens and no head, which tell too little of what the "
+            "text would begin with; name a layer of mode top or top+sample with --targets"
+        )
+    if layer is not None and layer.tail == "unknown":
+        raise CacheError(
+            f"{cache.path}: layer {cache.layer_name} does not know the mass outside its heads, so what cannot be "
+            "placed has no bucket to join; translate a layer whose tail is known"
         )
 
 
@@ -170,7 +185,7 @@ def _count(
                 ids = None
     if not done and len(cache):
         raise CacheError(f"{cache.path}: no row can be translated; the first reason is: {next(iter(reasons))}")
-    return _Counted(Stays(seen, kept), ids, reasons)
+    return _Counted(Stays(seen, kept), ids)
 
 
 def _count_row(pair: RowPair, landing: Landing, seen: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
@@ -199,7 +214,7 @@ def _write(
     counted: _Counted,
     writer: CacheWriter,
     identity: SequencesIdentity,
-    job: str,
+    out: DerivedCache,
     advance: Callable[[int], None],
 ) -> None:
     """Commit a part for each part of the cache."""
@@ -210,7 +225,7 @@ def _write(
         layer = writer.layer(short, derived, {**cache.layer_provenance, "derived_by": dict(software())})
         projection = Projection(landing, counted.stays, cache.layer.vocab_size, derived.k)
     for number, part in enumerate(_parts(cache)):
-        stem = f"part-{job[:8]}-{number:06d}"
+        stem = out.stem(number)
         advance(part[2] - part[1])
         done = layer.directory if layer else sequences_dir(writer.path)
         if (done / f"{stem}.json").exists():
@@ -236,11 +251,7 @@ def _targets(row: Row) -> SparseTargets:
 
 
 def _layer_identity(cache: Cache, identity: SequencesIdentity, counted: _Counted) -> LayerIdentity:
-    """Return what the derived layer is.
-
-    Raises:
-        CacheError: the layer has draws alone, which cannot be carried over by bytes.
-    """
+    """Return what the derived layer is."""
     layer = cache.layer
     assert layer is not None
     is_renamed = counted.ids is not None
@@ -252,16 +263,6 @@ def _layer_identity(cache: Cache, identity: SequencesIdentity, counted: _Counted
     )
     if is_renamed:
         return derived
-    if layer.mode == "sample":
-        raise CacheError(
-            f"{cache.path}: layer {cache.layer_name} has drawn tokens and no head, which tell too little of what the "
-            "text would begin with; name a layer of mode top or top+sample with --targets"
-        )
-    if layer.tail == "unknown":
-        raise CacheError(
-            f"{cache.path}: layer {cache.layer_name} does not know the mass outside its heads, so what cannot be "
-            "placed has no bucket to join; translate a layer whose tail is known"
-        )
     plain = replace(derived, mode="top", draws=0, temperatures=(1.0,), draw_key="context")
     most = layer.k + (layer.label == "head")
     return replace(plain, vocab_size=identity.vocab_size, tail="derived", k=most, label="apart")
