@@ -1,8 +1,7 @@
 """`decant cache export`: a cache as plain Parquet, one file per part, with its identity in a JSON file beside them.
 
 Written beside OUT_DIR and renamed, so a killed export is continued by the same command. Memory: a batch of rows. Cost:
-some
-0.13 million positions of 64 entries per second and core (reading them back 0.23 million).
+some 0.13 million positions of 64 entries per second and core (reading them back 0.23 million).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from shared.atomic import fill_exclusive, make_dir, write_atomic
+from shared.atomic import Fill, fill_exclusive, make_dir, write_atomic
 from shared.cache.cache import Cache
 from shared.cache.layout import (
     Layer,
@@ -30,7 +29,7 @@ from shared.cache.layout import (
     tokenizer_path,
 )
 from shared.cache.tokenizer_files import read_tokenizer_file
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, first_line
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.records import PartRecord, json_bytes, read_json
 from shared.schema import SEQUENCES
@@ -71,27 +70,43 @@ def export_cache(
     metadata = out / METADATA_FILE
     existed = metadata.is_file() and read_json(metadata).get("cache_id") == cache_id
     layer = choose_layer(list_layers(path), cache.layer_name, path) if cache.layer_name else None
-    parts = cache.parts()
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
         staging = staging_path(out, "exporting", cache_id)
         make_dir(staging)
-        for record, scores, shown in parts:
+        for record, scores, shown in cache.parts():
             file = staging / f"{record.stem}.parquet"
             if not file.exists():
                 _write_part(cache, layer, record, scores, shown, file)
             advance(record.rows)
         _write_metadata(path, layer, staging, cache_id)
         publish(staging, out, metadata)
+    return exported(cache, out, existed=existed)
+
+
+def exported(cache: Cache, out: Path, *, existed: bool) -> dict[str, Any]:
+    """Return directory, files, rows, layer, bytes, existed and hidden_left_out of an export."""
     return {
         "directory": str(out),
-        "files": len(parts),
+        "files": len(cache.parts()),
         "rows": len(cache),
-        "layer": layer.full_name if layer else None,
-        "bytes": sum(file.stat().st_size for file in out.glob("part-*.parquet")),
+        "layer": cache.layer_name,
+        "bytes": sum(file.stat().st_size for file in out.glob("*.parquet")),
         "existed": existed,
-        "hidden_left_out": sorted(list_hidden_layers(path)),
+        "hidden_left_out": sorted(list_hidden_layers(cache.path)),
     }
+
+
+def write_parquet(file: Path, fill: Fill, expected_bytes: int) -> None:
+    """Write a Parquet file, whole or not at all; `expected_bytes` only serves the message of a full disk.
+
+    Raises:
+        CacheError: it cannot be written.
+    """
+    try:
+        fill_exclusive(file, fill, "sequences", expected_bytes, step="rename")
+    except pa.ArrowException as error:
+        raise CacheError(f"{file} cannot be written: {first_line(error)}") from None
 
 
 def _write_metadata(path: Path, layer: Layer | None, staging: Path, cache_id: str) -> None:
@@ -148,10 +163,7 @@ def _write_part(
             for columns in _batches(part, scored, layer, chosen.tolist()):
                 writer.write_table(pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema))
 
-    try:
-        fill_exclusive(file, fill, "sequences", record.bytes, step="rename")
-    except pa.ArrowException as error:
-        raise CacheError(f"{file} cannot be written: {str(error).splitlines()[0]}") from None
+    write_parquet(file, fill, record.bytes)
 
 
 def _blobs_digest(part: MappedSequences, scored: MappedTargets) -> str:

@@ -23,14 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared.atomic import fill_exclusive, make_dir, write_atomic
+from shared.atomic import make_dir, write_atomic
 from shared.cache.cache import Cache, Row
-from shared.cache.layout import list_hidden_layers
-from shared.errors import CacheError, UsageError
+from shared.errors import UsageError
 from shared.identity.identity import LayerIdentity
 from shared.parts.records import json_bytes, read_json
 from tools.cache.foreign.bit_packing import pack
 from tools.cache.foreign.distillkit import SETTINGS_FILE, Compression, index_bits
+from tools.cache.parquet_columns import flat, nested
+from tools.cache.parquet_export import exported, write_parquet
 from tools.cache.staged_directory import publish, refuse_existing, staging_path
 
 SOURCE_FILE = "source.json"
@@ -76,7 +77,7 @@ def export_foreign(
     existed = proof.is_file() and read_json(proof) == said
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
-        staging = staging_path(out, "exporting", cache.cache_id)
+        staging = staging_path(out, f"exporting-{form}", cache.cache_id)
         make_dir(staging)
         first = 0
         for number, (record, _, shown) in enumerate(cache.parts()):
@@ -90,15 +91,7 @@ def export_foreign(
             write_atomic(staging / SETTINGS_FILE, json_bytes(_settings(layer).model_dump(mode="json")), "sequences")
         write_atomic(staging / SOURCE_FILE, json_bytes(said), "cache_json")
         publish(staging, out, proof)
-    return {
-        "directory": str(out),
-        "files": len(cache.parts()),
-        "rows": len(cache),
-        "layer": cache.layer_name,
-        "bytes": sum(file.stat().st_size for file in out.glob("data_*.parquet")),
-        "existed": existed,
-        "hidden_left_out": sorted(list_hidden_layers(path)),
-    }
+    return exported(cache, out, existed=existed)
 
 
 def _settings(layer: LayerIdentity) -> Compression:
@@ -128,10 +121,7 @@ def _write_part(cache: Cache, rows: range, layer: LayerIdentity, form: str, file
         if writer is not None:
             writer.close()
 
-    try:
-        fill_exclusive(file, fill, "sequences", 0, step="rename")
-    except pa.ArrowException as error:
-        raise CacheError(f"{file} cannot be written: {str(error).splitlines()[0]}") from None
+    write_parquet(file, fill, 0)
 
 
 def _axolotl(row: Row, layer: LayerIdentity) -> Mapping[str, pa.Array]:
@@ -207,12 +197,10 @@ def _labels(row: Row) -> NDArray[np.int64]:
 
 def _one(values: np.ndarray) -> pa.Array:
     """Return a column of one row: a list."""
-    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), pa.array(values))
+    return flat([values], pa.list_(pa.from_numpy_dtype(values.dtype)))
 
 
 def _grid(values: np.ndarray) -> pa.Array:
     """Return a column of one row: a list of lists of one length."""
-    inner = pa.ListArray.from_arrays(
-        pa.array(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]), pa.array(values.ravel())
-    )
-    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), inner)
+    counts = np.full(len(values), values.shape[1], np.int32)
+    return nested([values.ravel()], [counts], pa.list_(pa.from_numpy_dtype(values.dtype)))
