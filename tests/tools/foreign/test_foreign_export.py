@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.cache.cache import Cache
+from shared.errors import CacheError
 from tests.shared.small_cache import HYBRID, TOP, build
-from tests.tiny_models import make_tokenizer
 from tests.tools.foreign.peers import distillkit_reads
 from tools import cli
 from tools.cache.foreign.axolotl import AxolotlReader
@@ -22,9 +23,7 @@ from tools.cache.foreign.distillkit import DistillKitReader
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cache") / "cache"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        build(path, layers=(TOP, HYBRID))
+    build(path, layers=(TOP, HYBRID))
     return path
 
 
@@ -113,18 +112,21 @@ def test_caches_without_heads_are_not_exported_to_others(cache, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_exported_distillkit_is_imported_by_the_command(tmp_path, capsys):
-    from dataclasses import replace
+def test_what_a_killed_export_left_is_not_taken_for_another_format(cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tools.cache.foreign.export_foreign.publish", lambda *a: (_ for _ in ()).throw(CacheError("x")))
+    words = ["cache", "export", str(cache), str(tmp_path / "out"), "--targets", TOP.name, "--format"]
+    assert cli.main([*words, "axolotl"]) == 1
+    monkeypatch.undo()
+    capsys.readouterr()
+    export(capsys, cache, tmp_path / "out", "distillkit", TOP.name)
+    assert all("bytepacked_indices" in pq.read_schema(file).names for file in (tmp_path / "out").glob("*.parquet"))
 
-    from tests.shared import small_cache
 
-    make_tokenizer(tmp_path / "tokenizer")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        small_cache.build(tmp_path / "cache", layers=(replace(TOP, temperatures=(1.0,)),))
-        export(capsys, tmp_path / "cache", tmp_path / "out", "distillkit", TOP.name)
-        words = ["cache", "import", str(tmp_path / "out"), str(tmp_path / "back")]
-        assert cli.main([*words, "--tokenizer", str(tmp_path / "tokenizer")]) == 0
+def test_exported_distillkit_is_imported_by_the_command(tmp_path, tokenizer_dir, capsys):
+    build(tmp_path / "cache", layers=(replace(TOP, temperatures=(1.0,)),))
+    export(capsys, tmp_path / "cache", tmp_path / "out", "distillkit", TOP.name)
+    words = ["cache", "import", str(tmp_path / "out"), str(tmp_path / "back")]
+    assert cli.main([*words, "--tokenizer", str(tokenizer_dir)]) == 0
     before, after = Cache.open(tmp_path / "cache"), Cache.open(tmp_path / "back", verify=True)
     assert after.layer.tail == "derived"
     for a, b in zip(before, after, strict=True):

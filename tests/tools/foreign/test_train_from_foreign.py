@@ -33,7 +33,6 @@ def student(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 def write(form: str, tokenizer) -> list[str]:

@@ -1,0 +1,106 @@
+"""Answers of OpenAI-style servers are read token by token, and what they do not say is marked or asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.cache.cache import Cache
+from shared.errors import DamagedError
+from tests.tools.foreign.importing import assert_holds, run
+from tests.tools.foreign.peers import VOCAB, chat_line, completion_line, prompt_logprobs_line, samples, spelled
+from tools.cache.foreign.openai_json import OpenAIReader
+
+
+def write_lines(path: Path, lines) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def answers(tokenizer, made):
+    messages = [{"role": "user", "content": "How many apples are left?"}]
+    return messages, [chat_line(tokenizer, messages, sample, 5) for sample in made]
+
+
+def test_chat_completions_are_told_by_bytes_with_every_label(tmp_path, tokenizer, tokenizer_dir, capsys):
+    made = samples(3, seed=3)
+    messages, lines = answers(tokenizer, made)
+    lines[1] = {"custom_id": "a", "request": {"body": {"messages": messages}}, "response": {"body": lines[1]}}
+    file = write_lines(tmp_path / "answers.jsonl", lines)
+    result = run(capsys, file, tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    assert (result["tail"], result["labels"], result["rows"]) == ("unknown", "all", 3)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    cache = Cache.open(tmp_path / "cache")
+    for i, sample in enumerate(made):
+        row = cache[i]
+        assert row.token_ids.tolist() == [*prompt, *sample.token_ids[1:]]
+        assert row.spans.tolist() == [[len(prompt), len(row.token_ids)]]
+        assert (row.prompt, row.finish_reason) == (messages[0]["content"], "stop")
+        labels = sample.logprobs[np.arange(len(sample.token_ids) - 1), sample.token_ids[1:]]
+        np.testing.assert_allclose(row.targets.label_logprobs, labels, atol=2e-3)
+        ids, values = (part[:-1].tolist() for part in sample.top(5))
+        for s, label in enumerate(sample.token_ids[1:]):
+            if label not in ids[s]:
+                ids[s], values[s] = [*ids[s], label], [*values[s], labels[s]]
+        assert_holds(cache, i, ids, values, tail="unknown")
+
+
+def test_raw_values_of_a_server_have_a_derived_tail(tmp_path, tokenizer, tokenizer_dir, capsys):
+    file = write_lines(tmp_path / "answers.jsonl", answers(tokenizer, samples(2, seed=3))[1])
+    result = run(capsys, file, tmp_path / "cache", "--tokenizer", tokenizer_dir, "--tail", "derived")
+    assert result["tail"] == "derived"
+    assert not bool(np.isnan(Cache.open(tmp_path / "cache")[0].targets.tail_logmass).any())
+
+
+def test_completions_are_told_by_text_and_torn_ones_are_set_aside(tmp_path, tokenizer, tokenizer_dir, capsys):
+    whole = [i for i in range(VOCAB) if "\ufffd" not in spelled(tokenizer, i, 0.0)["token"]]
+    made = samples(3, seed=5)
+    for sample in made[:2]:
+        sample.token_ids[1:] = [whole[t % len(whole)] for t in sample.token_ids[1:]]
+    torn = next(i for i in range(3, VOCAB) if i not in whole)
+    made[2].token_ids[2] = torn
+    lines = [completion_line(tokenizer, f"Sort {n} numbers", sample, 5) for n, sample in enumerate(made)]
+    result = run(capsys, write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    assert result["set_aside"] == {"a token of the answer is none of the tokenizer's": 1}
+    cache = Cache.open(tmp_path / "cache")
+    assert len(cache) == 2
+    for i, sample in enumerate(made[:2]):
+        ids, _values = sample.top(5)
+        prompt = tokenizer(f"Sort {i} numbers")["input_ids"]
+        assert cache[i].token_ids.tolist() == [*prompt, *sample.token_ids[1:]]
+        for s, label in enumerate(sample.token_ids[1:]):
+            offsets = cache[i].targets.offsets()
+            named = set(cache[i].targets.ids[offsets[s] : offsets[s + 1]].tolist())
+            assert named == ({j for j in ids[s].tolist() if j in whole} | {label})
+
+
+def test_prompt_logprobs_score_a_whole_text_by_id(tmp_path, tokenizer_dir, tokenizer, capsys):
+    made = samples(2, seed=7)
+    file = write_lines(tmp_path / "scored.jsonl", [prompt_logprobs_line(sample, 5) for sample in made])
+    result = run(capsys, file, tmp_path / "cache", "--tokenizer", tokenizer_dir, "--tail", "derived")
+    assert result["rows"] == 2
+    cache = Cache.open(tmp_path / "cache")
+    for i, sample in enumerate(made):
+        assert cache[i].token_ids.tolist() == sample.token_ids
+        ids, values = (part[:-1].tolist() for part in sample.top(5))
+        for s, label in enumerate(sample.token_ids[1:]):
+            if label not in ids[s]:
+                ids[s], values[s] = [*ids[s], label], [*values[s], sample.logprobs[s, label]]
+        assert_holds(cache, i, ids, values, tail="derived")
+
+
+def test_answers_without_prompt_or_log_probabilities_say_what_to_ask_for(tmp_path, tokenizer, tokenizer_dir, capsys):
+    _, (line,) = answers(tokenizer, samples(1))
+    del line["messages"]
+    error = run(capsys, write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "c", "--tokenizer", tokenizer_dir, code=1)
+    assert "a.jsonl:1 has no prompt" in error
+    line["choices"][0]["logprobs"] = None
+    error = run(capsys, write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "c", "--tokenizer", tokenizer_dir, code=1)
+    assert "a.jsonl:1 has no top log-probabilities" in error
+    file = write_lines(tmp_path / "b.jsonl", [{}])
+    with pytest.raises(DamagedError, match="has no choices"):
+        OpenAIReader(file, tokenizer, (tokenizer_dir / "tokenizer.json").read_bytes())
