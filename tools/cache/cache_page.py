@@ -50,7 +50,7 @@ def page_lines(document: Mapping[str, Any]) -> list[str]:
     sizes = document["row_tokens"]
     half = f"half of the rows have at most {sizes['median']:,}, the longest {sizes['longest']:,}"
     lines = [f"  {document['tokens']:,} tokens; {half}"]
-    lines += [f"  licence: {'not said' if not document['identity']['licence'] else document['identity']['licence']}"]
+    lines += [f"  licence: {document['identity']['licence'] or 'not said'}"]
     lines += [f"  tail of {name} {tail['kind']}: {tail['means']}" for name, tail in document["tails"].items()]
     for layer in document["layers"].values():
         each = layer["bytes"] / max(layer["positions"], 1)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-_PLAIN = str.maketrans({"|": "/", "`": "'", "<": "&lt;", "\n": " ", "\r": " "})
 
 
 def dataset_card(cache: Mapping[str, Any], url: str) -> str:
@@ -29,16 +28,16 @@ def dataset_card(cache: Mapping[str, Any], url: str) -> str:
     lines += ["# A cache of a teacher's answers and distributions", ""]
     lines += [f"{rows:,} rows, {cache['positions']:,} supervised positions, {size:,} bytes.", ""]
     lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {_plain(value)} |" for name, value in _facts(identity, licence)]
-    lines += [f"| source {_plain(name)} | {count:,} rows |" for name, count in cache["sources"].items()]
+    lines += [f"| {name} | {plain(value)} |" for name, value in _facts(identity, licence)]
+    lines += [f"| source {plain(name)} | {count:,} rows |" for name, count in cache["sources"].items()]
     for name, layer in (*cache["layers"].items(), *cache["hidden"].items()):
         said = layer["identity"]
         captured = ", ".join(
             f"{key} {said[key]}" for key in ("mode", "k", "draws", "mass", "temperatures") if key in said
         )
         lines.append(
-            f"| layer {_plain(name)} | teacher {_plain(said['teacher'])}, {_plain(said['dtype'])}, "
-            f"{_plain(captured or 'hidden states')}; {layer['rows']:,} rows, {layer['bytes']:,} bytes |"
+            f"| layer {plain(name)} | teacher {plain(said['teacher'])}, {plain(said['dtype'])}, "
+            f"{plain(captured or 'hidden states')}; {layer['rows']:,} rows, {layer['bytes']:,} bytes |"
         )
     lines += ["", "Train from it with Decant, which fetches parts as they are"]
     lines += ["read and checks them against their records:", "", "```yaml", f"cache: {url}", "```", ""]
@@ -46,7 +45,7 @@ def dataset_card(cache: Mapping[str, Any], url: str) -> str:
     return "\n".join(lines)
 
 
-def _facts(identity: Mapping[str, Any], licence: str) -> list[tuple[str, Any]]:
+def _facts(identity: Mapping[str, Any], licence: str) -> list[tuple[str, str]]:
     tokenizer = f"{identity.get('tokenizer') or 'unnamed'}, {identity['vocab_size']:,} entries"
     return [
         ("licence", licence),
@@ -55,6 +54,11 @@ def _facts(identity: Mapping[str, Any], licence: str) -> list[tuple[str, Any]]:
     ]
 
 
-def _plain(value: object) -> str:
-    """Return one line that does not end a table's cell or begin markup."""
-    return str(value).translate(_PLAIN)
+def plain(text: str) -> str:
+    """Return text that stays within its line, cell and code span, whatever it holds.
+
+    >>> plain("a|b <img>")
+    'a/b &lt;img>'
+    """
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return printable.replace("|", "/").replace("`", "'").replace("<", "&lt;")

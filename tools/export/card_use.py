@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from shared.cache.leaving import Leaving
 from shared.recipe.recipe import Generate, PromptSource
+from tools.cache.dataset_card import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,12 @@ class Talk:
     """What people should know about both."""
 
 
-def use_lines(talk: Talk, generate: Generate | None, plain: Any) -> list[str]:
+def use_lines(talk: Talk, generate: Generate | None) -> list[str]:
     """Return the card's lines on use.
 
     Args:
         talk: template and end tokens.
         generate: how the answers that it learnt from were drawn; None where they came with the data.
-        plain: makes any text safe for a card.
     """
     sources = talk.leaving.sources if talk.leaving else ()
     chat = [source for source in sources if source.of_turns and source.template == "chat"]

@@ -12,6 +12,7 @@ from typing import Any
 from shared.places import named
 from shared.recipe.recipe import Loss, Recipe, Stage
 from shared.recipe.schedule import Schedule
+from tools.cache.dataset_card import plain
 from tools.export.base_licence import base_facts
 from tools.export.card_use import Talk, use_lines
 from tools.report.tables import model_header, model_rows
@@ -44,10 +45,9 @@ def model_card(
     assert recipe.student is not None
     lines = [
         *_front_matter(recipe, caches, base),
-        f"# {_plain(recipe.name)}: {_plain(stage.name)}",
+        f"# {plain(recipe.name)}: {plain(stage.name)}",
         "",
-        f"`{_plain(recipe.student.model)}`, distilled with Decant from a cache of a teacher's next-token "
-        "distributions.",
+        f"`{plain(recipe.student.model)}`, distilled with Decant from a cache of a teacher's next-token distributions.",
         "",
         "## Where it comes from",
         "",
@@ -68,7 +68,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *use_lines(talk, recipe.generate, _plain),
+        *use_lines(talk, recipe.generate),
     ]
     return "\n".join(lines)
 
@@ -94,9 +94,9 @@ def _origin(
     assert recipe.student is not None
     student = recipe.student
     init = "fresh weights of its config" if student.init == "random" else "its own weights"
-    origin = f" (which its files say comes from `{_plain(base['origin'])}`)" if "origin" in base else ""
-    revision = f" at revision `{_plain(student.revision)}`" if student.revision else ""
-    lines = [f"- student: `{_plain(student.model)}`{revision}{origin}, {init}, trained as {_trained_as(recipe)}"]
+    origin = f" (which its files say comes from `{plain(base['origin'])}`)" if "origin" in base else ""
+    revision = f" at revision `{plain(student.revision)}`" if student.revision else ""
+    lines = [f"- student: `{plain(student.model)}`{revision}{origin}, {init}, trained as {_trained_as(recipe)}"]
     for cache in caches:
         teacher = cache.get("teacher") or (recipe.teacher.model if recipe.teacher else "unknown")
         capture = (
@@ -105,16 +105,15 @@ def _origin(
             else ""
         )
         lines.append(
-            f"- cache: `{cache.get('cache_id')}`; teacher: `{_plain(str(teacher))}`"
+            f"- cache: `{cache.get('cache_id')}`; teacher: `{plain(str(teacher))}`"
             + (f"; {capture}" if capture else "")
         )
-    if not caches:
-        lines.append(
-            "- cache: could not be read when this card was written; the recipe names "
-            + ", ".join(map(named, recipe.cache))
-        )
+    read = {cache["path"] for cache in caches}
+    unread = [named(path) for path in recipe.cache if str(path) not in read]
+    if unread:
+        lines.append(f"- cache: could not be read when this card was written; the recipe names {', '.join(unread)}")
     lines.append(
-        f"- weights: `{weights}`; stage `{_plain(stage.name)}` of run `{_plain(recipe.name)}`, seed {recipe.seed}"
+        f"- weights: `{weights}`; stage `{plain(stage.name)}` of run `{plain(recipe.name)}`, seed {recipe.seed}"
     )
     return lines
 
@@ -152,7 +151,7 @@ def _stage_lines(stage: Stage, report: Mapping[str, Any]) -> list[str]:
         f"learning rate {trainer.learning_rate:g} ({trainer.lr_scheduler_type}), {packs} packs of "
         f"{trainer.pack_tokens} tokens"
     )
-    return [f"- `{_plain(stage.name)}` from `{_plain(stage.init_from)}`: {losses}; {done}, {rate}"]
+    return [f"- `{plain(stage.name)}` from `{plain(stage.init_from)}`: {losses}; {done}, {rate}"]
 
 
 def _loss(loss: Loss) -> str:
@@ -170,25 +169,19 @@ def _figures(report: Mapping[str, Any], stage: Stage) -> list[str]:
     if stage.name not in report.get("models", {}):
         return ["This model was not evaluated in its run (`decant eval`)."]
     header, rows = model_header(report), model_rows(report)
-    table = [f"| {' | '.join(map(_plain, header))} |", f"|---{'|---:' * (len(header) - 1)}|"]
-    return [*table, *(f"| {' | '.join(map(_plain, row))} |" for row in rows)]
+    table = [f"| {' | '.join(map(plain, header))} |", f"|---{'|---:' * (len(header) - 1)}|"]
+    return [*table, *(f"| {' | '.join(map(plain, row))} |" for row in rows)]
 
 
 def _licence(recipe: Recipe, caches: list[dict[str, Any]], base: Mapping[str, str]) -> list[str]:
     lines = [
-        f"- answers of cache `{cache.get('cache_id')}`: licence {_plain(str(cache.get('licence') or 'not stated'))}, "
+        f"- answers of cache `{cache.get('cache_id')}`: licence {plain(str(cache.get('licence') or 'not stated'))}, "
         "written by "
-        f"{_plain(str(cache.get('answers') or 'unknown'))}"
+        f"{plain(str(cache.get('answers') or 'unknown'))}"
         for cache in caches
     ]
     assert recipe.student is not None
     said = ", ".join(base[name] for name in ("licence", "licence_name", "licence_link") if name in base)
-    lines.append(f"- base model `{_plain(recipe.student.model)}`: licence {_plain(said or 'not stated in its files')}")
+    lines.append(f"- base model `{plain(recipe.student.model)}`: licence {plain(said or 'not stated in its files')}")
     lines.append("- the licence of the teacher applies too; check all of them before you publish")
     return lines
-
-
-def _plain(text: str) -> str:
-    """Return text that stays within its line, cell and code span, whatever it holds."""
-    printable = "".join(letter if letter.isprintable() else " " for letter in text)
-    return printable.replace("|", "/").replace("`", "'").replace("<", "&lt;")
