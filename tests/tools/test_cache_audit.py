@@ -175,7 +175,8 @@ def test_losses_equal_plain_sums_over_the_dense_distributions(world: dict[str, P
             layout = ColumnLayout(k, (1.0, 2.0), 0, 1.0, VOCAB_SIZE)
             logprobs = torch.from_numpy(dense_logprobs(world["teacher"], row.token_ids)[row.predictor_index()])
             targets = join_columns([capture_chunk(logprobs, row, slice(0, len(logprobs)), layout)], layout)
-            num_bytes += len(Codec(cache.layer.gap_step, (1.0, 2.0), 0, VOCAB_SIZE, k).encode(targets))  # type: ignore[union-attr]
+            gap_step = cache.layer.gap_step  # type: ignore[union-attr]
+            num_bytes += len(Codec(gap_step, (1.0, 2.0), 0, VOCAB_SIZE, k).encode(targets))
         (one,) = (
             d
             for d in found["truncation"]

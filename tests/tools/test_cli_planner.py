@@ -15,8 +15,11 @@ from shared.recipe.recipe import Recipe
 from tests.shared.dense_targets import cut
 from tests.shared.small_cache import TOP, build
 from tests.tiny_models import make_tokenizer
+from tests.tools.rounds.tiny_run import rounds_recipe
 from tools.plan.plan_existing import assumed_bytes_per_position
 from tools.plan.planner import plan, plan_text
+from tools.plan.preflight.preflight_asked import Asked
+from tools.plan.preflight.preflight_rounds import answer_problems
 
 CONFIG = {
     "model_type": "qwen3",
@@ -149,3 +152,11 @@ def test_prompts_of_which_none_can_be_used_are_refused(place, tmp_path):
     source = {"source": "a", "path": str(tmp_path / "none.jsonl"), "format": "messages"}
     with pytest.raises(UsageError, match=r"none of 2 prompts can be used, the first: .*none\.jsonl:1"):
         plan(recipe(place, prompts=[source]))
+
+
+def test_rounds_over_plain_texts_are_refused_for_they_ask_nothing(tmp_path):
+    (tmp_path / "texts.txt").write_text("Once upon a time.\n")
+    texts = [{"source": "tales", "path": str(tmp_path / "texts.txt"), "format": "text"}]
+    recipe = rounds_recipe(tmp_path, (tmp_path / "teacher", tmp_path / "student"), prompts=texts, generate=None)
+    found = dict(answer_problems(Asked(recipe, frozenset({"answer"}), plans_only=True)))
+    assert "asks anything" in found["stages", 1, "rounds"]

@@ -64,10 +64,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
     result["stages"] = {stage.name: _stage_figures(stage, expected_rows_tokens, recipe) for stage in recipe.stages}
     if recipe.stages:
-        lengths, longest = row_lengths(recipe), _longest_to_come(recipe, result)
+        lengths, longest, on_gpu = row_lengths(recipe), _longest_to_come(recipe, result), bool(offered_gpus())
         for stage in recipe.stages:
             result["stages"][stage.name]["lengths"] = length_figures(recipe, stage, lengths, longest)
-            notes = precision_notes(stage, recipe.student, on_gpu=bool(offered_gpus())) if recipe.student else []
+            notes = precision_notes(stage, recipe.student, on_gpu=on_gpu) if recipe.student else []
             result["stages"][stage.name]["precision"] = notes
     return result
 

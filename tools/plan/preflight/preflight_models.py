@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from shared.identity.identity import tokenizer_hash
 from shared.recipe.base import closest
 from tools.plan.preflight.preflight_asked import said
 
@@ -29,6 +30,18 @@ def model_problem(name: str, revision: str | None, *, weights: bool, stated: boo
         near = [path.name for path in directory.parent.iterdir()] if directory.parent.is_dir() else []
         return f"there is no directory '{name}'{closest(directory.name, sorted(near))}; expected a model's directory"
     return None if stated else _fetched(name, revision)
+
+
+def hash_of_tokenizer(model: str, *, trusts: bool) -> str:
+    """Return the hash of a model's tokenizer as transformers loads it; `trusts`: its code may run.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model, tokenizer_files
+
+    files = tokenizer_files(load_tokenizer(resolve_model(model), trust_remote_code=trusts))
+    return tokenizer_hash(files["tokenizer.json"])
 
 
 def _fetched(name: str, revision: str | None) -> str | None:

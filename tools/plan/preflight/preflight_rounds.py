@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from shared.recipe.base import Problem
 from tools.plan.preflight.preflight_asked import Asked, said
@@ -16,13 +17,13 @@ def answer_problems(asked: Asked) -> Iterator[Problem]:
     for i, stage in enumerate(asked.recipe.stages):
         if stage.rounds is None:
             continue
-        own = bool(stage.rounds.sources)
-        for j, source in enumerate(stage.rounds.sources or asked.recipe.prompts):
+        own = stage.rounds.sources
+        if not own and not any(source.of_turns for source in asked.recipe.prompts):
+            yield ("stages", i, "rounds"), "no entry of `prompts` asks anything; name some in `sources` here"
+        for j, source in enumerate(own or asked.recipe.prompts):
             place = ("stages", i, "rounds", "sources", j, "path") if own else ("prompts", j, "path")
-            if source.format != "cache":
-                yield from said(place, lambda source=source: locate(source))  # type: ignore[misc]
-            elif all(other.format in ("cache", "text") for other in asked.recipe.prompts):
-                yield ("stages", i, "rounds"), "no entry of `prompts` asks anything; name some in `sources` here"
+            if not source.of_cache:
+                yield from said(place, partial(locate, source))
         if not asked.caches and not asked.builds:
             yield ("cache", 0), f"there is no cache at '{asked.recipe.cache[0]}' yet; build it with `decant teach`"
 

@@ -10,7 +10,7 @@ from shared.errors import DecantError
 from shared.identity.identity import tokenizer_hash
 from shared.recipe.base import Problem
 from tools.plan.preflight.preflight_asked import Asked, said
-from tools.plan.preflight.preflight_models import model_problem
+from tools.plan.preflight.preflight_models import hash_of_tokenizer, model_problem
 
 
 def student_problems(asked: Asked) -> Iterator[Problem]:
@@ -47,18 +47,13 @@ def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Pro
     found = tokenizer_hash(own.read_bytes())
     if found == wanted:
         return
-    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model, tokenizer_files
-
-    def loaded(model: str, *, trusts: bool) -> str:
-        files = tokenizer_files(load_tokenizer(resolve_model(model), trust_remote_code=trusts))
-        return tokenizer_hash(files["tokenizer.json"])
 
     def compare() -> None:
         theirs = wanted
         if not asked.caches:
             assert teacher is not None
-            theirs = loaded(teacher.model, trusts=teacher.trust_remote_code)
-        mine = loaded(str(directory), trusts=student.trust_remote_code)
+            theirs = hash_of_tokenizer(teacher.model, trusts=teacher.trust_remote_code)
+        mine = hash_of_tokenizer(str(directory), trusts=student.trust_remote_code)
         if theirs not in (mine, found):
             raise DecantError(
                 f"'{directory}' has tokenizer {mine[:8]} and {whose} has {theirs[:8]}; choose a student with the same "

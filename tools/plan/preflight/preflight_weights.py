@@ -7,6 +7,7 @@ Cost: the headers of the files and an empty model of the class, a second or two 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,8 @@ def weight_problems(asked: Asked) -> Iterator[Problem]:
         there = any(file for ending in ("safetensors", "bin", "index.json") for file in directory.glob(f"*.{ending}"))
         if there and (name, adapter) not in checked:
             checked.add((name, adapter))
-            yield from said(
-                place,
-                lambda directory=directory, what=what, trusts=trusts, adapter=adapter: check_checkpoint(  # type: ignore[misc]
-                    directory, what=what, trust_remote_code=trusts, adapter=adapter
-                ),
-            )
+            check = partial(check_checkpoint, directory, what=what, trust_remote_code=trusts, adapter=adapter)
+            yield from said(place, check)
 
 
 def _models(asked: Asked) -> Iterator[tuple[Place, str, str, bool, str | None]]:
@@ -106,9 +103,4 @@ def _disk(recipe: Recipe, model: Any, *, adapted: bool) -> Iterator[Problem]:
         directory = recipe.stage_dir(stage.name)
         if not (directory / "model").is_dir():
             steps = stage.trainer.max_steps or 1
-            yield from said(
-                ("stages", i),
-                lambda stage=stage, steps=steps, directory=directory: check_disk_space(  # type: ignore[misc]
-                    model, stage, steps, directory, adapted=adapted
-                ),
-            )
+            yield from said(("stages", i), partial(check_disk_space, model, stage, steps, directory, adapted=adapted))
