@@ -132,18 +132,10 @@ def _listing_lines(found: Mapping[str, Any]) -> list[str]:
     lines += [f"  {name} {identity[name]}" for name in ("answers", "licence") if identity[name]]
     lines += [f"  source {name}: {rows:,} rows" for name, rows in found["sources"].items()]
     lines += [f"  {found['set_aside']:,} rows were set aside"] if found["set_aside"] else []
-    for name, layer in found["layers"].items():
-        lines.append(
-            f"  targets {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, "
-            f"{size(layer['bytes'])}"
-        )
-        lines.append(f"    {_layer_text(layer['identity'])}")
-    for name, layer in found["hidden"].items():
-        lines.append(
-            f"  hidden {name}: {layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, "
-            f"{size(layer['bytes'])}"
-        )
-        lines.append(f"    {_hidden_text(layer['identity'])}")
+    for kind, layers, described in (("targets", "layers", _layer_text), ("hidden", "hidden", _hidden_text)):
+        for name, layer in found[layers].items():
+            covered = f"{layer['parts']:,} of {found['parts']:,} parts, {layer['rows']:,} rows, {size(layer['bytes'])}"
+            lines += [f"  {kind} {name}: {covered}", f"    {described(layer['identity'])}"]
     lines += [] if found["layers"] else ["  no targets layer yet"]
     lines.append(f"  all layers: {size(found['layers_bytes'])}")
     return [*lines, *(_job_text(job, counts) for job, counts in found["jobs"].items())]
@@ -321,11 +313,15 @@ def _drop(args: argparse.Namespace) -> int:
     return 0
 
 
+def _rows(*caches: Path) -> int:
+    """Return how many rows caches hold, for a progress bar."""
+    return sum(record.rows for path in caches for record in list_records(sequences_dir(path)))
+
+
 def _merge(args: argparse.Namespace) -> int:
     from tools.cache.cache_merge import merge_caches, merge_text
 
-    total = sum(record.rows for path in args.caches for record in list_records(sequences_dir(path)))
-    with Progress("merge", total) as progress:
+    with Progress("merge", _rows(*args.caches)) as progress:
         result = merge_caches(args.out, args.caches, args.targets, args.copy, progress.advance)
     _print(args, result, merge_text(result))
     return 0
@@ -335,8 +331,7 @@ def _subset(args: argparse.Namespace) -> int:
     from tools.cache.cache_subset import Choice, subset_cache, subset_text
 
     choice = Choice(tuple(args.source), args.query, args.share, args.count, args.seed)
-    total = sum(record.rows for record in list_records(sequences_dir(args.cache)))
-    with Progress("subset", total) as progress:
+    with Progress("subset", _rows(args.cache)) as progress:
         result = subset_cache(args.cache, args.out, choice, args.targets, args.copy, progress.advance)
     _print(args, result, subset_text(result))
     return 0
@@ -346,8 +341,7 @@ def _export(args: argparse.Namespace) -> int:
     from tools.cache.foreign.export_foreign import export_foreign
     from tools.cache.parquet_export import export_cache, export_text
 
-    total = sum(record.rows for record in list_records(sequences_dir(args.cache)))
-    with Progress("export", total) as progress:
+    with Progress("export", _rows(args.cache)) as progress:
         if args.format == "parquet":
             result = export_cache(args.cache, args.out, args.targets, progress.advance)
         else:
@@ -369,8 +363,7 @@ def _translate(args: argparse.Namespace) -> int:
     from shared.cache.rendering import template_text
     from tools.cache.translate.translate_cache import translate_cache, translate_text
 
-    total = sum(record.rows for record in list_records(sequences_dir(args.cache)))
-    with Progress("translate", 2 * total) as progress:
+    with Progress("translate", 2 * _rows(args.cache)) as progress:
         result = translate_cache(
             args.cache,
             args.out,
