@@ -14,7 +14,8 @@ import pytest
 from shared.cache.cache import Cache
 from shared.errors import CacheError
 from tests.shared.small_cache import HYBRID, TOP, build
-from tests.tools.foreign.peers import distillkit_reads
+from tests.tools.foreign.importing import run
+from tests.tools.foreign.peers import distillkit_reads, samples, write_axolotl
 from tools import cli
 from tools.cache.foreign.axolotl import AxolotlReader
 from tools.cache.foreign.distillkit import DistillKitReader
@@ -110,6 +111,14 @@ def test_caches_without_heads_are_not_exported_to_others(cache, tmp_path, capsys
     assert cli.main(words) == 2
     assert "export as parquet" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_right_up_to_a_factor_are_not_exported_as_log_probabilities(tmp_path, tokenizer_dir, capsys):
+    write_axolotl(tmp_path / "kd.parquet", samples(2), 4, temperature=1.0, shift=1)
+    run(capsys, tmp_path / "kd.parquet", tmp_path / "cache", "--tokenizer", tokenizer_dir, "--shift", 1)
+    words = ["cache", "export", str(tmp_path / "cache"), str(tmp_path / "out"), "--format"]
+    assert (cli.main([*words, "distillkit"]), cli.main([*words, "axolotl"])) == (2, 0)
+    assert "heads right up to a factor" in capsys.readouterr().err
 
 
 def test_what_a_killed_export_left_is_not_taken_for_another_format(cache, tmp_path, capsys, monkeypatch):

@@ -63,7 +63,7 @@ def export_foreign(
         directory, files, rows, layer, bytes, existed, hidden_left_out.
 
     Raises:
-        UsageError: the layer has no heads.
+        UsageError: the layer has no heads, or none that the format could hold.
         CacheError: rows are not scored, something is damaged, or `out` is something else.
     """
     cache = Cache.open(path, targets)
@@ -71,6 +71,11 @@ def export_foreign(
     if layer is None or layer.k == 0:
         raise UsageError(
             f"{path}: {form} holds heads, and {cache.layer_name or 'the cache'} has none; export as parquet"
+        )
+    if form == "distillkit" and layer.tail == "unknown":
+        raise UsageError(
+            f"{path}: distillkit holds log-probabilities of the full softmax, and {cache.layer_name} has heads right up "
+            "to a factor; export as axolotl or parquet"
         )
     proof = out / SOURCE_FILE
     said = {"cache_id": cache.cache_id, "format": form, "layer": layer.to_json()}
