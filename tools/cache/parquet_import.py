@@ -109,8 +109,8 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
     records = list_records(sequences_dir(out))
     name = f"{export.layer_name}-{export.layer.hash8}" if export.layer else None
     rows = sum(record.rows for record in records)
-    found = {"cache": str(out), "job": derived.job, "rows": rows, "parts": len(records)}
-    return {**found, "layer": name, "existed": derived.existed}
+    cache = {"cache": str(out), "job": derived.job, "rows": rows, "parts": len(records)}
+    return {**cache, "layer": name, "existed": derived.existed}
 
 
 def _read_export(directory: Path) -> Export:

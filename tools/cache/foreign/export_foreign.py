@@ -74,8 +74,8 @@ def export_foreign(
         )
     if form == "distillkit" and layer.tail == "unknown":
         raise UsageError(
-            f"{path}: distillkit holds log-probabilities of the full softmax, and {cache.layer_name} has heads right up "
-            "to a factor; export as axolotl or parquet"
+            f"{path}: distillkit holds log-probabilities of the full softmax, and {cache.layer_name} has heads right "
+            "up to a factor; export as axolotl or parquet"
         )
     proof = out / SOURCE_FILE
     said = {"cache_id": cache.cache_id, "format": form, "layer": layer.to_json()}
