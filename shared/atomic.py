@@ -2,8 +2,8 @@
 
 Algorithm: write a temporary file beside the target, fsync it, then either rename it over the target (last one wins) or
 link it to the target (first one wins, the others learn that they came second), then fsync the directory. Temporary
-names hold the process id and a random part; no reader opens one, and `shared/cache/garbage.py` removes old ones. Cost:
-two fsyncs per file.
+names hold the process id and a random part; no reader opens one, and `shared/cache/writing/garbage.py` removes old
+ones. Cost: two fsyncs per file.
 """
 
 from __future__ import annotations

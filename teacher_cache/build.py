@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from shared.cache.cache_writer import CacheWriter, LayerWriter
 from shared.cache.layer_choice import serving_layer
 from shared.cache.layout import Layer, list_layers, read_header
+from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
 from shared.errors import PromptError, UsageError
 from shared.parts.jobs import Job
 from shared.parts.parts import PartRecord
 from shared.recipe.recipe import Capture, Recipe, Teacher
-from shared.recipe.teacher import Workers
+from shared.recipe.sections.teacher import Workers
 from shared.seconds import read_seconds
 from teacher_cache import engines
 from teacher_cache.cluster.unit_board import UnitsSetAsideError

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import list_layers, read_header, sequences_dir
 from shared.cache.tokenizer_files import read_tokenizer_files
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import UsageError
 from shared.keys import canonical_json, row_key
 from shared.parts.mapped_part import MappedSequences

@@ -19,15 +19,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import read_header
 from shared.cache.tokenizer_files import checked_tokenizer, read_tokenizer_files
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import IdentityError, PromptError
 from shared.keys import canonical_json, is_heldout
 from shared.models.files import load_tokenizer
 from shared.parts.jobs import Job, PlanRow, list_jobs
-from shared.recipe.evaluation import OwnAnswers
 from shared.recipe.recipe import Generate, Recipe, Rounds, Teacher
+from shared.recipe.sections.evaluation import OwnAnswers
 from teacher_cache import engines
 from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.passes.answering import Answering, listed, make_sequences, open_answering, plan, told

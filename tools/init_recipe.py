@@ -15,7 +15,7 @@ from pathlib import Path
 from shared.errors import PromptError, UsageError
 from shared.models.gpus import list_gpus
 from shared.recipe.base import SLUG
-from shared.recipe.prompts import COLUMNS, PromptSource
+from shared.recipe.sections.prompts import COLUMNS, PromptSource
 
 _HEAD = """\
 # {name}: {teacher} into {student}.

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared.cache.push import pushed_as_committed
 from shared.cache.rows_left_out import answers_line
+from shared.cache.sync.push import pushed_as_committed
 from shared.errors import EvaluationError, UsageError
 from shared.progress import BuildProgress, Progress
 from shared.recipe.base import closest, quoted

@@ -1,4 +1,4 @@
 """How do parts, layers and jobs make a cache?
 
-Layout, writers, readers, statistics, verification, garbage.
+`cache` opens one; `writing` changes it, `reading` says what it holds, `sync` keeps it the same in two places.
 """

@@ -24,14 +24,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.cache.cache_stats import summed_stats
-from shared.cache.garbage import collect_garbage
-from shared.cache.hidden_reader import HiddenReader
 from shared.cache.layout import Layer, choose_layer, list_hidden_layers, list_layers, read_header, sequences_dir
-from shared.cache.mirror import bring_if_remote
-from shared.cache.part_columns import part_columns
-from shared.cache.verify import verify_cache
-from shared.cache.visible_rows import hidden_rows
+from shared.cache.reading.cache_stats import summed_stats
+from shared.cache.reading.hidden_reader import HiddenReader
+from shared.cache.reading.part_columns import part_columns
+from shared.cache.reading.verify import verify_cache
+from shared.cache.reading.visible_rows import hidden_rows
+from shared.cache.sync.mirror import bring_if_remote
+from shared.cache.writing.garbage import collect_garbage
 from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity
@@ -369,7 +369,7 @@ class Cache:
         return num_tokens, group_keys, sources
 
     def stats(self) -> dict[str, Any]:
-        """Return figures summed from the records: see `shared.cache.cache_stats.summed_stats`."""
+        """Return figures summed from the records: see `shared.cache.reading.cache_stats.summed_stats`."""
         hidden_positions = 0
         for number, record in enumerate(self._records):
             if record.stem in self._masks:

@@ -18,8 +18,8 @@ from shared.cache.layout import Layer, list_hidden_layers, list_layers
 from shared.identity.hidden_layers import keeps
 from shared.identity.identity import LayerIdentity, difference
 from shared.payload.narrowing import LayerView, holds, narrowing_to
-from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, LOSSES_WITHIN_HEAD, Loss, OnTargets
 from shared.recipe.recipe import Recipe
+from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER, LOSSES_WITHIN_HEAD, Loss, OnTargets
 
 
 def serving_layer(layers: Mapping[str, Layer], wanted: LayerIdentity) -> Layer | None:

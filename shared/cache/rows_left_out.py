@@ -20,8 +20,8 @@ from shared.cache.cache import Cache
 from shared.cache.layout import sequences_dir
 from shared.parts.jobs import list_jobs
 from shared.parts.records import list_records
-from shared.recipe.generate import Generate
 from shared.recipe.recipe import Recipe
+from shared.recipe.sections.generate import Generate
 
 _DRAWN_BY = ("temperature", "top_p", "top_k", "stop", "max_new_tokens", "seed")
 """What of `generate` makes another row of the same prompt."""

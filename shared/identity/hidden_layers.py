@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from shared.errors import UsageError
 from shared.identity.hidden_identity import FINAL, HiddenIdentity
-from shared.recipe.hidden import HiddenCapture
+from shared.recipe.sections.hidden import HiddenCapture
 
 
 def spread_evenly(count: int, num_layers: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ same rows for all, and its part's name follows from it.
 
 Rows that are committed when the plan is made are left out of it. A plan remembers which jobs were complete at that
 moment: of those it shares no row. Two jobs of which neither remembers the other may both hold a row; readers then show
-the row of the job with the lower id (shared/cache/visible_rows.py).
+the row of the job with the lower id (shared/cache/reading/visible_rows.py).
 
 Cost: planning streams (one batch of rows in memory, 16 bytes per committed row); reading a unit reads its bytes only.
 """

@@ -5,8 +5,8 @@ link, so it never changes afterwards; the record, which adds size and checksum, 
 crash between the two loses nothing (the next writer of the same unit adopts the file), and two writers of one unit
 cannot leave a record that does not fit its file, whatever their order.
 
-Cleaning up (shared/cache/garbage.py) may take away a file whose record is not there yet, so a writer looks for its
-file once the record is there, and begins again where it is gone.
+Cleaning up (shared/cache/writing/garbage.py) may take away a file whose record is not there yet, so a writer looks for
+its file once the record is there, and begins again where it is gone.
 
 Cost: writing streams through the checksum once; listing reads one small JSON per part; opening maps the file and
 reads only its footer and one header.

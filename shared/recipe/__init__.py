@@ -1,1 +1,1 @@
-"""What may a recipe say? One file per section, the file with its places, and overrides."""
+"""What may a recipe say? `recipe` is the whole, `sections` its parts, `file` and `override` where it comes from."""

@@ -30,19 +30,19 @@ from shared.recipe.base import (
     quoted,
     repeated,
 )
-from shared.recipe.capture import Capture, server_problems
-from shared.recipe.curriculum import Balance, EarlyStopping, Sampling, StageEvaluation
-from shared.recipe.evaluation import Evaluate, SideBySide, Task
-from shared.recipe.generate import Generate
-from shared.recipe.heldout import Heldout
-from shared.recipe.hidden import AttentionCapture, HiddenCapture
-from shared.recipe.losses import LABEL_LOSSES, LOSSES_ON_HIDDEN_LAYER, Loss
-from shared.recipe.optimizers import OPTIMIZERS
-from shared.recipe.prompts import PromptSource
-from shared.recipe.rounds import Guards, Rounds
 from shared.recipe.schedule import Schedule
-from shared.recipe.teacher import Teacher, Workers
-from shared.recipe.training import RESERVED_STAGE_NAMES, Adapter, Stage, StageTrainer, Student
+from shared.recipe.sections.capture import Capture, server_problems
+from shared.recipe.sections.curriculum import Balance, EarlyStopping, Sampling, StageEvaluation
+from shared.recipe.sections.evaluation import Evaluate, SideBySide, Task
+from shared.recipe.sections.generate import Generate
+from shared.recipe.sections.heldout import Heldout
+from shared.recipe.sections.hidden import AttentionCapture, HiddenCapture
+from shared.recipe.sections.losses import LABEL_LOSSES, LOSSES_ON_HIDDEN_LAYER, Loss
+from shared.recipe.sections.optimizers import OPTIMIZERS
+from shared.recipe.sections.prompts import PromptSource
+from shared.recipe.sections.rounds import Guards, Rounds
+from shared.recipe.sections.teacher import Teacher, Workers
+from shared.recipe.sections.training import RESERVED_STAGE_NAMES, Adapter, Stage, StageTrainer, Student
 from shared.schema import LAYER_NAME_PATTERN, MAX_ROWS_PER_PART
 
 __all__ = [

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from shared.recipe.losses import OnTargets
 from shared.recipe.recipe import Stage
-from shared.recipe.target_layers import TargetLayer, layer_keys
+from shared.recipe.sections.losses import OnTargets
+from shared.recipe.sections.target_layers import TargetLayer, layer_keys
 from student_train.losses import LossTerm, divergences, likelihoods, registry, representations
 from student_train.losses.hidden_layers.representation import Reads
 from student_train.order import schedules

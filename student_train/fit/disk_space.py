@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import TrainingError
-from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import Stage
+from shared.recipe.sections.optimizers import OPTIMIZERS
 
 _OTHER_BYTES = 1 << 20
 """Random states, configs, logs."""

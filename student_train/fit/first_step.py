@@ -21,7 +21,7 @@ import torch
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, StageTrainer, Student
-from shared.recipe.training import recomputation
+from shared.recipe.sections.training import recomputation
 from student_train.batch.collate import collate
 from student_train.fit.memory import FRAGMENTATION, GIB, bytes_of_step, estimate_memory
 from student_train.fit.model_shape import ModelShape, shape_of

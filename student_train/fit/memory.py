@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import StageTrainer, Student
-from shared.recipe.training import recomputation
+from shared.recipe.sections.optimizers import OPTIMIZERS
+from shared.recipe.sections.training import recomputation
 from student_train.fit.model_shape import ModelShape
 from student_train.layers.student_attention import SCORES_AT_ONCE
 

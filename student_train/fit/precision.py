@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from shared.recipe.training import Stage, Student
+from shared.recipe.sections.training import Stage, Student
 
 WEIGHT_DEVIATION = 0.02
 _BITS = {"bfloat16": 7, "float16": 10}

@@ -24,8 +24,8 @@ from torch import Tensor
 from shared.errors import TrainingError
 from shared.identity.hidden_identity import FINAL, HiddenIdentity
 from shared.identity.hidden_layers import layer_name
-from shared.recipe.losses import Loss
 from shared.recipe.recipe import Stage, Student
+from shared.recipe.sections.losses import Loss
 from student_train.batch.hidden_batch import teacher_masses, teacher_pooled, teacher_states
 from student_train.layers.layer_map import LayerPair, pair_layers
 from student_train.layers.projections import (

@@ -1,14 +1,14 @@
 """What is minimised? One divergence or loss per file, named as a recipe names it, its `LOSS` saying what it is; those
 on hidden layers in a folder of their own.
 
-The names are those of `shared.recipe.losses`: a name there without a file here does not import.
+The names are those of `shared.recipe.sections.losses`: a name there without a file here does not import.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from shared.recipe.losses import LOSSES, OnHiddenLayer, names_of
+from shared.recipe.sections.losses import LOSSES, OnHiddenLayer, names_of
 from student_train.losses.divergence import ZERO_LOG_MASS, Divergence, LossTerm
 from student_train.losses.hidden_layers.representation import Representation
 from student_train.losses.likelihood import Likelihood

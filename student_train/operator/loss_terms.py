@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shared.errors import TrainingError
-from shared.recipe.losses import LOSSES_WITHIN_HEAD, unfit
+from shared.recipe.sections.losses import LOSSES_WITHIN_HEAD, unfit
 from student_train.batch.target_batch import TargetBatch
 from student_train.losses import Divergence, Likelihood, LossTerm, divergences
 from student_train.losses.entropy_weight import entropy_weights

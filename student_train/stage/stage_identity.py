@@ -21,8 +21,8 @@ from shared.keys import canonical_json
 from shared.models.files import load_config
 from shared.models.load_report import loading
 from shared.recipe.base import Section
-from shared.recipe.losses import without_foreign_defaults
 from shared.recipe.recipe import Student
+from shared.recipe.sections.losses import without_foreign_defaults
 from student_train.stage.stage_order import windows_of
 from student_train.stage.stage_work import StageWork
 

@@ -25,7 +25,7 @@ from shared.models.unused_gpu import unused_gpu
 from shared.recipe.base import quoted
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe, Stage
-from shared.recipe.training import recomputation
+from shared.recipe.sections.training import recomputation
 from student_train.batch.dataset import PackDataset
 from student_train.evaluate.evaluation_run import EvaluationRun, evaluations_until
 from student_train.evaluate.verdict import Verdict, judge

@@ -11,7 +11,7 @@ from shared.cache.cache import Cache
 from shared.cache.layer_choice import named_layer
 from shared.errors import TrainingError
 from shared.recipe.recipe import Recipe, Stage
-from shared.recipe.target_layers import layer_keys
+from shared.recipe.sections.target_layers import layer_keys
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import needs_teacher
 from student_train.batch.teacher_layers import TeacherLayer

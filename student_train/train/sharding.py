@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import TrainingError
-from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import StageTrainer, Student
+from shared.recipe.sections.optimizers import OPTIMIZERS
 from student_train.records.processes import is_first, num_processes
 from student_train.student.decoder_layers import decoder_layers
 

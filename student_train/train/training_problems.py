@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import StageTrainer
+from shared.recipe.sections.optimizers import OPTIMIZERS
 
 
 def check_installed(trainer: StageTrainer) -> None:

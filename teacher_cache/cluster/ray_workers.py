@@ -28,7 +28,7 @@ from shared.errors import EngineError
 from shared.parts.jobs import Job
 from shared.parts.parts import PartRecord
 from shared.recipe.recipe import Recipe
-from shared.recipe.teacher import Workers
+from shared.recipe.sections.teacher import Workers
 from teacher_cache.cluster.pace import Pace
 from teacher_cache.cluster.ray_cluster import cpus_per_engine, ray_cluster
 from teacher_cache.cluster.ray_engine import EngineWorker, Outcome

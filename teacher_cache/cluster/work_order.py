@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shared.cache.cache_writer import CacheWriter, LayerWriter
 from shared.cache.layout import read_header, read_layer
+from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
 from shared.errors import EngineError
 from shared.identity.identity import difference
 from shared.parts.jobs import Job

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from shared.cache.cache_writer import CacheWriter
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import DecantError
 from shared.parts.jobs import Job, PlanRow, create_job
 from shared.recipe.recipe import Capture, Recipe, Teacher

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.cache.cache_writer import CacheWriter
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.parts.jobs import Job, PlanRow
 from shared.parts.sequences import SequenceRow
 from shared.recipe.recipe import Generate

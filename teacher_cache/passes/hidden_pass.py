@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.cache.cache_writer import CacheWriter
-from shared.cache.hidden_writer import HiddenWriter
+from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.hidden_writer import HiddenWriter
 from shared.identity.hidden_identity import PROJECTION_NAME, HiddenIdentity
 from shared.identity.hidden_layers import numbered
 from shared.parts.records import list_records

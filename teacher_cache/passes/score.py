@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow.compute as pc
 import xxhash
 
-from shared.cache.cache_writer import LayerWriter
-from shared.cache.hidden_writer import HiddenWriter
-from shared.cache.layer_writer import RowsWriter
 from shared.cache.layout import sequences_dir
+from shared.cache.writing.cache_writer import LayerWriter
+from shared.cache.writing.hidden_writer import HiddenWriter
+from shared.cache.writing.layer_writer import RowsWriter
 from shared.errors import EngineError
 from shared.keys import row_salt
 from shared.parts.parts import PartRecord, open_part

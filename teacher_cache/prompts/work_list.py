@@ -23,8 +23,8 @@ import numpy as np
 import xxhash
 
 from shared.cache.groups import GroupRule
-from shared.cache.growing_key_set import GrowingKeySet
 from shared.cache.rendering import template_text
+from shared.cache.writing.growing_key_set import GrowingKeySet
 from shared.errors import PromptError
 from shared.identity.grown import unmoved
 from shared.keys import canonical_json, content_key, group_key, row_key

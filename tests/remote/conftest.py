@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 
-from shared.cache import mirror
-from shared.cache.listing import listing_of
+from shared.cache.sync import mirror
+from shared.cache.sync.listing import listing_of
 from shared.remote import part_store, transfer
 from tests.remote.loopback import KEYS, WebServer, serving
 from tests.shared.small_cache import build

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from shared.cache.cache import Cache
-from shared.cache.mirror import _bring_once, bring_if_remote
-from shared.cache.pull import pull_cache
-from shared.cache.push import push_cache, pushed_as_committed
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
+from shared.cache.sync.mirror import _bring_once, bring_if_remote
+from shared.cache.sync.pull import pull_cache
+from shared.cache.sync.push import push_cache, pushed_as_committed
 from shared.errors import CacheError, DamagedError
 from shared.places import place_of
 from shared.remote.hub import push_model

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache import mirror
 from shared.cache.cache import Cache
-from shared.cache.listing import read_listing
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
+from shared.cache.sync import mirror
+from shared.cache.sync.listing import read_listing
 from shared.errors import CacheError, DamagedError
 from shared.places import named, origin_of, place_of, store_dir
 from shared.recipe.file import dump_recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache.cache_writer import CacheWriter, LayerWriter
+from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
 from shared.parts.jobs import Job, PlanRow, create_job

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pytest
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
-from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import sequences_dir
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import CacheError, DamagedError, IdentityError
 from shared.parts.jobs import committed_keys
 from shared.parts.part_stats import position_entropy_nats

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
-from shared.cache.cache_writer import CacheWriter
 from shared.cache.tokenizer_files import checked_tokenizer, read_tokenizer_files
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import DamagedError
 from shared.identity.weights_hash import tokenizer_hash
 from shared.parts.cache_files import list_folder, parse_json, read_bounded

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.cache.cache import Cache, verify_cache
-from shared.cache.drop import Drop, carry_out, drop_job, drop_layer, drop_source, dropping
+from shared.cache.writing.drop import Drop, carry_out, drop_job, drop_layer, drop_source, dropping
 from shared.errors import CacheError, DamagedError
 from shared.parts.jobs import Job, create_job, list_jobs
 from tests.shared.small_cache import HYBRID, SOFTWARE, TOP, build, plan_rows, score, sequence, tree

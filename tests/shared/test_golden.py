@@ -15,7 +15,7 @@ import xxhash
 import zstandard
 
 from shared.cache.cache import Cache, verify_cache
-from shared.cache.verify import parts_without_layer
+from shared.cache.reading.verify import parts_without_layer
 from tests.shared.make_golden import GOLDENS, ROOT, arrays_of, texts_of
 from tests.shared.small_cache import HYBRID, TOP
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from shared.cache.cache import Cache
-from shared.cache.cache_writer import CacheWriter
 from shared.cache.groups import question_key, questions_among
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import DamagedError
 from shared.identity.identity import SequencesIdentity
 from shared.parts.sequences import make_row

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
-from shared.cache.hidden_writer import HiddenWriter
+from shared.cache.writing.hidden_writer import HiddenWriter
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
 from shared.identity.hidden_identity import FINAL, HiddenIdentity
 from shared.identity.hidden_layers import numbered, spread_evenly

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shared.cache.cache import Cache, verify_cache
-from shared.cache.cache_writer import CacheWriter
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import DamagedError
 from shared.parts.jobs import Job, PlanRow, create_job, job_id, list_jobs
 from tests.shared.small_cache import SEQUENCES, TOKENIZER, TOP, build, plan_rows, score, write_unit
@@ -111,7 +111,9 @@ def test_the_row_of_the_lower_job_is_the_one_shown(tmp_path: Path) -> None:
 def test_one_build_after_another_reads_no_row_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "cache", 0, 5)
     build(tmp_path / "cache", 0, 12)
-    monkeypatch.setattr("shared.cache.visible_rows.committed_keys", lambda *_: pytest.fail("row_keys were read"))
+    monkeypatch.setattr(
+        "shared.cache.reading.visible_rows.committed_keys", lambda *_: pytest.fail("row_keys were read")
+    )
     assert len(Cache.open(tmp_path / "cache")) == 11
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.cache.growing_key_set import GrowingKeySet
+from shared.cache.writing.growing_key_set import GrowingKeySet
 from shared.keys import KeySet, content_key, group_key, is_heldout, row_key, stack_keys
 
 

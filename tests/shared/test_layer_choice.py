@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from shared.cache.cache_writer import CacheWriter
 from shared.cache.layer_choice import layer_of_capture, serving_layer
 from shared.cache.layout import list_layers
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.payload.narrowing import LayerView, Narrowing
 from shared.recipe.recipe import Recipe

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import StageTrainer
+from shared.recipe.sections.optimizers import OPTIMIZERS
 
 
 def test_every_name_is_one_of_transformers() -> None:

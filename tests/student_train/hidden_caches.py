@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.cache.cache_writer import CacheWriter
-from shared.cache.hidden_writer import HiddenWriter
 from shared.cache.layout import read_header
+from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.hidden_writer import HiddenWriter
 from shared.recipe.recipe import HiddenCapture, Teacher
 from teacher_cache.engines.protocol import ScoreRequest
 from teacher_cache.engines.transformers.hidden_engine import HiddenEngine

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
-from shared.recipe.losses import LOSSES
 from shared.recipe.recipe import Adapter, Stage, StageTrainer, Student
-from shared.recipe.target_layers import TargetLayer
+from shared.recipe.sections.losses import LOSSES
+from shared.recipe.sections.target_layers import TargetLayer
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import terms_at
 from student_train.stage.stage_identity import stage_identity

@@ -185,7 +185,7 @@ def test_auto_keeps_activations_on_a_cpu_and_trains(recipe_of):
 )
 def test_stage_that_says_whether_it_recomputes_is_not_overruled_by_the_student(student, stage, expected):
     from shared.recipe.recipe import StageTrainer, Student
-    from shared.recipe.training import recomputation
+    from shared.recipe.sections.training import recomputation
 
     settings = {} if stage is None else {"gradient_checkpointing": stage}
     found = recomputation(Student(model="m", gradient_checkpointing=student), StageTrainer(**settings))

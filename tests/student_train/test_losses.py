@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shared.recipe.losses import LOSSES, NEEDS_DRAWS, TAKES_DRAWS_ALONE, names_of
+from shared.recipe.sections.losses import LOSSES, NEEDS_DRAWS, TAKES_DRAWS_ALONE, names_of
 from student_train.losses import ZERO_LOG_MASS, divergences, registry
 from tests.student_train.dense_loss import divergence_of_masses
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import read_header
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.keys import group_key, row_key
 from shared.parts.sequences import SequenceRow, make_row

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.cache.cache import Cache
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from tests.system.program import ROOT, decant, write_lines
 from tests.tiny_models import make_qwen3
 

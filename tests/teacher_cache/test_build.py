@@ -268,7 +268,7 @@ def test_a_failing_write_stops_the_build_at_once_with_its_cause(tmp_path, model,
     def full(*args, **kwargs):
         raise CacheError("the disk is full")
 
-    monkeypatch.setattr("shared.cache.cache_writer.CacheWriter.write_sequences", full)
+    monkeypatch.setattr("shared.cache.writing.cache_writer.CacheWriter.write_sequences", full)
     prompts = write_prompts(tmp_path / "many.jsonl", 400)
     with pytest.raises(CacheError, match="the disk is full"):
         teach(recipe(tmp_path, model, prompts=[{"source": "m", "path": str(prompts), "format": "prompt_completion"}]))

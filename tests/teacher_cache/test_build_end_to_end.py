@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from shared.cache.cache import Cache
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
 from tests.tiny_models import make_qwen3

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from shared.cache.cache import Cache
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
 from tests.teacher_cache.real_server import RealServer

@@ -10,7 +10,7 @@ import pytest
 
 from shared.cache.cache import Cache
 from shared.cache.layout import read_header
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from shared.errors import DecantError, IdentityError
 from shared.parts.jobs import list_jobs
 from shared.parts.records import list_records

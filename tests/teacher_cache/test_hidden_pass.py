@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shared.cache.cache import Cache
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from shared.errors import EngineError, RecipeError, UsageError
 from shared.identity.hidden_identity import FINAL
 from shared.payload.projection import projection_matrix

@@ -13,7 +13,7 @@ import pytest
 
 from shared.atomic import TEMPORARY_MARK
 from shared.cache.cache import Cache
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from shared.failpoints import ATOMIC_STEPS, failpoint_names
 from tests.tiny_models import make_qwen3
 

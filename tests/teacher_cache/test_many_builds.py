@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shared.cache.cache import Cache
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from tests.teacher_cache.test_kill import Server, tree
 from tests.tiny_models import make_qwen3
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shared.cache.cache import Cache
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from shared.errors import DecantError, EngineError, IdentityError
 from shared.parts.records import list_records
 from shared.recipe.recipe import Recipe

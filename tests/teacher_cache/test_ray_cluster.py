@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 
 from shared.errors import UsageError
-from shared.recipe.teacher import Workers
+from shared.recipe.sections.teacher import Workers
 from teacher_cache.cluster import ray_cluster
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from shared.cache.cache import Cache
 from shared.cache.layout import list_layers
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from shared.recipe.recipe import Recipe
 from teacher_cache import build
 from teacher_cache.build import teach

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shared.cache.cache import Cache
-from shared.cache.cache_writer import CacheWriter
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import CacheError, IdentityError
 from shared.payload.codec import Codec
 from shared.payload.targets import SparseTargets

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from shared.cache.cache import Cache, verify_cache
-from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import sequences_dir
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import CacheError, DamagedError, IdentityError
 from shared.parts.records import list_records
 from shared.parts.repeated_rows import repeated_rows

@@ -103,7 +103,7 @@ def test_show_text_has_a_line_per_token_with_probabilities(both, capsys):
 
 
 def test_show_writes_tokens_with_the_tokenizer_of_the_cache(tmp_path, capsys):
-    from shared.cache.cache_writer import CacheWriter
+    from shared.cache.writing.cache_writer import CacheWriter
     from shared.identity.identity import SequencesIdentity
     from shared.parts.sequences import make_row
     from tests.tiny_models import VOCAB_SIZE, make_tokenizer

@@ -11,16 +11,16 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "contributing.md").read_text()
 PATHS = sorted(set(re.findall(r"`((?:shared|teacher_cache|student_train|tools|tests|decant)/[\w./]+?)`", PAGE)))
 NAMES = [
-    ("shared/recipe/losses.py", "LOSSES OnHiddenLayer Loss Literal"),
-    ("shared/recipe/prompts.py", "COLUMNS Literal"),
+    ("shared/recipe/sections/losses.py", "LOSSES OnHiddenLayer Loss Literal"),
+    ("shared/recipe/sections/prompts.py", "COLUMNS Literal"),
     ("teacher_cache/prompts/formats/alpaca.py", "FORMAT"),
     ("tools/evaluate/tasks/questions.py", "TaskKind read_row score_answers"),
-    ("shared/recipe/evaluation.py", "TaskName NAMES_THE_RESULT"),
-    ("shared/recipe/optimizers.py", "OPTIMIZERS"),
+    ("shared/recipe/sections/evaluation.py", "TaskName NAMES_THE_RESULT"),
+    ("shared/recipe/sections/optimizers.py", "OPTIMIZERS"),
     ("teacher_cache/engines/__init__.py", "refusal open_engine"),
     ("student_train/stage/stage_identity.py", "_WITHOUT_EFFECT"),
-    ("shared/recipe/generate.py", "NAMES_THE_JOB"),
-    ("shared/recipe/curriculum.py", "NAMES_THE_PLAN"),
+    ("shared/recipe/sections/generate.py", "NAMES_THE_JOB"),
+    ("shared/recipe/sections/curriculum.py", "NAMES_THE_PLAN"),
     ("tools/recipe_page.py", "EXAMPLES"),
     ("tools/report/more_tables.py", "more_tables Table"),
     ("tools/cli_cache_parser.py", "CACHE_COMMANDS"),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from shared.cache.cache import Cache
-from shared.cache.cache_writer import CacheWriter
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
 from shared.parts.sequences import SequenceRow, make_row

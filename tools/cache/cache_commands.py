@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
-from shared.cache.drop import carry_out, drop_job, drop_layer, drop_source
 from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir
-from shared.cache.mirror import bring_if_remote
-from shared.cache.verify import parts_without_layer
+from shared.cache.reading.verify import parts_without_layer
+from shared.cache.sync.mirror import bring_if_remote
+from shared.cache.writing.drop import carry_out, drop_job, drop_layer, drop_source
 from shared.identity.hidden_layers import layer_name
 from shared.parts.jobs import list_jobs
 from shared.parts.part_stats import ENTROPY_BIN_NATS
@@ -377,7 +377,7 @@ def _translate(args: argparse.Namespace) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from shared.cache.push import push_cache
+    from shared.cache.sync.push import push_cache
     from shared.remote.transfer import Remote
     from tools.cache.dataset_card import dataset_card
 
@@ -393,7 +393,7 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _pull(args: argparse.Namespace) -> int:
-    from shared.cache.pull import pull_cache
+    from shared.cache.sync.pull import pull_cache
     from shared.remote.transfer import Remote
 
     with Progress("pull", None, unit="files") as progress:

@@ -24,8 +24,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.atomic import make_dir
-from shared.cache.cache_writer import CacheWriter
-from shared.cache.layer_writer import write_layer
 from shared.cache.layout import (
     CacheHeader,
     Layer,
@@ -35,8 +33,10 @@ from shared.cache.layout import (
     read_header,
     sequences_dir,
 )
-from shared.cache.part_takeover import TakeOver, rewrite_part
 from shared.cache.tokenizer_files import read_tokenizer_files
+from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import write_layer
+from shared.cache.writing.part_takeover import TakeOver, rewrite_part
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
 from shared.identity.identity import difference
 from shared.parts.cache_files import read_bounded

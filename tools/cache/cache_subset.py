@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.cache.cache import Cache
-from shared.cache.part_takeover import TakeOver
+from shared.cache.writing.part_takeover import TakeOver
 from shared.errors import CacheError, UsageError
 from shared.recipe.base import closest
 from tools.cache.cache_merge import Merge, carry_out, common_layers, fingerprint, how_made, open_source

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from shared.cache.cache_writer import CacheWriter, targets_table
 from shared.cache.layout import sequences_dir, tokenizer_entries
+from shared.cache.reading.verify import nll_problem
 from shared.cache.tokenizer_files import read_tokenizer_file
-from shared.cache.verify import nll_problem
+from shared.cache.writing.cache_writer import CacheWriter, targets_table
 from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import open_regular, parse_json, read_bounded, read_json

@@ -104,7 +104,7 @@ def _make_student(directory: Path) -> None:
 
 
 def _make_cache(path: Path, tokenizer: bytes, vocab: int) -> None:
-    from shared.cache.cache_writer import CacheWriter
+    from shared.cache.writing.cache_writer import CacheWriter
     from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
     from shared.keys import group_key, row_key
     from shared.parts.sequences import make_row

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DecantError, ModelError, TrainingError, UsageError
-from shared.recipe.optimizers import OPTIMIZERS
 from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student
-from shared.recipe.training import recomputation
+from shared.recipe.sections.optimizers import OPTIMIZERS
+from shared.recipe.sections.training import recomputation
 
 GIB = 2**30
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}

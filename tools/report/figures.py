@@ -18,9 +18,9 @@ from typing import Any
 
 from tools.evaluate.results.results import read_answers
 from tools.evaluate.side_by_side.side_figures import side_by_side_figures
-from tools.report.course_view import course_series
 from tools.report.differences import Measured, differences
 from tools.report.run_files import RunFiles, StageFiles
+from tools.report.views.course_view import course_series
 
 REPORT_FORMAT = 1
 

@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from tools.report import confidence_plots, plots, tables
+from tools.report import tables
 from tools.report.answer_filter import SCRIPT, script_source
-from tools.report.answers_view import answers_section
-from tools.report.course_view import course_plots, course_series
 from tools.report.more_tables import more_tables
 from tools.report.numbers import Table, kl_interval
-from tools.report.partings_view import partings_section
 from tools.report.run_files import RunFiles
 from tools.report.samples import Sample
 from tools.report.style import CSS
+from tools.report.views import confidence_plots, plots
+from tools.report.views.answers_view import answers_section
+from tools.report.views.course_view import course_plots, course_series
+from tools.report.views.partings_view import partings_section
 
 POLICY = (
     f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {script_source()}; "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.recipe.capture import server_problems
 from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.sections.capture import server_problems
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from shared.errors import PromptError
-from shared.recipe.prompts import ALIASES, COLUMNS
 from shared.recipe.recipe import PromptSource
+from shared.recipe.sections.prompts import ALIASES, COLUMNS
 from teacher_cache.prompts.formats.prompt_formats import REFERENCE_KEYS
 from teacher_cache.prompts.formats.prompt_turns import is_empty
 

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from shared.cache.groups import normalised
-from shared.recipe.prompts import COLUMNS
+from shared.recipe.sections.prompts import COLUMNS
 from teacher_cache.prompts.formats.prompt_turns import Message, is_empty, kind_name, texts_in
 from teacher_cache.prompts.formats.row_parts import RowFormat
 

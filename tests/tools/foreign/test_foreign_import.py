@@ -82,7 +82,9 @@ def test_a_killed_import_is_continued_and_repeated_rows_are_named(tmp_path, toke
     assert "cut" in run(capsys, *words, code=1)
     monkeypatch.undo()
     monkeypatch.setattr("tools.cache.foreign.import_cache._MOST_ROWS", 2)
-    monkeypatch.setattr("shared.cache.cache_writer.CacheWriter.write_sequences", None)  # nothing is written again
+    monkeypatch.setattr(
+        "shared.cache.writing.cache_writer.CacheWriter.write_sequences", None
+    )  # nothing is written again
     result = run(capsys, *words)
     assert (result["rows"], result["parts"]) == (5, 3)
     assert result["set_aside"] == {"an earlier row has the same tokens": 1}

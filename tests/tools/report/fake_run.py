@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache.cache_writer import CacheWriter
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
 from shared.parts.sequences import make_row

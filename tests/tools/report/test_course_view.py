@@ -9,7 +9,7 @@ import pytest
 
 from tests.tools.report.fake_run import write_stage
 from tools.report.build import build_report
-from tools.report.course_view import course_plots, course_series
+from tools.report.views.course_view import course_plots, course_series
 
 STEPS = 1000
 

@@ -19,9 +19,9 @@ from shared.recipe.file import load_recipe
 from tests.tools.report.fake_run import make_run, write_json
 from tools.evaluate.tasks.contamination import among_caches, among_groups, sentence
 from tools.report.build import build_report
-from tools.report.course_view import course_plots, course_series
 from tools.report.run_files import read_run
 from tools.report.tables import run_rows, table_text
+from tools.report.views.course_view import course_plots, course_series
 
 
 def report_of(mode: str, entropy: float, tail: float) -> dict[str, Any]:

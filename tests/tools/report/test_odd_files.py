@@ -17,8 +17,8 @@ from tests.tools.report.fake_run import make_run, write_evaluation, write_json
 from tools.evaluate.results.run_shapes import Bin, Evaluation, fault_of, read_lines, read_object
 from tools.evaluate.side_by_side.terms import num_kept, terms_of
 from tools.evaluate.tasks.code_answer import program_of
-from tools.report import confidence_plots, course_view, plots
 from tools.report.build import build_report
+from tools.report.views import confidence_plots, course_view, plots
 
 ODD = [
     *(None, True, False, 0, -1, 1e308, -1e308, float("nan"), float("inf"), 10**400, -(10**400), 2**63, "", "x", "1e5"),

@@ -19,10 +19,10 @@ from tests.tools.report.fake_run import DOMAINS, HOSTILE, KL, SCORES, make_run, 
 from tools.evaluate.results.run_shapes import Evaluation, fault_of
 from tools.phases import report as print_report
 from tools.report.answer_filter import SCRIPT
-from tools.report.answers_view import outcomes
 from tools.report.build import REPORT_FILES, build_report, table_text
-from tools.report.plots import MOST_POINTS, thinned
 from tools.report.samples import Sample, SampleAnswer, choose_samples
+from tools.report.views.answers_view import outcomes
+from tools.report.views.plots import MOST_POINTS, thinned
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.cache.cache import Cache
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from shared.errors import IdentityError, TrainingError
 from shared.identity.identity import weights_hash
 from shared.keys import is_heldout

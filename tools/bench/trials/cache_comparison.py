@@ -12,7 +12,7 @@ import numpy as np
 
 from shared.cache.cache import Cache, Row
 from shared.cache.layout import sequences_dir
-from shared.cache.verify import verify_cache
+from shared.cache.reading.verify import verify_cache
 from shared.errors import CacheError
 from shared.parts.records import list_records
 

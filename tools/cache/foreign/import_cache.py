@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shared.cache.cache_writer import CacheWriter, LayerWriter
 from shared.cache.groups import GroupRule, question_key
-from shared.cache.growing_key_set import GrowingKeySet
 from shared.cache.layout import list_layers, sequences_dir
+from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
+from shared.cache.writing.growing_key_set import GrowingKeySet
 from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.keys import content_key

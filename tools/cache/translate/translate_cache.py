@@ -20,9 +20,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.cache.cache import Cache, Row
-from shared.cache.cache_writer import CacheWriter
 from shared.cache.layout import sequences_dir
 from shared.cache.tokenizer_files import tokenizer_without_code
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import CacheError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.models.files import load_tokenizer

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from shared.cache.mirror import bring_if_remote
+from shared.cache.sync.mirror import bring_if_remote
 from shared.recipe.base import Problem
 from shared.recipe.file import Where, listed
 from shared.recipe.recipe import Recipe

@@ -14,9 +14,9 @@ from shared.identity.identity import layer_short_name
 from shared.parts.records import list_records
 from shared.payload.narrowing import LayerView
 from shared.recipe.base import Problem, closest, quoted
-from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, OnTargets, unfit
-from shared.recipe.optimizers import OPTIMIZERS
-from shared.recipe.training import Stage, StageTrainer
+from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER, OnTargets, unfit
+from shared.recipe.sections.optimizers import OPTIMIZERS
+from shared.recipe.sections.training import Stage, StageTrainer
 from tools.plan.plan_lengths import row_lengths
 from tools.plan.preflight.preflight_asked import Asked, Place, said
 

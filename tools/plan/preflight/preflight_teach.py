@@ -10,7 +10,7 @@ from shared.cache.layout import read_header
 from shared.cache.rendering import template_text
 from shared.errors import IdentityError
 from shared.recipe.base import Problem
-from shared.recipe.teacher import Teacher
+from shared.recipe.sections.teacher import Teacher
 from tools.plan.preflight.preflight_asked import Asked, said
 from tools.plan.preflight.preflight_models import hash_of_tokenizer, model_problem
 

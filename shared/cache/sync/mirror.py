@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import xxhash
 
 from shared.atomic import fill_atomic, make_dir, write_atomic
-from shared.cache.cache_names import is_part, most_bytes, rank_of
-from shared.cache.listing import read_listing
+from shared.cache.sync.cache_names import is_part, most_bytes, rank_of
+from shared.cache.sync.listing import read_listing
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import read_bounded, read_json
 from shared.parts.records import json_bytes, parse_sealed

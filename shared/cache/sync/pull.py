@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 
 from shared.atomic import TEMPORARY_MARK, make_dir, write_atomic
-from shared.cache.cache_names import is_part, rank_of
-from shared.cache.mirror import fetch_small, list_remote, read_small
+from shared.cache.sync.cache_names import is_part, rank_of
+from shared.cache.sync.mirror import fetch_small, list_remote, read_small
 from shared.errors import CacheError, DamagedError
 from shared.failpoints import failpoint
 from shared.parts.cache_files import read_bounded

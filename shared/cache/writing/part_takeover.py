@@ -19,8 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.atomic import fill_exclusive, fsync_dir, write_atomic
-from shared.cache.cache_writer import targets_table
 from shared.cache.layout import Layer
+from shared.cache.writing.cache_writer import targets_table
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import open_regular
 from shared.parts.mapped_part import MappedSequences, MappedTargets

@@ -4,7 +4,7 @@ A writer at work has such files too, so only those that nobody touched for an ho
 is touched, and no link is followed. A part without a record may be adopted by a build at any moment. So it is renamed
 first, then removed if there is still no record, else linked back; and a build looks for its part once the record is
 written (shared/parts/parts.py). Whichever comes first, no record stays without its part. Likewise a layer's writer
-looks for layer.json before and after each part (shared/cache/layer_writer.py).
+looks for layer.json before and after each part (shared/cache/writing/layer_writer.py).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ import pyarrow as pa
 import xxhash
 
 from shared.atomic import link_exclusive, make_dir, write_atomic
-from shared.cache.layer_writer import RowsWriter, new_or_known_layer
 from shared.cache.layout import Layer, list_layers, read_header, sequences_dir, tokenizer_path
+from shared.cache.writing.layer_writer import RowsWriter, new_or_known_layer
 from shared.errors import DamagedError, IdentityError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
 from shared.parts.mapped_part import MappedSequences

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.report.plots import COLOURS, MOST_POINTS, short, svg_of, thinned
+from tools.report.views.plots import COLOURS, MOST_POINTS, short, svg_of, thinned
 
 Series = dict[str, list[tuple[float, float]]]
 """Points (step, value) by name."""

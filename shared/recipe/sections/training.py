@@ -24,12 +24,12 @@ from shared.recipe.base import (
     inconsistent,
     one_or_many,
 )
-from shared.recipe.curriculum import Balance, Sampling, StageEvaluation
-from shared.recipe.losses import LOSSES_ON_HIDDEN_LAYER, Loss
-from shared.recipe.optimizers import OPTIMIZERS
-from shared.recipe.rounds import Rounds
 from shared.recipe.schedule import Schedule
-from shared.recipe.target_layers import TargetLayer, target_problems
+from shared.recipe.sections.curriculum import Balance, Sampling, StageEvaluation
+from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER, Loss
+from shared.recipe.sections.optimizers import OPTIMIZERS
+from shared.recipe.sections.rounds import Rounds
+from shared.recipe.sections.target_layers import TargetLayer, target_problems
 
 RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
 """Names with a meaning of their own."""

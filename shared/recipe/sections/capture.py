@@ -15,7 +15,7 @@ from shared.recipe.base import (
     Section,
     inconsistent,
 )
-from shared.recipe.hidden import HiddenCapture
+from shared.recipe.sections.hidden import HiddenCapture
 from shared.schema import MAX_DRAWS, MAX_GAP_STEP, MAX_K, MAX_TEMPERATURES, MIN_GAP_STEP
 
 

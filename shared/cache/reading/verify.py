@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from shared.atomic import TEMPORARY_MARK
-from shared.cache.drop import dropping
 from shared.cache.layout import (
     CacheHeader,
     HiddenLayer,
@@ -30,8 +29,9 @@ from shared.cache.layout import (
     read_header,
     sequences_dir,
 )
+from shared.cache.reading.visible_rows import hidden_rows
 from shared.cache.tokenizer_files import check_tokenizer_hash, read_tokenizer_file
-from shared.cache.visible_rows import hidden_rows
+from shared.cache.writing.drop import dropping
 from shared.errors import CacheError, DamagedError
 from shared.keys import KeySet, stack_keys
 from shared.parts.cache_files import list_folder

@@ -21,7 +21,7 @@ from shared.recipe.base import (
     inconsistent,
     repeated,
 )
-from shared.recipe.servers import address_problem
+from shared.recipe.sections.servers import address_problem
 
 _OF_THE_SERVER = ("tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens")
 _OF_THIS_ENGINE = ("servers", "server_requests", "server_patience_seconds")

@@ -16,10 +16,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from shared.cache.cache_names import most_bytes, rank_of
 from shared.cache.layout import list_hidden_layers, list_layers, read_header, sequences_dir
-from shared.cache.listing import listing_of
-from shared.cache.mirror import list_remote
+from shared.cache.sync.cache_names import most_bytes, rank_of
+from shared.cache.sync.listing import listing_of
+from shared.cache.sync.mirror import list_remote
 from shared.errors import CacheError, DecantError
 from shared.failpoints import failpoint
 from shared.parts.cache_files import read_bounded

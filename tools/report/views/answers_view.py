@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from tools.report import plots, tables
+from tools.report import tables
 from tools.report.samples import Sample, SampleAnswer
+from tools.report.views import plots
 
 OPEN_PER_DOMAIN = 3
 """Questions of a domain that are not folded away."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from shared.cache.layer_writer import GrowingCache, RowsWriter, new_or_known_layer
 from shared.cache.layout import HiddenLayer, list_hidden_layers
+from shared.cache.writing.layer_writer import GrowingCache, RowsWriter, new_or_known_layer
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.parts.records import PartRecord
 from shared.payload.hidden import HiddenStates

@@ -18,7 +18,7 @@ from shared.recipe.base import (
     equal_samples,
     inconsistent,
 )
-from shared.recipe.prompts import PromptSource
+from shared.recipe.sections.prompts import PromptSource
 
 
 class Guards(Section):

@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.cache.cache_names import is_part, rank_of
+from shared.cache.sync.cache_names import is_part, rank_of
 from shared.parts.cache_files import hash_file
 from shared.parts.records import checked_model, parse_record, parse_sealed, read_record, sealed_json
 from shared.remote.transfer import Remote, RemoteFile

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tools.report.numbers import compact
-from tools.report.plots import INK, colour_of, short, svg_of
+from tools.report.views.plots import INK, colour_of, short, svg_of
 
 
 def calibration_plot(models: Mapping[str, Any]) -> str:
