@@ -92,9 +92,8 @@ def evaluate_heldout(
         CacheError: a cache cannot be read.
     """
     opened = [Cache.open(Path(cache), targets) for cache in caches]
-    chosen = heldout_rows(
-        opened, fraction, max_rows, rows_left_out(opened, recipe).rows | _of_other_jobs(opened, only_job)
-    )
+    left_out = rows_left_out(opened, recipe).rows | _of_other_jobs(opened, only_job)
+    chosen = heldout_rows(opened, fraction, max_rows, left_out)
     layer = _require_comparable(caches, opened[0].layer, fraction, chosen)
     model = load_model(str(model_dir), adapter, layer.dtype if as_captured else "float32", trust_remote_code)
     check_head(model, head_of(model, layer.vocab_size))
