@@ -69,11 +69,14 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A test file per process, a thread each; one process where a GPU is, which engines side by side would fill.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(GPU),,-n auto --maxprocesses 4 --dist loadfile)
+
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 demo: setup
 	$(BIN)/decant run recipes/demo.yaml

@@ -108,7 +108,7 @@ def test_heldout_figures_are_each_teachers_own_and_their_weighted_mean(stage_of)
 @pytest.mark.slow
 def test_a_killed_stage_of_two_teachers_ends_as_if_it_had_not_been(recipe_of, taught, run_apart):
     ends = []
-    for name, failpoint in (("whole", None), ("killed", "train_step.after_write:5")):
+    for name, failpoint in (("whole", None), ("killed", "train_step.after_write@5")):
         settings = {"balance": {"kind": "uncertainty"}, "evaluate": {"every_steps": 2}}
         recipe = recipe_of(cache=[taught], losses=KL, targets=BOTH, name=name, **settings)
         if failpoint:
