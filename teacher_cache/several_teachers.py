@@ -39,6 +39,11 @@ def teach_each(
     names = [OWN, *recipe.teachers]
     if only is not None and only not in names:
         raise UsageError(f"--layer {only}: the recipe has the teachers {quoted(names)}{closest(only, names)}")
+    if only not in (None, OWN) and not (recipe.cache[0] / "cache.json").is_file():
+        raise UsageError(
+            f"--layer {only}: there is no cache at {recipe.cache[0]} yet whose rows it could score; make them first, "
+            f"with --layer {OWN}"
+        )
     found: dict[str, BuildSummary] = {}
     for name in names if only is None else [only]:
         if recipe.teachers:

@@ -141,7 +141,7 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: S
                 "the rounds of a stage start processes of their own, which torchrun cannot share out; run `decant "
                 "rounds RECIPE --only train --round N` under torchrun, and the other steps without"
             )
-        train_in_processes(chosen, again or _copy_of(recipe), sys.stderr.fileno())
+        train_in_processes(recipe, chosen, again or _copy_of(recipe), sys.stderr.fileno())
         directories = [recipe.stage_dir(stage.name) / "model" for stage in chosen]
     else:
         directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage, open_progress=Progress)]
@@ -171,7 +171,7 @@ def rounds(
         work = {"answer": steps.answer, "score": steps.score, "train": steps.train}[step]
         return work(Round(recipe, stage, number))
     numbers = range(1, stage.rounds.count + 1) if number is None else (number,)
-    rounds_in_processes(stage, numbers, again, sys.stderr.fileno())
+    rounds_in_processes(recipe, stage, numbers, again, sys.stderr.fileno())
     model = recipe.stage_dir(stage.name) / "model"
     return {"models": {stage.name: str(model)}}, f"{stage.name}: {model}"
 

@@ -133,10 +133,31 @@ def claim_stage(work: StageWork) -> bool:
                 f"{stage_dir} holds {state} with {name} {_short(old)} where the recipe now has {_short(new)}; "
                 "remove or rename the directory to train it again, or change the recipe back"
             )
-        return (stage_dir / DONE_FILE).exists() and (stage_dir / "model" / "config.json").is_file()
+        return _is_finished(stage_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(wanted, indent=1).encode(), what="identity")
     return False
+
+
+def finished_before_it_grew(work: StageWork) -> bool:
+    """Tell whether a stage was finished with this identity, whatever rows the last of its caches got since.
+
+    The caller knows that the stage does not read those rows; they only move the others to other places.
+    """
+    path = work.directory / IDENTITY_FILE
+    if not path.is_file() or not _is_finished(work.directory):
+        return False
+    recorded = _recorded(path)
+    before, _, last = str(recorded["cache"]).rpartition("+")
+    if before != work.caches.cache_id.rpartition("+")[0] or not last:
+        return False
+    wanted, moved = (json.loads(json.dumps(stage_identity(work, only_moved=only))) for only in (False, True))
+    same = {name: recorded[name] for name in ("cache", "plan")}
+    return first_difference(recorded, wanted | same, moved | same) is None
+
+
+def _is_finished(stage_dir: Path) -> bool:
+    return (stage_dir / DONE_FILE).exists() and (stage_dir / "model" / "config.json").is_file()
 
 
 def _recorded(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from shared.cache.layout import sequences_dir
 from shared.errors import DecantError, EngineError, PromptError
+from shared.keys import is_heldout
 from shared.parts.jobs import committed_keys
 from shared.parts.records import list_records
 from shared.recipe.recipe import Recipe
@@ -29,6 +30,8 @@ class SourceCount:
 
     rows: int = 0
     rows_in_cache: int = 0
+    rows_heldout: int = 0
+    """Rows whose prompts no stage trains on."""
     duplicates: int = 0
     rows_counted: int = 0
     prompt_tokens_counted: int = 0
@@ -88,6 +91,8 @@ def count_prompts(recipe: Recipe) -> PromptCount:
             result.groups.add(row.group_key)
         source.rows += 1
         source.rows_in_cache += row.row_key in committed
+        is_held = is_heldout(row.group_key, recipe.heldout.fraction)
+        source.rows_heldout += is_held
         if source.rows_counted + source.too_long < ROWS_COUNTED:
             try:
                 prompt, answer = counter.count(current.item)
@@ -97,11 +102,13 @@ def count_prompts(recipe: Recipe) -> PromptCount:
                 counter.require_date()
                 problems.add(current.item.path, current.item.line, str(error))
                 source.rows -= 1
+                source.rows_heldout -= is_held
                 continue
             too_long = _too_long(prompt, answer, longest, generates=recipe.generate is not None)
             if too_long is not None and row.row_key not in committed:
                 problems.add(current.item.path, current.item.line, too_long)
                 source.rows -= 1
+                source.rows_heldout -= is_held
                 source.too_long += 1
                 continue
             source.rows_counted += 1
@@ -147,6 +154,7 @@ def _too_long_of_the_rest(source: SourceCount) -> int:
     seen = source.rows_counted + source.too_long
     rest = min(source.rows - source.rows_counted, source.rows - source.rows_in_cache)
     more = round(source.too_long / max(seen, 1) * max(rest, 0))
+    source.rows_heldout -= round(more * source.rows_heldout / max(source.rows, 1))
     source.rows -= more
     source.too_long += more
     return more
@@ -200,6 +208,7 @@ def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
         rows = stated.rows * (1 if recipe.generate is None else recipe.generate.samples_per_prompt)
         result.sources[name] = SourceCount(
             rows=rows,
+            rows_heldout=round(recipe.heldout.fraction * rows),
             rows_counted=1,
             prompt_tokens_counted=stated.prompt_tokens,
             answer_tokens_counted=stated.answer_tokens,

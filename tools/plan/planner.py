@@ -23,6 +23,7 @@ from tools.plan.plan_existing import bytes_assumption, bytes_per_position, exist
 from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_lengths import length_figures, length_line, row_lengths
 from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
+from tools.plan.plan_rounds import rounds_figures, rounds_lines
 from tools.plan.plan_teachers import teachers_figures, teachers_lines
 
 EXPECTED_SHARE_OF_MAX_NEW_TOKENS = 0.5
@@ -61,8 +62,16 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         result["hidden"] = hidden
     if recipe.teachers:
         result["teachers"] = teachers_figures(recipe, result)
+    rounds = rounds_figures(recipe, EXPECTED_SHARE_OF_MAX_NEW_TOKENS, BYTES_PER_TOKEN_OF_SEQUENCES)
+    if rounds:
+        result["rounds"] = rounds
+        share = f"{EXPECTED_SHARE_OF_MAX_NEW_TOKENS:.0%}"
+        assumptions.append(f"the student's answers are expected at {share} of max_new_tokens, and at most all of it")
     expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
-    result["stages"] = {stage.name: _stage_figures(stage, expected_rows_tokens, recipe) for stage in recipe.stages}
+    result["stages"] = {
+        stage.name: _stage_figures(stage, expected_rows_tokens, recipe, rounds.get(stage.name))
+        for stage in recipe.stages
+    }
     if recipe.stages:
         lengths, longest, on_gpu = row_lengths(recipe), _longest_to_come(recipe, result), bool(offered_gpus())
         for stage in recipe.stages:
@@ -182,22 +191,25 @@ def _hours(recipe: Recipe, there: dict[str, Any], tokens: int) -> float | None:
     return tokens / there["tokens"] * seconds / 3600 if there["tokens"] and seconds > 0 else None
 
 
-def _stage_figures(stage: Stage, cache_tokens: int, recipe: Recipe) -> dict[str, Any]:
-    """Return a stage's steps and tokens on one device."""
-    trainer = stage.trainer
+def _stage_figures(
+    stage: Stage, cache_tokens: int, recipe: Recipe, own: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return a stage's steps and tokens on one device; with rounds, `steps` are those of all, `own` their answers."""
+    trainer, rounds = stage.trainer, stage.rounds.count if stage.rounds is not None else 1
     per_step = trainer.pack_tokens * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
-    trained = cache_tokens * (1 - recipe.heldout.fraction)
+    trained = cache_tokens * (1 - recipe.heldout.fraction) + (own["row_tokens"] / rounds if own is not None else 0)
     steps = (
         trainer.max_steps
         if trainer.max_steps is not None
         else max(round(trainer.num_train_epochs * trained / per_step), 1)
     )
-    tokens = steps * per_step
+    tokens = steps * rounds * per_step
     return {
-        "steps": steps,
+        "rounds": rounds if stage.rounds is not None else None,
+        "steps": steps * rounds,
         "tokens_per_step": per_step,
         "tokens": tokens,
-        "epochs": round(tokens / trained, 2) if trained else None,
+        "epochs": round(tokens / trained, 2) if trained and own is None else None,
     }
 
 
@@ -207,14 +219,20 @@ def require_disk(recipe: Recipe, result: dict[str, Any]) -> None:
     Raises:
         UsageError: with what is expected and what is free.
     """
-    place = recipe.cache[0].absolute()
-    free = disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
     needed = result.get("bytes", {}).get("expected", 0)
     needed += result.get("rescore", {}).get("bytes", {}).get("expected", 0)
     needed += sum(figures["bytes"]["expected"] for figures in result.get("teachers", {}).values())
+    _require_room(recipe.cache[0].absolute(), needed, "the cache needs", "`cache`")
+    own = sum(figures["bytes"]["expected"] for figures in result.get("rounds", {}).values())
+    _require_room(recipe.output_dir.absolute(), own, "own answers of the rounds need", "`output_dir`")
+
+
+def _require_room(place: Path, needed: int, what: str, setting: str) -> None:
+    """Refuse what would not fit its disk."""
+    free = disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
     if needed > free:
         raise UsageError(
-            f"the cache needs about {size(needed)} in {place} and {size(free)} are free; make room, set `cache` to a "
+            f"{what} about {size(needed)} in {place} and {size(free)} are free; make room, set {setting} to a "
             "larger disk, or keep less (capture.k, capture.mass)"
         )
 
@@ -260,12 +278,14 @@ def plan_text(result: dict[str, Any]) -> str:
     if "hidden" in result:
         lines += hidden_lines(result["hidden"], size)
     lines += teachers_lines(result.get("teachers", {}), size)
+    lines += rounds_lines(result.get("rounds", {}), _range, size)
     for domain, counts in result.get("tasks", {}).items():
         said = sentence(domain, counts)
         lines += [f"  task {said}: its score will say little about others"] if said else []
     for name, stage in result["stages"].items():
         epochs = f", about {stage['epochs']:g} passes over the rows" if stage["epochs"] else ""
         steps = f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens"
+        steps += f" in {stage['rounds']:,} rounds" if stage["rounds"] is not None else ""
         lines.append(f"  train {name}: {steps}, {stage['tokens']:,} tokens{epochs}")
         line = length_line(name, stage["lengths"])
         lines += [line] if line else []

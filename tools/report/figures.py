@@ -4,8 +4,8 @@ Layout: name, runs, models.NAME.{tasks.DOMAIN.{score, low, high, ...}, mean_scor
     seconds,
 side_by_side.TEMPERATURE.{same_as_teacher, length_kept, ...}, cost, lm_eval}, cache.{rows, positions,
 bytes_per_position, mean_support, ...}, questions.DOMAIN.{questions, trained_on, heldout},
-audit, seconds.PHASE, stages.NAME, train.STAGE.{steps, weights, temperatures,
-shares, heldout_kl_nats, evaluations} (series of [step, value] by name, thinned), layers, missing. With several runs,
+audit, seconds.PHASE, stages.NAME, train.STAGE.{steps, weights, temperatures, shares, heldout_kl_nats, answers,
+evaluations} (series of [step, value] by name, thinned; of answers: [round, value]), layers, missing. With several runs,
 models and stages of the second and later ones are called RUN/NAME, and a model that several runs share (teacher, base)
 with equal figures appears once.
 """
@@ -150,7 +150,7 @@ def _stage(stage: StageFiles) -> dict[str, Any]:
 
 def _course(stage: StageFiles) -> dict[str, Any]:
     """Return what moved over a stage's steps."""
-    series = course_series(stage.steps, stage.evaluations)
+    series = course_series(stage.steps, stage.evaluations, (stage.health or {}).get("rounds", ()))
     return {"steps": stage.steps[-1]["step"], **series, "evaluations": stage.evaluations}
 
 

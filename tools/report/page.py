@@ -214,7 +214,8 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
         for name, stage in run.stages.items():
             label = f"{run.name}/{name}" if index else name
             figures.append((f"Training loss of stage {label}", plots.loss_plot(label, stage.steps, stage.terms)))
-            figures += course_plots(label, course_series(stage.steps, stage.evaluations))
+            rounds = (stage.health or {}).get("rounds", ())
+            figures += course_plots(label, course_series(stage.steps, stage.evaluations, rounds))
     if any(cache.get("entropy_histogram", ())) and all(layer.get("mode") != "sample" for layer in report["layers"]):
         figures.append(
             (

@@ -1,7 +1,8 @@
 """All rounds of a recipe's stages in their order, and the plain stages between them, each step a process of its own.
 
 Nothing is remembered here: every step finds out itself what is done, so the same command after any interruption does
-what is missing. Cost: starting Python three times per round, a few seconds each where a step is done already.
+what is missing. A stage that is finished starts no process. Cost: starting Python three times per round, a few seconds
+each where a step is done already.
 """
 
 from __future__ import annotations
@@ -46,27 +47,43 @@ def stage_of(recipe: Recipe, name: str | None) -> Stage:
     return found[name or next(iter(found))]
 
 
-def train_in_processes(stages: Sequence[Stage], again: Sequence[str], output: int | None = None) -> None:
+def train_in_processes(
+    recipe: Recipe, stages: Sequence[Stage], again: Sequence[str], output: int | None = None
+) -> None:
     """Train stages in their order, those with rounds step by step, each in a process of its own.
 
     Args:
-        stages: a stretch of the recipe's stages.
+        recipe: the recipe.
+        stages: a stretch of its stages.
         again: words of a command line that name the same recipe: its path, overrides.
         output: file descriptor of the steps' output; None: ours.
 
     Raises:
         PhaseFailedError: a step failed.
     """
+    from tools.rounds.finished import is_finished
+
     for stage in stages:
+        if is_finished(recipe, stage):
+            continue
         if stage.rounds is None:
             options = ("--from-stage", stage.name, "--to-stage", stage.name)
             run_phase(f"train {stage.name}", own_command("-m", "tools.cli", "train", *again, *options), output)
         else:
-            rounds_in_processes(stage, range(1, stage.rounds.count + 1), again, output)
+            _rounds(stage, range(1, stage.rounds.count + 1), again, output)
 
 
-def rounds_in_processes(stage: Stage, numbers: Sequence[int], again: Sequence[str], output: int | None = None) -> None:
+def rounds_in_processes(
+    recipe: Recipe, stage: Stage, numbers: Sequence[int], again: Sequence[str], output: int | None = None
+) -> None:
     """Do rounds of a stage; arguments and errors as for `train_in_processes`."""
+    from tools.rounds.finished import is_finished
+
+    if not is_finished(recipe, stage):
+        _rounds(stage, numbers, again, output)
+
+
+def _rounds(stage: Stage, numbers: Sequence[int], again: Sequence[str], output: int | None) -> None:
     for number, step in product(numbers, STEPS):
         options = ("--stage", stage.name, "--only", step, "--round", str(number))
         command = own_command("-m", "tools.cli", "rounds", *again, *options)

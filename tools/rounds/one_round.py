@@ -54,7 +54,12 @@ class Round:
     @property
     def directory(self) -> Path:
         """Directory in which the round trains."""
-        return self.recipe.stage_dir(self.stage.name) / f"round-{self.number}"
+        return self.recipe.stage_dir(self.training_name)
+
+    @property
+    def training_name(self) -> str:
+        """Name of the stage that trains the round: 'own/round-1'."""
+        return f"{self.stage.name}/round-{self.number}"
 
     @property
     def seed(self) -> int:
@@ -105,6 +110,12 @@ class Round:
             }
         )
 
+    def asking_once(self) -> Recipe:
+        """Return the recipe in which the teacher would answer each prompt that rounds may ask once, to count them."""
+        generate = answers_as(self.recipe, self.settings, self.seed)
+        prompts = self.labelled(self.number)
+        return self.recipe.model_copy(update={"prompts": prompts, "generate": generate, "cache": (self.own_cache,)})
+
     def scoring(self) -> Recipe:
         """Return the recipe of the build in which the teacher scores what is in the own cache."""
         return self.recipe.model_copy(update={"prompts": (), "generate": None, "cache": (self.own_cache,)})
@@ -113,7 +124,7 @@ class Round:
         """Return the recipe whose stage `STAGE/round-N` trains this round, on shares of the sources."""
         stage = self.stage.model_copy(
             update={
-                "name": f"{self.stage.name}/round-{self.number}",
+                "name": self.training_name,
                 "init_from": self.stage.init_from if self.number == 1 else str(self.start),
                 "rounds": None,
                 "mixture": {name: Schedule(start=share) for name, share in mixture.items()} if mixture else None,
@@ -122,22 +133,26 @@ class Round:
         stages = tuple(stage if other.name == self.stage.name else other for other in self.recipe.stages)
         return self.recipe.model_copy(update={"cache": (*self.recipe.cache, self.own_cache), "stages": stages})
 
+    def found_job(self) -> Job | None:
+        """Return the job of the round's answers, once they are all there; None before."""
+        found = [job for job in list_jobs(self.own_cache) if job.request.get("round", {}).get("number") == self.number]
+        committed = frozenset(record.stem for record in list_records(sequences_dir(self.own_cache)))
+        return found[0] if found and found[0].is_complete(committed) else None
+
     def job(self) -> Job:
         """Return the job of the round's answers, once they are all there.
 
         Raises:
             UsageError: they are not.
         """
-        found = [job for job in list_jobs(self.own_cache) if job.request.get("round", {}).get("number") == self.number]
-        if not found or not found[0].is_complete(
-            frozenset(record.stem for record in list_records(sequences_dir(self.own_cache)))
-        ):
+        job = self.found_job()
+        if job is None:
             raise UsageError(
                 f"round {self.number} of stage '{self.stage.name}' has not all of its answers in {self.own_cache}; let "
                 f"the student answer first: decant rounds RECIPE --stage {self.stage.name} --only answer --round "
                 f"{self.number}"
             )
-        return found[0]
+        return job
 
 
 def as_answering(recipe: Recipe, start: Path | None, engine: str | None) -> Teacher:

@@ -14,6 +14,8 @@ from typing import Any
 
 from shared.atomic import fsync_dir, make_dir, write_atomic
 from shared.errors import TrainingError
+from shared.recipe.recipe import Recipe, Stage
+from student_train.stage.stage_identity import DONE_FILE, IDENTITY_FILE, start_identity
 from tools.rounds.guards import round_figures
 from tools.rounds.one_round import Round
 
@@ -29,7 +31,7 @@ def require_of_rounds(one: Round) -> None:
         TrainingError: it holds a stage that was trained without rounds.
     """
     directory = one.recipe.stage_dir(one.stage.name)
-    path = directory / "identity.json"
+    path = directory / IDENTITY_FILE
     if path.exists() and "rounds" not in json.loads(path.read_text()):
         raise TrainingError(
             f"{directory} holds a stage that was trained without rounds; remove or rename it, or give this stage "
@@ -37,8 +39,14 @@ def require_of_rounds(one: Round) -> None:
         )
 
 
+def published_rounds(recipe: Recipe, stage: Stage) -> int:
+    """Return the rounds of a finished stage; 0 where it is not finished."""
+    path = recipe.stage_dir(stage.name) / DONE_FILE
+    return int(json.loads(path.read_text()).get("rounds", 0)) if path.is_file() else 0
+
+
 def publish(one: Round, stopped: str | None = None) -> Path:
-    """Show the rounds up to this one as their stage; return the stage's model.
+    """Show the rounds up to this one, and those that were trained from it before, as their stage; return its model.
 
     Args:
         one: the round that was trained last, or that stopped.
@@ -47,8 +55,10 @@ def publish(one: Round, stopped: str | None = None) -> Path:
     stage_dir = one.recipe.stage_dir(one.stage.name)
     require_of_rounds(one)
     make_dir(stage_dir)
-    write_atomic(stage_dir / "identity.json", json.dumps(IDENTITY, indent=1).encode(), what="identity")
+    write_atomic(stage_dir / IDENTITY_FILE, json.dumps(IDENTITY, indent=1).encode(), what="identity")
     trained = [Round(one.recipe, one.stage, number) for number in range(1, one.number + (stopped is None))]
+    if stopped is None:
+        trained += _following(one)
     steps = [_last_step(each.directory / "metrics.jsonl") for each in trained]
     for name in LOGS:
         _join(stage_dir / name, [each.directory / name for each in trained], steps)
@@ -60,12 +70,27 @@ def publish(one: Round, stopped: str | None = None) -> Path:
     if stopped:
         health |= {"healthy": False, "stopped": f"round {one.number}: {stopped}"}
     write_atomic(stage_dir / "health.json", json.dumps(health, indent=1).encode(), what="health")
-    done = stage_dir / "done.json"
-    if stopped is None and one.number == one.settings.count:
-        write_atomic(done, json.dumps({"rounds": one.number}, indent=1).encode(), what="done")
+    done = stage_dir / DONE_FILE
+    if stopped is None and len(trained) == one.settings.count:
+        write_atomic(done, json.dumps({"rounds": len(trained)}, indent=1).encode(), what="done")
     else:
         done.unlink(missing_ok=True)
     return stage_dir / "model"
+
+
+def _following(one: Round) -> list[Round]:
+    """Return the finished rounds after this one that began with the weights of the round before them."""
+    found: list[Round] = []
+    for number in range(one.number + 1, one.settings.count + 1):
+        later = Round(one.recipe, one.stage, number)
+        path = later.directory / IDENTITY_FILE
+        if not (later.directory / DONE_FILE).is_file() or not path.is_file():
+            break
+        assert one.recipe.student is not None
+        if json.loads(path.read_text())["start"] != start_identity(one.recipe.student, later.start, later.seed):
+            break
+        found.append(later)
+    return found
 
 
 def _join(target: Path, logs: list[Path], steps: list[int]) -> None:

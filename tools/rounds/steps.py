@@ -7,12 +7,14 @@ Cost: that of a build, and of a stage.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shared.errors import DecantError
+from shared.printable import printable
 from shared.progress import BuildProgress, Progress
 from tools.rounds.guards import AnswerFigures, beyond, round_figures
 from tools.rounds.one_round import Round, as_answering
@@ -84,12 +86,15 @@ def train(one: Round, open_progress: Callable[..., Any] = Progress) -> Result:
 
     expand_segments()
     from student_train.stage.stages import run_stages
+    from tools.rounds.finished import is_trained
 
     require_of_rounds(one)
     require_sound(one)
-    recipe = one.training(shares_of(one))
-    name = f"{one.stage.name}/round-{one.number}"
-    run_stages(recipe, name, name, open_progress=open_progress)
+    if is_trained(one):
+        print(printable(f"{_name(one)}: trained before, {one.directory / 'model'} is reused"), file=sys.stderr)
+    else:
+        name = one.training_name
+        run_stages(one.training(shares_of(one)), name, name, open_progress=open_progress)
     model = publish(one)
     return {"model": str(model)}, f"{_name(one)}: {model}"
 

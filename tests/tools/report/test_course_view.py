@@ -65,4 +65,15 @@ def test_what_did_not_move_is_not_drawn():
         for i in range(9)
     ]
     assert course_plots("kd", course_series(steps, [])) == []
-    assert course_series([{"step": 1}], []) == {"weights": {}, "temperatures": {}, "shares": {}, "heldout_kl_nats": {}}
+    nothing = {"weights": {}, "temperatures": {}, "shares": {}, "heldout_kl_nats": {}, "answers": {}}
+    assert course_series([{"step": 1}], []) == nothing
+
+
+def test_answers_of_rounds_are_drawn_over_the_rounds():
+    rounds = [{"round": n, "cut": 0.1 * n, "repeating": "x", "beside_teacher": 1.5, "answers": 9} for n in (1, 2, 3)]
+    series = course_series([], [], rounds)
+    assert series["answers"]["cut by length"] == [(1, 0.1), (2, 0.2), (3, pytest.approx(0.3))]
+    assert set(series["answers"]) == {"cut by length", "length beside the teacher's"}
+    ((title, plot),) = course_plots("own", series)
+    assert title == "The student's answers over the rounds of stage own"
+    assert plot.startswith("<svg")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.cache.cache import Cache
 from shared.cache.reading.verify import verify_cache
-from shared.errors import IdentityError, TrainingError
+from shared.errors import IdentityError, PromptError, TrainingError
 from shared.identity.identity import weights_hash
 from shared.keys import is_heldout
 from shared.parts.records import list_records
@@ -21,6 +21,8 @@ from student_train.stage.stages import run_stages
 from teacher_cache.build import teach
 from tests.tiny_models import make_qwen3
 from tests.tools.rounds.tiny_run import contents, make_models, rounds_recipe
+from tools.plan.planner import plan, plan_text
+from tools.rounds.chain import rounds_in_processes, train_in_processes
 from tools.rounds.guards import repeated_share
 from tools.rounds.one_round import Round
 from tools.rounds.steps import GuardError, answer, score, shares_of, train
@@ -184,3 +186,46 @@ def test_keep_all_trains_on_earlier_rounds_too(done):
     shares = shares_of(Round(recipe, stage, 2))
     assert set(shares) == {"own 1: math", "own 2: math"}
     assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_plan_counts_what_the_rounds_then_ask_answer_and_score(done, tmp_path):
+    recipe, rounds, _ = done
+    before = plan(recipe.model_copy(update={"output_dir": tmp_path / "elsewhere"}))
+    of = before["rounds"]["own"]
+    cache = Cache.open(rounds[0].own_cache)
+    tokens, positions = int(cache.num_tokens.sum()), sum(len(cache[i].predictor_index()) for i in range(len(cache)))
+    assert (of["rounds"], of["prompts_per_round"], of["answers_to_do"]) == (2, len(cache) / 2, len(cache))
+    assert of["generate_tokens"]["at_most"] == 12 * len(cache)
+    assert of["score_tokens"]["at_most"] - of["generate_tokens"]["at_most"] == pytest.approx(
+        tokens - positions, rel=0.05
+    )
+    assert (before["stages"]["own"]["steps"], before["stages"]["own"]["rounds"]) == (6, 2)
+    assert f"rounds own: 2 of {len(cache) // 2} prompts, {len(cache)} answers to do" in plan_text(before)
+    after = plan(recipe)["rounds"]["own"]
+    assert (after["rounds_answered"], after["answers_to_do"], after["score_tokens"]["at_most"]) == (2, 0, 0)
+    many = recipe.stage("own").rounds.model_copy(update={"prompts": 1000})
+    stages = (recipe.stage("kd"), recipe.stage("own").model_copy(update={"rounds": many}))
+    with pytest.raises(
+        PromptError, match=r"stage 'own': 1,000 prompts .* are there that are not held out.*rounds\.prompts"
+    ):
+        plan(recipe.model_copy(update={"stages": stages}))
+
+
+def test_finished_stages_start_no_process_and_an_earlier_round_again_hides_no_later_one(done, monkeypatch, capsys):
+    recipe, rounds, _ = done
+    begun = []
+    monkeypatch.setattr("tools.rounds.chain.run_phase", lambda phase, command, output: begun.append(phase))
+    train_in_processes(recipe, recipe.stages, ["recipe.yaml"])
+    assert begun == []
+    assert "train own: finished before with the same settings" in capsys.readouterr().err
+    train(rounds[0])
+    stage_dir = recipe.stage_dir("own")
+    assert weights_hash(stage_dir / "model") == weights_hash(rounds[1].directory / "model")
+    assert json.loads((stage_dir / "done.json").read_text()) == {"rounds": 2}
+    for changes in ({"temperature": 0.7}, {"own_share": 0.5}, {"guards": Guards(repeating=0.0, cut=0.0)}, {"count": 3}):
+        own = recipe.stage("own").rounds.model_copy(update=changes)
+        stage = recipe.stage("own").model_copy(update={"rounds": own})
+        changed = recipe.model_copy(update={"stages": (recipe.stage("kd"), stage)})
+        rounds_in_processes(changed, stage, [1], ["recipe.yaml"])
+        assert begun == [f"round 1 of own, {step}" for step in ("answer", "score", "train")]
+        begun.clear()

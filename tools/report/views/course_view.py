@@ -1,5 +1,5 @@
-"""What moved over a stage's steps: weights, temperatures, shares of the sources and held-out KL, as series and as
-plots.
+"""What moved over a stage's steps: weights, temperatures, shares of the sources and held-out KL, and over its rounds:
+what the student's answers were like; as series and as plots.
 
 Files are untrusted: what is not a finite number is left out. Series are thinned by averaging, temperatures by taking
 every n-th value, so that a page with 100,000 steps stays small. Only what moved is drawn. Cost: 0.1 s per plot.
@@ -20,11 +20,26 @@ Series = dict[str, list[tuple[float, float]]]
 _MOST_CURVES = len(COLOURS)
 
 
-def course_series(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """Return `weights`, `temperatures`, `shares` and `heldout_kl_nats` of a stage, as series by name; empty where not
-    logged.
+_OF_ANSWERS = {
+    "cut": "cut by length",
+    "repeating": "repeat themselves",
+    "beside_teacher": "length beside the teacher's",
+}
+"""Figures of a round's answers, and what a plot calls them."""
+
+
+def course_series(
+    steps: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    rounds: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Series]:
+    """Return `weights`, `temperatures`, `shares`, `heldout_kl_nats` and `answers` of a stage, as series by name, the
+    last over its rounds; empty where not logged.
     """
-    series: dict[str, Series] = {"weights": {}, "temperatures": {}, "shares": {}, "heldout_kl_nats": {}}
+    titles = ("weights", "temperatures", "shares", "heldout_kl_nats", "answers")
+    series: dict[str, Series] = {title: {} for title in titles}
+    for each in rounds:
+        _add(series["answers"], each.get("round"), {said: each.get(name) for name, said in _OF_ANSWERS.items()})
     for row in steps:
         for title in ("weights", "temperatures"):
             _add(series[title], row["step"], row.get(title))
@@ -56,16 +71,18 @@ def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, st
         "temperatures": ("Temperatures", "temperature"),
         "shares": ("Shares of the sources", "share of the tokens, %"),
         "heldout_kl_nats": ("Held-out KL while training", "nats per position"),
+        "answers": ("The student's answers over the rounds", "% of the answers, or of the teacher's length"),
     }
     figures = []
     for name, (title, axis) in titles.items():
         moves = _drifts if name == "shares" else _changes
         if any(moves([value for _, value in points]) for points in series[name].values()):
-            scale = 100.0 if name == "shares" else 1.0
+            scale = 100.0 if name in ("shares", "answers") else 1.0
+            over = "round" if name == "answers" else "step"
             figures.append(
                 (
                     f"{title} of stage {label}",
-                    _plot(f"{name}-{label}", series[name], axis, scale, stepped=name == "temperatures"),
+                    _plot(f"{name}-{label}", series[name], axis, scale, over, stepped=name == "temperatures"),
                 )
             )
     return figures
@@ -87,15 +104,23 @@ def _drifts(values: Sequence[float]) -> bool:
     return abs(statistics.fmean(first) - statistics.fmean(last)) > max(0.02, 4 * error)
 
 
-def _plot(label: str, named: Series, axis: str, scale: float, *, stepped: bool) -> str:
+def _plot(label: str, named: Series, axis: str, scale: float, over: str, *, stepped: bool) -> str:
     def _draw(axes: Any) -> None:
         for index, (name, points) in enumerate(list(named.items())[:_MOST_CURVES]):
             xs, ys = [step for step, _ in points], [scale * value for _, value in points]
             style = "steps-post" if stepped else "default"
             axes.plot(
-                xs, ys, color=COLOURS[(2 + index) % len(COLOURS)], linewidth=1.2, drawstyle=style, label=short(name)
+                xs,
+                ys,
+                color=COLOURS[(2 + index) % len(COLOURS)],
+                linewidth=1.2,
+                drawstyle=style,
+                label=short(name),
+                marker="o" if over == "round" else None,
             )
-        axes.set_xlabel("step")
+        axes.set_xlabel(over)
+        if over == "round":
+            axes.set_xticks(sorted({x for points in named.values() for x, _ in points}))
         axes.set_ylabel(axis)
         axes.set_ylim(bottom=0)
         axes.grid()
