@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shared.errors import UsageError
+from shared.places import origin_of
 from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe
 from teacher_cache.build import teach
@@ -39,9 +40,10 @@ def teach_each(
     names = [OWN, *recipe.teachers]
     if only is not None and only not in names:
         raise UsageError(f"--layer {only}: the recipe has the teachers {quoted(names)}{closest(only, names)}")
-    if only not in (None, OWN) and not (recipe.cache[0] / "cache.json").is_file():
+    cache = recipe.cache[0]
+    if only not in (None, OWN) and origin_of(cache) is None and not (cache / "cache.json").is_file():
         raise UsageError(
-            f"--layer {only}: there is no cache at {recipe.cache[0]} yet whose rows it could score; make them first, "
+            f"--layer {only}: there is no cache at {cache} yet whose rows it could score; make them first, "
             f"with --layer {OWN}"
         )
     found: dict[str, BuildSummary] = {}

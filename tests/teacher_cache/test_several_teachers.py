@@ -12,7 +12,7 @@ import pytest
 from shared.cache.cache import Cache
 from shared.cache.layer_choice import layer_of_capture
 from shared.cache.layout import list_layers
-from shared.errors import DecantError, UsageError
+from shared.errors import UsageError
 from shared.recipe.recipe import Recipe
 from teacher_cache import build
 from teacher_cache.build import teach
@@ -77,7 +77,9 @@ def test_each_teacher_scores_the_same_rows_into_a_layer_of_its_name(tmp_path, mo
 
 def test_one_teacher_alone_scores_what_is_there(tmp_path, models):
     recipe = recipe_of(tmp_path, models["own"], teachers={"math": section(models["math"])})
-    with pytest.raises(DecantError, match="no `prompts` and there is no cache"):
+    with pytest.raises(
+        UsageError, match=r"--layer math: there is no cache at .* make them first, with --layer teacher"
+    ):
         teach_each(recipe, "math")
     assert list(teach_each(recipe, "teacher")) == ["teacher"]
     found = teach_each(recipe, "math")

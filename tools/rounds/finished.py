@@ -15,7 +15,7 @@ from shared.recipe.recipe import Recipe, Stage
 from tools.rounds.guards import beyond, round_figures
 from tools.rounds.one_round import Round
 from tools.rounds.publish import published_rounds
-from tools.rounds.steps import shares_of
+from tools.rounds.shares import shares_of
 
 
 def is_finished(recipe: Recipe, stage: Stage) -> bool:
@@ -40,15 +40,12 @@ def _are_rounds_done(recipe: Recipe, stage: Stage) -> bool:
 
 
 def _is_done(one: Round) -> bool:
-    """Tell whether a round is answered, scored and trained."""
+    """Tell whether a round is answered, scored (else its training has no targets to read) and trained."""
     from teacher_cache.student_answers import is_answered
-    from tools.plan.plan_existing import existing
 
     if one.found_job() is None or not is_answered(one.answering(), one.recipe.cache[0], one.asking):
         return False
-    if existing(one.scoring(), [])["unscored_tokens"] or beyond(round_figures(one), one.settings.guards) is not None:
-        return False
-    return is_trained(one)
+    return beyond(round_figures(one), one.settings.guards) is None and is_trained(one)
 
 
 def is_trained(one: Round) -> bool:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from shared.errors import DecantError
 from shared.printable import printable
@@ -19,9 +17,7 @@ from shared.progress import BuildProgress, Progress
 from tools.rounds.guards import AnswerFigures, beyond, round_figures
 from tools.rounds.one_round import Round, as_answering
 from tools.rounds.publish import publish, require_of_rounds
-
-if TYPE_CHECKING:
-    from student_train.batch.dataset import CacheList
+from tools.rounds.shares import shares_of
 
 Result = tuple[Any, str]
 """What --json prints, and what people see."""
@@ -115,37 +111,6 @@ def require_sound(one: Round) -> AnswerFigures:
         f"{as_answering(one.recipe, one.start, None).model}; lower rounds.temperature or the learning rate, or move "
         "the bound"
     )
-
-
-def shares_of(one: Round) -> dict[str, float]:
-    """Return the share of every source in a round's training tokens.
-
-    The student's own have `own_share` together, as their tokens are; the others share the rest, as the stage's mixture
-    says or as their tokens are.
-    """
-    from student_train.batch.dataset import CacheList
-    from student_train.stage.stage_order import open_caches
-
-    settings, fraction = one.settings, one.recipe.heldout.fraction
-    kept = range(1, one.number + 1) if settings.keep == "all" else (one.number,)
-    labels = {source.source for number in kept for source in one.labelled(number)}
-    answered = _tokens(CacheList.open([one.own_cache], None, with_targets=False), fraction)
-    own = {name: count for name, count in answered.items() if name in labels}
-    shares = {name: settings.own_share * count / sum(own.values()) for name, count in own.items()}
-    if settings.own_share < 1:
-        if one.stage.mixture is None:
-            others = _tokens(open_caches(one.recipe, one.stage), fraction)
-        else:
-            others = {name: share.value(0.0) for name, share in one.stage.mixture.items()}
-        shares |= {name: (1 - settings.own_share) * count / sum(others.values()) for name, count in others.items()}
-    return shares
-
-
-def _tokens(caches: CacheList, heldout_fraction: float) -> dict[str, float]:
-    """Return the tokens that may be trained on, by source."""
-    rows = caches.training_rows(heldout_fraction)
-    counts = np.bincount(caches.sources[rows], caches.num_tokens[rows], minlength=len(caches.source_names))
-    return {name: float(count) for name, count in zip(caches.source_names, counts, strict=True) if count}
 
 
 def _name(one: Round) -> str:

@@ -25,7 +25,8 @@ from tools.plan.planner import plan, plan_text
 from tools.rounds.chain import rounds_in_processes, train_in_processes
 from tools.rounds.guards import repeated_share
 from tools.rounds.one_round import Round
-from tools.rounds.steps import GuardError, answer, score, shares_of, train
+from tools.rounds.shares import shares_of
+from tools.rounds.steps import GuardError, answer, score, train
 
 
 @pytest.fixture(scope="module")
