@@ -45,6 +45,7 @@ WRONG = [
     ("generate.model=missing-tensor", "generate.model", "model.norm.weight"),
     ("teachers={b: {model: other, engine: transformers}}", "teachers.b.model", "teachers of one cache share"),
     ("teachers={b: {model: missing-tensor, engine: transformers}}", "teachers.b.model", "model.norm.weight"),
+    ("teachers={b: {model: teacher, engine: transformers, dtype: float32}}", "teachers.b.model", "leave 'b' out"),
     ("stages.kd.targets=[{layer: teacher, sources: [b]}]", "stages.0.targets.0.sources.0", "no row has the source 'b'"),
     ("stages.kd.targets=[{layer: techer}]", "stages.0.targets.0.layer", "targets layer"),
     ("stages.kd.init_from=./cut-short", "stages.0.init_from", "cannot be read as weights"),

@@ -77,9 +77,7 @@ def test_each_teacher_scores_the_same_rows_into_a_layer_of_its_name(tmp_path, mo
 
 def test_one_teacher_alone_scores_what_is_there(tmp_path, models):
     recipe = recipe_of(tmp_path, models["own"], teachers={"math": section(models["math"])})
-    with pytest.raises(
-        UsageError, match=r"--layer math: there is no cache at .* with --layer teacher"
-    ):
+    with pytest.raises(UsageError, match=r"--layer math: there is no cache at .* with --layer teacher"):
         teach_each(recipe, "math")
     assert list(teach_each(recipe, "teacher")) == ["teacher"]
     found = teach_each(recipe, "math")

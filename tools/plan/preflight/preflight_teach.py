@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from shared.cache.layout import read_header
 from shared.cache.rendering import template_text
-from shared.errors import IdentityError
+from shared.errors import IdentityError, ModelError
+from shared.identity.identity import weights_hash
 from shared.recipe.base import Problem
 from shared.recipe.sections.teacher import Teacher
 from tools.plan.preflight.preflight_asked import Asked, said
@@ -31,6 +32,24 @@ def teacher_problems(asked: Asked) -> Iterator[Problem]:
         if ("model",) not in dict(found):
             found += said(("model",), partial(_same_tokens, teacher, other))
         yield from ((("teachers", name, *place), sentence) for place, sentence in found)
+    yield from _asked_twice({"teacher": teacher, **asked.recipe.teachers})
+
+
+def _asked_twice(teachers: Mapping[str, Teacher]) -> Iterator[Problem]:
+    """Name teachers whose layer an earlier one of them would write; what is wrong with a model is said elsewhere."""
+    names: dict[tuple[str | None, ...], str] = {}
+    for name, one in teachers.items():
+        model, adapter = Path(one.model).expanduser(), one.adapter and Path(one.adapter).expanduser()
+        try:
+            weights = (weights_hash(model), weights_hash(adapter) if adapter else None)
+        except ModelError:
+            continue
+        first = names.setdefault((*weights, one.dtype, one.head_dtype, one.quantization), name)
+        if first != name:
+            sentence = (
+                f"'{one.model}' is what teacher '{first}' runs, too; leave '{name}' out and say '{first}' instead"
+            )
+            yield ("teachers", name, "model"), sentence
 
 
 def _teacher(asked: Asked, teacher: Teacher, *, stated: bool) -> Iterator[Problem]:
