@@ -51,7 +51,7 @@ def evaluate_all(
         read_questions(task, task_kind(task))
         if task_kind(task).runs_code:
             say(f"{task.domain}: programs run in the sandbox '{sandbox.require(allow_unsafe_code)}'")
-    caches = [Cache.open(path, allow_partial=True) for path in recipe.cache if (path / "cache.json").is_file()]
+    caches = [Cache.open_sequences(path) for path in recipe.cache if (path / "cache.json").is_file()]
     for task in recipe.evaluate.tasks:
         if said := sentence(task.domain, among_caches(recipe, task, caches)):
             say(f"{said}: its score says little about others")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.cache.cache import Cache
+from shared.cache.tokenizer_files import read_tokenizer_files
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import DecantError, EvaluationError
-from shared.recipe.recipe import Recipe
+from shared.recipe.recipe import Capture, Recipe
 from teacher_cache.engines.protocol import Generated
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
@@ -128,6 +132,22 @@ def test_answers_are_scored_beside_their_questions_and_kept(root: Path, canned: 
     assert canned[0].engine == "transformers"
     assert canned[0].model == str(root / "out" / "train" / "kd" / "model")
     assert canned[-1] == "closed"
+
+
+def test_a_cache_of_two_teachers_is_evaluated_on_the_layer_of_the_recipes_own(
+    root: Path, canned: list[Any], tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(root / "cache", tmp_path / "cache"))
+    cache = Cache.open(place)
+    rows = [cache[index] for index in range(len(cache))]
+    writer = CacheWriter.create_or_open(place, cache.sequences_identity, read_tokenizer_files(place))
+    assert cache.layer is not None
+    other = writer.layer("other", replace(cache.layer, teacher="other", weights_hash="0" * 32), {})
+    targets = [row.targets for row in rows if row.targets is not None]
+    other.write("part-00000000-000000", [row.key for row in rows], targets, {})
+    chosen = recipe(root, models=["kd"]).model_copy(update={"cache": (place,), "capture": Capture(k=cache.layer.k)})
+    found = all_models.evaluate_all(chosen, say=lambda line: None)["kd"]["heldout"]
+    assert found["layer"] == cache.layer_name
 
 
 def test_only_what_changed_is_evaluated_again(root: Path, canned: list[Any]) -> None:
