@@ -122,21 +122,23 @@ def listed(problems: Iterable[tuple[Path, str]], where: Where, more: int = 0) ->
 
 
 def _dotted(place: Path) -> str:
-    """Write a place for people, long keys shortened."""
-    return ".".join(key if len(key) <= 60 else key[:57] + "..." for key in map(str, place))
+    """Write a place for people, long keys shortened and line breaks escaped."""
+    keys = (key if key.isprintable() else repr(key)[1:-1] for key in map(str, place))
+    return ".".join(key if len(key) <= 60 else key[:57] + "..." for key in keys)
 
 
 def _without_consequences(errors: Sequence[Any], data: Any) -> tuple[dict[Path, str], int]:
     """Map places to sentences, leaving out what follows from another problem; count those beyond `MOST_PROBLEMS` only.
 
-    A misspelt key also leaves the right one missing, and a bad entry also leaves its list too short.
+    A misspelt key also leaves the right one missing, a bad entry also leaves its list too short, and where a text or a
+    list will do, what is wrong in the list also makes it no text.
     """
     found: dict[Path, str] = {}
     kinds: dict[Path, str] = {}
     for details in errors[:MOST_PROBLEMS]:
         for place, sentence in _problems(details, data):
-            kinds.setdefault(place, details["type"])
-            found.setdefault(place, sentence)
+            if place not in kinds or (kinds[place].endswith("_type") and not details["type"].endswith("_type")):
+                kinds[place], found[place] = details["type"], sentence
     sections = {place[:i] for place in kinds for i in range(len(place))}
     unknown: dict[Path, list[str]] = {}
     for details in errors:
@@ -145,7 +147,7 @@ def _without_consequences(errors: Sequence[Any], data: Any) -> tuple[dict[Path, 
             unknown.setdefault(place[:-1], []).append(str(place[-1]))
     for place, kind in kinds.items():
         misspelt = kind == "missing" and closest(str(place[-1]), unknown.get(place[:-1], []))
-        if misspelt or (kind == "too_short" and place in sections):
+        if misspelt or (place in sections and (kind == "too_short" or kind.endswith("_type"))):
             del found[place]
     return found, max(0, len(errors) - MOST_PROBLEMS)
 
@@ -184,6 +186,10 @@ def _sentence(details: Any, context: dict[str, Any], place: Path, data: Any) -> 
         return f"expected a section with keys, found {_shown(found)}"
     if kind in ("tuple_type", "list_type"):
         return f"expected a list, found {_shown(found)}"
+    if kind == "too_short":
+        return f"expected at least {context['min_length']}, found {_shown(found)}"
+    if kind == "path_type":
+        return f"expected a path, found {_shown(found)}"
     message = details["msg"].replace("Input should be", "expected").replace("valid ", "").rstrip(".")
     return f"{message[0].lower()}{message[1:]}, found {_shown(found)}"
 
@@ -243,6 +249,10 @@ def _place(location: Sequence[str | int], data: Any) -> Path:
     """Cut pydantic's location down to what the file can say: no union branches, nothing inside a shorthand."""
     place: Path = ()
     for key in location:
+        if key == "[key]":
+            break  # what is wrong is the name itself
+        if isinstance(data, list) and isinstance(key, str):
+            continue  # of several shapes, the one that is a list
         if isinstance(data, dict) and isinstance(key, str):
             if key not in data and key in [value for value in data.values() if isinstance(value, str)]:
                 continue  # the kind of a section that is one of several

@@ -371,7 +371,7 @@ def _evaluate_problems(recipe: Recipe) -> list[Problem]:
     if side_by_side is not None and "heldout" in side_by_side.prompts and recipe.heldout.fraction == 0:
         sentence = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
         problems.append((("evaluate", "side_by_side", "prompts"), sentence))
-    choices = ["teacher", *recipe.teachers, "base", *(stage.name for stage in recipe.stages)]
+    choices = list(dict.fromkeys(["teacher", *recipe.teachers, "base", *(stage.name for stage in recipe.stages)]))
     known = set(choices)
     for i, model in enumerate(recipe.evaluate.models):
         path = ("evaluate", "models", i)

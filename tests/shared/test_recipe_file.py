@@ -177,6 +177,28 @@ def test_problem_names_file_line_path_and_the_nearest_word(write, change, expect
     assert any(line.startswith(expected) or line.endswith(expected) for line in lines), lines
 
 
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("[{layer: math, weight: -1}]", ".0.weight: expected greater than or equal to 0, found -1"),
+        ("[{lyer: math}]", ".0.lyer: unknown key; did you mean 'layer'?"),
+        ("[{layer: math, sources: b}]", ".0.sources: expected a list, found 'b'"),
+        ("[math]", ".0: expected a section with keys, found 'math'"),
+        ("[]", ": expected at least 1, found a list of 0"),
+        ("3", ": expected a string, found 3"),
+    ],
+)
+def test_what_is_wrong_in_a_list_is_said_where_a_text_would_do_too(write, value, expected):
+    override = f"stages.kd.targets={value}"
+    assert complaint(write(GOOD), [override]) == [f"--set {override}: stages.1.targets{expected}"]
+
+
+def test_a_name_with_a_line_break_is_refused_in_one_line(write):
+    override = 'teachers={"a\\nb": {model: t}}'
+    (line,) = complaint(write(GOOD), [override])
+    assert ": teachers.a\\nb: 'a\\nb' is no usable name" in line
+
+
 def test_all_problems_are_listed_in_the_order_of_the_file(write):
     text = GOOD.replace("name: x", "name: 7").replace("weight: 0.9", "weight: no").replace("model: s", "modle: s")
     places = [line.split(": ")[:2] for line in complaint(write(text))]
