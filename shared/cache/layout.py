@@ -218,7 +218,7 @@ def choose_layer(
     listed = ", ".join(layers) or "none"
     if wanted is None:
         if len(layers) > 1:
-            raise CacheError(f"{cache_dir} has {len(layers)} {kind} layers ({listed}); name the one to use")
+            raise CacheError(f"{cache_dir} has {len(layers)} {kind} layers ({listed}); name the one to use as `{kind}`")
         return next(iter(layers.values()), None)
     fitting = [layer for layer in layers.values() if wanted in (layer.full_name, layer.short_name)]
     if len(fitting) != 1:

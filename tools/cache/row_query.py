@@ -39,6 +39,8 @@ _COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.NotIn: lambda a, b: a not in b,
 }
 _MOST_LETTERS = 10_000
+_MOST_LEVELS = 100
+"""Of brackets and `not` within one another."""
 
 
 class Condition:
@@ -55,8 +57,12 @@ class Condition:
             UsageError: it is none, or names something that is no column.
         """
         self.text = text
+        if len(text) > _MOST_LETTERS:
+            raise UsageError(
+                f"--query has {len(text):,} letters and may have {_MOST_LETTERS:,}; choose in several steps"
+            )
         try:
-            self._tree = ast.parse(text[:_MOST_LETTERS].strip(), mode="eval").body
+            self._tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise UsageError(
                 f"--query {text!r} is no condition ({error}); write one such as num_tokens < 512"
@@ -74,7 +80,9 @@ class Condition:
         except TypeError as error:
             raise UsageError(f"--query {self.text!r} compares what cannot be compared ({error})") from None
 
-    def _check(self, node: ast.expr) -> None:
+    def _check(self, node: ast.expr, level: int = 0) -> None:
+        if level > _MOST_LEVELS:
+            raise UsageError(f"--query is nested deeper than {_MOST_LEVELS} levels; write it flat")
         match node:
             case ast.BoolOp(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
                 pass
@@ -95,7 +103,7 @@ class Condition:
                     "comparisons, in, and, or, not are"
                 )
         for part in parts:
-            self._check(part)
+            self._check(part, level + 1)
 
     def _value(self, node: ast.expr, row: SequenceRow) -> Any:
         match node:
