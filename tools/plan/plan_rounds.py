@@ -91,7 +91,7 @@ def rounds_lines(
     for name, of in figures.items():
         done = f", {of['rounds_answered']:,} of them answered" if of["rounds_answered"] else ""
         lines.append(
-            f"  rounds {name}: {of['rounds']:,} of {of['prompts_per_round']:,} prompts{done}, "
+            f"  rounds {name}: {of['rounds']:,} rounds of {of['prompts_per_round']:,} prompts each{done}, "
             f"{of['answers_to_do']:,} answers to do"
         )
         if of["answers_to_do"]:

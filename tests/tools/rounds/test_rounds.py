@@ -201,7 +201,7 @@ def test_plan_counts_what_the_rounds_then_ask_answer_and_score(done, tmp_path):
         tokens - positions, rel=0.05
     )
     assert (before["stages"]["own"]["steps"], before["stages"]["own"]["rounds"]) == (6, 2)
-    assert f"rounds own: 2 of {len(cache) // 2} prompts, {len(cache)} answers to do" in plan_text(before)
+    assert f"rounds own: 2 rounds of {len(cache) // 2} prompts each, {len(cache)} answers to do" in plan_text(before)
     after = plan(recipe)["rounds"]["own"]
     assert (after["rounds_answered"], after["answers_to_do"], after["score_tokens"]["at_most"]) == (2, 0, 0)
     many = recipe.stage("own").rounds.model_copy(update={"prompts": 1000})
