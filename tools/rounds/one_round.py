@@ -113,7 +113,7 @@ class Round:
     def asking_once(self) -> Recipe:
         """Return the recipe in which the teacher would answer each prompt that rounds may ask once, to count them."""
         generate = answers_as(self.recipe, self.settings, self.seed)
-        prompts = self.labelled(self.number)
+        prompts = tuple(source for source in self.settings.sources or self.recipe.prompts if source.of_turns)
         return self.recipe.model_copy(update={"prompts": prompts, "generate": generate, "cache": (self.own_cache,)})
 
     def scoring(self) -> Recipe:
