@@ -50,10 +50,6 @@ from shared.schema import MAX_JSON_BYTES
 
 __all__ = ["Cache", "Row", "collect_garbage", "verify_cache"]
 
-MOST_OPEN_PARTS = 64
-MOST_FETCHED_PARTS = 16
-"""Of a mirror: a mapped part holds its place on disk, also when the store takes its name away."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row(SequenceRow):
@@ -98,9 +94,8 @@ class Cache:
         self._ends = np.cumsum(rows, dtype=np.int64).tolist()
         self._codec = layer.identity.make_codec() if layer else None
         self._checked = bytearray(len(self._records))
-        most = MOST_OPEN_PARTS if origin_of(path) is None else MOST_FETCHED_PARTS
-        self._sequences: OpenParts[MappedSequences] = OpenParts(self._open_sequences, most)
-        self._targets: OpenParts[MappedTargets] = OpenParts(self._open_targets, most)
+        self._sequences: OpenParts[MappedSequences] = OpenParts(path, self._open_sequences)
+        self._targets: OpenParts[MappedTargets] = OpenParts(path, self._open_targets)
 
     @classmethod
     def open(
@@ -255,11 +250,24 @@ class Cache:
         Raises:
             CacheError: it cannot be fetched, or is not what was committed.
         """
-        part_file(sequences_dir(self.path), self._records[number])
+        for directory, record in self._files_of(number):
+            part_file(directory, record)
+
+    def bytes_to_keep(self, number: int) -> dict[Path, int]:
+        """Return the bytes of each file that this machine's store keeps while part `number` is read; no file of a
+        directory.
+        """
+        files = {directory / f"{record.stem}.arrow": record.bytes for directory, record in self._files_of(number)}
+        return {path: size for path, size in files.items() if origin_of(path) is not None and not path.exists()}
+
+    def _files_of(self, number: int) -> list[tuple[Path, PartRecord]]:
+        """Return folder and record of each file that is read of part `number`."""
+        files = [(sequences_dir(self.path), self._records[number])]
         if self._layer is not None:
-            part_file(self._layer.directory, self._target_records[number])
+            files.append((self._layer.directory, self._target_records[number]))
         if self._hidden is not None:
-            part_file(self._hidden.layer.directory, self._hidden.records[number])
+            files.append((self._hidden.layer.directory, self._hidden.records[number]))
+        return files
 
     def where(self, index: int) -> str:
         """Return part:row of a row, for messages."""

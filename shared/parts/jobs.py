@@ -69,14 +69,14 @@ class _Plan(BaseModel):
 class Job:
     """A job on disk; safe to open in any number of processes."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open `jobs/JOB`.
+    def __init__(self, directory: Path, plan: Path | None = None) -> None:
+        """Open `jobs/JOB`, or a `plan` that will lie there.
 
         Raises:
             DamagedError: its plan contradicts the format.
         """
         self.id = directory.name
-        self.path = directory / "plan.arrow"
+        self.path = directory / "plan.arrow" if plan is None else plan
         if not JOB_PATTERN.fullmatch(self.id):
             raise DamagedError(f"{directory} is not the directory of a job")
         try:

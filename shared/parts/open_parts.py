@@ -9,7 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Generic, TypeVar
+
+from shared.places import origin_of
+
+MOST_OPEN_PARTS = 64
+MOST_FETCHED_PARTS = 16
+"""Of a mirror: a mapped part holds its place on disk, also when the store takes its name away."""
 
 Part = TypeVar("Part")
 
@@ -17,10 +24,10 @@ Part = TypeVar("Part")
 class OpenParts(Generic[Part]):
     """Parts by number, opened on demand."""
 
-    def __init__(self, open_part: Callable[[int], Part], most: int) -> None:
-        """Keep at most `most` parts, each opened by `open_part(number)`."""
+    def __init__(self, directory: Path, open_part: Callable[[int], Part]) -> None:
+        """Open parts of `directory`, each by `open_part(number)`; fewer at a time where it mirrors a URL."""
         self._open_part = open_part
-        self._most = most
+        self._most = MOST_OPEN_PARTS if origin_of(directory) is None else MOST_FETCHED_PARTS
         self._parts: dict[int, Part] = {}
         self._lock = threading.Lock()
         self._pid = os.getpid()

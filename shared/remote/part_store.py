@@ -2,9 +2,10 @@
 
 A part is written to `XXH3.SIZE.partial`, whose writer holds a lock that ends with its process: who comes second waits
 and finds the part, who follows a killed one goes on where it stopped. Only a file of the right size and checksum gets
-the name `XXH3.arrow`, by rename. Before a part comes, those that nobody opened for the longest go; whoever has one
-mapped keeps reading it. A part's checksum is compared once per process, so a disk that forgets is noticed and the part
-fetched again. Cost: one pass of the checksum over a part as it comes, one at its first use in a process.
+the name `XXH3.arrow`, by rename. Before a part comes, those that nobody opened for the longest go, and while others
+come that leave it no room, it waits; whoever has a part mapped keeps reading it. A part's checksum is compared once per
+process, so a disk that forgets is noticed and the part fetched again. Cost: one pass of the checksum over a part as it
+comes, one at its first use in a process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +32,7 @@ BOUND_VARIABLE = "DECANT_STORE_GB"
 DEFAULT_GB = 20.0
 _PARTIAL = re.compile(r"([0-9a-f]{32})\.([0-9]+)\.partial")
 _PIECE_BYTES = 2**20
+_WAIT_SECONDS = 0.01
 
 Read = Callable[[int, int], bytes]
 """Returns bytes [start, end) of the part."""
@@ -80,9 +83,25 @@ def fetch_part(where: str, num_bytes: int, xxh3: str, read: Read) -> Path:
     partial = path.with_name(f"{xxh3}.{num_bytes}.partial")
     make_dir(path.parent)
     while not _is_here(path, num_bytes, xxh3):
-        fill_checked(path, partial, where, num_bytes, xxh3, read, lambda: _make_room(partial))
+        with _only_one(path.parent.with_suffix(".lock")) as free:
+            while not _make_room(partial, num_bytes):
+                time.sleep(_WAIT_SECONDS)
+            fill_checked(path, partial, where, num_bytes, xxh3, read, free)
         _checked.add(path)
     return path
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path) -> Iterator[Callable[[], None]]:
+    """Let one reader of this machine after another look for room; yield what lets the next one in, once the first has
+    its partial file.
+    """
+    try:
+        with lock.open("ab") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            yield lambda: fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+    except OSError as error:
+        raise _unwritable(lock, error) from None
 
 
 def fill_checked(
@@ -157,9 +176,13 @@ def _claimed(partial: Path) -> Iterator[BinaryIO | None]:
             same = partial.exists() and partial.stat().st_ino == os.fstat(file.fileno()).st_ino
             yield file if same else None
     except OSError as error:
-        raise CacheError(
-            f"{partial} cannot be written: {error.strerror or error}; name a disk with space and locks in DECANT_STORE"
-        ) from None
+        raise _unwritable(partial, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"{path} cannot be written: {error.strerror or error}; name a disk with space and locks in DECANT_STORE"
+    )
 
 
 def _fill(file: BinaryIO, where: str, num_bytes: int, xxh3: str, read: Read) -> None:
@@ -191,8 +214,10 @@ def _fill(file: BinaryIO, where: str, num_bytes: int, xxh3: str, read: Read) -> 
     )
 
 
-def _make_room(own: Path) -> None:
-    """Remove the parts that were used the longest ago until one more fits, counting those that others fetch."""
+def _make_room(own: Path, num_bytes: int) -> bool:
+    """Remove the parts that were used the longest ago until one of `num_bytes` fits beside those that others fetch;
+    return whether it does.
+    """
     found = []
     with os.scandir(own.parent) as entries:
         for entry in entries:
@@ -201,12 +226,14 @@ def _make_room(own: Path) -> None:
                 reserved = _PARTIAL.fullmatch(entry.name)
                 size = int(reserved[2]) if reserved else status.st_size
                 found.append((status.st_mtime, size, Path(entry.path)))
-    total, bound = sum(size for _, size, _ in found), bound_bytes()
-    for _, size, path in sorted(found):
+    others = sorted(one for one in found if one[2] != own)
+    total, bound = num_bytes + sum(size for _, size, _ in others), bound_bytes()
+    for _, size, path in others:
         if total <= bound:
-            return
-        if path != own and _removed(path):
+            break
+        if _removed(path):
             total -= size
+    return total <= bound
 
 
 def _removed(path: Path) -> bool:

@@ -42,6 +42,8 @@ class RemoteFile(NamedTuple):
     size: int
     version: str
     """Changes when the file does: an entity tag, a hash or a time."""
+    xxh3: str = ""
+    """Checksum, where another file says it."""
 
 
 class Remote:

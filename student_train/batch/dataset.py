@@ -11,7 +11,7 @@ Shape letters: R rows of all caches, B tokens of a pack, S its supervised positi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from shared.payload.narrowing import LayerView
 from shared.payload.targets import SparseTargets
 from shared.places import origin_of
 from shared.recipe.recipe import Recipe
+from shared.remote.part_store import bound_bytes
 from student_train.batch.hidden_batch import HiddenReading
 from student_train.batch.part_prefetch import PartPrefetch
 from student_train.batch.row_targets import as_trained
@@ -173,10 +174,23 @@ class CacheList:
 
     def fetch_part(self, number: int) -> None:
         """Bring a part to this machine, by its number over all caches; nothing where it is here."""
+        for cache, place in self._part(number):
+            cache.fetch_part(place)
+
+    @cached_property
+    def bytes_to_keep(self) -> NDArray[np.int64]:
+        """[N] bytes of this machine's store that each part over all caches takes, with all that is read of it."""
+        sizes = []
+        for number in range(sum(cache.num_parts for cache in self.caches)):
+            files = {path: size for cache, at in self._part(number) for path, size in cache.bytes_to_keep(at).items()}
+            sizes.append(sum(files.values()))
+        return np.array(sizes, np.int64)
+
+    def _part(self, number: int) -> Iterator[tuple[Cache, int]]:
+        """Yield each cache that a part over all caches is read through, and its number there."""
         for which, cache in enumerate(self.caches):
             if number < cache.num_parts:
-                for one in (cache, *(layer.caches[which] for layer in self.layers)):
-                    one.fetch_part(number)
+                yield from ((one, number) for one in (cache, *(layer.caches[which] for layer in self.layers)))
                 return
             number -= cache.num_parts
 
@@ -254,7 +268,9 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         """Return what fetches parts ahead in this process."""
         if self._ahead is None or self._ahead.pid != os.getpid():
             caches = self.caches
-            self._ahead = PartPrefetch(self.plan, caches.part_numbers, PARTS_AHEAD, caches.fetch_part)
+            self._ahead = PartPrefetch(
+                self.plan, caches.part_numbers, PARTS_AHEAD, caches.fetch_part, caches.bytes_to_keep, bound_bytes()
+            )
         return self._ahead
 
     def tokens_by_source(self, step: int) -> dict[str, int]:

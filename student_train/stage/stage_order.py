@@ -8,6 +8,7 @@ Cost: columns of the caches without their tokens, and the plans.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,7 +16,9 @@ import numpy as np
 from shared.cache.layer_choice import hidden_layer_of, named_layer
 from shared.errors import TrainingError
 from shared.identity.grown import unmoved
+from shared.places import named, origin_of
 from shared.recipe.recipe import Recipe, Sampling, Stage
+from shared.remote.part_store import BOUND_VARIABLE, bound_bytes
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import hidden_reads, needs_teacher
 from student_train.evaluate.heldout_measure import HeldoutSet
@@ -43,6 +46,7 @@ def open_caches(recipe: Recipe, stage: Stage) -> CacheList:
 
     Raises:
         CacheError: a cache cannot be opened or lacks the layer.
+        TrainingError: this machine does not keep as many parts of a URL as the stage reads at a time.
     """
     hidden = [stage.hidden or hidden_layer_of(recipe, path) for path in recipe.cache] if hidden_reads(stage) else None
     if isinstance(stage.targets, tuple):
@@ -51,7 +55,33 @@ def open_caches(recipe: Recipe, stage: Stage) -> CacheList:
     else:
         layers = [named_layer(recipe, stage.targets, path) for path in recipe.cache]
         caches = CacheList.open(recipe.cache, layers, with_targets=needs_teacher(stage), hidden=hidden, recipe=recipe)
+    _check_windows(stage, caches)
     return caches
+
+
+def _check_windows(stage: Stage, caches: CacheList) -> None:
+    """Refuse windows whose parts would drive each other out of this machine's store, to be fetched for every row.
+
+    Raises:
+        TrainingError: with what to set.
+    """
+    size, bound = _window_size(stage, caches), bound_bytes()
+    if size is None or not caches.is_remote:
+        return
+    streams = len(stage.mixture or caches.source_names) if _moves(stage) else 1  # each goes through its own windows
+    largest = np.cumsum(np.sort(caches.bytes_to_keep)[::-1])
+    needed = int(largest[: size * streams].max(initial=0))
+    if needed <= bound:
+        return
+    fitting = int(np.searchsorted(largest, bound, side="right")) // streams
+    of_each = f" of each of {streams} sources" if streams > 1 else ""
+    place = next(cache.path for cache in caches.caches if origin_of(cache.path) is not None)
+    lower = f"set window_parts to {fitting}, or " if fitting else ""
+    raise TrainingError(
+        f"stage '{stage.name}' reads windows of {size} parts{of_each} of {named(place)}, up to {needed:,} bytes, where "
+        f"{BOUND_VARIABLE} lets this machine keep {bound:,}; {lower}raise {BOUND_VARIABLE} to "
+        f"{math.ceil(needed / 1e6) / 1e3:.3f}"
+    )
 
 
 def run_steps(recipe: Recipe, stage: Stage) -> RunSteps | None:
@@ -128,8 +158,13 @@ def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | 
 
 def windows_of(stage: Stage, caches: CacheList) -> Windows | None:
     """Return the windows of parts that a stage's rows are taken from; None where all are shuffled together."""
-    size = stage.window_parts or (REMOTE_WINDOW_PARTS if caches.is_remote else None)
+    size = _window_size(stage, caches)
     return None if size is None else Windows(caches.part_numbers, size)
+
+
+def _window_size(stage: Stage, caches: CacheList) -> int | None:
+    """Return how many parts a window has; None where all rows are shuffled together."""
+    return stage.window_parts or (REMOTE_WINDOW_PARTS if caches.is_remote else None)
 
 
 def _readable(recipe: Recipe, stage: Stage, caches: CacheList) -> Stage:

@@ -5,8 +5,9 @@ import pytest
 from shared.cache.sync import mirror
 from shared.cache.sync.listing import listing_of
 from shared.remote import part_store, transfer
-from tests.remote.loopback import KEYS, WebServer, serving
+from tests.remote.loopback import WebServer
 from tests.shared.small_cache import build
+from tools.bench.loopback_s3 import KEYS, serving
 
 
 @pytest.fixture(scope="session")

@@ -1,50 +1,19 @@
-"""Servers on loopback: S3, and a web server that breaks off."""
+"""A web server on loopback that breaks off."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-KEYS = {
-    "AWS_ACCESS_KEY_ID": "test-id",
-    "AWS_SECRET_ACCESS_KEY": "not-to-be-written-anywhere",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 
-
-_S3 = """
-import logging, sys
-from moto.server import ThreadedMotoServer
-logging.getLogger("werkzeug").setLevel(logging.ERROR)
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print("http://%s:%s" % server.get_host_and_port(), flush=True)
-sys.stdin.read()
-server.stop()
-"""
-
-
-@contextmanager
-def s3_server() -> Iterator[str]:
-    """Yield the address of an S3 server, moto's, in a process of its own: vLLM does not start beside imported Flask."""
+def needs_s3_server() -> None:
+    """Skip a test where none is installed; nothing of it is imported here."""
     if importlib.util.find_spec("moto") is None:
         pytest.skip("no S3 server is installed (moto)")
-    words = [sys.executable, "-c", _S3]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.stdin.close()
 
 
 class WebServer(ThreadingHTTPServer):
@@ -91,17 +60,6 @@ class _FileHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         pass
-
-
-@contextmanager
-def serving(server: ThreadingHTTPServer) -> Iterator[ThreadingHTTPServer]:
-    """Run a server for a while."""
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def flipped(file: Path, place: float = 0.5) -> bytes:

@@ -15,9 +15,10 @@ from shared.places import place_of
 from shared.remote.hub import push_model
 from shared.remote.transfer import Remote
 from tests.remote.fake_hub import FakeHub
-from tests.remote.loopback import flipped, s3_server, serving
+from tests.remote.loopback import flipped, needs_s3_server
 from tests.remote.test_reading import same_rows
 from tests.shared.small_cache import build, tree
+from tools.bench.loopback_s3 import s3_server, serving
 from tools.cache.cache_commands import listing
 from tools.cache.dataset_card import dataset_card
 
@@ -62,6 +63,7 @@ def test_a_cache_goes_to_the_hub_and_comes_back_and_streams_from_there(hub, loca
 
 
 def test_a_cache_goes_to_s3_and_streams_from_there(new_store, local, monkeypatch):
+    needs_s3_server()
     with s3_server() as address:
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
         Remote("s3://bucket")._files().mkdir("bucket")
@@ -104,6 +106,25 @@ def test_a_damaged_part_is_neither_pushed_nor_pulled(hub, web, local, tmp_path):
     assert tree(tmp_path / "pulled") == tree(local)
     with pytest.raises(CacheError, match="can be read only"):
         push_cache(local, Remote(web.url))
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "jobs/{job}/plan.arrow"])
+def test_what_was_altered_on_its_way_from_a_place_without_a_list_is_refused_and_not_kept(hub, local, tmp_path, name):
+    push_cache(local, Remote(URL))
+    files = hub.repositories["datasets/org/demo"]
+    name = name.format(job=next((local / "jobs").iterdir()).name)
+    whole = files[name]
+    files[name] = flipped(local / name, 0.2)
+    with pytest.raises(DamagedError, match=f"{URL}/{name}"):
+        bring_if_remote(place_of(URL))
+    with pytest.raises(DamagedError, match=f"{URL}/{name}"):
+        pull_cache(Remote(URL), tmp_path / "pulled")
+    assert not (tmp_path / "pulled" / name).exists()
+    files[name] = whole
+    pull_cache(Remote(URL), tmp_path / "pulled")
+    assert tree(tmp_path / "pulled") == tree(local)
+    same_rows(Cache.open(URL), Cache.open(local))
+    assert tree(place_of(URL))[name] == whole
 
 
 def test_a_build_into_a_url_goes_on_elsewhere_with_what_was_committed(hub, new_store, local):

@@ -6,10 +6,13 @@ import json
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from shared.cache.cache import Cache
 from shared.cache.reading.verify import verify_cache
@@ -20,7 +23,8 @@ from shared.places import named, origin_of, place_of, store_dir
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe
 from shared.remote import part_store
-from tests.remote.loopback import KEYS, flipped
+from tests.remote.loopback import flipped
+from tools.bench.loopback_s3 import KEYS
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -58,7 +62,7 @@ def test_records_come_first_and_each_part_once(web):
 def test_the_store_stays_within_its_bound_whatever_is_read(web, local, monkeypatch):
     largest = max(file.stat().st_size for file in local.rglob("part-*.arrow"))
     monkeypatch.setenv("DECANT_STORE_GB", str(3.5 * largest / 1e9))
-    monkeypatch.setattr("shared.cache.cache.MOST_FETCHED_PARTS", 1)
+    monkeypatch.setattr("shared.parts.open_parts.MOST_FETCHED_PARTS", 1)
     remote, here = Cache.open(web.url), Cache.open(local)
     for i in np.random.default_rng(0).integers(0, len(here), 60).tolist():
         np.testing.assert_array_equal(remote[i].targets.logprobs, here[i].targets.logprobs)
@@ -73,7 +77,8 @@ def test_a_part_that_does_not_fit_the_bound_is_refused(web, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ending", ["-000004.arrow", "-000004.json", "layer.json", "/cache.json", "files.json", "tokenizer.json"]
+    "ending",
+    ["-000004.arrow", "-000004.json", "layer.json", "/cache.json", "files.json", "tokenizer.json", "plan.arrow"],
 )
 def test_a_flipped_byte_on_the_server_is_refused_by_the_name_of_its_file(web, local, ending, new_store):
     for file in [file for file in web.directory.rglob("*") if str(file).endswith(ending)]:
@@ -155,3 +160,26 @@ def test_commands_take_a_url_and_write_no_key_anywhere(web, tmp_path):
     assert "directory" in refused.stderr
     written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert not [data for data in written if KEYS["AWS_SECRET_ACCESS_KEY"].encode() in data]
+
+
+def test_parts_that_come_at_the_same_time_wait_for_room(new_store, monkeypatch):
+    parts = [bytes([number]) * 1000 for number in range(12)]
+    monkeypatch.setenv("DECANT_STORE_GB", str(3500 / 1e9))
+    most, folder = [0], part_store.parts_dir()
+
+    def fetch(data: bytes) -> Path:
+        def read(start: int, end: int) -> bytes:
+            time.sleep(0.02)
+            most.append(
+                sum(
+                    int(file.name.split(".")[1]) if ".partial" in file.name else 1000 for file in list(folder.iterdir())
+                )
+            )
+            return data[start:end]
+
+        return part_store.fetch_part("part", len(data), xxhash.xxh3_128_hexdigest(data), read)
+
+    with ThreadPoolExecutor(12) as pool:
+        fetched = list(pool.map(fetch, parts))
+    assert len({path.name for path in fetched}) == 12
+    assert 2000 <= max(most) <= 3000

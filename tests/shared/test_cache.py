@@ -302,7 +302,7 @@ def test_forked_child_does_not_wait_for_its_parents_threads(path: Path) -> None:
 
 
 def test_threads_share_a_cache_with_few_open_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.cache.cache.MOST_OPEN_PARTS", 1)
+    monkeypatch.setattr("shared.parts.open_parts.MOST_OPEN_PARTS", 1)
     cache = opened(path)
     keys = [row.key for row in cache]
     order = np.random.default_rng(0).integers(0, len(cache), 400)

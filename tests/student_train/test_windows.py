@@ -71,7 +71,7 @@ def test_parts_are_asked_for_before_the_packs_that_need_them():
             fetched.append(part)
             added.notify_all()
 
-    ahead = PartPrefetch(stage, PARTS, 4, fetch)
+    ahead = PartPrefetch(stage, PARTS, 4, fetch, np.ones(12, np.int64), 100)
     needed: set[tuple[int, int]] = set()
     for index in range(stage.num_packs):
         ahead.reached(index)
@@ -83,3 +83,30 @@ def test_parts_are_asked_for_before_the_packs_that_need_them():
             assert len(fetched) == wanted
             assert {part for _, part in needed} <= set(fetched)
     assert sorted(fetched) == sorted([*range(12), *range(12)])
+
+
+def asked_at(index, bound_bytes, num_ahead=4):
+    """Parts that are fetched where training begins with the stage's pack `index`."""
+    epochs = (plan(epoch=0), plan(epoch=1))
+    stage = StagePlan(epochs, sum(epoch.num_packs for epoch in epochs), 10, 1, 128, 3)
+    ahead = PartPrefetch(stage, PARTS, num_ahead, lambda part: None, np.full(12, 10, np.int64), bound_bytes)
+    ahead.reached(index)
+    return {part for _, part in ahead._asked}, epochs[0]
+
+
+@pytest.mark.parametrize("bound_bytes", [40, 55, 1000])
+def test_no_more_is_fetched_ahead_than_is_kept_beside_the_parts_being_read(bound_bytes):
+    epoch = asked_at(0, 1000)[1]
+    for index in range(0, epoch.num_packs // 2, 7):
+        asked, _ = asked_at(index, bound_bytes)
+        seen, coming = PARTS[epoch.rows[: epoch.offsets[index + 1]]], PARTS[epoch.rows[epoch.offsets[index] :]]
+        being_read = set(seen.tolist()) & set(coming.tolist())
+        assert being_read <= asked
+        assert len(asked - being_read) == min(4, max(0, bound_bytes // 10 - len(being_read)))
+
+
+def test_a_resumed_epoch_fetches_nothing_that_it_has_read_already():
+    _, epoch = asked_at(0, 1000)
+    index = epoch.num_packs - 1
+    asked, _ = asked_at(index, 1000, num_ahead=0)
+    assert asked == set(PARTS[epoch.pack(index)].tolist())

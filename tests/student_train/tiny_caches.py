@@ -29,8 +29,9 @@ def make_cache(
     first: int = 0,
     tokenizer_bytes: bytes | None = None,
     layer: bool = True,
+    num_parts: int = 2,
 ) -> Path:
-    """Write `num_rows` short rows of `sources` in turn, two parts, with top-k targets (and draws) of a teacher."""
+    """Write `num_rows` short rows of `sources` in turn, in parts, with top-k targets (and draws) of a teacher."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
@@ -44,9 +45,10 @@ def make_cache(
     identity = SequencesIdentity(tokenizer_hash=tokenizer_hash(files["tokenizer.json"]), vocab_size=len(tokenizer))
     writer = CacheWriter.create_or_open(path, identity, files)
     rows = [_row(tokenizer, sources[i % len(sources)], first + i) for i in range(num_rows)]
-    halves = (rows[: num_rows // 2], rows[num_rows // 2 :])
-    for number, half in enumerate(halves):
-        writer.write_sequences(f"part-0123abcd-{number:06d}", half, {}, [])
+    size = num_rows // num_parts
+    parts = [rows[start : start + size] for start in range(0, size * num_parts, size)]
+    for number, part in enumerate(parts):
+        writer.write_sequences(f"part-0123abcd-{number:06d}", part, {}, [])
     if layer:
         wanted = LayerIdentity(
             teacher=str(teacher_dir),
@@ -59,9 +61,9 @@ def make_cache(
             temperatures=temperatures,
         )
         scored = writer.layer(None, wanted, {})
-        for number, half in enumerate(halves):
-            targets = [teacher_targets(model, row, k, temperatures, num_draws) for row in half]
-            scored.write(f"part-0123abcd-{number:06d}", [row.key for row in half], targets, {})
+        for number, part in enumerate(parts):
+            targets = [teacher_targets(model, row, k, temperatures, num_draws) for row in part]
+            scored.write(f"part-0123abcd-{number:06d}", [row.key for row in part], targets, {})
     return path
 
 

@@ -1,6 +1,7 @@
 """Hidden states of the rows that a cache shows, from the mapped parts of one hidden layer.
 
-Cost per row: the bytes of its blob and one decompression; at most 64 parts are open. Threads may share a reader.
+Cost per row: the bytes of its blob and one decompression; at most 64 parts are open, 16 of a mirror. Threads may share
+a reader.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from shared.parts.parts import check_file
 from shared.parts.records import PartRecord, list_records
 from shared.parts.sequences import SequenceRow
 from shared.payload.hidden import HiddenStates
-
-MOST_OPEN_PARTS = 64
 
 
 class HiddenReader:
@@ -57,7 +56,7 @@ class HiddenReader:
             if verify:
                 check_file(layer.directory, hidden)
         self._codec = layer.identity.make_codec()
-        self._parts: OpenParts[MappedBlobs] = OpenParts(self._open, MOST_OPEN_PARTS)
+        self._parts: OpenParts[MappedBlobs] = OpenParts(layer.directory, self._open)
 
     @property
     def name(self) -> str:

@@ -1,7 +1,8 @@
 """Bring the small files of a cache behind a URL to its mirror: everything but the parts, which come when they are read.
 
-What is there is asked once per process; files that are new or changed are fetched, in parallel, and each JSON file is
-compared with its own checksum before it is kept, so nothing that was altered on the way or on the server stays. What
+What is there is asked once per process; files that are new or changed are fetched, in parallel, and each is compared
+with its checksum before it is kept, JSON and plans with their own, the tokenizer with that in cache.json, so nothing
+that was altered on the way or on the server stays. What
 was removed at the URL goes here too; what this machine made and has not pushed stays.
 Cost: one listing, one small request per new part.
 """
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
+from pydantic import BaseModel
 
 from shared.atomic import fill_atomic, make_dir, write_atomic
 from shared.cache.sync.cache_names import is_part, most_bytes, rank_of
 from shared.cache.sync.listing import read_listing
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import read_bounded, read_json
-from shared.parts.records import json_bytes, parse_sealed
+from shared.parts.jobs import Job
+from shared.parts.records import checked_model, json_bytes, parse_sealed
 from shared.places import origin_of
 from shared.remote.transfer import BLOCK_BYTES, LIST_FILE, PARALLEL, Remote, RemoteFile
 from shared.schema import MAX_JSON_BYTES
@@ -69,6 +72,8 @@ def bring(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
     for folder in {(path / name).parent for name in new}:
         make_dir(folder)
+    if any(name.startswith("tokenizer/") for name in new):
+        listed = with_checksums(remote, listed)
     with ThreadPoolExecutor(PARALLEL) as pool:
         list(pool.map(lambda name: _fetch(remote, path, name, listed[name], name in known), sorted(new)))
     write_versions(path, {name: file.version for name, file in listed.items()})
@@ -90,7 +95,7 @@ def _fetch(remote: Remote, path: Path, name: str, listed: RemoteFile, replaces: 
 def fetch_small(remote: Remote, path: Path, name: str, listed: RemoteFile) -> None:
     """Fetch a file of a cache that is no part into its place below `path`; errors as for `read_small`."""
     if name.startswith("jobs/"):  # as long as the prompts are
-        fill_atomic(path / name, lambda file: _copy(remote, name, listed.size, file), "mirror", listed.size)
+        fill_atomic(path / name, lambda file: _copy_plan(remote, name, listed, file), "mirror", listed.size)
     else:
         write_atomic(path / name, read_small(remote, name, listed), "mirror")
 
@@ -111,14 +116,59 @@ def read_small(remote: Remote, name: str, listed: RemoteFile) -> bytes:
         raise CacheError(f"{where} went while it was fetched; run the same command again") from None
     if name.endswith(".json") and not name.startswith("tokenizer/"):
         parse_sealed(data, where)
-    if remote.lists_in_file and xxhash.xxh3_128_hexdigest(data) != listed.version:
-        raise DamagedError(f"{where} is not what {remote.url}/{LIST_FILE} lists; push the cache there again")
+    _compare(remote, name, listed, xxhash.xxh3_128_hexdigest(data))
     return data
 
 
-def _copy(remote: Remote, name: str, size: int, file: BinaryIO) -> None:
-    for start in range(0, size, BLOCK_BYTES):
-        file.write(remote.read_range(name, start, min(start + BLOCK_BYTES, size)))
+def _compare(remote: Remote, name: str, listed: RemoteFile, xxh3: str) -> None:
+    """Compare a file's checksum with what a plain server's list, or else cache.json, says of it, if anything.
+
+    Raises:
+        DamagedError: they differ.
+    """
+    says = (listed.xxh3, "cache.json") if listed.xxh3 else (listed.version, LIST_FILE) if remote.lists_in_file else None
+    if says is not None and says[0] != xxh3:
+        raise DamagedError(f"{remote.url}/{name} is not what {remote.url}/{says[1]} lists; push the cache there again")
+
+
+def with_checksums(remote: Remote, listed: Mapping[str, RemoteFile]) -> dict[str, RemoteFile]:
+    """Return a listing with the checksums of the tokenizer's files, as cache.json has them; errors as for
+    `read_small`.
+    """
+    if "cache.json" not in listed:
+        return dict(listed)
+    where = f"{remote.url}/cache.json"
+    document = parse_sealed(read_small(remote, "cache.json", listed["cache.json"]), where)
+    checked_model(_TokenizerFiles, document, where)
+    of_tokenizer = {f"tokenizer/{name}": entry["xxh3"] for name, entry in document["tokenizer_files"].items()}
+    return {name: file._replace(xxh3=of_tokenizer.get(name, "")) for name, file in listed.items()}
+
+
+class _TokenizerFile(BaseModel):
+    xxh3: str
+
+
+class _TokenizerFiles(BaseModel):
+    """What cache.json says of the tokenizer's files; the rest is read once it is here."""
+
+    tokenizer_files: dict[str, _TokenizerFile]
+
+
+def _copy_plan(remote: Remote, name: str, listed: RemoteFile, file: BinaryIO) -> None:
+    """Write a plan to a temporary file, and read all of it, which compares it with its checksums."""
+    digest = xxhash.xxh3_128()
+    for start in range(0, listed.size, BLOCK_BYTES):
+        piece = remote.read_range(name, start, min(start + BLOCK_BYTES, listed.size))
+        file.write(piece)
+        digest.update(piece)
+    file.flush()
+    _compare(remote, name, listed, digest.hexdigest())
+    try:
+        plan = Job(Path(name).parent, Path(file.name))
+        for unit in range(plan.num_units):
+            plan.unit(unit)
+    except DamagedError as error:
+        raise DamagedError(str(error).replace(file.name, f"{remote.url}/{name}")) from None
 
 
 def read_versions(path: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shared.atomic import TEMPORARY_MARK, make_dir, write_atomic
 from shared.cache.sync.cache_names import is_part, rank_of
-from shared.cache.sync.mirror import fetch_small, list_remote, read_small
+from shared.cache.sync.mirror import fetch_small, list_remote, read_small, with_checksums
 from shared.errors import CacheError, DamagedError
 from shared.failpoints import failpoint
 from shared.parts.cache_files import read_bounded
@@ -42,6 +42,7 @@ def pull_cache(remote: Remote, path: Path, advance: Callable[[int], object] = la
     header = read_small(remote, "cache.json", listed["cache.json"])
     if (path / "cache.json").exists() and read_bounded(path / "cache.json", MAX_JSON_BYTES) != header:
         raise CacheError(f"{path} holds another cache than {remote.url}; name another directory")
+    listed = with_checksums(remote, listed)
     names = sorted((name for name in listed if not is_part(name)), key=lambda name: (rank_of(name), name))
     for folder in {(path / name).parent for name in names}:
         make_dir(folder)

@@ -23,7 +23,12 @@ from tools.plan.preflight.preflight_rounds import answer_problems, score_problem
 from tools.plan.preflight.preflight_stages import stage_problems
 from tools.plan.preflight.preflight_student import student_problems
 from tools.plan.preflight.preflight_teach import prompt_problems, teacher_problems
-from tools.plan.preflight.preflight_weights import cache_problems, training_problems, weight_problems
+from tools.plan.preflight.preflight_weights import (
+    cache_problems,
+    training_problems,
+    weight_problems,
+    window_problems,
+)
 
 
 def preflight(recipe: Recipe, where: Where, phases: Collection[str], *, plans_only: bool) -> None:
@@ -88,6 +93,7 @@ CHECKS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
 CHECKS_OF_WEIGHTS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
     ("any", weight_problems),
     ("train", training_problems),
+    ("train", window_problems),
     ("teach", cache_problems),
 )
 """Those that read the headers of weights, once nothing else is wrong."""

@@ -1,7 +1,8 @@
 """What is known to be wrong with weights before any work: tensors not those of their class, adapters that match
-nothing, a disk too small for what a run writes.
+nothing, a disk too small for what a run writes or keeps of a URL.
 
-Cost: the headers of the files and an empty model of the class, a second or two for any size; no weight is read.
+Cost: the headers of the files, the records of caches, and an empty model of the class, a second or two for any size; no
+weight is read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shared.places import origin_of
 from shared.recipe.base import Problem
 from shared.recipe.recipe import Recipe
 from tools.plan.preflight.preflight_asked import Asked, Place, said
@@ -83,6 +85,16 @@ def training_problems(asked: Asked) -> Iterator[Problem]:
     yield from said(("student", "adapter", "target_modules"), adapt)
     if adapted and student.adapter.kind != "qlora" and not asked.elsewhere:
         yield from _disk(recipe, adapted[0], adapted=student.adapter.kind != "none")
+
+
+def window_problems(asked: Asked) -> Iterator[Problem]:
+    """Check that this machine keeps the parts that each stage reads at a time of a URL."""
+    recipe = asked.recipe
+    if len(asked.caches) == len(recipe.cache) and any(origin_of(path) is not None for path in recipe.cache):
+        from student_train.stage.stage_order import open_caches
+
+        for i, stage in enumerate(recipe.stages):
+            yield from said(("stages", i, "window_parts"), partial(open_caches, recipe, stage))
 
 
 def cache_problems(asked: Asked) -> Iterator[Problem]:
