@@ -10,6 +10,7 @@ Cost: one listing, one small request per new part.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -168,7 +169,8 @@ def _copy_plan(remote: Remote, name: str, listed: RemoteFile, file: BinaryIO) ->
         for unit in range(plan.num_units):
             plan.unit(unit)
     except DamagedError as error:
-        raise DamagedError(str(error).replace(file.name, f"{remote.url}/{name}")) from None
+        shown = re.escape(Path(file.name).name)
+        raise DamagedError(re.sub(rf"\S*{shown}", f"{remote.url}/{name}", str(error))) from None
 
 
 def read_versions(path: Path) -> dict[str, str]:

@@ -123,7 +123,7 @@ class Trials:
 
     def trial(self, step: str, kills: int) -> tuple[int, list[str]]:
         """Do a step with at most `kills` kills; return how many there were, and what was wrong after any of them."""
-        place, url = self._new(step)
+        url, place = self._new(step)
         done, wrong = 0, []
         for _ in range(kills):
             if not self._run(step, url, place, self._chance.uniform(0.05, 1.0) * self._seconds[step]):
