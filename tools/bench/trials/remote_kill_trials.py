@@ -195,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     killed, runs, wrong = Counter[str](), Counter[str](), list[str]()
     with tempfile.TemporaryDirectory(prefix="decant-kills-") as root, slow_s3(BUCKET) as proxy:
         trials = Trials(options.cache, options.student.resolve(), Path(root), proxy, options.seed)
-        while (step := min(STEPS, key=lambda name: killed[name])) and killed[step] < options.kills:
+        while left := [step for step in STEPS if killed[step] < options.kills]:
+            step = min(left, key=lambda name: runs[name])
             kills, found = trials.trial(step, min(MOST_KILLS, options.kills - killed[step]))
             killed[step] += kills
             runs[step] += 1
