@@ -92,11 +92,11 @@ def _plan(args: argparse.Namespace) -> int:
         require_disk(recipe, result)
         _result(args, result, plan_text(result))
         return 0
-    from tools.plan.plan_card import card_bytes, card_text, plan_card
+    from tools.plan.plan_card import card_text, plan_card, read_cards
 
-    card = card_bytes(args.card)
+    cards = read_cards(args.card)
     with _stdout_kept(args):
-        fit = plan_card(recipe, card)
+        fit = plan_card(recipe, cards)
     _result(args, fit, card_text(fit))
     return 0
 

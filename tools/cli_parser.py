@@ -44,7 +44,10 @@ def _init(init: Parser) -> None:
 @_COMMANDS.command("plan", "count rows, tokens and gigabytes before anything runs")
 def _plan(plan: Parser) -> None:
     _recipe(plan)
-    card = "say how each stage's training fits a GPU of this memory, such as 24GiB"
+    card = (
+        "say how each stage's training fits a GPU of this memory, such as 24GiB; 2x24GiB: two of them with a process "
+        "each, which hold what trainer.fsdp says"
+    )
     plan.add_argument("--card", metavar="SIZE", help=card)
     calibrate = (
         f"build a sample (default: {SAMPLE_ROWS} rows) with the real engine and extrapolate hours, gigabytes, memory, "

@@ -23,7 +23,7 @@ from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, StageTrainer, Student
 from shared.recipe.sections.training import recomputation
 from student_train.batch.collate import collate
-from student_train.fit.memory import FRAGMENTATION, GIB, bytes_of_step, estimate_memory
+from student_train.fit.memory import ALONE, FRAGMENTATION, GIB, Around, bytes_of_step, estimate_memory
 from student_train.fit.model_shape import ModelShape, shape_of
 from student_train.records.processes import num_processes
 
@@ -67,8 +67,10 @@ class FirstStep:
         )
 
 
-def check_first_step(stage: Stage, student: Student, shape: ModelShape, room: Room, measure: Measure) -> FirstStep:
-    """Return how the stage's steps fit the card.
+def check_first_step(
+    stage: Stage, student: Student, shape: ModelShape, room: Room, measure: Measure, around: Around = ALONE
+) -> FirstStep:
+    """Return how the stage's steps fit the card; `around`: its processes, and the hidden layer that its losses read.
 
     Raises:
         TrainingError: they do not, whatever the recipe allows.
@@ -77,31 +79,39 @@ def check_first_step(stage: Stage, student: Student, shape: ModelShape, room: Ro
     ways = {True: [True], "auto": [False, True], False: [False]}[recomputation(student, trainer)]
     least: int | None = None
     for recomputes in ways:
-        planned = estimate_memory(shape, student, trainer, recomputes=recomputes).allocated
+        planned = estimate_memory(shape, student, trainer, around=around, recomputes=recomputes).allocated
         measured = measure(recomputes)
         if measured is None:
             continue
-        tensors = bytes_of_step(shape, student, trainer, measured, recomputes=recomputes)
+        tensors = bytes_of_step(shape, student, trainer, measured, recomputes=recomputes, around=around)
         needed = int(tensors * (1 + FRAGMENTATION))
         least = needed if least is None else min(least, needed)
         if needed <= room.free_bytes:
             return FirstStep(recomputes, planned, measured, needed, room.free_bytes, room.card_bytes)
-    raise _too_large(stage, student, shape, room, least, recomputes=ways[-1])
+    raise _too_large(stage, student, shape, room, least, recomputes=ways[-1], around=around)
 
 
 def _too_large(
-    stage: Stage, student: Student, shape: ModelShape, room: Room, least: int | None, *, recomputes: bool
+    stage: Stage,
+    student: Student,
+    shape: ModelShape,
+    room: Room,
+    least: int | None,
+    *,
+    recomputes: bool,
+    around: Around,
 ) -> TrainingError:
     """Return the sentence for a stage that does not fit."""
-    estimate = estimate_memory(shape, student, stage.trainer, recomputes=recomputes)
+    estimate = estimate_memory(shape, student, stage.trainer, around=around, recomputes=recomputes)
     terms = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(estimate.terms().items())[:3])
     needs = "more than fits" if least is None else f"{least / GIB:.1f} GiB"
     change = "" if recomputes else "set gradient_checkpointing: auto, or "
     free, card = room.free_bytes / GIB, room.card_bytes / GIB
+    cards = f"{around.num_processes}x" if around.num_processes > 1 else ""
     return TrainingError(
         f"a step of stage '{stage.name}' at its longest packs needs {needs} where {free:.1f} of the GPU's {card:.1f} "
         f"GiB are free for it (planned, in GiB: {terms}); {change}end what else uses the GPU, or take what `decant "
-        f"plan --card {max(int(free), 1)}GiB` proposes"
+        f"plan --card {cards}{max(int(free), 1)}GiB` proposes"
     )
 
 
@@ -126,7 +136,8 @@ def fit_first_step(work: Any, trainer: Any, base: Any, write_to: Path | None) ->
     measure = _of_all(lambda recomputes: measured_pass(trainer, base, batch, recomputes=recomputes))
     shape = shape_of(base.config, trust_remote_code=work.student.trust_remote_code)
     room = _least(_room(trainer.args.device.index or 0), trainer.args.device)
-    first = check_first_step(work.stage, work.student, shape, room, measure)
+    around = Around(num_processes(), work.stage.losses, None if work.hidden is None else work.hidden.identity)
+    first = check_first_step(work.stage, work.student, shape, room, measure, around)
     if write_to is not None:
         write_atomic(write_to, json.dumps(asdict(first), indent=1).encode(), what="memory")
     return first

@@ -7,7 +7,8 @@ They are not added up:
 they never meet. Counted at each: weights (and what autocast casts of them), gradients, optimizer state, activations
 (kept, or recomputed layer by layer), the loss operator's chunk, and the head's copy and gradient. Logits are not
 counted, never held. Bytes of a layer are sums over what torch keeps for one Qwen3 layer, counted storage by storage
-while it ran; other families with the same parts differ by a few percent.
+while it ran; other families with the same parts differ by a few percent. Of several processes each is counted alone
+(spread.py), what losses on a hidden layer add in hidden_memory.py.
 Cost: a few multiplications; the model's shape is read from its config, without weights (model_shape.py).
 
 Shape letters: H hidden width, I width of the MLP, B tokens of a forward pass, V vocabulary.
@@ -15,12 +16,17 @@ Shape letters: H hidden width, I width of the MLP, B tokens of a forward pass, V
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shared.identity.hidden_identity import HiddenIdentity
 from shared.recipe.recipe import StageTrainer, Student
+from shared.recipe.sections.losses import Loss
 from shared.recipe.sections.optimizers import OPTIMIZERS
 from shared.recipe.sections.training import recomputation
+from student_train.fit.hidden_memory import HiddenMemory, hidden_memory
 from student_train.fit.model_shape import ModelShape
+from student_train.fit.spread import Spread
 from student_train.layers.student_attention import SCORES_AT_ONCE
 
 GIB, MIB = 2**30, 2**20
@@ -98,45 +104,80 @@ class MemoryEstimate:
         return dict(sorted(((name, getattr(self, name)) for name in names), key=lambda item: -item[1]))
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What of a stage's training is neither in its trainer's section nor in the student's."""
+
+    num_processes: int = 1
+    """One on each card; what each holds, `trainer.fsdp` says."""
+    losses: Sequence[Loss] = ()
+    """The stage's; those on a hidden layer count."""
+    hidden: HiddenIdentity | None = None
+    """The hidden layer that they read."""
+
+
+ALONE = Around()
+"""One process, losses of the head."""
+
+
 def estimate_memory(
     shape: ModelShape,
     student: Student,
     trainer: StageTrainer,
     *,
+    around: Around = ALONE,
     recomputes: bool | None = None,
     has_wide_products: bool = True,
 ) -> MemoryEstimate:
-    """Return what a training step of a student of a shape needs on one device that holds all of its weights.
+    """Return what a training step of a student of a shape needs on the card of one process.
 
     Args:
         shape: of the student.
         student: its section of the recipe.
         trainer: the stage's arguments.
+        around: how many processes train, and losses on a hidden layer.
         recomputes: activations are recomputed; None: where the recipe says `true`.
         has_wide_products: the device multiplies bfloat16 into float32, so that the head needs no wider copy. GPUs do.
+
+    Raises:
+        TrainingError: a loss needs what the hidden layer does not keep, or what the student does not have.
     """
     if recomputes is None:
         recomputes = recomputation(student, trainer) is True
-    moments = _Step(shape, student, trainer, recomputes, has_wide_products).moments()
+    moments = _Step(shape, student, trainer, around, recomputes, has_wide_products).moments()
     return max(moments, key=lambda estimate: estimate.total)
 
 
 def bytes_of_step(
-    shape: ModelShape, student: Student, trainer: StageTrainer, measured: int, *, recomputes: bool
+    shape: ModelShape,
+    student: Student,
+    trainer: StageTrainer,
+    measured: int,
+    *,
+    recomputes: bool,
+    around: Around = ALONE,
 ) -> int:
-    """Return the most bytes of tensors of a whole training step, of which forward and backward pass alone were
-    `measured` to need that many, with nothing else on the card than the weights.
+    """Return the most bytes of tensors of a whole training step, of which forward and backward pass alone, of a model
+    that is whole and not yet given to several processes, were `measured` to need that many, with nothing else on the
+    card than the weights.
     """
-    step = _Step(shape, student, trainer, recomputes, True)
+    step = _Step(shape, student, trainer, around, recomputes, True)
     update = step.weights() + step.gradients + step.optimizer + step.update
-    return max(measured + step.optimizer + step.carried, update)
+    waiting = step.num_tokens * (step.num_batches - 1) * step.batch_bytes
+    return max(measured + step.optimizer + step.carried + waiting, update) + step.spread.buckets
 
 
 class _Step:
     """One training step's sizes."""
 
     def __init__(
-        self, shape: ModelShape, student: Student, trainer: StageTrainer, recomputes: bool, has_wide_products: bool
+        self,
+        shape: ModelShape,
+        student: Student,
+        trainer: StageTrainer,
+        around: Around,
+        recomputes: bool,
+        has_wide_products: bool,
     ) -> None:
         self.shape, self.recomputes = shape, recomputes
         self.chunk = trainer.operator_chunk_mib * MIB
@@ -148,18 +189,23 @@ class _Step:
         self.is_full = self.kind == "none"
         self.trained = shape.num_parameters if self.is_full else student.adapter.r * shape.lora_size
         self.trained_width = self.width if self.is_full else 4
-        self.gradients = self.trained * self.trained_width
-        self.carried = self.gradients if trainer.gradient_accumulation_steps > 1 else 0
-        optimizer = OPTIMIZERS[trainer.optim]
-        wide = self._embeddings_trained() if optimizer.wide_embeddings else 0
-        rounds = trainer.rounding == "stochastic"
-        number_bytes = 4 if rounds else self.trained_width
-        state = (self.trained - wide) * optimizer.state_bytes(number_bytes) + wide * 4 * optimizer.states
-        self.optimizer = 0 if optimizer.is_paged else int(state)
-        self.update = 0 if optimizer.updates_in_place else self.gradients
-        if rounds:  # one weight at a time: itself, its gradient and what the update works with, in float32
-            largest = max(shape.num_head_parameters, shape.largest_linear)
-            self.update = largest * 4 * (2 if optimizer.updates_in_place else 3)
+        self.hidden = self._hidden(around)
+        projections = 0 if self.hidden is None else self.hidden.projections
+        self.projections = projections * 4
+        self.batch_bytes = SUPPORT_BYTES + (0 if self.hidden is None else self.hidden.batch)
+        self.gradients = self.trained * self.trained_width + self.projections
+        self.num_batches = trainer.gradient_accumulation_steps  # the trainer fetches all of a step's at once
+        self.carried = self.gradients if self.num_batches > 1 else 0
+        self.spread = Spread(
+            around.num_processes,
+            trainer.fsdp == "full_shard",
+            shape.num_layers,
+            self.weights(),
+            shape.num_embedding_parameters * self.width,
+            self.gradients,
+            shape.num_embedding_parameters * self.width if self.is_full else 0,
+        )
+        self._set_optimizer(trainer, projections)
         narrow_hidden = trainer.bf16 or (student.dtype == "bfloat16" and not trainer.fp16)
         self.head_width = 2 if narrow_hidden and has_wide_products else 4
         self.has_wide_temporary = narrow_hidden and has_wide_products
@@ -167,6 +213,29 @@ class _Step:
         self.eager_bytes = 3 * (2 if self.width == 2 or self.autocast else 4) if student.attention == "eager" else 0
         is_wide = self.width == 4 and not self.autocast and student.attention == "sdpa"
         self.repeated_width = 4 if is_wide else 0
+
+    def _set_optimizer(self, trainer: StageTrainer, projections: int) -> None:
+        """Set bytes of the optimizer's state and of what an update works with."""
+        optimizer, shape = OPTIMIZERS[trainer.optim], self.shape
+        wide = self._embeddings_trained() if optimizer.wide_embeddings else 0
+        rounds = trainer.rounding == "stochastic"
+        number_bytes = 4 if rounds else self.trained_width
+        state = (self.trained - wide) * optimizer.state_bytes(number_bytes) + wide * 4 * optimizer.states
+        state += projections * optimizer.state_bytes(4)
+        self.optimizer = 0 if optimizer.is_paged else self.spread.share(int(state))
+        self.update = 0 if optimizer.updates_in_place else self.spread.share(self.gradients)
+        if rounds:  # one weight at a time: itself, its gradient and what the update works with, in float32
+            largest = max(shape.num_head_parameters, shape.largest_linear)
+            self.update = largest * 4 * (2 if optimizer.updates_in_place else 3)
+
+    def _hidden(self, around: Around) -> HiddenMemory | None:
+        """Return sizes of the losses on a hidden layer."""
+        if around.hidden is None:
+            return None
+        narrow = 2 if self.width == 2 or self.autocast else 4
+        return hidden_memory(
+            around.losses, around.hidden, self.shape, residual_bytes=self.width, attention_bytes=narrow
+        )
 
     def _embeddings_trained(self) -> int:
         return self.shape.num_head_parameters if self.is_full else 0
@@ -184,7 +253,7 @@ class _Step:
 
     def weights(self) -> int:
         """Return bytes of the weights themselves."""
-        shape, additions = self.shape, 0 if self.is_full else self.trained * 4
+        shape, additions = self.shape, self.projections + (0 if self.is_full else self.trained * 4)
         if self.kind != "qlora":
             return shape.num_parameters * self.width + additions
         plain = shape.num_parameters - shape.num_linear_parameters
@@ -212,7 +281,21 @@ class _Step:
             per_token = layers * residual + working if self.recomputes else layers * kept + max(outside, working - kept)
         else:
             per_token = residual + max(working, kept)
-        return int(self.num_tokens * (per_token + SUPPORT_BYTES)) + self._attention_bytes()
+        return int(self.num_tokens * (per_token + self.num_batches * self.batch_bytes)) + self._attention_bytes()
+
+    def _hidden_losses(self) -> int:
+        """Return bytes of what losses on a hidden layer keep and work with while they are computed; 0 without them."""
+        hidden = self.hidden
+        if hidden is None:
+            return 0
+        per_token = hidden.kept + hidden.working + (hidden.kept_recomputed if self.recomputes else 0)
+        longest = self.num_tokens // self.num_packs
+        scores = min(SCORES_AT_ONCE, self.shape.num_heads * longest**2) if hidden.has_scores else 0
+        return self.num_tokens * per_token + BYTES_PER_SCORE * scores
+
+    def _hidden_gradients(self) -> int:
+        """Return bytes of gradients of losses on a hidden layer that wait for their layers."""
+        return 0 if self.hidden is None else self.num_tokens * self.hidden.gradients
 
     def _attention_bytes(self) -> int:
         """Return bytes of masks, which all layers share, and of scores that attention has alive at once."""
@@ -228,26 +311,46 @@ class _Step:
 
     def moments(self) -> list[MemoryEstimate]:
         """Return the sizes at each moment where they may be largest."""
-        shape, weights = self.shape, self.weights()
+        shape, spread = self.shape, self.spread
         head = shape.num_head_parameters
         copy = 0 if self.width == self.head_width else head * self.head_width
         made = (head * 4 * (2 if self.has_wide_temporary else 1)) if self.is_full else 0
-        loss_head = copy + made
         handed = head * (4 if self.width == 4 else 4 + self.width) if self.is_full else 0
         narrow_chunk = self.chunk * 3 // 2 if self.has_wide_temporary else self.chunk
         embeddings = head * self.width if self.is_full else 0
-        last = self.gradients - (0 if shape.is_tied else embeddings)
+        untied = 0 if shape.is_tied else embeddings
         of_ties = embeddings if shape.is_tied else 0
         forward, begins, ends = (self.activations(moment) for moment in ("forward", "backward begins", "backward ends"))
-        return [
+        carried = spread.share(self.carried) + spread.buckets
+        reduced, root = spread.reduced(self.carried), spread.root_gradients
+        begun = (carried if self.carried else carried + self.projections) + spread.layer_gradients
+        in_loss = spread.weights_with(1) + self.copies(in_forward=True)
+        in_backward = spread.weights_with(2) + self.copies(in_forward=False)
+        last = "the end of the backward pass"
+        found = [
+            self._at("the loss", in_loss, carried, 0, forward, narrow_chunk, copy + made),
+            self._at("the backward pass", in_backward, begun, 0, begins + self._hidden_gradients(), 0, handed),
+            self._at(last, spread.weights_with(1), reduced + root - untied + 2 * spread.layer_gradients, 0, ends, 0, 0),
+            self._at(last, spread.weights_with(0), reduced + root, 0, 0, 0, of_ties),
             self._at(
-                "the loss", weights + self.copies(in_forward=True), self.carried, 0, forward, narrow_chunk, loss_head
+                "the optimizer's update",
+                spread.weights_with(0, root=False),
+                spread.share(self.gradients) + spread.buckets,
+                self.update,
+                0,
+                0,
+                0,
             ),
-            self._at("the backward pass", weights + self.copies(in_forward=False), self.carried, 0, begins, 0, handed),
-            self._at("the end of the backward pass", weights, last, 0, ends, 0, 0),
-            self._at("the end of the backward pass", weights, self.gradients, 0, 0, 0, of_ties),
-            self._at("the optimizer's update", weights, self.gradients, self.update, 0, 0, 0),
         ]
+        if self.hidden is not None:
+            active = forward + self._hidden_losses()
+            found.append(self._at("the losses on a hidden layer", in_loss, begun, 0, active, 0, handed))
+        if spread.is_sharded:
+            reducing = reduced + 2 * root
+            found.append(
+                self._at("the root group's reduction", spread.weights_with(0, root=False), reducing, 0, 0, 0, 0)
+            )
+        return found
 
     def _at(
         self, moment: str, weights: int, gradients: int, update: int, activations: int, chunk: int, head: int

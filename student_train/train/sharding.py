@@ -34,9 +34,18 @@ def check_sharding(student: Student, trainer: StageTrainer) -> None:
         raise TrainingError(
             "the launcher asks for FSDP (ACCELERATE_USE_FSDP); start with torchrun and set trainer.fsdp: full_shard"
         )
+    check_shardable(student, trainer, num_processes())
+
+
+def check_shardable(student: Student, trainer: StageTrainer, processes: int) -> None:
+    """Refuse what so many processes cannot shard.
+
+    Raises:
+        TrainingError: with the setting to change.
+    """
     if trainer.fsdp == "none":
         return
-    if num_processes() < 2:
+    if processes < 2:
         raise TrainingError(
             "trainer.fsdp is full_shard in a single process, where there is nothing to shard over; start the "
             "training with "

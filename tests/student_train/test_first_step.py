@@ -14,7 +14,7 @@ from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, Student
 from student_train.fit.allocator import expand_segments
 from student_train.fit.first_step import Room, _room, check_first_step, longest_batch, measured_pass
-from student_train.fit.memory import FRAGMENTATION, GIB, bytes_of_step, estimate_memory
+from student_train.fit.memory import FRAGMENTATION, GIB, Around, bytes_of_step, estimate_memory
 from student_train.fit.model_shape import ModelShape
 from tests.system.program import ROOT
 
@@ -62,7 +62,11 @@ def test_bytes_of_a_step_add_the_state_that_comes_after_the_first():
     states = 600_000_000 * 8
     assert bytes_of_step(SHAPE, STUDENT, trainer, 20 * GIB, recomputes=False) == 20 * GIB + states
     accumulated = stage(False, gradient_accumulation_steps=2).trainer
-    assert bytes_of_step(SHAPE, STUDENT, accumulated, 20 * GIB, recomputes=False) == 20 * GIB + states + 600_000_000 * 4
+    waiting = accumulated.pack_tokens * 64 * 12  # the targets of the second batch, fetched with the first
+    carried = 600_000_000 * 4 + waiting
+    assert bytes_of_step(SHAPE, STUDENT, accumulated, 20 * GIB, recomputes=False) == 20 * GIB + states + carried
+    together = bytes_of_step(SHAPE, STUDENT, trainer, 20 * GIB, recomputes=False, around=Around(2))
+    assert together == 20 * GIB + states + 600_000_000 * 4, "data parallelism holds gradients in buckets, too"
     assert bytes_of_step(SHAPE, STUDENT, trainer, 0, recomputes=False) == 600_000_000 * 4 * 5, "the update itself"
 
 

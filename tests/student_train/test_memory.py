@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from shared.recipe.recipe import StageTrainer, Student
-from student_train.fit.memory import GIB, MIB, estimate_memory
+from student_train.fit.memory import GIB, estimate_memory
 from student_train.fit.model_shape import shape_of
+from tests.student_train.counted_bytes import counted_step
 
 SIZES = {
     "0.6B": (1024, 3072, 28, 16, True),
@@ -74,64 +75,6 @@ def test_adapter_has_as_many_parameters_as_peft_makes():
         )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert 16 * shape_of(config).lora_size == trained
-
-
-def counted_step(student, trainer):
-    """Return the most bytes alive during a second step of a small Qwen3, and its shape."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    from student_train.losses import LossTerm
-    from student_train.student.forward_patch import Objective, patch_forward
-    from student_train.student.row_attention import NAME, switch_attention
-    from student_train.student.student import DTYPES, add_adapter
-    from student_train.student.student_head import head_of
-    from tests.student_train.counted_bytes import CountedBytes
-
-    vocab, tokens, entries = 4096, trainer.pack_tokens, 64
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=192,
-        intermediate_size=576,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-    base = AutoModelForCausalLM.from_config(config, dtype=DTYPES[student.dtype]).train()
-    switch_attention(base, NAME)
-    objective = Objective(
-        head_of(base, vocab), terms=[LossTerm("forward_kl"), LossTerm("cross_entropy")], chunk_bytes=MIB
-    )
-    patch_forward(base, objective)
-    model = add_adapter(base, student.adapter)
-    if trainer.gradient_checkpointing:
-        if model is not base:
-            base.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], foreach=True)
-    batch = {
-        "input_ids": torch.randint(vocab, (1, tokens)),
-        "position_ids": torch.arange(tokens)[None] % 128,
-        "predictor_index": torch.arange(tokens),
-        "labels": torch.randint(vocab, (tokens,)),
-        "support_counts": torch.full((tokens,), entries, dtype=torch.int32),
-        "support_ids": torch.arange(entries).repeat(tokens),
-        "support_logprobs": torch.full((tokens * entries,), -5.0),
-        "tail_logmass": torch.full((tokens, 1), 0.2).log(),
-        "temperatures": torch.ones(1, dtype=torch.float64),
-    }
-    with CountedBytes(model) as counted:
-        for _ in range(2):
-            counted.peak = counted.now
-            for _ in range(trainer.gradient_accumulation_steps):
-                with torch.autocast("cpu", torch.bfloat16, enabled=trainer.bf16):
-                    output = model(**batch, num_items_in_batch=tokens)
-                output.loss.backward()
-                del output
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return counted.peak, shape_of(config)
 
 
 def slow(*values):

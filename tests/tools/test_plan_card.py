@@ -9,12 +9,18 @@ import pytest
 
 from shared.errors import TrainingError, UsageError
 from shared.recipe.recipe import Recipe
-from student_train.fit.memory import GIB, estimate_memory
+from student_train.fit.memory import GIB, Around, estimate_memory
 from student_train.fit.model_shape import ModelShape
 from tools.cli import main
-from tools.plan.plan_card import card_bytes, card_text, plan_card
+from tools.plan.plan_card import Cards, card_text, plan_card, read_cards
 
-SIZES = {"0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True), "8B": (4096, 12288, 36, 32, False)}
+SIZES = {
+    "0.6B": (1024, 3072, 28, 16, True),
+    "1.7B": (2048, 6144, 28, 16, True),
+    "8B": (4096, 12288, 36, 32, False),
+    "70B": (8192, 28672, 80, 64, False),
+}
+PARAMETERS = {"0.6B": 596_049_920}
 
 
 def config(size):
@@ -60,7 +66,7 @@ QLORA = {"dtype": "bfloat16", "adapter": "qlora"}
 )
 def test_common_students_fit_24_gib_with_the_same_tokens_per_step(size, student, trainer):
     wanted = recipe(size, student, trainer)
-    stage = plan_card(wanted, 24 * GIB)["stages"]["kd"]
+    stage = plan_card(wanted, Cards(1, 24 * GIB))["stages"]["kd"]
     chosen = stage["settings"]
     packs = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"]
     assert chosen["pack_tokens"] * packs == 4 * 4096
@@ -71,12 +77,12 @@ def test_advice_given_as_options_makes_the_recipe_fit_as_written():
     from shared.recipe.override import apply_override
 
     wanted = recipe("8B", QLORA, {"bf16": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1})
-    stage = plan_card(wanted, 16 * GIB)["stages"]["kd"]
+    stage = plan_card(wanted, Cards(1, 16 * GIB))["stages"]["kd"]
     assert not stage["as_written_fits"]
     document = wanted.model_dump(mode="json")
     for option in stage["set"]:
         apply_override(document, option)
-    again = plan_card(Recipe.model_validate(document), 16 * GIB)["stages"]["kd"]
+    again = plan_card(Recipe.model_validate(document), Cards(1, 16 * GIB))["stages"]["kd"]
     assert again["as_written_fits"]
     assert again["set"] == []
     assert again["total_bytes"] == stage["total_bytes"] == again["as_written_bytes"]
@@ -84,7 +90,7 @@ def test_advice_given_as_options_makes_the_recipe_fit_as_written():
 
 def test_card_too_small_for_kept_activations_recomputes_them_and_a_larger_one_keeps_them():
     wanted = recipe("1.7B", {"dtype": "bfloat16"}, {"optim": "adamw_8bit"})
-    small, large = (plan_card(wanted, size * GIB)["stages"]["kd"]["settings"] for size in (17, 80))
+    small, large = (plan_card(wanted, Cards(1, size * GIB))["stages"]["kd"]["settings"] for size in (17, 80))
     assert (small["gradient_checkpointing"], large["gradient_checkpointing"]) == (True, False)
     assert large["per_device_train_batch_size"] >= small["per_device_train_batch_size"]
 
@@ -103,7 +109,7 @@ def test_student_that_cannot_fit_is_refused_with_the_smallest_change(size, stude
     with pytest.raises(
         TrainingError, match=rf"^stage 'kd' .* needs at least \d.* where the card has {gib}.0 GiB; .*{advice}"
     ):
-        plan_card(recipe(size, student, trainer), gib * GIB)
+        plan_card(recipe(size, student, trainer), Cards(1, gib * GIB))
 
 
 def shape(**changes) -> ModelShape:
@@ -154,20 +160,21 @@ def test_8_bit_and_paged_state_are_smaller_than_32_bit_state():
 
 
 def test_unknown_student_is_refused_and_stated_sizes_are_named():
-    stated = plan_card(recipe("0.6B", {}, {"bf16": True}), 24 * GIB)
+    stated = plan_card(recipe("0.6B", {}, {"bf16": True}), Cards(1, 24 * GIB))
     assert "assume.student" in card_text(stated)
     bare = recipe("0.6B").model_copy(update={"assume": Recipe.model_fields["assume"].default})
     with pytest.raises(
         TrainingError, match=r"config of the student '\./not-here' cannot be loaded: .*assume\.student\.config"
     ):
-        plan_card(bare, 24 * GIB)
+        plan_card(bare, Cards(1, 24 * GIB))
 
 
 def test_size_of_a_card_is_read_with_its_unit_or_refused():
-    assert card_bytes("24GiB") == 24 * GIB
-    for wrong in ("24", "0GiB", "a lot", "24 gib"):
+    assert read_cards("24GiB") == Cards(1, 24 * GIB)
+    assert read_cards("2x24GiB") == read_cards("2 x 24 GiB") == Cards(2, 24 * GIB)
+    for wrong in ("24", "0GiB", "a lot", "24 gib", "0x24GiB", "x24GiB", "2x"):
         with pytest.raises(UsageError, match="expected one such as 24GiB"):
-            card_bytes(wrong)
+            read_cards(wrong)
 
 
 def test_command_prints_a_table_or_json_and_refuses_in_a_sentence(tmp_path, capsys):
@@ -190,11 +197,102 @@ def test_command_prints_a_table_or_json_and_refuses_in_a_sentence(tmp_path, caps
 )
 def test_stage_that_rounds_its_updates_away_is_offered_what_the_card_has_room_for(card, way):
     wanted = recipe("1.7B", {"dtype": "bfloat16", "gradient_checkpointing": True}, EIGHT)
-    text = card_text(plan_card(wanted, card * GIB))
+    text = card_text(plan_card(wanted, Cards(1, card * GIB)))
     assert "learning rate 2e-05 moves 30% of them" in text
     (line,) = (line for line in text.splitlines() if "fit this card" in line)
     assert way in line
     trained = dict(re.findall(r"--set stages\.kd\.trainer\.(\w+)=(\S+)", line))
     student = dict(re.findall(r"--set student\.(\w+)=(\S+)", line))
     changed = recipe("1.7B", {"gradient_checkpointing": True, "dtype": "bfloat16"} | student, EIGHT | trained)
-    assert "moves 30%" not in card_text(plan_card(changed, card * GIB)), "the advice works"
+    assert "moves 30%" not in card_text(plan_card(changed, Cards(1, card * GIB))), "the advice works"
+
+
+SHARDS = {"fsdp": "full_shard", "optim": "adamw_torch_fused", "bf16": True}
+
+
+def test_shards_fit_on_two_cards_what_one_does_not_hold_and_the_text_says_so():
+    whole = recipe("1.7B", {}, {**SHARDS, "fsdp": "none"})
+    with pytest.raises(TrainingError, match=r"where each of 2 cards has 24.0 GiB; set fsdp: full_shard \(\d"):
+        plan_card(whole, Cards(2, 24 * GIB))
+    fit = plan_card(recipe("1.7B", {}, SHARDS), Cards(2, 24 * GIB))
+    assert fit["stages"]["kd"]["total_bytes"] <= 24 * GIB
+    text = card_text(fit)
+    assert "on each of 2 cards of 24.0 GiB" in text
+    assert "one process per card: shards over 2 processes (kd)" in text
+    assert "one device holds all weights" not in text
+
+
+def test_data_parallel_holds_everything_and_a_second_copy_of_gradients():
+    wanted = recipe("0.6B", {}, {"bf16": True})
+    alone, together = (plan_card(wanted, Cards(count, 80 * GIB))["stages"]["kd"] for count in (1, 2))
+    assert together["terms"]["weights"] == alone["terms"]["weights"]
+    assert together["terms"]["gradients"] == pytest.approx(alone["terms"]["gradients"] + PARAMETERS["0.6B"] * 4)
+    assert "everything on each of 2 cards, gradients twice (kd)" in card_text(plan_card(wanted, Cards(2, 80 * GIB)))
+
+
+@pytest.mark.parametrize(
+    ("student", "trainer", "cards", "said"),
+    [
+        ({}, {}, 1, "in a single process, where there is nothing to shard over.*; plan several cards with --card 2x24"),
+        (QLORA, {}, 2, "4-bit weights cannot be sharded"),
+        ({}, {"optim": "adamw_8bit"}, 2, "does not work on shards of weights"),
+    ],
+)
+def test_plan_refuses_the_shards_that_training_refuses(student, trainer, cards, said):
+    wanted = recipe("0.6B", student, {"fsdp": "full_shard", **trainer})
+    with pytest.raises(TrainingError, match=f"^stage 'kd': .*{said}"):
+        plan_card(wanted, Cards(cards, 24 * GIB))
+
+
+@pytest.mark.parametrize(("optim", "more"), [("adamw_torch_fused", True), ("adafactor", False)])
+def test_more_cards_are_proposed_only_where_training_would_shard(optim, more):
+    wanted = recipe("70B", {"dtype": "bfloat16", "adapter": "lora"}, {"optim": optim, "pack_tokens": 1024})
+    with pytest.raises(TrainingError) as refused:
+        plan_card(wanted, Cards(1, 24 * GIB))
+    assert ("train with fsdp: full_shard on" in str(refused.value)) is more
+
+
+HIDDEN = {
+    "teacher": {"model": "./no-teacher"},
+    "capture": {"hidden": {"layers": 3, "pooled": "mean", "attention": {"layers": 2, "strongest": 16}}},
+}
+ON_HIDDEN = [{"name": "forward_kl"}, {"name": "hidden"}, {"name": "attention"}, {"name": "contrastive"}]
+
+
+def hidden_recipe(losses=ON_HIDDEN, **trainer) -> Recipe:
+    built = recipe("0.6B", {}, {"bf16": True, **trainer}, losses=losses).model_dump(mode="json", exclude_unset=True)
+    built["assume"]["teacher"] = {"config": {"model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096}}
+    return Recipe.model_validate({**built, **HIDDEN})
+
+
+def test_losses_on_a_hidden_layer_add_projections_states_and_attention():
+    def of(losses, name="as_written_bytes"):
+        return plan_card(hidden_recipe(losses), Cards(1, 80 * GIB))["stages"]["kd"][name]
+
+    plain, states, every = of(ON_HIDDEN[:1]), of(ON_HIDDEN[:2]), of(ON_HIDDEN)
+    assert states - plain > 3 * 1024 * 4096 * 4 * 4, "weights, gradients and two states of three projections"
+    assert states < every
+    with pytest.raises(TrainingError, match="need the student whole"):
+        plan_card(hidden_recipe(fsdp="full_shard"), Cards(2, 80 * GIB))
+
+
+def test_hidden_layer_of_unknown_size_is_refused():
+    bare = recipe("0.6B", {}, {}, losses=ON_HIDDEN)
+    with pytest.raises(TrainingError, match=r"hidden layer that stage 'kd' reads has unknown sizes: .*add capture"):
+        plan_card(bare, Cards(1, 80 * GIB))
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_bytes_of_shards_fall_with_the_processes_but_never_below_the_root_group(adapter):
+    built = recipe("0.6B", {"adapter": adapter}, {**SHARDS, "pack_tokens": 512, "operator_chunk_mib": 64})
+    student, trainer = built.student, built.stages[0].trainer
+    found = [
+        estimate_memory(shape(), student, trainer, around=Around(count), recomputes=True)
+        for count in (2, 4, 8, 64, 4096)
+    ]
+    totals = [estimate.allocated for estimate in found]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] > shape().num_embedding_parameters * 4
+    whole = estimate_memory(shape(), student, trainer.model_copy(update={"fsdp": "none"}), recomputes=True)
+    assert totals[0] < whole.allocated
+    assert found[0].optimizer == pytest.approx(2 * found[1].optimizer, abs=4)

@@ -1,9 +1,11 @@
 """`decant plan --card 24GiB`: does each stage's training fit the card, with which micro-batch, checkpointing and chunk?
+`--card 2x24GiB`: two such cards with a process each, which hold what `trainer.fsdp` says.
 
 For each stage the settings that keep its arithmetic are searched, fastest first: activations kept before recomputed,
 large forward passes before small ones (packs per forward pass times accumulation stays what the recipe says), a large
 chunk of the loss before a small one. What fits is given as `--set` options; what cannot fit is refused with the
-smallest change that would. Bytes are those of student_train/fit/memory.py.
+smallest change that would; shards over more cards are proposed where training accepts them. Bytes are those of one
+process, from student_train/fit/memory.py.
 Cost: building the student's shape without weights, then a few hundred multiplications per stage.
 """
 
@@ -11,10 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shared.errors import DecantError, ModelError, TrainingError, UsageError
+from shared.identity.hidden_identity import HiddenIdentity
 from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student
 from shared.recipe.sections.optimizers import OPTIMIZERS
 from shared.recipe.sections.training import recomputation
@@ -23,34 +27,100 @@ GIB = 2**30
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 CARDS_GIB = (12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
 """Cards that are sold, for naming one that would do."""
+CARD_COUNTS = (2, 4, 8, 16)
+"""Cards over which shards are proposed."""
 SMALLEST_CHUNK_MIB = 64
 WORTHWHILE_TOKENS = 2048
 """Below so many tokens per forward pass a GPU starves, so activations are recomputed first."""
 SHORTEST_PACK = 512
 
 
-def card_bytes(text: str) -> int:
-    """Return the bytes of a card such as `24GiB`.
+@dataclass(frozen=True, slots=True)
+class Cards:
+    """Cards of one size, with a process on each."""
+
+    count: int
+    card_bytes: int
+
+
+def read_cards(text: str) -> Cards:
+    """Return the cards that `24GiB` or `2x24GiB` names.
 
     Raises:
         UsageError: it is no size.
 
-    >>> card_bytes("24GiB"), card_bytes("1.5 GB")
-    (25769803776, 1500000000)
+    >>> read_cards("24GiB"), read_cards("2x1.5 GB")
+    (Cards(count=1, card_bytes=25769803776), Cards(count=2, card_bytes=1500000000))
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)", text.strip())
-    if not match or float(match[1]) <= 0:
-        raise UsageError(f"--card {text} is no size; expected one such as 24GiB")
-    return int(float(match[1]) * UNITS[match[2]])
+    match = re.fullmatch(r"(?:([1-9]\d{0,4})\s*x\s*)?(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)", text.strip())
+    if not match or float(match[2]) <= 0:
+        raise UsageError(f"--card {text} is no size; expected one such as 24GiB, or 2x24GiB for two cards")
+    return Cards(int(match[1] or 1), int(float(match[2]) * UNITS[match[3]]))
 
 
-def plan_card(recipe: Recipe, card: int) -> dict[str, Any]:
-    """Return settings and bytes of every stage's training on a card of so many bytes.
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One stage's training, to be fitted."""
+
+    shape: Any
+    student: Student
+    stage: Stage
+    cards: Cards
+    hidden: HiddenIdentity | None
+    """The hidden layer that its losses read."""
+
+    def estimate(self, trainer: StageTrainer, recomputes: bool | None = None) -> Any:
+        """Return the bytes of a process that trains with these arguments."""
+        from student_train.fit.memory import Around, estimate_memory
+
+        around = Around(self.cards.count, self.stage.losses, self.hidden)
+        return estimate_memory(self.shape, self.student, trainer, around=around, recomputes=recomputes)
+
+    def fits(self, estimate: Any) -> bool:
+        """Return whether that is on a card."""
+        return bool(estimate.total <= self.cards.card_bytes)
+
+    def changed(self, student: dict[str, Any], trainer: dict[str, Any], **stage: Any) -> Case:
+        """Return the case with other fields of the student, the stage's trainer and the stage."""
+        update = {"trainer": self.stage.trainer.model_copy(update=trainer), **stage}
+        return replace(
+            self, student=self.student.model_copy(update=student), stage=self.stage.model_copy(update=update)
+        )
+
+    def check(self) -> None:
+        """Refuse what training refuses of processes and shards.
+
+        Raises:
+            TrainingError: with the setting to change.
+        """
+        from student_train.layers.layer_losses import check_layer_losses
+        from student_train.train.sharding import check_shardable
+
+        check_shardable(self.student, self.stage.trainer, self.cards.count)
+        check_layer_losses(self.stage, self.student)
+        if self.stage.trainer.fsdp != "none" and self.stage.trainer.rounding != "nearest":
+            raise TrainingError(
+                "trainer.rounding: stochastic does not work on shards of weights; leave one of them out"
+            )
+
+    def is_accepted(self) -> bool:
+        """Return whether training accepts it."""
+        try:
+            self.check()
+        except TrainingError:
+            return False
+        return True
+
+
+def plan_card(recipe: Recipe, cards: Cards) -> dict[str, Any]:
+    """Return settings and bytes of every stage's training on cards with a process each.
 
     Raises:
-        TrainingError: the recipe trains nothing, the student's sizes are unknown, or a stage cannot fit.
+        TrainingError: the recipe trains nothing, the student's sizes or those of a hidden layer are unknown, or a stage
+            cannot be trained so or cannot fit.
     """
     from student_train.fit.model_shape import shape_of
+    from tools.plan.plan_hidden import hidden_layer_to_train
 
     if recipe.student is None or not recipe.stages:
         raise TrainingError(
@@ -64,12 +134,15 @@ def plan_card(recipe: Recipe, card: int) -> dict[str, Any]:
             config, note = student_config(recipe, source)
             configs[source] = (shape_of(config, trust_remote_code=recipe.student.trust_remote_code), note)
         shape, note = configs[source]
-        stages[stage.name] = {
-            "parameters": shape.num_parameters,
-            "note": note,
-            **_stage(shape, recipe.student, stage, card),
-        }
-    return {"card_bytes": card, "stages": stages}
+        case = Case(shape, recipe.student, stage, cards, hidden_layer_to_train(recipe, stage))
+        try:
+            case.check()
+        except TrainingError as error:
+            alone = stage.trainer.fsdp != "none" and cards.count == 1
+            said = "; plan several cards with --card 2x24GiB" if alone else ""
+            raise TrainingError(f"stage '{stage.name}': {error}{said}") from None
+        stages[stage.name] = {"parameters": shape.num_parameters, "note": note, **_stage(case)}
+    return {"cards": cards.count, "card_bytes": cards.card_bytes, "stages": stages}
 
 
 def _source(recipe: Recipe, stage: Stage) -> str:
@@ -109,15 +182,15 @@ def student_config(recipe: Recipe, source: str) -> tuple[Any, str | None]:
         ) from None
 
 
-def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, Any]:
+def _stage(case: Case) -> dict[str, Any]:
     """Return what fits, or raise with the smallest change that would."""
-    from student_train.fit.memory import estimate_memory
     from student_train.fit.precision import precision_notes
 
-    as_written = estimate_memory(shape, student, stage.trainer)
-    chosen = _first_fit(shape, student, stage, card)
+    student, stage = case.student, case.stage
+    as_written = case.estimate(stage.trainer)
+    chosen = _first_fit(case)
     if chosen is None:
-        raise _refusal(shape, student, stage, card)
+        raise _refusal(case)
     trainer, recomputes, estimate = chosen
     settings = {
         "pack_tokens": trainer.pack_tokens,
@@ -135,12 +208,13 @@ def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, A
     ]
     return {
         "as_written_bytes": as_written.total,
-        "as_written_fits": as_written.total <= card,
+        "as_written_fits": case.fits(as_written),
         "settings": settings,
         "set": overrides,
+        "fsdp": trainer.fsdp,
         "precision": [
             *precision_notes(stage, student, on_gpu=True),
-            *_kept_updates(shape, student, stage, trainer, recomputes, card),
+            *_kept_updates(case, trainer, recomputes),
         ],
         "tokens_per_forward": trainer.pack_tokens * trainer.per_device_train_batch_size,
         "moment": estimate.moment,
@@ -150,13 +224,11 @@ def _stage(shape: Any, student: Student, stage: Stage, card: int) -> dict[str, A
     }
 
 
-def _kept_updates(
-    shape: Any, student: Student, stage: Stage, chosen: StageTrainer, recomputes: bool, card: int
-) -> Iterator[str]:
+def _kept_updates(case: Case, chosen: StageTrainer, recomputes: bool) -> Iterator[str]:
     """Yield how a stage that rounds updates away keeps them on this card: masters where there is room, else chance."""
-    from student_train.fit.memory import estimate_memory
     from student_train.fit.precision import loses_updates
 
+    student, stage = case.student, case.stage
     if not loses_updates(stage, student):
         return
     optim = stage.trainer.optim if "8bit" in stage.trainer.optim else "adamw_8bit"
@@ -166,25 +238,23 @@ def _kept_updates(
     if student.dtype == "bfloat16" and OPTIMIZERS[stage.trainer.optim].steps_weight_by_weight:
         ways.append(("rounding by chance", {}, {"rounding": "stochastic"}))
     for words, of_student, of_trainer in ways:
-        changed = student.model_copy(update=of_student), chosen.model_copy(update=of_trainer)
-        total = estimate_memory(shape, *changed, recomputes=recomputes).total
-        if total <= card:
+        changed = case.changed(of_student, of_trainer)
+        estimate = changed.estimate(chosen.model_copy(update=of_trainer), recomputes)
+        if changed.fits(estimate) and changed.is_accepted():
             options = [f"student.{name}={value}" for name, value in of_student.items()]
             options += [
                 f"stages.{stage.name}.trainer.{name}={str(value).lower()}" for name, value in of_trainer.items()
             ]
             said = " ".join(f"--set {option}" for option in options)
-            yield f"{words} fit this card ({total / GIB:.1f} GiB): {said}"
+            yield f"{words} fit this card ({estimate.total / GIB:.1f} GiB): {said}"
             return
 
 
-def _first_fit(shape: Any, student: Student, stage: Stage, card: int) -> tuple[StageTrainer, bool, Any] | None:
+def _first_fit(case: Case) -> tuple[StageTrainer, bool, Any] | None:
     """Return the fastest settings that fit: arguments, whether activations are recomputed, bytes."""
-    from student_train.fit.memory import estimate_memory
-
-    for trainer, recomputes in _candidates(student, stage):
-        estimate = estimate_memory(shape, student, trainer, recomputes=recomputes)
-        if estimate.total <= card:
+    for trainer, recomputes in _candidates(case.student, case.stage):
+        estimate = case.estimate(trainer, recomputes)
+        if case.fits(estimate):
             return trainer, recomputes, estimate
     return None
 
@@ -220,41 +290,50 @@ def _pack_lengths(stage: Stage) -> Iterator[int]:
         yield length
 
 
-def _refusal(shape: Any, student: Student, stage: Stage, card: int) -> DecantError:
+def _refusal(case: Case) -> DecantError:
     """Return the sentence for a stage that cannot fit, with the smallest change that would."""
-    least = min(
-        (_estimate(shape, student, trainer, recomputes) for trainer, recomputes in _candidates(student, stage)),
-        key=lambda estimate: estimate.total,
-    )
+    least = _least(case)
     largest = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(least.terms().items())[:3])
+    each = f"each of {case.cards.count} cards" if case.cards.count > 1 else "the card"
     wanted = (
-        f"stage '{stage.name}' of a student of {shape.num_parameters / 1e9:.2f} billion parameters needs at least "
-        f"{least.total / GIB:.1f} GiB ({largest}) where the card has {card / GIB:.1f} GiB"
+        f"stage '{case.stage.name}' of a student of {case.shape.num_parameters / 1e9:.2f} billion parameters needs at "
+        f"least {least.total / GIB:.1f} GiB ({largest}) where {each} has {case.cards.card_bytes / GIB:.1f} GiB"
     )
-    change = _smallest_change(shape, student, stage, card)
-    return TrainingError(f"{wanted}; {change}")
+    return TrainingError(f"{wanted}; {_smallest_change(case, least.total)}")
 
 
-def _estimate(shape: Any, student: Student, trainer: StageTrainer, recomputes: bool) -> Any:
-    from student_train.fit.memory import estimate_memory
+def _least(case: Case) -> Any:
+    """Return the bytes of the settings that need least."""
+    found = (case.estimate(*candidate) for candidate in _candidates(case.student, case.stage))
+    return min(found, key=lambda estimate: estimate.total)
 
-    return estimate_memory(shape, student, trainer, recomputes=recomputes)
 
-
-def _smallest_change(shape: Any, student: Student, stage: Stage, card: int) -> str:
-    """Return what to change, the least first: shorter packs, the optimizer's state, the weights' type, an adapter, the
-    card.
+def _smallest_change(case: Case, least_bytes: int) -> str:
+    """Return what to change, the least first: shorter packs, shards over the same cards, the optimizer's state, the
+    weights' type, an adapter, the card or more of them.
     """
-    for words, changed_student, changed_trainer in _changes(student, stage):
-        changed = stage.model_copy(
-            update={"trainer": stage.trainer.model_copy(update=changed_trainer), "max_length": None}
-        )
-        fit = _first_fit(shape, student.model_copy(update=changed_student), changed, card)
+    changes = list(_changes(case.student, case.stage))
+    if case.cards.count > 1 and case.stage.trainer.fsdp == "none":
+        changes.insert(0, ("set fsdp: full_shard", {}, {"fsdp": "full_shard"}))
+    for words, changed_student, changed_trainer in changes:
+        changed = case.changed(changed_student, changed_trainer, max_length=None)
+        fit = _first_fit(changed) if changed.is_accepted() else None
         if fit is not None:
             return f"{words} ({fit[2].total / GIB:.1f} GiB)"
-    least = min(_estimate(shape, student, *candidate).total for candidate in _candidates(student, stage))
-    enough = next((size for size in CARDS_GIB if size * GIB >= least), None)
-    return f"use a card of {enough} GiB" if enough else "choose a smaller student"
+    enough = next((size for size in CARDS_GIB if size * GIB >= least_bytes), None)
+    larger = f"use a card of {enough} GiB" if enough else "choose a smaller student"
+    shared = _more_cards(case)
+    return f"{larger}, or {shared}" if shared else larger
+
+
+def _more_cards(case: Case) -> str | None:
+    """Return how many more cards of the same size hold it in shards; None where none do, or training refuses."""
+    for count in (number for number in CARD_COUNTS if number > case.cards.count):
+        changed = replace(case.changed({}, {"fsdp": "full_shard"}), cards=replace(case.cards, count=count))
+        fit = _first_fit(changed) if changed.is_accepted() else None
+        if fit is not None:
+            return f"train with fsdp: full_shard on {count} such cards ({fit[2].total / GIB:.1f} GiB on each)"
+    return None
 
 
 def _changes(student: Student, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -299,7 +378,7 @@ def card_text(result: dict[str, Any]) -> str:
     width = max(len("stage"), *(len(name) for name in result["stages"]))
     heads = ["stage".ljust(width), *(name.rjust(11) for name in COLUMNS), "total".rjust(7)]
     lines = [
-        f"on a card of {result['card_bytes'] / GIB:.1f} GiB, in GiB at the moment of most memory:",
+        f"on {_cards_text(result)}, in GiB at the moment of most memory:",
         "  " + " ".join(heads),
     ]
     notes: list[str] = []
@@ -322,5 +401,24 @@ def card_text(result: dict[str, Any]) -> str:
         if stage["note"]:
             notes.append(f"    {stage['note']}")
     lines += notes
-    lines.append("  assumed: one device holds all weights; bytes by arithmetic, checked against a small model on a CPU")
+    lines.append(f"  assumed: {_assumed(result)}; bytes by arithmetic, checked against a small model on a CPU")
     return "\n".join(lines)
+
+
+def _cards_text(result: dict[str, Any]) -> str:
+    size = f"{result['card_bytes'] / GIB:.1f} GiB"
+    return f"a card of {size}" if result["cards"] == 1 else f"each of {result['cards']} cards of {size}"
+
+
+def _assumed(result: dict[str, Any]) -> str:
+    """Say what each card was taken to hold."""
+    count = result["cards"]
+    if count == 1:
+        return "one device holds all weights"
+    sharded = [name for name, stage in result["stages"].items() if stage["fsdp"] != "none"]
+    whole = [name for name in result["stages"] if name not in sharded]
+    said = [f"shards over {count} processes ({', '.join(sharded)})"] if sharded else []
+    said += (
+        [f"everything on each of {count} cards and a second copy of gradients ({', '.join(whole)})"] if whole else []
+    )
+    return f"one process per card: {', '.join(said)}; what NCCL itself takes is not counted"

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.cache.layer_choice import hidden_layer_of
 from shared.cache.layout import list_hidden_layers, sequences_dir
-from shared.errors import EngineError
+from shared.errors import EngineError, TrainingError
+from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.hidden_layers import keeps, numbered
 from shared.parts.records import list_records
 from shared.payload.hidden_codec import HiddenCodec
-from shared.recipe.recipe import HiddenCapture, Recipe
+from shared.recipe.recipe import HiddenCapture, Recipe, Stage
+from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER
 
 Figures = dict[str, Any]
 
@@ -68,6 +71,48 @@ def hidden_figures(
         "bytes": {"expected": round(total["expected"] * expected + num_rows * per_row), "at_most": bytes_at_most},
         "part_bytes": round(bytes_at_most * min(1.0, recipe.rows_per_part / max(num_rows, 1))),
     }
+
+
+def hidden_layer_to_train(recipe: Recipe, stage: Stage) -> HiddenIdentity | None:
+    """Return the sizes of the hidden layer that a stage's losses read: of the first cache that has it, or of the one
+    that the recipe would capture; None where they read none.
+
+    Raises:
+        TrainingError: neither is known.
+        UsageError: the teacher has no such layer.
+    """
+    if not any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in stage.losses):
+        return None
+    for path in recipe.cache:
+        layers = list_hidden_layers(path) if (path / "cache.json").is_file() else {}
+        named = stage.hidden or (hidden_layer_of(recipe, path) if layers else True)
+        if isinstance(named, str) and named in layers:
+            return layers[named].identity
+        if named is True and len(layers) == 1:
+            return next(iter(layers.values())).identity
+    capture = recipe.capture.hidden
+    why: list[str] = []
+    shape = _teacher_shape(recipe, why) if capture is not None and recipe.teacher is not None else None
+    if capture is None or recipe.teacher is None or shape is None:
+        reason = "; ".join(why) or "no cache of the recipe has one yet, and it captures none"
+        raise TrainingError(
+            f"the hidden layer that stage '{stage.name}' reads has unknown sizes: {reason}; add capture.hidden with a "
+            "teacher whose files or assume.teacher say its shape, or name a cache that has the layer"
+        )
+    num_layers, width = shape
+    attention = capture.attention
+    return HiddenIdentity(
+        teacher=str(recipe.teacher.model),
+        weights_hash="",
+        tokenizer_hash="",
+        num_layers=num_layers,
+        width=width,
+        layers=numbered(capture.layers, num_layers, "capture.hidden.layers"),
+        projection=capture.projection,
+        pooled=capture.pooled,
+        attention_layers=numbered(attention.layers, num_layers, "capture.hidden.attention.layers") if attention else (),
+        strongest=attention.strongest if attention else 0,
+    )
 
 
 def _teacher_shape(recipe: Recipe, assumptions: list[str]) -> tuple[int, int] | None:
