@@ -418,7 +418,6 @@ def _assumed(result: dict[str, Any]) -> str:
     sharded = [name for name, stage in result["stages"].items() if stage["fsdp"] != "none"]
     whole = [name for name in result["stages"] if name not in sharded]
     said = [f"shards over {count} processes ({', '.join(sharded)})"] if sharded else []
-    said += (
-        [f"everything on each of {count} cards and a second copy of gradients ({', '.join(whole)})"] if whole else []
-    )
+    if whole:
+        said.append(f"everything on each of {count} cards, gradients twice ({', '.join(whole)})")
     return f"one process per card: {', '.join(said)}; what NCCL itself takes is not counted"
