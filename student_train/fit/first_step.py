@@ -136,7 +136,8 @@ def fit_first_step(work: Any, trainer: Any, base: Any, write_to: Path | None) ->
     measure = _of_all(lambda recomputes: measured_pass(trainer, base, batch, recomputes=recomputes))
     shape = shape_of(base.config, trust_remote_code=work.student.trust_remote_code)
     room = _least(_room(trainer.args.device.index or 0), trainer.args.device)
-    around = Around(num_processes(), work.stage.losses, None if work.hidden is None else work.hidden.identity)
+    hidden = None if work.hidden is None else work.hidden.identity
+    around = Around(num_processes(), work.stage.losses, hidden, work.stage.max_length)
     first = check_first_step(work.stage, work.student, shape, room, measure, around)
     if write_to is not None:
         write_atomic(write_to, json.dumps(asdict(first), indent=1).encode(), what="memory")

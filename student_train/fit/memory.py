@@ -114,6 +114,8 @@ class Around:
     """The stage's; those on a hidden layer count."""
     hidden: HiddenIdentity | None = None
     """The hidden layer that they read."""
+    max_length: int | None = None
+    """Tokens of a row at most; None: of a pack."""
 
 
 ALONE = Around()
@@ -190,6 +192,7 @@ class _Step:
         self.trained = shape.num_parameters if self.is_full else student.adapter.r * shape.lora_size
         self.trained_width = self.width if self.is_full else 4
         self.hidden = self._hidden(around)
+        self.longest_row = min(trainer.pack_tokens, around.max_length or trainer.pack_tokens)
         projections = 0 if self.hidden is None else self.hidden.projections
         self.projections = projections * 4
         self.batch_bytes = SUPPORT_BYTES + (0 if self.hidden is None else self.hidden.batch)
@@ -289,8 +292,7 @@ class _Step:
         if hidden is None:
             return 0
         per_token = hidden.kept + hidden.working + (hidden.kept_recomputed if self.recomputes else 0)
-        longest = self.num_tokens // self.num_packs
-        scores = min(SCORES_AT_ONCE, self.shape.num_heads * longest**2) if hidden.has_scores else 0
+        scores = min(SCORES_AT_ONCE, self.shape.num_heads * self.longest_row**2) if hidden.has_scores else 0
         return self.num_tokens * per_token + BYTES_PER_SCORE * scores
 
     def _hidden_gradients(self) -> int:

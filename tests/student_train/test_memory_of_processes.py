@@ -13,7 +13,7 @@ import torch
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.recipe.recipe import Stage, StageTrainer, Student
 from student_train.fit.memory import Around, estimate_memory
-from tests.student_train.counted_bytes import counted_step
+from tests.student_train.counted_bytes import ROW_TOKENS, counted_step
 
 STORED_WIDTH, STRONGEST = 256, 8
 
@@ -127,7 +127,7 @@ def test_estimate_with_losses_on_a_hidden_layer_is_within_10_percent(losses, stu
         terms=terms_at(stage, 0, 1),
         hidden_batch=hidden_batch(trainer.pack_tokens),
     )
-    around = Around(losses=stage.losses, hidden=identity)
+    around = Around(losses=stage.losses, hidden=identity, max_length=ROW_TOKENS)
     estimate = estimate_memory(shape, student, trainer, around=around, has_wide_products=False)
     plain = estimate_memory(shape, student, trainer, has_wide_products=False)
     assert estimate.allocated == pytest.approx(counted, rel=0.10), f"{estimate.moment}: {estimate.terms()}"

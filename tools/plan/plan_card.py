@@ -73,7 +73,7 @@ class Case:
         """Return the bytes of a process that trains with these arguments."""
         from student_train.fit.memory import Around, estimate_memory
 
-        around = Around(self.cards.count, self.stage.losses, self.hidden)
+        around = Around(self.cards.count, self.stage.losses, self.hidden, self.stage.max_length)
         return estimate_memory(self.shape, self.student, trainer, around=around, recomputes=recomputes)
 
     def fits(self, estimate: Any) -> bool:
