@@ -11,7 +11,7 @@ import pytest
 from shared.recipe.file import load_recipe
 from tests.system.program import ROOT, decant
 from tests.system.recipe_twins import EVERY, STEPS, report_of, write_twin
-from tools.plan.plan_card import plan_card
+from tools.plan.plan_card import Cards, plan_card
 from tools.plan.planner import plan
 
 NOT_RECIPES = ROOT / "recipes" / "cluster"
@@ -55,8 +55,7 @@ def test_a_system_at_true_size_is_priced_from_the_sizes_that_it_states(name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_students_training_at_true_size_fits_24_gib_or_the_plan_says_what_would(name):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
-    card = 24 * 2**30
-    fits = plan_card(recipe, card)["stages"]
+    fits = plan_card(recipe, Cards(1, 24 * 2**30))["stages"]
     assert list(fits) == [stage.name for stage in recipe.stages]
     assert all(stage["note"] and "assume.student" in stage["note"] for stage in fits.values())
 
