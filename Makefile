@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help gpu-needs setup check docs test test-fast demo demo-full bench bench-quality gpu-check doctor clean
 
 help:
-	@echo "make setup          a virtual environment in .venv with everything, about 3 minutes"
+	@echo "make setup          a virtual environment in .venv with everything, about 6 minutes"
 	@echo "make demo           prompts -> teacher -> cache -> students -> report"
 	@echo "make demo-full      the demo, then sampled answers at three temperatures, cost of each model, audits of the cache"
 	@echo "make test           every test    make test-fast   the quick ones"
