@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from collections import Counter
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
 
 from shared.cache.sync.listing import listing_of
+from shared.cache.sync.push import push_cache
 from shared.errors import TrainingError
+from shared.places import store_dir
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe
+from shared.remote.transfer import Remote
 from student_train.stage.stage_order import open_caches
-from tests.remote.loopback import WebServer
+from student_train.stage.stages import run_stages
+from tests.remote.loopback import WebServer, needs_s3_server
 from tests.student_train.tiny_caches import make_cache
 from tests.tiny_models import make_qwen3
 from tools import cli
-from tools.bench.loopback_s3 import serving
+from tools.bench.loopback_s3 import serving, slow_s3
+from tools.bench.trials import remote_kill_trials
 
 NUM_PARTS = 24
 
@@ -95,3 +103,67 @@ def test_a_directory_is_not_bounded_by_the_store(trained, tmp_path, monkeypatch)
     monkeypatch.setenv("DECANT_STORE_GB", "0.000001")
     recipe = recipe_of(trained, trained.cache, tmp_path / "run", window_parts=8)
     assert len(open_caches(recipe, recipe.stages[0])) == 5 * NUM_PARTS
+
+
+def kept() -> dict[str, int]:
+    """Return bytes of each file that the store keeps parts in."""
+    found = {}
+    for file in (store_dir() / "parts").glob("*"):
+        with suppress(FileNotFoundError):  # renamed or removed since
+            found[file.name] = file.stat().st_size
+    return found
+
+
+@contextmanager
+def most_kept():
+    """Yield a list whose last entry is the most bytes that the store's parts had together, looked at all the time.
+
+    Files are looked at one after another, so what two looks in a row do not see alike counts for nothing.
+    """
+    most, over = [0], threading.Event()
+
+    def look() -> None:
+        before = kept()
+        while not over.wait(0.002):
+            now = kept()
+            if now == before:
+                most.append(max(most[-1], sum(now.values())))
+            before = now
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.slow
+def test_a_slow_s3_that_breaks_off_trains_as_the_directory_does_within_the_bound(
+    new_store, trained, tmp_path, monkeypatch
+):
+    needs_s3_server()
+    steps = {"max_steps": 36}
+    run_stages(recipe_of(trained, trained.cache, tmp_path / "here", steps, window_parts=4))
+    bound = sum(sizes(trained)[:4])  # the least that is not refused
+    with slow_s3("bucket") as proxy:
+        push_cache(trained.cache, Remote("s3://bucket/demo"))
+        monkeypatch.setenv("DECANT_STORE_GB", str(bound / 1e9))
+        proxy.requests.clear()
+        with most_kept() as most:
+            run_stages(recipe_of(trained, "s3://bucket/demo", tmp_path / "there", steps, window_parts=4))
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "there/train/kd" / name).read_bytes() == (tmp_path / "here/train/kd" / name).read_bytes()
+    assert proxy.broken
+    assert 0 < most[-1] <= bound
+    fetched = Counter(one for one in proxy.requests if one.startswith("GET") and "/targets/" in one and "arrow" in one)
+    assert len(fetched) == NUM_PARTS
+
+
+@pytest.mark.slow
+def test_killed_readers_pushes_and_pulls_leave_nothing_half_and_go_on(capsys):
+    needs_s3_server()
+    assert remote_kill_trials.main(["--kills", "3", "--no-page"]) == 0
+    said = capsys.readouterr().out
+    assert "| all | 9 | " in said
