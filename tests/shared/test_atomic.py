@@ -62,7 +62,8 @@ def test_full_disk_is_one_sentence_with_path_and_bytes(
 
 def test_file_size_limit_stops_a_build_with_one_sentence_and_it_continues_afterwards(tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from pathlib import Path; from shared.errors import CacheError\n"
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path; from shared.errors import CacheError\n"
         "from tests.shared.small_cache import build\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "try: build(Path(sys.argv[1]))\n"
