@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.cache.layout import Layer, choose_layer, list_hidden_layers, list_layers, read_header, sequences_dir
+from shared.cache.layout import Layer, choose_layer, list_layers, read_header, sequences_dir
 from shared.cache.reading.cache_stats import summed_stats
 from shared.cache.reading.hidden_reader import HiddenReader
 from shared.cache.reading.part_columns import part_columns
@@ -173,7 +173,7 @@ class Cache:
             for directory, listed in ((sequences_dir(path), records), (layer.directory if layer else path, targets)):
                 for record in listed:
                     check_file(directory, record)
-        return cls(path, layer, records, targets, narrowing, _hidden_reader(path, hidden, records, verify))
+        return cls(path, layer, records, targets, narrowing, HiddenReader.of(path, hidden, records, verify))
 
     def __reduce__(self) -> tuple[Callable[..., Cache], tuple[Any, ...]]:
         """Pickle as path, layers, parts and narrowing."""
@@ -408,23 +408,6 @@ class Cache:
     def _open_targets(self, number: int) -> MappedTargets:
         assert self._layer is not None
         return MappedTargets(self._layer.directory, self._target_records[number], verify=False)
-
-
-def _hidden_reader(path: Path, hidden: str | bool, records: Sequence[PartRecord], verify: bool) -> HiddenReader | None:
-    """Return the reader of a hidden layer by name, of the only one, or None.
-
-    Raises:
-        CacheError: there is no such layer, or it does not cover every row.
-    """
-    if hidden is False:
-        return None
-    layer = choose_layer(list_hidden_layers(path), None if hidden is True else hidden, path, "hidden")
-    if layer is None:
-        raise CacheError(
-            f"{path} has no hidden layer; add `capture.hidden` to the recipe that built it and run 'decant teach' "
-            "again: it generates and scores nothing a second time"
-        )
-    return HiddenReader(layer, records, verify)
 
 
 def _reopen(

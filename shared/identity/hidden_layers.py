@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from shared.errors import UsageError
 from shared.identity.hidden_identity import FINAL, HiddenIdentity
@@ -50,19 +51,31 @@ def layer_name(layer: int) -> str:
     return "final" if layer == FINAL else str(layer)
 
 
+def kept(capture: HiddenCapture, num_layers: int) -> dict[str, Any]:
+    """Return the fields of a hidden layer's identity that a recipe says, for a teacher of so many blocks.
+
+    Raises:
+        UsageError: the teacher has no such layer.
+    """
+    attention = capture.attention
+    return {
+        "layers": numbered(capture.layers, num_layers, "capture.hidden.layers"),
+        "projection": capture.projection,
+        "projection_seed": capture.projection_seed,
+        "pooled": capture.pooled,
+        "attention_layers": numbered(attention.layers, num_layers, "capture.hidden.attention.layers")
+        if attention
+        else (),
+        "strongest": attention.strongest if attention else 0,
+    }
+
+
 def keeps(identity: HiddenIdentity, capture: HiddenCapture) -> bool:
     """Tell whether a hidden layer is what a recipe would capture, as far as can be said without the
     teacher's weights.
     """
-    attention = capture.attention
     try:
-        wanted = (
-            numbered(capture.layers, identity.num_layers, "capture.hidden.layers"),
-            numbered(attention.layers, identity.num_layers, "capture.hidden.attention.layers") if attention else (),
-            attention.strongest if attention else 0,
-        )
+        wanted = kept(capture, identity.num_layers)
     except UsageError:  # another teacher's
         return False
-    same = (capture.projection, capture.projection_seed, capture.pooled)
-    found = (identity.projection, identity.projection_seed, identity.pooled)
-    return same == found and wanted == (identity.layers, identity.attention_layers, identity.strongest)
+    return all(getattr(identity, name) == value for name, value in wanted.items())

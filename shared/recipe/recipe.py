@@ -33,9 +33,8 @@ from shared.recipe.base import (
 from shared.recipe.schedule import Schedule
 from shared.recipe.sections.capture import Capture, server_problems
 from shared.recipe.sections.curriculum import Balance, EarlyStopping, Sampling, StageEvaluation
-from shared.recipe.sections.evaluation import Evaluate, SideBySide, Task
+from shared.recipe.sections.evaluation import Evaluate, Heldout, SideBySide, Task
 from shared.recipe.sections.generate import Generate
-from shared.recipe.sections.heldout import Heldout
 from shared.recipe.sections.hidden import AttentionCapture, HiddenCapture
 from shared.recipe.sections.losses import LABEL_LOSSES, LOSSES_ON_HIDDEN_LAYER, Loss
 from shared.recipe.sections.optimizers import OPTIMIZERS
@@ -294,23 +293,23 @@ def _rounds_problems(recipe: Recipe) -> list[Problem]:
 
 
 def _rounding_problems(recipe: Recipe) -> list[Problem]:
-    problems: list[Problem] = []
     student = recipe.student
-    for i, stage in enumerate(recipe.stages):
-        if student is None or stage.trainer.rounding == "nearest":
-            continue
-        optim = stage.trainer.optim
-        if student.dtype != "bfloat16" or student.adapter.kind != "none":
-            why = "it rounds updates of weights kept in bfloat16, and here none is trained; leave it out"
-        elif not OPTIMIZERS[optim].steps_weight_by_weight:
-            known = ", ".join(name for name, one in OPTIMIZERS.items() if one.steps_weight_by_weight)
-            why = f"trainer.optim {optim} cannot step weight by weight; choose one of {known}"
-        elif stage.trainer.fsdp != "none":
-            why = "it does not work on shards of weights; set trainer.fsdp: none, or leave it out"
-        else:
-            continue
-        problems.append((("stages", i, "trainer", "rounding"), why))
-    return problems
+    found = [rounding_problem(student, stage.trainer) if student else None for stage in recipe.stages]
+    return [(("stages", i, "trainer", "rounding"), why) for i, why in enumerate(found) if why is not None]
+
+
+def rounding_problem(student: Student, trainer: StageTrainer) -> str | None:
+    """Say why `trainer.rounding` cannot be honoured; None where it can."""
+    if trainer.rounding == "nearest":
+        return None
+    if student.dtype != "bfloat16" or student.adapter.kind != "none":
+        return "it rounds updates of weights kept in bfloat16, and here none is trained; leave it out"
+    if not OPTIMIZERS[trainer.optim].steps_weight_by_weight:
+        known = ", ".join(name for name, one in OPTIMIZERS.items() if one.steps_weight_by_weight)
+        return f"trainer.optim {trainer.optim} cannot step weight by weight; choose one of {known}"
+    if trainer.fsdp != "none":
+        return "it does not work on shards of weights; set trainer.fsdp: none, or leave it out"
+    return None
 
 
 def _init_from_problem(start: str, place: int, places: dict[str, int], names: list[str]) -> str | None:

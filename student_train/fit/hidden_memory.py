@@ -85,4 +85,5 @@ def hidden_memory(
             again += pairs * (query + key)
             waiting += pairs * (query + key)
             working.append(query + key)
-    return HiddenMemory(projections, batch, kept, again, waiting, max(working), "attention" in by_name)
+    has_scores = any(representations[name].reads == "attention" for name in by_name)
+    return HiddenMemory(projections, batch, kept, again, waiting, max(working), has_scores)

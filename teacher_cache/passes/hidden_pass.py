@@ -14,7 +14,7 @@ from typing import Any
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.hidden_writer import HiddenWriter
 from shared.identity.hidden_identity import PROJECTION_NAME, HiddenIdentity
-from shared.identity.hidden_layers import numbered
+from shared.identity.hidden_layers import kept
 from shared.parts.records import list_records
 from shared.recipe.recipe import HiddenCapture, Teacher
 from teacher_cache.passes.feeding import Desk
@@ -30,24 +30,18 @@ def hidden_identity(known: KnownTeacher, teacher: Teacher, capture: HiddenCaptur
         UsageError: the teacher has no such layer.
         EngineError: its config.json does not say how many layers it has, or how wide they are.
     """
-    num_layers, width = known.files.num_hidden_layers, known.files.hidden_size
-    attention = capture.attention
+    num_layers = known.files.num_hidden_layers
     return HiddenIdentity(
         teacher=teacher.model,
         revision=known.files.revision,
         weights_hash=known.weights_hash,
         tokenizer_hash=known.tokenizer_hash,
         num_layers=num_layers,
-        width=width,
-        layers=numbered(capture.layers, num_layers, "capture.hidden.layers"),
-        projection=capture.projection,
-        projection_seed=capture.projection_seed,
+        width=known.files.hidden_size,
         projection_kind="" if capture.projection is None else PROJECTION_NAME,
-        pooled=capture.pooled,
-        attention_layers=numbered(attention.layers, num_layers, "capture.hidden.attention.layers") if attention else (),
-        strongest=attention.strongest if attention else 0,
         dtype=known.files.dtype if teacher.dtype == "auto" else teacher.dtype,
         adapter=known.adapter_hash,
+        **kept(capture, num_layers),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from shared.recipe.recipe import Capture, Loss, Recipe, Schedule, Stage, StageTrainer, Task
-from shared.recipe.sections.servers import address_problem
+from shared.recipe.sections.teacher import address_problem
 
 KL = {"name": "forward_kl"}
 SERVED = {"model": "t", "engine": "server", "servers": ["http://a:8000/v1"]}

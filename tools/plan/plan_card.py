@@ -19,7 +19,7 @@ from typing import Any
 
 from shared.errors import DecantError, ModelError, TrainingError, UsageError
 from shared.identity.hidden_identity import HiddenIdentity
-from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student
+from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student, rounding_problem
 from shared.recipe.sections.optimizers import OPTIMIZERS
 from shared.recipe.sections.training import recomputation
 
@@ -98,10 +98,9 @@ class Case:
 
         check_shardable(self.student, self.stage.trainer, self.cards.count)
         check_layer_losses(self.stage, self.student)
-        if self.stage.trainer.fsdp != "none" and self.stage.trainer.rounding != "nearest":
-            raise TrainingError(
-                "trainer.rounding: stochastic does not work on shards of weights; leave one of them out"
-            )
+        why = rounding_problem(self.student, self.stage.trainer)
+        if why is not None:
+            raise TrainingError(f"trainer.rounding: {why}")
 
     def is_accepted(self) -> bool:
         """Return whether training accepts it."""
@@ -199,7 +198,7 @@ def _stage(case: Case) -> dict[str, Any]:
         "gradient_checkpointing": recomputes,
         "operator_chunk_mib": trainer.operator_chunk_mib,
     }
-    wrote = {**{name: getattr(stage.trainer, name) for name in settings}}
+    wrote = {name: getattr(stage.trainer, name) for name in settings}
     wrote["gradient_checkpointing"] = recomputation(student, stage.trainer) is True
     overrides = [
         f"stages.{stage.name}.trainer.{name}={str(value).lower()}"

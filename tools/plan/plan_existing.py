@@ -62,6 +62,7 @@ def _wanted(recipe: Recipe, assumptions: list[str]) -> Wanted:
 
     @cache
     def identity() -> LayerIdentity | None:
+        """Return it; the teacher is read once."""
         from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity
 
         if recipe.teacher is None:

@@ -15,7 +15,7 @@ from shared.cache.layer_choice import hidden_layer_of
 from shared.cache.layout import list_hidden_layers, sequences_dir
 from shared.errors import EngineError, TrainingError
 from shared.identity.hidden_identity import HiddenIdentity
-from shared.identity.hidden_layers import keeps, numbered
+from shared.identity.hidden_layers import keeps, kept
 from shared.parts.records import list_records
 from shared.payload.hidden_codec import HiddenCodec
 from shared.recipe.recipe import HiddenCapture, Recipe, Stage
@@ -45,11 +45,9 @@ def hidden_figures(
     if shape is None:
         return None
     num_layers, width = shape
-    layers = numbered(capture.layers, num_layers, "capture.hidden.layers")
-    attention = capture.attention
-    attention_layers = numbered(attention.layers, num_layers, "capture.hidden.attention.layers") if attention else ()
-    strongest = attention.strongest if attention else 0
-    codec = HiddenCodec(len(layers), capture.projection or width, False, len(attention_layers), strongest)
+    asked = kept(capture, num_layers)
+    layers, attention_layers = asked["layers"], asked["attention_layers"]
+    codec = HiddenCodec(len(layers), capture.projection or width, False, len(attention_layers), asked["strongest"])
     most = codec.max_content_bytes(1)
     per_row = codec.width + 4 if capture.pooled != "none" else 0
     rows, positions, measured = _existing(recipe, capture)
@@ -100,18 +98,13 @@ def hidden_layer_to_train(recipe: Recipe, stage: Stage) -> HiddenIdentity | None
             "teacher whose files or assume.teacher say its shape, or name a cache that has the layer"
         )
     num_layers, width = shape
-    attention = capture.attention
     return HiddenIdentity(
-        teacher=str(recipe.teacher.model),
+        teacher=recipe.teacher.model,
         weights_hash="",
         tokenizer_hash="",
         num_layers=num_layers,
         width=width,
-        layers=numbered(capture.layers, num_layers, "capture.hidden.layers"),
-        projection=capture.projection,
-        pooled=capture.pooled,
-        attention_layers=numbered(attention.layers, num_layers, "capture.hidden.attention.layers") if attention else (),
-        strongest=attention.strongest if attention else 0,
+        **kept(capture, num_layers),
     )
 
 

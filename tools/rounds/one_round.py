@@ -89,14 +89,14 @@ class Round:
             )
         return directory
 
+    @property
+    def _sources(self) -> tuple[PromptSource, ...]:
+        """Sources that hold prompts."""
+        return tuple(source for source in self.settings.sources or self.recipe.prompts if source.of_turns)
+
     def labelled(self, number: int) -> tuple[PromptSource, ...]:
         """Return the sources of prompts, each labelled as rows of round `number`, such as 'own 2: math'."""
-        sources = self.settings.sources or self.recipe.prompts
-        return tuple(
-            source.model_copy(update={"source": f"own {number}: {source.source}"})
-            for source in sources
-            if source.of_turns
-        )
+        return tuple(source.model_copy(update={"source": f"own {number}: {source.source}"}) for source in self._sources)
 
     def answering(self) -> Recipe:
         """Return the recipe of the build in which the student answers; its `teacher` is the student."""
@@ -113,8 +113,9 @@ class Round:
     def asking_once(self) -> Recipe:
         """Return the recipe in which the teacher would answer each prompt that rounds may ask once, to count them."""
         generate = answers_as(self.recipe, self.settings, self.seed)
-        prompts = tuple(source for source in self.settings.sources or self.recipe.prompts if source.of_turns)
-        return self.recipe.model_copy(update={"prompts": prompts, "generate": generate, "cache": (self.own_cache,)})
+        return self.recipe.model_copy(
+            update={"prompts": self._sources, "generate": generate, "cache": (self.own_cache,)}
+        )
 
     def scoring(self) -> Recipe:
         """Return the recipe of the build in which the teacher scores what is in the own cache."""

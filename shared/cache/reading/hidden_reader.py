@@ -7,9 +7,10 @@ a reader.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from shared.cache.layout import HiddenLayer
+from shared.cache.layout import HiddenLayer, choose_layer, list_hidden_layers
 from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.parts.mapped_part import MappedBlobs
@@ -40,8 +41,7 @@ class HiddenReader:
         if missing:
             raise CacheError(
                 f"{layer.directory} lacks hidden states of {sum(record.rows for record in missing):,} rows in "
-                f"{len(missing):,} "
-                "parts; finish it with 'decant teach' or choose another layer"
+                f"{len(missing):,} parts; finish it with 'decant teach' or choose another layer"
             )
         self.layer = layer
         self.records = [covered[record.stem] for record in sequences]
@@ -49,14 +49,30 @@ class HiddenReader:
             if (record.rows, record.positions) != (hidden.rows, hidden.positions):
                 raise DamagedError(
                     f"{layer.directory / hidden.stem}.arrow has {hidden.rows} rows and {hidden.positions} positions "
-                    "where its "
-                    f"sequences have {record.rows} and {record.positions}; delete the part with its record and teach "
-                    "again"
+                    f"where its sequences have {record.rows} and {record.positions}; delete the part with its record "
+                    "and teach again"
                 )
             if verify:
                 check_file(layer.directory, hidden)
         self._codec = layer.identity.make_codec()
         self._parts: OpenParts[MappedBlobs] = OpenParts(layer.directory, self._open)
+
+    @classmethod
+    def of(cls, cache: Path, hidden: str | bool, sequences: Sequence[PartRecord], verify: bool) -> HiddenReader | None:
+        """Return the reader of a cache's hidden layer by name, of the only one (True), or None (False).
+
+        Raises:
+            CacheError: there is no such layer, or it does not cover every row.
+        """
+        if hidden is False:
+            return None
+        layer = choose_layer(list_hidden_layers(cache), None if hidden is True else hidden, cache, "hidden")
+        if layer is None:
+            raise CacheError(
+                f"{cache} has no hidden layer; add `capture.hidden` to the recipe that built it and run 'decant teach' "
+                "again: it generates and scores nothing a second time"
+            )
+        return cls(layer, sequences, verify)
 
     @property
     def name(self) -> str:

@@ -2,8 +2,8 @@
 
 What is there is asked once per process; files that are new or changed are fetched, in parallel, and each is compared
 with its checksum before it is kept, JSON and plans with their own, the tokenizer with that in cache.json, so nothing
-that was altered on the way or on the server stays. What
-was removed at the URL goes here too; what this machine made and has not pushed stays.
+that was altered on the way or on the server stays. What was removed at the URL goes here too; what this machine made
+and has not pushed stays.
 Cost: one listing, one small request per new part.
 """
 

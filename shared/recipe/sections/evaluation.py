@@ -1,4 +1,4 @@
-"""What a recipe may say about evaluation: which models, on which tasks."""
+"""What a recipe may say about evaluation: on which rows, which models, on which tasks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from shared.recipe.base import (
     Count,
     CountOrZero,
+    Fraction,
     Integer,
     NonNegative,
     Probability,
@@ -23,6 +24,13 @@ from shared.recipe.base import (
 )
 
 TaskName = Literal["copying", "gsm8k", "humaneval", "keywords", "multiple_choice"]
+
+
+class Heldout(Section):
+    """Prompts that no stage trains on."""
+
+    fraction: Annotated[Fraction, Field(lt=1)] = 0.05
+    """Share of prompt groups held out, chosen by a hash of the prompt."""
 
 
 class Task(Section):

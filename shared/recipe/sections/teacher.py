@@ -7,6 +7,7 @@ refused beside `engine: server` instead of being ignored.
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -21,10 +22,30 @@ from shared.recipe.base import (
     inconsistent,
     repeated,
 )
-from shared.recipe.sections.servers import address_problem
 
+KEY_VARIABLE = "DECANT_SERVER_API_KEY"
+"""Environment variable with the servers' API key."""
 _OF_THE_SERVER = ("tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens")
 _OF_THIS_ENGINE = ("servers", "server_requests", "server_patience_seconds")
+
+
+def address_problem(url: str) -> str | None:
+    """Say what is wrong with a server's address, without repeating a password in it, or None.
+
+    An address must not carry a password, because recipes are written into run directories.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return "it is no address of a server; expected one such as http://127.0.0.1:8000/v1"
+    if parts.username is not None or parts.password is not None or "@" in parts.netloc:
+        return f"an address must hold no user or password, because recipes are kept; put an API key into {KEY_VARIABLE}"
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not url.isascii() or " " in url:
+        return "it is no address of a server; expected one such as http://127.0.0.1:8000/v1"
+    if parts.query or parts.fragment:
+        return "an address must end with its path, such as http://127.0.0.1:8000/v1; leave out what follows '?' or '#'"
+    return None
 
 
 class Workers(Section):

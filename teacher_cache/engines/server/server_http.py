@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpcore
 
 from shared.errors import EngineError
-from shared.recipe.sections.servers import KEY_VARIABLE, address_problem
+from shared.recipe.sections.teacher import KEY_VARIABLE, address_problem
 from teacher_cache.engines.server.server_stream import BoundedBackend, Patience, ServerDownError
 
 SILENCE_SECONDS = 60.0

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from shared.errors import EngineError
-from shared.recipe.sections.servers import KEY_VARIABLE
+from shared.recipe.sections.teacher import KEY_VARIABLE
 from teacher_cache.engines.server.server_http import Answer, Server, TooLargeError
 from teacher_cache.engines.server.server_stream import ServerDownError
 

@@ -116,6 +116,7 @@ def _install_v1() -> None:
     _expect_parameters(LogprobsTensors, "logprob_token_ids", "logprobs", "selected_token_ranks")
 
     def gather_logprobs(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+        """Return the columns of a slice that is scored for a cache, else what vLLM returns."""
         if _layout is None or _slices is None:
             return stock_gather(logprobs, num_logprobs, token_ids)
         labels, keys = _slices.popleft()
@@ -163,6 +164,7 @@ def _install_v2() -> None:
     def compute_topk_scores(
         logits: torch.Tensor, num_logprobs: int, sampled_token_ids: torch.Tensor, *rest: Any, **named: Any
     ) -> Any:
+        """Return the columns of rows that are scored for a cache, else what vLLM returns."""
         global _row_keys
         if _layout is None or _row_keys is None:
             return stock_scores(logits, num_logprobs, sampled_token_ids, *rest, **named)
@@ -184,6 +186,7 @@ def _install_v2() -> None:
         *rest: Any,
         **named: Any,
     ) -> Any:
+        """Key the draws of the rows that vLLM's own function scores."""
         global _row_keys
         scores = _layout is not None and bool(np.any(self.uses_prompt_logprobs[input_batch.idx_mapping_np]))
         _row_keys = _batch_keys(input_batch, all_token_ids) if scores else None

@@ -72,6 +72,7 @@ def patch_live(model: Any, objective: Objective, teacher: Any) -> None:
     teacher_head = head_of(teacher, student_head.vocab_size)
 
     def forward(self: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **kwargs: Any) -> CausalLMOutput:
+        """Return the loss against the live teacher in the place of the cached one."""
         index = kwargs["predictor_index"]
         with torch.no_grad():
             p = logprobs(body_of(teacher), teacher_head, input_ids, position_ids, index)

@@ -117,6 +117,7 @@ def _write_part(cache: Cache, rows: range, layer: LayerIdentity, form: str, file
     columns_of = _axolotl if form == "axolotl" else _distillkit
 
     def fill(target: BinaryIO) -> None:
+        """Write row after row."""
         writer: pq.ParquetWriter | None = None
         for index in rows:
             columns = columns_of(cache[index], layer)

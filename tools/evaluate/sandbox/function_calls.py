@@ -86,6 +86,7 @@ def caller(pipes: tuple[int, int]) -> Callable[..., Any]:
     results, calls = open(pipes[0], "rb"), open(pipes[1], "wb")  # noqa: PTH123, SIM115
 
     def function(*args: Any, **kwargs: Any) -> Any:
+        """Let the other side compute a call."""
         call = json.dumps(encode([args, kwargs])).encode() + b"\n"
         try:
             calls.write(call)

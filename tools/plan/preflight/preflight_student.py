@@ -49,6 +49,7 @@ def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Pro
         return
 
     def compare() -> None:
+        """Compare the whole tokenizers, where their files differ."""
         theirs = wanted
         if not asked.caches:
             assert teacher is not None

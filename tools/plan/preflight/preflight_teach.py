@@ -32,7 +32,8 @@ def teacher_problems(asked: Asked) -> Iterator[Problem]:
         if ("model",) not in dict(found):
             found += said(("model",), partial(_same_tokens, teacher, other))
         yield from ((("teachers", name, *place), sentence) for place, sentence in found)
-    yield from _asked_twice({"teacher": teacher, **asked.recipe.teachers})
+    if asked.recipe.teachers:
+        yield from _asked_twice({"teacher": teacher, **asked.recipe.teachers})
 
 
 def _asked_twice(teachers: Mapping[str, Teacher]) -> Iterator[Problem]:
