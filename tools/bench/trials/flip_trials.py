@@ -23,6 +23,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -87,17 +88,8 @@ def _row(cache: Cache, i: int) -> list[Any]:
         arrays += [hidden.states.values, hidden.states.scales]
         arrays += [] if hidden.pooled is None else [hidden.pooled.values, hidden.pooled.scales]
         arrays += [array for one in hidden.attention for array in (one.counts, one.distances, one.mass_codes)]
-    texts = [
-        row.key,
-        row.row_key,
-        row.group_key,
-        row.source,
-        row.prompt,
-        row.response,
-        row.reference,
-        row.finish_reason,
-    ]
-    return [*texts, *(array.tobytes() for array in arrays)]
+    names = [field.name for field in fields(row) if field.name not in ("token_ids", "spans", "targets", "hidden")]
+    return [*(getattr(row, name) for name in names), *(array.tobytes() for array in arrays)]
 
 
 class Machine:

@@ -102,12 +102,8 @@ def evaluate_heldout(
     if not fitting:
         raise EvaluationError(f"{model_dir}: every held-out row is longer than the {limit} tokens that the model reads")
     sums, partings, row_kl = _measured(model, layer.vocab_size, opened, fitting, batch_tokens, say)
-    found: dict[str, Any] = {
-        "rows_too_long": len(chosen) - len(fitting),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "layer": opened[0].layer_name,
-        "row_kl": row_kl,
-    }
+    found: dict[str, Any] = {"rows_too_long": len(chosen) - len(fitting)}
+    found |= {"dtype": str(model.dtype).removeprefix("torch."), "layer": opened[0].layer_name, "row_kl": row_kl}
     if as_captured and layer.quantization is not None:
         found["quantization"] = _quantization(model, layer.quantization)
     if several:
