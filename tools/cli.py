@@ -73,13 +73,15 @@ def _init(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from tools.plan.planner import plan, plan_text, require_disk
+    from tools.rounds.chain import with_rounds
     from tools.run_all import phases_of
 
     if args.card is not None and (args.calibrate is not None or args.price_per_hour is not None):
         args.parser.error("--card is about training and --calibrate about the teacher; ask one at a time")
     if args.price_per_hour is not None and args.calibrate is None:
         args.parser.error("--price-per-hour needs --calibrate: without it no hours are known")
-    recipe = _load(args, lambda args, recipe: () if args.card else phases_of(recipe))  # a card asks for sizes alone
+    # A card asks for sizes alone.
+    recipe = _load(args, lambda args, recipe: () if args.card else with_rounds(recipe, phases_of(recipe)))
     if args.calibrate is not None:
         from tools.phases import plan_calibrated
 

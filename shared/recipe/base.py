@@ -183,10 +183,23 @@ def repeated(values: Iterable[Hashable]) -> list[int]:
     return [place for place, value in enumerate(values) if first.setdefault(value, place) != place]
 
 
-def equal_samples(counted_by: str, samples: int, temperature: float) -> list[Problem]:
-    """Return what is wrong with several samples at temperature 0, blamed on the field that counts them."""
-    said = "all answers at temperature 0 are the same; raise the temperature or leave it at 1"
-    return [((counted_by,), said)] if temperature == 0 and samples > 1 else []
+def moved(section: Section) -> set[str]:
+    """Return the fields that are not at their defaults."""
+    return set(section.model_dump(exclude_defaults=True))
+
+
+_SAMPLING = {
+    "samples_per_prompt": "all answers at temperature 0 are the same; raise the temperature or leave it at 1",
+    "samples": "all answers at temperature 0 are the same; raise the temperature or leave it at 1",
+    "top_p": "temperature 0 takes the most probable token, so leave it out or raise the temperature",
+    "top_k": "temperature 0 takes the most probable token, so leave it out or raise the temperature",
+}
+"""Settings of sampled answers, and why they mean nothing where answers are not sampled."""
+
+
+def greedy_problems(section: Section, temperature: float) -> list[Problem]:
+    """Return what a section says about sampling although its temperature is 0."""
+    return [((name,), _SAMPLING[name]) for name in sorted(moved(section) & _SAMPLING.keys()) if temperature == 0]
 
 
 def closest(found: str, choices: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ from shared.recipe.sections.losses import LABEL_LOSSES, LOSSES_ON_HIDDEN_LAYER, 
 from shared.recipe.sections.optimizers import OPTIMIZERS
 from shared.recipe.sections.prompts import PromptSource
 from shared.recipe.sections.rounds import Guards, Rounds
-from shared.recipe.sections.teacher import Teacher, Workers
+from shared.recipe.sections.teacher import Teacher, Workers, unread_settings
 from shared.recipe.sections.training import RESERVED_STAGE_NAMES, Adapter, Stage, StageTrainer, Student
 from shared.schema import LAYER_NAME_PATTERN, MAX_ROWS_PER_PART
 
@@ -125,6 +125,7 @@ class Recipe(Section):
     def _sections_agree(self) -> Recipe:
         problems = [
             *_phase1_problems(self),
+            *_unread_problems(self),
             *_stage_problems(self),
             *_temperature_problems(self),
             *_rounds_problems(self),
@@ -232,6 +233,25 @@ def _phase1_problems(recipe: Recipe) -> list[Problem]:
             )
     problems += [(("cache", i), f"'{named(recipe.cache[i])}' is listed twice") for i in repeated(recipe.cache)]
     return problems
+
+
+def _unread_problems(recipe: Recipe) -> list[Problem]:
+    """Return settings of an engine that nothing in the recipe runs on."""
+    teacher = recipe.teacher
+    if teacher is None:
+        return []
+    usual = "vllm" if teacher.engine == "server" else teacher.engine
+    at_work = {teacher.engine, *(stage.rounds.engine or usual for stage in recipe.stages if stage.rounds is not None)}
+    if recipe.capture.hidden is not None:
+        at_work.add("transformers")
+    if recipe.evaluate.models:
+        at_work.add(recipe.evaluate.engine)
+    of_one = [(("teacher", *path), why) for path, why in unread_settings(teacher, at_work)]
+    return of_one + [
+        (("teachers", name, *path), why)
+        for name, other in recipe.teachers.items()
+        for path, why in unread_settings(other, {other.engine})
+    ]
 
 
 def _stage_problems(recipe: Recipe) -> list[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shared.recipe.recipe import StageTrainer
-from shared.recipe.sections.optimizers import OPTIMIZERS
+from shared.recipe.sections.optimizers import ADAM, OPTIMIZERS
 
 
 def test_every_name_is_one_of_transformers() -> None:
@@ -40,3 +40,22 @@ def test_four_bits_take_half_of_eight_and_paged_ones_say_so() -> None:
 def test_an_optimizer_that_no_stage_can_use_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no optimizer that a stage can use"):
         StageTrainer(optim=name)
+
+
+def _options(name: str, **changed: float) -> str:
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(output_dir="unused", optim=name, report_to="none", use_cpu=True, **changed)
+    return repr(Trainer.get_optimizer_cls_and_kwargs(arguments)[1])
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_an_optimizer_reads_what_transformers_hands_on_to_it(name: str) -> None:
+    try:
+        usual = _options(name)
+    except (ImportError, RuntimeError, ValueError) as error:
+        pytest.skip(f"not installed: {error}")
+    assert {setting for setting in ADAM if _options(name, **{setting: 0.25}) != usual} == set(OPTIMIZERS[name].reads)
+    for setting in set(ADAM) - set(OPTIMIZERS[name].reads):
+        with pytest.raises(ValueError, match=f"the optimizer '{name}' does not use it"):
+            StageTrainer.model_validate({"optim": name, setting: 0.25})

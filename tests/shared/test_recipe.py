@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Capture, Loss, Recipe, Schedule, Stage, StageTrainer, Task
 from shared.recipe.sections.teacher import address_problem
 
+ON_TRANSFORMERS = {"models": ["kd"], "engine": "transformers"}
 KL = {"name": "forward_kl"}
 SERVED = {"model": "t", "engine": "server", "servers": ["http://a:8000/v1"]}
 
@@ -181,10 +183,20 @@ def test_stage_that_cannot_be_trained_is_refused(stages, why):
         ),
         ({"teacher": {**SERVED, "workers": {"count": 2}}}, "shared out by one process"),
         ({"teacher": {"model": "t", "engine": "transformers", "tensor_parallel_size": 2}}, "one process"),
+        ({"teacher": {"model": "t", "engine": "transformers", "gpu_memory_utilization": 0.5}}, "engine 'vllm' reads"),
+        ({"teacher": {"model": "t", "engine": "transformers", "max_num_batched_tokens": 9}}, "engine 'vllm' reads"),
+        ({"teacher": {"model": "t", "batch_tokens": 9}}, "engine 'transformers' reads"),
+        ({"teacher": {**SERVED, "batch_tokens": 9}}, "engine 'transformers' reads"),
+        ({"teachers": {"b": {"model": "t", "batch_tokens": 9}}, "evaluate": ON_TRANSFORMERS}, "'transformers' reads"),
         ({"teacher": SERVED, "generate": {"model": "other"}}, "serves the teacher only"),
         ({"generate": {"model": ""}}, "at least 1 character"),
         ({"teacher": {"model": "t", "adapter": "polite", "quantization": "fp8"}}, "folded into the weights"),
         ({"generate": {"temperature": 0, "samples_per_prompt": 2}}, "are the same"),
+        ({"generate": {"temperature": 0, "top_p": 0.9}}, "takes the most probable token"),
+        ({"generate": {"temperature": 0, "top_k": 5}}, "takes the most probable token"),
+        ({"evaluate": {"own_answers": {"temperature": 0, "top_p": 0.9}}}, "takes the most probable token"),
+        ({"student": {"model": "s", "adapter": {"kind": "none", "r": 8}}}, "adds nothing"),
+        ({"student": {"model": "s", "adapter": {"target_modules": ["q_proj"]}}}, "adds nothing"),
         ({"teacher": {"model": "t", "workers": {}}, "generate": {"model": "s"}}, "all run the teacher"),
         ({"teacher": {"model": "t", "workers": {}}, "capture": {"hidden": {"layers": 2}}}, "by one engine"),
         ({"teacher": None}, "no `teacher`"),
@@ -225,6 +237,23 @@ def test_trainer_refuses_pairs_of_which_one_counts():
     assert "keep one" in refused(StageTrainer, {"bf16": True, "fp16": True})
     assert "keep one" in refused(StageTrainer, {"warmup_steps": 3, "warmup_ratio": 0.1})
     assert StageTrainer.model_validate({"report_to": "none", "max_steps": 1e3}).max_steps == 1000
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 3}, {"warmup_ratio": 0.1}])
+def test_constant_rate_has_no_warmup(warmup):
+    assert "constant_with_warmup" in refused(StageTrainer, {"lr_scheduler_type": "constant", **warmup})
+    StageTrainer.model_validate({"lr_scheduler_type": "constant_with_warmup", **warmup})
+
+
+@pytest.mark.parametrize("changes", [
+    {"capture": {"hidden": {"layers": 2}}},
+    {"evaluate": {"models": ["teacher"], "engine": "transformers"}},
+])  # fmt: skip
+def test_setting_of_an_engine_that_does_something_else_in_the_recipe_is_kept(changes):
+    loaded = Recipe.model_validate(recipe(teacher={"model": "t", "batch_tokens": 9}, **changes))
+    assert loaded.teacher is not None
+    assert loaded.teacher.batch_tokens == 9
+    assert dump_recipe(Recipe.model_validate(loaded.model_dump(mode="json"))) == dump_recipe(loaded)
 
 
 @pytest.mark.parametrize("kind, expected", [("linear", 0.75), ("cosine", 0.5 + 0.5 * math.cos(math.pi / 4))])

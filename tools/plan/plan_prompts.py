@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shared.keys import is_heldout
 from shared.parts.jobs import committed_keys
 from shared.parts.records import list_records
 from shared.recipe.recipe import Recipe
+from teacher_cache.student_answers import Asking
 
 ROWS_COUNTED = 2000
 """Rows per source whose tokens are counted one by one."""
@@ -121,6 +123,24 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     result.set_aside = problems.total + sum(_too_long_of_the_rest(source) for source in result.sources.values())
     result.first_problem = problems.listed[0].sentence() if problems.listed else None
     return result
+
+
+def require_prompts(recipe: Recipe, asking: Asking) -> None:
+    """Refuse to let a student be asked more of a recipe's prompts than there are; read no further than that takes.
+
+    Raises:
+        PromptError: there are fewer, or a source is missing or cannot be read.
+    """
+    from teacher_cache.prompts.prompts import Problems, read_prompts
+    from teacher_cache.prompts.work_list import Tally, list_rows
+
+    if isinstance(asking.prompts, float):
+        return  # a share of what there is
+    problems = Problems()
+    prompts = read_prompts(recipe.prompts, problems)
+    rows = list_rows(prompts, recipe.prompts, recipe.generate, recipe.seed, problems, Tally(), None, foreign_ends=[])
+    of_half = (row for row in rows if is_heldout(row.group_key, asking.heldout_fraction) == asking.heldout)
+    asking.number_of(sum(1 for _ in islice(of_half, asking.prompts)))
 
 
 def _longest_row(recipe: Recipe, counter: _TokenCounter) -> int | None:

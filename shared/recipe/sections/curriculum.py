@@ -16,6 +16,7 @@ from shared.recipe.base import (
     Probability,
     Section,
     inconsistent,
+    moved,
 )
 
 
@@ -100,8 +101,7 @@ class Balance(Kind):
         defaults = {"fixed": ("every_steps", "alpha", "learning_rate"), "uncertainty": ("every_steps", "alpha")}.get(
             self.kind, ()
         )
-        fields = type(self).model_fields
-        foreign = [name for name in defaults if getattr(self, name) != fields[name].default]
+        foreign = sorted(moved(self) & set(defaults))
         if foreign:
             inconsistent(*(((name,), f"'{self.kind}' does not use it, so leave it out") for name in foreign))
         return self

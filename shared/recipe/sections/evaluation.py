@@ -18,7 +18,7 @@ from shared.recipe.base import (
     Section,
     ShareOrNumber,
     Text,
-    equal_samples,
+    greedy_problems,
     inconsistent,
     repeated,
 )
@@ -76,7 +76,7 @@ class Task(Section):
             why = "multiple_choice compares likelihoods and samples no answer; leave it out"
             problems: list[Problem] = [((key,), why) for key, is_set in sampled.items() if is_set]
         else:
-            problems = equal_samples("samples", self.samples, self.temperature)
+            problems = greedy_problems(self, self.temperature)
         if problems:
             inconsistent(*problems)
         return self
@@ -129,6 +129,13 @@ class OwnAnswers(Section):
     """Longest answer in tokens; left out: `generate.max_new_tokens`."""
     seed: Integer = 0
     """Seed of the choice of prompts and of the answers."""
+
+    @model_validator(mode="after")
+    def _sampling_is_used(self) -> OwnAnswers:
+        problems = greedy_problems(self, self.temperature)
+        if problems:
+            inconsistent(*problems)
+        return self
 
 
 class Evaluate(Section):

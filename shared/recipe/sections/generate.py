@@ -14,7 +14,7 @@ from shared.recipe.base import (
     Probability,
     Section,
     Text,
-    equal_samples,
+    greedy_problems,
     inconsistent,
 )
 
@@ -60,7 +60,7 @@ class Generate(Section):
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Generate:
-        problems = equal_samples("samples_per_prompt", self.samples_per_prompt, self.temperature)
+        problems = greedy_problems(self, self.temperature)
         if problems:
             inconsistent(*problems)
         return self

@@ -14,6 +14,11 @@ _OF_8_BITS = 1.02
 _OF_4_BITS = 0.53
 
 
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+"""Settings of a stage's trainer that not every optimizer reads."""
+_LION = ADAM[:2]
+
+
 @dataclass(frozen=True, slots=True)
 class Optimizer:
     """What one optimizer costs and needs."""
@@ -22,6 +27,8 @@ class Optimizer:
     """Numbers that it keeps per trained weight."""
     number_bytes: float | None = None
     """Bytes of each; None: as wide as the weight."""
+    reads: tuple[str, ...] = ADAM
+    """Which of `ADAM` it reads, as transformers hands them on."""
     package: str | None = None
     """What must be installed besides torch and transformers."""
     is_paged: bool = False
@@ -43,11 +50,12 @@ class Optimizer:
         return self.states * (weight_bytes if self.number_bytes is None else self.number_bytes)
 
 
-def _bnb(states: int, number_bytes: float, *, is_paged: bool = False) -> Optimizer:
+def _bnb(states: int, number_bytes: float, reads: tuple[str, ...] = ADAM, *, is_paged: bool = False) -> Optimizer:
     in_8_bits = number_bytes < 4
     return Optimizer(
         states,
         number_bytes,
+        reads,
         "bitsandbytes",
         is_paged,
         updates_in_place=True,
@@ -58,31 +66,31 @@ def _bnb(states: int, number_bytes: float, *, is_paged: bool = False) -> Optimiz
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_torch": Optimizer(2, is_elementwise=True),
     "adamw_torch_fused": Optimizer(2, is_elementwise=True, updates_in_place=True),
-    "adamw_torch_8bit": Optimizer(2, _OF_8_BITS, "torchao", updates_in_place=True),
-    "adamw_torch_4bit": Optimizer(2, _OF_4_BITS, "torchao", updates_in_place=True),
-    "adafactor": Optimizer(1, 0.1),
-    "sgd": Optimizer(0, is_elementwise=True, updates_in_place=True),
-    "adagrad": Optimizer(1, is_elementwise=True),
-    "rmsprop": Optimizer(1, is_elementwise=True),
+    "adamw_torch_8bit": Optimizer(2, _OF_8_BITS, package="torchao", updates_in_place=True),
+    "adamw_torch_4bit": Optimizer(2, _OF_4_BITS, package="torchao", updates_in_place=True),
+    "adafactor": Optimizer(1, 0.1, ()),
+    "sgd": Optimizer(0, reads=(), is_elementwise=True, updates_in_place=True),
+    "adagrad": Optimizer(1, reads=(), is_elementwise=True),
+    "rmsprop": Optimizer(1, reads=(), is_elementwise=True),
     "adamw_8bit": _bnb(2, _OF_8_BITS),
     "adamw_bnb_8bit": _bnb(2, _OF_8_BITS),
     "ademamix": _bnb(3, 4),
     "ademamix_8bit": _bnb(3, _OF_8_BITS),
-    "lion_8bit": _bnb(1, _OF_8_BITS),
-    "lion_32bit": _bnb(1, 4),
-    "rmsprop_bnb": _bnb(1, 4),
-    "rmsprop_bnb_8bit": _bnb(1, _OF_8_BITS),
-    "rmsprop_bnb_32bit": _bnb(1, 4),
+    "lion_8bit": _bnb(1, _OF_8_BITS, _LION),
+    "lion_32bit": _bnb(1, 4, _LION),
+    "rmsprop_bnb": _bnb(1, 4, ()),
+    "rmsprop_bnb_8bit": _bnb(1, _OF_8_BITS, ()),
+    "rmsprop_bnb_32bit": _bnb(1, 4, ()),
     "paged_adamw_8bit": _bnb(2, _OF_8_BITS, is_paged=True),
     "paged_adamw_32bit": _bnb(2, 4, is_paged=True),
     "paged_ademamix_8bit": _bnb(3, _OF_8_BITS, is_paged=True),
     "paged_ademamix_32bit": _bnb(3, 4, is_paged=True),
-    "paged_lion_8bit": _bnb(1, _OF_8_BITS, is_paged=True),
-    "paged_lion_32bit": _bnb(1, 4, is_paged=True),
-    "grokadamw": Optimizer(3, package="grokadamw"),
+    "paged_lion_8bit": _bnb(1, _OF_8_BITS, _LION, is_paged=True),
+    "paged_lion_32bit": _bnb(1, 4, _LION, is_paged=True),
+    "grokadamw": Optimizer(3, reads=(), package="grokadamw"),
     "schedule_free_adamw": Optimizer(2, package="schedulefree"),
     "schedule_free_radam": Optimizer(2, package="schedulefree"),
-    "schedule_free_sgd": Optimizer(1, package="schedulefree"),
+    "schedule_free_sgd": Optimizer(1, reads=(), package="schedulefree"),
     "stable_adamw": Optimizer(2, package="optimi"),
 }
 """By the name that a recipe gives; those that need layers named for them (galore, apollo) are left out."""

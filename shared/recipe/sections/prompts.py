@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from shared.recipe.base import Count, Problem, Section, Text, closest, inconsistent, quoted
+from shared.recipe.base import Count, Problem, Section, Text, closest, inconsistent, moved, quoted
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "prompt", "chosen", "system", "tools", "reference"),
@@ -79,7 +79,7 @@ class PromptSource(Section):
         if self.of_cache:
             kept = {"source", "path", "format", "limit"}
             problems = [
-                ((name,), "rows of a cache are taken as they are, so leave it out") for name in _moved(self) - kept
+                ((name,), "rows of a cache are taken as they are, so leave it out") for name in moved(self) - kept
             ]
         else:
             if not self.source:
@@ -92,10 +92,6 @@ class PromptSource(Section):
         return self
 
 
-def _moved(source: PromptSource) -> set[str]:
-    return set(source.model_dump(exclude_defaults=True))
-
-
 def _without_template(source: PromptSource) -> list[tuple[str, str]]:
     """Return what plain text leaves without effect."""
     if not source.of_text and source.template != "none":
@@ -103,7 +99,7 @@ def _without_template(source: PromptSource) -> list[tuple[str, str]]:
     plain = "'text' rows" if source.of_text else "rows with template 'none'"
     names = [name for name in ("chat_template", "chat_template_kwargs", "date") if getattr(source, name)]
     if source.of_text:
-        names += [name for name in ("system", "supervise") if name in _moved(source)]
+        names += [name for name in ("system", "supervise") if name in moved(source)]
     why = {"supervise": f"{plain} are trained from their second token on, so leave it out"}
     return [(name, why.get(name, f"{plain} are not rendered by a template, so leave it out")) for name in names]
 

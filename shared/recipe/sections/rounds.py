@@ -15,7 +15,7 @@ from shared.recipe.base import (
     Probability,
     Section,
     ShareOrNumber,
-    equal_samples,
+    greedy_problems,
     inconsistent,
 )
 from shared.recipe.sections.prompts import PromptSource
@@ -73,7 +73,7 @@ class Rounds(Section):
 
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Rounds:
-        problems = equal_samples("samples_per_prompt", self.samples_per_prompt, self.temperature)
+        problems = greedy_problems(self, self.temperature)
         problems += [
             (("sources", i, "format"), f"rows of format '{source.format}' ask nothing; leave it out")
             for i, source in enumerate(self.sources)

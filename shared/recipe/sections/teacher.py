@@ -6,7 +6,8 @@ refused beside `engine: server` instead of being ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Collection
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -20,13 +21,16 @@ from shared.recipe.base import (
     Section,
     Text,
     inconsistent,
+    moved,
     repeated,
 )
 
 KEY_VARIABLE = "DECANT_SERVER_API_KEY"
 """Environment variable with the servers' API key."""
-_OF_THE_SERVER = ("tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens")
-_OF_THIS_ENGINE = ("servers", "server_requests", "server_patience_seconds")
+_OF_THE_SERVER = {"tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens"}
+_OF_THIS_ENGINE = {"servers", "server_requests", "server_patience_seconds"}
+_READ_BY = {"gpu_memory_utilization": "vllm", "max_num_batched_tokens": "vllm", "batch_tokens": "transformers"}
+"""Setting to the one engine that reads it; the teacher's section may hold it for what else of a recipe runs there."""
 
 
 def address_problem(url: str) -> str | None:
@@ -122,6 +126,21 @@ class Teacher(Section):
         return self
 
 
+def unread_settings(teacher: Teacher, engines: Collection[str]) -> list[Problem]:
+    """Return the settings of a teacher that none of the engines at work reads."""
+    return [
+        ((name,), f"only the engine '{_READ_BY[name]}' reads it, which nothing here runs on; leave it out")
+        for name in sorted(moved(teacher) & _READ_BY.keys())
+        if _READ_BY[name] not in engines and not (teacher.engine == "server" and name in _OF_THE_SERVER)
+    ]
+
+
+def as_on(engine: str) -> dict[str, Any]:
+    """Return what changes in a section that one of our own engines opens: what it does not read is at its default."""
+    unread = _OF_THIS_ENGINE | {name for name, reader in _READ_BY.items() if reader != engine}
+    return {"engine": engine, **{name: Teacher.model_fields[name].default for name in unread}}
+
+
 def _misplaced(workers: Workers, engine: str, tensor_parallel_size: int) -> list[Problem]:
     """Return what of `workers` cannot be honoured."""
     gpus = workers.gpus_per_engine
@@ -146,8 +165,7 @@ def _server_problems(teacher: Teacher) -> list[Problem]:
                 (name,),
                 f"only the engine 'server' asks servers and this teacher's engine is '{teacher.engine}'; leave it out",
             )
-            for name in _OF_THIS_ENGINE
-            if _is_set(teacher, name)
+            for name in sorted(moved(teacher) & _OF_THIS_ENGINE)
         ]
     problems: list[Problem] = []
     if not teacher.servers:
@@ -159,9 +177,10 @@ def _server_problems(teacher: Teacher) -> list[Problem]:
         problem = address_problem(url) or ("the same server is listed twice" if i in again else None)
         if problem:
             problems.append((("servers", i), problem))
-    for name in _OF_THE_SERVER:
-        if _is_set(teacher, name):
-            problems.append(((name,), "a server is started by `vllm serve`, which decides this there; leave it out"))
+    problems += [
+        ((name,), "a server is started by `vllm serve`, which decides this there; leave it out")
+        for name in sorted(moved(teacher) & _OF_THE_SERVER)
+    ]
     if teacher.quantization is not None:
         problems.append(
             (
@@ -176,7 +195,3 @@ def _server_problems(teacher: Teacher) -> list[Problem]:
             (("workers",), "servers are engines already, so list them all under `servers` and leave it out")
         )
     return problems
-
-
-def _is_set(teacher: Teacher, name: str) -> bool:
-    return bool(getattr(teacher, name) != type(teacher).model_fields[name].default)

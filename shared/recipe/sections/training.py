@@ -22,12 +22,13 @@ from shared.recipe.base import (
     Text,
     closest,
     inconsistent,
+    moved,
     one_or_many,
 )
 from shared.recipe.schedule import Schedule
 from shared.recipe.sections.curriculum import Balance, Sampling, StageEvaluation
 from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER, Loss
-from shared.recipe.sections.optimizers import OPTIMIZERS
+from shared.recipe.sections.optimizers import ADAM, OPTIMIZERS
 from shared.recipe.sections.rounds import Rounds
 from shared.recipe.sections.target_layers import TargetLayer, target_problems
 
@@ -63,6 +64,13 @@ class Adapter(Kind):
     """Dropout before the additions."""
     target_modules: Text | tuple[Text, ...] = "all-linear"
     """Which layers get additions: all-linear (without the head), a pattern, or names."""
+
+    @model_validator(mode="after")
+    def _options_belong_to_it(self) -> Adapter:
+        if self.kind == "none" and moved(self):
+            said = "kind 'none' adds nothing to the weights; write lora or qlora"
+            inconsistent(*(((name,), said) for name in sorted(moved(self))))
+        return self
 
 
 class Student(Section):
@@ -188,6 +196,11 @@ class StageTrainer(Section):
             problems.append((("fp16",), "bf16 and fp16 are both on; keep one"))
         if self.warmup_steps and self.warmup_ratio:
             problems.append((("warmup_ratio",), "warmup_steps and warmup_ratio are both set; keep one"))
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+            said = "'constant' begins at its full rate, without warmup; write constant_with_warmup"
+            problems.append((("lr_scheduler_type",), said))
+        foreign = sorted(moved(self) & set(ADAM) - set(OPTIMIZERS[self.optim].reads))
+        problems += [((name,), f"the optimizer '{self.optim}' does not use it, so leave it out") for name in foreign]
         if "none" in self.report_to and len(self.report_to) > 1:
             problems.append((("report_to",), "'none' stands alone"))
         if problems:

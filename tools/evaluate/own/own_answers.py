@@ -22,6 +22,7 @@ from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
 from teacher_cache.prompts.files.prompt_files import content_hash
+from teacher_cache.student_answers import Asking, answers_as
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.results.results import read_result, result_path, same_identity, write_result
@@ -33,6 +34,16 @@ OWN_FORMAT = 1
 def own_cache(recipe: Recipe) -> Path:
     """Return the cache of the models' answers to held-out prompts."""
     return recipe.output_dir / "own" / "heldout"
+
+
+def asked_of_models(recipe: Recipe) -> tuple[Recipe, Asking]:
+    """Return the recipe by which each model answers, and which of its prompts are asked."""
+    asked = recipe.evaluate.own_answers
+    assert asked is not None
+    prompts = tuple(source for source in recipe.prompts if source.of_turns)
+    generate = answers_as(recipe, asked, asked.seed)
+    answering = recipe.model_copy(update={"prompts": prompts, "generate": generate, "cache": (own_cache(recipe),)})
+    return answering, Asking(1, asked.prompts, recipe.heldout.fraction, True, asked.seed)
 
 
 def measure_own_answers(

@@ -13,27 +13,17 @@ from shared.parts.jobs import Job
 from shared.recipe.recipe import Recipe
 from tools.evaluate.models.model_process import leave, serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
-from tools.evaluate.own.own_answers import own_cache, write_own
+from tools.evaluate.own.own_answers import asked_of_models, own_cache, write_own
 
 
 def answer(recipe: Recipe, model: ModelUnderTest) -> Job:
     """Let a model answer held-out prompts, or continue; return the job."""
-    from teacher_cache.student_answers import Asking, answer_prompts, answers_as
+    from teacher_cache.student_answers import answer_prompts
 
-    asked = recipe.evaluate.own_answers
-    assert asked is not None
     assert recipe.teacher is not None
     section = model.settings(recipe, recipe.teacher.max_model_len or model.files.max_position_embeddings)
-    answering = recipe.model_copy(
-        update={
-            "teacher": section,
-            "prompts": tuple(source for source in recipe.prompts if source.of_turns),
-            "generate": answers_as(recipe, asked, asked.seed),
-            "cache": (own_cache(recipe),),
-        }
-    )
-    asking = Asking(1, asked.prompts, recipe.heldout.fraction, True, asked.seed)
-    return answer_prompts(answering, recipe.cache[0], asking)[0]
+    answering, asking = asked_of_models(recipe)
+    return answer_prompts(answering.model_copy(update={"teacher": section}), recipe.cache[0], asking)[0]
 
 
 def score(recipe: Recipe) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.recipe.base import Problem
+from tools.evaluate.own.own_answers import asked_of_models
+from tools.plan.plan_prompts import require_prompts
 from tools.plan.preflight.preflight_asked import Asked, Place, said
 from tools.plan.preflight.preflight_models import model_problem
 
@@ -61,6 +63,11 @@ def evaluation_problems(asked: Asked) -> Iterator[Problem]:
         yield from said(
             ("evaluate", "tasks", i, "path"),
             lambda task=task: read_questions(task, task_kind(task)),  # type: ignore[misc]
+        )
+    if recipe.evaluate.own_answers is not None:
+        yield from said(
+            ("evaluate", "own_answers", "prompts"),
+            lambda: require_prompts(*asked_of_models(recipe)),
         )
     for i, name in enumerate(recipe.evaluate.side_by_side.prompts if recipe.evaluate.side_by_side else ()):
         if name not in ("heldout", "tasks") and not Path(name).is_file():

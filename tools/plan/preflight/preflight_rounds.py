@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 
 from shared.recipe.base import Problem
+from tools.plan.plan_prompts import require_prompts
 from tools.plan.preflight.preflight_asked import Asked, said
 from tools.plan.preflight.preflight_teach import teacher_problems
+from tools.rounds.one_round import Round
 
 
 def answer_problems(asked: Asked) -> Iterator[Problem]:
@@ -20,10 +22,16 @@ def answer_problems(asked: Asked) -> Iterator[Problem]:
         own = stage.rounds.sources
         if not own and not any(source.of_turns for source in asked.recipe.prompts):
             yield ("stages", i, "rounds"), "no entry of `prompts` asks anything; name some in `sources` here"
+        missing: list[Problem] = []
         for j, source in enumerate(own or asked.recipe.prompts):
             place = ("stages", i, "rounds", "sources", j, "path") if own else ("prompts", j, "path")
-            if not source.of_cache:
-                yield from said(place, partial(locate, source))
+            if not source.of_cache and not asked.elsewhere:
+                missing += said(place, partial(locate, source))
+        yield from missing
+        if not missing and not asked.elsewhere:
+            one = Round(asked.recipe, stage, 1)
+            work = partial(require_prompts, one.asking_once(), one.asking)
+            yield from said(("stages", i, "rounds", "prompts"), work)
         if not asked.caches and not asked.builds:
             yield ("cache", 0), f"there is no cache at '{asked.recipe.cache[0]}' yet; build it with `decant teach`"
 
