@@ -39,21 +39,21 @@ from tools.bench.trials.train_kill_trials import outcome, recipe_of, train
 STEPS = ("train", "push", "pull")
 MOST_KILLS = 3
 """Of one run, one after another."""
-ROWS_PER_PART, WINDOW_PARTS = 2, 3
+WINDOW_PARTS = 3
 BUCKET = "trials"
 _ENDS = (LIST_FILE, "README.md")
 """What a push adds to a cache."""
 
 
-def in_small_parts(source: Path, path: Path) -> Path:
+def in_small_parts(source: Path, path: Path, rows_per_part: int = 2) -> Path:
     """Write the rows and targets of a cache into another one of many small parts, and return its path."""
     cache = Cache.open(source)
     assert cache.layer is not None
     writer = CacheWriter.create_or_open(path, cache.sequences_identity, read_tokenizer_files(source))
     layer = writer.layer(None, cache.layer, {})
-    for start in range(0, len(cache), ROWS_PER_PART):
-        rows = [cache[i] for i in range(start, min(start + ROWS_PER_PART, len(cache)))]
-        stem = f"part-0123abcd-{start // ROWS_PER_PART:06d}"
+    for start in range(0, len(cache), rows_per_part):
+        rows = [cache[i] for i in range(start, min(start + rows_per_part, len(cache)))]
+        stem = f"part-0123abcd-{start // rows_per_part:06d}"
         writer.write_sequences(stem, rows, {})
         layer.write(stem, [row.key for row in rows], [row.targets for row in rows if row.targets is not None], {})
     return path

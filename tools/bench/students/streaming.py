@@ -1,0 +1,187 @@
+"""`python -m tools.bench.students.streaming`: training from S3 beside training from a directory, and what windows cost.
+
+The demo's cache in parts of 16 rows lies in a directory and behind an S3 server on loopback that waits 50 ms before
+every request and breaks off one answer in fifty; the local store holds a third of it. The same stage is trained from
+both in turn, twice: are the losses the same, how long is a step once warm, does memory grow, what is in the store?
+Then the demo's student learns from rows in windows of several widths and from all rows together, several seeds each.
+Cost: four trainings, and a training and an evaluation per width and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from shared.cache.sync.push import push_cache
+from shared.places import STORE_VARIABLE
+from shared.recipe.file import load_recipe
+from shared.remote.part_store import BOUND_VARIABLE
+from shared.remote.transfer import Remote
+from tools.bench.benchmarks_page import called, measured_by, replace_section, table
+from tools.bench.loopback_s3 import slow_s3
+from tools.bench.students.seeds import Figures, decant, interval, mean_rows, run
+from tools.bench.trials.remote_kill_trials import in_small_parts
+from tools.own_process import own_command, own_environment
+
+BUCKET = "bench"
+WINDOW_PARTS = 8
+WIDTHS: dict[str, int | None] = {"1 part": 1, "8 parts": 8, "32 parts": 32, "all rows together": None}
+
+
+def write_recipe(path: Path, cache: str, window_parts: int | None, steps: int) -> Path:
+    """Write a recipe that trains the demo's student from a path or a URL, and return its path."""
+    trainer = {"learning_rate": 1e-3, "max_steps": steps, "pack_tokens": 2048, "save_steps": 10 * steps}
+    losses = [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}]
+    stage = {"name": "kd", "losses": losses, "trainer": {**trainer, "report_to": "none"}}
+    document = {
+        "name": "streaming",
+        "output_dir": str(path.parent / "run"),
+        "cache": cache,
+        "heldout": {"fraction": 0.05},
+        "student": {"model": "data/demo/student"},
+        "stages": [stage if window_parts is None else {**stage, "window_parts": window_parts}],
+        "evaluate": {"models": ["kd"], "engine": "transformers"},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+class Watched:
+    """One training in a process of its own, looked at while it runs: its own memory, and the bytes in its store."""
+
+    def __init__(self, recipe: Path, store: Path, bound_gb: float) -> None:
+        """Train to the end."""
+        self._store, self._over = store, threading.Event()
+        self.mib: list[float] = []
+        self.most_stored = 0
+        environment = {**own_environment(), STORE_VARIABLE: str(store), BOUND_VARIABLE: str(bound_gb)}
+        command = own_command("-m", "tools.cli", "train", str(recipe))
+        with subprocess.Popen(command, env=environment) as process:  # noqa: S603 - our own interpreter
+            thread = threading.Thread(target=self._look, args=(process.pid,))
+            thread.start()
+            failed = process.wait()
+            self._over.set()
+            thread.join()
+        if failed:
+            raise SystemExit(f"decant train {recipe} ended with exit code {failed}; its message stands above")
+        trained = recipe.parent / "run" / "train" / "kd"
+        self.losses = [line["loss"] for line in _lines(trained / "metrics.jsonl")]
+        timing = _lines(trained / "timing.jsonl")
+        warm = timing[len(timing) // 2 :]
+        self.step_seconds = statistics.median(line["seconds"] for line in warm)
+        self.waited = sum(line["waited_seconds"] for line in warm) / sum(line["seconds"] for line in warm)
+
+    @property
+    def growth(self) -> float:
+        """Return the most memory in the last quarter over the most in the third."""
+        quarter = len(self.mib) // 4
+        return max(self.mib[-quarter:]) / max(self.mib[-2 * quarter : -quarter])
+
+    def _look(self, pid: int) -> None:
+        while not self._over.wait(0.1):
+            with suppress(OSError):  # the process has ended, or a part was renamed or removed since it was listed
+                self.mib.append(anonymous_mib(pid))
+                parts = (self._store / "parts").glob("*")
+                self.most_stored = max(self.most_stored, sum(file.stat().st_size for file in parts))
+
+
+def anonymous_mib(pid: int) -> float:
+    """Return what a process holds itself, in MiB; pages of mapped files belong to the system."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def streamed(cache: Path, root: Path, steps: int) -> str:
+    """Train from the directory and from S3 in turn, twice, and return the table."""
+    size = sum(file.stat().st_size for file in cache.rglob("*.arrow"))
+    bound = size // 3
+    found: dict[str, list[Watched]] = {"directory": [], "S3": []}
+    with slow_s3(BUCKET) as proxy:
+        push_cache(cache, Remote(f"s3://{BUCKET}/cache"))
+        for repeat in range(2):
+            for name, place in (("directory", str(cache)), ("S3", f"s3://{BUCKET}/cache")):
+                recipe = write_recipe(root / f"{name}-{repeat}" / "recipe.yaml", place, WINDOW_PARTS, steps)
+                found[name].append(Watched(recipe, root / f"store-{repeat}", bound / 1e9))
+        requests, broken = len(proxy.requests), proxy.broken
+    losses = {tuple(one.losses) for runs in found.values() for one in runs}
+    rows = [
+        [
+            name,
+            f"{1000 * min(one.step_seconds for one in runs):.1f}",
+            f"{min(one.waited for one in runs):.2%}",
+            f"{max(max(one.mib) for one in runs):,.0f}",
+            f"{max(one.growth for one in runs):.3f}",
+            f"{max(one.most_stored for one in runs) / bound:.2f}" if name == "S3" else "",
+        ]
+        for name, runs in found.items()
+    ]
+    ratio = min(one.step_seconds for one in found["S3"]) / min(one.step_seconds for one in found["directory"])
+    header = ["from", "ms a step", "of it waiting", "own memory, MiB", "last quarter / third", "store / its bound"]
+    same = "the same bit for bit" if len(losses) == 1 else "NOT the same"
+    return (
+        f"{table(header, rows)}\n\nLosses of all {steps} steps are {same}; a step from S3 takes {ratio:.3f} of one "
+        f"from the directory (median of the second half, better of two). {len(list(cache.rglob('*.arrow')))} files of "
+        f"{size / 1e6:.1f} MB, a store of {bound / 1e6:.1f} MB; of {requests:,} requests {broken:,} were broken off."
+    )
+
+
+def windowed(cache: Path, root: Path, steps: int, seeds: list[int]) -> str:
+    """Train from windows of several widths, and return the table of held-out figures."""
+    runs: list[Mapping[str, Figures]] = []
+    for seed in seeds:
+        of_seed = {}
+        for name, parts in WIDTHS.items():
+            recipe = write_recipe(root / name.replace(" ", "-") / "recipe.yaml", str(cache), parts, steps)
+            heldout = run(recipe, seed, recipe.parent)["kd"]["heldout"]
+            of_seed[name] = {"KL, nats": heldout["kl_nats"], "top-1 agreement, %": 100 * heldout["top1_agreement"]}
+        runs.append(of_seed)
+    whole = list(WIDTHS)[-1]
+    rows = mean_rows(runs, WIDTHS)
+    rows += [
+        [f"{name} - {whole}"]
+        + [interval([one[name][column] - one[whole][column] for one in runs], "+") for column in runs[0][whole]]
+        for name in list(WIDTHS)[:-1]
+    ]
+    return table(["windows of", *runs[0][whole]], rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure both, print the tables and write them into docs/benchmarks.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="recipes/demo.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=150)
+    options = parser.parse_args(argv)
+    decant("teach", options.recipe)
+    with tempfile.TemporaryDirectory(prefix="decant-streaming-") as directory:
+        root = Path(directory)
+        cache = in_small_parts(load_recipe(Path(options.recipe)).cache[0], root / "cache", rows_per_part=16)
+        of_s3 = streamed(cache, root, options.steps)
+        print(of_s3, flush=True)
+        of_windows = windowed(cache, root, options.steps, options.seeds)
+        print(of_windows)
+    by = measured_by(called("tools.bench.students.streaming", argv))
+    replace_section("streaming", f"## Training from S3\n\n{by}\n\n{of_s3}")
+    said = f"{options.steps} steps, parts of 16 rows, seeds {options.seeds}; mean ± 95 % interval, differences by seed."
+    replace_section("windows", f"## What windows cost\n\n{by} {said}\n\n{of_windows}")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
