@@ -17,6 +17,7 @@ import xxhash
 
 from shared.errors import DamagedError
 from shared.schema import MAX_JSON_BYTES, MAX_JSON_VALUES
+from shared.strict_json import each_once
 
 _READ_BYTES = 2**20
 _MOST_DIGITS = 19
@@ -111,7 +112,7 @@ def list_folder(directory: Path) -> list[str]:
 
 
 def parse_json(data: bytes, where: object) -> dict[str, Any]:
-    """Return a JSON object whose numbers are finite and fit 64 bits.
+    """Return a JSON object whose numbers are finite and fit 64 bits, and in which no key comes twice.
 
     Args:
         data: UTF-8; surrogates are let through.
@@ -124,7 +125,11 @@ def parse_json(data: bytes, where: object) -> dict[str, Any]:
         raise DamagedError(f"{where} holds more than {MAX_JSON_VALUES:,} values; it was altered after it was written")
     try:
         document = json.loads(
-            data.decode("utf-8", "surrogatepass"), parse_int=_integer, parse_float=_real, parse_constant=_real
+            data.decode("utf-8", "surrogatepass"),
+            object_pairs_hook=each_once,
+            parse_int=_integer,
+            parse_float=_real,
+            parse_constant=_real,
         )
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where} is not JSON ({error}); it was altered after it was written") from None

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from shared import strict_json
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.cache_source import read_cache
@@ -90,7 +91,7 @@ def _rows(source: PromptSource, problems: Problems) -> Iterator[tuple[str, int, 
 
 def _parse_json(line: str) -> Any:
     try:
-        return json.loads(line.lstrip("\ufeff"))
+        return strict_json.loads(line.lstrip("\ufeff"))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"not valid JSON at column {error.colno} ({error.msg}); expected one object per line"

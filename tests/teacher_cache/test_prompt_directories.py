@@ -101,6 +101,24 @@ def test_what_is_left_out_is_said(tmp_path):
     assert note(tmp_path / "plain") == ""
 
 
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        (["a.jsonl", "b.json"], ["b.json"]),
+        (["a.csv", "more.txt", "table.json"], ["more.txt", "table.json"]),
+        (["a.txt", "b.md", "c.pdf"], ["b.md", "c.pdf"]),
+        (["train/a.jsonl", "train/b.xlsx", "scripts/make.py"], ["scripts/make.py", "train/b.xlsx"]),
+        (["a.jsonl", "README.md", "LICENSE.txt", "dataset_info.json", ".gitattributes"], []),
+    ],
+)
+def test_files_that_are_not_read_are_named(tmp_path, files, left):
+    put(tmp_path, *files)
+    if "a.csv" in files:
+        (tmp_path / "a.csv").write_text("text\na\n")
+    assert all(f"'{name}'" in note(tmp_path) for name in left)
+    assert ("not read" in note(tmp_path)) == bool(left)
+
+
 def test_a_card_says_which_files_are_which_configuration(tmp_path):
     put(tmp_path, "m/a.jsonl", "m/b.jsonl", "s.jsonl", "old.jsonl")
     (tmp_path / "README.md").write_text(

@@ -15,7 +15,10 @@ import pytest
 import zstandard
 
 from shared.errors import PromptError
+from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.files.prompt_readers import MAX_LINE_BYTES, open_bytes, read_file
+from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.prompts import read_prompts
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -76,6 +79,23 @@ def test_a_json_list_that_is_cut_is_refused_with_its_row(tmp_path):
     path.write_text(json.dumps([{"text": "a"}, {"text": "b"}])[:-4])
     with pytest.raises(PromptError, match=r"a\.json:2: cannot be read as json from here on"):
         list(read_file(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("a.jsonl", '{"text": "one", "text": "two"}\n{"text": "three"}\n'),
+        ("a.json", '[{"text": "one", "text": "two"}, {"text": "three"}]'),
+        ("deep.json", '[{"text": "one", "meta": [{"x": 1, "y": {"z": 1, "z": 1}}]}, {"text": "three"}]'),
+    ],
+)
+def test_a_key_that_an_object_has_twice_is_named_and_the_next_row_is_read(tmp_path, name, rows):
+    (tmp_path / name).write_text(rows)
+    problems = Problems()
+    source = PromptSource(source="s", path=str(tmp_path / name), format="text")
+    assert [talk.text for talk in read_prompts([source], problems)] == ["three"]
+    assert [problem.line for problem in problems.listed] == [1]
+    assert "twice" in problems.listed[0].sentence()
 
 
 def test_a_json_list_is_not_held_in_memory(tmp_path):

@@ -123,6 +123,9 @@ def test_what_a_row_says_of_its_prompt_and_answers_is_kept(row_format, row, expe
         ("sharegpt", {"conversations": [{"from": "human", "value": "a"}], "history": [["a", "b"]]}, "column 'history'"),
         ("messages", {"messages": [ASK], "images": ["x"]}, "column 'images'"),
         ("prompt_completion", {"prompt": "a", "completion": "b", "label": False}, "'label' is false"),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "weight": 0}, "'weight' is 0"),
+        ("alpaca", {"instruction": "a", "output": "b", "train": False}, "'train' is false"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}], "loss_weight": 0.0}, "'loss_weight' is 0"),
         ("messages", {"messages": [system("A"), ASK], "system": "B"}, "a system turn that differ"),
         (
             "alpaca",

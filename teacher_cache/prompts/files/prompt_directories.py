@@ -39,6 +39,9 @@ SPLIT_WORDS = {
 }
 """Words in names to the split that they tell, as `datasets` reads them."""
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+"""Files of the library `datasets` and of models."""
+ABOUT_DATA = ("README", "LICENSE", "LICENCE", "NOTICE", "CITATION", "CHANGELOG")
+"""How the names of files begin that are for people."""
 MAX_LISTED = 5
 
 
@@ -105,7 +108,7 @@ def of_directory(directory: Path, source: PromptSource) -> Chosen:
     """
     if (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file():
         return _of_saved(directory, source)
-    there = _data_files(directory)
+    there, aside = _data_files(directory)
     if not there:
         raise PromptError(
             f"{directory}: the directory has no .jsonl, .json, .csv, .txt, .parquet or .arrow file; expected prompts "
@@ -119,25 +122,26 @@ def of_directory(directory: Path, source: PromptSource) -> Chosen:
         splits = _of_config(directory, splits, source)
     chosen = _of_split(splits, source)
     told = {path for files in splits.values() for path in files}
-    left = [str(path.relative_to(directory)) for path in there if path not in told]
+    left = [str(path.relative_to(directory)) for path in (*there, *aside) if path not in told]
     note = _note(source, f"files that are not read: {_listed(left)}") if left else None
     return Chosen(chosen.files, "; ".join(part for part in (chosen.note, note) if part) or None)
 
 
-def _data_files(directory: Path) -> list[Path]:
-    """List the data files below a directory, hidden ones and what is no data left out."""
-    found = [
+def _data_files(directory: Path) -> tuple[list[Path], list[Path]]:
+    """List the data files below a directory and the files beside them, without hidden ones and those about the data."""
+    seen = [
         path
         for path in sorted(directory.rglob("*"))
-        if kind_of(path) is not None
+        if not any(part.startswith((".", "__")) for part in path.relative_to(directory).parts)
         and path.name not in NO_DATA
-        and not any(part.startswith((".", "__")) for part in path.relative_to(directory).parts)
+        and not path.name.upper().startswith(ABOUT_DATA)
         and path.is_file()
     ]
-    for aside in (".json", ".txt"):  # descriptions and licences lie beside data of another kind
-        others = [path for path in found if aside not in path.suffixes]
+    found = [path for path in seen if kind_of(path) is not None]
+    for suffix in (".json", ".txt"):  # descriptions lie beside data of another kind
+        others = [path for path in found if suffix not in path.suffixes]
         found = others or found
-    return found
+    return found, [path for path in seen if path not in set(found)]
 
 
 def _card_configs(directory: Path) -> list[str]:

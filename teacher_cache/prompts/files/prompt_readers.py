@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from shared import strict_json
 from shared.errors import PromptError
 from shared.text_encoding import other_encoding
 from teacher_cache.prompts.files.prompt_directories import kind_of
@@ -147,7 +148,19 @@ def _json_list(path: Path) -> Iterator[Numbered]:
     with open_bytes(path) as file:
         if cast("io.BufferedReader", file).peek(3)[:3] == b"\xef\xbb\xbf":
             file.read(3)
-        yield from enumerate(ijson.items(file, "item", use_float=True), start=1)
+        repeated: list[str] = []
+
+        class Once(dict[str, Any]):
+            """An object that notes keys which it has twice; an error raised here would not pass through ijson."""
+
+            def __setitem__(self, key: str, value: Any) -> None:
+                if key in self:
+                    repeated.append(key)
+                super().__setitem__(key, value)
+
+        for number, row in enumerate(ijson.items(file, "item", use_float=True, map_type=Once), start=1):
+            yield number, ValueError(strict_json.said_of(repeated[0])) if repeated else row
+            repeated.clear()
 
 
 def _lines(path: Path) -> Iterator[Numbered]:

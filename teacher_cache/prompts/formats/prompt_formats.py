@@ -81,6 +81,10 @@ class Conversation:
         return f"{self.path}:{self.line}"
 
 
+MARKS_OF_ROWS = ("label", "loss", "loss_weight", "train", "trainable", "training", "weight")
+"""Columns whose false or 0 says that a row's answer is not to be learnt."""
+
+
 def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | None, str | None]:
     """Turn one decoded row into (messages, text, reference).
 
@@ -97,8 +101,12 @@ def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | N
                 "`columns` "
                 f"for one of {', '.join(reads)}, or leave it out knowingly with `ignore: [{name}]`"
             )
-    if row.get("label") is False and row_format.is_conversation:
-        raise ValueError("'label' is false, which marks an answer that is not to be learnt; remove the row")
+    for name in MARKS_OF_ROWS if row_format.is_conversation else ():
+        if isinstance(row.get(name), bool | int | float) and not row[name]:
+            found = f"{name!r} is {json.dumps(row[name])}"
+            raise ValueError(
+                f"{found}, which marks an answer that is not to be learnt; remove the row, or write `ignore: [{name}]`"
+            )
     parsed = row_format.parse(row)
     messages, text = (None, parsed) if isinstance(parsed, str) else (parsed, None)
     reference = next((row[key] for key in REFERENCE_KEYS if row.get(key) is not None), None)

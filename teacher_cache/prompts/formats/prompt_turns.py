@@ -14,6 +14,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from shared import strict_json
+
 Message = dict[str, Any]
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
@@ -148,7 +150,7 @@ def _tool_calls(present: Mapping[str, Any], where: str) -> list[Any]:
 def _calls_in_text(text: Any, where: str) -> list[Any]:
     """Return the calls that a `function_call` turn spells as JSON: one object with name and arguments, or several."""
     try:
-        found = json.loads(text) if isinstance(text, str) else text
+        found = strict_json.loads(text) if isinstance(text, str) else text
     except ValueError:
         found = None
     calls = found if isinstance(found, list) else [found]
@@ -171,9 +173,10 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = inner.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError:
-            raise ValueError(f"{where} has arguments of {inner['name']} that are no JSON; expected an object") from None
+            arguments = strict_json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            said = f"{where} has arguments of {inner['name']} that are no JSON ({error}); expected an object"
+            raise ValueError(said) from None
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise ValueError(
@@ -195,9 +198,9 @@ def tools_turn(tools: Any) -> list[Message]:
     """
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else []
-        except ValueError:
-            raise ValueError("'tools' of the row is text but no JSON; expected a list of objects") from None
+            tools = strict_json.loads(tools) if tools.strip() else []
+        except ValueError as error:
+            raise ValueError(f"'tools' of the row is text but no JSON ({error}); expected a list of objects") from None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError(f"'tools' of the row is {kind_name(tools)} but must be a list of objects")
     return [{"role": "tools", "content": json.dumps(tools, ensure_ascii=False)}] if tools else []

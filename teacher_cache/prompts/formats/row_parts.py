@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shared import strict_json
 from teacher_cache.prompts.formats.prompt_turns import (
     ROLES,
     Message,
@@ -80,9 +80,9 @@ def list_in(row: Mapping[str, Any], name: str) -> list[Any]:
     value = row.get(name)
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            row = {**row, name: json.loads(value)}
-        except (ValueError, RecursionError):
-            raise ValueError(f"{name!r} of the row is text but no JSON list") from None
+            row = {**row, name: strict_json.loads(value)}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name!r} of the row is text but no JSON list ({error})") from None
     found: list[Any] = field_of(row, name, list)
     return found
 

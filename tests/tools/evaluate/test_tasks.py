@@ -192,6 +192,7 @@ def test_gzip_is_read_like_plain_text(tmp_path: Path) -> None:
         ("gsm8k", '{"question": "q", "answer": "five"}', "no number after '####'"),
         ("gsm8k", "[1]", "expected a JSON object"),
         ("gsm8k", "{", "expected a JSON object"),
+        ("gsm8k", '{"question": "a", "question": "b", "answer": "#### 1"}', "the key 'question' twice"),
         ("keywords", '{"prompt": "p", "reference": "r", "keywords": []}', "'keywords' is []"),
         (
             "humaneval",

@@ -14,6 +14,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from shared import strict_json
 from shared.errors import EvaluationError
 from shared.text_encoding import other_encoding
 
@@ -68,7 +69,7 @@ def _entries(stream: BufferedIOBase, path: Path) -> Iterator[tuple[str, dict[str
 
 def _parsed(text: bytes, place: str, wanted: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json.loads(text)
     except (ValueError, RecursionError) as error:
         if reason := other_encoding(text[:4]):
             raise EvaluationError(f"{place}: {reason}") from error
