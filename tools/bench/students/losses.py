@@ -26,14 +26,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", default="recipes/losses.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--root", type=Path, default=Path("runs/losses"))
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="some of the recipe's (default: all)")
+    parser.add_argument("--section", default="losses", help="part of docs/losses.md to write (default: %(default)s)")
     options = parser.parse_args(argv)
     recipe = load_recipe(Path(options.recipe))
     decant("teach", options.recipe)
     decant("teach", options.recipe, *(word for setting in DRAWN for word in ("--set", setting)))
-    models = recipe.evaluate.models
+    models = options.stages or recipe.evaluate.models
     runs = []
     for seed in options.seeds:
-        found = run(options.recipe, seed, options.root)
+        evaluated = f"evaluate.models=[{', '.join(models)}]"
+        found = run(options.recipe, seed, options.root, evaluated, stages=options.stages or ())
         runs.append({name: figures_of(found[name]) for name in models})
     text = table(["stage", *runs[0][models[0]]], mean_rows(runs, models))
     print(text)
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{measured_by(called('tools.bench.students.losses', argv))} {steps} steps each, seeds {options.seeds}; scores "
         "and agreement in percent; mean ± 95 % interval."
     )
-    replace_section("losses", f"{said}\n\n{text}", Path("docs/losses.md"))
+    replace_section(options.section, f"{said}\n\n{text}", Path("docs/losses.md"))
     return 0
 
 

@@ -19,7 +19,7 @@ from shared.models.files import load_config
 from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import called, measured_by, replace_section, table
 from tools.bench.students.other_tokenizers import KINDS, make_student, train_tokenizer
-from tools.bench.students.seeds import Figures, decant, mean_rows, percents, run
+from tools.bench.students.seeds import Figures, decant, interval, mean_rows, percents, run
 
 SFT = {"name": "cross_entropy"}
 STAGES: dict[str, list[dict[str, Any]]] = {
@@ -31,7 +31,9 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 CEILING = {"kd": STAGES["projected"], "sft": [SFT]}
 
 
-def write_recipe(path: Path, demo: Any, cache: Path, student: Path, stages: dict[str, Any], steps: int) -> Path:
+def write_recipe(
+    path: Path, tasks: list[dict[str, Any]], cache: Path, student: Path, stages: dict[str, Any], steps: int
+) -> Path:
     """Write the recipe of one student."""
     trainer = {"learning_rate": 1e-3, "max_steps": steps, "pack_tokens": 1024}
     document = {
@@ -44,7 +46,7 @@ def write_recipe(path: Path, demo: Any, cache: Path, student: Path, stages: dict
         "evaluate": {
             "models": list(stages),
             "engine": "transformers",
-            "tasks": [task.model_dump(mode="json", exclude_unset=True) for task in demo.evaluate.tasks],
+            "tasks": tasks,
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,11 @@ def figures_of(model: dict[str, Any]) -> Figures:
     return {"bits per byte": model["heldout"]["bits_per_byte"], **percents(model)}
 
 
+def against(figures: Figures, control: Figures) -> Figures:
+    """Return by how much figures exceed those of a control from the same seed."""
+    return {name: value - control[name] for name, value in figures.items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run every kind and seed, print the table and write it into docs/tokenizers.md."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -64,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="some of the demo's tasks (default: all)")
     parser.add_argument("--no-tasks", action="store_true", help="bits per byte alone")
     parser.add_argument("--root", type=Path, default=Path("runs/translation"))
     options = parser.parse_args(argv)
@@ -74,8 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     opened = Cache.open_sequences(cache)
     size = load_config(base, what="the demo's student", trust_remote_code=False).vocab_size
     texts = [text for i in range(len(opened)) for text in (opened.sequence(i).prompt, opened.sequence(i).response)]
+    wanted = options.tasks or [task.name for task in demo.evaluate.tasks]
+    asked = [task for task in demo.evaluate.tasks if task.name in wanted]
+    tasks = [task.model_dump(mode="json", exclude_unset=True) for task in asked]
     recipes = {
-        "teacher's own": write_recipe(options.root / "own/recipe.yaml", demo, cache, base, CEILING, options.steps)
+        "teacher's own": write_recipe(options.root / "own/recipe.yaml", tasks, cache, base, CEILING, options.steps)
     }
     for kind in options.kinds:
         here = options.root / kind.replace(" ", "-")
@@ -83,20 +94,26 @@ def main(argv: list[str] | None = None) -> int:
             make_student(base, train_tokenizer(kind, texts, size), here / "student")
         decant("cache", "translate", str(cache), str(here / "cache"), "--tokenizer", str(here / "student"))
         recipes[kind] = write_recipe(
-            here / "recipe.yaml", demo, here / "cache", here / "student", STAGES, options.steps
+            here / "recipe.yaml", tasks, here / "cache", here / "student", STAGES, options.steps
         )
     rows, columns = [], []
     without = ("evaluate.tasks=[]",) if options.no_tasks else ()
     for kind, recipe in recipes.items():
-        found = [run(recipe, seed, recipe.parent, *without) for seed in options.seeds]
-        runs = [{stage: figures_of(model) for stage, model in models.items()} for models in found]
+        models = [run(recipe, seed, recipe.parent, *without) for seed in options.seeds]
+        runs = [{stage: figures_of(model) for stage, model in found.items()} for found in models]
         columns = list(next(iter(runs[0].values())))
         rows += [[kind, *row] for row in mean_rows(runs, runs[0])]
+        differences = {stage: [against(run[stage], run["sft"]) for run in runs] for stage in runs[0] if stage != "sft"}
+        rows += [
+            [kind, f"{stage} - sft", *(interval([one[column] for one in found], "+") for column in columns)]
+            for stage, found in differences.items()
+        ]
     text = table(["student's tokenizer", "stage", *columns], rows)
     print(text)
     said = (
         f"{measured_by(called('tools.bench.students.translation', argv))} {options.steps} steps each, seeds "
-        f"{options.seeds}; scores in percent; mean ± 95 % interval."
+        f"{options.seeds}; scores in percent; mean ± 95 % interval, "
+        "differences paired by seed."
     )
     replace_section("translation", f"{said}\n\n{text}", Path("docs/tokenizers.md"))
     return 0
