@@ -111,7 +111,10 @@ class TransformersEngine:
             yield from answered
 
     def _answer(self, batch: Sequence[GenerateRequest], settings: Generate, ends: AnswerEnds) -> list[Generated]:
-        """Decode one batch, padded on the left, with a key-value cache that is made anew where the rotation changes."""
+        """Decode one batch, padded on the left, with a key-value cache that is made anew where the rotation changes.
+
+        Whenever half of the rows have ended, the others go on alone.
+        """
         from transformers import DynamicCache
 
         model = self._loaded()
@@ -127,21 +130,29 @@ class TransformersEngine:
         limits = [min(settings.max_new_tokens, self.max_model_len - len(request.token_ids)) for request in batch]
         answers: list[list[int]] = [[] for _ in batch]
         reasons: list[str | None] = [None] * len(batch)
-        cache, rotation, whole = None, None, tokens
+        cache, rotation, whole = DynamicCache(config=model.config), None, tokens
+        going = list(range(len(batch)))
         for step in range(max(limits)):
             if rotation != model.rotation_of(whole.shape[1]):
                 rotation, cache, tokens = model.rotation_of(whole.shape[1]), DynamicCache(config=model.config), whole
             hidden = model.hidden(tokens, mask, cache)[:, -1]
             chosen = next_tokens(model.logits(hidden), seeds, step, settings, self.vocab_size)
-            for row, token in enumerate(chosen.tolist()):
+            for row, token in zip(going, chosen.tolist(), strict=True):
                 if reasons[row] is None:
                     answers[row].append(token)
                     reasons[row] = _reason(answers[row], end_ids[row], limits[row], ends)
-            if all(reasons):
+            open_places = [place for place, row in enumerate(going) if reasons[row] is None]
+            if not open_places:
                 break
+            if 2 * len(open_places) <= len(going) and _keeps_rows_apart(cache):
+                going, kept = [going[place] for place in open_places], torch.tensor(open_places)
+                chosen, seeds = chosen[kept.to(chosen.device)], seeds[kept]
+                kept = kept.to(model.device)
+                whole, mask = whole[kept], mask[kept]
+                cache.batch_select_indices(kept)
             tokens = chosen[:, None].to(model.device)
             whole = torch.cat([whole, tokens], 1)
-            mask = torch.cat([mask, mask.new_ones((len(batch), 1))], 1)
+            mask = torch.cat([mask, mask.new_ones((len(going), 1))], 1)
         return [ends.answer(r, a, reason or "length") for r, a, reason in zip(batch, answers, reasons, strict=True)]
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Scored]:
@@ -232,6 +243,13 @@ class TransformersEngine:
         self._model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _keeps_rows_apart(cache: Any) -> bool:
+    """Say whether rows can be taken out of a key-value cache: its layers hold keys and values of each, no states."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def _reason(answer: list[int], end_ids: set[int], limit: int, ends: AnswerEnds) -> str | None:

@@ -132,6 +132,19 @@ def test_answers_depend_on_their_seed_and_not_on_their_company(exact):
     assert answers(TransformersEngine(exact, None), other_seeds, settings) != company
 
 
+def test_rows_that_have_ended_are_no_longer_computed_and_the_others_do_not_see_it(exact, monkeypatch):
+    settings = Generate(max_new_tokens=60)
+    alone = answers(TransformersEngine(exact, None, batch_tokens=1), prompts(40), settings)
+    rows: list[int] = []
+    hidden = exact.hidden
+    monkeypatch.setattr(exact, "hidden", lambda tokens, *more: rows.append(len(tokens)) or hidden(tokens, *more))
+    assert answers(TransformersEngine(exact, None), prompts(40), settings) == alone
+    lengths = sorted(len(answer.token_ids) for answer in alone.values())
+    assert rows[0] == 40
+    assert rows == sorted(rows, reverse=True)
+    assert sum(lengths) <= sum(rows) < 2 * sum(lengths) < 40 * lengths[-1], "each row at most twice what it needs"
+
+
 def test_greedy_answers_equal_the_models_own_generate(exact):
     settings = Generate(temperature=0.0, max_new_tokens=10)
     found = answers(TransformersEngine(exact, None), prompts(4), settings)
