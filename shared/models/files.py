@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from shared.models.hub import ask_hub
 from shared.models.load_report import loading
 
 CONFIG = "a directory with config.json, or a hub id that can be fetched"
@@ -19,6 +20,7 @@ def load_config(source: str | Path, *, what: str, trust_remote_code: bool, revis
     """
     from transformers import AutoConfig
 
+    ask_hub(source)
     with loading(f"the config of {what} '{source}'", CONFIG):
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
@@ -32,5 +34,6 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool, revision: str
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a thread pool only costs hand-overs
     from transformers import AutoTokenizer
 
+    ask_hub(source)
     with loading(f"{source}: the tokenizer", expected="tokenizer.json there"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

@@ -7,6 +7,7 @@ from typing import Any
 
 from shared.models.adapters import merge_adapter, refuse_adapter_inside
 from shared.models.checkpoint import fits_named_class
+from shared.models.hub import ask_hub
 from shared.models.load_report import Gaps, loading
 
 
@@ -40,6 +41,7 @@ def load_causal_lm(
 
     name = f"{what} '{source}'"
     refuse_adapter_inside(source, name)
+    ask_hub(source)
     with loading(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,

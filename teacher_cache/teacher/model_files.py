@@ -14,6 +14,7 @@ from typing import Any
 
 from shared.errors import EngineError, ModelError
 from shared.models import files as text_files
+from shared.models.hub import ask_hub
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
@@ -144,6 +145,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 def _download(model: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
+    ask_hub(model)
     try:
         found = Path(snapshot_download(model, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, *SMALL_PATTERNS]))
     except Exception as error:  # offline, missing, forbidden, not a valid id: none of them gives a model

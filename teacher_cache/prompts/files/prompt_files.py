@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from shared.errors import PromptError
+from shared.models.hub import ask_hub
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.files.prompt_directories import Chosen, kind_of, of_directory, of_file, of_glob
 
@@ -116,6 +117,7 @@ def _looks_like_hub_id(path: str) -> bool:
 def _hub_revision(path: str) -> str:
     from huggingface_hub import HfApi
 
+    ask_hub(path)
     try:
         info: Any = HfApi().dataset_info(path, timeout=30)
     except Exception as error:  # offline, missing and forbidden all mean: not here

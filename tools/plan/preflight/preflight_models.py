@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 
 from shared.identity.identity import tokenizer_hash
+from shared.models.hub import SECONDS, ask_hub
 from shared.recipe.base import closest
 from tools.plan.preflight.preflight_asked import said
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
-HUB_SECONDS = 3
-"""How long a hub is waited for."""
 
 
 def model_problem(name: str, revision: str | None, *, weights: bool, stated: bool) -> str | None:
@@ -47,8 +46,9 @@ def hash_of_tokenizer(model: str, *, trusts: bool) -> str:
 def _fetched(name: str, revision: str | None) -> str | None:
     from huggingface_hub import hf_hub_download
 
+    ask_hub(name)
     try:
-        hf_hub_download(name, "config.json", revision=revision, etag_timeout=HUB_SECONDS)
+        hf_hub_download(name, "config.json", revision=revision, etag_timeout=SECONDS)
     except Exception as error:  # noqa: BLE001 - offline, missing, forbidden, no valid id: none of them gives a model
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         return (
