@@ -101,7 +101,7 @@ def figures_of(model: dict[str, Any]) -> Figures:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Tune, score, train and evaluate; print the table and write it into docs/benchmarks.md."""
+    """Tune, score, train and evaluate; print the table and write it into docs/teachers.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--specialist-steps", type=int, default=60)
@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{options.specialist_steps} steps per specialist, {options.steps} per student, seeds {options.seeds}; mean ± "
         "95 % interval (Student's t)."
     )
-    replace_section("teachers", f"{measured_by(called('tools.bench.students.teachers', argv))} {how}\n\n{text}")
+    said = f"{measured_by(called('tools.bench.students.teachers', argv))} {how}"
+    replace_section("teachers", f"{said}\n\n{text}", Path("docs/teachers.md"))
     return 0
 
 
