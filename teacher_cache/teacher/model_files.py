@@ -145,11 +145,11 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 def _download(model: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
-    ask_hub(model)
+    silent = ask_hub(model)
     try:
         found = Path(snapshot_download(model, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, *SMALL_PATTERNS]))
     except Exception as error:  # offline, missing, forbidden, not a valid id: none of them gives a model
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = silent or " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{model}: neither a model directory nor a hub id that can be fetched ({reason})") from error
     return found, found.name
 

@@ -33,7 +33,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 def online(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(hub, "_asked", set())
+    monkeypatch.setattr(hub, "_silent", {})
 
 
 def test_a_hub_that_does_not_answer_is_asked_no_more(online, monkeypatch):
@@ -42,6 +42,7 @@ def test_a_hub_that_does_not_answer_is_asked_no_more(online, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
         with pytest.raises(ModelError, match="org/nothing"):
             load_config("org/nothing", what="the student", trust_remote_code=False)
+        assert "does not answer" in str(hub.ask_hub("org/nothing"))
     assert constants.is_offline_mode()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
@@ -51,12 +52,12 @@ def test_a_hub_that_answers_is_asked_once_and_stays_in_use(online, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
         for _ in range(3):
-            hub.ask_hub("org/nothing")
+            assert hub.ask_hub("org/nothing") is None
         server.shutdown()
     assert len(Answers.asked) == 1
     assert not constants.is_offline_mode()
 
 
 def test_a_directory_asks_nobody(online, tmp_path):
-    hub.ask_hub(tmp_path)
-    assert not hub._asked
+    assert hub.ask_hub(tmp_path) is None
+    assert not hub._silent

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.cache import Cache
+from shared.cache.layer_choice import layer_of_capture
 from shared.models.files import load_config
 from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import called, measured_by, replace_section, table
@@ -32,9 +33,15 @@ CEILING = {"kd": STAGES["projected"], "sft": [SFT]}
 
 
 def write_recipe(
-    path: Path, tasks: list[dict[str, Any]], cache: Path, student: Path, stages: dict[str, Any], steps: int
+    path: Path,
+    tasks: list[dict[str, Any]],
+    cache: Path,
+    student: Path,
+    stages: dict[str, Any],
+    steps: int,
+    **of_all: Any,
 ) -> Path:
-    """Write the recipe of one student."""
+    """Write the recipe of one student; `of_all` is what all its stages say."""
     trainer = {"learning_rate": 1e-3, "max_steps": steps, "pack_tokens": 1024}
     document = {
         "name": path.parent.name.replace(" ", "-"),
@@ -42,7 +49,7 @@ def write_recipe(
         "cache": str(cache),
         "heldout": {"fraction": 0.05},
         "student": {"model": str(student)},
-        "stages": [{"name": name, "losses": losses, "trainer": trainer} for name, losses in stages.items()],
+        "stages": [{"name": name, "losses": losses, "trainer": trainer, **of_all} for name, losses in stages.items()],
         "evaluate": {
             "models": list(stages),
             "engine": "transformers",
@@ -85,14 +92,15 @@ def main(argv: list[str] | None = None) -> int:
     wanted = options.tasks or [task.name for task in demo.evaluate.tasks]
     asked = [task for task in demo.evaluate.tasks if task.name in wanted]
     tasks = [task.model_dump(mode="json", exclude_unset=True) for task in asked]
-    recipes = {
-        "teacher's own": write_recipe(options.root / "own/recipe.yaml", tasks, cache, base, CEILING, options.steps)
-    }
+    layer = str(layer_of_capture(demo))
+    own = options.root / "own" / "recipe.yaml"
+    recipes = {"teacher's own": write_recipe(own, tasks, cache, base, CEILING, options.steps, targets=layer)}
     for kind in options.kinds:
         here = options.root / kind.replace(" ", "-")
         if not (here / "student/model.safetensors").exists():
             make_student(base, train_tokenizer(kind, texts, size), here / "student")
-        decant("cache", "translate", str(cache), str(here / "cache"), "--tokenizer", str(here / "student"))
+        words = ("--tokenizer", str(here / "student"), "--targets", layer)
+        decant("cache", "translate", str(cache), str(here / "cache"), *words)
         recipes[kind] = write_recipe(
             here / "recipe.yaml", tasks, here / "cache", here / "student", STAGES, options.steps
         )

@@ -46,11 +46,11 @@ def hash_of_tokenizer(model: str, *, trusts: bool) -> str:
 def _fetched(name: str, revision: str | None) -> str | None:
     from huggingface_hub import hf_hub_download
 
-    ask_hub(name)
+    silent = ask_hub(name)
     try:
         hf_hub_download(name, "config.json", revision=revision, etag_timeout=SECONDS)
     except Exception as error:  # noqa: BLE001 - offline, missing, forbidden, no valid id: none of them gives a model
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = silent or " ".join(str(error).split())[:160] or type(error).__name__
         return (
             f"'{name}' is neither a directory nor a hub id that can be fetched ({reason}); correct it, or download the "
             "model and name its directory"
