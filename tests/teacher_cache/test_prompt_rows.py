@@ -186,6 +186,12 @@ def read(tmp_path: Path, rows: list[dict], row_format: str, **settings) -> tuple
     return list(read_prompts([source], problems)), problems
 
 
+@pytest.mark.parametrize("row", [{"label": 0}, {"label": True}, {"weight": 1.0}, {"train": True}, {"loss": None}])
+def test_a_number_or_yes_beside_an_answer_does_not_refuse_it(row):
+    messages, _, _ = parse_row({"prompt": "a", "completion": "b", **row}, "prompt_completion")
+    assert [message["content"] for message in messages] == ["a", "b"]
+
+
 def test_columns_have_the_names_that_the_recipe_gives_them(tmp_path):
     rows = [{"question": "Two?", "answer": "2", "prompt": "not this", "id": 7}, {"question": "Three?", "answer": "3"}]
     columns = {"prompt": "question", "response": "answer"}

@@ -102,7 +102,8 @@ def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | N
                 f"for one of {', '.join(reads)}, or leave it out knowingly with `ignore: [{name}]`"
             )
     for name in MARKS_OF_ROWS if row_format.is_conversation else ():
-        if isinstance(row.get(name), bool | int | float) and not row[name]:
+        is_number = isinstance(row.get(name), int | float) and name != "label"  # a class has the number 0, too
+        if row.get(name) is False or (is_number and not row[name]):
             found = f"{name!r} is {json.dumps(row[name])}"
             raise ValueError(
                 f"{found}, which marks an answer that is not to be learnt; remove the row, or write `ignore: [{name}]`"
