@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--root", type=Path, default=ROOT)
+    parser.add_argument(
+        "--section", default="quality", help="part of docs/benchmarks.md to write (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     write_fresh_prompts(ROOT / "fresh.jsonl")
     decant("teach", options.recipe)
@@ -88,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     text = tables(runs, options.arms)
     print(text)
     replace_section(
-        "quality",
+        options.section,
         f"{measured_by(called('tools.bench.students.quality', argv))} Seeds {options.seeds}; scores in percent; mean "
         f"± 95 % interval (Student's t), differences paired by seed.\n\n{text}",
     )
