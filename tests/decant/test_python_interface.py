@@ -154,6 +154,7 @@ def test_phases_run_a_recipe_and_return_values(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "run-1/run/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs() -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(ROOT / "examples/notebook.ipynb", as_version=4)

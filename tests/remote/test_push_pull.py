@@ -62,6 +62,7 @@ def test_a_cache_goes_to_the_hub_and_comes_back_and_streams_from_there(hub, loca
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_cache_goes_to_s3_and_streams_from_there(new_store, local, monkeypatch):
     needs_s3_server()
     with s3_server() as address:
@@ -72,6 +73,7 @@ def test_a_cache_goes_to_s3_and_streams_from_there(new_store, local, monkeypatch
         same_rows(Cache.open("s3://bucket/demo"), Cache.open(local))
 
 
+@pytest.mark.slow
 def test_a_grown_cache_sends_what_is_new_and_another_cache_is_refused(hub, local, tmp_path):
     build(tmp_path / "grows", 0, 8)
     push_cache(tmp_path / "grows", Remote(URL))
@@ -127,6 +129,7 @@ def test_what_was_altered_on_its_way_from_a_place_without_a_list_is_refused_and_
     assert tree(place_of(URL))[name] == whole
 
 
+@pytest.mark.slow
 def test_a_build_into_a_url_goes_on_elsewhere_with_what_was_committed(hub, new_store, local):
     with pytest.raises(KeyboardInterrupt), pushed_as_committed(place_of(URL), print):
         build(place_of(URL), 0, 20)

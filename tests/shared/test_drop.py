@@ -103,6 +103,7 @@ def killed(drop: Callable[[], Drop], place: str) -> bool:
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["job", "layer"])
 def test_killed_at_any_place_the_cache_is_whole_and_the_same_command_continues(path: Path, what: str) -> None:
     id_, other = job_of(path, 10).id, path.with_name("other")

@@ -103,6 +103,7 @@ def reads_equal_or_refused(path: Path, truth: list[Row]) -> bool:
     return not refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sequences", f"targets/{TOP.name}-{TOP.hash8}"])
 def test_flipped_bytes_are_refused_or_change_nothing(whole: Path, tmp_path: Path, kind: str) -> None:
     truth = list(Cache.open(whole))
@@ -122,6 +123,7 @@ def test_flipped_bytes_are_refused_or_change_nothing(whole: Path, tmp_path: Path
     assert any(outcomes) or kind == "sequences"
 
 
+@pytest.mark.slow
 def test_flipped_bytes_of_unverified_parts_never_raise_anything_else(whole: Path, tmp_path: Path) -> None:
     directory = tmp_path / "sequences"
     shutil.copytree(whole / "sequences", directory)

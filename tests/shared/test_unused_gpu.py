@@ -48,6 +48,7 @@ def test_teacher_does_not_run_on_the_cpu_instead(monkeypatch, tmp_path):
         transformers_model.CausalModel.load(Teacher(model="m", engine="transformers"), tmp_path)
 
 
+@pytest.mark.slow
 def test_stage_that_is_to_train_is_refused_and_a_finished_one_is_reused(tmp_path, monkeypatch, capfd):
     from shared.recipe.recipe import Recipe
     from student_train.stage import stage_run

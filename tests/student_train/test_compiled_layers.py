@@ -23,6 +23,7 @@ def _packs(vocab: int, count: int):
         yield torch.randint(vocab, positions.shape, generator=generator), positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_packs_of_other_lengths_and_rows_compile_nothing_again(tiny, recomputes):
     from torch._dynamo.testing import CompileCounter

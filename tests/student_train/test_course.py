@@ -44,6 +44,7 @@ def with_stages(recipe, stages):
     return Recipe.model_validate({**recipe.model_dump(mode="json"), "stages": stages})
 
 
+@pytest.mark.slow
 def test_weights_and_temperatures_over_the_run_pass_through_its_stages(recipe_of):
     weight = {"kind": "linear", "start": 1.0, "end": 0.0, "over": "run"}
     temperature = {"kind": "step", "values": [2.0, 1.0], "at": [0.5], "over": "run"}
@@ -84,6 +85,7 @@ def test_schedule_over_a_run_whose_steps_are_unknown_is_refused(recipe_of):
         with_stages(recipe_of(), [{**one, "losses": [{"name": "forward_kl", "weight": {"start": 1.0, "over": "run"}}]}])
 
 
+@pytest.mark.slow
 def test_shares_follow_the_evaluations_and_the_steps_follow_the_shares(recipe_of):
     recipe = recipe_of(**SAMPLING, trainer={"max_steps": 12, "per_device_train_batch_size": 3, "learning_rate": 1e-2})
     run_stages(recipe)
@@ -141,6 +143,7 @@ def test_course_resumes_bitwise_equal_after_kills(recipe_of, run_apart, settings
     assert outcome(recipe) == outcome(elsewhere(recipe, "whole"))
 
 
+@pytest.mark.slow
 def test_checkpoint_without_the_shares_so_far_is_refused(recipe_of):
     recipe = recipe_of(**SAMPLING, trainer={"max_steps": 3})
     run_stages(recipe)
@@ -159,6 +162,7 @@ def test_source_without_held_out_rows_cannot_be_sampled_by_evaluation(recipe_of,
         resolve_stage(few, few.stages[0])
 
 
+@pytest.mark.slow
 def test_gradient_norms_balance_the_losses_of_a_stage(recipe_of):
     losses = [{"name": "forward_kl", "weight": 1.0}, {"name": "cross_entropy", "weight": 0.5}]
     balance = {"kind": "grad_norm", "every_steps": 1, "alpha": 0.0, "learning_rate": 0.2}
@@ -179,6 +183,7 @@ def test_gradient_norms_balance_the_losses_of_a_stage(recipe_of):
         )
 
 
+@pytest.mark.slow
 def test_learned_variances_weigh_the_losses_of_a_stage(recipe_of):
     recipe = recipe_of(balance={"kind": "uncertainty", "learning_rate": 0.05}, trainer={"max_steps": 8})
     run_stages(recipe)
@@ -202,6 +207,7 @@ def test_balance_that_cannot_be_honoured_is_refused(recipe_of):
         recipe_of(balance={"learning_rate": 1.0})
 
 
+@pytest.mark.slow
 def test_stage_starts_from_another_runs_stage_however_it_is_named(recipe_of, capfd):
     first = elsewhere(recipe_of(name="sft", trainer={"max_steps": 1}), "other")
     run_stages(first)

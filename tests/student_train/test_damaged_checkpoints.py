@@ -173,6 +173,7 @@ def test_altered_files_that_still_look_like_their_formats_are_told(tmp_path):
     assert damage(Checkpoint(tmp_path, 2, {})).startswith(f"{weights} cannot be read")
 
 
+@pytest.mark.slow
 def test_best_checkpoint_that_is_altered_before_it_is_exported_is_named_and_trained_again(recipe_of, monkeypatch):
     trainer = {"learning_rate": 0.02, "optim": "adamw_torch", "max_steps": 12, "lr_scheduler_type": "constant"}
     recipe = recipe_of(

@@ -27,6 +27,7 @@ HUGE = {
 }
 
 
+@pytest.mark.slow
 def test_exploding_gradients_stop_with_the_newest_state_from_before(recipe_of):
     recipe = recipe_of(trainer=HUGE)
     with pytest.raises(TrainingError) as caught:
@@ -56,6 +57,7 @@ def test_exploding_gradients_stop_with_the_newest_state_from_before(recipe_of):
     )
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_longer_finite_stop_the_stage_and_the_command(recipe_of, tmp_path, capsys):
     from shared.recipe.file import dump_recipe
 
@@ -100,6 +102,7 @@ def test_disk_that_is_too_small_is_refused_before_the_first_step(recipe_of, monk
     assert not (recipe.output_dir / "train/kd/metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "optim"), [("lora", "adamw_torch"), ("none", "sgd")])
 def test_bytes_needed_are_those_that_a_run_leaves_on_the_disk(recipe_of, tiny, adapter, optim):
     from student_train.student.student import add_adapter
@@ -140,6 +143,7 @@ def test_resumed_watch_knows_the_norms_of_steps_that_were_not_logged(tmp_path):
         GradientWatch(10.0).restore(tmp_path)
 
 
+@pytest.mark.slow
 def test_stage_that_logs_seldom_judges_after_a_resume_as_it_would_have(recipe_of):
     """Without the norms of all steps the first ones after a resume would be judged against two norms, or none."""
     recipe = recipe_of(trainer={"max_steps": 6, "save_steps": 3, "logging_steps": 4})

@@ -33,6 +33,7 @@ def outcome(recipe, *names):
     return {name: (stage_dir(recipe) / name).read_bytes() for name in names}
 
 
+@pytest.mark.slow
 def test_figures_equal_those_of_the_evaluation_of_the_saved_model(recipe_of, tiny):
     from tools.evaluate.heldout.heldout import evaluate_heldout
 
@@ -55,6 +56,7 @@ def test_figures_equal_those_of_the_evaluation_of_the_saved_model(recipe_of, tin
     assert found[-1]["kl_nats"] < found[0]["kl_nats"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", [{}, LORA], ids=["all-weights", "lora-dropout"])
 def test_evaluation_leaves_no_trace_in_the_training(recipe_of, student):
     plain = elsewhere(recipe_of(student=student), "plain")
@@ -65,6 +67,7 @@ def test_evaluation_leaves_no_trace_in_the_training(recipe_of, student):
     assert outcome(watched, *names) == outcome(plain, *names)
 
 
+@pytest.mark.slow
 def test_samples_stand_beside_the_cached_answer_in_file_and_tensorboard(recipe_of, tiny):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,6 +94,7 @@ def test_samples_stand_beside_the_cached_answer_in_file_and_tensorboard(recipe_o
     assert lines[6]["teacher"] in text
 
 
+@pytest.mark.slow
 def test_rows_per_source_and_fraction_bound_what_is_measured(recipe_of):
     recipe = recipe_of(evaluate={"every_steps": 6, "rows_per_source": 1}, trainer={"max_steps": 1})
     run_stages(recipe)
@@ -101,6 +105,7 @@ def test_rows_per_source_and_fraction_bound_what_is_measured(recipe_of):
         run_stages(Recipe.model_validate({**recipe.model_dump(mode="json"), "heldout": {"fraction": 1e-12}}))
 
 
+@pytest.mark.slow
 def test_labels_alone_are_evaluated_against_the_teacher_too(recipe_of):
     recipe = recipe_of(losses=[{"name": "cross_entropy"}], evaluate={"every_steps": 3}, trainer={"max_steps": 3})
     run_stages(recipe)
@@ -110,6 +115,7 @@ def test_labels_alone_are_evaluated_against_the_teacher_too(recipe_of):
 WORSENING = {"learning_rate": 0.3, "optim": "sgd", "max_steps": 12, "lr_scheduler_type": "constant", "save_steps": 100}
 
 
+@pytest.mark.slow
 def test_stage_stops_when_patience_is_used_up_and_keeps_the_best_weights(recipe_of, tiny):
     from tools.evaluate.heldout.heldout import evaluate_heldout
 
@@ -171,6 +177,7 @@ def test_verdict_takes_the_lowest_and_counts_what_is_not_better_by_the_delta():
     assert judge([{"step": 1, "kl_nats": 2.0}, {"step": 2, "kl_nats": 3.0}], None).stops is False
 
 
+@pytest.mark.slow
 def test_settings_that_decide_the_weights_belong_to_the_stage_and_the_others_do_not(recipe_of):
     small = {"max_steps": 2}
     run_stages(recipe_of(evaluate={"every_steps": 2}, trainer=small))

@@ -136,6 +136,7 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(trained, tmp_path, cap
     assert "'kd'" in refused(run, "--stage", "kd")
 
 
+@pytest.mark.slow
 def test_adapter_of_a_fully_trained_student_is_refused(recipe_of, capsys):
     recipe = recipe_of(trainer={"max_steps": 1})
     run_stages(recipe)

@@ -107,6 +107,7 @@ def test_norms_are_taken_at_the_last_hidden_states_where_all_losses_read_them(ti
     assert alone["hidden"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("losses", [LOSSES, BELOW_LAYER_1], ids=["layer-1", "embeddings"])
 def test_adapters_recomputation_and_accumulation_measure_the_same_and_measuring_changes_no_step(tiny, losses) -> None:
     plain = with_cross_entropy(tiny, losses)

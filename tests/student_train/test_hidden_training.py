@@ -44,6 +44,7 @@ def cache(tmp_path_factory):
     return add_hidden(make_cache(root / "cache", teacher), teacher, **CAPTURE)
 
 
+@pytest.mark.slow
 def test_from_teacher_to_student_with_every_loss_on_a_hidden_layer(tmp_path):
     teacher, student = (
         make_qwen3(tmp_path / "teacher", seed=1),
@@ -120,6 +121,7 @@ def test_kill_changes_no_byte_of_student_or_projections(recipe_of, run_apart, ca
     assert not any("projections" in name for name in saved)
 
 
+@pytest.mark.slow
 def test_gradient_norms_balance_head_and_hidden_layers_and_a_resumed_run_changes_no_byte(recipe_of, cache):
     balance = {"kind": "grad_norm", "every_steps": 2, "alpha": 0.0, "learning_rate": 0.2}
     student = {"adapter": {"kind": "lora", "r": 4, "dropout": 0.1}, "gradient_checkpointing": True}
@@ -164,6 +166,7 @@ def test_two_processes_train_the_same_projections_as_one(recipe_of, cache, adapt
         torch.testing.assert_close(weight, saved[1][name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stage_in_bfloat16_is_evaluated_while_it_trains(recipe_of, cache):
     evaluate = {"every_steps": 2, "rows_per_source": 2, "samples": 1, "sample_tokens": 3}
     recipe = recipe_of(cache=[cache], losses=ALL_THREE[1:], evaluate=evaluate, trainer={"max_steps": 4, "bf16": True})
@@ -174,6 +177,7 @@ def test_stage_in_bfloat16_is_evaluated_while_it_trains(recipe_of, cache):
     assert all(0 < step["terms"]["attention"] < 5 and 0 < step["terms"]["hidden"] < 50 for step in steps)
 
 
+@pytest.mark.slow
 def test_checkpoint_without_its_projections_is_refused(recipe_of, cache):
     recipe = recipe_of(cache=[cache], losses=ALL_THREE[1:2], trainer={"max_steps": 2, "save_steps": 2})
     run_stages(recipe)
@@ -193,6 +197,7 @@ def test_stage_needs_a_hidden_layer_and_says_how_to_get_one(recipe_of, tiny, cac
         run_stages(recipe_of(cache=[cache], losses=ALL_THREE[2:3], student={"attention": "eager"}))
 
 
+@pytest.mark.slow
 def test_recipes_own_hidden_layer_is_chosen_among_several(recipe_of, cache, tmp_path):
     from shared.cache.layer_choice import hidden_layer_of
 

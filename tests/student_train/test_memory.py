@@ -93,6 +93,7 @@ COUNTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("student_settings", "trainer_settings"), COUNTED, ids=str)
 def test_estimate_is_within_10_percent_of_counted_bytes(student_settings, trainer_settings):
     student = Student.model_validate({"model": "m", **student_settings})

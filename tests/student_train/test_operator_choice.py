@@ -39,6 +39,7 @@ def test_auto_falls_back_aloud_where_triton_cannot_compile(capsys):
     assert "no C compiler" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_recipe_setting_reaches_the_loss(recipe_of, monkeypatch):
     from student_train.stage.stages import run_stages
     from student_train.student import forward_patch

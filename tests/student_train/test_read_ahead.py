@@ -54,6 +54,7 @@ def test_failure_is_raised_where_the_item_is_asked_for():
     ahead.close()
 
 
+@pytest.mark.slow
 def test_wait_for_data_is_in_the_timing_and_in_the_last_line(recipe_of, capfd):
     recipe = recipe_of(trainer={"max_steps": 3})
     run_stages(recipe)

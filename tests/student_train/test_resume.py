@@ -72,6 +72,7 @@ def test_resume_is_bitwise_equal_after_kills_at_random_places(recipe_of, run_apa
     assert outcome(recipe) == outcome(elsewhere(recipe, "whole"))
 
 
+@pytest.mark.slow
 def test_finished_stage_is_reused_and_a_changed_one_refused(recipe_of, capfd):
     recipe = recipe_of(trainer={"max_steps": 2})
     run_stages(recipe)
@@ -91,6 +92,7 @@ def test_finished_stage_is_reused_and_a_changed_one_refused(recipe_of, capfd):
     assert outcome(recipe) == before
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_plan_or_cache_is_refused_with_both(recipe_of):
     recipe = recipe_of(trainer={"max_steps": 2})
     run_stages(recipe)
@@ -114,6 +116,7 @@ def test_checkpoint_without_marker_is_removed_and_the_one_before_taken(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-9"]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_rotated_and_hold_no_pickled_arguments(recipe_of):
     recipe = recipe_of(trainer={"max_steps": 9, "save_total_limit": 2})
     run_stages(recipe)
@@ -142,6 +145,7 @@ def test_step_log_is_cut_back_and_drops_a_torn_line(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_seconds_add_up_over_runs(recipe_of):
     recipe = recipe_of(trainer={"max_steps": 1})
     run_stages(recipe)

@@ -80,6 +80,7 @@ def test_weights_in_float32_beside_narrow_ones_are_updated_as_ever():
 NARROW = {"dtype": "bfloat16"}
 
 
+@pytest.mark.slow
 def test_killed_run_that_rounds_by_chance_ends_with_the_weights_of_one_that_was_not(recipe_of, run_apart):
     settings = {"rounding": "stochastic", "learning_rate": 1e-4, "save_steps": 2, "max_steps": 4}
     whole = recipe_of(student=NARROW, trainer=settings)

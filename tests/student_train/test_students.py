@@ -83,6 +83,7 @@ def test_adapter_is_merged_into_the_model_and_kept_beside_it(recipe_of, tiny):
     assert not list(model_dir.glob("adapter*"))
 
 
+@pytest.mark.slow
 def test_next_stage_starts_from_the_merged_model(recipe_of, tiny):
     """With nothing to learn from (learning rate 1e-30) the second stage's model is the first's."""
     recipe = recipe_of(student={"adapter": "lora"}, trainer={"max_steps": 2, "learning_rate": 1e-2})
@@ -210,6 +211,7 @@ def test_bfloat16_compute_trains_float32_weights(recipe_of):
     assert health["healthy"]
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(recipe_of, tmp_path):
     logs = []
     for checkpointing in (False, True):

@@ -75,6 +75,7 @@ def test_first_step_equals_dense_float64_on_rows_alone(recipe_of, tiny, family):
     assert step["loss"] == pytest.approx((0.7 * divergence + 0.3 * entropy) / positions, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_batch_of_four_equals_four_accumulated_batches(recipe_of, tmp_path):
     runs = []
     for batch, accumulation in ((4, 1), (1, 4)):
@@ -138,6 +139,7 @@ def test_schedules_and_exact_values_reach_the_step_log(recipe_of):
     assert [terms_at(recipe.stages[0], i, 5)[0].temperature for i in range(5)] == [2.0, 2.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_distillation_lowers_held_out_divergence(recipe_of, tiny):
     recipe = recipe_of(losses=[{"name": "forward_kl"}], trainer={"max_steps": 40, "learning_rate": 1e-2})
     run_stages(recipe)
@@ -150,6 +152,7 @@ def test_distillation_lowers_held_out_divergence(recipe_of, tiny):
     assert after < 0.7 * before
 
 
+@pytest.mark.slow
 def test_two_caches_and_draws_train_together_when_captured_alike(recipe_of, tiny):
     labels_only = recipe_of(
         cache=[tiny.cache, tiny.drawn, tiny.unscored],

@@ -116,6 +116,7 @@ for add in (False, True):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_an_ada_card_without_one(tmp_path):
     """What the interpreter lets pass may still be refused by the compiler, which needs no card."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -68,6 +68,7 @@ def exported_tokenizer(work: Recipe):
     return AutoTokenizer.from_pretrained(work.stage_dir("kd") / "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [None, OTHER])
 def test_the_recipes_template_leaves_with_the_model_where_all_sources_share_it(tmp_path, own):
     """One source gives it as a file, the other as text, and a third is plain text that no template renders."""
@@ -95,6 +96,7 @@ def test_the_recipes_template_leaves_with_the_model_where_all_sources_share_it(t
     assert ids in prompts
 
 
+@pytest.mark.slow
 def test_templates_that_differ_leave_the_tokenizers_own_and_are_named(tmp_path):
     teacher = make_qwen3(tmp_path / "teacher", num_layers=1)
     work = recipe(
@@ -126,6 +128,7 @@ def test_settings_are_found_in_the_cache_where_the_recipe_has_no_prompts(tmp_pat
     assert rendered_sources(second) == (found,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_student_stops_by_itself_at_the_end_token_of_the_template(tmp_path, adapter):
     """The base's eos is another; its stock `generate`, told nothing, ends at the token that it was trained to write."""
@@ -165,6 +168,7 @@ def test_student_stops_by_itself_at_the_end_token_of_the_template(tmp_path, adap
     assert len(told[1]) > len(told[0])
 
 
+@pytest.mark.slow
 def test_export_mends_what_an_older_version_trained_and_its_card_shows_how_to_ask(tmp_path, capsys):
     """The stage's model as it was left before: the tokenizer's eos alone, no template."""
     from transformers import AutoTokenizer

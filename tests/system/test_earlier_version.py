@@ -105,6 +105,7 @@ def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(
             assert claim_stage(work)
 
 
+@pytest.mark.slow
 def test_a_begun_stage_is_continued_from_its_checkpoint(run: Path) -> None:
     from student_train.records.progress import SilentProgress
     from student_train.stage.stages import run_stages

@@ -140,6 +140,7 @@ def test_an_evaluation_is_another_one_only_where_a_held_out_row_is_left_out():
     assert {**of("answers=all"), "left_out": of()["left_out"]} == of()
 
 
+@pytest.mark.slow
 def test_plan_and_training_say_what_is_left_out(capfd):
     assert cli.main(["plan", "recipe.yaml"]) == 0
     assert "holds 6 rows whose answers were drawn otherwise" in capfd.readouterr().out

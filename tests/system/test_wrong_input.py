@@ -130,6 +130,7 @@ def built(place, capsys) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "altered"])
 @pytest.mark.parametrize("kind", ["sequences", "targets"])
 def test_damaged_part_is_named_by_verify_and_training(built, capsys, damage, kind):
@@ -177,6 +178,7 @@ def test_adapter_on_the_head_is_refused(built, capsys):
     assert code in (1, 2) and "head" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bytes, where", [(8_000, "decant-tokenizer-"), (45_000, "run/cache")])
 def test_full_disk_is_one_sentence_and_the_same_command_continues(place, capsys, num_bytes, where):
     write_lines(place / "prompts.jsonl", questions(400))

@@ -106,6 +106,7 @@ def test_given_conversations_are_scored_at_the_positions_that_predict_their_answ
         check_targets(row, model)
 
 
+@pytest.mark.slow
 def test_generated_answers_are_scored_as_the_model_would_predict_them(tmp_path, plain_model):
     model = plain_model
     path = write(tmp_path / "math.jsonl", [{"prompt": f"How many apples, number {i}?", "answer": i} for i in range(9)])

@@ -280,6 +280,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     row_format=st.sampled_from(["messages", "prompt_completion", "alpaca", "sharegpt", "text"]),

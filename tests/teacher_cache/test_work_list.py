@@ -176,6 +176,7 @@ def test_what_cannot_be_a_row_is_set_aside(conversation, generate, reason):
     assert reason in problems.listed[0].reason
 
 
+@pytest.mark.slow
 def test_listing_keeps_only_keys():
     def talks(count):
         return (talk("How many apples has Anna? " * 40 + str(i)) for i in range(count))

@@ -108,6 +108,7 @@ def test_one_corrupted_row_is_found_and_no_other_blamed(world: dict[str, Path], 
         assert found["faithfulness"]["unfaithful"][0]["worst_position"] == 5
 
 
+@pytest.mark.slow
 def test_a_wrong_tail_at_another_temperature_is_found(world: dict[str, Path]) -> None:
     def captured(number: int, _: SparseTargets, wrong: int | None = None) -> SparseTargets:
         row = Cache.open(world["cache"]).sequence(number)
@@ -147,6 +148,7 @@ def test_larger_heads_never_lose_more_and_the_whole_vocabulary_loses_nothing(fou
     assert whole[0.9] < whole[1.0]
 
 
+@pytest.mark.slow
 def test_losses_equal_plain_sums_over_the_dense_distributions(world: dict[str, Path], found: dict) -> None:
     cache = Cache.open(world["cache"])
     for temperature, k in ((1.0, 4), (2.0, 16)):

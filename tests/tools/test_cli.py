@@ -210,6 +210,7 @@ sys.exit(cli.main(["plan", {str(recipe)!r}]))
     assert (process.wait(timeout=60), err) == (1, b"")
 
 
+@pytest.mark.slow
 def test_json_is_alone_on_standard_output_whatever_libraries_print(recipe):
     program = f"""
 import os, sys

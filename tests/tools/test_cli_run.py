@@ -196,6 +196,7 @@ def test_run_does_everything_once_and_nothing_twice(tmp_path):
     assert (plan["rows_to_do"], plan["cache"]["rows"], plan["hours"]) == (0, 24, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long_rows", [(3,), (0, 5, 9)])
 def test_a_run_that_set_long_rows_aside_continues_with_the_same_command(tmp_path, monkeypatch, capfd, long_rows):
     from shared.cache.cache import Cache

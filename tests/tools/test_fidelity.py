@@ -27,6 +27,7 @@ def tiny(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_live_teacher_gives_the_losses_of_a_capture_of_everything(tiny, tmp_path):
     teacher_dir, cache, student = tiny
     teacher = load(teacher_dir)

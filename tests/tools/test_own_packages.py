@@ -68,6 +68,7 @@ def test_children_run_our_packages_in_a_directory_that_has_others(tmp_path):
     assert json.loads(done.stdout) == [str(ROOT / name / "__init__.py") for name in ("shared", "tools")]
 
 
+@pytest.mark.slow
 def test_model_process_runs_our_module_in_a_directory_that_has_another(tmp_path, monkeypatch):
     from shared.errors import EvaluationError
     from tools.evaluate.models.model_process import run_in_process

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from shared.recipe.file import load_recipe
 from tools.bench.students.quality import ARMS, NUM_FRESH, PAIRS, RECIPE, tables
 
@@ -21,7 +23,9 @@ def test_arms_after_kd_take_equal_steps_and_rounds_answer_as_many_prompts_as_the
             asked[stage.name] = stage.rounds.prompts * rounds
     assert steps["sft"] == steps["kd"]
     assert len({steps[arm] for arm in ARMS[2:]}) == 1
-    assert set(asked.values()) == {sum(NUM_FRESH.values())}
+    assert len(set(asked.values())) == 1
+    not_held_out = (1 - recipe.heldout.fraction) * sum(NUM_FRESH.values())
+    assert max(asked.values()) == pytest.approx(not_held_out, rel=0.02), "as many as the teacher answered afresh"
     assert all(arm in ARMS and control in ARMS for arm, control in PAIRS)
 
 

@@ -50,6 +50,7 @@ def test_example_of_a_section_loads(name: str, tmp_path: Path) -> None:
     assert loaded.stages
 
 
+@pytest.mark.slow
 def test_the_schema_accepts_every_recipe_of_the_project_and_refuses_an_unknown_key() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     import json

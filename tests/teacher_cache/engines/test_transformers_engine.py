@@ -132,6 +132,7 @@ def test_answers_depend_on_their_seed_and_not_on_their_company(exact):
     assert answers(TransformersEngine(exact, None), other_seeds, settings) != company
 
 
+@pytest.mark.slow
 def test_rows_that_have_ended_are_no_longer_computed_and_the_others_do_not_see_it(exact, monkeypatch):
     settings = Generate(max_new_tokens=60)
     alone = answers(TransformersEngine(exact, None, batch_tokens=1), prompts(40), settings)

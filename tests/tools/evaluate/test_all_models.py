@@ -150,6 +150,7 @@ def test_a_cache_of_two_teachers_is_evaluated_on_the_layer_of_the_recipes_own(
     assert found["layer"] == cache.layer_name
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_evaluated_again(root: Path, canned: list[Any]) -> None:
     said: list[str] = []
     chosen = recipe(root, models=["base", "kd"])

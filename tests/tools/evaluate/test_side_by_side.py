@@ -114,6 +114,7 @@ def test_larger_sizes_draw_at_random_by_the_seed_and_take_all_where_there_are_fe
     ]
 
 
+@pytest.mark.slow
 def test_every_model_answers_every_prompt_at_every_temperature_and_what_is_kept_is_reused(
     root: Path, here: list[tuple[str, list[str]]]
 ) -> None:
@@ -159,6 +160,7 @@ def test_every_model_answers_every_prompt_at_every_temperature_and_what_is_kept_
     assert "same as teacher" in table_text(report)
 
 
+@pytest.mark.slow
 def test_identical_models_have_no_distance_and_equal_scores_and_a_second_evaluation_the_same_figures(
     root: Path, here: list[tuple[str, list[str]]]
 ) -> None:

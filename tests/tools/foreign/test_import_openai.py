@@ -56,6 +56,7 @@ def test_raw_values_of_a_server_have_a_derived_tail(tmp_path, tokenizer, tokeniz
     assert not bool(np.isnan(Cache.open(tmp_path / "cache")[0].targets.tail_logmass).any())
 
 
+@pytest.mark.slow
 def test_completions_are_told_by_text_and_torn_ones_are_set_aside(tmp_path, tokenizer, tokenizer_dir, capsys):
     whole = [i for i in range(VOCAB) if "\ufffd" not in spelled(tokenizer, i, 0.0)["token"]]
     made = samples(3, seed=5)

@@ -67,6 +67,7 @@ def run_with_questions(root: Path, heldout: float = 0.0) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_questions_that_are_prompts_are_counted(tmp_path: Path) -> None:
     run = run_with_questions(tmp_path / "run")
     report = build_report([run])
@@ -100,6 +101,7 @@ def test_a_run_that_was_moved_is_read_from_anywhere(tmp_path: Path, monkeypatch:
         assert found.cache["rows"] == 30
 
 
+@pytest.mark.slow
 def test_one_row_has_no_interval(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for low in (None, 0.12):
@@ -110,6 +112,7 @@ def test_one_row_has_no_interval(tmp_path: Path) -> None:
         assert "0.1200 (b)<small>one row</small>" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_no_figure_is_the_best_where_intervals_overlap(tmp_path: Path) -> None:
     run = make_run(
         tmp_path / "run"
@@ -120,6 +123,7 @@ def test_no_figure_is_the_best_where_intervals_overlap(tmp_path: Path) -> None:
     assert best == [("held-out KL", "0.1200")]
 
 
+@pytest.mark.slow
 def test_the_headline_says_every_model_and_the_kl(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     build_report([run])
@@ -132,6 +136,7 @@ def test_the_headline_says_every_model_and_the_kl(tmp_path: Path) -> None:
     assert "0.1200 nats, against sft 0.3300 nats, base 2.4100 nats, teacher 0.0003 nats" in plain[1]
 
 
+@pytest.mark.slow
 def test_figures_of_different_layers_or_rows_carry_letters(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for change in ({"layer": "top8-00000000"}, {"rows": 60}):
@@ -147,6 +152,7 @@ def test_figures_of_different_layers_or_rows_carry_letters(tmp_path: Path) -> No
     assert "(a)" not in table_text(build_report([run]))
 
 
+@pytest.mark.slow
 def test_a_report_says_when_where_and_how_fast(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     made = {
@@ -177,6 +183,7 @@ def test_shares_that_only_jitter_are_not_drawn() -> None:
     assert drawn == [[], ["Shares of the sources of stage kd"]]
 
 
+@pytest.mark.slow
 def test_the_marked_token_stands_near_the_start_of_its_card(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     result = json.loads((run / "evaluate" / "kd.json").read_text())
@@ -194,6 +201,7 @@ def with_rows(run: Path, model: str, rows: dict[str, list[float]], layer: str = 
     write_json(run / "evaluate" / f"{model}.json", result)
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_common_rows_and_questions(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "one", "one"), make_run(tmp_path / "two", "two")
     rng = random.Random(3)
@@ -216,6 +224,7 @@ def test_models_are_compared_on_common_rows_and_questions(tmp_path: Path) -> Non
     assert [pair["kl_nats"] for pair in other if pair["model"] == "two/kd" and pair["other"] == "kd"] == [None]
 
 
+@pytest.mark.slow
 def test_paired_scores_are_the_mean_difference_over_questions(run_of_scores: Path) -> None:
     (pair,) = [pair for pair in build_report([run_of_scores])["differences"] if pair["model"] == "kd"]
     assert pair["other"] == "sft"

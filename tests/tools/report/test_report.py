@@ -281,6 +281,7 @@ def test_partings_stand_in_the_page_as_text_and_broken_ones_are_left_out(run: Pa
     assert "not a number" not in page.text
 
 
+@pytest.mark.slow
 def test_words_stand_left_and_models_without_scores_are_not_drawn(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "one", "one"), make_run(tmp_path / "two", "two")
     write_evaluation(second, "kd", {}, 0.1)

@@ -7,6 +7,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from shared.recipe.file import load_recipe
 from tests.tools.report.fake_run import SCORES, make_run
 from tools.report.build import build_report
@@ -17,6 +19,7 @@ NUM_PROMPTS = 60
 """More than a report shows of any temperature."""
 
 
+@pytest.mark.slow
 def test_a_report_with_more_answers_than_it_shows_at_three_temperatures_stays_below_three_megabytes(
     tmp_path: Path,
 ) -> None:

@@ -78,6 +78,7 @@ def test_alignment_of_a_thousand_odd_texts_is_that_of_brute_force(encoders) -> N
     assert covered > 0.8 * positions
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not QWEN.is_dir(), reason=f"{QWEN} is absent")
 def test_alignment_against_the_vocabulary_of_qwen(encoders) -> None:
     from tokenizers import decoders, models, pre_tokenizers
