@@ -170,13 +170,22 @@ def _filesystem(scheme: str, pid: int) -> Any:
         import tenacity  # noqa: F401 - said together with the others
 
         options = {"client_kwargs": {"trust_env": True}} if scheme in ("http", "https") else {}
-        return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+        files = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+        if getattr(files, "async_impl", False):
+            files.loop.set_exception_handler(_let_connections_break)
+        return files
     except ImportError as error:
         package = _PACKAGES[scheme]
         extra = "pip install gcsfs" if scheme == "gs" else "pip install 'decant-kd[remote]'"
         raise CacheError(
             f"{scheme}:// needs the package {package}, which cannot be imported ({error}); install it with {extra}"
         ) from None
+
+
+def _let_connections_break(loop: Any, context: dict[str, Any]) -> None:
+    """Say nothing of a connection that broke under a task that nobody waits for: its request failed and is repeated."""
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
 
 
 def _listing(files: Any, path: str) -> dict[str, Any]:

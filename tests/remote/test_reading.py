@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -22,7 +25,7 @@ from shared.errors import CacheError, DamagedError
 from shared.places import named, origin_of, place_of, store_dir
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe
-from shared.remote import part_store
+from shared.remote import part_store, transfer
 from tests.remote.loopback import flipped
 from tools.bench.loopback_s3 import KEYS
 
@@ -180,3 +183,23 @@ def test_parts_that_come_at_the_same_time_wait_for_room(new_store, monkeypatch):
         fetched = list(pool.map(fetch, parts))
     assert len({path.name for path in fetched}) == 12
     assert 2000 <= max(most) <= 3000
+
+
+@pytest.mark.parametrize(
+    ("error", "is_said"), [(ConnectionResetError("closing transport"), False), (ValueError("odd"), True)]
+)
+def test_a_connection_that_broke_under_a_forgotten_task_is_not_printed(error, is_said, caplog):
+    files = transfer._filesystem("https", os.getpid())
+
+    async def breaks() -> None:
+        raise error
+
+    async def forgets() -> None:
+        task = asyncio.ensure_future(breaks())
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+
+    asyncio.run_coroutine_threadsafe(forgets(), files.loop).result()
+    gc.collect()
+    assert ("never retrieved" in caplog.text) == is_said
