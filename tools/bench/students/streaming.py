@@ -90,7 +90,9 @@ class Watched:
 
     def _look(self, pid: int) -> None:
         while not self._over.wait(0.1):
-            with suppress(OSError):  # the process has ended, or a part was renamed or removed since it was listed
+            with suppress(
+                OSError, StopIteration
+            ):  # the process has ended, or a part was renamed or removed since it was listed
                 self.mib.append(anonymous_mib(pid))
                 parts = (self._store / "parts").glob("*")
                 self.most_stored = max(self.most_stored, sum(file.stat().st_size for file in parts))
