@@ -14,7 +14,7 @@ from tests.tools.translate.student_tokenizers import KINDS, student_tokenizer
 from tools.cache.translate.alignment import align
 from tools.cache.translate.landing import UNKNOWN
 
-QWEN = Path("/work/shared/data/qwen_tokenizer")
+QWEN = Path(__file__).resolve().parents[4] / "shared" / "data" / "qwen_tokenizer"
 TEXTS = 1000
 
 
