@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shared.models.hub import ask_hub
 from shared.models.load_report import loading
+from shared.remote.hub import ask_hub
 
 CONFIG = "a directory with config.json, or a hub id that can be fetched"
 

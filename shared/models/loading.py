@@ -7,8 +7,8 @@ from typing import Any
 
 from shared.models.adapters import merge_adapter, refuse_adapter_inside
 from shared.models.checkpoint import fits_named_class
-from shared.models.hub import ask_hub
 from shared.models.load_report import Gaps, loading
+from shared.remote.hub import ask_hub
 
 
 def load_causal_lm(

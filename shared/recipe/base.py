@@ -12,7 +12,7 @@ import difflib
 import typing
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -46,6 +46,9 @@ class Section(BaseModel):
         protected_namespaces=(),
         validate_default=False,
     )
+
+
+SampledT = TypeVar("SampledT", bound=Section)
 
 
 class Kind(Section):
@@ -188,18 +191,21 @@ def moved(section: Section) -> set[str]:
     return set(section.model_dump(exclude_defaults=True))
 
 
-_SAMPLING = {
-    "samples_per_prompt": "all answers at temperature 0 are the same; raise the temperature or leave it at 1",
-    "samples": "all answers at temperature 0 are the same; raise the temperature or leave it at 1",
-    "top_p": "temperature 0 takes the most probable token, so leave it out or raise the temperature",
-    "top_k": "temperature 0 takes the most probable token, so leave it out or raise the temperature",
-}
-"""Settings of sampled answers, and why they mean nothing where answers are not sampled."""
+def unused(section: Section, names: Iterable[str], why: str) -> list[Problem]:
+    """Return those of some fields that are not at their defaults, each blamed with the same sentence."""
+    return [((name,), why) for name in sorted(moved(section).intersection(names))]
 
 
-def greedy_problems(section: Section, temperature: float) -> list[Problem]:
-    """Return what a section says about sampling although its temperature is 0."""
-    return [((name,), _SAMPLING[name]) for name in sorted(moved(section) & _SAMPLING.keys()) if temperature == 0]
+def sampling_is_used(section: SampledT) -> SampledT:
+    """Refuse what a section says about sampling where its `temperature` is 0; its `model_validator`."""
+    if section.model_dump()["temperature"] == 0:
+        why = "all answers at temperature 0 are the same; raise the temperature or leave it at 1"
+        problems = unused(section, ("samples_per_prompt", "samples"), why)
+        why = "temperature 0 takes the most probable token, so leave it out or raise the temperature"
+        problems += unused(section, ("top_p", "top_k"), why)
+        if problems:
+            inconsistent(*problems)
+    return section
 
 
 def closest(found: str, choices: Sequence[str]) -> str:

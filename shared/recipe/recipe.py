@@ -40,7 +40,7 @@ from shared.recipe.sections.losses import LABEL_LOSSES, LOSSES_ON_HIDDEN_LAYER, 
 from shared.recipe.sections.optimizers import OPTIMIZERS
 from shared.recipe.sections.prompts import PromptSource
 from shared.recipe.sections.rounds import Guards, Rounds
-from shared.recipe.sections.teacher import Teacher, Workers, unread_settings
+from shared.recipe.sections.teacher import Teacher, Workers, engine_of_student, unread_settings
 from shared.recipe.sections.training import RESERVED_STAGE_NAMES, Adapter, Stage, StageTrainer, Student
 from shared.schema import LAYER_NAME_PATTERN, MAX_ROWS_PER_PART
 
@@ -240,18 +240,16 @@ def _unread_problems(recipe: Recipe) -> list[Problem]:
     teacher = recipe.teacher
     if teacher is None:
         return []
-    usual = "vllm" if teacher.engine == "server" else teacher.engine
-    at_work = {teacher.engine, *(stage.rounds.engine or usual for stage in recipe.stages if stage.rounds is not None)}
+    rounds = [stage.rounds for stage in recipe.stages if stage.rounds is not None]
+    at_work = {teacher.engine, *(engine_of_student(teacher, one.engine) for one in rounds)}
     if recipe.capture.hidden is not None:
         at_work.add("transformers")
     if recipe.evaluate.models:
         at_work.add(recipe.evaluate.engine)
-    of_one = [(("teacher", *path), why) for path, why in unread_settings(teacher, at_work)]
-    return of_one + [
-        (("teachers", name, *path), why)
-        for name, other in recipe.teachers.items()
-        for path, why in unread_settings(other, {other.engine})
-    ]
+    found = [(("teacher", *path), why) for path, why in unread_settings(teacher, at_work)]
+    for name, other in recipe.teachers.items():
+        found += [(("teachers", name, *path), why) for path, why in unread_settings(other, {other.engine})]
+    return found
 
 
 def _stage_problems(recipe: Recipe) -> list[Problem]:

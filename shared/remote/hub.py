@@ -1,11 +1,13 @@
-"""Write to the Hugging Face hub: files as one commit, a directory as a model. Reading goes through its file system.
+"""The Hugging Face hub: is it there, and how files become one commit, a directory a model. Its file system reads.
 
 A commit appears whole or not at all, and large files that an interrupted one had sent are not sent again. A repository
-that is not there is made private; whoever owns it makes it public. Cost: one commit per call.
+that is not there is made private; whoever owns it makes it public. Cost: one commit per call; where no hub answers,
+`SECONDS` once.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,10 @@ from typing import Any, NamedTuple
 
 from shared.errors import CacheError, first_line
 
+SECONDS = 5.0
+"""How long the hub is waited for; its library tries for a minute before it says that none is there."""
+_silent: dict[str, bool] = {}
+"""Whether a hub that was asked gave no answer."""
 _PLACE = re.compile(r"hf://(datasets/|models/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 
 
@@ -37,6 +43,27 @@ def hub_place(url: str) -> HubPlace:
         raise CacheError(f"{url} names no repository; expected hf://datasets/ORG/NAME")
     kind = "dataset" if found[1] == "datasets/" else "model"
     return HubPlace(kind, found[2], found[3], f"{found[4]}/" if found[4] else "")
+
+
+def ask_hub(source: str | Path) -> str | None:
+    """Where `source` is no directory and no hub answers, let the hub's library look into its local cache alone, and say
+    so.
+
+    >>> ask_hub(".")
+    """
+    if Path(source).expanduser().is_dir():
+        return None
+    from huggingface_hub import constants, get_session
+
+    if not constants.HF_HUB_OFFLINE and constants.ENDPOINT not in _silent:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=SECONDS)
+            _silent[constants.ENDPOINT] = False
+        except Exception:  # noqa: BLE001 - its library and network raise whatever they like; all of it means no answer
+            _silent[constants.ENDPOINT] = constants.HF_HUB_OFFLINE = True
+            os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that are started from here
+    is_silent = _silent.get(constants.ENDPOINT, False)
+    return f"{constants.ENDPOINT} does not answer, and it is not in the local cache" if is_silent else None
 
 
 def commit_files(url: str, files: Sequence[tuple[str, Path | bytes]]) -> None:

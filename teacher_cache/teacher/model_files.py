@@ -14,7 +14,7 @@ from typing import Any
 
 from shared.errors import EngineError, ModelError
 from shared.models import files as text_files
-from shared.models.hub import ask_hub
+from shared.remote.hub import ask_hub
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")

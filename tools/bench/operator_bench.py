@@ -19,9 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from tools.bench.process_memory import memory_mib
 from tools.own_process import own_command, own_environment
 
 NUM_POSITIONS, WIDTH, VOCABULARY, K = 2048, 256, 151_936, 64
@@ -126,15 +126,9 @@ def alternating_pairs(first: str, second: str, *, frozen: bool) -> dict[str, flo
 def peak_mb(form: str) -> float:
     """Return the megabytes (10^6 bytes) by which this process grows while it makes loss and gradients once."""
     inputs = make_inputs(frozen=False)
-    before = _highest_resident_mb()
+    before = memory_mib("VmHWM")
     step_seconds(form, inputs)
-    return _highest_resident_mb() - before
-
-
-def _highest_resident_mb() -> float:
-    """Return this process's peak of resident memory; `ru_maxrss` would do, but a child inherits its parent's."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
+    return (memory_mib("VmHWM") - before) * 2**20 / 1e6
 
 
 def peak_mb_in_own_process(form: str) -> float:

@@ -21,6 +21,7 @@ from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
 from shared.parts.sequences import SequenceRow, make_row
 from tools.bench.codec_bench import best_cpu_seconds
+from tools.bench.process_memory import memory_mib
 from tools.bench.synthetic_teacher import VOCAB_SIZE, make_targets
 
 ROWS_PER_PART = 32
@@ -47,9 +48,9 @@ def run(parts: int = 32) -> dict[str, Any]:
             "rows_per_second_without_targets": sequences_speed(small),
         }
         large = build(root / "large", parts, 512)
-        before = anonymous_mib()
+        before = memory_mib("RssAnon")
         read_all(large)
-        result["memory_growth_mib_reading_all"] = anonymous_mib() - before
+        result["memory_growth_mib_reading_all"] = memory_mib("RssAnon") - before
         start = time.process_time()
         opened = Cache.open(root / "large")
         opened.num_tokens, opened.group_keys, opened.sources  # noqa: B018 - the work to be timed
@@ -114,14 +115,6 @@ def speed(cache: Cache) -> float:
 def sequences_speed(cache: Cache) -> float:
     """Return rows per second of CPU time where targets are not asked for."""
     return len(cache) / best_cpu_seconds(lambda: [cache.sequence(i) for i in range(len(cache))])
-
-
-def anonymous_mib() -> float:
-    """Return the process's own resident memory in MiB, without pages of mapped files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
 
 
 if __name__ == "__main__":

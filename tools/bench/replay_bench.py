@@ -26,6 +26,7 @@ import numpy as np
 from shared.recipe.recipe import Recipe
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
 from tools.bench import synthetic_teacher
+from tools.bench.process_memory import memory_mib
 from tools.own_process import own_command, own_environment
 
 SIZES = (10_000, 100_000)
@@ -81,7 +82,7 @@ def measure(num_rows: int) -> None:
         build.teach(_recipe(root / "warm", WARM_ROWS))
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         recipe = _recipe(root / "measured", num_rows)
-        before, started = _status_mib("RssAnon"), time.monotonic()
+        before, started = memory_mib("RssAnon"), time.monotonic()
         with _Peak() as peak:
             summary = build.teach(recipe)
         seconds = time.monotonic() - started
@@ -94,7 +95,7 @@ def measure(num_rows: int) -> None:
             "score_positions_per_second": summary.scored.positions / summary.scored.seconds,
             "anonymous_mib_before": before,
             "anonymous_mib_peak": peak.mib,
-            "resident_mib_peak": _status_mib("VmHWM"),
+            "resident_mib_peak": memory_mib("VmHWM"),
         }
     print(json.dumps(figures))
 
@@ -156,14 +157,7 @@ class _Peak:
 
     def _run(self) -> None:
         while not self._done.wait(0.01):
-            self.mib = max(self.mib, _status_mib("RssAnon"))
-
-
-def _status_mib(name: str) -> float:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
+            self.mib = max(self.mib, memory_mib("RssAnon"))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from shared.parts.jobs import create_job
 from shared.parts.part_stats import ENTROPY_BINS, SUPPORT_BINS
 from shared.parts.records import json_bytes, list_records
 from shared.schema import FORMAT_VERSION
+from tools.bench.process_memory import memory_mib
 from tools.own_process import own_command, own_environment
 
 ROWS_PER_PART = 1024
@@ -85,7 +86,7 @@ def make_records(root: Path, parts: int) -> None:
 
 def measure(root: str, what: str) -> None:
     """Print seconds and MiB of one operation, as JSON."""
-    before, start = resident_mib(), time.perf_counter()
+    before, start = memory_mib("RssAnon"), time.perf_counter()
     cpu = time.process_time()
     kept: Sized
     if what == "names":
@@ -95,17 +96,9 @@ def measure(root: str, what: str) -> None:
     figures = {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
-        "mib": resident_mib() - before,
+        "mib": memory_mib("RssAnon") - before,
     }
     print(json.dumps({**figures, "items": len(kept)}))
-
-
-def resident_mib() -> float:
-    """Return the process's own resident memory in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
 
 
 def run(parts: list[int]) -> dict[str, Any]:

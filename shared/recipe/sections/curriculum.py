@@ -16,7 +16,7 @@ from shared.recipe.base import (
     Probability,
     Section,
     inconsistent,
-    moved,
+    unused,
 )
 
 
@@ -101,9 +101,9 @@ class Balance(Kind):
         defaults = {"fixed": ("every_steps", "alpha", "learning_rate"), "uncertainty": ("every_steps", "alpha")}.get(
             self.kind, ()
         )
-        foreign = sorted(moved(self) & set(defaults))
+        foreign = unused(self, defaults, f"'{self.kind}' does not use it, so leave it out")
         if foreign:
-            inconsistent(*(((name,), f"'{self.kind}' does not use it, so leave it out") for name in foreign))
+            inconsistent(*foreign)
         return self
 
 

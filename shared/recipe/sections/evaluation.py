@@ -18,9 +18,10 @@ from shared.recipe.base import (
     Section,
     ShareOrNumber,
     Text,
-    greedy_problems,
     inconsistent,
     repeated,
+    sampling_is_used,
+    unused,
 )
 
 TaskName = Literal["copying", "gsm8k", "humaneval", "keywords", "multiple_choice"]
@@ -71,12 +72,10 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _sampling_is_used(self) -> Task:
-        if self.name == "multiple_choice":
-            sampled = {"temperature": self.temperature != 0, "samples": self.samples != 1, "seed": self.seed != 0}
-            why = "multiple_choice compares likelihoods and samples no answer; leave it out"
-            problems: list[Problem] = [((key,), why) for key, is_set in sampled.items() if is_set]
-        else:
-            problems = greedy_problems(self, self.temperature)
+        if self.name != "multiple_choice":
+            return sampling_is_used(self)
+        why = "multiple_choice compares likelihoods and samples no answer; leave it out"
+        problems = unused(self, ("temperature", "samples", "seed"), why)
         if problems:
             inconsistent(*problems)
         return self
@@ -130,12 +129,7 @@ class OwnAnswers(Section):
     seed: Integer = 0
     """Seed of the choice of prompts and of the answers."""
 
-    @model_validator(mode="after")
-    def _sampling_is_used(self) -> OwnAnswers:
-        problems = greedy_problems(self, self.temperature)
-        if problems:
-            inconsistent(*problems)
-        return self
+    _sampling = model_validator(mode="after")(sampling_is_used)
 
 
 class Evaluate(Section):

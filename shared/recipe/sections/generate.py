@@ -14,8 +14,7 @@ from shared.recipe.base import (
     Probability,
     Section,
     Text,
-    greedy_problems,
-    inconsistent,
+    sampling_is_used,
 )
 
 
@@ -58,9 +57,4 @@ class Generate(Section):
     tokenizer.
     """
 
-    @model_validator(mode="after")
-    def _can_be_honoured(self) -> Generate:
-        problems = greedy_problems(self, self.temperature)
-        if problems:
-            inconsistent(*problems)
-        return self
+    _sampling = model_validator(mode="after")(sampling_is_used)

@@ -13,10 +13,11 @@ from shared.recipe.base import (
     NonNegative,
     Positive,
     Probability,
+    Problem,
     Section,
     ShareOrNumber,
-    greedy_problems,
     inconsistent,
+    sampling_is_used,
 )
 from shared.recipe.sections.prompts import PromptSource
 
@@ -71,10 +72,11 @@ class Rounds(Section):
     guards: Guards = Guards()
     """Bounds of the answers, beyond which a round is not trained on."""
 
+    _sampling = model_validator(mode="after")(sampling_is_used)
+
     @model_validator(mode="after")
     def _can_be_honoured(self) -> Rounds:
-        problems = greedy_problems(self, self.temperature)
-        problems += [
+        problems: list[Problem] = [
             (("sources", i, "format"), f"rows of format '{source.format}' ask nothing; leave it out")
             for i, source in enumerate(self.sources)
             if not source.of_turns

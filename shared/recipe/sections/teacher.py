@@ -23,6 +23,7 @@ from shared.recipe.base import (
     inconsistent,
     moved,
     repeated,
+    unused,
 )
 
 KEY_VARIABLE = "DECANT_SERVER_API_KEY"
@@ -135,6 +136,11 @@ def unread_settings(teacher: Teacher, engines: Collection[str]) -> list[Problem]
     ]
 
 
+def engine_of_student(teacher: Teacher, wanted: str | None) -> str:
+    """Return what lets a student answer in rounds: what a stage wants, or the teacher's engine where that is ours."""
+    return wanted or ("vllm" if teacher.engine == "server" else teacher.engine)
+
+
 def as_on(engine: str) -> dict[str, Any]:
     """Return what changes in a section that one of our own engines opens: what it does not read is at its default."""
     unread = _OF_THIS_ENGINE | {name for name, reader in _READ_BY.items() if reader != engine}
@@ -160,13 +166,8 @@ def _misplaced(workers: Workers, engine: str, tensor_parallel_size: int) -> list
 def _server_problems(teacher: Teacher) -> list[Problem]:
     """Return what a `teacher` section says about servers and cannot be honoured."""
     if teacher.engine != "server":
-        return [
-            (
-                (name,),
-                f"only the engine 'server' asks servers and this teacher's engine is '{teacher.engine}'; leave it out",
-            )
-            for name in sorted(moved(teacher) & _OF_THIS_ENGINE)
-        ]
+        why = f"only the engine 'server' asks servers and this teacher's engine is '{teacher.engine}'; leave it out"
+        return unused(teacher, _OF_THIS_ENGINE, why)
     problems: list[Problem] = []
     if not teacher.servers:
         problems.append(
@@ -177,10 +178,8 @@ def _server_problems(teacher: Teacher) -> list[Problem]:
         problem = address_problem(url) or ("the same server is listed twice" if i in again else None)
         if problem:
             problems.append((("servers", i), problem))
-    problems += [
-        ((name,), "a server is started by `vllm serve`, which decides this there; leave it out")
-        for name in sorted(moved(teacher) & _OF_THE_SERVER)
-    ]
+    why = "a server is started by `vllm serve`, which decides this there; leave it out"
+    problems += unused(teacher, _OF_THE_SERVER, why)
     if teacher.quantization is not None:
         problems.append(
             (

@@ -22,8 +22,8 @@ from shared.recipe.base import (
     Text,
     closest,
     inconsistent,
-    moved,
     one_or_many,
+    unused,
 )
 from shared.recipe.schedule import Schedule
 from shared.recipe.sections.curriculum import Balance, Sampling, StageEvaluation
@@ -67,9 +67,9 @@ class Adapter(Kind):
 
     @model_validator(mode="after")
     def _options_belong_to_it(self) -> Adapter:
-        if self.kind == "none" and moved(self):
-            said = "kind 'none' adds nothing to the weights; write lora or qlora"
-            inconsistent(*(((name,), said) for name in sorted(moved(self))))
+        foreign = unused(self, type(self).model_fields, "kind 'none' adds nothing to the weights; write lora or qlora")
+        if self.kind == "none" and foreign:
+            inconsistent(*foreign)
         return self
 
 
@@ -199,8 +199,8 @@ class StageTrainer(Section):
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
             said = "'constant' begins at its full rate, without warmup; write constant_with_warmup"
             problems.append((("lr_scheduler_type",), said))
-        foreign = sorted(moved(self) & set(ADAM) - set(OPTIMIZERS[self.optim].reads))
-        problems += [((name,), f"the optimizer '{self.optim}' does not use it, so leave it out") for name in foreign]
+        foreign = set(ADAM) - set(OPTIMIZERS[self.optim].reads)
+        problems += unused(self, foreign, f"the optimizer '{self.optim}' does not use it, so leave it out")
         if "none" in self.report_to and len(self.report_to) > 1:
             problems.append((("report_to",), "'none' stands alone"))
         if problems:

@@ -144,13 +144,11 @@ class TransformersEngine:
             open_places = [place for place, row in enumerate(going) if reasons[row] is None]
             if not open_places:
                 break
-            if 2 * len(open_places) <= len(going) and _keeps_rows_apart(cache):
-                going, kept = [going[place] for place in open_places], torch.tensor(open_places)
-                chosen, seeds = chosen[kept.to(chosen.device)], seeds[kept]
-                kept = kept.to(model.device)
-                whole, mask = whole[kept], mask[kept]
-                cache.batch_select_indices(kept)
             tokens = chosen[:, None].to(model.device)
+            if 2 * len(open_places) <= len(going) and _keeps_rows_apart(cache):
+                going, seeds = [going[place] for place in open_places], seeds[open_places]
+                tokens, whole, mask = tokens[open_places], whole[open_places], mask[open_places]
+                cache.batch_select_indices(torch.tensor(open_places))
             whole = torch.cat([whole, tokens], 1)
             mask = torch.cat([mask, mask.new_ones((len(going), 1))], 1)
         return [ends.answer(r, a, reason or "length") for r, a, reason in zip(batch, answers, reasons, strict=True)]

@@ -141,7 +141,7 @@ def _data_files(directory: Path) -> tuple[list[Path], list[Path]]:
     for suffix in (".json", ".txt"):  # descriptions lie beside data of another kind
         others = [path for path in found if suffix not in path.suffixes]
         found = others or found
-    return found, [path for path in seen if path not in set(found)]
+    return found, sorted(set(seen) - set(found))
 
 
 def _card_configs(directory: Path) -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any
 import xxhash
 
 from shared.errors import PromptError
-from shared.models.hub import ask_hub
 from shared.recipe.recipe import PromptSource
+from shared.remote.hub import ask_hub
 from teacher_cache.prompts.files.prompt_directories import Chosen, kind_of, of_directory, of_file, of_glob
 
 _BLOCK_BYTES = 2**22

@@ -18,7 +18,7 @@ from typing import Any
 
 from shared.cache.groups import normalised
 from shared.recipe.sections.prompts import COLUMNS
-from teacher_cache.prompts.formats.prompt_turns import Message, is_empty, kind_name, texts_in
+from teacher_cache.prompts.formats.prompt_turns import MARKS, Message, is_empty, kind_name, texts_in
 from teacher_cache.prompts.formats.row_parts import RowFormat
 
 REFERENCE_KEYS = ("reference", "answer")
@@ -81,7 +81,7 @@ class Conversation:
         return f"{self.path}:{self.line}"
 
 
-MARKS_OF_ROWS = ("label", "loss", "loss_weight", "train", "trainable", "training", "weight")
+MARKS_OF_ROWS = (*MARKS, "label", "loss", "loss_weight", "trainable")
 """Columns whose false or 0 says that a row's answer is not to be learnt."""
 
 

@@ -51,6 +51,38 @@ def decant(*arguments: str) -> None:
         )
 
 
+def write_recipe(
+    path: Path,
+    cache: str | Path,
+    student: str | Path,
+    stages: Mapping[str, Sequence[Mapping[str, Any]]],
+    tasks: Sequence[Mapping[str, Any]] = (),
+    **of_all: Any,
+) -> Path:
+    """Write a recipe that trains a student from a cache, and return its path.
+
+    Args:
+        path: of the recipe; its directory names it, and the run is beside it.
+        cache: a path or a URL.
+        student: its directory.
+        stages: name -> losses; each is evaluated.
+        tasks: what the students are asked.
+        of_all: what every stage says, such as its `trainer`.
+    """
+    document = {
+        "name": path.parent.name.replace(" ", "-"),
+        "output_dir": str(path.parent / "run"),
+        "cache": str(cache),
+        "heldout": {"fraction": 0.05},
+        "student": {"model": str(student)},
+        "stages": [{"name": name, "losses": losses, **of_all} for name, losses in stages.items()],
+        "evaluate": {"models": list(stages), "engine": "transformers", "tasks": list(tasks)},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
 def run(recipe: str | Path, seed: int, root: Path, *sets: str, stages: Iterable[str] = ()) -> dict[str, Any]:
     """Train and evaluate a recipe with one seed below `root`; return the models of its report by name.
 

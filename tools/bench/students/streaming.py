@@ -10,7 +10,6 @@ Cost: six trainings, and a training and an evaluation per width and seed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -20,16 +19,17 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from shared.cache.sync.push import push_cache
 from shared.places import STORE_VARIABLE
 from shared.recipe.file import load_recipe
 from shared.remote.part_store import BOUND_VARIABLE
 from shared.remote.transfer import Remote
+from student_train.records.metrics_log import read_steps
 from tools.bench.benchmarks_page import called, measured_by, replace_section, table
 from tools.bench.loopback_s3 import slow_s3
-from tools.bench.students.seeds import Figures, decant, interval, mean_rows, run
+from tools.bench.process_memory import memory_mib
+from tools.bench.students.seeds import Figures, decant, interval, mean_rows, run, write_recipe
 from tools.bench.trials.remote_kill_trials import in_small_parts
 from tools.own_process import own_command, own_environment
 
@@ -38,23 +38,17 @@ WINDOW_PARTS = 8
 WIDTHS: dict[str, int | None] = {"1 part": 1, "8 parts": 8, "32 parts": 32, "all rows together": None}
 
 
-def write_recipe(path: Path, cache: str, window_parts: int | None, steps: int) -> Path:
+def streaming_recipe(path: Path, cache: str, window_parts: int | None, steps: int) -> Path:
     """Write a recipe that trains the demo's student from a path or a URL, and return its path."""
-    trainer = {"learning_rate": 1e-3, "max_steps": steps, "pack_tokens": 2048, "save_steps": 10 * steps}
     losses = [{"name": "forward_kl", "weight": 0.9}, {"name": "cross_entropy", "weight": 0.1}]
-    stage = {"name": "kd", "losses": losses, "trainer": {**trainer, "report_to": "none"}}
-    document = {
-        "name": "streaming",
-        "output_dir": str(path.parent / "run"),
-        "cache": cache,
-        "heldout": {"fraction": 0.05},
-        "student": {"model": "data/demo/student"},
-        "stages": [stage if window_parts is None else {**stage, "window_parts": window_parts}],
-        "evaluate": {"models": ["kd"], "engine": "transformers"},
+    trainer = {
+        "learning_rate": 1e-3,
+        "max_steps": steps,
+        "pack_tokens": 2048,
+        "save_steps": 10 * steps,
+        "report_to": "none",
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return path
+    return write_recipe(path, cache, "data/demo/student", {"kd": losses}, window_parts=window_parts, trainer=trainer)
 
 
 class Watched:
@@ -76,8 +70,8 @@ class Watched:
         if failed:
             raise SystemExit(f"decant train {recipe} ended with exit code {failed}; its message stands above")
         trained = recipe.parent / "run" / "train" / "kd"
-        self.losses = [line["loss"] for line in _lines(trained / "metrics.jsonl")]
-        timing = _lines(trained / "timing.jsonl")
+        self.losses = [line["loss"] for line in read_steps(trained / "metrics.jsonl")]
+        timing = read_steps(trained / "timing.jsonl")
         warm = timing[len(timing) // 2 :]
         self.step_seconds = statistics.median(line["seconds"] for line in warm)
         self.waited = sum(line["waited_seconds"] for line in warm) / sum(line["seconds"] for line in warm)
@@ -89,23 +83,11 @@ class Watched:
         return max(self.mib[-quarter:]) / max(self.mib[-2 * quarter : -quarter])
 
     def _look(self, pid: int) -> None:
-        while not self._over.wait(0.1):
-            with suppress(
-                OSError, StopIteration
-            ):  # the process has ended, or a part was renamed or removed since it was listed
-                self.mib.append(anonymous_mib(pid))
+        while not self._over.wait(0.5):
+            with suppress(OSError):  # the process has ended, or a part was renamed or removed since it was listed
+                self.mib.append(memory_mib("RssAnon", pid))
                 parts = (self._store / "parts").glob("*")
                 self.most_stored = max(self.most_stored, sum(file.stat().st_size for file in parts))
-
-
-def anonymous_mib(pid: int) -> float:
-    """Return what a process holds itself, in MiB; pages of mapped files belong to the system."""
-    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def streamed(cache: Path, root: Path, steps: int) -> str:
@@ -123,7 +105,7 @@ def streamed(cache: Path, root: Path, steps: int) -> str:
         for repeat in range(2):
             for name, (place, bound) in places.items():
                 here = root / f"{name.replace(' ', '-')}-{repeat}"
-                recipe = write_recipe(here / "recipe.yaml", place, WINDOW_PARTS, steps)
+                recipe = streaming_recipe(here / "recipe.yaml", place, WINDOW_PARTS, steps)
                 found[name].append(Watched(recipe, here / "store", bound / 1e9))
         requests, broken = len(proxy.requests), proxy.broken
     losses = {tuple(one.losses) for runs in found.values() for one in runs}
@@ -156,7 +138,7 @@ def windowed(cache: Path, root: Path, steps: int, seeds: list[int]) -> str:
     for seed in seeds:
         of_seed = {}
         for name, parts in WIDTHS.items():
-            recipe = write_recipe(root / name.replace(" ", "-") / "recipe.yaml", str(cache), parts, steps)
+            recipe = streaming_recipe(root / name.replace(" ", "-") / "recipe.yaml", str(cache), parts, steps)
             heldout = run(recipe, seed, recipe.parent)["kd"]["heldout"]
             of_seed[name] = {"KL, nats": heldout["kl_nats"], "top-1 agreement, %": 100 * heldout["top1_agreement"]}
         runs.append(of_seed)

@@ -9,7 +9,6 @@ compare. What is there is not made again. Cost: four trainings and evaluations p
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from shared.models.files import load_config
 from shared.recipe.file import load_recipe
 from tools.bench.benchmarks_page import called, measured_by, replace_section, table
 from tools.bench.students.other_tokenizers import KINDS, make_student, train_tokenizer
-from tools.bench.students.seeds import Figures, decant, interval, mean_rows, percents, run
+from tools.bench.students.seeds import Figures, decant, interval, mean_rows, percents, run, write_recipe
 
 SFT = {"name": "cross_entropy"}
 STAGES: dict[str, list[dict[str, Any]]] = {
@@ -30,35 +29,6 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "both": [{"name": "forward_kl", "weight": 0.45}, {"name": "alm", "weight": 0.45}, {**SFT, "weight": 0.1}],
 }
 CEILING = {"kd": STAGES["projected"], "sft": [SFT]}
-
-
-def write_recipe(
-    path: Path,
-    tasks: list[dict[str, Any]],
-    cache: Path,
-    student: Path,
-    stages: dict[str, Any],
-    steps: int,
-    **of_all: Any,
-) -> Path:
-    """Write the recipe of one student; `of_all` is what all its stages say."""
-    trainer = {"learning_rate": 1e-3, "max_steps": steps, "pack_tokens": 1024}
-    document = {
-        "name": path.parent.name.replace(" ", "-"),
-        "output_dir": str(path.parent / "run"),
-        "cache": str(cache),
-        "heldout": {"fraction": 0.05},
-        "student": {"model": str(student)},
-        "stages": [{"name": name, "losses": losses, "trainer": trainer, **of_all} for name, losses in stages.items()],
-        "evaluate": {
-            "models": list(stages),
-            "engine": "transformers",
-            "tasks": tasks,
-        },
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return path
 
 
 def figures_of(model: dict[str, Any]) -> Figures:
@@ -78,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="some of the demo's tasks (default: all)")
-    parser.add_argument("--no-tasks", action="store_true", help="bits per byte alone")
+    parser.add_argument("--tasks", nargs="*", metavar="NAME", help="some of the demo's tasks, or none (default: all)")
     parser.add_argument("--root", type=Path, default=Path("runs/translation"))
     options = parser.parse_args(argv)
     demo = load_recipe(Path(options.recipe))
@@ -89,25 +58,23 @@ def main(argv: list[str] | None = None) -> int:
     opened = Cache.open_sequences(cache)
     size = load_config(base, what="the demo's student", trust_remote_code=False).vocab_size
     texts = [text for i in range(len(opened)) for text in (opened.sequence(i).prompt, opened.sequence(i).response)]
-    wanted = options.tasks or [task.name for task in demo.evaluate.tasks]
-    asked = [task for task in demo.evaluate.tasks if task.name in wanted]
+    asked = [task for task in demo.evaluate.tasks if options.tasks is None or task.name in options.tasks]
     tasks = [task.model_dump(mode="json", exclude_unset=True) for task in asked]
     layer = str(layer_of_capture(demo))
+    trainer = {"learning_rate": 1e-3, "max_steps": options.steps, "pack_tokens": 1024}
     own = options.root / "own" / "recipe.yaml"
-    recipes = {"teacher's own": write_recipe(own, tasks, cache, base, CEILING, options.steps, targets=layer)}
+    recipes = {"teacher's own": write_recipe(own, cache, base, CEILING, tasks, trainer=trainer, targets=layer)}
     for kind in options.kinds:
         here = options.root / kind.replace(" ", "-")
         if not (here / "student/model.safetensors").exists():
             make_student(base, train_tokenizer(kind, texts, size), here / "student")
         words = ("--tokenizer", str(here / "student"), "--targets", layer)
         decant("cache", "translate", str(cache), str(here / "cache"), *words)
-        recipes[kind] = write_recipe(
-            here / "recipe.yaml", tasks, here / "cache", here / "student", STAGES, options.steps
-        )
+        own = here / "recipe.yaml"
+        recipes[kind] = write_recipe(own, here / "cache", here / "student", STAGES, tasks, trainer=trainer)
     rows, columns = [], []
-    without = ("evaluate.tasks=[]",) if options.no_tasks else ()
     for kind, recipe in recipes.items():
-        models = [run(recipe, seed, recipe.parent, *without) for seed in options.seeds]
+        models = [run(recipe, seed, recipe.parent) for seed in options.seeds]
         runs = [{stage: figures_of(model) for stage, model in found.items()} for found in models]
         columns = list(next(iter(runs[0].values())))
         rows += [[kind, *row] for row in mean_rows(runs, runs[0])]

@@ -65,10 +65,7 @@ def evaluation_problems(asked: Asked) -> Iterator[Problem]:
             lambda task=task: read_questions(task, task_kind(task)),  # type: ignore[misc]
         )
     if recipe.evaluate.own_answers is not None:
-        yield from said(
-            ("evaluate", "own_answers", "prompts"),
-            lambda: require_prompts(*asked_of_models(recipe)),
-        )
+        yield from said(("evaluate", "own_answers", "prompts"), lambda: require_prompts(*asked_of_models(recipe)))
     for i, name in enumerate(recipe.evaluate.side_by_side.prompts if recipe.evaluate.side_by_side else ()):
         if name not in ("heldout", "tasks") and not Path(name).is_file():
             yield ("evaluate", "side_by_side", "prompts", i), f"there is no file '{name}'; correct the path"

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from shared.identity.identity import tokenizer_hash
-from shared.models.hub import SECONDS, ask_hub
 from shared.recipe.base import closest
+from shared.remote.hub import SECONDS, ask_hub
 from tools.plan.preflight.preflight_asked import said
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)

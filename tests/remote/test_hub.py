@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import constants
 
 from shared.errors import ModelError
-from shared.models import hub
 from shared.models.files import load_config
+from shared.remote import hub
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
