@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import time
@@ -218,17 +219,9 @@ def _make_room(own: Path, num_bytes: int) -> bool:
     """Remove the parts that were used the longest ago until one of `num_bytes` fits beside those that others fetch;
     return whether it does.
     """
-    found = []
-    with os.scandir(own.parent) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                status = entry.stat()
-                reserved = _PARTIAL.fullmatch(entry.name)
-                size = int(reserved[2]) if reserved else status.st_size
-                found.append((status.st_mtime, size, Path(entry.path)))
-    others = sorted(one for one in found if one[2] != own)
-    total, bound = num_bytes + sum(size for _, size, _ in others), bound_bytes()
-    for _, size, path in others:
+    found = sorted(_used_and_size(path) for path in _all_parts(own.parent) if path != own)
+    total, bound = num_bytes + sum(size for _, size, _ in found), bound_bytes()
+    for _, size, path in found:
         if total <= bound:
             break
         if _removed(path):
@@ -236,15 +229,35 @@ def _make_room(own: Path, num_bytes: int) -> bool:
     return total <= bound
 
 
+def _all_parts(directory: Path) -> list[Path]:
+    """Return every part there is: one that gets its name while the directory is listed may be in that list under
+    neither name, but not in two lists after one another.
+    """
+    before: list[Path] | None = None
+    while before != (found := sorted(directory.iterdir())):
+        before = found
+    return found
+
+
+def _used_and_size(path: Path) -> tuple[float, int, Path]:
+    """Return when a part was last used, the bytes it has or will have, and its path."""
+    reserved = _PARTIAL.fullmatch(path.name)
+    try:
+        status = path.stat()
+    except FileNotFoundError:  # a partial file that went since has become a part
+        return math.inf, int(reserved[2]) if reserved else 0, path
+    return status.st_mtime, int(reserved[2]) if reserved else status.st_size, path
+
+
 def _removed(path: Path) -> bool:
-    """Remove a part, or a partial file whose writer is gone; False where one is being written."""
+    """Remove a part, or a partial file whose writer is gone; False where one is being written or has become a part."""
     if path.suffix == ".arrow":
         path.unlink(missing_ok=True)
         return True
     try:
         with path.open("r+b") as file:  # for writing, or network file systems refuse the lock
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+            path.unlink()
             return True
-    except (BlockingIOError, FileNotFoundError):  # another writes it, or it is a whole part by now
+    except (BlockingIOError, FileNotFoundError):
         return False

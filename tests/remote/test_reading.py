@@ -185,6 +185,29 @@ def test_parts_that_come_at_the_same_time_wait_for_room(new_store, monkeypatch):
     assert 2000 <= max(most) <= 3000
 
 
+def test_parts_that_get_their_names_while_others_look_for_room_count(new_store, monkeypatch):
+    parts = [number.to_bytes(4, "big") * 250 for number in range(400)]
+    monkeypatch.setenv("DECANT_STORE_GB", str(3500 / 1e9))
+    most, folder = [0], part_store.parts_dir()
+
+    def names() -> list[str]:
+        return sorted(file.name for file in folder.iterdir())
+
+    def fetch(data: bytes) -> None:
+        def read(start: int, end: int) -> bytes:
+            seen: list[str] = []
+            while seen != (now := names()):  # a file that is renamed may be missing in one list
+                seen = now
+            most.append(len({name.split(".")[0] for name in seen}))
+            return data[start:end]
+
+        part_store.fetch_part("part", len(data), xxhash.xxh3_128_hexdigest(data), read)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(fetch, parts))
+    assert max(most) == 3
+
+
 @pytest.mark.parametrize(
     ("error", "is_said"), [(ConnectionResetError("closing transport"), False), (ValueError("odd"), True)]
 )
