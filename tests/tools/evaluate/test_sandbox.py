@@ -14,6 +14,7 @@ import pytest
 
 from shared.errors import EvaluationError
 from tools.evaluate.sandbox import sandbox
+from tools.evaluate.sandbox.fork_server import ForkServer
 
 MECHANISMS = ("bubblewrap", "landlock+seccomp")
 
@@ -273,3 +274,32 @@ def test_landlock_holds_wherever_the_kernel_has_it() -> None:
     if not sandbox._landlock_works() or os.uname().machine not in ("x86_64", "aarch64"):
         pytest.skip("this kernel has no Landlock")
     assert sandbox._holds("landlock+seccomp")
+
+
+def test_what_a_program_changes_is_not_there_for_the_next(mechanism: str) -> None:
+    changes = "import builtins, json; builtins.len = json.loads = lambda *a: 7; globals()['kept'] = 1"
+    looks = "import json; assert 'kept' not in globals() and len('ab') == 2 and json.loads('[1]') == [1]"
+    verdicts = sandbox.run_many([changes, looks] * 3, mechanism=mechanism, workers=1)
+    assert [verdict.reason for verdict in verdicts] == [""] * 6
+
+
+def test_a_program_has_no_descriptor_but_its_own(mechanism: str) -> None:
+    code = """
+    import os
+    found = []
+    for descriptor in range(64):
+        try:
+            os.fstat(descriptor)
+            found.append(descriptor)
+        except OSError:
+            pass
+    """
+    alone = textwrap.dedent(code) + "assert len(found) == 4, found"
+    paired = textwrap.dedent(code) + "assert len(found) == 6, found"
+    verdicts = sandbox.run_many([alone, (paired, paired), alone], mechanism=mechanism, workers=1)
+    assert [verdict.reason for verdict in verdicts] == ["", "", ""]
+
+
+def test_a_fork_server_that_ended_is_named() -> None:
+    with ForkServer.started(["/bin/false"]) as server, pytest.raises(EvaluationError, match="same command again"):
+        server.fork(Path("/"), [])

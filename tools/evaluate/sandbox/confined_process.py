@@ -18,13 +18,14 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
 from tools.evaluate.sandbox import scratch_directory
+from tools.evaluate.sandbox.fork_server import Forked
 
 _TICK_SECONDS = 0.05
 _START_SECONDS = 20.0
@@ -51,16 +52,21 @@ class Limits:
     """Standard output and error together."""
 
 
+Launch = Callable[[Path, Sequence[int]], tuple[subprocess.Popen[bytes] | Forked, int | None]]
+"""Starts a process in a directory that has these descriptors; returns it, and of bubblewrap the descriptor of the
+process whose end is the end of everything in its walls."""
+
+
 @dataclass(slots=True)
 class Confined:
     """A running program and what was heard of it."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     scratch: Path
     verdict_fd: int
     nonce: str
     reaper: int | None
-    """Of bubblewrap: descriptor of the process whose end is the end of everything in its walls."""
+    """As `Launch` returns it."""
     output: bytes = b""
     """The first that it printed."""
     num_output_bytes: int = 0
@@ -68,36 +74,21 @@ class Confined:
     """What came through the verdict's pipe."""
 
     @classmethod
-    def start(cls, command: Sequence[str], job: Mapping[str, Any], scratch: Path, pipes: Sequence[int]) -> Confined:
-        """Start a command that ends in the child's script, give it the verdict's descriptor, `pipes` and the job.
+    def start(cls, launch: Launch, job: Mapping[str, Any], scratch: Path, pipes: Sequence[int]) -> Confined:
+        """Launch a process of the child's script, give it the verdict's descriptor, `pipes` and the job.
 
         Raises:
             EvaluationError: it cannot be started.
         """
         nonce = secrets.token_hex(16)
         verdict_fd, child_fd = os.pipe()
-        info_fd, child_info_fd = os.pipe()
-        walls = ["--info-fd", str(child_info_fd)] if Path(command[0]).name == "bwrap" else []
         try:
-            process = subprocess.Popen(  # noqa: S603 - confining it is what it is started for
-                [command[0], *walls, *command[1:], str(child_fd), *map(str, pipes)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                cwd=scratch,
-                env={"PYTHONHASHSEED": "0"},
-                pass_fds=(child_fd, *pipes, *([child_info_fd] if walls else [])),
-                start_new_session=True,
-            )
-        except OSError as error:
+            process, reaper = launch(scratch, (child_fd, *pipes))
+        except EvaluationError:
             os.close(verdict_fd)
-            os.close(info_fd)
-            raise EvaluationError(f"the sandbox could not start a program: {error}") from error
+            raise
         finally:
             os.close(child_fd)
-            os.close(child_info_fd)
-        reaper = _reaper(info_fd) if walls else None
-        os.close(info_fd)
         _send(process, json.dumps({**job, "nonce": nonce}).encode("utf-8", errors="replace"))
         return cls(process, scratch, verdict_fd, nonce, reaper)
 
@@ -132,13 +123,44 @@ class Confined:
 
     def death(self) -> str:
         """Return how it ended without a verdict, in a few words; call after `stop`."""
-        status = self.process.returncode
+        status = self.process.wait()
         if status == -signal.SIGXCPU or status == 128 + signal.SIGXCPU:
             return "ran out of processor time"
         if status < 0:
             return f"killed by signal {-status}"
         lines = self.output.decode("utf-8", errors="replace").strip().splitlines()
         return f"left without a verdict (status {status}) {lines[-1][:200] if lines else ''}".strip()
+
+
+def start_interpreter(
+    command: Sequence[str], scratch: Path, descriptors: Sequence[int]
+) -> tuple[subprocess.Popen[bytes], int | None]:
+    """Start a command that ends in the child's script, which gets the numbers of `descriptors`.
+
+    Raises:
+        EvaluationError: it cannot be started.
+    """
+    info_fd, child_info_fd = os.pipe()
+    walls = ["--info-fd", str(child_info_fd)] if Path(command[0]).name == "bwrap" else []
+    try:
+        process = subprocess.Popen(  # noqa: S603 - confining it is what it is started for
+            [command[0], *walls, *command[1:], *map(str, descriptors)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=scratch,
+            env={"PYTHONHASHSEED": "0"},
+            pass_fds=(*descriptors, *([child_info_fd] if walls else [])),
+            start_new_session=True,
+        )
+    except OSError as error:
+        os.close(info_fd)
+        raise EvaluationError(f"the sandbox could not start a program: {error}") from error
+    finally:
+        os.close(child_info_fd)
+    reaper = _reaper(info_fd) if walls else None
+    os.close(info_fd)
+    return process, reaper
 
 
 def watch(programs: Sequence[Confined], limits: Limits) -> str:
@@ -185,7 +207,7 @@ def _read(descriptor: int, program: Confined, is_verdict: bool) -> bool:
     return bool(chunk)
 
 
-def _send(process: subprocess.Popen[bytes], job: bytes) -> None:
+def _send(process: subprocess.Popen[bytes] | Forked, job: bytes) -> None:
     assert process.stdin is not None
     try:
         process.stdin.write(job)
