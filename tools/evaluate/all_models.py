@@ -1,8 +1,8 @@
 """Every model of a recipe on the same questions, prompts and held-out rows, one process each.
 
 A kept evaluation of the same inputs is reused; seconds are added to the run's `evaluate` phase only where work was
-done. Models run one after another: each may want the whole machine. What is stale of one model is done in one start of
-its engine.
+done. Small models on a CPU run at the same time (`models.at_once`), others one after another: each may want the whole
+machine. What is stale of one model is done in one start of its engine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from shared.cache.cache import Cache
@@ -17,8 +18,9 @@ from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
 from tools.evaluate.cost.cost import measure_cost
+from tools.evaluate.models.at_once import num_at_once, run_all
 from tools.evaluate.models.model_process import run_in_process
-from tools.evaluate.models.models import model_under_test
+from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.own.own_answers import measure_own_answers
 from tools.evaluate.results.results import evaluation_identity, read_result, result_path, same_identity
 from tools.evaluate.results.teacher_distances import measure_distances
@@ -62,21 +64,8 @@ def evaluate_all(
         say(f"side by side: {len(prompts)} prompts")
         for name, model in models.items():
             wanted[name]["side_by_side"] = side_identity(recipe, model, prompts)
-    results: dict[str, Any] = {}
-    for name, identities in wanted.items():
-        stale = {part: identity for part, identity in identities.items() if not _is_kept(recipe, name, part, identity)}
-        if "evaluation" not in stale:
-            say(f"reused evaluation of {name}")
-        if stale:
-            started = time.monotonic()
-            _evaluate(recipe, name, stale, allow_unsafe_code, say)
-            add_seconds(recipe.output_dir, "evaluate", time.monotonic() - started)
-        found = read_result(result_path(recipe, name))
-        if found is None or any(not _is_kept(recipe, name, *part) for part in stale.items()):
-            raise EvaluationError(f"evaluating '{name}' left no result; its log is {result_path(recipe, name, 'log')}")
-        if stale:
-            say(f"{name}: {_figures(found, stale)} ({time.monotonic() - started:.0f} s)")
-        results[name] = found
+    _do_what_is_stale(recipe, models, wanted, allow_unsafe_code, say)
+    results: dict[str, Any] = {name: read_result(result_path(recipe, name)) for name in models}
     if recipe.evaluate.own_answers is not None:
         for name, own in measure_own_answers(recipe, models, say).items():
             results[name]["heldout"]["own"] = own
@@ -86,17 +75,52 @@ def evaluate_all(
     return results
 
 
+def _do_what_is_stale(
+    recipe: Recipe,
+    models: Mapping[str, ModelUnderTest],
+    wanted: Mapping[str, Mapping[str, Any]],
+    unsafe: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Evaluate what is not kept, of each model what is wanted of it."""
+    stale: dict[str, dict[str, Any]] = {}
+    for name, identities in wanted.items():
+        left = {part: identity for part, identity in identities.items() if not _is_kept(recipe, name, part, identity)}
+        if "evaluation" not in left:
+            say(f"reused evaluation of {name}")
+        if left:
+            stale[name] = left
+    at_once = num_at_once(recipe, [models[name] for name in stale])
+
+    def evaluate(name: str) -> None:
+        started = time.monotonic()
+        _evaluate(recipe, name, stale[name], unsafe, say, 1 if at_once > 1 else None)
+        found = read_result(result_path(recipe, name))
+        if found is None or any(not _is_kept(recipe, name, *part) for part in stale[name].items()):
+            raise EvaluationError(f"evaluating '{name}' left no result; its log is {result_path(recipe, name, 'log')}")
+        say(f"{name}: {_figures(found, stale[name])} ({time.monotonic() - started:.0f} s)")
+
+    started = time.monotonic()
+    try:
+        run_all([partial(evaluate, name) for name in stale], at_once)
+    finally:
+        if stale:
+            add_seconds(recipe.output_dir, "evaluate", time.monotonic() - started)
+
+
 def _is_kept(recipe: Recipe, name: str, part: str, identity: Mapping[str, Any]) -> bool:
     kept = read_result(PARTS[part](recipe, name))
     return kept is not None and same_identity(kept["identity"], identity)
 
 
-def _evaluate(recipe: Recipe, name: str, wanted: dict[str, Any], unsafe: bool, say: Callable[[str], None]) -> None:
+def _evaluate(
+    recipe: Recipe, name: str, wanted: dict[str, Any], unsafe: bool, say: Callable[[str], None], threads: int | None
+) -> None:
     """Do what is stale of one model in a process of its own."""
     for part in wanted:
         PARTS[part](recipe, name).unlink(missing_ok=True)
     job = {"recipe": recipe.model_dump_json(), "model": name, "wanted": wanted, "allow_unsafe_code": unsafe}
-    run_in_process("tools.evaluate.one_model", job, result_path(recipe, name, "log"), name, say)
+    run_in_process("tools.evaluate.one_model", job, result_path(recipe, name, "log"), name, say, threads)
 
 
 def _figures(result: dict[str, Any], done: Mapping[str, Any]) -> str:

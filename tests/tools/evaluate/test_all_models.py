@@ -113,7 +113,8 @@ def canned(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
         return CannedEngine(AutoTokenizer.from_pretrained(teacher.model))
 
     monkeypatch.setattr(teacher_cache.engines, "open_engine", open_engine)
-    monkeypatch.setattr(all_models, "_evaluate", evaluate_model)
+    monkeypatch.setattr(all_models, "num_at_once", lambda recipe, models: 1)
+    monkeypatch.setattr(all_models, "_evaluate", lambda *given: evaluate_model(*given[:-1]))
     for path in (root / "out" / "evaluate").glob("*"):
         path.unlink()
     return CannedEngine.opened

@@ -67,10 +67,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """Run models in this process; return which parts of which model were done."""
     done: list[tuple[str, list[str]]] = []
 
-    def run(recipe: Recipe, name: str, wanted: dict[str, Any], unsafe: bool, say: Any) -> None:
+    def run(recipe: Recipe, name: str, wanted: dict[str, Any], unsafe: bool, say: Any, threads: int | None) -> None:
         done.append((name, list(wanted)))
         evaluate_model(recipe, name, wanted, unsafe, say)
 
+    monkeypatch.setattr(all_models, "num_at_once", lambda recipe, models: 1)
     monkeypatch.setattr(all_models, "_evaluate", run)
     return done
 

@@ -22,9 +22,19 @@ from typing import Any, TextIO
 from shared.errors import DecantError, EvaluationError
 from tools.own_process import own_command, own_environment
 
+_running: set[subprocess.Popen[bytes]] = set()
+"""The children that run, in whichever thread."""
 
-def run_in_process(module: str, job: Mapping[str, Any], log: Path, name: str, say: Callable[[str], None]) -> None:
-    """Run `python -m module` on a job to its end; `say` gets its progress.
+
+def run_in_process(
+    module: str,
+    job: Mapping[str, Any],
+    log: Path,
+    name: str,
+    say: Callable[[str], None],
+    threads: int | None = None,
+) -> None:
+    """Run `python -m module` on a job to its end; `say` gets its progress; `threads` as the libraries decide if None.
 
     Raises:
         EvaluationError: it failed; the sentence is its own, or names its log.
@@ -36,12 +46,14 @@ def run_in_process(module: str, job: Mapping[str, Any], log: Path, name: str, sa
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
-            env=own_environment(),
+            env=own_environment() | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
             start_new_session=True,
         )
+        _running.add(process)
         try:
             error = _follow(process, json.dumps(job), name, say)
         finally:
+            _running.discard(process)
             _end(process)
     if error is not None:
         raise EvaluationError(f"'{name}' cannot be evaluated: {error}")
@@ -49,6 +61,12 @@ def run_in_process(module: str, job: Mapping[str, Any], log: Path, name: str, sa
         raise EvaluationError(
             f"evaluating '{name}' ended with status {process.returncode}: {_last_line(log)}; its log is {log}"
         )
+
+
+def end_running() -> None:
+    """Kill the children that other threads wait for."""
+    for process in list(_running):
+        process.kill()
 
 
 def serve(work: Callable[[dict[str, Any], Callable[[str], None]], None]) -> int:
