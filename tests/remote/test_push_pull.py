@@ -110,7 +110,9 @@ def test_a_damaged_part_is_neither_pushed_nor_pulled(hub, web, local, tmp_path):
         push_cache(local, Remote(web.url))
 
 
-@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "jobs/{job}/plan.arrow"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer/tokenizer.json", pytest.param("jobs/{job}/plan.arrow", marks=pytest.mark.slow)]
+)
 def test_what_was_altered_on_its_way_from_a_place_without_a_list_is_refused_and_not_kept(hub, local, tmp_path, name):
     push_cache(local, Remote(URL))
     files = hub.repositories["datasets/org/demo"]

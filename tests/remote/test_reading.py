@@ -81,7 +81,14 @@ def test_a_part_that_does_not_fit_the_bound_is_refused(web, monkeypatch):
 
 @pytest.mark.parametrize(
     "ending",
-    ["-000004.arrow", "-000004.json", "layer.json", "/cache.json", "files.json", "tokenizer.json", "plan.arrow"],
+    [
+        "-000004.arrow",
+        "/cache.json",
+        *(
+            pytest.param(ending, marks=pytest.mark.slow)
+            for ending in ("-000004.json", "layer.json", "files.json", "tokenizer.json", "plan.arrow")
+        ),
+    ],
 )
 def test_a_flipped_byte_on_the_server_is_refused_by_the_name_of_its_file(web, local, ending, new_store):
     for file in [file for file in web.directory.rglob("*") if str(file).endswith(ending)]:

@@ -37,6 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     return {line["place"]: line for line in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", failpoint_names())
 def test_build_continues_after_kill_as_if_unbroken(results: dict[str, dict[str, Any]], name: str) -> None:
     for place in places(name):

@@ -330,7 +330,7 @@ def _many(count):
     yield HEAD.replace("cache: c", f"cache: [{', '.join('ab'[i % 2] for i in range(count))}]")
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", [3, *(pytest.param(kind, marks=pytest.mark.slow) for kind in range(3))])
 def test_thousands_of_problems_are_counted_and_the_first_are_listed(write, kind):
     text = list(_many(15_000))[kind]
     found = complaint(write(text))

@@ -104,7 +104,14 @@ def test_every_damage_to_every_file_is_named_and_the_checkpoint_before_is_taken(
     assert (stage / "damaged-checkpoint-6").is_dir()
 
 
-@pytest.mark.parametrize("name, how", [("model.safetensors", flip), ("optimizer.pt", cut), (MARKER, flip)])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        (MARKER, flip),
+        pytest.param("model.safetensors", flip, marks=pytest.mark.slow),
+        pytest.param("optimizer.pt", cut, marks=pytest.mark.slow),
+    ],
+)
 def test_training_goes_on_from_an_intact_checkpoint_to_the_same_model_and_says_so(trained, killed, name, how, capfd):
     stage = killed.output_dir / "train/kd"
     for step in (4, 6):
@@ -142,7 +149,12 @@ def test_checkpoint_that_is_needed_for_its_weights_must_be_intact_too(killed):
 
 @pytest.mark.parametrize(
     "name, how",
-    [("optimizer.pt", flip), ("model.safetensors", cut), ("trainer_state.json", cut), ("config.json", empty)],
+    [
+        ("trainer_state.json", cut),
+        pytest.param("optimizer.pt", flip, marks=pytest.mark.slow),
+        pytest.param("model.safetensors", cut, marks=pytest.mark.slow),
+        pytest.param("config.json", empty, marks=pytest.mark.slow),
+    ],
 )
 def test_checkpoint_of_a_version_without_checksums_is_continued_and_told_by_its_formats(trained, killed, name, how):
     stage = killed.output_dir / "train/kd"

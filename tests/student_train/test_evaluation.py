@@ -138,9 +138,8 @@ def test_stage_stops_when_patience_is_used_up_and_keeps_the_best_weights(recipe_
     assert json.loads((stage_dir(recipe) / "done.json").read_text())["steps"] == last
 
 
-@pytest.mark.parametrize(
-    "student", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["all-weights", "lora-dropout"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("student", [{}, LORA], ids=["all-weights", "lora-dropout"])
 def test_stopped_stage_resumes_bitwise_equal_after_kills(recipe_of, run_apart, student):
     course = {"every_steps": 2, "samples": 1, "sample_tokens": 3, "keep_best": True}
     course["early_stopping"] = {"patience": 3, "min_delta_nats": 100.0}

@@ -99,7 +99,8 @@ def test_from_teacher_to_student_with_every_loss_on_a_hidden_layer(tmp_path):
     assert figures[1]["kl_nats"] < figures[0]["kl_nats"]
 
 
-@pytest.mark.parametrize("adapter", ["none", pytest.param({"kind": "lora", "r": 4}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["none", {"kind": "lora", "r": 4}])
 def test_kill_changes_no_byte_of_student_or_projections(recipe_of, run_apart, cache, adapter):
     settings = {"losses": ALL_THREE[1:], "student": {"adapter": adapter, "gradient_checkpointing": True}}
     recipe = recipe_of(cache=[cache], trainer={"gradient_accumulation_steps": 2}, **settings)

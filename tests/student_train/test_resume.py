@@ -37,7 +37,7 @@ def elsewhere(recipe, name):
     ("settings", "places"),
     [
         pytest.param(PLAIN, ["train_step.after_write@5"], id="mixture-accumulation"),
-        pytest.param(LORA, ["checkpoint.before_marker@2"], id="lora-dropout-in-a-checkpoint"),
+        pytest.param(LORA, ["checkpoint.before_marker@2"], id="lora-dropout-in-a-checkpoint", marks=pytest.mark.slow),
         pytest.param(
             {},
             ["train_step.after_write@2", "checkpoint.before_rename", "export.before_write"],

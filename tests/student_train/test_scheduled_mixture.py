@@ -183,6 +183,7 @@ def test_growing_plan_gives_each_round_its_packs_one_step_after_its_evaluation()
     assert set().union(*by_pack[18:]) == {0, 1}
 
 
+@pytest.mark.slow
 def test_shares_that_a_run_saw_are_in_its_metrics(recipe_of):
     mixture = {
         "math": {"kind": "linear", "start": 0.9, "end": 0.1},

@@ -38,7 +38,9 @@ def student(path, **settings):
     return Student.model_validate({"model": str(path), **settings})
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "padded"])
+@pytest.mark.parametrize(
+    "family", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "padded"))]
+)
 def test_saved_model_loads_plainly_with_tied_untied_and_padded_heads(recipe_of, tiny, family):
     recipe = recipe_of(student={"model": str(getattr(tiny, family))}, trainer={"max_steps": 3})
     (model_dir,) = run_stages(recipe)
@@ -227,6 +229,7 @@ def test_recomputed_activations_change_nothing(recipe_of, tmp_path):
         assert plain["grad_norm"] == pytest.approx(recomputed["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_every_term(recipe_of):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -249,7 +252,7 @@ def _extended(source, target):
     return target
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
 def test_tokenizer_extended_after_training_leaves_what_was_learned(recipe_of, tiny, tmp_path, family):
     (model_dir,) = run_stages(recipe_of(student={"model": str(getattr(tiny, family))}, trainer={"max_steps": 2}))
     extended = load(_extended(model_dir, tmp_path / "extended"))

@@ -171,6 +171,7 @@ def test_two_caches_and_draws_train_together_when_captured_alike(recipe_of, tiny
     assert metrics(drawn, "drawn")[-1]["terms"]["forward_kl"] > 0
 
 
+@pytest.mark.slow
 def test_workers_read_the_same_packs(recipe_of, tmp_path):
     logs = []
     for workers in (0, 2):
