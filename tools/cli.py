@@ -139,8 +139,8 @@ def _rounds(args: argparse.Namespace) -> int:
 
 
 def _again(args: argparse.Namespace) -> list[str]:
-    """Return the words that name this command's recipe to another process."""
-    words = [str(args.recipe), *(part for override in args.overrides for part in ("--set", override))]
+    """Return the words that name this command's recipe, which it has checked, to another process."""
+    words = [str(args.recipe), *(part for override in args.overrides for part in ("--set", override)), "--checked"]
     return [*words, "--verbose"] if args.verbose else words
 
 
@@ -227,12 +227,13 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def _load(args: argparse.Namespace, phases: PhasesOf | None = None, *, save: bool = False) -> Any:
     """Load the recipe, check what `phases` need, remember its run directory for a traceback, and save what runs there.
 
-    A command saves what it runs; one that only plans may do without models whose sizes the recipe states.
+    A command that another one started leaves the checks to that one. A command saves what it runs; one that only plans
+    may do without models whose sizes the recipe states.
     """
     from shared.recipe.file import dump_recipe, load_recipe_and_places
 
     recipe, where = load_recipe_and_places(args.recipe, args.overrides)
-    if phases is not None:
+    if phases is not None and not args.checked:
         from tools.plan.preflight.checks import preflight
 
         with _stdout_kept(args):

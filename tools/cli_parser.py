@@ -4,6 +4,7 @@ standard library.
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from pathlib import Path
 
 from tools.cli_cache_parser import CACHE_COMMANDS
@@ -152,3 +153,5 @@ def _recipe(parser: Parser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
     change = "change a value: stages.kd.trainer.max_steps=10"
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help=change)
+    # For commands that another one starts: it has checked the recipe, for seconds of which all import transformers.
+    parser.add_argument("--checked", action="store_true", help=SUPPRESS)

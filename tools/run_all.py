@@ -81,6 +81,7 @@ def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[
     else:
         command.append(str(args.recipe))
         command += [part for override in args.overrides for part in ("--set", override)]
+        command.append("--checked")
     if phase == "eval" and args.allow_unsafe_code:
         command.append("--allow-unsafe-code")
     if phase == "teach" and args.max_set_aside is not None:

@@ -71,7 +71,14 @@ def test_phases_that_the_recipe_has_nothing_for_are_left_out(monkeypatch):
 
 def test_phase_gets_recipe_overrides_and_options():
     recipe = smallest()
-    assert phase_command("train", recipe, arguments())[3:] == ["tools.cli", "train", "r.yaml", "--set", "seed=3"]
+    assert phase_command("train", recipe, arguments())[3:] == [
+        "tools.cli",
+        "train",
+        "r.yaml",
+        "--set",
+        "seed=3",
+        "--checked",
+    ]
     assert phase_command("teach", recipe, arguments(max_set_aside=0.5))[-2:] == ["--max-set-aside", "0.500000000000"]
     assert phase_command("eval", recipe, arguments(allow_unsafe_code=True))[-1] == "--allow-unsafe-code"
     assert phase_command("report", recipe, arguments(json=True, verbose=True))[4:] == [

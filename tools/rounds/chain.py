@@ -1,4 +1,5 @@
-"""All rounds of a recipe's stages in their order, and the plain stages between them, each step a process of its own.
+"""All rounds of a recipe's stages in their order, and the plain stages between them: each step of a round is a process
+of its own, and so are all plain stages that follow each other.
 
 Nothing is remembered here: every step finds out itself what is done, so the same command after any interruption does
 what is missing. A stage that is finished starts no process. Cost: starting Python three times per round, a few seconds
@@ -8,7 +9,7 @@ each where a step is done already.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import product
+from itertools import groupby, product
 
 from shared.errors import UsageError
 from shared.recipe.base import closest, quoted
@@ -50,7 +51,7 @@ def stage_of(recipe: Recipe, name: str | None) -> Stage:
 def train_in_processes(
     recipe: Recipe, stages: Sequence[Stage], again: Sequence[str], output: int | None = None
 ) -> None:
-    """Train stages in their order, those with rounds step by step, each in a process of its own.
+    """Train stages in their order, those with rounds step by step, in processes of their own.
 
     Args:
         recipe: the recipe.
@@ -63,14 +64,15 @@ def train_in_processes(
     """
     from tools.rounds.finished import is_finished
 
-    for stage in stages:
-        if is_finished(recipe, stage):
+    for is_plain, stretch in groupby(stages, lambda stage: stage.rounds is None):
+        left = [stage for stage in stretch if not is_finished(recipe, stage)]
+        if is_plain and left:
+            options = ("--from-stage", left[0].name, "--to-stage", left[-1].name)
+            said = f"train {', '.join(stage.name for stage in left)}"
+            run_phase(said, own_command("-m", "tools.cli", "train", *again, *options), output)
             continue
-        if stage.rounds is None:
-            options = ("--from-stage", stage.name, "--to-stage", stage.name)
-            run_phase(f"train {stage.name}", own_command("-m", "tools.cli", "train", *again, *options), output)
-        else:
-            _rounds(stage, range(1, stage.rounds.count + 1), again, output)
+        for stage in left:
+            _rounds(stage, range(1, (stage.rounds.count if stage.rounds else 0) + 1), again, output)
 
 
 def rounds_in_processes(
