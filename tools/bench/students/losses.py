@@ -10,11 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from shared.recipe.file import load_recipe
+from shared.recipe.recipe import Recipe
 from tools.bench.benchmarks_page import called, measured_by, replace_section, table
-from tools.bench.students.quality import figures_of
+from tools.bench.students.quality import Figures, figures_of
 from tools.bench.students.seeds import decant, mean_rows, run
+from tools.evaluate.heldout.heldout import evaluate_heldout
+from tools.evaluate.results.results import heldout_layer
 
 DRAWN = ["capture.mode=top+sample", "capture.k=8", "capture.draws=4", "capture.mass=1", "capture.hidden=null"]
 """The second layer of targets."""
@@ -37,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     for seed in options.seeds:
         evaluated = f"evaluate.models=[{', '.join(models)}]"
         found = run(options.recipe, seed, options.root, evaluated, stages=options.stages or ())
-        runs.append({name: figures_of(found[name]) for name in models})
+        of_seed = options.root / f"seed{seed}"
+        runs.append({name: figures_on_one_layer(recipe, of_seed, name, found[name]) for name in models})
     text = table(["stage", *runs[0][models[0]]], mean_rows(runs, models))
     print(text)
     steps = recipe.stages[0].trainer.max_steps
@@ -47,6 +52,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     replace_section(options.section, f"{said}\n\n{text}", Path("docs/losses.md"))
     return 0
+
+
+def figures_on_one_layer(recipe: Recipe, run_dir: Path, name: str, model: dict[str, Any]) -> Figures:
+    """Pick a stage's figures out of a report; held-out ones against the first stage's layer, whichever it learned
+    from.
+    """
+    layer = heldout_layer(recipe)
+    if heldout_layer(recipe, name) == layer:
+        return figures_of(model)
+    heldout = evaluate_heldout(
+        run_dir / "train" / name / "model",
+        recipe.cache,
+        recipe.heldout.fraction,
+        recipe=recipe,
+        targets=layer,
+        max_rows=recipe.evaluate.heldout_rows,
+        seed=recipe.seed,
+    )
+    return figures_of({**model, "heldout": heldout})
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 The demo's cache in parts of 16 rows lies in a directory and behind an S3 server on loopback that waits 50 ms before
 every request and breaks off one answer in fifty; the local store holds a third of it, or all. The same stage is trained
-from each in turn, twice: are the losses the same, how long is a step once warm, does memory grow, what is in the store?
+from both at the same time, a core each, cores swapped from pair to pair: a machine whose speed drifts slows both. Are
+the losses the same, how long is a step once warm, does memory grow, what is in the store?
 Then the demo's student learns from rows in windows of several widths and from all rows together, several seeds each.
-Cost: six trainings, and a training and an evaluation per width and seed.
+Cost: four trainings per pair, and a training and an evaluation per width and seed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 from shared.cache.sync.push import push_cache
@@ -54,27 +57,32 @@ def streaming_recipe(path: Path, cache: str, window_parts: int | None, steps: in
 class Watched:
     """One training in a process of its own, looked at while it runs: its own memory, and the bytes in its store."""
 
-    def __init__(self, recipe: Path, store: Path, bound_gb: float) -> None:
-        """Train to the end."""
-        self._store, self._over = store, threading.Event()
+    def __init__(self, recipe: Path, store: Path, bound_gb: float, core: int) -> None:
+        """Begin to train on one core."""
+        self._recipe, self._store = recipe, store
         self.mib: list[float] = []
         self.most_stored = 0
         environment = {**own_environment(), STORE_VARIABLE: str(store), BOUND_VARIABLE: str(bound_gb)}
         command = own_command("-m", "tools.cli", "train", str(recipe))
-        with subprocess.Popen(command, env=environment) as process:  # noqa: S603 - our own interpreter
-            thread = threading.Thread(target=self._look, args=(process.pid,))
-            thread.start()
-            failed = process.wait()
-            self._over.set()
-            thread.join()
-        if failed:
-            raise SystemExit(f"decant train {recipe} ended with exit code {failed}; its message stands above")
-        trained = recipe.parent / "run" / "train" / "kd"
+        self._process = subprocess.Popen(command, env=environment)  # noqa: S603 - our own interpreter
+        os.sched_setaffinity(self._process.pid, {core})
+        self._watch = threading.Thread(target=self._look)
+        self._watch.start()
+
+    def finished(self) -> Watched:
+        """Return this training once it has ended, with what it measured."""
+        self._watch.join()
+        if self._process.returncode:
+            raise SystemExit(
+                f"decant train {self._recipe} ended with exit code {self._process.returncode}; its message stands above"
+            )
+        trained = self._recipe.parent / "run" / "train" / "kd"
         self.losses = [line["loss"] for line in read_steps(trained / "metrics.jsonl")]
         timing = read_steps(trained / "timing.jsonl")
         warm = timing[len(timing) // 2 :]
-        self.step_seconds = statistics.median(line["seconds"] for line in warm)
+        self.step_seconds = statistics.fmean(line["seconds"] for line in warm)
         self.waited = sum(line["waited_seconds"] for line in warm) / sum(line["seconds"] for line in warm)
+        return self
 
     @property
     def growth(self) -> float:
@@ -82,51 +90,59 @@ class Watched:
         quarter = len(self.mib) // 4
         return max(self.mib[-quarter:]) / max(self.mib[-2 * quarter : -quarter])
 
-    def _look(self, pid: int) -> None:
-        while not self._over.wait(0.5):
+    def _look(self) -> None:
+        while self._process.poll() is None:
+            time.sleep(0.5)
             with suppress(OSError):  # the process has ended, or a part was renamed or removed since it was listed
-                self.mib.append(memory_mib("RssAnon", pid))
+                self.mib.append(memory_mib("RssAnon", self._process.pid))
                 parts = (self._store / "parts").glob("*")
                 self.most_stored = max(self.most_stored, sum(file.stat().st_size for file in parts))
 
 
-def streamed(cache: Path, root: Path, steps: int) -> str:
-    """Train from the directory and from S3 in turn, twice, and return the table."""
+def streamed(cache: Path, root: Path, steps: int, num_pairs: int) -> str:
+    """Train from the directory and from S3 at the same time, several times, and return the table."""
     size = sum(file.stat().st_size for file in cache.rglob("*.arrow"))
-    url = f"s3://{BUCKET}/cache"
-    places = {
-        "directory": (str(cache), size),
-        "S3, store of a third": (url, size // 3),
-        "S3, store of all": (url, 2 * size),
-    }
-    found: dict[str, list[Watched]] = {name: [] for name in places}
+    bounds = {"a third": size // 3, "all": 2 * size}
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        raise SystemExit("two trainings are measured side by side, and this process has one core")
+    pairs: dict[str, list[tuple[Watched, Watched]]] = {name: [] for name in bounds}
     with slow_s3(BUCKET) as proxy:
+        url = f"s3://{BUCKET}/cache"
         push_cache(cache, Remote(url))
-        for repeat in range(2):
-            for name, (place, bound) in places.items():
-                here = root / f"{name.replace(' ', '-')}-{repeat}"
-                recipe = streaming_recipe(here / "recipe.yaml", place, WINDOW_PARTS, steps)
-                found[name].append(Watched(recipe, here / "store", bound / 1e9))
+        for number, (name, bound) in product(range(num_pairs), bounds.items()):
+
+            def begin(place: str, core: int, here: Path = root / f"{name}-{number}", bound: int = bound) -> Watched:
+                below = here / ("s3" if place == url else "directory")
+                recipe = streaming_recipe(below / "recipe.yaml", place, WINDOW_PARTS, steps)
+                return Watched(recipe, below / "store", bound / 1e9, core)
+
+            local, far = begin(str(cache), cores[number % 2]), begin(url, cores[1 - number % 2])
+            pairs[name].append((local.finished(), far.finished()))
         requests, broken = len(proxy.requests), proxy.broken
-    losses = {tuple(one.losses) for runs in found.values() for one in runs}
-    seconds = {name: min(one.step_seconds for one in runs) for name, runs in found.items()}
-    rows = [
-        [
-            name,
-            f"{1000 * seconds[name]:.1f}",
-            f"{seconds[name] / seconds['directory']:.3f}",
-            f"{min(one.waited for one in runs):.2%}",
-            f"{max(max(one.mib) for one in runs):,.0f}",
-            f"{max(one.growth for one in runs):.3f}",
-            f"{max(one.most_stored for one in runs) / places[name][1]:.2f}" if name != "directory" else "",
-        ]
-        for name, runs in found.items()
-    ]
-    header = ["from", "ms a step", "of the directory's", "of it waiting", "own memory, MiB", "last quarter / third"]
+    losses = {tuple(one.losses) for found in pairs.values() for pair in found for one in pair}
+    rows = []
+    for name, found in pairs.items():
+        ratios = [far.step_seconds / local.step_seconds for local, far in found]
+        fars = [far for _, far in found]
+        rows.append(
+            [
+                name,
+                f"{1000 * statistics.median(local.step_seconds for local, _ in found):.0f}",
+                f"{1000 * statistics.median(far.step_seconds for far in fars):.0f}",
+                f"{statistics.median(ratios):.3f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})",
+                f"{statistics.median(far.waited for far in fars):.2%}",
+                f"{max(max(far.mib) for far in fars):,.0f}",
+                f"{max(far.growth for far in fars):.3f}",
+                f"{max(far.most_stored for far in fars) / bounds[name]:.2f}",
+            ]
+        )
+    header = ["store holds", "ms a step, directory", "ms a step, S3", "S3 / directory (each pair)", "of it waiting"]
+    header += ["own memory, MiB", "last quarter / third", "store / its bound"]
     same = "the same bit for bit" if len(losses) == 1 else "NOT the same"
     return (
-        f"{table([*header, 'store / its bound'], rows)}\n\nLosses of all {steps} steps are {same}. A step is the "
-        "median of the second half, the better of two runs; the server runs on the same cores. "
+        f"{table(header, rows)}\n\nLosses of all {steps} steps are {same}. A step is the mean of the second half, "
+        "medians over the pairs; both trainings, the server and the proxy share two cores. "
         f"{len(list(cache.rglob('*.arrow')))} files of {size / 1e6:.1f} MB; of {requests:,} requests {broken:,} were "
         "broken off."
     )
@@ -158,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", default="recipes/demo.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--pairs", type=int, default=3, help="trainings from both (default: %(default)s)")
     parser.add_argument("--only", choices=("streamed", "windowed"), help="one of both (default: both)")
     options = parser.parse_args(argv)
     decant("teach", options.recipe)
@@ -166,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         cache = in_small_parts(load_recipe(Path(options.recipe)).cache[0], root / "cache", rows_per_part=16)
         by = measured_by(called("tools.bench.students.streaming", argv))
         if options.only != "windowed":
-            text = streamed(cache, root, options.steps)
+            text = streamed(cache, root, options.steps, options.pairs)
             print(text, flush=True)
             replace_section("streaming", f"## Training from S3\n\n{by}\n\n{text}")
         if options.only != "streamed":

@@ -21,14 +21,19 @@ from tools.bench.benchmarks_page import called, measured_by, replace_section, ta
 from tools.bench.students.other_tokenizers import KINDS, make_student, train_tokenizer
 from tools.bench.students.seeds import Figures, decant, interval, mean_rows, percents, run, write_recipe
 
-SFT = {"name": "cross_entropy"}
-STAGES: dict[str, list[dict[str, Any]]] = {
-    "sft": [SFT],
-    "alm": [{"name": "alm", "weight": 0.9}, {**SFT, "weight": 0.1}],
-    "projected": [{"name": "forward_kl", "weight": 0.9}, {**SFT, "weight": 0.1}],
-    "both": [{"name": "forward_kl", "weight": 0.45}, {"name": "alm", "weight": 0.45}, {**SFT, "weight": 0.1}],
-}
-CEILING = {"kd": STAGES["projected"], "sft": [SFT]}
+
+def stages(text_weight: float) -> dict[str, list[dict[str, Any]]]:
+    """Return the losses of each stage, of whose weight cross-entropy has `text_weight` and what the teacher says the
+    rest.
+    """
+    sft, rest = {"name": "cross_entropy"}, 1 - text_weight
+    text = {**sft, "weight": text_weight}
+    return {
+        "sft": [sft],
+        "alm": [{"name": "alm", "weight": rest}, text],
+        "projected": [{"name": "forward_kl", "weight": rest}, text],
+        "both": [{"name": "forward_kl", "weight": rest / 2}, {"name": "alm", "weight": rest / 2}, text],
+    }
 
 
 def figures_of(model: dict[str, Any]) -> Figures:
@@ -50,7 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tasks", nargs="*", metavar="NAME", help="some of the demo's tasks, or none (default: all)")
     parser.add_argument("--root", type=Path, default=Path("runs/translation"))
+    weight = "weight of cross-entropy beside the teacher's losses (default: %(default)s)"
+    parser.add_argument("--text-weight", type=float, default=0.1, help=weight)
     options = parser.parse_args(argv)
+    losses = stages(options.text_weight)
+    ceiling = {"kd": stages(0.1)["projected"], "sft": losses["sft"]}
     demo = load_recipe(Path(options.recipe))
     decant("teach", options.recipe)
     assert demo.student is not None, "the demo has a student"
@@ -63,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     layer = str(layer_of_capture(demo))
     trainer = {"learning_rate": 1e-3, "max_steps": options.steps, "pack_tokens": 1024}
     own = options.root / "own" / "recipe.yaml"
-    recipes = {"teacher's own": write_recipe(own, cache, base, CEILING, tasks, trainer=trainer, targets=layer)}
+    recipes = {"teacher's own": write_recipe(own, cache, base, ceiling, tasks, trainer=trainer, targets=layer)}
     for kind in options.kinds:
         here = options.root / kind.replace(" ", "-")
         if not (here / "student/model.safetensors").exists():
@@ -71,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         words = ("--tokenizer", str(here / "student"), "--targets", layer)
         decant("cache", "translate", str(cache), str(here / "cache"), *words)
         own = here / "recipe.yaml"
-        recipes[kind] = write_recipe(own, here / "cache", here / "student", STAGES, tasks, trainer=trainer)
+        recipes[kind] = write_recipe(own, here / "cache", here / "student", losses, tasks, trainer=trainer)
     rows, columns = [], []
     for kind, recipe in recipes.items():
         models = [run(recipe, seed, recipe.parent) for seed in options.seeds]
