@@ -15,8 +15,8 @@ from typing import Any
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
 from tools.bench.benchmarks_page import called, measured_by, replace_section, table
-from tools.bench.students.quality import Figures, figures_of
-from tools.bench.students.seeds import decant, mean_rows, run
+from tools.bench.students.quality import figures_of
+from tools.bench.students.seeds import Figures, decant, mean_rows, run
 from tools.evaluate.heldout.heldout import evaluate_heldout
 from tools.evaluate.results.results import heldout_layer
 
