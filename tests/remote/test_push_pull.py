@@ -44,6 +44,7 @@ def hub(new_store, monkeypatch):
 URL = "hf://datasets/org/demo"
 
 
+@pytest.mark.slow
 def test_a_cache_goes_to_the_hub_and_comes_back_and_streams_from_there(hub, local, tmp_path):
     card = dataset_card(listing(local), URL)
     first = push_cache(local, Remote(URL), card.encode())

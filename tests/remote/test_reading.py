@@ -44,6 +44,7 @@ def same_rows(one: Cache, other: Cache) -> None:
             np.testing.assert_array_equal(getattr(a.targets, name), getattr(b.targets, name))
 
 
+@pytest.mark.slow
 def test_a_cache_behind_a_url_reads_as_the_directory_does_although_every_seventh_answer_breaks_off(web, local):
     web.break_every = 7
     remote = Cache.open(web.url)

@@ -124,6 +124,7 @@ def test_training_goes_on_from_an_intact_checkpoint_to_the_same_model_and_says_s
     assert all(damage(checkpoint) is None for checkpoint in list_checkpoints(stage))
 
 
+@pytest.mark.slow
 def test_stage_without_an_intact_checkpoint_is_refused_and_its_advice_works(trained, killed):
     stage = killed.output_dir / "train/kd"
     for step in (2, 4, 6):

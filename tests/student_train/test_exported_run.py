@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,13 +20,22 @@ def logits(model):
         return model.eval()(input_ids=PROBE).logits
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where the run is kept once it was trained."""
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
 @pytest.fixture
-def trained(recipe_of, tiny):
+def trained(recipe_of, tiny, kept):
     """A run with a LoRA stage, trained, and an evaluation of it."""
     losses = [{"name": "forward_kl", "weight": 0.9, "temperature": 2.0}, {"name": "cross_entropy", "weight": 0.1}]
     student = {"adapter": "lora", "model": str(tiny.llama)}
     recipe = recipe_of(student=student, trainer={"max_steps": 2, "learning_rate": 1e-2}, losses=losses)
-    run_stages(recipe)
+    if not kept.exists():
+        run_stages(recipe)
+        shutil.copytree(recipe.output_dir, kept)
+    shutil.copytree(kept, recipe.output_dir, dirs_exist_ok=True)
     (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe))
     (recipe.output_dir / "evaluate").mkdir()
     heldout = {

@@ -169,6 +169,7 @@ def _out_of_memory(*args):
     raise torch.OutOfMemoryError
 
 
+@pytest.mark.slow
 def test_auto_keeps_activations_on_a_cpu_and_trains(recipe_of):
     from student_train.stage.stages import run_stages
 

@@ -122,6 +122,7 @@ def test_plain_float32_is_said_where_there_is_a_gpu_alone(trainer, told):
     assert precision_notes(stage, student, on_gpu=False) == []
 
 
+@pytest.mark.slow
 def test_train_says_what_plan_says(recipe_of, capsys):
     from shared.progress import Progress
     from tools.plan.planner import plan, plan_text

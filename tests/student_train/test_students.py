@@ -205,6 +205,7 @@ def test_head_smaller_than_the_vocabulary_is_refused(tiny):
         head_of(load(tiny.qwen3), 600)
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_trains_float32_weights(recipe_of):
     recipe = recipe_of(trainer={"bf16": True, "max_steps": 3})
     (model_dir,) = run_stages(recipe)

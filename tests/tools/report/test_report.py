@@ -210,6 +210,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         build_report([])
 
 
+@pytest.mark.slow
 def test_several_runs_share_one_table_and_equal_models_appear_once(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "one", "one"), make_run(tmp_path / "two", "two")
     write_evaluation(second, "kd", dict(zip(DOMAINS, (0.6, 0.6, 0.6), strict=True)), 0.1)
