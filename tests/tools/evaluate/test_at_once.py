@@ -30,6 +30,9 @@ def evaluated_by(engine: str) -> Any:
 def test_small_models_share_the_cores_of_a_machine_without_a_gpu(tmp_path, monkeypatch):
     small = [model(tmp_path / str(number), 1000) for number in range(5)]
     large = model(tmp_path / "large", at_once.SMALL_BYTES + 1)
+    sharded = model(tmp_path / "sharded", at_once.SMALL_BYTES - 1)
+    (tmp_path / "sharded" / "model.safetensors").rename(tmp_path / "sharded" / "model-1.safetensors")
+    (tmp_path / "sharded" / "model-2.safetensors").write_bytes(b"12")
     monkeypatch.setattr(at_once.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(at_once.os, "sysconf", {"SC_PHYS_PAGES": 64 << 18, "SC_PAGE_SIZE": 4096}.__getitem__)
     monkeypatch.setattr(at_once, "list_gpus", list)
@@ -38,6 +41,7 @@ def test_small_models_share_the_cores_of_a_machine_without_a_gpu(tmp_path, monke
     assert at_once.num_at_once(evaluated_by("transformers"), []) == 1
     assert at_once.num_at_once(evaluated_by("vllm"), small) == 1
     assert at_once.num_at_once(evaluated_by("transformers"), [*small, large]) == 1
+    assert at_once.num_at_once(evaluated_by("transformers"), [*small, sharded]) == 1
     monkeypatch.setattr(at_once.os, "sysconf", {"SC_PHYS_PAGES": 8 << 18, "SC_PAGE_SIZE": 4096}.__getitem__)
     assert at_once.num_at_once(evaluated_by("transformers"), small) == 2
     monkeypatch.setattr(at_once, "list_gpus", lambda: [("NVIDIA H200", (9, 0))])

@@ -31,7 +31,8 @@ def num_at_once(recipe: Recipe, models: Sequence[ModelUnderTest]) -> int:
     """
     if recipe.evaluate.engine != "transformers" or len(models) < 2 or list_gpus():
         return 1
-    if any(file.stat().st_size > SMALL_BYTES for model in models for file in weight_files(model.files.directory)):
+    sizes = [sum(file.stat().st_size for file in weight_files(model.files.directory)) for model in models]
+    if max(sizes) > SMALL_BYTES:
         return 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(models), os.cpu_count() or 1, memory // _PROCESS_BYTES))
