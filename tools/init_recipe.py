@@ -40,7 +40,7 @@ teacher:
 
 prompts:                          # one entry per source; mixtures and reports use the source's name
   - {{source: main, path: {prompts}, format: {format}}}{note}
-  # formats: messages | prompt_completion | alpaca | sharegpt | text | cache; limit: 1000 takes the first rows only
+  # formats: {formats}; limit: 1000 takes the first rows only
 
 {generate}
 capture:
@@ -112,6 +112,7 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
         teacher=yaml_text(teacher),
         prompts=yaml_text(prompts),
         format=format_name,
+        formats=" | ".join(COLUMNS),
         note=f"\n  # {note}" if note else "",
         generate=_TEXTS if format_name == "text" else _GENERATE,
     )

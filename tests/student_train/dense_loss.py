@@ -129,7 +129,11 @@ def divergence_of_masses(
         within = kl(*(x[head] ** (1 / t) / (x[head] ** (1 / t)).sum() for x in (p, q))) if len(p[head]) else 0.0
         return kl(*halves) + p[head].sum() * t**2 * within
     skew = options.get("skew", 0.1)
-    return kl(p, skew * p + (1 - skew) * q) if name == "skew_forward_kl" else kl(q, skew * q + (1 - skew) * p)
+    if name == "skew_forward_kl":
+        return kl(p, skew * p + (1 - skew) * q)
+    if name == "skew_reverse_kl":
+        return kl(q, skew * q + (1 - skew) * p)
+    raise KeyError(f"{name} has no definition here")
 
 
 def dense_loss(case: Case, student_logits: Tensor, terms: list[LossTerm], num_positions: float) -> Tensor:

@@ -25,6 +25,12 @@ NAMES = [
     ("tools/report/more_tables.py", "more_tables Table"),
     ("tools/cli_cache_parser.py", "CACHE_COMMANDS"),
     ("tools/cache/cache_commands.py", "run_cache_command"),
+    ("tests/student_train/test_every_setting.py", "SHOWN"),
+    ("tests/shared/test_identity.py", "CHANGES"),
+    ("tests/tools/evaluate/test_multiple_choice.py", "TASK_ROWS"),
+    ("teacher_cache/prompts/formats/prompt_columns.py", "TURN_COLUMNS"),
+    ("shared/recipe/sections/teacher.py", "_READ_BY engine_of_student"),
+    ("shared/recipe/sections/losses.py", "LABEL_LOSSES LOSSES_WITHIN_HEAD TAKES_DRAWS_ALONE NEEDS_DRAWS"),
 ]
 
 

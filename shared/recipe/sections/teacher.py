@@ -22,6 +22,7 @@ from shared.recipe.base import (
     Text,
     inconsistent,
     moved,
+    quoted,
     repeated,
     unused,
 )
@@ -30,8 +31,12 @@ KEY_VARIABLE = "DECANT_SERVER_API_KEY"
 """Environment variable with the servers' API key."""
 _OF_THE_SERVER = {"tensor_parallel_size", "gpu_memory_utilization", "max_num_batched_tokens"}
 _OF_THIS_ENGINE = {"servers", "server_requests", "server_patience_seconds"}
-_READ_BY = {"gpu_memory_utilization": "vllm", "max_num_batched_tokens": "vllm", "batch_tokens": "transformers"}
-"""Setting to the one engine that reads it; the teacher's section may hold it for what else of a recipe runs there."""
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "gpu_memory_utilization": ("vllm",),
+    "max_num_batched_tokens": ("vllm",),
+    "batch_tokens": ("transformers",),
+}
+"""Setting to the engines that read it; the teacher's section may hold it for what else of a recipe runs there."""
 
 
 def address_problem(url: str) -> str | None:
@@ -130,9 +135,9 @@ class Teacher(Section):
 def unread_settings(teacher: Teacher, engines: Collection[str]) -> list[Problem]:
     """Return the settings of a teacher that none of the engines at work reads."""
     return [
-        ((name,), f"only the engine '{_READ_BY[name]}' reads it, which nothing here runs on; leave it out")
+        ((name,), f"only the engine {quoted(_READ_BY[name])} reads it, which nothing here runs on; leave it out")
         for name in sorted(moved(teacher) & _READ_BY.keys())
-        if _READ_BY[name] not in engines and not (teacher.engine == "server" and name in _OF_THE_SERVER)
+        if not set(_READ_BY[name]) & set(engines) and not (teacher.engine == "server" and name in _OF_THE_SERVER)
     ]
 
 
@@ -143,7 +148,7 @@ def engine_of_student(teacher: Teacher, wanted: str | None) -> str:
 
 def as_on(engine: str) -> dict[str, Any]:
     """Return what changes in a section that one of our own engines opens: what it does not read is at its default."""
-    unread = _OF_THIS_ENGINE | {name for name, reader in _READ_BY.items() if reader != engine}
+    unread = _OF_THIS_ENGINE | {name for name, readers in _READ_BY.items() if engine not in readers}
     return {"engine": engine, **{name: Teacher.model_fields[name].default for name in unread}}
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe, Task
+from shared.recipe.sections.evaluation import TaskName
 from teacher_cache.engines.vllm.vllm_version import installed_vllm
 from tests.tiny_models import make_qwen3, make_tokenizer
 from tests.tools.evaluate.heldout_cache import dense_logprobs
@@ -208,10 +209,11 @@ TASK_ROWS: dict[str, dict] = {
         "test": "def check(f): pass",
     },
     "multiple_choice": {"question": "Ask {}?", "choices": ["Solved {}", "no"], "answer": 0},
+    "copying": {"prompt": "Ask {}? It is x{}x.", "value": "x{}x", "reference": "Solved {}"},
 }
 
 
-@pytest.mark.parametrize("name", list(TASK_ROWS))
+@pytest.mark.parametrize("name", get_args(TaskName))
 @pytest.mark.parametrize("template", ["chat", None])
 def test_shots_of_every_task_stand_before_its_questions(
     root: Path, tmp_path: Path, name: str, template: str | None
