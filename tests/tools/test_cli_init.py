@@ -139,3 +139,12 @@ def test_of_several_layers_the_recipe_reads_that_of_the_teacher_who_answered(tmp
     path = init_from_cache("x", tmp_path / "cache", "student", tmp_path / "x.yaml")
     assert load_recipe(path).stages[0].targets == f"top6-{layers[1].hash8}"
     assert "or another layer of those above" in path.read_text()
+
+
+@pytest.mark.parametrize(("derived_from", "text"), [("", 0.1), ("top6-00000000", 0.5)])
+def test_a_translated_layer_is_learned_with_as_much_of_the_text(tmp_path, derived_from, text):
+    layer = replace(small_cache.TOP, derived_from=derived_from)
+    small_cache.build(tmp_path / "cache", layers=(layer,))
+    path = init_from_cache("x", tmp_path / "cache", "student", tmp_path / "x.yaml")
+    weights = {loss.name: loss.weight.start for loss in load_recipe(path).stages[0].losses}
+    assert weights == {"forward_kl": 1 - text, "cross_entropy": text}
