@@ -9,7 +9,8 @@ each where a step is done already.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import groupby, product
+from functools import partial
+from itertools import dropwhile, groupby, product
 
 from shared.errors import UsageError
 from shared.recipe.base import closest, quoted
@@ -64,15 +65,15 @@ def train_in_processes(
     """
     from tools.rounds.finished import is_finished
 
-    for is_plain, stretch in groupby(stages, lambda stage: stage.rounds is None):
-        left = [stage for stage in stretch if not is_finished(recipe, stage)]
-        if is_plain and left:
+    for _, stretch in groupby(stages, lambda stage: stage.name if stage.rounds else None):
+        # What follows one that is trained now may begin with its weights: the process that trains knows if it is done.
+        left = list(dropwhile(partial(is_finished, recipe), stretch))
+        if left and left[0].rounds is not None:
+            _rounds(left[0], range(1, left[0].rounds.count + 1), again, output)
+        elif left:
             options = ("--from-stage", left[0].name, "--to-stage", left[-1].name)
             said = f"train {', '.join(stage.name for stage in left)}"
             run_phase(said, own_command("-m", "tools.cli", "train", *again, *options), output)
-            continue
-        for stage in left:
-            _rounds(stage, range(1, (stage.rounds.count if stage.rounds else 0) + 1), again, output)
 
 
 def rounds_in_processes(

@@ -24,6 +24,7 @@ def begun(monkeypatch):
     [
         ((), ["train sft, kd, more", "train last"]),
         (("sft",), ["train kd, more", "train last"]),
+        (("sft", "more"), ["train kd, more", "train last"]),  # kd's weights will be others, and more begins with them
         (("sft", "kd", "more", "last"), []),
     ],
 )

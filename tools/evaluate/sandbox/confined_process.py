@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import select
 import selectors
@@ -26,10 +25,9 @@ from typing import Any
 from shared.errors import EvaluationError
 from tools.evaluate.sandbox import scratch_directory
 from tools.evaluate.sandbox.fork_server import Forked
+from tools.evaluate.sandbox.interpreter import START_SECONDS
 
 _TICK_SECONDS = 0.05
-_START_SECONDS = 20.0
-"""Longest start of an interpreter on a busy machine, and longest end of a killed one."""
 _WALL_PER_CPU = 3.0
 """Wall seconds allowed per second of processor time, so that a busy machine does not decide who passes."""
 _LINGER_SECONDS = 0.5
@@ -103,7 +101,7 @@ class Confined:
         if self.reaper is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.reaper, signal.SIGKILL)
-            select.select([self.reaper], [], [], _START_SECONDS)
+            select.select([self.reaper], [], [], START_SECONDS)
             os.close(self.reaper)
         os.close(self.verdict_fd)
         assert self.process.stdout is not None
@@ -132,37 +130,6 @@ class Confined:
         return f"left without a verdict (status {status}) {lines[-1][:200] if lines else ''}".strip()
 
 
-def start_interpreter(
-    command: Sequence[str], scratch: Path, descriptors: Sequence[int]
-) -> tuple[subprocess.Popen[bytes], int | None]:
-    """Start a command that ends in the child's script, which gets the numbers of `descriptors`.
-
-    Raises:
-        EvaluationError: it cannot be started.
-    """
-    info_fd, child_info_fd = os.pipe()
-    walls = ["--info-fd", str(child_info_fd)] if Path(command[0]).name == "bwrap" else []
-    try:
-        process = subprocess.Popen(  # noqa: S603 - confining it is what it is started for
-            [command[0], *walls, *command[1:], *map(str, descriptors)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=scratch,
-            env={"PYTHONHASHSEED": "0"},
-            pass_fds=(*descriptors, *([child_info_fd] if walls else [])),
-            start_new_session=True,
-        )
-    except OSError as error:
-        os.close(info_fd)
-        raise EvaluationError(f"the sandbox could not start a program: {error}") from error
-    finally:
-        os.close(child_info_fd)
-    reaper = _reaper(info_fd) if walls else None
-    os.close(info_fd)
-    return process, reaper
-
-
 def watch(programs: Sequence[Confined], limits: Limits) -> str:
     """Read until the first program ends or one breaks a limit; return which limit, empty where none was broken."""
     with selectors.DefaultSelector() as selector:
@@ -170,7 +137,7 @@ def watch(programs: Sequence[Confined], limits: Limits) -> str:
             assert program.process.stdout is not None
             selector.register(program.process.stdout, selectors.EVENT_READ, (program, False))
             selector.register(program.verdict_fd, selectors.EVENT_READ, (program, True))
-        deadline, next_look, last_look = time.monotonic() + _START_SECONDS, 0.0, float("inf")
+        deadline, next_look, last_look = time.monotonic() + START_SECONDS, 0.0, float("inf")
         started = False
         while (heard := {id(key.data[0]) for key in selector.get_map().values()}) and time.monotonic() < last_look:
             if id(programs[0]) not in heard:
@@ -214,19 +181,3 @@ def _send(process: subprocess.Popen[bytes] | Forked, job: bytes) -> None:
         process.stdin.close()
     except BrokenPipeError:
         return  # it died first; the missing verdict says so
-
-
-def _reaper(info_fd: int) -> int | None:
-    """Return a descriptor of the process that bubblewrap names; None where it ended before."""
-    text = b""
-    while b"}" not in text:  # to its end, or writing the rest would be the end of bubblewrap
-        ready, _, _ = select.select([info_fd], [], [], _START_SECONDS)
-        chunk = os.read(info_fd, 1 << 12) if ready else b""
-        if not chunk:
-            break
-        text += chunk
-    found = re.search(rb'"child-pid":\s*(\d+)', text)
-    try:
-        return os.pidfd_open(int(found.group(1))) if found else None
-    except ProcessLookupError:
-        return None

@@ -13,11 +13,11 @@ import os
 import select
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shared.errors import EvaluationError
+from tools.evaluate.sandbox.interpreter import start_interpreter
 
 
 class Forked:
@@ -65,21 +65,13 @@ class ForkServer:
         own, childs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with own:
             with childs:
+                words = [*command, "--serve", str(os.getpid())]
+                process, _ = start_interpreter(words, Path("/"), (childs.fileno(),))
+            with process:
                 try:
-                    process = subprocess.Popen(  # noqa: S603 - our own interpreter and script
-                        [*command, "--serve", str(childs.fileno()), str(os.getpid())],
-                        stdin=subprocess.DEVNULL,
-                        env={"PYTHONHASHSEED": "0"},
-                        pass_fds=(childs.fileno(),),
-                        start_new_session=True,
-                    )
-                except OSError as error:
-                    raise EvaluationError(f"the sandbox could not start a program: {error}") from error
-            try:
-                yield cls(own)
-            finally:
-                process.kill()
-                process.wait()
+                    yield cls(own)
+                finally:
+                    process.kill()
 
     def fork(self, scratch: Path, descriptors: Sequence[int]) -> Forked:
         """Return a new process in that directory, to which stdin, output and then `descriptors` are open."""

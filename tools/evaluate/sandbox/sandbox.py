@@ -38,8 +38,9 @@ from typing import Any
 
 from shared.errors import EvaluationError
 from tools.evaluate.sandbox import scratch_directory
-from tools.evaluate.sandbox.confined_process import Confined, Launch, Limits, start_interpreter, watch
+from tools.evaluate.sandbox.confined_process import Confined, Launch, Limits, watch
 from tools.evaluate.sandbox.fork_server import ForkServer
+from tools.evaluate.sandbox.interpreter import start_interpreter
 from tools.evaluate.sandbox.sandbox_filter import seccomp_filter
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
@@ -131,6 +132,7 @@ def run_many(
     mechanism, limits = mechanism or require(), limits or Limits()
 
     def verdict_of(program: str | tuple[str, str]) -> Verdict:
+        """Judge one of them with the launcher that is free."""
         code, beside = (program, None) if isinstance(program, str) else program
         launch = launchers.get()
         try:

@@ -161,7 +161,7 @@ def run_job(verdict_fd: int, pipes: tuple[int, ...], forked_by: int | None = Non
     leave(0)
 
 
-def serve(channel_fd: int, parent: int) -> None:
+def serve(parent: int, channel_fd: int) -> None:
     """Fork a process for each scratch directory that comes, with the descriptors that come with it; wait for one where
     its number comes. Ends with its parent, and its forks end with it.
     """
