@@ -114,6 +114,7 @@ def _teach(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from tools.own_phase import recipe_words
     from tools.phases import require_stages, train
     from tools.rounds.chain import with_rounds
 
@@ -122,26 +123,21 @@ def _train(args: argparse.Namespace) -> int:
         return with_rounds(recipe, ("train",))
 
     with _stdout_kept(args):
-        result = train(_load(args, phases, save=True), args.from_stage, args.to_stage, _again(args))
+        result = train(_load(args, phases, save=True), args.from_stage, args.to_stage, recipe_words(args))
     _result(args, *result)
     return 0
 
 
 def _rounds(args: argparse.Namespace) -> int:
+    from tools.own_phase import recipe_words
     from tools.phases import rounds
     from tools.rounds.chain import STEPS
 
     with _stdout_kept(args):
         recipe = _load(args, lambda *_: (args.only,) if args.only else STEPS, save=True)
-        result = rounds(recipe, args.stage, args.only, args.round, _again(args))
+        result = rounds(recipe, args.stage, args.only, args.round, recipe_words(args))
     _result(args, *result)
     return 0
-
-
-def _again(args: argparse.Namespace) -> list[str]:
-    """Return the words that name this command's recipe, which it has checked, to another process."""
-    words = [str(args.recipe), *(part for override in args.overrides for part in ("--set", override)), "--checked"]
-    return [*words, "--verbose"] if args.verbose else words
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ Cost: starting Python.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,14 @@ from shared.errors import DecantError
 from shared.parent_watch import announced
 from shared.printable import printable
 from tools.own_process import own_environment
+
+
+def recipe_words(args: argparse.Namespace) -> list[str]:
+    """Return the words that name a command's recipe, which it has checked, to another process, from its options
+    `recipe`, `overrides` and `verbose`: `["r.yaml", "--set", "seed=3", "--checked"]`.
+    """
+    words = [str(args.recipe), *(part for override in args.overrides for part in ("--set", override)), "--checked"]
+    return [*words, "--verbose"] if args.verbose else words
 
 
 class PhaseFailedError(DecantError):

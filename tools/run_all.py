@@ -15,7 +15,7 @@ from shared.errors import UsageError
 from shared.printable import printable
 from shared.recipe.recipe import Recipe
 from tools.cli_parser import PHASES
-from tools.own_phase import run_phase
+from tools.own_phase import recipe_words, run_phase
 from tools.own_process import own_command
 
 
@@ -78,14 +78,11 @@ def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[
     command = own_command("-m", "tools.cli", phase)
     if phase == "report":
         command.append(str(recipe.output_dir))
-    else:
-        command.append(str(args.recipe))
-        command += [part for override in args.overrides for part in ("--set", override)]
-        command.append("--checked")
+        command += ["--json"] if args.json else []
+        return [*command, "--verbose"] if args.verbose else command
+    command += recipe_words(args)
     if phase == "eval" and args.allow_unsafe_code:
         command.append("--allow-unsafe-code")
     if phase == "teach" and args.max_set_aside is not None:
         command += ["--max-set-aside", f"{args.max_set_aside:.12f}"]
-    command += ["--json"] if args.json and phase == "report" else []
-    command += ["--verbose"] if args.verbose else []
     return command

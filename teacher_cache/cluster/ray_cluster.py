@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EngineError, UsageError
+from shared.machine import num_cores
 from shared.recipe.sections.teacher import Workers
 
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -113,10 +114,9 @@ def _connection(address: str) -> dict[str, Any]:
 
 def _local(workers: Workers, directory: Path) -> dict[str, Any]:
     """Return the arguments that start a cluster of this machine; GPUs are counted by Ray."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     arguments: dict[str, Any] = {
         "address": "local",
-        "num_cpus": max(cores, workers.count),
+        "num_cpus": max(num_cores(), workers.count),
         "include_dashboard": False,
         "configure_logging": False,
         "log_to_driver": False,

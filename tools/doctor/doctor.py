@@ -7,11 +7,11 @@ whether it sees a GPU.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
 
+from shared.machine import memory_bytes
 from tools.doctor.doctor_gpu import check_gpu
 from tools.doctor.doctor_packages import Check, check_engine, check_packages, check_torchvision, installed
 
@@ -74,17 +74,6 @@ def _shared_place() -> Check:
 def _compiler() -> Check:
     place = shutil.which("g++")
     return Check("g++ (vLLM compiles at run time)", place is not None, place or "not found", "apt-get install g++")
-
-
-def memory_bytes() -> int:
-    """Return the memory that this process may use: the machine's, or its control group's limit."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        try:
-            limits.append(int(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    return min(limits)
 
 
 def _memory() -> Check:

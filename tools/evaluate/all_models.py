@@ -18,7 +18,7 @@ from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
 from tools.evaluate.cost.cost import measure_cost
-from tools.evaluate.models.at_once import num_at_once, run_all
+from tools.evaluate.models.at_once import num_at_once, run_jobs
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.own.own_answers import measure_own_answers
@@ -102,7 +102,7 @@ def _do_what_is_stale(
 
     started = time.monotonic()
     try:
-        run_all([partial(evaluate, name) for name in stale], at_once)
+        run_jobs([partial(evaluate, name) for name in stale], at_once)
     finally:
         if stale:
             add_seconds(recipe.output_dir, "evaluate", time.monotonic() - started)

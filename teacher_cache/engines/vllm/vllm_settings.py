@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from shared.errors import EngineError
+from shared.machine import num_cores
 from shared.models.row_length import known_positions, rope_switches
 from shared.recipe.recipe import Capture, Generate, Teacher
 
@@ -160,7 +161,7 @@ def _num_threads(text_config: dict[str, Any]) -> int | None:
     """
     if os.environ.get("OMP_NUM_THREADS") or int(text_config.get("hidden_size") or NARROW) >= NARROW:
         return None
-    return max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else None
+    return max(1, num_cores() // 2)
 
 
 def cache_bytes(text_config: dict[str, Any], max_model_len: int, dtype: str) -> int:

@@ -33,8 +33,8 @@ def test_small_models_share_the_cores_of_a_machine_without_a_gpu(tmp_path, monke
     sharded = model(tmp_path / "sharded", at_once.SMALL_BYTES - 1)
     (tmp_path / "sharded" / "model.safetensors").rename(tmp_path / "sharded" / "model-1.safetensors")
     (tmp_path / "sharded" / "model-2.safetensors").write_bytes(b"12")
-    monkeypatch.setattr(at_once.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(at_once.os, "sysconf", {"SC_PHYS_PAGES": 64 << 18, "SC_PAGE_SIZE": 4096}.__getitem__)
+    monkeypatch.setattr(at_once, "num_cores", lambda: 4)
+    monkeypatch.setattr(at_once, "memory_bytes", lambda: 64 << 30)
     monkeypatch.setattr(at_once, "list_gpus", list)
     assert at_once.num_at_once(evaluated_by("transformers"), small) == 4
     assert at_once.num_at_once(evaluated_by("transformers"), small[:3]) == 3
@@ -42,7 +42,7 @@ def test_small_models_share_the_cores_of_a_machine_without_a_gpu(tmp_path, monke
     assert at_once.num_at_once(evaluated_by("vllm"), small) == 1
     assert at_once.num_at_once(evaluated_by("transformers"), [*small, large]) == 1
     assert at_once.num_at_once(evaluated_by("transformers"), [*small, sharded]) == 1
-    monkeypatch.setattr(at_once.os, "sysconf", {"SC_PHYS_PAGES": 8 << 18, "SC_PAGE_SIZE": 4096}.__getitem__)
+    monkeypatch.setattr(at_once, "memory_bytes", lambda: 8 << 30)
     assert at_once.num_at_once(evaluated_by("transformers"), small) == 2
     monkeypatch.setattr(at_once, "list_gpus", lambda: [("NVIDIA H200", (9, 0))])
     assert at_once.num_at_once(evaluated_by("transformers"), small) == 1
@@ -55,7 +55,7 @@ def test_as_many_run_at_a_time_as_are_allowed():
         both.wait()
         done.append(1)
 
-    at_once.run_all([job] * 4, 2)
+    at_once.run_jobs([job] * 4, 2)
     assert len(done) == 4
 
 
@@ -75,7 +75,7 @@ def test_a_job_that_fails_ends_the_processes_of_the_others(tmp_path, monkeypatch
         raise EvaluationError("it failed")
 
     with pytest.raises(EvaluationError, match="it failed"):
-        at_once.run_all([waits, fails, waits], 2)
+        at_once.run_jobs([waits, fails, waits], 2)
     assert len(started) == 1
     assert started[0].poll() is not None
     assert not model_process._running

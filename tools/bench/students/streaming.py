@@ -57,12 +57,12 @@ def streaming_recipe(path: Path, cache: str, window_parts: int | None, steps: in
 class Watched:
     """One training in a process of its own, looked at while it runs: its own memory, and the bytes in its store."""
 
-    def __init__(self, recipe: Path, store: Path, bound_gb: float, core: int) -> None:
-        """Begin to train on one core."""
-        self._recipe, self._store = recipe, store
+    def __init__(self, recipe: Path, bound_gb: float, core: int) -> None:
+        """Begin to train on one core, with a store beside the recipe."""
+        self._recipe, self._store = recipe, recipe.parent / "store"
         self.mib: list[float] = []
         self.most_stored = 0
-        environment = {**own_environment(), STORE_VARIABLE: str(store), BOUND_VARIABLE: str(bound_gb)}
+        environment = {**own_environment(), STORE_VARIABLE: str(self._store), BOUND_VARIABLE: str(bound_gb)}
         command = own_command("-m", "tools.cli", "train", str(recipe))
         self._process = subprocess.Popen(command, env=environment)  # noqa: S603 - our own interpreter
         os.sched_setaffinity(self._process.pid, {core})
@@ -111,14 +111,15 @@ def streamed(cache: Path, root: Path, steps: int, num_pairs: int) -> str:
         url = f"s3://{BUCKET}/cache"
         push_cache(cache, Remote(url))
         for number, (name, bound) in product(range(num_pairs), bounds.items()):
-
-            def begin(place: str, core: int, here: Path = root / f"{name}-{number}", bound: int = bound) -> Watched:
-                below = here / ("s3" if place == url else "directory")
-                recipe = streaming_recipe(below / "recipe.yaml", place, WINDOW_PARTS, steps)
-                return Watched(recipe, below / "store", bound / 1e9, core)
-
-            local, far = begin(str(cache), cores[number % 2]), begin(url, cores[1 - number % 2])
-            pairs[name].append((local.finished(), far.finished()))
+            here, places = root / f"{name}-{number}", {"directory": str(cache), "s3": url}
+            recipes = [
+                streaming_recipe(here / below / "recipe.yaml", place, WINDOW_PARTS, steps)
+                for below, place in places.items()
+            ]
+            on = cores if number % 2 else cores[::-1]
+            both = [Watched(recipe, bound / 1e9, core) for recipe, core in zip(recipes, on, strict=True)]
+            local, far = [one.finished() for one in both]
+            pairs[name].append((local, far))
         requests, broken = len(proxy.requests), proxy.broken
     losses = {tuple(one.losses) for found in pairs.values() for pair in found for one in pair}
     rows = []

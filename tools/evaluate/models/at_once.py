@@ -7,10 +7,10 @@ with two); a second model beside it does.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 
+from shared.machine import memory_bytes, num_cores
 from shared.models.checkpoint import weight_files
 from shared.models.gpus import list_gpus
 from shared.recipe.recipe import Recipe
@@ -34,11 +34,10 @@ def num_at_once(recipe: Recipe, models: Sequence[ModelUnderTest]) -> int:
     sizes = [sum(file.stat().st_size for file in weight_files(model.files.directory)) for model in models]
     if max(sizes) > SMALL_BYTES:
         return 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(models), os.cpu_count() or 1, memory // _PROCESS_BYTES))
+    return max(1, min(len(models), num_cores(), memory_bytes() // _PROCESS_BYTES))
 
 
-def run_all(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
+def run_jobs(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
     """Run every job, `at_once` at a time; the first that fails ends the processes of the others and is raised."""
     if at_once == 1:
         for job in jobs:
