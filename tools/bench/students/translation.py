@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path("runs/translation"))
     weight = "weight of cross-entropy beside the teacher's losses (default: %(default)s)"
     parser.add_argument("--text-weight", type=float, default=0.1, help=weight)
+    section = "part of docs/tokenizers.md to write (default: %(default)s)"
+    parser.add_argument("--section", default="translation", help=section)
     options = parser.parse_args(argv)
     losses = stages(options.text_weight)
     ceiling = {"kd": stages(0.1)["projected"], "sft": losses["sft"]}
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{options.seeds}; scores in percent; mean ± 95 % interval, "
         "differences paired by seed."
     )
-    replace_section("translation", f"{said}\n\n{text}", Path("docs/tokenizers.md"))
+    replace_section(options.section, f"{said}\n\n{text}", Path("docs/tokenizers.md"))
     return 0
 
 
