@@ -319,8 +319,7 @@ def _finish(build: _Build, job: Job | None) -> BuildSummary:
         first = Problem(str(unusable[0]["path"]), int(unusable[0]["line"]), str(unusable[0]["reason"]))
         raise SetAsideError(
             f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the "
-            f"{build.max_set_aside:.0%} that "
-            f"are set aside; the other {summary.rows:,} rows are in the cache)",
+            f"{build.max_set_aside:.0%} that are set aside; the other {summary.rows:,} rows are in the cache)",
             summary,
         )
     if summary.units_set_aside:

@@ -164,9 +164,8 @@ def check_file(directory: Path, record: PartRecord) -> None:
     if (xxh3, num_bytes) != (record.xxh3, record.bytes):
         raise DamagedError(
             f"{path} has {num_bytes} bytes with checksum {xxh3} where its record says {record.bytes} bytes with "
-            f"{record.xxh3}; "
-            "it was truncated or altered after it was committed: restore it, or delete it with its record and build "
-            "again"
+            f"{record.xxh3}; it was truncated or altered after it was committed: restore it, or delete it with its "
+            "record and build again"
         )
 
 

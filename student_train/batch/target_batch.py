@@ -41,10 +41,9 @@ def pack_targets(rows: Sequence[SparseTargets]) -> dict[str, np.ndarray]:
     for row in rows:
         if row.temperatures != temperatures or len(row.draws) != len(rows[0].draws):
             raise TrainingError(
-                f"one pack mixes targets captured at temperatures {list(temperatures)} with {len(rows[0].draws)} "
-                "sets of draws "
-                f"and at {list(row.temperatures)} with {len(row.draws)}; train on caches whose targets were captured "
-                "alike"
+                f"one pack mixes targets captured at temperatures {list(temperatures)} with {len(rows[0].draws)} sets "
+                f"of draws and at {list(row.temperatures)} with {len(row.draws)}; train on caches whose targets were "
+                "captured alike"
             )
     arrays: dict[str, np.ndarray] = {
         "support_counts": np.concatenate([row.counts for row in rows]).astype(np.int32, copy=False),
@@ -238,8 +237,7 @@ class TargetBatch:
         listed = ", ".join(f"{captured:g}" for captured in self.temperatures)
         raise TrainingError(
             f"temperature {temperature:g} was not captured (captured: {listed}), so the teacher's tail at it is "
-            "unknown; "
-            "train at a captured temperature or score another layer with it"
+            "unknown; train at a captured temperature or score another layer with it"
         )
 
     @property

@@ -52,9 +52,8 @@ class HeldoutSet:
         chosen = heldout_rows_per_source(caches.caches, fraction, rows_per_source, caches.left_out | caches.untaught)
         if not chosen:
             raise TrainingError(
-                f"{caches.path}: no row is held out at heldout.fraction {fraction:g}, so there is nothing to "
-                "evaluate on; raise it "
-                "or leave the stage's `evaluate` out"
+                f"{caches.path}: no row is held out at heldout.fraction {fraction:g}, so there is nothing to evaluate "
+                "on; raise it or leave the stage's `evaluate` out"
             )
         return cls(
             caches, {name: [int(starts[cache]) + row for cache, row in places] for name, places in chosen.items()}
@@ -71,9 +70,8 @@ class HeldoutSet:
         }
         if not any(fitting.values()):
             raise TrainingError(
-                f"{self.caches.path}: every held-out row is longer than the {longest:g} tokens that the student "
-                "reads; leave the "
-                "stage's `evaluate` out, or choose another student"
+                f"{self.caches.path}: every held-out row is longer than the {longest:g} tokens that the student reads; "
+                "leave the stage's `evaluate` out, or choose another student"
             )
         return HeldoutSet(self.caches, {name: rows for name, rows in fitting.items() if rows})
 

@@ -66,10 +66,8 @@ def check_disk_space(model: Any, stage: Stage, num_steps: int, directory: Path, 
     if needed > free:
         raise TrainingError(
             f"stage '{stage.name}' needs {_gib(needed)} in {directory} ({num_checkpoints} checkpoints of "
-            f"{_gib(checkpoint)} "
-            f"and the model of {_gib(final)}), {_gib(free)} are free; make room, lower trainer.save_total_limit, or "
-            "set "
-            "output_dir to a larger disk"
+            f"{_gib(checkpoint)} and the model of {_gib(final)}), {_gib(free)} are free; make room, lower "
+            "trainer.save_total_limit, or set output_dir to a larger disk"
         )
 
 

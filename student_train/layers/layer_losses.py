@@ -54,9 +54,8 @@ def check_layer_losses(stage: Stage, student: Student) -> None:
     reads = {representations[loss.name].reads for loss in stage.losses if loss.name in representations}
     if reads and stage.trainer.fsdp != "none":
         raise TrainingError(
-            "the losses hidden, attention and contrastive need the student whole, which trainer.fsdp: full_shard "
-            "does not leave "
-            "it; set it to none, or leave the losses out"
+            "the losses hidden, attention and contrastive need the student whole, which trainer.fsdp: full_shard does "
+            "not leave it; set it to none, or leave the losses out"
         )
     if reads & {"states", "attention"}:
         if stage.balance.kind == "grad_norm":
@@ -71,15 +70,13 @@ def _check_measurable(*, fp16: bool, liger: bool) -> None:
     if fp16:
         raise TrainingError(
             "balance grad_norm measures gradients of the losses hidden and attention without a loss scale, so "
-            "trainer.fp16 would "
-            "turn small ones into 0; set trainer.bf16 instead, or balance to uncertainty"
+            "trainer.fp16 would turn small ones into 0; set trainer.bf16 instead, or balance to uncertainty"
         )
     if liger:
         raise TrainingError(
-            "balance grad_norm goes back through the layers several times with the losses hidden and attention, "
-            "which the layers "
-            "of student.liger do not allow, since they overwrite what they keep; leave liger out, or set balance to "
-            "uncertainty"
+            "balance grad_norm goes back through the layers several times with the losses hidden and attention, which "
+            "the layers of student.liger do not allow, since they overwrite what they keep; leave liger out, or set "
+            "balance to uncertainty"
         )
 
 

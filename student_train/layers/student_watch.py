@@ -95,9 +95,8 @@ class StudentWatch:
         missing = [layer for layer in self._attention_layers if layer not in self.attention]
         if missing:
             raise TrainingError(
-                f"the attention of student layer {missing[0]} does not pass through transformers' attention "
-                "functions, so the loss "
-                "'attention' cannot see it; leave the loss out, or map it to other layers"
+                f"the attention of student layer {missing[0]} does not pass through transformers' attention functions, "
+                "so the loss 'attention' cannot see it; leave the loss out, or map it to other layers"
             )
 
     def clear(self) -> None:
@@ -197,8 +196,7 @@ def check_watchable(*, attention: str, compiles: bool, reads_attention: bool) ->
     if compiles:
         raise TrainingError(
             "the losses 'hidden' and 'attention' watch layers while they run, which trainer.torch_compile does not "
-            "allow; set it "
-            "to false, or leave the losses out"
+            "allow; set it to false, or leave the losses out"
         )
     if reads_attention and attention == "eager":
         raise TrainingError(

@@ -133,8 +133,7 @@ def plan_epoch(
     if len(drawn) == 0:
         raise TrainingError(
             f"no row is left to train on: {num_dropped} are longer than {limit} tokens, and the rest are held out or "
-            "not in the "
-            "mixture; raise max_length, lower heldout.fraction or name another source"
+            "not in the mixture; raise max_length, lower heldout.fraction or name another source"
         )
     of_rows = np.zeros(len(drawn), np.int64) if windows is None else windows.of_rows(seed, epoch, drawn)
     drawn = drawn[np.argsort(of_rows, kind="stable")]

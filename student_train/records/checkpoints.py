@@ -121,8 +121,7 @@ def put_damaged_aside(stage_dir: Path, also: Callable[[int], int | None] = lambd
         places = " ".join(str(checkpoint.path) for checkpoint in checkpoints)
         raise TrainingError(
             f"no checkpoint of {stage_dir} can be continued: {told}; put the files back, or remove {places} to train "
-            "the stage from "
-            "its start"
+            "the stage from its start"
         )
     for path in problems:
         aside = path.with_name(f"{_ASIDE}{path.name}")
@@ -180,8 +179,7 @@ def newest_checkpoint(stage_dir: Path, belongs_to: Mapping[str, str]) -> Checkpo
         if found != wanted:
             raise TrainingError(
                 f"{newest.path} was made with {name} {found} where this run has {name} {wanted}, so it cannot be "
-                "continued; "
-                f"remove or rename {stage_dir} to train the stage again, or go back to what it was made with"
+                f"continued; remove or rename {stage_dir} to train the stage again, or go back to what it was made with"
             )
     return newest
 

@@ -193,14 +193,12 @@ def evaluation_sampling(
     if unseen:
         raise TrainingError(
             f"stage '{stage.name}' samples by evaluation and source '{unseen[0]}' has no held-out row; raise "
-            "heldout.fraction, "
-            "or leave the source out of the mixture"
+            "heldout.fraction, or leave the source out of the mixture"
         )
     if not len(codes) * rule.floor <= 1 <= len(codes) * rule.ceiling:
         raise TrainingError(
             f"stage '{stage.name}' draws from {len(codes)} sources, whose shares cannot sum to 1 between "
-            "sampling.floor "
-            f"{rule.floor:g} and sampling.ceiling {rule.ceiling:g}; lower the floor or raise the ceiling"
+            f"sampling.floor {rule.floor:g} and sampling.ceiling {rule.ceiling:g}; lower the floor or raise the ceiling"
         )
     if stage.mixture is None:
         base = {name: float(plan.planner.tokens_per_source[code]) for name, code in codes.items()}

@@ -95,8 +95,7 @@ def check_tokenizer(student: Student, source: str, revision: str | None, cache: 
         if required:
             raise TrainingError(
                 f"the student '{source}' comes without tokenizer.json, so nothing says that its tokens are those of "
-                f"{cache.path}; "
-                f"add the tokenizer to it (the cache's is in {cache.path}/tokenizer)"
+                f"{cache.path}; add the tokenizer to it (the cache's is in {cache.path}/tokenizer)"
             )
         return
     if found != cache.tokenizer_hash:
@@ -199,8 +198,7 @@ def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
     except ValueError as error:
         raise TrainingError(
             f"student.adapter.target_modules {json.dumps(modules)} cannot be adapted: "
-            f"{' '.join(str(error).split())[:200]}; "
-            "set it to all-linear or to names of the student's linear layers"
+            f"{' '.join(str(error).split())[:200]}; set it to all-linear or to names of the student's linear layers"
         ) from None
     _refuse_adapted_head(wrapped, model)
     return wrapped

@@ -134,9 +134,8 @@ def check_head(model: Any, head: StudentHead) -> None:
     model.train(was_training)
     if distance > (1e-3 if is_wide else 2e-2):
         raise TrainingError(
-            f"{type(model).__name__} computes its logits in a way that its config does not declare (the probe "
-            "differs by "
-            f"{distance:.1%}), so a loss fused with its head would be wrong; choose another student"
+            f"{type(model).__name__} computes its logits in a way that its config does not declare (the probe differs "
+            f"by {distance:.1%}), so a loss fused with its head would be wrong; choose another student"
         )
 
 

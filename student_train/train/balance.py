@@ -147,6 +147,5 @@ def _check_names(names: Mapping[str, float], found: Mapping[str, Any]) -> None:
     if set(names) != set(found):
         raise TrainingError(
             f"the checkpoint balances the losses {', '.join(sorted(found))} where the stage has "
-            f"{', '.join(sorted(names))}; "
-            "remove the stage's directory to train it again"
+            f"{', '.join(sorted(names))}; remove the stage's directory to train it again"
         )

@@ -89,6 +89,5 @@ class Course:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrainingError(
                 f"{path} does not hold the shares or weights of the stage so far ({type(error).__name__}); remove "
-                f"{checkpoint} to "
-                "go on from the checkpoint before it"
+                f"{checkpoint} to go on from the checkpoint before it"
             ) from None

@@ -93,6 +93,5 @@ class GradientWatch:
             return None
         return (
             f"the gradient's norm is {norm:.3g}, in the {self.num_suspicious}th step in a row above {self._factor:g} "
-            "times the "
-            f"median of the steps before, {median:.3g} (trainer.max_grad_norm_factor)"
+            f"times the median of the steps before, {median:.3g} (trainer.max_grad_norm_factor)"
         )

@@ -47,9 +47,8 @@ def check_shardable(student: Student, trainer: StageTrainer, processes: int) -> 
         return
     if processes < 2:
         raise TrainingError(
-            "trainer.fsdp is full_shard in a single process, where there is nothing to shard over; start the "
-            "training with "
-            "torchrun --nproc_per_node 2 or more, or set it to none"
+            "trainer.fsdp is full_shard in a single process, where there is nothing to shard over; start the training "
+            "with torchrun --nproc_per_node 2 or more, or set it to none"
         )
     if not OPTIMIZERS[trainer.optim].is_elementwise:
         sharded = ", ".join(name for name, optimizer in OPTIMIZERS.items() if optimizer.is_elementwise)

@@ -333,8 +333,7 @@ class DistilTrainer(ShardedTrainer):
         )
         return (
             f"{state}; lower trainer.learning_rate, lengthen its warm-up or clip with trainer.max_grad_norm, then "
-            "remove or rename "
-            f"{directory} and train the stage again"
+            f"remove or rename {directory} and train the stage again"
         )
 
     def _is_logged(self, step: int) -> bool:

@@ -43,9 +43,8 @@ def explained(trainer: StageTrainer) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise TrainingError(
             f"the GPU's memory is full with {trainer.per_device_train_batch_size} packs of {trainer.pack_tokens} "
-            "tokens; lower "
-            "pack_tokens or per_device_train_batch_size, set gradient_checkpointing, or train an adapter (`decant "
-            "plan --card`)"
+            "tokens; lower pack_tokens or per_device_train_batch_size, set gradient_checkpointing, or train an adapter "
+            "(`decant plan --card`)"
         ) from None
 
 

@@ -44,8 +44,7 @@ def require_ray() -> None:
     except metadata.PackageNotFoundError:
         raise UsageError(
             "Ray is not installed and `teacher.workers` needs it; install the extra `cluster` (pip install -e "
-            "'.[cluster]'), or "
-            "leave `workers` out and start `decant teach --partition i/n` once per engine"
+            "'.[cluster]'), or leave `workers` out and start `decant teach --partition i/n` once per engine"
         ) from None
 
 
@@ -62,8 +61,7 @@ def ray_cluster(workers: Workers) -> Iterator[Any]:
     if address.startswith("ray://"):
         raise UsageError(
             f"RAY_ADDRESS={address} names Ray's client port, which engines cannot be driven through; run the same "
-            "command on a "
-            "node of the cluster (`ray exec`, `ray job submit`), or give host:port"
+            "command on a node of the cluster (`ray exec`, `ray job submit`), or give host:port"
         )
     _quieten(local=not address)
     import ray as installed

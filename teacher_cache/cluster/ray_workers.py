@@ -268,8 +268,7 @@ class _Driver:
         if self._deaths_in_a_row > MAX_DEATHS_IN_A_ROW + 2 * len(self._engines):
             raise EngineError(
                 f"engines died {self._deaths_in_a_row} times without finishing a unit, the last one because {cause}; "
-                "see to that, "
-                "then run the same command again to continue"
+                "see to that, then run the same command again to continue"
             )
         self._fell(engine)
         if self._board.finished:

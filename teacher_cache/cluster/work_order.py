@@ -71,8 +71,7 @@ def load_order(order: WorkOrder, should_stop: Callable[[], bool]) -> Loaded:
     except OSError as error:
         raise EngineError(
             f"{node}: {order.directory} cannot be entered ({error.strerror}); run `decant teach` in a directory that "
-            "every node "
-            "of the cluster has under the same path"
+            "every node of the cluster has under the same path"
         ) from None
     recipe = Recipe.model_validate(order.recipe)
     teacher = recipe.teacher

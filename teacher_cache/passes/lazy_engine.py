@@ -35,8 +35,7 @@ class LazyEngine:
             if self._engine.max_model_len < self._max_model_len:
                 raise EngineError(
                     f"the engine takes {self._engine.max_model_len:,} tokens where {self._max_model_len:,} were "
-                    "planned; set "
-                    f"`teacher.max_model_len: {self._engine.max_model_len}`"
+                    f"planned; set `teacher.max_model_len: {self._engine.max_model_len}`"
                 )
         return self._engine
 

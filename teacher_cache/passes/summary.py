@@ -175,21 +175,18 @@ class BuildSummary:
         if self.hidden_layer:
             lines.append(
                 f"hidden layer {self.hidden_layer}: reused {self.hidden_reused_rows:,} rows, captured "
-                f"{self.hidden.rows:,} "
-                "with transformers on the same weights"
+                f"{self.hidden.rows:,} with transformers on the same weights"
             )
         for name, figures in (("generate", self.generated), ("score", self.scored), ("capture", self.hidden)):
             if figures.rows:
                 lines.append(
-                    f"{name}: {figures.tokens:,} tokens in {figures.seconds:,.1f} s, "
-                    f"{figures.tokens_per_second:,.0f} tokens/s, "
-                    f"engine idle at most {figures.idle_share:.0%} of it"
+                    f"{name}: {figures.tokens:,} tokens in {figures.seconds:,.1f} s, {figures.tokens_per_second:,.0f} "
+                    f"tokens/s, engine idle at most {figures.idle_share:.0%} of it"
                 )
         if self.computed:
             lines.append(
                 f"engine start {self.seconds_starting:,.1f} s, encoding and writing {self.seconds_writing:,.1f} s "
-                "beside it, "
-                f"of which the engine waited {self.seconds_waiting:,.1f} s"
+                f"beside it, of which the engine waited {self.seconds_waiting:,.1f} s"
             )
         if self.engines > 1 or self.engine_restarts:
             lines.append(f"{self.engines:,} engines, restarts: {self.engine_restarts:,}")
@@ -203,8 +200,7 @@ class BuildSummary:
         if self.groups == "prompt":
             lines.append(
                 "rows belong together by their whole prompt, as this cache began: of a dialogue some may be held out "
-                "and others "
-                "trained on; a new cache goes by the first question"
+                "and others trained on; a new cache goes by the first question"
             )
         lines += self.set_aside_lines()
         lines.append(f"{self.cache}: {self.rows:,} rows, {self.positions:,} positions, layer {self.layer}")

@@ -88,9 +88,8 @@ def group_rule(cache: Path, sources: Sequence[PromptSource]) -> GroupRule:
     for path, rule in rules.items():
         if own == "first question" and rule != own:
             raise IdentityError(
-                f"{path}: groups its rows by the {rule} and {cache} by the {own}, so the hold-out would not keep "
-                "them apart; build "
-                "into a new cache, which then groups like the older one"
+                f"{path}: groups its rows by the {rule} and {cache} by the {own}, so the hold-out would not keep them "
+                "apart; build into a new cache, which then groups like the older one"
             )
     return own
 

@@ -77,8 +77,7 @@ def know_answerer(generate: Generate | None, teacher: Teacher, known: KnownTeach
     if other.vocab_size > known.vocab_size:
         raise IdentityError(
             f"generate.model {generate.model} can answer with {other.vocab_size:,} tokens and the teacher "
-            f"{teacher.model} knows "
-            f"{known.vocab_size:,}; expected a model of the same family"
+            f"{teacher.model} knows {known.vocab_size:,}; expected a model of the same family"
         )
     length = min(other.max_model_len, known.max_model_len)
     return Answerer(section.model_copy(update={"max_model_len": length}), other, other.weights_hash, False, length)

@@ -74,10 +74,9 @@ def know_teacher(teacher: Teacher) -> KnownTeacher:
             )
         if files.quantization is not None and teacher.engine != "server":
             raise EngineError(
-                f"{teacher.adapter}: an adapter is folded into the teacher's weights, and those of {teacher.model} "
-                "are quantised "
-                f"({files.quantization}); merge it before quantising, or serve both with `vllm serve` and use "
-                "teacher.engine server"
+                f"{teacher.adapter}: an adapter is folded into the teacher's weights, and those of {teacher.model} are "
+                f"quantised ({files.quantization}); merge it before quantising, or serve both with `vllm serve` and "
+                "use teacher.engine server"
             )
         adapter = weights_hash(directory)
     return KnownTeacher(

@@ -88,9 +88,8 @@ def read_answer(document: Any, token_ids: Sequence[int], max_tokens: int) -> tup
         )
     if reason == "length" and len(answer) < max_tokens:
         raise EngineError(
-            f"a server cut an answer after {len(answer):,} tokens where up to {max_tokens:,} were asked for; start "
-            "it with "
-            "--generation-config vllm, so that it sets no limit of its own"
+            f"a server cut an answer after {len(answer):,} tokens where up to {max_tokens:,} were asked for; start it "
+            "with --generation-config vllm, so that it sets no limit of its own"
         )
     return answer, reason, reason == "stop" and isinstance(choice.get("stop_reason"), str)
 

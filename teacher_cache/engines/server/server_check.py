@@ -106,9 +106,8 @@ class ServerCheck:
         found = ", ".join(f"{name!r} from {root!r}" for name, root in told) or "nothing"
         option = "--served-model-name" if self.teacher.adapter is None else "--lora-modules NAME=PATH"
         raise EngineError(
-            f"{server.name}: serves {found} where {key} is {wanted!r}; start it with that model, or, if it is the "
-            "same one, "
-            f"let it say so with {option}"
+            f"{server.name}: serves {found} where {key} is {wanted!r}; start it with that model, or, if it is the same "
+            f"one, let it say so with {option}"
         )
 
     def _check_length(self, server: Server, card: dict[str, Any], cards: list[dict[str, Any]]) -> None:
@@ -125,9 +124,8 @@ class ServerCheck:
         if self.teacher.max_model_len is not None and most < self.teacher.max_model_len:
             raise EngineError(
                 f"{server.name}: takes {length:,} tokens, one of them sampled, where {self.teacher.max_model_len:,} "
-                "were planned; "
-                f"start it with --max-model-len {self.teacher.max_model_len + 1}, or set `teacher.max_model_len: "
-                f"{most}`"
+                f"were planned; start it with --max-model-len {self.teacher.max_model_len + 1}, or set "
+                f"`teacher.max_model_len: {most}`"
             )
         self.max_model_len = most if self.max_model_len is None else min(most, self.max_model_len)
 
@@ -158,9 +156,8 @@ class ServerCheck:
         answer = _post_probe(server, score_body(model, probe, num_logprobs), score_bytes(len(probe), num_logprobs))
         if answer.status == 400:
             raise EngineError(
-                f"{server.name}: refuses {num_logprobs} log-probabilities per position "
-                f"({error_text(server, answer)}); start it "
-                f"with --max-logprobs {num_logprobs}"
+                f"{server.name}: refuses {num_logprobs} log-probabilities per position ({error_text(server, answer)}); "
+                f"start it with --max-logprobs {num_logprobs}"
             )
         try:
             ids, values = read_columns(_document(server, answer), probe, num_logprobs)

@@ -160,9 +160,8 @@ class ServerPool:
             where = state.server.name
             self._pause(pause)
         raise EngineError(
-            f"{where}: one request failed {failures} times, the last time because of this: {reason}; see the "
-            "server's log, mend "
-            "it, and run the same command again to continue"
+            f"{where}: one request failed {failures} times, the last time because of this: {reason}; see the server's "
+            "log, mend it, and run the same command again to continue"
         )
 
     def close(self) -> None:

@@ -110,8 +110,7 @@ class AttentionWatch:
             if expected.shape != got.shape or not torch.allclose(got, expected, rtol=0, atol=bound):
                 raise EngineError(
                     f"the attention of layer {layer} of {name} is not the softmax of its queries and keys, so it "
-                    "cannot be "
-                    "captured; leave out `capture.hidden.attention`, or this layer"
+                    "cannot be captured; leave out `capture.hidden.attention`, or this layer"
                 )
 
 

@@ -268,8 +268,7 @@ def _start_failed(model_dir: Path, error: Exception) -> EngineError:
     reason = " ".join(str(error).split())[:400]
     return EngineError(
         f"vLLM cannot start with {model_dir} ({type(error).__name__}: {reason}); set VLLM_LOGGING_LEVEL=INFO to see "
-        "its own log, "
-        "and check teacher.dtype, teacher.max_model_len and teacher.gpu_memory_utilization"
+        "its own log, and check teacher.dtype, teacher.max_model_len and teacher.gpu_memory_utilization"
     )
 
 

@@ -201,9 +201,8 @@ def _of_config(directory: Path, splits: Mapping[str, list[Path]], source: Prompt
             folders.setdefault(folder, {}).setdefault(split, []).append(file)
     if source.config is None and len(folders) > 1:
         raise PromptError(
-            f"{directory}: has several configurations ({_listed(folder or '.' for folder in folders)}); name one "
-            "with `config`, or "
-            f"take all with a glob such as {directory}/**/*{next(iter(splits.values()))[0].suffix}"
+            f"{directory}: has several configurations ({_listed(folder or '.' for folder in folders)}); name one with "
+            f"`config`, or take all with a glob such as {directory}/**/*{next(iter(splits.values()))[0].suffix}"
         )
     wanted = next(iter(folders)) if source.config is None else "" if source.config == "." else source.config
     if wanted not in folders:

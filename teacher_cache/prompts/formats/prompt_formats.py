@@ -98,8 +98,7 @@ def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | N
         if name not in reads and not is_empty(row.get(name)):
             raise ValueError(
                 f"the column {name!r} is part of the prompt and `format: {format_name}` does not read it; name it in "
-                "`columns` "
-                f"for one of {', '.join(reads)}, or leave it out knowingly with `ignore: [{name}]`"
+                f"`columns` for one of {', '.join(reads)}, or leave it out knowingly with `ignore: [{name}]`"
             )
     for name in MARKS_OF_ROWS if row_format.is_conversation else ():
         is_number = isinstance(row.get(name), int | float) and name != "label"  # a class has the number 0, too

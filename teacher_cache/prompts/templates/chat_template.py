@@ -88,8 +88,7 @@ class ChatTemplate:
         today = datetime.date.today().isoformat()
         return (
             f"{self.origin} writes the current date, so that the same row would have other tokens tomorrow; name a "
-            "date for all "
-            f"rows, such as `date: {today}`"
+            f"date for all rows, such as `date: {today}`"
         )
 
     def _render(self, messages: list[Message], place: str, *, prompt: bool) -> str:
@@ -130,8 +129,7 @@ class ChatTemplate:
             if special is not None:
                 raise PromptError(
                     f"{place}: {where} contains the special token {special!r} as text, which would become the token "
-                    "itself; "
-                    "remove it, or use `template: none` for text that is rendered already"
+                    "itself; remove it, or use `template: none` for text that is rendered already"
                 )
 
     def tokenize(self, text: str) -> list[int]:
@@ -157,8 +155,7 @@ class ChatTemplate:
                 return token
         raise PromptError(
             f"{name}: {self.origin} puts {after[:40]!r} after an answer; expected a special token directly after it, "
-            "so that a "
-            "student learns to stop; change `chat_template`"
+            "so that a student learns to stop; change `chat_template`"
         )
 
 
