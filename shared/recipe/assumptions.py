@@ -7,11 +7,12 @@ figure that rests on it says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from shared.recipe.base import Count, CountOrZero, Section, inconsistent
+from shared.recipe.base import Count, CountOrZero, Problem, Section
 
 
 class AssumedModel(Section):
@@ -20,11 +21,9 @@ class AssumedModel(Section):
     config: dict[str, Any]
     """Values of the model's transformers config; `model_type` is needed, what is left out is that type's default."""
 
-    @model_validator(mode="after")
-    def _names_its_type(self) -> AssumedModel:
+    def _problems(self) -> Iterator[Problem]:
         if not isinstance(self.config.get("model_type"), str):
-            inconsistent((("config",), "needs `model_type`, such as qwen3"))
-        return self
+            yield ("config",), "needs `model_type`, such as qwen3"
 
 
 class AssumedSource(Section):

@@ -2,8 +2,8 @@
 problems.
 
 A field's docstring is its help (`recipe_json_schema` carries it). Numbers are numbers: `true` and `"3"` are refused
-where a number belongs, `1e3` is accepted for a count. A check over several fields raises `inconsistent`, which names
-the field to blame.
+where a number belongs, `1e3` is accepted for a count. What a section says of several fields together it yields as
+problems, each with the field to blame.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import difflib
 import typing
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, Self
 
 from pydantic import (
     BaseModel,
@@ -47,8 +47,16 @@ class Section(BaseModel):
         validate_default=False,
     )
 
+    def _problems(self) -> Iterable[Problem]:
+        """Return what fields that are right by themselves do not allow together."""
+        return ()
 
-SampledT = TypeVar("SampledT", bound=Section)
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            inconsistent(*problems)
+        return self
 
 
 class Kind(Section):
@@ -196,16 +204,14 @@ def unused(section: Section, names: Iterable[str], why: str) -> list[Problem]:
     return [((name,), why) for name in sorted(moved(section).intersection(names))]
 
 
-def sampling_is_used(section: SampledT) -> SampledT:
-    """Refuse what a section says about sampling where its `temperature` is 0; its `model_validator`."""
-    if section.model_dump()["temperature"] == 0:
-        why = "all answers at temperature 0 are the same; raise the temperature or leave it at 1"
-        problems = unused(section, ("samples_per_prompt", "samples"), why)
-        why = "temperature 0 takes the most probable token, so leave it out or raise the temperature"
-        problems += unused(section, ("top_p", "top_k"), why)
-        if problems:
-            inconsistent(*problems)
-    return section
+def unused_sampling(section: Section) -> list[Problem]:
+    """Return what a section says about sampling where its `temperature` is 0."""
+    if section.model_dump()["temperature"] != 0:
+        return []
+    why = "all answers at temperature 0 are the same; raise the temperature or leave it at 1"
+    problems = unused(section, ("samples_per_prompt", "samples"), why)
+    why = "temperature 0 takes the most probable token, so leave it out or raise the temperature"
+    return problems + unused(section, ("top_p", "top_k"), why)
 
 
 def closest(found: str, choices: Sequence[str]) -> str:

@@ -9,10 +9,11 @@ opened. Paths are relative to the current directory.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from shared.places import named
 from shared.recipe.assumptions import Assume, AssumedModel, AssumedSource
@@ -25,7 +26,6 @@ from shared.recipe.base import (
     Problem,
     Section,
     closest,
-    inconsistent,
     one_or_many,
     quoted,
     repeated,
@@ -121,21 +121,19 @@ class Recipe(Section):
     assume: Assume = Assume()
     """Sizes for `decant plan` where hub or data cannot be reached; nothing else reads them."""
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
-        problems = [
-            *_phase1_problems(self),
-            *_unread_problems(self),
-            *_stage_problems(self),
-            *_temperature_problems(self),
-            *_rounds_problems(self),
-            *_rounding_problems(self),
-            *_evaluate_problems(self),
-            *_assume_problems(self),
-        ]
-        if problems:
-            inconsistent(*problems)
-        return self
+    def _problems(self) -> Iterator[Problem]:
+        for problems_of in (
+            _teachers_problems,
+            _phase1_problems,
+            _unread_problems,
+            _stage_problems,
+            _temperature_problems,
+            _rounds_problems,
+            _rounding_problems,
+            _evaluate_problems,
+            _assume_problems,
+        ):
+            yield from problems_of(self)
 
     def stage(self, name: str) -> Stage:
         """Return the stage of that name.
@@ -159,24 +157,21 @@ class Recipe(Section):
         return self.output_dir / "train" / name
 
 
-def _teachers_problems(recipe: Recipe) -> list[Problem]:
-    """Return what is wrong with further teachers."""
-    problems: list[Problem] = []
+def _teachers_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what is wrong with further teachers."""
     if recipe.teachers and recipe.teacher is None:
-        problems.append((("teachers",), "there is no `teacher` beside them; write one of them there"))
+        yield ("teachers",), "there is no `teacher` beside them; write one of them there"
     if recipe.teachers and len(recipe.cache) > 1:
-        sentence = f"teachers score one cache, not {len(recipe.cache)}; name one, or leave them out"
-        problems.append((("teachers",), sentence))
+        yield ("teachers",), f"teachers score one cache, not {len(recipe.cache)}; name one, or leave them out"
     stages = {stage.name for stage in recipe.stages}
     for name in recipe.teachers:
         if name in (*RESERVED_STAGE_NAMES, *stages) or CAPTURE_NAME.fullmatch(name):
             other = "a stage" if name in stages else "a capture" if CAPTURE_NAME.fullmatch(name) else "another model"
-            problems.append((("teachers", name), f"'{name}' is the name of {other}; call the teacher something else"))
-    return problems
+            yield ("teachers", name), f"'{name}' is the name of {other}; call the teacher something else"
 
 
 def _phase1_problems(recipe: Recipe) -> list[Problem]:
-    problems = _teachers_problems(recipe)
+    problems: list[Problem] = []
     if recipe.prompts and recipe.teacher is None:
         problems.append(
             (("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out")
@@ -252,16 +247,15 @@ def _unread_problems(recipe: Recipe) -> list[Problem]:
     return found
 
 
-def _stage_problems(recipe: Recipe) -> list[Problem]:
-    problems: list[Problem] = []
+def _stage_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.stages and recipe.student is None:
-        problems.append((("stages",), "there is no `student` to train; add one"))
+        yield ("stages",), "there is no `student` to train; add one"
     if (recipe.stages or recipe.evaluate.models) and not 0 <= recipe.seed <= MOST_SEED:
-        problems.append((("seed",), f"expected a number from 0 to {MOST_SEED}, found {recipe.seed}"))
+        yield ("seed",), f"expected a number from 0 to {MOST_SEED}, found {recipe.seed}"
     places: dict[str, int] = {}
     for i, stage in enumerate(recipe.stages):
         if places.setdefault(stage.name, i) != i:
-            problems.append((("stages", i, "name"), f"stage '{stage.name}' is listed twice; give each its own name"))
+            yield ("stages", i, "name"), f"stage '{stage.name}' is listed twice; give each its own name"
     names = list(places)
     stops = [
         other.name
@@ -271,49 +265,44 @@ def _stage_problems(recipe: Recipe) -> list[Problem]:
     for i, stage in enumerate(recipe.stages):
         problem = _init_from_problem(stage.init_from, i, places, names)
         if problem:
-            problems.append((("stages", i, "init_from"), problem))
+            yield ("stages", i, "init_from"), problem
         if stage.evaluate is not None and recipe.heldout.fraction == 0:
-            sentence = "heldout.fraction is 0, so there is nothing to evaluate on; raise it, or leave this out"
-            problems.append((("stages", i, "evaluate"), sentence))
+            said = "heldout.fraction is 0, so there is nothing to evaluate on; raise it, or leave this out"
+            yield ("stages", i, "evaluate"), said
         if stage.goes_over_run and stops:
-            sentence = (
+            said = (
                 f"a schedule goes over the run, whose number of steps is unknown since stage '{stops[0]}' may stop "
-                "early; "
-                "let it go over the stage, or leave early_stopping out"
+                "early; let it go over the stage, or leave early_stopping out"
             )
-            problems.append((("stages", i), sentence))
-    return problems
+            yield ("stages", i), said
 
 
-def _rounds_problems(recipe: Recipe) -> list[Problem]:
-    """Return what a recipe lacks for the rounds of its stages."""
-    problems: list[Problem] = []
+def _rounds_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what a recipe lacks for the rounds of its stages."""
     for i, stage in enumerate(recipe.stages):
         if stage.rounds is None:
             continue
         place = ("stages", i, "rounds")
         if recipe.teacher is None:
-            problems.append((place, "there is no `teacher` to score the student's answers; add one"))
+            yield place, "there is no `teacher` to score the student's answers; add one"
         if not recipe.prompts and not stage.rounds.sources:
-            problems.append((place, "there are no `prompts` to answer; add some, or `sources` here"))
+            yield place, "there are no `prompts` to answer; add some, or `sources` here"
         for j, loss in enumerate(stage.losses):
             if loss.name in LABEL_LOSSES and recipe.capture.label != "head":
                 why = (
                     f"on the student's own answers '{loss.name}' needs what the teacher thinks of every token of them; "
                     "say `capture: {label: head}`, or use forward_kl"
                 )
-                problems.append((("stages", i, "losses", j, "name"), why))
+                yield ("stages", i, "losses", j, "name"), why
         if recipe.student is not None and recipe.student.init == "random" and stage.init_from == "base":
-            problems.append(
-                (("stages", i, "init_from"), "random weights answer nothing; train a stage before the rounds")
-            )
-    return problems
+            yield ("stages", i, "init_from"), "random weights answer nothing; train a stage before the rounds"
 
 
-def _rounding_problems(recipe: Recipe) -> list[Problem]:
-    student = recipe.student
-    found = [rounding_problem(student, stage.trainer) if student else None for stage in recipe.stages]
-    return [(("stages", i, "trainer", "rounding"), why) for i, why in enumerate(found) if why is not None]
+def _rounding_problems(recipe: Recipe) -> Iterator[Problem]:
+    for i, stage in enumerate(recipe.stages):
+        why = rounding_problem(recipe.student, stage.trainer) if recipe.student else None
+        if why is not None:
+            yield ("stages", i, "trainer", "rounding"), why
 
 
 def rounding_problem(student: Student, trainer: StageTrainer) -> str | None:
@@ -367,38 +356,33 @@ def _temperature_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def _evaluate_problems(recipe: Recipe) -> list[Problem]:
-    problems: list[Problem] = []
+def _evaluate_problems(recipe: Recipe) -> Iterator[Problem]:
     side_by_side = recipe.evaluate.side_by_side
     if recipe.evaluate.cost and recipe.heldout.fraction == 0 and not recipe.evaluate.tasks:
-        problems.append(
-            (("evaluate", "cost"), "there is nothing to ask: no prompt is held out and there are no `tasks`; add some")
-        )
+        said = "there is nothing to ask: no prompt is held out and there are no `tasks`; add some"
+        yield ("evaluate", "cost"), said
     if recipe.evaluate.own_answers is not None:
         lacks = {
             "no `teacher` to score the answers": recipe.teacher is None,
             "no `prompts` to answer": not any(source.of_turns for source in recipe.prompts),
             "no held-out prompt at heldout.fraction 0": recipe.heldout.fraction == 0,
         }
-        problems += [
-            (("evaluate", "own_answers"), f"there is {what}; add it, or leave this out")
-            for what, is_lacking in lacks.items()
-            if is_lacking
-        ]
+        for what, is_lacking in lacks.items():
+            if is_lacking:
+                yield ("evaluate", "own_answers"), f"there is {what}; add it, or leave this out"
     if side_by_side is not None and "heldout" in side_by_side.prompts and recipe.heldout.fraction == 0:
-        sentence = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
-        problems.append((("evaluate", "side_by_side", "prompts"), sentence))
+        said = "nothing is held out at heldout.fraction 0; raise it, or write `prompts: [tasks]`"
+        yield ("evaluate", "side_by_side", "prompts"), said
     choices = list(dict.fromkeys(["teacher", *recipe.teachers, "base", *(stage.name for stage in recipe.stages)]))
     known = set(choices)
     for i, model in enumerate(recipe.evaluate.models):
         path = ("evaluate", "models", i)
         if model == "teacher" and recipe.teacher is None:
-            problems.append((path, "the recipe has no `teacher` section; add one, or leave it out here"))
+            yield path, "the recipe has no `teacher` section; add one, or leave it out here"
         elif model == "base" and recipe.student is None:
-            problems.append((path, "the recipe has no `student` section; add one, or leave it out here"))
+            yield path, "the recipe has no `student` section; add one, or leave it out here"
         elif model not in known:
-            problems.append((path, f"'{model}' is none of {quoted(choices)}{closest(model, choices)}"))
-    return problems
+            yield path, f"'{model}' is none of {quoted(choices)}{closest(model, choices)}"
 
 
 def _assume_problems(recipe: Recipe) -> list[Problem]:

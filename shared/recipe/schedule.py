@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from shared.recipe.base import NonNegative, Problem, Section, Share, inconsistent
+from shared.recipe.base import NonNegative, Problem, Section, Share
 
 
 class Schedule(Section):
@@ -45,26 +46,21 @@ class Schedule(Section):
             )
         return data
 
-    @model_validator(mode="after")
-    def _kind_has_what_it_needs(self) -> Schedule:
-        needed = {"constant": {"start"}, "linear": {"start", "end"}, "cosine": {"start", "end"}, "step": {"values"}}[
-            self.kind
-        ]
+    def _problems(self) -> Iterator[Problem]:
+        ends = {"start", "end"}
+        needed = {"constant": {"start"}, "linear": ends, "cosine": ends, "step": {"values"}}[self.kind]
         given = {name for name in ("start", "end", "values", "at") if getattr(self, name) not in (None, ())}
-        problems: list[Problem] = [((name,), f"a {self.kind} schedule needs it") for name in sorted(needed - given)]
-        foreign = given - needed - ({"at"} if self.kind == "step" else set())
-        problems += [((name,), f"a {self.kind} schedule does not use it, so leave it out") for name in sorted(foreign)]
-        if self.kind == "step" and self.values and len(self.at) != len(self.values) - 1:
-            problems.append(
-                (("at",), f"{len(self.values)} values need {len(self.values) - 1} places to change, not {len(self.at)}")
-            )
+        for name in sorted(needed - given):
+            yield (name,), f"a {self.kind} schedule needs it"
+        for name in sorted(given - needed - ({"at"} if self.kind == "step" else set())):
+            yield (name,), f"a {self.kind} schedule does not use it, so leave it out"
+        changes = len(self.values) - 1
+        if self.kind == "step" and self.values and len(self.at) != changes:
+            yield ("at",), f"{len(self.values)} values need {changes} places to change, not {len(self.at)}"
         if self.kind == "constant" and self.over != "stage":
-            problems.append((("over",), "a constant schedule does not use it, so leave it out"))
+            yield ("over",), "a constant schedule does not use it, so leave it out"
         if list(self.at) != sorted(set(self.at)):
-            problems.append((("at",), "the places to change must ascend"))
-        if problems:
-            inconsistent(*problems)
-        return self
+            yield ("at",), "the places to change must ascend"
 
     def extremes(self) -> tuple[float, ...]:
         """Return every value that the recipe names: the constant, both ends, or all steps."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
-
-from pydantic import model_validator
 
 from shared.recipe.base import (
     Count,
@@ -14,8 +13,8 @@ from shared.recipe.base import (
     NonNegative,
     Positive,
     Probability,
+    Problem,
     Section,
-    inconsistent,
     unused,
 )
 
@@ -45,11 +44,9 @@ class StageEvaluation(Section):
     keep_best: bool = False
     """Keep the checkpoint of the lowest held-out KL, and make its weights the stage's model."""
 
-    @model_validator(mode="after")
-    def _options_belong_to_it(self) -> StageEvaluation:
+    def _problems(self) -> Iterator[Problem]:
         if self.samples == 0 and self.sample_tokens != 64:
-            inconsistent((("sample_tokens",), "there are no samples, so leave it out, or set samples"))
-        return self
+            yield ("sample_tokens",), "there are no samples, so leave it out, or set samples"
 
     @property
     def decides(self) -> bool:
@@ -74,13 +71,11 @@ class Sampling(Section):
     smoothing: Fraction = 0.5
     """How much of the shares before is kept at each change; 0 follows the last evaluation alone."""
 
-    @model_validator(mode="after")
-    def _can_move(self) -> Sampling:
+    def _problems(self) -> Iterator[Problem]:
         if self.floor >= self.ceiling:
-            inconsistent((("floor",), f"the floor {self.floor:g} is not below the ceiling {self.ceiling:g}"))
+            yield ("floor",), f"the floor {self.floor:g} is not below the ceiling {self.ceiling:g}"
         if self.smoothing == 1:
-            inconsistent((("smoothing",), "1 keeps the shares as they are for ever; lower it, or leave `sampling` out"))
-        return self
+            yield ("smoothing",), "1 keeps the shares as they are for ever; lower it, or leave `sampling` out"
 
 
 class Balance(Kind):
@@ -96,15 +91,9 @@ class Balance(Kind):
     learning_rate: Positive = 0.025
     """How fast weights move."""
 
-    @model_validator(mode="after")
-    def _options_belong_to_it(self) -> Balance:
-        defaults = {"fixed": ("every_steps", "alpha", "learning_rate"), "uncertainty": ("every_steps", "alpha")}.get(
-            self.kind, ()
-        )
-        foreign = unused(self, defaults, f"'{self.kind}' does not use it, so leave it out")
-        if foreign:
-            inconsistent(*foreign)
-        return self
+    def _problems(self) -> list[Problem]:
+        foreign = {"fixed": ("every_steps", "alpha", "learning_rate"), "uncertainty": ("every_steps", "alpha")}
+        return unused(self, foreign.get(self.kind, ()), f"'{self.kind}' does not use it, so leave it out")
 
 
 __all__ = ["Balance", "EarlyStopping", "Sampling", "StageEvaluation"]

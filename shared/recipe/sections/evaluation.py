@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal
 
@@ -18,10 +19,9 @@ from shared.recipe.base import (
     Section,
     ShareOrNumber,
     Text,
-    inconsistent,
     repeated,
-    sampling_is_used,
     unused,
+    unused_sampling,
 )
 
 TaskName = Literal["copying", "gsm8k", "humaneval", "keywords", "multiple_choice"]
@@ -70,15 +70,11 @@ class Task(Section):
             return {**data, "domain": PurePath(data["path"]).name.split(".")[0]}
         return data
 
-    @model_validator(mode="after")
-    def _sampling_is_used(self) -> Task:
+    def _problems(self) -> list[Problem]:
         if self.name != "multiple_choice":
-            return sampling_is_used(self)
+            return unused_sampling(self)
         why = "multiple_choice compares likelihoods and samples no answer; leave it out"
-        problems = unused(self, ("temperature", "samples", "seed"), why)
-        if problems:
-            inconsistent(*problems)
-        return self
+        return unused(self, ("temperature", "samples", "seed"), why)
 
 
 class SideBySide(Section):
@@ -99,20 +95,14 @@ class SideBySide(Section):
     `prompt`.
     """
 
-    @model_validator(mode="after")
-    def _values_are_known(self) -> SideBySide:
-        problems: list[Problem] = []
+    def _problems(self) -> Iterator[Problem]:
         for name in ("temperatures", "prompts"):
             values = getattr(self, name)
-            problems += [((name, i), f"{values[i]} is listed twice") for i in repeated(values)]
-        problems += [
-            (("prompts", i), f"'{place}' is neither 'heldout' nor 'tasks' nor a .jsonl file")
-            for i, place in enumerate(self.prompts)
-            if place not in ("heldout", "tasks") and not place.endswith((".jsonl", ".jsonl.gz"))
-        ]
-        if problems:
-            inconsistent(*problems)
-        return self
+            for i in repeated(values):
+                yield (name, i), f"{values[i]} is listed twice"
+        for i, place in enumerate(self.prompts):
+            if place not in ("heldout", "tasks") and not place.endswith((".jsonl", ".jsonl.gz")):
+                yield ("prompts", i), f"'{place}' is neither 'heldout' nor 'tasks' nor a .jsonl file"
 
 
 class OwnAnswers(Section):
@@ -129,7 +119,8 @@ class OwnAnswers(Section):
     seed: Integer = 0
     """Seed of the choice of prompts and of the answers."""
 
-    _sampling = model_validator(mode="after")(sampling_is_used)
+    def _problems(self) -> list[Problem]:
+        return unused_sampling(self)
 
 
 class Evaluate(Section):
@@ -152,19 +143,11 @@ class Evaluate(Section):
     cost: bool = False
     """Measure parameters, memory, time to first token and tokens per second of every model, all in one run."""
 
-    @model_validator(mode="after")
-    def _labels_are_unique(self) -> Evaluate:
-        problems: list[Problem] = []
-        problems += [(("models", i), f"'{self.models[i]}' is listed twice") for i in repeated(self.models)]
+    def _problems(self) -> Iterator[Problem]:
+        for i in repeated(self.models):
+            yield ("models", i), f"'{self.models[i]}' is listed twice"
         if self.side_by_side is not None and "tasks" in self.side_by_side.prompts and not self.tasks:
-            problems.append(
-                (("side_by_side", "prompts"), "there are no `tasks` whose questions could be asked; add some")
-            )
+            yield ("side_by_side", "prompts"), "there are no `tasks` whose questions could be asked; add some"
         domains = [task.domain for task in self.tasks]
-        problems += [
-            (("tasks", i, "domain"), f"another task has the domain '{domains[i]}'; give each its own")
-            for i in repeated(domains)
-        ]
-        if problems:
-            inconsistent(*problems)
-        return self
+        for i in repeated(domains):
+            yield ("tasks", i, "domain"), f"another task has the domain '{domains[i]}'; give each its own"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import model_validator
-
 from shared.recipe.base import (
     Count,
     CountOrZero,
     Integer,
     NonNegative,
     Probability,
+    Problem,
     Section,
     Text,
-    sampling_is_used,
+    unused_sampling,
 )
 
 
@@ -57,4 +56,5 @@ class Generate(Section):
     tokenizer.
     """
 
-    _sampling = model_validator(mode="after")(sampling_is_used)
+    def _problems(self) -> list[Problem]:
+        return unused_sampling(self)

@@ -6,12 +6,13 @@ Layers count from 1 for the output of the first block to the number of blocks; `
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from shared.recipe.base import Count, Integer, Problem, Section, inconsistent
+from shared.recipe.base import Count, Integer, Problem, Section
 from shared.schema import MAX_HIDDEN_LAYERS, MAX_HIDDEN_WIDTH, MAX_STRONGEST_KEYS
 
 StateLayer = int | Literal["final"]
@@ -62,23 +63,18 @@ class HiddenCapture(Section):
     attention: AttentionCapture | None = None
     """Attention of some layers."""
 
-    @model_validator(mode="after")
-    def _keeps_something(self) -> HiddenCapture:
-        problems: list[Problem] = []
+    def _problems(self) -> Iterator[Problem]:
         if not self.layers and self.pooled == "none" and self.attention is None:
-            problems.append((("layers",), "nothing is asked for; name layers, pooled or attention"))
+            yield ("layers",), "nothing is asked for; name layers, pooled or attention"
         if self.projection is not None and not self.layers and self.pooled == "none":
-            problems.append((("projection",), "there is no state to project, only attention; leave it out"))
+            yield ("projection",), "there is no state to project, only attention; leave it out"
         if self.projection_seed and self.projection is None:
-            problems.append((("projection_seed",), "there is no projection to seed; leave it out or set a projection"))
+            yield ("projection_seed",), "there is no projection to seed; leave it out or set a projection"
         for name, layers in (("layers", self.layers), ("attention", getattr(self.attention, "layers", ()))):
             if not isinstance(layers, int) and len(set(layers)) < len(layers):
-                problems.append(((name,), "a layer is listed twice; list each once"))
+                yield (name,), "a layer is listed twice; list each once"
         if self.attention is not None and self.attention.layers == ():
-            problems.append((("attention", "layers"), "no layer is named; name some, or leave attention out"))
-        if problems:
-            inconsistent(*problems)
-        return self
+            yield ("attention", "layers"), "no layer is named; name some, or leave attention out"
 
 
 __all__ = ["AttentionCapture", "HiddenCapture", "StateLayer"]

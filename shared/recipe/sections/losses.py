@@ -6,12 +6,12 @@ every kind; `without_foreign_defaults` drops those that say nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from shared.recipe.base import Positive, Problem, Section, Share, inconsistent, options_of_kinds
+from shared.recipe.base import Positive, Problem, Section, Share, options_of_kinds
 from shared.recipe.schedule import Schedule, constant
 
 StudentLayer = Annotated[int, Field(ge=1)] | Literal["final"]
@@ -49,15 +49,12 @@ class Divergence(OnTargets):
     temperature: Schedule = constant(1.0)
     """Temperature of both sides: a number or a step schedule; every value must have been captured."""
 
-    @model_validator(mode="after")
-    def _temperatures_are_captured_ones(self) -> Divergence:
+    def _problems(self) -> Iterator[Problem]:
         if min(self.temperature.extremes()) <= 0:
-            inconsistent((("temperature",), "a temperature must be above 0"))
+            yield ("temperature",), "a temperature must be above 0"
         if self.temperature.kind in ("linear", "cosine"):
             moves = f"a {self.temperature.kind} schedule passes through temperatures that were not captured"
-            said = f"{moves}; use a number, or kind 'step' with captured temperatures"
-            inconsistent((("temperature", "kind"), said))
-        return self
+            yield ("temperature", "kind"), f"{moves}; use a number, or kind 'step' with captured temperatures"
 
 
 class JensenShannon(Divergence):
@@ -139,14 +136,10 @@ class HiddenStates(OnHiddenLayer):
     """Teacher layer -> student layer, counted from 1, `final` for the state after the last norm; left out: every stored
     teacher layer to the student layer at the same relative depth."""
 
-    @model_validator(mode="after")
-    def _options_mean_something(self) -> HiddenStates:
-        problems = _map_problems(self.layer_map, has_final=True)
+    def _problems(self) -> Iterator[Problem]:
+        yield from _map_problems(self.layer_map, has_final=True)
         if not self.normalise and self.metric == "cosine":
-            problems.append((("normalise",), "a cosine does not see lengths, so leave it out"))
-        if problems:
-            inconsistent(*problems)
-        return self
+            yield ("normalise",), "a cosine does not see lengths, so leave it out"
 
 
 class Attention(OnHiddenLayer):
@@ -158,12 +151,8 @@ class Attention(OnHiddenLayer):
     """Teacher layer -> student layer, counted from 1; left out: every stored teacher layer to the student layer at the
     same relative depth."""
 
-    @model_validator(mode="after")
-    def _maps_layers(self) -> Attention:
-        problems = _map_problems(self.layer_map, has_final=False)
-        if problems:
-            inconsistent(*problems)
-        return self
+    def _problems(self) -> Iterator[Problem]:
+        return _map_problems(self.layer_map, has_final=False)
 
 
 class Contrastive(OnHiddenLayer):
@@ -272,15 +261,13 @@ Loss = Annotated[
 """Any of them."""
 
 
-def _map_problems(layer_map: Mapping[str, StudentLayer] | None, *, has_final: bool) -> list[Problem]:
+def _map_problems(layer_map: Mapping[str, StudentLayer] | None, *, has_final: bool) -> Iterator[Problem]:
     """Say which entries of a map of layers mean nothing."""
-    problems: list[Problem] = []
     expected = "a number from 1, or 'final'" if has_final else "a number from 1"
     for teacher, student in (layer_map or {}).items():
         if not (teacher.isdecimal() and int(teacher) > 0) and not (has_final and teacher == "final"):
-            problems.append((("layer_map",), f"'{teacher}' is no layer of a teacher; write {expected}"))
+            yield ("layer_map",), f"'{teacher}' is no layer of a teacher; write {expected}"
         if student == "final" and not has_final:
-            problems.append((("layer_map",), "'final' is a state and has no attention; write a number from 1"))
+            yield ("layer_map",), "'final' is a state and has no attention; write a number from 1"
     if layer_map is not None and not layer_map:
-        problems.append((("layer_map",), "maps no layer; leave it out to map every stored one"))
-    return problems
+        yield ("layer_map",), "maps no layer; leave it out to map every stored one"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from shared.recipe.base import Count, Problem, Section, Text, closest, inconsistent, moved, quoted
+from shared.recipe.base import Count, Problem, Section, Text, closest, moved, quoted, unused
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "prompt", "chosen", "system", "tools", "reference"),
@@ -73,47 +74,41 @@ class PromptSource(Section):
         """Whether rows are conversations."""
         return not self.of_cache and not self.of_text
 
-    @model_validator(mode="after")
-    def _can_be_honoured(self) -> PromptSource:
-        problems: list[Problem] = [(("columns", name), sentence) for name, sentence in _unread_columns(self)]
+    def _problems(self) -> list[Problem]:
         if self.of_cache:
             kept = {"source", "path", "format", "limit"}
-            problems = [
-                ((name,), "rows of a cache are taken as they are, so leave it out") for name in moved(self) - kept
-            ]
-        else:
-            if not self.source:
-                problems.append(
-                    (("source",), "label these rows (only rows of format 'cache' have labels of their own)")
-                )
-            problems += [((name,), sentence) for name, sentence in _without_template(self)]
-        if problems:
-            inconsistent(*sorted(problems, key=str))
-        return self
+            return unused(self, moved(self) - kept, "rows of a cache are taken as they are, so leave it out")
+        return sorted((*_unread_columns(self), *_without_label(self), *_without_template(self)), key=str)
 
 
-def _without_template(source: PromptSource) -> list[tuple[str, str]]:
-    """Return what plain text leaves without effect."""
+def _without_label(source: PromptSource) -> Iterator[Problem]:
+    if not source.source:
+        yield ("source",), "label these rows (only rows of format 'cache' have labels of their own)"
+
+
+def _without_template(source: PromptSource) -> Iterator[Problem]:
+    """Yield what plain text leaves without effect."""
     if not source.of_text and source.template != "none":
-        return []
+        return
     plain = "'text' rows" if source.of_text else "rows with template 'none'"
     names = [name for name in ("chat_template", "chat_template_kwargs", "date") if getattr(source, name)]
     if source.of_text:
         names += [name for name in ("system", "supervise") if name in moved(source)]
     why = {"supervise": f"{plain} are trained from their second token on, so leave it out"}
-    return [(name, why.get(name, f"{plain} are not rendered by a template, so leave it out")) for name in names]
+    for name in names:
+        yield (name,), why.get(name, f"{plain} are not rendered by a template, so leave it out")
 
 
-def _unread_columns(source: PromptSource) -> list[tuple[str, str]]:
-    """Return names that the format does not read, and columns that two names claim."""
+def _unread_columns(source: PromptSource) -> Iterator[Problem]:
+    """Yield names that the format does not read, and columns that two names claim."""
     known = (*COLUMNS[source.format], *ALIASES.get(source.format, {}))
-    found = [
-        (name, f"format '{source.format}' reads no {name!r}, only {quoted(known)}{closest(name, known)}")
-        for name in source.columns
-        if name not in known
-    ]
-    twice = [name for name, column in source.columns.items() if list(source.columns.values()).count(column) > 1]
-    return found + [(name, f"the column {source.columns[name]!r} is given twice; name each once") for name in twice]
+    columns = list(source.columns.values())
+    for name, column in source.columns.items():
+        if name not in known:
+            reads = f"format '{source.format}' reads no {name!r}, only {quoted(known)}{closest(name, known)}"
+            yield ("columns", name), reads
+        if columns.count(column) > 1:
+            yield ("columns", name), f"the column {column!r} is given twice; name each once"
 
 
 __all__ = ["ALIASES", "COLUMNS", "PromptSource"]

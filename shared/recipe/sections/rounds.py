@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
-
-from pydantic import model_validator
 
 from shared.recipe.base import (
     Count,
@@ -16,8 +15,7 @@ from shared.recipe.base import (
     Problem,
     Section,
     ShareOrNumber,
-    inconsistent,
-    sampling_is_used,
+    unused_sampling,
 )
 from shared.recipe.sections.prompts import PromptSource
 
@@ -34,12 +32,10 @@ class Guards(Section):
     longest: Positive = 4.0
     """Largest mean length, likewise."""
 
-    @model_validator(mode="after")
-    def _leave_room(self) -> Guards:
+    def _problems(self) -> Iterator[Problem]:
         if self.shortest >= self.longest:
             said = f"no length lies between {self.shortest:g} and {self.longest:g}; lower it, or raise longest"
-            inconsistent((("shortest",), said))
-        return self
+            yield ("shortest",), said
 
 
 class Rounds(Section):
@@ -72,15 +68,8 @@ class Rounds(Section):
     guards: Guards = Guards()
     """Bounds of the answers, beyond which a round is not trained on."""
 
-    _sampling = model_validator(mode="after")(sampling_is_used)
-
-    @model_validator(mode="after")
-    def _can_be_honoured(self) -> Rounds:
-        problems: list[Problem] = [
-            (("sources", i, "format"), f"rows of format '{source.format}' ask nothing; leave it out")
-            for i, source in enumerate(self.sources)
-            if not source.of_turns
-        ]
-        if problems:
-            inconsistent(*problems)
-        return self
+    def _problems(self) -> Iterator[Problem]:
+        yield from unused_sampling(self)
+        for i, source in enumerate(self.sources):
+            if not source.of_turns:
+                yield ("sources", i, "format"), f"rows of format '{source.format}' ask nothing; leave it out"

@@ -6,7 +6,7 @@ mixture of the teachers' distributions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -41,18 +41,16 @@ def layer_keys(targets: Sequence[TargetLayer]) -> list[str]:
     return [name if name not in names[:i] else f"{name}_{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
 
-def target_problems(targets: Sequence[TargetLayer]) -> list[Problem]:
-    """Return what is wrong with a stage's teachers by themselves."""
-    problems: list[Problem] = []
+def target_problems(targets: Sequence[TargetLayer]) -> Iterator[Problem]:
+    """Yield what is wrong with a stage's teachers by themselves."""
     for i, entry in enumerate(targets):
         if max(entry.weight.extremes()) == 0:
-            problems.append((("targets", i, "weight"), "this weight is always 0; leave the layer out"))
+            yield ("targets", i, "weight"), "this weight is always 0; leave the layer out"
         for other in targets[:i]:
             if other.layer != entry.layer:
                 continue
             shared = None in (other.sources, entry.sources) or set(other.sources or ()) & set(entry.sources or ())
             if shared:
-                sentence = f"layer '{entry.layer}' teaches some rows twice; add up its weights in one entry"
-                problems.append((("targets", i, "layer"), sentence))
+                said = f"layer '{entry.layer}' teaches some rows twice; add up its weights in one entry"
+                yield ("targets", i, "layer"), said
                 break
-    return problems

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from shared.recipe.base import (
@@ -21,8 +22,8 @@ from shared.recipe.base import (
     Seed,
     Text,
     closest,
-    inconsistent,
     one_or_many,
+    repeated,
     unused,
 )
 from shared.recipe.schedule import Schedule
@@ -65,12 +66,9 @@ class Adapter(Kind):
     target_modules: Text | tuple[Text, ...] = "all-linear"
     """Which layers get additions: all-linear (without the head), a pattern, or names."""
 
-    @model_validator(mode="after")
-    def _options_belong_to_it(self) -> Adapter:
-        foreign = unused(self, type(self).model_fields, "kind 'none' adds nothing to the weights; write lora or qlora")
-        if self.kind == "none" and foreign:
-            inconsistent(*foreign)
-        return self
+    def _problems(self) -> list[Problem]:
+        options = type(self).model_fields if self.kind == "none" else ()
+        return unused(self, options, "kind 'none' adds nothing to the weights; write lora or qlora")
 
 
 class Student(Section):
@@ -189,23 +187,18 @@ class StageTrainer(Section):
     seed: Seed | None = None
     """Seed of order, dropout and fresh weights; left out: the recipe's."""
 
-    @model_validator(mode="after")
-    def _one_of_each_pair(self) -> StageTrainer:
-        problems: list[Problem] = []
+    def _problems(self) -> Iterator[Problem]:
         if self.bf16 and self.fp16:
-            problems.append((("fp16",), "bf16 and fp16 are both on; keep one"))
+            yield ("fp16",), "bf16 and fp16 are both on; keep one"
         if self.warmup_steps and self.warmup_ratio:
-            problems.append((("warmup_ratio",), "warmup_steps and warmup_ratio are both set; keep one"))
+            yield ("warmup_ratio",), "warmup_steps and warmup_ratio are both set; keep one"
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
             said = "'constant' begins at its full rate, without warmup; write constant_with_warmup"
-            problems.append((("lr_scheduler_type",), said))
+            yield ("lr_scheduler_type",), said
         foreign = set(ADAM) - set(OPTIMIZERS[self.optim].reads)
-        problems += unused(self, foreign, f"the optimizer '{self.optim}' does not use it, so leave it out")
+        yield from unused(self, foreign, f"the optimizer '{self.optim}' does not use it, so leave it out")
         if "none" in self.report_to and len(self.report_to) > 1:
-            problems.append((("report_to",), "'none' stands alone"))
-        if problems:
-            inconsistent(*problems)
-        return self
+            yield ("report_to",), "'none' stands alone"
 
 
 class Stage(Section):
@@ -244,47 +237,33 @@ class Stage(Section):
     trainer: StageTrainer = StageTrainer()
     """Arguments of the training."""
 
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Stage:
-        problems: list[Problem] = []
+    def _problems(self) -> Iterator[Problem]:
         if self.name in RESERVED_STAGE_NAMES:
-            problems.append((("name",), f"'{self.name}' is reserved; call the stage something else"))
+            yield ("name",), f"'{self.name}' is reserved; call the stage something else"
         if all(max(loss.weight.extremes()) == 0 for loss in self.losses):
-            problems.append((("losses",), "every weight is 0, so there is nothing to minimise"))
-        seen: set[tuple[str, str]] = set()
-        for i, loss in enumerate(self.losses):
-            identity = (
-                loss.name,
-                "" if loss.name in LOSSES_ON_HIDDEN_LAYER else loss.model_dump_json(include=_TELL_TERMS_APART),
-            )
-            if identity in seen:
-                problems.append(
-                    (("losses", i, "name"), f"'{loss.name}' is listed twice; add up its weights in one entry")
-                )
-            seen.add(identity)
+            yield ("losses",), "every weight is 0, so there is nothing to minimise"
+        apart = [set() if loss.name in LOSSES_ON_HIDDEN_LAYER else _TELL_TERMS_APART for loss in self.losses]
+        for i in repeated(
+            loss.model_dump_json(include={"name", *names}) for loss, names in zip(self.losses, apart, strict=True)
+        ):
+            said = f"'{self.losses[i].name}' is listed twice; add up its weights in one entry"
+            yield ("losses", i, "name"), said
         if self.hidden is not None and not any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in self.losses):
             listed = ", ".join(LOSSES_ON_HIDDEN_LAYER)
-            problems.append((("hidden",), f"no loss of the stage reads a hidden layer ({listed} do), so leave it out"))
+            yield ("hidden",), f"no loss of the stage reads a hidden layer ({listed} do), so leave it out"
         num_teachers = len(self.targets) if isinstance(self.targets, tuple) else 1
         if self.balance.kind != "fixed" and len(self.losses) < 2 and num_teachers < 2:
-            problems.append((("balance",), "there is one loss, and nothing to balance it against; leave it out"))
+            yield ("balance",), "there is one loss, and nothing to balance it against; leave it out"
         if self.mixture is not None and not self.mixture:
-            problems.append((("mixture",), "names no source; leave it out to take the rows as they are"))
-        problems += self._mixture_problems()
-        problems += self._teacher_problems()
+            yield ("mixture",), "names no source; leave it out to take the rows as they are"
+        yield from self._mixture_problems()
+        yield from self._teacher_problems()
         if self.rounds is not None:
-            problems += self._rounds_problems()
-        if self.max_length is not None and self.max_length > self.trainer.pack_tokens:
-            pack = self.trainer.pack_tokens
-            problems.append(
-                (
-                    ("max_length",),
-                    f"a row of {self.max_length} tokens does not fit a pack of {pack}; raise trainer.pack_tokens",
-                )
-            )
-        if problems:
-            inconsistent(*problems)
-        return self
+            yield from self._rounds_problems()
+        pack = self.trainer.pack_tokens
+        if self.max_length is not None and self.max_length > pack:
+            said = f"a row of {self.max_length} tokens does not fit a pack of {pack}; raise trainer.pack_tokens"
+            yield ("max_length",), said
 
     @property
     def goes_over_run(self) -> bool:
@@ -293,43 +272,28 @@ class Stage(Section):
         moving += [entry.weight for entry in self.targets] if isinstance(self.targets, tuple) else []
         return any(schedule.over == "run" for schedule in (*moving, *(self.mixture or {}).values()))
 
-    def _rounds_problems(self) -> list[Problem]:
-        """Return what rounds of own answers cannot honour."""
-        problems: list[Problem] = []
+    def _rounds_problems(self) -> Iterator[Problem]:
+        """Yield what rounds of own answers cannot honour."""
         if self.trainer.max_steps is None:
-            problems.append(
-                (("trainer", "max_steps"), "a stage with rounds needs it: the optimizer steps of each round")
-            )
+            yield ("trainer", "max_steps"), "a stage with rounds needs it: the optimizer steps of each round"
         if self.sampling is not None:
-            problems.append(
-                (("sampling",), "shares of a stage with rounds are those of `rounds.own_share`; leave it out")
-            )
+            yield ("sampling",), "shares of a stage with rounds are those of `rounds.own_share`; leave it out"
         if self.goes_over_run:
-            problems.append(
-                (("rounds",), "a schedule that goes over the run cannot see the rounds; let it go over the stage")
-            )
-        problems += [
-            (("mixture", name), "rounds divide what is not the student's own by numbers; give one, not a schedule")
-            for name, share in (self.mixture or {}).items()
-            if share.kind != "constant"
-        ]
+            yield ("rounds",), "a schedule that goes over the run cannot see the rounds; let it go over the stage"
+        for name, share in (self.mixture or {}).items():
+            if share.kind != "constant":
+                why = "rounds divide what is not the student's own by numbers; give one, not a schedule"
+                yield ("mixture", name), why
         if self.targets is not None:
-            problems.append(
-                (("targets",), "own answers are scored as `capture` says; let `capture` mean the layer instead")
-            )
-        names = [loss.name for loss in self.losses]
-        problems += [
-            (("losses", i, "name"), f"own answers have no hidden layer, which '{name}' reads; leave it out")
-            for i, name in enumerate(names)
-            if name in LOSSES_ON_HIDDEN_LAYER
-        ]
-        if set(names) == {"cross_entropy"}:
-            problems.append(
-                (("rounds",), "no loss of the stage asks the teacher about the student's answers; add forward_kl")
-            )
-        return problems
+            yield ("targets",), "own answers are scored as `capture` says; let `capture` mean the layer instead"
+        for i, loss in enumerate(self.losses):
+            if loss.name in LOSSES_ON_HIDDEN_LAYER:
+                why = f"own answers have no hidden layer, which '{loss.name}' reads; leave it out"
+                yield ("losses", i, "name"), why
+        if {loss.name for loss in self.losses} == {"cross_entropy"}:
+            yield ("rounds",), "no loss of the stage asks the teacher about the student's answers; add forward_kl"
 
-    def _teacher_problems(self) -> list[Problem]:
+    def _teacher_problems(self) -> Iterable[Problem]:
         """Return what is wrong with several teachers."""
         if not isinstance(self.targets, tuple):
             return []
@@ -337,41 +301,28 @@ class Stage(Section):
             return [(("targets",), "no loss of the stage is a divergence from a teacher, so name one layer at most")]
         return target_problems(self.targets)
 
-    def _mixture_problems(self) -> list[Problem]:
-        """Return what is wrong with shares and what moves them."""
+    def _mixture_problems(self) -> Iterator[Problem]:
+        """Yield what is wrong with shares and what moves them."""
         mixture = self.mixture or {}
-        problems: list[Problem] = [
-            (("mixture", name), "this share is always 0; leave the source out")
-            for name, share in mixture.items()
-            if max(share.extremes()) == 0
-        ]
+        for name, share in mixture.items():
+            if max(share.extremes()) == 0:
+                yield ("mixture", name), "this share is always 0; leave the source out"
         if self.sampling is None:
-            return problems
+            return
         if self.evaluate is None:
-            problems.append(
-                (("sampling",), "shares follow the stage's evaluations and it has none; add an `evaluate` section")
-            )
+            yield ("sampling",), "shares follow the stage's evaluations and it has none; add an `evaluate` section"
         elif self.sampling.every_steps is not None and self.sampling.every_steps % self.evaluate.every_steps:
             every = self.evaluate.every_steps
-            problems.append(
-                (("sampling", "every_steps"), f"must be a multiple of evaluate.every_steps, which is {every}")
-            )
-        problems += [
-            (
-                ("mixture", name),
-                "sampling moves the shares itself; give a number to begin with, or leave `sampling` out",
-            )
-            for name, share in mixture.items()
-            if share.kind != "constant"
-        ]
+            yield ("sampling", "every_steps"), f"must be a multiple of evaluate.every_steps, which is {every}"
+        for name, share in mixture.items():
+            if share.kind != "constant":
+                why = "sampling moves the shares itself; give a number to begin with, or leave `sampling` out"
+                yield ("mixture", name), why
         if mixture and not len(mixture) * self.sampling.floor <= 1 <= len(mixture) * self.sampling.ceiling:
-            problems.append(
-                (("sampling",), f"{len(mixture)} shares within floor and ceiling cannot sum to 1; move one of them")
-            )
+            yield ("sampling",), f"{len(mixture)} shares within floor and ceiling cannot sum to 1; move one of them"
         if self.trainer.dataloader_num_workers:
             said = "packs are planned while the stage trains, which other processes would not see; set it to 0"
-            problems.append((("trainer", "dataloader_num_workers"), said))
-        return problems
+            yield ("trainer", "dataloader_num_workers"), said
 
 
 def recomputation(student: Student, trainer: StageTrainer) -> Literal["auto"] | bool:
