@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
-from shared.failpoints import failpoint_names
+from tests.failpoints import failpoint_names
 from tests.shared.small_cache import build, tree
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shared.failpoints import failpoint_names
+from tests.failpoints import failpoint_names
 from tests.shared.kill_everywhere import places
 
 ROOT = Path(__file__).resolve().parents[2]

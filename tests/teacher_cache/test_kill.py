@@ -14,7 +14,7 @@ import pytest
 from shared.atomic import TEMPORARY_MARK
 from shared.cache.cache import Cache
 from shared.cache.reading.verify import verify_cache
-from shared.failpoints import ATOMIC_STEPS, failpoint_names
+from tests.failpoints import ATOMIC_STEPS, failpoint_names
 from tests.tiny_models import make_qwen3
 
 ROOT = Path(__file__).resolve().parents[2]
