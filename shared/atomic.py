@@ -53,14 +53,13 @@ def fill_atomic(path: Path, fill: Fill, what: str, expected_bytes: int) -> None:
         _fsync_name(path, what)
 
 
-def link_exclusive(path: Path, data: bytes | memoryview, what: str, step: str = "link") -> bool:
+def link_exclusive(path: Path, data: bytes | memoryview, what: str) -> bool:
     """Create `path` with `data` unless it exists, also against other machines on the same file system.
 
     Args:
         path: the file; its directory exists.
         data: all of its bytes.
         what: name of its fail-points.
-        step: name of the last step among them.
 
     Returns:
         False where the file was there first; it is left as it is.
@@ -68,11 +67,14 @@ def link_exclusive(path: Path, data: bytes | memoryview, what: str, step: str = 
     Raises:
         CacheError: the disk is full, the file cannot be written, or the file system has no hard links.
     """
-    return fill_exclusive(path, lambda file: file.write(data), what, len(data), step)
+    return fill_exclusive(path, lambda file: file.write(data), what, len(data))
 
 
-def fill_exclusive(path: Path, fill: Fill, what: str, expected_bytes: int, step: str = "link") -> bool:
-    """Like `link_exclusive`, with bytes that `fill` writes; `expected_bytes` only serves the message of a full disk."""
+def fill_exclusive(path: Path, fill: Fill, what: str, expected_bytes: int, step: str = "rename") -> bool:
+    """Like `link_exclusive`, with bytes that `fill` writes; `expected_bytes` only serves the message of a full disk.
+
+    `step` is what the fail-points call the link.
+    """
     with _temporary(path, fill, what, expected_bytes) as temporary:
         failpoint(f"{what}.before_{step}")
         created = True

@@ -227,7 +227,7 @@ def create_job(cache_dir: Path, request: Mapping[str, Any], rows: Iterable[PlanR
                     writer.write_batch(_to_batch(unit, schema), custom_metadata={_CHECKSUM_KEY: _checksum(unit)})
 
         make_dir(directory)
-        fill_exclusive(path, fill, "plan", 0)
+        fill_exclusive(path, fill, "plan", 0, step="link")
     return Job(directory)
 
 

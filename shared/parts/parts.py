@@ -130,7 +130,7 @@ def _write_part(directory: Path, stem: str, table: pa.Table, content: Mapping[st
             if table.num_rows:
                 writer.write_batch(table.combine_chunks().to_batches()[0].replace_schema_metadata(schema.metadata))
 
-    if fill_exclusive(path, fill, what, table.nbytes, step="rename"):
+    if fill_exclusive(path, fill, what, table.nbytes):
         xxh3, num_bytes = hashed[0].digest.hexdigest(), hashed[0].num_bytes
     else:  # a writer that was killed before its record, or one that is about to write the same record
         content, layer, xxh3, num_bytes = _adopt(path)

@@ -104,7 +104,7 @@ def write_parquet(file: Path, fill: Fill, expected_bytes: int) -> None:
         CacheError: it cannot be written.
     """
     try:
-        fill_exclusive(file, fill, "sequences", expected_bytes, step="rename")
+        fill_exclusive(file, fill, "sequences", expected_bytes)
     except pa.ArrowException as error:
         raise CacheError(f"{file} cannot be written: {first_line(error)}") from None
 

@@ -97,7 +97,7 @@ class TakeOver:
                     f"{path} is not what its record says; it was truncated or altered: restore it from a copy"
                 )
 
-        if not fill_exclusive(final, fill, what, record.bytes, step="rename"):
+        if not fill_exclusive(final, fill, what, record.bytes):
             _check_left_over(final, record)
         self.copied += 1
 
