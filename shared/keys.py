@@ -94,31 +94,25 @@ class KeySet:
 
     def __init__(self, keys: NDArray[np.uint8]) -> None:
         """Take [n, 16] key bytes in any order, repeats allowed."""
-        high, low = _halves(keys)
-        order = np.lexsort((low, high))
-        self._high = high[order]
-        self._low = low[order]
+        self._keys = np.sort(_as_strings(keys))
 
     def __len__(self) -> int:
-        return len(self._high)
+        return len(self._keys)
 
     def contains(self, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Return [q] whether each of the [q, 16] keys is in the set."""
-        high, low = _halves(keys)
-        left = np.searchsorted(self._high, high, side="left")
-        right = np.searchsorted(self._high, high, side="right")
-        found: NDArray[np.bool_] = np.zeros(len(high), dtype=np.bool_)
-        for i in np.flatnonzero(right > left):
-            found[i] = bool(np.any(self._low[left[i] : right[i]] == low[i]))
+        asked = _as_strings(keys)
+        places = np.searchsorted(self._keys, asked)
+        found: NDArray[np.bool_] = places < len(self._keys)
+        found[found] = self._keys[places[found]] == asked[found]
         return found
 
 
-def _halves(keys: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Split [n, 16] key bytes into two [n] integers that sort as the bytes do."""
+def _as_strings(keys: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """Return [n, 16] key bytes as [n] strings, which sort as they do."""
     if keys.ndim != 2 or keys.shape[1] != KEY_BYTES:
         raise ValueError(f"keys must be [n, {KEY_BYTES}] bytes, got shape {keys.shape}")
-    words = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
-    return words[:, 0], words[:, 1]
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").ravel()
 
 
 def stack_keys(keys: list[bytes]) -> NDArray[np.uint8]:

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.cache.layout import sequences_dir
-from shared.parts.jobs import committed_keys, list_jobs
+from shared.parts.jobs import list_jobs
 from shared.parts.records import PartRecord
+from shared.parts.repeated_rows import repeated_rows
 
 
 def overlapping_jobs(cache_dir: Path, records: Sequence[PartRecord]) -> set[str]:
@@ -50,19 +51,6 @@ def hidden_rows(cache_dir: Path, records: Sequence[PartRecord]) -> dict[str, NDA
     """
     risky = overlapping_jobs(cache_dir, records)
     chosen = [record for record in records if record.id8 in risky and record.rows]  # by stem: by job, then unit
-    if not chosen:
-        return {}
-    keys = committed_keys(sequences_dir(cache_dir), chosen)
-    high, low = keys.view(">u8").astype(np.uint64).T
-    order = np.lexsort((np.arange(len(keys)), low, high))
-    repeated = np.zeros(len(keys), dtype=np.bool_)
-    same = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
-    repeated[order[1:][same]] = True
-    masks: dict[str, NDArray[np.bool_]] = {}
-    start = 0
-    for record in chosen:
-        shown = ~repeated[start : start + record.rows]
-        start += record.rows
-        if not bool(shown.all()):
-            masks[record.stem] = shown
-    return masks
+    directory = sequences_dir(cache_dir)
+    repeats = repeated_rows([(directory, record) for record in chosen])
+    return {chosen[number].stem: ~repeated for number, repeated in repeats.items()}
