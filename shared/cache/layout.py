@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
-from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.identity.identity import Identity, LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import list_folder
 from shared.parts.records import checked_model, read_sealed
 from shared.schema import LAYER_PATTERN, MAX_TOKENIZER_FILE_BYTES, MAX_VOCAB_SIZE, TOKENIZER_FILE_PATTERN
+
+AnyIdentity = TypeVar("AnyIdentity", bound=Identity, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,16 @@ class CacheHeader:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerDirectory:
+class LayerDirectory(Generic[AnyIdentity]):
     """One directory of targets/ or hidden/."""
 
     directory: Path
     provenance: Mapping[str, Any]
+    identity: AnyIdentity
+
+    kind: ClassVar[str]
+    """Name of the folder of its like."""
+    identity_of: ClassVar[type[Any]]
 
     @property
     def full_name(self) -> str:
@@ -47,19 +54,45 @@ class LayerDirectory:
         """NAME without its hash."""
         return self.directory.name[:-9]
 
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read a layer.json.
+
+        Raises:
+            DamagedError: it contradicts the format or its directory's name.
+        """
+        path = directory / "layer.json"
+        document = read_sealed(path, _LayerHeader.model_fields.keys())
+        checked_model(_LayerHeader, document, path)
+        identity = cls.identity_of.from_json(document["identity"], f"{path}: identity")
+        if identity.hash8 != directory.name[-8:]:
+            raise DamagedError(
+                f"{path} hashes to {identity.hash8} in a directory named {directory.name}; it was altered"
+            )
+        return cls(directory, document["provenance"], identity)
+
+    @classmethod
+    def all_of(cls, cache_dir: Path) -> dict[str, Self]:
+        """Return the layers of this kind in a cache by full name; errors as for `read`."""
+        root = cache_dir / cls.kind
+        names = [name for name in list_folder(root) if LAYER_PATTERN.fullmatch(name)]
+        return {name: cls.read(root / name) for name in names if "layer.json" in list_folder(root / name)}
+
 
 @dataclass(frozen=True, slots=True)
-class Layer(LayerDirectory):
+class Layer(LayerDirectory[LayerIdentity]):
     """One directory of targets/."""
 
-    identity: LayerIdentity
+    kind: ClassVar[str] = "targets"
+    identity_of: ClassVar[type[Any]] = LayerIdentity
 
 
 @dataclass(frozen=True, slots=True)
-class HiddenLayer(LayerDirectory):
+class HiddenLayer(LayerDirectory[HiddenIdentity]):
     """One directory of hidden/."""
 
-    identity: HiddenIdentity
+    kind: ClassVar[str] = "hidden"
+    identity_of: ClassVar[type[Any]] = HiddenIdentity
 
 
 AnyLayer = TypeVar("AnyLayer", Layer, HiddenLayer)
@@ -148,56 +181,13 @@ def read_header(cache_dir: Path) -> CacheHeader:
 
 
 def list_layers(cache_dir: Path) -> dict[str, Layer]:
-    """Return the targets layers of a cache by full name.
-
-    Raises:
-        DamagedError: a layer.json contradicts the format or its directory's name.
-    """
-    return {directory.name: read_layer(directory) for directory in _layer_directories(cache_dir / "targets")}
+    """Return the targets layers of a cache by full name; errors as for `Layer.read`."""
+    return Layer.all_of(cache_dir)
 
 
 def list_hidden_layers(cache_dir: Path) -> dict[str, HiddenLayer]:
-    """Return the hidden layers of a cache by full name; errors as for `list_layers`."""
-    return {directory.name: read_hidden_layer(directory) for directory in _layer_directories(cache_dir / "hidden")}
-
-
-def _layer_directories(root: Path) -> list[Path]:
-    names = [name for name in list_folder(root) if LAYER_PATTERN.fullmatch(name)]
-    return [root / name for name in names if "layer.json" in list_folder(root / name)]
-
-
-def read_layer(directory: Path) -> Layer:
-    """Read the layer.json of a targets layer.
-
-    Raises:
-        DamagedError: it contradicts the format or its directory's name.
-    """
-    identity, provenance = _read_layer_json(directory)
-    layer = Layer(directory, provenance, LayerIdentity.from_json(identity, f"{directory / 'layer.json'}: identity"))
-    return _named_by_its_hash(layer)
-
-
-def read_hidden_layer(directory: Path) -> HiddenLayer:
-    """Read the layer.json of a hidden layer; errors as for `read_layer`."""
-    identity, provenance = _read_layer_json(directory)
-    layer = HiddenLayer(
-        directory, provenance, HiddenIdentity.from_json(identity, f"{directory / 'layer.json'}: identity")
-    )
-    return _named_by_its_hash(layer)
-
-
-def _read_layer_json(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    path = directory / "layer.json"
-    document = read_sealed(path, _LayerHeader.model_fields.keys())
-    checked_model(_LayerHeader, document, path)
-    return document["identity"], document["provenance"]
-
-
-def _named_by_its_hash(layer: AnyLayer) -> AnyLayer:
-    path, found = layer.directory / "layer.json", layer.identity.hash8
-    if found != layer.directory.name[-8:]:
-        raise DamagedError(f"{path} hashes to {found} in a directory named {layer.directory.name}; it was altered")
-    return layer
+    """Return the hidden layers of a cache by full name; errors as for `HiddenLayer.read`."""
+    return HiddenLayer.all_of(cache_dir)
 
 
 def choose_layer(

@@ -6,15 +6,11 @@ reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from pydantic import ConfigDict
+from typing import ClassVar
 
 from shared.errors import DamagedError
-from shared.identity.grown import identity_document, read_identity
-from shared.identity.identity import STRICT, Size, hash8_of
+from shared.identity.identity import Identity, Size
 from shared.payload.hidden_codec import HIDDEN_CODEC_NAME, HiddenCodec
 from shared.schema import MAX_HIDDEN_LAYERS, MAX_HIDDEN_WIDTH, MAX_STRONGEST_KEYS
 
@@ -25,12 +21,10 @@ PROJECTION_NAME = "gaussian-philox-1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HiddenIdentity:
+class HiddenIdentity(Identity):
     """Which teacher, which layers, kept how."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     what: ClassVar[str] = "hidden layer"
-    provenance: ClassVar[frozenset[str]] = frozenset({"teacher"})
 
     teacher: str
     """Path or hub id as the recipe named it."""
@@ -59,11 +53,6 @@ class HiddenIdentity:
     revision: str | None = None
     adapter: str | None = None
     """Hash of the adapter's weights."""
-
-    @property
-    def hash8(self) -> str:
-        """8 hexadecimal digits that stand for the whole identity."""
-        return hash8_of(self)
 
     @property
     def stored_width(self) -> int:
@@ -105,16 +94,3 @@ class HiddenIdentity:
         return HiddenCodec(
             len(self.layers), self.stored_width, self.pooled != "none", len(self.attention_layers), self.strongest
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return identity_document(self)
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any], where: str) -> HiddenIdentity:
-        """Rebuild an identity; `where` names its file in errors.
-
-        Raises:
-            DamagedError: a field is missing, unknown, of another type or out of range.
-        """
-        return read_identity(cls, document, where)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import xxhash
 from pydantic import ConfigDict, Field
@@ -29,10 +29,35 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """How identities are read: no conversions, no unknown fields, finite numbers."""
 
 
-def hash8_of(identity: Any) -> str:
-    """Return 8 hexadecimal digits that stand for a layer's whole identity, its provenance left out."""
-    document = {name: value for name, value in identity.to_json().items() if name not in identity.provenance}
-    return xxhash.xxh3_128_hexdigest(canonical_json(document))[:8]
+class Identity:
+    """Base of the dataclasses that say what something on disk is."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    what: ClassVar[str]
+    """How messages call the thing."""
+    provenance: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    """Fields that are recorded and never compared: where the weights lie is not what they are."""
+
+    @property
+    def hash8(self) -> str:
+        """8 hexadecimal digits that stand for the whole identity, its provenance left out."""
+        document = {name: value for name, value in self.to_json().items() if name not in self.provenance}
+        return xxhash.xxh3_128_hexdigest(canonical_json(document))[:8]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return identity_document(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: str) -> Self:
+        """Rebuild an identity; `where` names its file in errors.
+
+        Raises:
+            DamagedError: a field is missing, unknown, of another type or out of range.
+        """
+        found: Self = read_identity(cls, document, where)
+        return found
 
 
 def layer_short_name(captured: Any) -> str:
@@ -46,13 +71,10 @@ def layer_short_name(captured: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerIdentity:
+class LayerIdentity(Identity):
     """Which teacher, captured how: the identity of one targets layer."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     what: ClassVar[str] = "targets layer"
-    provenance: ClassVar[frozenset[str]] = frozenset({"teacher"})
-    """Where the weights lie is not what they are: weights_hash says that."""
 
     teacher: str
     """Path or hub id as the recipe named it."""
@@ -93,11 +115,6 @@ class LayerIdentity:
     of it (`head`; then a head has up to k + 1 entries), or has its log-probability beside the head alone (`apart`)."""
 
     @property
-    def hash8(self) -> str:
-        """8 hexadecimal digits that stand for the whole identity."""
-        return hash8_of(self)
-
-    @property
     def name(self) -> str:
         """Short default name: top64, sample12 or top8-sample4."""
         return layer_short_name(self)
@@ -118,25 +135,11 @@ class LayerIdentity:
         except ValueError as error:
             raise DamagedError(f"the layer's identity is impossible: {error}") from None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return identity_document(self)
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any], where: str) -> LayerIdentity:
-        """Rebuild an identity; `where` names its file in errors.
-
-        Raises:
-            DamagedError: a field is missing, unknown, of another type or out of range.
-        """
-        return read_identity(cls, document, where)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SequencesIdentity:
+class SequencesIdentity(Identity):
     """What all rows of a cache share. Licence and origin of the answers are provenance: recorded, not compared."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     what: ClassVar[str] = "cache"
     provenance: ClassVar[frozenset[str]] = frozenset({"licence", "answers", "tokenizer", "answerer"})
 
@@ -156,28 +159,6 @@ class SequencesIdentity:
     answerer: str = grown("")
     """Weights of the teacher whose answers' row_keys leave the model out, those that the cache began with; other
     models' keys hold it. Empty: what the cache's jobs say, as for caches that were begun before the field."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return identity_document(self)
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any], where: str) -> SequencesIdentity:
-        """Rebuild an identity; `where` names its file in errors.
-
-        Raises:
-            DamagedError: a field is missing, unknown, of another type or out of range.
-        """
-        return read_identity(cls, document, where)
-
-
-class Identity(Protocol):
-    """A dataclass that says what something on disk is."""
-
-    what: ClassVar[str]
-    """How messages call the thing."""
-    provenance: ClassVar[frozenset[str]]
-    """Fields that are recorded and never compared."""
 
 
 def difference(found: Identity, wanted: Identity) -> str | None:

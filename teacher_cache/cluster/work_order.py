@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shared.cache.layout import read_header, read_layer
+from shared.cache.layout import Layer, read_header
 from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
 from shared.errors import EngineError
 from shared.identity.identity import difference
@@ -107,7 +107,7 @@ def _layer(cache: CacheWriter, name: str, recipe: Recipe, known: KnownTeacher, n
         EngineError: this node has other weights.
     """
     assert recipe.teacher is not None
-    layer = read_layer(cache.path / "targets" / name)
+    layer = Layer.read(cache.path / "targets" / name)
     differing = difference(layer.identity, layer_identity(known, recipe.teacher, recipe.capture))
     if differing:
         raise EngineError(f"{node} has another teacher than the build: {differing}; put the same model on every node")

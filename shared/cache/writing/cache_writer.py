@@ -17,7 +17,7 @@ import pyarrow as pa
 import xxhash
 
 from shared.atomic import link_exclusive, make_dir, write_atomic
-from shared.cache.layout import Layer, list_layers, read_header, sequences_dir, tokenizer_path
+from shared.cache.layout import Layer, read_header, sequences_dir, tokenizer_path
 from shared.cache.writing.layer_writer import RowsWriter, new_or_known_layer
 from shared.errors import DamagedError, IdentityError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
@@ -62,7 +62,7 @@ class CacheWriter:
             tokenizer_path(path, name)
         document = {"format": FORMAT_VERSION, "identity": sequences.to_json(), "tokenizer_files": described}
         if not (path / "cache.json").exists():
-            link_exclusive(path / "cache.json", sealed_json(document), "cache_json", step="rename")
+            link_exclusive(path / "cache.json", sealed_json(document), "cache_json")
         header = read_header(path)
         differing = difference(header.identity, sequences)
         if differing:
@@ -90,12 +90,7 @@ class CacheWriter:
             IdentityError: its tokenizer is not the cache's, or `name` belongs to a layer of another identity.
             CacheError: a name that cannot be one.
         """
-
-        def described(directory: Path, provenance: Mapping[str, Any]) -> Layer:
-            return Layer(directory, provenance, identity)
-
-        layers = list_layers(self.path)
-        writer = LayerWriter(self, new_or_known_layer(self, layers, name, identity, provenance, described))
+        writer = LayerWriter(self, new_or_known_layer(self, Layer, name, identity, provenance))
         if make:
             writer.make()
         return writer

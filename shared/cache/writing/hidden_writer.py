@@ -6,12 +6,11 @@ Cost: quantised states are split into planes and compressed, about 200 MB per se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from shared.cache.layout import HiddenLayer, list_hidden_layers
+from shared.cache.layout import HiddenLayer
 from shared.cache.writing.layer_writer import GrowingCache, RowsWriter, new_or_known_layer
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.parts.records import PartRecord
@@ -41,12 +40,7 @@ class HiddenWriter(RowsWriter):
         """Create a hidden layer, or open the one of the same identity; arguments and errors as for
         `CacheWriter.layer`.
         """
-
-        def described(directory: Path, provenance: Mapping[str, Any]) -> HiddenLayer:
-            return HiddenLayer(directory, provenance, identity)
-
-        layers = list_hidden_layers(cache.path)
-        writer = cls(cache, new_or_known_layer(cache, layers, name, identity, provenance, described))
+        writer = cls(cache, new_or_known_layer(cache, HiddenLayer, name, identity, provenance))
         if make:
             writer.make()
         return writer

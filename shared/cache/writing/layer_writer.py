@@ -8,7 +8,7 @@ parts are committed by shared/parts/parts.py. So a build whose engine does not s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from shared.atomic import link_exclusive, make_dir
-from shared.cache.layout import AnyLayer, HiddenLayer, Layer, read_hidden_layer, read_layer, sequences_dir
+from shared.cache.layout import AnyLayer, HiddenLayer, Layer, sequences_dir
 from shared.errors import CacheError, IdentityError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
@@ -45,21 +45,19 @@ class GrowingCache(Protocol):
 
 def new_or_known_layer(
     cache: GrowingCache,
-    layers: Mapping[str, AnyLayer],
+    kind: type[AnyLayer],
     name: str | None,
     identity: LayerIdentity | HiddenIdentity,
     provenance: Mapping[str, Any],
-    describe: Callable[[Path, Mapping[str, Any]], AnyLayer],
 ) -> AnyLayer:
     """Return the layer of an identity whatever its name, or describe a new one, which `RowsWriter.make` creates.
 
     Args:
         cache: whose layer it is.
-        layers: the layers of this kind that are there.
+        kind: of layers.
         name: short name; None for the identity's own.
         identity: what the layer is.
         provenance: versions and machine of the first creation; recorded, never compared.
-        describe: makes a description of this kind from a directory and a provenance.
 
     Raises:
         IdentityError: its tokenizer is not the cache's, or `name` belongs to a layer of another identity.
@@ -73,6 +71,7 @@ def new_or_known_layer(
     if name is not None and not LAYER_NAME_PATTERN.fullmatch(name):
         raise CacheError(f"{name!r} cannot name a layer; expected lower-case letters, digits, '.', '_', '+' or '-'")
     identity.make_codec()
+    layers = kind.all_of(cache.path)
     for layer in layers.values():
         if layer.identity.hash8 == identity.hash8:
             if name not in (None, layer.short_name, layer.full_name):
@@ -85,9 +84,8 @@ def new_or_known_layer(
         raise IdentityError(
             f"layer {taken.full_name} of {cache.path} cannot be extended: {difference(taken.identity, identity)}"
         )
-    kind = "hidden" if isinstance(identity, HiddenIdentity) else "targets"
-    directory = cache.path / kind / f"{name or re.sub(r'[^a-z0-9._+-]', '-', identity.name)}-{identity.hash8}"
-    return describe(directory, dict(provenance))
+    directory = cache.path / kind.kind / f"{name or re.sub(r'[^a-z0-9._+-]', '-', identity.name)}-{identity.hash8}"
+    return kind(directory, dict(provenance), identity)  # type: ignore[arg-type]  # one of its kind
 
 
 def write_layer(layer: Layer | HiddenLayer) -> None:
@@ -98,8 +96,8 @@ def write_layer(layer: Layer | HiddenLayer) -> None:
     make_dir(layer.directory.parent)
     make_dir(layer.directory)
     document = {"format": FORMAT_VERSION, "identity": layer.identity.to_json(), "provenance": layer.provenance}
-    link_exclusive(path, sealed_json(document), "layer_json", step="rename")
-    (read_layer if isinstance(layer, Layer) else read_hidden_layer)(layer.directory)
+    link_exclusive(path, sealed_json(document), "layer_json")
+    type(layer).read(layer.directory)
 
 
 class RowsWriter:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from shared.cache.layout import list_hidden_layers, list_layers, read_header, read_hidden_layer, read_layer
+from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header
 from shared.errors import CacheError
 from shared.parts.jobs import Job
 from shared.parts.mapped_part import MappedBlobs, MappedSequences, MappedTargets
@@ -133,7 +133,7 @@ class Fuzzer:
         if file.name == "cache.json":
             read_header(target.parent)
         elif file.name == "layer.json":
-            layer = (read_hidden_layer if target.parent.parent.name == "hidden" else read_layer)(target.parent)
+            layer = (HiddenLayer if target.parent.parent.name == "hidden" else Layer).read(target.parent)
             layer.identity.make_codec()
         else:
             read_record(target)
