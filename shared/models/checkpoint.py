@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError
 from shared.models.adapters import add_saved_adapter, refuse_adapter_inside
 from shared.models.files import load_config
-from shared.models.load_report import Gaps, loading
+from shared.models.load_report import Gaps, loading, without_bars
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tu
     for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
-    with loading(name), _without_bar():
+    with loading(name), without_bars():
         model, report = model_class.from_pretrained(
             None,
             config=config,
@@ -134,20 +133,6 @@ def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tu
             ignore_mismatched_sizes=True,
         )
     return model, Gaps.of(report, quantised=quantised)
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    """Show no progress of loading where nothing is loaded."""
-    from transformers.utils import logging as bars
-
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _meta_tensors(directory: Path) -> Iterator[tuple[str, Any]]:

@@ -9,14 +9,12 @@ Cost: two small JSON files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from shared.errors import EngineError
-
-MAX_CONFIG_BYTES = 2**24
+from shared.models.config_file import read_config
 
 
 def end_token_ids(tokenizer: Any, declared: Iterable[int] = (), templates: Iterable[int] = ()) -> tuple[int, ...]:
@@ -51,7 +49,7 @@ def declared_end_ids(model_dir: Path) -> tuple[int, ...]:
     """
     for name in ("generation_config.json", "config.json"):
         path = model_dir / name
-        document = _read(path)
+        document = read_config(path) if path.is_file() else {}
         text = document.get("text_config")
         value = document.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
         found = checked_ids(value, f"{path}: `eos_token_id`")
@@ -71,17 +69,3 @@ def checked_ids(value: Any, where: str) -> tuple[int, ...]:
     if wrong:
         raise EngineError(f"{where} is {value!r}; expected a token id, a list of token ids or null")
     return tuple(listed)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file():
-            return {}
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise EngineError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; expected a config of transformers")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise EngineError(f"{path}: cannot be read ({error}); expected a model directory of transformers") from error
-    if not isinstance(document, dict):
-        raise EngineError(f"{path}: holds no object; expected a config of transformers")
-    return document

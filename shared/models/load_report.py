@@ -49,6 +49,20 @@ def loading(name: str, expected: str = MODEL) -> Iterator[None]:
         logger.level, logger.propagate = before
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' bars of loading and saving out of our own display."""
+    from transformers.utils import logging as bars
+
+    was_on = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            bars.enable_progress_bar()
+
+
 class _Lines(logging.Handler):
     """Keeps what a library reports."""
 

@@ -14,7 +14,7 @@ Shape letters: S positions, N head entries, J captured temperatures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -151,13 +151,7 @@ def keep_entries(targets: SparseTargets, kept: NDArray[np.bool_], draws: tuple[D
             lost = np.log(segment_sum(masses, targets.counts))
         tails.append(np.minimum(np.logaddexp(targets.tail_logmass[:, j], lost), 0.0).astype(np.float32))
     counts = segment_sum(kept.astype(np.int32), targets.counts).astype(np.int32)
-    logprobs = targets.logprobs[kept]
-    return SparseTargets(
-        counts,
-        targets.ids[kept],
-        logprobs,
-        targets.label_logprobs,
-        np.stack(tails, axis=1),
-        targets.temperatures,
-        draws,
+    ids, logprobs = targets.ids[kept], targets.logprobs[kept]
+    return replace(
+        targets, counts=counts, ids=ids, logprobs=logprobs, tail_logmass=np.stack(tails, axis=1), draws=draws
     )

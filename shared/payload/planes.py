@@ -35,11 +35,7 @@ class PlaneReader:
         Raises:
             DamagedError: fewer bytes are left.
         """
-        end = self._at + count * num_bytes
-        if end > len(self._octets):
-            raise DamagedError(f"the row's planes end after {len(self._octets)} bytes where {end} are needed")
-        planes = self._octets[self._at : end].reshape(num_bytes, count)
-        self._at = end
+        planes = self.take_octets(count * num_bytes).reshape(num_bytes, count)
         values = planes[0].astype(np.int32)
         for i in range(1, num_bytes):
             values |= planes[i].astype(np.int32) << (8 * i)

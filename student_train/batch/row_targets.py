@@ -72,11 +72,8 @@ def at_temperatures(targets: SparseTargets, wanted: Sequence[float]) -> SparseTa
     columns = [temperature_column(targets.temperatures, temperature) for temperature in wanted]
     if len(columns) == len(targets.temperatures):
         return targets
-    return SparseTargets(
-        counts=targets.counts,
-        ids=targets.ids,
-        logprobs=targets.logprobs,
-        label_logprobs=targets.label_logprobs,
+    return replace(
+        targets,
         tail_logmass=targets.tail_logmass[:, columns],
         temperatures=tuple(targets.temperatures[j] for j in columns),
         draws=tuple(targets.draws[j] for j in columns) if targets.draws else (),

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import TrainingError
+from shared.errors import TrainingError, UsageError
 from shared.payload.targets import SparseTargets
+from shared.payload.targets_at import temperature_index
 
 
 def pack_targets(rows: Sequence[SparseTargets]) -> dict[str, np.ndarray]:
@@ -231,14 +232,10 @@ class TargetBatch:
         Raises:
             TrainingError: it was not captured.
         """
-        for j, captured in enumerate(self.temperatures):
-            if abs(captured - temperature) <= 1e-6 * temperature:
-                return j
-        listed = ", ".join(f"{captured:g}" for captured in self.temperatures)
-        raise TrainingError(
-            f"temperature {temperature:g} was not captured (captured: {listed}), so the teacher's tail at it is "
-            "unknown; train at a captured temperature or score another layer with it"
-        )
+        try:
+            return temperature_index(self.temperatures, temperature)
+        except UsageError as error:
+            raise TrainingError(str(error)) from None
 
     @property
     def has_member(self) -> Tensor:

@@ -14,10 +14,11 @@ from typing import Any
 from shared.cache.tokenizer_files import checked_tokenizer
 from shared.cache.trained_ends import trained_ends
 from shared.models.end_tokens import special_ids
+from shared.models.files import load_tokenizer
 from shared.models.row_length import known_positions
 from shared.recipe.recipe import StageEvaluation
 from student_train.evaluate.heldout_measure import HeldoutSet, Processes, measure_heldout
-from student_train.evaluate.quality_samples import choose_samples, load_tokenizer, student_answers
+from student_train.evaluate.quality_samples import choose_samples, student_answers
 from student_train.evaluate.verdict import Verdict, judge
 from student_train.records.metrics_log import StepLog, read_steps
 from student_train.student.forward_patch import Objective
@@ -141,7 +142,7 @@ def evaluations_until(directory: Path, step: int) -> list[dict[str, Any]]:
 
 def _tokenizer_of(cache_dir: Path) -> Any:
     with checked_tokenizer(cache_dir) as directory:
-        return load_tokenizer(directory)
+        return load_tokenizer(directory, trust_remote_code=False)
 
 
 def evaluation_line(figures: Mapping[str, Any]) -> str:

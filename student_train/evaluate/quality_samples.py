@@ -11,13 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from shared.models import files as model_files
 from shared.models.attention_choice import faithful_attention
 from shared.models.end_tokens import checked_ids, end_token_ids
 from shared.models.row_length import known_positions, reset_rotations
@@ -91,11 +89,6 @@ def student_answers(
             output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
             answers.append(tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True))
     return answers
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """Load the cache's tokenizer."""
-    return model_files.load_tokenizer(directory, trust_remote_code=False)
 
 
 @contextmanager

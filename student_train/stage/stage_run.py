@@ -21,6 +21,7 @@ from shared.atomic import write_atomic
 from shared.cache.leaving import Leaving, leaving_of
 from shared.cache.tokenizer_files import checked_tokenizer, tokenizer_without_code
 from shared.errors import TrainingError
+from shared.models.load_report import without_bars
 from shared.models.unused_gpu import unused_gpu
 from shared.recipe.base import quoted
 from shared.recipe.file import dump_recipe
@@ -107,7 +108,7 @@ def run_stage(
         progress.note(f"{phase}: {said}")
     is_saved, stopped = False, None
     try:
-        with _deterministic(), _without_bars(), explained(stage.trainer):
+        with _deterministic(), without_bars(), explained(stage.trainer):
             _train_and_export(work, args, checkpoint, progress, seconds)
         is_saved = True
     except DivergedError as error:
@@ -408,17 +409,3 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = filling
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep bars of loading and saving out of the stage's own display."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()

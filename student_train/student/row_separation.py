@@ -27,7 +27,7 @@ from shared.models.wide_weights import widest
 from student_train.student.row_attention import NAME as ROW_ATTENTION
 from student_train.student.row_attention import switch_attention
 from student_train.student.rows_alone import run_rows_alone, set_rows_alone
-from student_train.student.student_head import PROBE_TOKENS, body_of, probe_tokens, run_body
+from student_train.student.student_head import PROBE_TOKENS, body_of, evaluating, probe_tokens, run_body
 
 ROUNDING = 1e-4
 """Largest difference of a token's state that counts as rounding in float32, over the states' standard deviation: 36
@@ -55,7 +55,7 @@ def separate_rows(model: Any, vocab_size: int, *, longest: int | None = None) ->
     short, pack = rows[: len(SHORT)], [rows[0], rows[3], rows[1], rows[2]]
     width, is_wide = widest(model)
     tolerance = ROUNDING if is_wide else NARROW_ROUNDING
-    with width, _evaluating(model):
+    with width, evaluating(model):
         plain = faithful_attention(model, lambda: _alone(body, short[:1]))
         switch_attention(model, plain)
         expected = _alone(body, pack)
@@ -160,15 +160,3 @@ def _embeddings(model: Any) -> Iterator[list[Tensor]]:
             yield kept
     finally:
         handle.remove()
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Leave out dropout and gradients."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

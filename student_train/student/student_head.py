@@ -9,6 +9,8 @@ Shape letters: B tokens of a pack, V rows of the head, H hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +115,18 @@ def run_body(body: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor
     return output[0]
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Leave out dropout and gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def check_head(model: Any, head: StudentHead) -> None:
     """Compare body and head with the model's own logits on a probe, as they are and where they are large enough for any
     cap to show.
@@ -121,17 +135,14 @@ def check_head(model: Any, head: StudentHead) -> None:
         TrainingError: the model computes its logits in another way than its config declares.
     """
     probe = probe_tokens(model, head.vocab_size, seed=0)
-    was_training = model.training
-    model.eval()
     width, is_wide = widest(model)
-    with torch.no_grad(), width:
+    with evaluating(model), width:
         states = run_rows_alone(body_of(model), probe, torch.arange(probe.shape[1], device=probe.device)[None])
         distance = _head_distance(model, head, probe, states)
         factor = _LARGE_LOGITS / max(float(head.logits(states).std()), 1e-30)
         with enlarged_input(head.module, factor) as calls:
             large = _head_distance(model, head, probe, states * factor)
         distance = max(distance, large if calls else 0.0)  # not called: the model multiplies with its weight elsewhere
-    model.train(was_training)
     if distance > (1e-3 if is_wide else 2e-2):
         raise TrainingError(
             f"{type(model).__name__} computes its logits in a way that its config does not declare (the probe differs "

@@ -19,40 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from shared.errors import TrainingError
 from shared.recipe.recipe import Balance
 
 _SMALLEST = 1e-4
 """Factors stay above it, so that no loss is switched off for good."""
-
-
-class Balancer(Protocol):
-    """Moves factors of losses as their values come."""
-
-    @property
-    def factors(self) -> dict[str, float]:
-        """What each loss's weight is multiplied by now."""
-
-    def wants_gradient_norms(self, step: int) -> bool:
-        """Return whether gradient norms are to be measured at an optimizer step, counted from 0."""
-
-    def observe(self, values: Mapping[str, float], gradient_norms: Mapping[str, float] | None) -> dict[str, Any]:
-        """Take the values of a step and the norms that were measured; return what is worth logging."""
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint stores."""
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's state."""
-
-
-def balancer_of(balance: Balance, names: Sequence[str]) -> Balancer | None:
-    """Return the balancer of a stage whose losses have these keys; None where weights are fixed."""
-    if balance.kind == "grad_norm":
-        return GradNorm(names, balance.alpha, balance.learning_rate, balance.every_steps)
-    return Uncertainty(names, balance.learning_rate) if balance.kind == "uncertainty" else None
 
 
 class GradNorm:
@@ -141,6 +114,17 @@ class Uncertainty:
         """Take up the log-variances."""
         _check_names(self._log_variances, state["log_variances"])
         self._log_variances = {name: float(state["log_variances"][name]) for name in self._log_variances}
+
+
+Balancer = GradNorm | Uncertainty
+"""Moves factors of losses as their values come."""
+
+
+def balancer_of(balance: Balance, names: Sequence[str]) -> Balancer | None:
+    """Return the balancer of a stage whose losses have these keys; None where weights are fixed."""
+    if balance.kind == "grad_norm":
+        return GradNorm(names, balance.alpha, balance.learning_rate, balance.every_steps)
+    return Uncertainty(names, balance.learning_rate) if balance.kind == "uncertainty" else None
 
 
 def _check_names(names: Mapping[str, float], found: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.errors import EngineError
 from shared.payload.hidden import HiddenStates
 from shared.payload.targets import SparseTargets
 from shared.recipe.recipe import Generate
@@ -82,6 +83,33 @@ class Captured:
 
     tag: Any
     hidden: HiddenStates
+
+
+def room_of(request: GenerateRequest, max_model_len: int) -> int:
+    """Return how many tokens an answer may have: a prompt of 10 within 16 leaves 6.
+
+    Raises:
+        EngineError: none, or there is no prompt.
+    """
+    if not 1 <= len(request.token_ids) < max_model_len:
+        raise EngineError(
+            f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within "
+            f"teacher.max_model_len {max_model_len}; raise it or drop the prompt"
+        )
+    return max_model_len - len(request.token_ids)
+
+
+def require_scorable(request: ScoreRequest, max_model_len: int) -> None:
+    """Refuse a sequence of which no token is predicted, or one that is too long.
+
+    Raises:
+        EngineError: it is.
+    """
+    found = len(request.token_ids)
+    if not 2 <= found <= max_model_len:
+        raise EngineError(
+            f"a sequence to score has {found} tokens; expected 2 to teacher.max_model_len {max_model_len}"
+        )
 
 
 class Engine(Protocol):

@@ -161,7 +161,7 @@ def generate_units(
     desk: Desk,
 ) -> None:
     """Let an engine answer the prompts of these units, and commit each."""
-    desk.progress.start("generate", _count_rows(work.job, units))
+    desk.progress.start("generate", sum(map(work.job.rows_of, units)))
     feed_units(
         (GenerateUnit(work, number, settings, seed) for number in units),
         lambda requests: serve(requests, settings),
@@ -174,7 +174,7 @@ def generate_units(
 def import_units(work: Pass1, units: Sequence[int], desk: Desk) -> None:
     """Take over the answers that these units' rows have, and commit each unit."""
     figures = work.summary.imported
-    desk.progress.start("import", _count_rows(work.job, units))
+    desk.progress.start("import", sum(map(work.job.rows_of, units)))
     started = time.monotonic()
     for number in units:
         if desk.stop.requested:
@@ -194,11 +194,3 @@ def import_units(work: Pass1, units: Sequence[int], desk: Desk) -> None:
         desk.writer.submit(partial(sequences.commit, work.software()))
     figures.seconds += time.monotonic() - started
     desk.progress.finish()
-
-
-def _count_rows(job: Job, units: Sequence[int]) -> int:
-    """Return the rows of these units; all but the last have `rows_per_part`."""
-    if not units:
-        return 0
-    last = job.num_units - 1
-    return len(units) * job.rows_per_part - (job.rows_per_part - len(job.unit(last)) if last in units else 0)

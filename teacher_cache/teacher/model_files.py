@@ -14,12 +14,12 @@ from typing import Any
 
 from shared.errors import EngineError, ModelError
 from shared.models import files as text_files
+from shared.models.config_file import read_config
 from shared.remote.hub import ask_hub
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
-MAX_CONFIG_BYTES = 2**24
 MAX_TOKENIZER_BYTES = 2**28
 
 
@@ -98,7 +98,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelFiles:
         commit = None
     else:
         directory, commit = _download(model, revision)
-    return ModelFiles(model, directory, commit, _read_json(directory / "config.json"))
+    return ModelFiles(model, directory, commit, read_config(directory / "config.json"))
 
 
 def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any:
@@ -152,17 +152,3 @@ def _download(model: str, revision: str | None) -> tuple[Path, str]:
         reason = silent or " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"{model}: neither a model directory nor a hub id that can be fetched ({reason})") from error
     return found, found.name
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; expected a model's config")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path}: cannot be read as a model's config ({error}); expected a model directory of transformers"
-        ) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds no object; expected a model's config")
-    return value

@@ -13,7 +13,7 @@ from pydantic import BaseModel, create_model
 from shared.errors import DamagedError
 from shared.identity.grown import first_difference, grown, unmoved
 from shared.identity.hidden_identity import HiddenIdentity
-from shared.identity.identity import LayerIdentity, SequencesIdentity, difference, hash8_of
+from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
 from shared.recipe.recipe import Generate, Sampling, Task
 from tests.shared.small_cache import HYBRID, SEQUENCES, TOP
 
@@ -46,10 +46,10 @@ def test_one_more_field_of_a_layer_changes_no_name_while_at_its_default(
     read = cls.from_json(written, "layer.json")
     assert read.added == default
     assert read.to_json() == written
-    assert hash8_of(read) == now.hash8
+    assert read.hash8 == now.hash8
     moved = cls.from_json({**written, "added": other}, "layer.json")
     assert moved.added == other
-    assert hash8_of(moved) != now.hash8
+    assert moved.hash8 != now.hash8
     assert cls.from_json(moved.to_json(), "layer.json") == moved
     said = difference(read, moved)
     assert said is not None

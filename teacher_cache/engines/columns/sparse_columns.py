@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import EngineError
+from shared.parts.sequences import spans_index
 from shared.payload.targets import Draws, SparseTargets
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 
@@ -28,9 +29,7 @@ SMALLEST_DERIVED_TAIL = 2.0**-24
 
 def predicting_rows(spans: NDArray[np.int32]) -> NDArray[np.int64]:
     """Return [S] rows of a scored sequence, row t - 1 holding the distribution that predicts token t of each span."""
-    lengths = spans[:, 1] - spans[:, 0]
-    starts = np.repeat(spans[:, 0] - 1 - (np.cumsum(lengths) - lengths), lengths)
-    return starts + np.arange(int(lengths.sum()), dtype=np.int64)
+    return spans_index(spans).astype(np.int64) - 1
 
 
 def targets_from_plugin(ids: Ids, values: Values, layout: ColumnLayout) -> SparseTargets:

@@ -24,7 +24,15 @@ from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_stock
-from teacher_cache.engines.protocol import FINISHED, Generated, GenerateRequest, Scored, ScoreRequest
+from teacher_cache.engines.protocol import (
+    FINISHED,
+    Generated,
+    GenerateRequest,
+    Scored,
+    ScoreRequest,
+    require_scorable,
+    room_of,
+)
 from teacher_cache.engines.server.server_answers import (
     generate_body,
     generate_bytes,
@@ -116,13 +124,7 @@ class ServerEngine:
 
         def answer(request: GenerateRequest) -> Generated:
             """Ask the servers for one answer."""
-            room = self.max_model_len - len(request.token_ids)
-            if room < 1:
-                raise EngineError(
-                    f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within "
-                    f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
-                )
-            most = min(settings.max_new_tokens, room)
+            most = min(settings.max_new_tokens, room_of(request, self.max_model_len))
             again = iter(range(TRIES_AGAIN))
 
             def read(document: Any) -> tuple[list[int], str, bool]:
@@ -154,9 +156,7 @@ class ServerEngine:
 
         def answer(request: ScoreRequest) -> Scored:
             """Ask the servers for the columns of one sequence."""
-            if not 2 <= len(request.token_ids) <= self.max_model_len:
-                found, most = len(request.token_ids), self.max_model_len
-                raise EngineError(f"a sequence to score has {found} tokens; expected 2 to teacher.max_model_len {most}")
+            require_scorable(request, self.max_model_len)
             token_ids = request.token_ids.tolist()
             ids, values = self._pool.ask(
                 "/v1/completions",

@@ -12,7 +12,6 @@ width, D stored width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from teacher_cache.engines.columns.sparse_columns import predicting_rows
 from teacher_cache.engines.protocol import Captured, ScoreRequest
 from teacher_cache.engines.transformers.attention_watch import AttentionWatch, blocks_of
 from teacher_cache.engines.transformers.length_batches import length_batches
-from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.engines.transformers.transformers_model import CausalModel, padded
 
 
 class HiddenEngine:
@@ -104,12 +103,7 @@ class HiddenEngine:
         """Run one batch, padded on the right."""
         if self._model is None:
             raise EngineError("the engine is closed; open another")
-        longest = max(len(request.token_ids) for request in batch)
-        tokens = torch.zeros((len(batch), longest), dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, request in enumerate(batch):
-            tokens[row, : len(request.token_ids)] = torch.from_numpy(request.token_ids.astype(np.int64))
-            mask[row, : len(request.token_ids)] = 1
+        tokens, mask = padded([request.token_ids for request in batch])
         device = self._model.device
         self._rows = [torch.from_numpy(predicting_rows(request.spans)).to(device) for request in batch]
         if self._watch is not None:
@@ -154,15 +148,7 @@ class HiddenEngine:
     def provenance(self) -> Mapping[str, Any]:
         """Say what ran."""
         assert self._model is not None
-        device = self._model.device
-        return {
-            "engine": "transformers",
-            "torch": metadata.version("torch"),
-            "transformers": metadata.version("transformers"),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-            "dtype": str(self._model.dtype).removeprefix("torch."),
-            "batch_tokens": self._batch_tokens,
-        }
+        return {**self._model.provenance(), "batch_tokens": self._batch_tokens}
 
     def close(self) -> None:
         """Release the model; safe to call twice."""

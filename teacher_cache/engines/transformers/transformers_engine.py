@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.columns.draw_keys import prefix_keys_of, salted
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin
 from teacher_cache.engines.columns.tail_columns import chunk_rows, extend_columns
-from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
+from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest, require_scorable, room_of
 from teacher_cache.engines.transformers.length_batches import length_batches
-from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.engines.transformers.transformers_model import CausalModel, padded
 from teacher_cache.engines.transformers.transformers_sampling import next_tokens
 
 
@@ -100,34 +99,25 @@ class TransformersEngine:
             return model.class_of(num_tokens) if model.rotation_of(num_tokens) == model.rotation_of(grown) else None
 
         for batch in length_batches(requests, settings.max_new_tokens, self._batch_tokens, class_of):
-            for request in batch:
-                if not 1 <= len(request.token_ids) < self.max_model_len:
-                    raise EngineError(
-                        f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within "
-                        f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
-                    )
+            limits = [min(settings.max_new_tokens, room_of(request, self.max_model_len)) for request in batch]
             with torch.inference_mode():
-                answered = self._answer(batch, settings, ends)
+                answered = self._answer(batch, limits, settings, ends)
             yield from answered
 
-    def _answer(self, batch: Sequence[GenerateRequest], settings: Generate, ends: AnswerEnds) -> list[Generated]:
+    def _answer(
+        self, batch: Sequence[GenerateRequest], limits: Sequence[int], settings: Generate, ends: AnswerEnds
+    ) -> list[Generated]:
         """Decode one batch, padded on the left, with a key-value cache that is made anew where the rotation changes.
 
-        Whenever half of the rows have ended, the others go on alone.
+        Answers have at most `limits` tokens. Whenever half of the rows have ended, the others go on alone.
         """
         from transformers import DynamicCache
 
         model = self._loaded()
-        longest = max(len(request.token_ids) for request in batch)
-        tokens = torch.zeros((len(batch), longest), dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, request in enumerate(batch):
-            tokens[row, longest - len(request.token_ids) :] = torch.tensor(request.token_ids)
-            mask[row, longest - len(request.token_ids) :] = 1
-        tokens, mask = tokens.to(model.device), mask.to(model.device)
+        padded_rows = padded([request.token_ids for request in batch], on_left=True)
+        tokens, mask = (tensor.to(model.device) for tensor in padded_rows)
         seeds = torch.tensor([request.seed for request in batch], dtype=torch.int64)
         end_ids = [set(ends.with_template(request.end_token_ids)) for request in batch]
-        limits = [min(settings.max_new_tokens, self.max_model_len - len(request.token_ids)) for request in batch]
         answers: list[list[int]] = [[] for _ in batch]
         reasons: list[str | None] = [None] * len(batch)
         cache, rotation, whole = DynamicCache(config=model.config), None, tokens
@@ -163,11 +153,7 @@ class TransformersEngine:
             raise EngineError("this engine was opened without a capture and cannot score; open it with one")
         for batch in length_batches(requests, 0, self._batch_tokens, self._loaded().class_of):
             for request in batch:
-                if not 2 <= len(request.token_ids) <= self.max_model_len:
-                    found, most = len(request.token_ids), self.max_model_len
-                    raise EngineError(
-                        f"a sequence to score has {found} tokens; expected 2 to teacher.max_model_len {most}"
-                    )
+                require_scorable(request, self.max_model_len)
             with torch.inference_mode():
                 scored = self._score(batch, self._layout)
             yield from scored
@@ -175,12 +161,7 @@ class TransformersEngine:
     def _score(self, batch: Sequence[ScoreRequest], layout: ColumnLayout) -> list[Scored]:
         """Score one batch, padded on the right."""
         model = self._loaded()
-        longest = max(len(request.token_ids) for request in batch)
-        tokens = torch.zeros((len(batch), longest), dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, request in enumerate(batch):
-            tokens[row, : len(request.token_ids)] = torch.from_numpy(request.token_ids.astype(np.int64))
-            mask[row, : len(request.token_ids)] = 1
+        tokens, mask = padded([request.token_ids for request in batch])
         hidden = model.hidden(tokens.to(model.device), mask.to(model.device))
         results = []
         for row, request in enumerate(batch):
@@ -222,12 +203,8 @@ class TransformersEngine:
         """Say what ran."""
         model = self._loaded()
         return {
-            "engine": "transformers",
-            "torch": metadata.version("torch"),
-            "transformers": metadata.version("transformers"),
+            **model.provenance(),
             "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
-            "dtype": str(model.dtype).removeprefix("torch."),
             "head_dtype": str(model.head_dtype).removeprefix("torch."),
             "quantization": None,
             "max_model_len": self.max_model_len,

@@ -10,15 +10,20 @@ Shape letters: R rows of a batch, T tokens, P positions, H hidden width, V entri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared.errors import EngineError
 from shared.models.attention_choice import faithful_attention
 from shared.models.end_tokens import checked_ids
 from shared.models.files import load_tokenizer
+from shared.models.load_report import without_bars
 from shared.models.loading import load_causal_lm
 from shared.models.logit_transform import enlarged_input, logit_transform
 from shared.models.row_length import LengthClass, length_class_of, reset_rotations, rope_switches
@@ -87,23 +92,18 @@ class CausalModel:
         Raises:
             EngineError: a GPU would not be used, the files cannot be loaded, or weights or adapter are not whole.
         """
-        from transformers.utils import logging
-
         wanted = dtype or teacher.dtype
-        hide_progress = logging.is_progress_bar_enabled()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         problem = unused_gpu()
         if problem is not None:
             raise EngineError(f"the teacher would run on the CPU: {problem}")
-        if hide_progress:
-            logging.disable_progress_bar()
+        trust, dtype = teacher.trust_remote_code, DTYPES.get(wanted, "auto")
         try:
-            trust = teacher.trust_remote_code
-            tokenizer = load_tokenizer(model_dir, trust_remote_code=trust)
-            dtype = DTYPES.get(wanted, "auto")
-            model = load_causal_lm(
-                model_dir, what="the teacher", trust_remote_code=trust, adapter=teacher.adapter, dtype=dtype
-            ).to(device)
+            with without_bars():
+                tokenizer = load_tokenizer(model_dir, trust_remote_code=trust)
+                model = load_causal_lm(
+                    model_dir, what="the teacher", trust_remote_code=trust, adapter=teacher.adapter, dtype=dtype
+                ).to(device)
         except EngineError:
             raise
         except Exception as error:  # the library raises whatever a broken file makes it raise
@@ -111,9 +111,6 @@ class CausalModel:
             raise EngineError(
                 f"{model_dir}: transformers cannot load the teacher ({type(error).__name__}: {reason})"
             ) from error
-        finally:
-            if hide_progress:
-                logging.enable_progress_bar()
         narrow = model.dtype in (torch.bfloat16, torch.float16)
         return cls(model, tokenizer, head_dtype=torch.float32 if narrow and teacher.head_dtype == "float32" else None)
 
@@ -145,6 +142,16 @@ class CausalModel:
         if self._logit_cap is not None:
             logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
         return logits
+
+    def provenance(self) -> dict[str, str]:
+        """Say what runs it: versions, device, type of the weights."""
+        return {
+            "engine": "transformers",
+            "torch": metadata.version("torch"),
+            "transformers": metadata.version("transformers"),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     def declared_end_ids(self) -> tuple[int, ...]:
         """Return the end tokens of the model's generation config, or of its config where that has none."""
@@ -201,6 +208,19 @@ class CausalModel:
                 if (padded - alone).abs().mean(-1).max() > _ROUNDING * alone.float().std():
                     return False
         return True
+
+
+def padded(
+    rows: Sequence[Sequence[int] | NDArray[np.int32]], *, on_left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [R, T] int64 tokens of rows, filled up with 0 on the right or left, and [R, T] 1 where a row has them."""
+    tokens = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, token_ids in enumerate(rows):
+        own = slice(tokens.shape[1] - len(token_ids), None) if on_left else slice(len(token_ids))
+        tokens[row, own] = torch.as_tensor(token_ids, dtype=torch.int64)
+        mask[row, own] = 1
+    return tokens, mask
 
 
 def _own_length(num_tokens: int) -> LengthClass:

@@ -30,7 +30,7 @@ from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
-from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest
+from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest, require_scorable, room_of
 from teacher_cache.engines.transformers.adapters import fold_adapter
 from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
 from teacher_cache.engines.vllm.vllm_self_test import choose_capture_path, scoring_parameters
@@ -128,14 +128,8 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        room = self.max_model_len - len(request.token_ids)
-        if room < 1:
-            raise EngineError(
-                f"a prompt has {len(request.token_ids)} tokens, which leaves no room for an answer within "
-                f"teacher.max_model_len {self.max_model_len}; raise it or drop the prompt"
-            )
         return SamplingParams(
-            max_tokens=min(settings.max_new_tokens, room),
+            max_tokens=min(settings.max_new_tokens, room_of(request, self.max_model_len)),
             temperature=settings.temperature,
             top_p=settings.top_p,
             top_k=settings.top_k,
@@ -160,11 +154,7 @@ class VllmEngine:
         from_columns = targets_from_plugin if plugin else targets_from_stock
 
         def parameters(request: ScoreRequest) -> Any:
-            if not 2 <= len(request.token_ids) <= self.max_model_len:
-                raise EngineError(
-                    f"a sequence to score has {len(request.token_ids)} tokens; expected 2 to teacher.max_model_len "
-                    f"{self.max_model_len}"
-                )
+            require_scorable(request, self.max_model_len)
             return scoring_parameters(num_logprobs)
 
         for request, output in self._run(requests, parameters):

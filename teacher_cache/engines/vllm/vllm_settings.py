@@ -14,7 +14,6 @@ the provenance says so.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from typing import Any
 
 from shared.errors import EngineError
 from shared.machine import num_cores
+from shared.models.config_file import read_config
 from shared.models.row_length import known_positions, rope_switches
 from shared.recipe.recipe import Capture, Generate, Teacher
 
@@ -89,7 +89,7 @@ def plan_settings(
     Raises:
         EngineError: the model's config cannot be read, or the recipe asks for a longer sequence than the model knows.
     """
-    config = _read_config(model_dir)
+    config = read_config(model_dir / "config.json")
     text = config.get("text_config") or config
     longest = text.get("max_position_embeddings")
     length = teacher.max_model_len
@@ -212,18 +212,6 @@ def _refuse_other_rotation(text: Mapping[str, Any], length: int | None, model_di
             f"{model_dir} rotates rows of more than {most} tokens by their length (rope type {kind}), and vLLM rotates "
             f"every row as its longest; {ways}teacher.engine to transformers"
         )
-
-
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EngineError(
-            f"{model_dir / 'config.json'}: cannot be read ({error}); expected a model directory of transformers"
-        ) from error
-    if not isinstance(config, dict):
-        raise EngineError(f"{model_dir / 'config.json'}: holds no object; expected a model's config")
-    return config
 
 
 def _dtype(teacher: Teacher, config: dict[str, Any]) -> str:
