@@ -150,7 +150,6 @@ def _temporary(path: Path, fill: Fill, what: str, expected_bytes: int) -> Iterat
 
 
 def _explained(path: Path, error: OSError, expected_bytes: int) -> CacheError:
-    """Return one sentence for what the system refused."""
     if error.errno not in _FULL:
         return CacheError(f"{path} cannot be written: {error.strerror or error}; check the path and its permissions")
     try:

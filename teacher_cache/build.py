@@ -18,7 +18,7 @@ from shared.cache.layout import Layer, list_layers, read_header
 from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
 from shared.errors import PromptError, UsageError
 from shared.parts.jobs import Job
-from shared.parts.parts import PartRecord
+from shared.parts.records import PartRecord
 from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.recipe.sections.teacher import Workers
 from shared.seconds import read_seconds
@@ -142,7 +142,6 @@ def teach(
 
 
 def _open_cache(recipe: Recipe, known: KnownTeacher, teacher: Teacher, *, renders: bool) -> CacheWriter:
-    """Create the recipe's cache, or open it."""
     path = recipe.cache[0]
     identity = replace(sequences_identity(known, teacher, recipe.generate), groups=group_rule(path, recipe.prompts))
     if not renders:  # so the teacher's own template does not matter
@@ -301,7 +300,6 @@ def _make_hidden(build: _Build, job: Job | None, hidden: HiddenPass) -> None:
 
 
 def _own_stems(build: _Build, job: Job | None) -> frozenset[str]:
-    """Return the parts of this partition's units."""
     return frozenset(job.part_stem(unit) for unit in range(job.num_units) if build.mine(unit)) if job else frozenset()
 
 

@@ -388,7 +388,6 @@ class Cache:
         return stats if self._hidden is None else stats | self._hidden.stats()
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return part number and row within the part."""
         size = len(self)
         index = int(index)
         if not -size <= index < size:

@@ -16,9 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import Identity, LayerIdentity, SequencesIdentity
-from shared.parts.cache_files import list_folder
-from shared.parts.records import checked_model, read_sealed
-from shared.schema import LAYER_PATTERN, MAX_TOKENIZER_FILE_BYTES, MAX_VOCAB_SIZE, TOKENIZER_FILE_PATTERN
+from shared.parts.cache_files import list_folder, read_bounded
+from shared.parts.records import checked_model, parse_sealed, read_sealed
+from shared.schema import (
+    LAYER_PATTERN,
+    MAX_JSON_BYTES,
+    MAX_TOKENIZER_FILE_BYTES,
+    MAX_VOCAB_SIZE,
+    TOKENIZER_FILE_PATTERN,
+)
 
 AnyIdentity = TypeVar("AnyIdentity", bound=Identity, covariant=True)
 
@@ -169,7 +175,12 @@ def read_header(cache_dir: Path) -> CacheHeader:
         raise CacheError(
             f"{cache_dir} is not a cache (it has no cache.json); build one with 'decant teach' or correct the path"
         )
-    document = read_sealed(path, _Header.model_fields.keys())
+    return parse_header(read_bounded(path, MAX_JSON_BYTES), path)
+
+
+def parse_header(data: bytes, path: object) -> CacheHeader:
+    """Return what `read_header` does, of bytes that came from `path`."""
+    document = parse_sealed(data, path, _Header.model_fields.keys())
     checked_model(_Header, document, path)
     files = tokenizer_entries(document["tokenizer_files"], path)
     identity = SequencesIdentity.from_json(document["identity"], f"{path}: identity")

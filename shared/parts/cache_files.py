@@ -7,11 +7,13 @@ at again. Folders are looked at where they are listed. Cost: three system calls 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
@@ -19,7 +21,6 @@ from shared.errors import DamagedError
 from shared.schema import MAX_JSON_BYTES, MAX_JSON_VALUES
 from shared.strict_json import each_once
 
-_READ_BYTES = 2**20
 _MOST_DIGITS = 19
 _KINDS = {
     stat.S_IFLNK: "a link",
@@ -31,7 +32,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading.
 
     Raises:
@@ -84,16 +85,11 @@ def hash_file(path: Path) -> tuple[str, int]:
     Raises:
         DamagedError: it cannot be read or is no regular file.
     """
-    digest = xxhash.xxh3_128()
-    num_bytes = 0
     with open_regular(path) as file:
         try:
-            while piece := file.read(_READ_BYTES):
-                digest.update(piece)
-                num_bytes += len(piece)
+            return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest(), file.tell()
         except OSError as error:
             raise unreadable(path, error) from None
-    return digest.hexdigest(), num_bytes
 
 
 def list_folder(directory: Path) -> list[str]:

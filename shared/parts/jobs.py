@@ -283,7 +283,6 @@ def _filtered(pending: list[PlanRow], committed: KeySet) -> list[PlanRow]:
 
 
 def _checksum(rows: list[PlanRow]) -> bytes:
-    """Return 32 hexadecimal digits over the values of a unit's rows."""
     values = [
         [v.hex() if isinstance(v, bytes) else v for v in (getattr(row, f.name) for f in fields(row))] for row in rows
     ]

@@ -28,11 +28,9 @@ from shared.errors import CacheError, DamagedError, first_line
 from shared.parts.arrow_layout import ArrowLayout
 from shared.parts.cache_files import hash_file, open_regular, parse_json
 from shared.parts.part_file import with_part_file
-from shared.parts.records import PartRecord, check_layer, kind_of, layer_of, list_records, read_record, sealed_json
+from shared.parts.records import PartRecord, check_layer, kind_of, layer_of, read_record, sealed_json
 from shared.places import origin_of
 from shared.schema import FORMAT_VERSION, HIDDEN, MAX_JSON_BYTES, MAX_ROWS_PER_PART, SEQUENCES, STEM_PATTERN, TARGETS
-
-__all__ = ["PartRecord", "check_file", "commit_part", "hash_file", "kind_of", "list_records", "map_table", "open_part"]
 
 _METADATA_KEY = b"decant"
 _LAYER_KEY = b"layer"

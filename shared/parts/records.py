@@ -22,7 +22,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import CacheError, DamagedError
-from shared.parts.cache_files import list_folder, parse_json, read_bounded, read_json
+from shared.parts.cache_files import list_folder, parse_json, read_bounded
 from shared.parts.part_stats import STATS_OF
 from shared.schema import (
     FORMAT_VERSION,
@@ -32,17 +32,6 @@ from shared.schema import (
     MAX_TOKENS_PER_ROW,
     STEM_PATTERN,
 )
-
-__all__ = [
-    "PartRecord",
-    "json_bytes",
-    "kind_of",
-    "list_records",
-    "read_json",
-    "read_record",
-    "read_sealed",
-    "sealed_json",
-]
 
 _CHECKSUM = re.compile(rb'\n "checksum": "([0-9a-f]{32})"')
 """Within sealed JSON: at the first level of indentation, where no text of a value can stand."""

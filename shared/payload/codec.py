@@ -251,7 +251,6 @@ class Codec:
         return drawn
 
     def _draws_problem(self, drawn: Draws, head_counts: NDArray[np.int32]) -> str | None:
-        """Say what is wrong with one temperature's draws, if anything."""
         if not is_ascending(drawn.counts, drawn.ids):
             return "drawn token ids do not ascend within a position"
         totals = segment_sum(drawn.multiplicities, drawn.counts)
@@ -299,7 +298,6 @@ class Codec:
             raise ValueError(f"head and tail of a position must sum to 1 at temperature 1, got {worst:.4f}")
 
     def _check_ids(self, ids: NDArray[np.int32], kind: str) -> None:
-        """Refuse ids outside the vocabulary."""
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ValueError(f"a {kind} id lies outside [0, {self.vocab_size})")
 

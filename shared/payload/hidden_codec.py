@@ -129,7 +129,6 @@ class HiddenCodec:
         return vectors
 
     def _take_attention(self, reader: PlaneReader, num_positions: int) -> Attention:
-        """Read and check one attention layer."""
         counts = reader.take(num_positions, 2)
         if num_positions and int(counts.max()) > self.strongest:
             raise DamagedError(f"a query claims {int(counts.max())} keys where at most {self.strongest} are kept")
@@ -141,7 +140,6 @@ class HiddenCodec:
         return attention
 
     def _attention_problem(self, attention: Attention) -> str | None:
-        """Say what is wrong with one attention layer, if anything."""
         if (
             len(attention.counts)
             and not 0 <= int(attention.counts.min()) <= int(attention.counts.max()) <= self.strongest
@@ -172,7 +170,6 @@ def _shifted(values: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 
 def _vectors_problem(vectors: Vectors) -> str | None:
-    """Say what is wrong with vectors, if anything."""
     if not bool(((vectors.scales >= 0) & (vectors.scales <= _LARGEST_SCALE)).all()):
         return "the scale of a hidden state is negative, not finite, or makes states that are not"
     return "an integer of a hidden state is -128" if vectors.values.size and int(vectors.values.min()) < -127 else None

@@ -195,7 +195,6 @@ def _sentence(details: Any, context: dict[str, Any], place: Path, data: Any) -> 
 
 
 def _unknown_key(place: Path, data: Any) -> str:
-    """Say that a key is unknown, and which one was meant."""
     section = _section_at(place[:-1], data)
     key = str(place[-1])
     if section is None:
@@ -268,7 +267,6 @@ def _place(location: Sequence[str | int], data: Any) -> Path:
 
 
 def _shown(value: Any) -> str:
-    """Show a value in a sentence, shortened."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

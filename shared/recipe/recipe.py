@@ -158,7 +158,6 @@ class Recipe(Section):
 
 
 def _teachers_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield what is wrong with further teachers."""
     if recipe.teachers and recipe.teacher is None:
         yield ("teachers",), "there is no `teacher` beside them; write one of them there"
     if recipe.teachers and len(recipe.cache) > 1:
@@ -278,7 +277,6 @@ def _stage_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _rounds_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Yield what a recipe lacks for the rounds of its stages."""
     for i, stage in enumerate(recipe.stages):
         if stage.rounds is None:
             continue

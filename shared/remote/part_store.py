@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
@@ -32,7 +33,6 @@ BOUND_VARIABLE = "DECANT_STORE_GB"
 """Gigabytes (powers of ten) of fetched parts that this machine keeps."""
 DEFAULT_GB = 20.0
 _PARTIAL = re.compile(r"([0-9a-f]{32})\.([0-9]+)\.partial")
-_PIECE_BYTES = 2**20
 _WAIT_SECONDS = 0.01
 
 Read = Callable[[int, int], bytes]
@@ -148,7 +148,9 @@ def _is_here(path: Path, num_bytes: int, xxh3: str) -> bool:
     """Tell whether a part is here and whole, and note that it is in use; take a damaged one away."""
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == num_bytes and (path in _checked or _hash(file) == xxh3):
+            if os.fstat(file.fileno()).st_size == num_bytes and (
+                path in _checked or hashlib.file_digest(file, xxhash.xxh3_128).hexdigest() == xxh3
+            ):
                 _checked.add(path)
                 os.utime(path)
                 return True
@@ -161,15 +163,8 @@ def _is_here(path: Path, num_bytes: int, xxh3: str) -> bool:
     return False
 
 
-def _hash(file: BinaryIO) -> str:
-    digest = xxhash.xxh3_128()
-    while piece := file.read(_PIECE_BYTES):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
-def _claimed(partial: Path) -> Iterator[BinaryIO | None]:
+def _claimed(partial: Path) -> Iterator[BufferedRandom | None]:
     """Yield the partial file once no other process writes it; None where it went meanwhile."""
     try:
         with partial.open("a+b") as file:
@@ -186,14 +181,11 @@ def _unwritable(path: Path, error: OSError) -> CacheError:
     )
 
 
-def _fill(file: BinaryIO, where: str, num_bytes: int, xxh3: str, read: Read) -> None:
+def _fill(file: BufferedRandom, where: str, num_bytes: int, xxh3: str, read: Read) -> None:
     """Write what is missing of a part and compare the whole; what a killed writer left counts only if it fits."""
     for resumed in (True, False):
         file.seek(0)
-        digest = xxhash.xxh3_128()
-        if resumed:
-            while piece := file.read(_PIECE_BYTES):
-                digest.update(piece)
+        digest = hashlib.file_digest(file, xxhash.xxh3_128) if resumed else xxhash.xxh3_128()
         start = file.tell()
         if not resumed or start > num_bytes:
             file.truncate(0)

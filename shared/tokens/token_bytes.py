@@ -85,7 +85,6 @@ def read_vocabulary(tokenizer_json: bytes, where: str = "the tokenizer") -> Voca
 
 
 def _kinds(part: Any) -> Iterator[str]:
-    """Yield the types of a part of the pipeline and of what it consists of."""
     if isinstance(part, dict):
         yield str(part.get("type"))
         for name in ("normalizers", "pretokenizers", "decoders"):

@@ -111,7 +111,6 @@ class CacheList:
         return self.caches[which][place]
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return which cache holds a row, and where."""
         which = int(np.searchsorted(self._ends, index, side="right"))
         return which, index - (int(self._ends[which - 1]) if which else 0)
 
@@ -265,7 +264,6 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         return build_pack(rows, self.plan.limit, self.temperatures, caches.vocab_size, self.hidden, taught)
 
     def _prefetch(self) -> PartPrefetch:
-        """Return what fetches parts ahead in this process."""
         if self._ahead is None or self._ahead.pid != os.getpid():
             caches = self.caches
             self._ahead = PartPrefetch(

@@ -101,7 +101,6 @@ def _too_large(
     recomputes: bool,
     around: Around,
 ) -> TrainingError:
-    """Return the sentence for a stage that does not fit."""
     estimate = estimate_memory(shape, student, stage.trainer, around=around, recomputes=recomputes)
     terms = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(estimate.terms().items())[:3])
     needs = "more than fits" if least is None else f"{least / GIB:.1f} GiB"

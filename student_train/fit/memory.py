@@ -232,7 +232,6 @@ class _Step:
             self.update = largest * 4 * (2 if optimizer.updates_in_place else 3)
 
     def _hidden(self, around: Around) -> HiddenMemory | None:
-        """Return sizes of the losses on a hidden layer."""
         if around.hidden is None:
             return None
         narrow = 2 if self.width == 2 or self.autocast else 4
@@ -296,7 +295,6 @@ class _Step:
         return self.num_tokens * per_token + BYTES_PER_SCORE * scores
 
     def _hidden_gradients(self) -> int:
-        """Return bytes of gradients of losses on a hidden layer that wait for their layers."""
         return 0 if self.hidden is None else self.num_tokens * self.hidden.gradients
 
     def _attention_bytes(self) -> int:

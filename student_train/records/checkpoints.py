@@ -13,6 +13,7 @@ Cost: one fsync per file and one reading of the checkpoint, when it is written a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -200,11 +201,8 @@ def _read_marker(path: Path, step: int) -> Checkpoint:
 
 
 def _summed(path: Path) -> dict[str, Any]:
-    """Return size and checksum of a file."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
+        digest = hashlib.file_digest(file, xxhash.xxh3_128)
         return {"bytes": file.tell(), "xxh3_128": digest.hexdigest()}
 
 

@@ -71,7 +71,6 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """Return (step, line) of every whole line."""
     if not path.exists():
         return []
     found = []

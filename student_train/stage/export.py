@@ -131,7 +131,6 @@ def copy_tokenizer(tokenizer_dir: Path, model_dir: Path) -> None:
 
 
 def _write(target: Path, save: Any) -> None:
-    """Write a directory that is whole or absent."""
     partial = target.with_name(f".{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)

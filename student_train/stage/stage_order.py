@@ -99,7 +99,6 @@ def run_steps(recipe: Recipe, stage: Stage) -> RunSteps | None:
 
 
 def _num_steps(recipe: Recipe, stage: Stage) -> int:
-    """Return a stage's optimizer steps, from its arguments alone where they say so."""
     if stage.trainer.max_steps is not None:
         return stage.trainer.max_steps * (stage.rounds.count if stage.rounds else 1)
     caches = open_caches(recipe, stage)
@@ -110,7 +109,6 @@ def _num_steps(recipe: Recipe, stage: Stage) -> int:
 
 
 def _moves(stage: Stage) -> bool:
-    """Return whether a stage is planned in rounds."""
     return stage.sampling is not None or any(share.kind != "constant" for share in (stage.mixture or {}).values())
 
 

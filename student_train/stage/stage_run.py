@@ -147,7 +147,6 @@ def _tidy(work: StageWork) -> str | None:
 
 
 def _verdict(work: StageWork, step: int) -> Verdict:
-    """Return what the evaluations up to a step say."""
     settings = work.stage.evaluate
     return judge(evaluations_until(work.directory, step), settings.early_stopping if settings else None)
 
@@ -168,7 +167,6 @@ def _recomputes(work: StageWork) -> bool:
 
 
 def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
-    """Return a line on what will be trained."""
     plan = work.plan
     cut = sum(epoch.num_cut for epoch in plan.epochs)
     dropped = sum(epoch.num_dropped for epoch in plan.epochs)
@@ -371,7 +369,6 @@ def _callbacks(work: StageWork, done: int) -> list[Any]:
 
 
 def _write_health(work: StageWork, *, model_saved: bool, stopped: str | None) -> None:
-    """Write health.json from what is on disk."""
     steps = read_steps(work.directory / "metrics.jsonl")
     verdict = _verdict(work, work.plan.num_steps)
     health = health_of(

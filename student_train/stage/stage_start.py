@@ -59,7 +59,6 @@ def model_directory(stage: str, start: str) -> Path:
 
 
 def _of_run(stage: str, run: Path, wanted: str | None) -> Path:
-    """Return the model of a run's stage, or of its only one."""
     finished = sorted(config.parent.parent.name for config in run.glob("train/*/model/config.json"))
     chosen = [name for name in finished if wanted in (None, name)]
     if len(chosen) != 1:

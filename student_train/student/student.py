@@ -205,7 +205,6 @@ def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
 
 
 def _refuse_adapted_head(wrapped: Any, model: Any) -> None:
-    """Refuse an adapter on the head or the embeddings."""
     for role, layer in (("head", model.get_output_embeddings()), ("embeddings", model.get_input_embeddings())):
         adapted = any(name.startswith(("lora_", "modules_to_save")) for name, _ in layer.named_modules() if name)
         if adapted or hasattr(layer, "base_layer"):

@@ -296,7 +296,6 @@ class DistilTrainer(ShardedTrainer):
         return self.accelerator.reduce(tensor, reduction="sum") if self.args.world_size > 1 else tensor
 
     def _step_to_keep(self) -> int | None:
-        """Return the step whose checkpoint rotation leaves, or None."""
         keeps_best = self._evaluation is not None and self._evaluation.settings.keep_best
         return self._evaluation.verdict.best_step if self._evaluation is not None and keeps_best else None
 
@@ -319,7 +318,6 @@ class DistilTrainer(ShardedTrainer):
         return step
 
     def _divergence(self, loss: float, norm: float | None) -> str | None:
-        """Return why the training has diverged with this step, or None."""
         reason = None if norm is None else self._watch.see(norm)
         return reason if math.isfinite(loss) else f"the loss is {loss}"
 

@@ -90,7 +90,6 @@ class _Tracked:
 
 
 def _commit(write: Callable[[], object], waiting: _Waiting, figures: BuildSummary, reply: Reply) -> None:
-    """Write one unit and answer its caller."""
     started = time.monotonic()
     try:
         write()

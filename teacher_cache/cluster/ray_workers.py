@@ -26,7 +26,7 @@ from typing import Any
 
 from shared.errors import EngineError
 from shared.parts.jobs import Job
-from shared.parts.parts import PartRecord
+from shared.parts.records import PartRecord
 from shared.recipe.recipe import Recipe
 from shared.recipe.sections.teacher import Workers
 from teacher_cache.cluster.pace import Pace

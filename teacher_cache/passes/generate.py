@@ -125,7 +125,6 @@ class GenerateUnit:
         self._sequences.commit(software)
 
     def _make_row(self, index: int, answer: _Answer) -> None:
-        """Make the sequences row of one answer, or set it aside."""
         if answer.finish_reason not in FINISHED:
             reason = f"the engine ended the answer with {answer.finish_reason[:60]!r}, so it is no whole answer"
             self._sequences.set_aside(index, answer.row, reason)

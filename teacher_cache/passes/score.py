@@ -21,7 +21,8 @@ from shared.cache.writing.hidden_writer import HiddenWriter
 from shared.cache.writing.layer_writer import RowsWriter
 from shared.errors import EngineError
 from shared.keys import row_salt
-from shared.parts.parts import PartRecord, open_part
+from shared.parts.parts import open_part
+from shared.parts.records import PartRecord
 from shared.parts.sequences import SequenceRow
 from teacher_cache.engines.protocol import Captured, Scored, ScoreRequest
 from teacher_cache.passes.feeding import Desk, feed_units

@@ -19,21 +19,10 @@ from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.cache_source import read_cache
 from teacher_cache.prompts.files.prompt_files import HubDataset, locate
-from teacher_cache.prompts.files.prompt_readers import MAX_LINE_BYTES, read_file, read_hub
+from teacher_cache.prompts.files.prompt_readers import read_file, read_hub
 from teacher_cache.prompts.formats.prompt_columns import Columns
-from teacher_cache.prompts.formats.prompt_formats import Conversation, group_text, parse_row, prompt_turns
-from teacher_cache.prompts.problems import THRESHOLD, Problem, Problems
-
-__all__ = [
-    "MAX_LINE_BYTES",
-    "THRESHOLD",
-    "Conversation",
-    "Problem",
-    "Problems",
-    "group_text",
-    "prompt_turns",
-    "read_prompts",
-]
+from teacher_cache.prompts.formats.prompt_formats import Conversation, parse_row
+from teacher_cache.prompts.problems import Problems
 
 
 def read_prompts(sources: Sequence[PromptSource], problems: Problems) -> Iterator[Conversation]:

@@ -341,7 +341,8 @@ def test_verify_names_every_damaged_file(copy: Path) -> None:
 
 
 def test_verify_finds_targets_that_are_well_formed_but_of_other_content(copy: Path) -> None:
-    from shared.parts.parts import commit_part, list_records, open_part
+    from shared.parts.parts import commit_part, open_part
+    from shared.parts.records import list_records
 
     layer = copy / "targets" / f"top6-{TOP.hash8}"
     record = list_records(layer)[0]

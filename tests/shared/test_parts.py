@@ -15,7 +15,8 @@ from shared.cache.cache import Cache, Row, verify_cache
 from shared.errors import CacheError, DamagedError
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.part_stats import sequences_stats
-from shared.parts.parts import commit_part, list_records, open_part
+from shared.parts.parts import commit_part, open_part
+from shared.parts.records import list_records
 from shared.parts.sequences import rows_to_table
 from shared.schema import SEQUENCES
 from tests.shared.dense_targets import equal_targets

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.files.prompt_files import content_hash
+from teacher_cache.prompts.files.prompt_readers import MAX_LINE_BYTES
 from teacher_cache.prompts.formats.prompt_formats import group_text, parse_row, prompt_text
-from teacher_cache.prompts.prompts import MAX_LINE_BYTES, Problems, read_prompts
+from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.prompts import read_prompts
 
 TURNS = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
 

@@ -30,8 +30,9 @@ from shared.cache.layout import (
 )
 from shared.cache.tokenizer_files import read_tokenizer_file
 from shared.errors import CacheError, DamagedError, first_line
+from shared.parts.cache_files import read_json
 from shared.parts.mapped_part import MappedSequences, MappedTargets
-from shared.parts.records import PartRecord, json_bytes, read_json
+from shared.parts.records import PartRecord, json_bytes
 from shared.schema import SEQUENCES
 from tools.cache.parquet_columns import (
     EXPORT_FORMAT,

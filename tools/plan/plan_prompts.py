@@ -74,7 +74,8 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     Raises:
         PromptError: a source is missing, cannot be read or has no row, and the recipe states no size for it.
     """
-    from teacher_cache.prompts.prompts import Problems, read_prompts
+    from teacher_cache.prompts.problems import Problems
+    from teacher_cache.prompts.prompts import read_prompts
     from teacher_cache.prompts.work_list import Tally, list_rows
 
     problems, tally, result = Problems(), Tally(), PromptCount()
@@ -131,7 +132,8 @@ def require_prompts(recipe: Recipe, asking: Asking) -> None:
     Raises:
         PromptError: there are fewer, or a source is missing or cannot be read.
     """
-    from teacher_cache.prompts.prompts import Problems, read_prompts
+    from teacher_cache.prompts.problems import Problems
+    from teacher_cache.prompts.prompts import read_prompts
     from teacher_cache.prompts.work_list import Tally, list_rows
 
     if isinstance(asking.prompts, float):
@@ -324,7 +326,7 @@ def _templates(recipe: Recipe) -> tuple[Any, list[Any]]:
 
 def _estimate(conversation: Any, given: bool) -> tuple[int, int]:
     """Estimate tokens from characters."""
-    from teacher_cache.prompts.prompts import group_text
+    from teacher_cache.prompts.formats.prompt_formats import group_text
 
     prompt = group_text(conversation.messages, conversation.text)
     if conversation.text is not None:

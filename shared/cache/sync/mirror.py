@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
-from pydantic import BaseModel
 
 from shared.atomic import fill_atomic, make_dir, write_atomic
+from shared.cache.layout import parse_header
 from shared.cache.sync.cache_names import is_part, most_bytes, rank_of
 from shared.cache.sync.listing import read_listing
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import read_bounded, read_json
 from shared.parts.jobs import Job
-from shared.parts.records import checked_model, json_bytes, parse_sealed
+from shared.parts.records import json_bytes, parse_sealed
 from shared.places import origin_of
 from shared.remote.transfer import BLOCK_BYTES, LIST_FILE, PARALLEL, Remote, RemoteFile
 from shared.schema import MAX_JSON_BYTES
@@ -139,20 +139,9 @@ def with_checksums(remote: Remote, listed: Mapping[str, RemoteFile]) -> dict[str
     if "cache.json" not in listed:
         return dict(listed)
     where = f"{remote.url}/cache.json"
-    document = parse_sealed(read_small(remote, "cache.json", listed["cache.json"]), where)
-    checked_model(_TokenizerFiles, document, where)
-    of_tokenizer = {f"tokenizer/{name}": entry["xxh3"] for name, entry in document["tokenizer_files"].items()}
+    header = parse_header(read_small(remote, "cache.json", listed["cache.json"]), where)
+    of_tokenizer = {f"tokenizer/{name}": entry["xxh3"] for name, entry in header.tokenizer_files.items()}
     return {name: file._replace(xxh3=of_tokenizer.get(name, "")) for name, file in listed.items()}
-
-
-class _TokenizerFile(BaseModel):
-    xxh3: str
-
-
-class _TokenizerFiles(BaseModel):
-    """What cache.json says of the tokenizer's files; the rest is read once it is here."""
-
-    tokenizer_files: dict[str, _TokenizerFile]
 
 
 def _copy_plan(remote: Remote, name: str, listed: RemoteFile, file: BinaryIO) -> None:

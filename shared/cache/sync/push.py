@@ -160,7 +160,6 @@ def _is_same(remote: Remote, name: str, data: bytes) -> bool:
 
 
 def _sizes(path: Path, items: Sequence[_Item]) -> dict[str, int]:
-    """Return the size of each file, parts included."""
     sizes = {item.name: (path / item.name).stat().st_size for item in items}
     parts = {f"{name.removesuffix('.json')}.arrow": record.bytes for name, record in items if record is not None}
     return sizes | parts

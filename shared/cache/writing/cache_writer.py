@@ -21,9 +21,10 @@ from shared.cache.layout import Layer, read_header, sequences_dir, tokenizer_pat
 from shared.cache.writing.layer_writer import RowsWriter, new_or_known_layer
 from shared.errors import DamagedError, IdentityError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
+from shared.parts.cache_files import hash_file
 from shared.parts.mapped_part import MappedSequences
 from shared.parts.part_stats import sequences_stats, targets_stats
-from shared.parts.parts import commit_part, hash_file
+from shared.parts.parts import commit_part
 from shared.parts.records import PartRecord, list_records, sealed_json
 from shared.parts.sequences import SequenceRow, row_problem, rows_to_table
 from shared.payload.targets import SparseTargets

@@ -205,7 +205,6 @@ def _existing(folders: Iterable[Path], stems: frozenset[str], ending: str) -> li
 
 
 def _remove(files: list[Path]) -> int:
-    """Remove files and make that durable, folder by folder."""
     for file in files:
         failpoint("drop.before_unlink")
         file.unlink(missing_ok=True)

@@ -22,11 +22,11 @@ from shared.atomic import fill_exclusive, fsync_dir, write_atomic
 from shared.cache.layout import Layer
 from shared.cache.writing.cache_writer import targets_table
 from shared.errors import CacheError, DamagedError
-from shared.parts.cache_files import open_regular
+from shared.parts.cache_files import hash_file, open_regular, read_json
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.part_stats import sequences_stats, targets_stats
-from shared.parts.parts import check_file, commit_part, hash_file
-from shared.parts.records import PartRecord, kind_of, read_json, read_record, sealed_json
+from shared.parts.parts import check_file, commit_part
+from shared.parts.records import PartRecord, kind_of, read_record, sealed_json
 from shared.parts.sequences import SequenceRow, rows_to_table
 
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)

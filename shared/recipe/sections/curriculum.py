@@ -94,6 +94,3 @@ class Balance(Kind):
     def _problems(self) -> list[Problem]:
         foreign = {"fixed": ("every_steps", "alpha", "learning_rate"), "uncertainty": ("every_steps", "alpha")}
         return unused(self, foreign.get(self.kind, ()), f"'{self.kind}' does not use it, so leave it out")
-
-
-__all__ = ["Balance", "EarlyStopping", "Sampling", "StageEvaluation"]

@@ -75,6 +75,3 @@ class HiddenCapture(Section):
                 yield (name,), "a layer is listed twice; list each once"
         if self.attention is not None and self.attention.layers == ():
             yield ("attention", "layers"), "no layer is named; name some, or leave attention out"
-
-
-__all__ = ["AttentionCapture", "HiddenCapture", "StateLayer"]

@@ -262,7 +262,6 @@ Loss = Annotated[
 
 
 def _map_problems(layer_map: Mapping[str, StudentLayer] | None, *, has_final: bool) -> Iterator[Problem]:
-    """Say which entries of a map of layers mean nothing."""
     expected = "a number from 1, or 'final'" if has_final else "a number from 1"
     for teacher, student in (layer_map or {}).items():
         if not (teacher.isdecimal() and int(teacher) > 0) and not (has_final and teacher == "final"):

@@ -87,7 +87,6 @@ def _without_label(source: PromptSource) -> Iterator[Problem]:
 
 
 def _without_template(source: PromptSource) -> Iterator[Problem]:
-    """Yield what plain text leaves without effect."""
     if not source.of_text and source.template != "none":
         return
     plain = "'text' rows" if source.of_text else "rows with template 'none'"
@@ -109,6 +108,3 @@ def _unread_columns(source: PromptSource) -> Iterator[Problem]:
             yield ("columns", name), reads
         if columns.count(column) > 1:
             yield ("columns", name), f"the column {column!r} is given twice; name each once"
-
-
-__all__ = ["ALIASES", "COLUMNS", "PromptSource"]

@@ -273,7 +273,6 @@ class Stage(Section):
         return any(schedule.over == "run" for schedule in (*moving, *(self.mixture or {}).values()))
 
     def _rounds_problems(self) -> Iterator[Problem]:
-        """Yield what rounds of own answers cannot honour."""
         if self.trainer.max_steps is None:
             yield ("trainer", "max_steps"), "a stage with rounds needs it: the optimizer steps of each round"
         if self.sampling is not None:
@@ -294,7 +293,6 @@ class Stage(Section):
             yield ("rounds",), "no loss of the stage asks the teacher about the student's answers; add forward_kl"
 
     def _teacher_problems(self) -> Iterable[Problem]:
-        """Return what is wrong with several teachers."""
         if not isinstance(self.targets, tuple):
             return []
         if all(loss.name in ("cross_entropy", *LOSSES_ON_HIDDEN_LAYER) for loss in self.losses):
@@ -302,7 +300,6 @@ class Stage(Section):
         return target_problems(self.targets)
 
     def _mixture_problems(self) -> Iterator[Problem]:
-        """Yield what is wrong with shares and what moves them."""
         mixture = self.mixture or {}
         for name, share in mixture.items():
             if max(share.extremes()) == 0:
@@ -328,6 +325,3 @@ class Stage(Section):
 def recomputation(student: Student, trainer: StageTrainer) -> Literal["auto"] | bool:
     """Return whether a stage recomputes activations: what the stage says, or else what the student's section says."""
     return student.gradient_checkpointing if trainer.gradient_checkpointing is None else trainer.gradient_checkpointing
-
-
-__all__ = ["RESERVED_STAGE_NAMES", "Adapter", "Stage", "StageTrainer", "Student", "recomputation"]

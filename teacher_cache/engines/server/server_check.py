@@ -222,7 +222,6 @@ def _post_probe(server: Server, body: bytes, max_bytes: int) -> Answer:
 
 
 def _document(server: Server, answer: Answer) -> dict[str, Any]:
-    """Return the JSON object of a good answer."""
     if answer.status in (401, 403):
         raise EngineError(
             f"{server.name}: refuses access (status {answer.status}); set DECANT_SERVER_API_KEY to its API key"

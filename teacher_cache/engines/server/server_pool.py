@@ -210,7 +210,6 @@ class ServerPool:
         self._try(due)
 
     def _try(self, state: _State) -> None:
-        """Check one server, which this thread marked."""
         try:
             self._check(state.server)
         except ServerDownError as error:

@@ -100,7 +100,6 @@ class HiddenEngine:
             yield from captured
 
     def _capture(self, batch: Sequence[ScoreRequest]) -> list[Captured]:
-        """Run one batch, padded on the right."""
         if self._model is None:
             raise EngineError("the engine is closed; open another")
         tokens, mask = padded([request.token_ids for request in batch])

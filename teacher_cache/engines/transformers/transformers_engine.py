@@ -228,7 +228,6 @@ def _keeps_rows_apart(cache: Any) -> bool:
 
 
 def _reason(answer: list[int], end_ids: set[int], limit: int, ends: AnswerEnds) -> str | None:
-    """Return why an answer ends here, or None."""
     if answer[-1] in end_ids or (ends.texts and ends.cut(answer) is not None):
         return "stop"
     return "length" if len(answer) >= limit else None

@@ -79,7 +79,6 @@ def scoring_parameters(num_logprobs: int) -> Any:
 
 
 def _score(llm: Any, probe: list[int], num_logprobs: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return ids and natural logs of the probe's rows."""
     return _score_together(llm, [probe], num_logprobs)[0]
 
 

@@ -358,7 +358,6 @@ def trained_answers(messages: list[Message], place: str) -> list[int]:
 
 
 def _turn(turns: list[Message]) -> str:
-    """Return which turn the last is, as a row's reader counts."""
     return f"turn {sum(turn['role'] != 'tools' for turn in turns)}"
 
 

@@ -27,7 +27,8 @@ from shared.atomic import make_dir, write_atomic
 from shared.cache.cache import Cache, Row
 from shared.errors import UsageError
 from shared.identity.identity import LayerIdentity
-from shared.parts.records import json_bytes, read_json
+from shared.parts.cache_files import read_json
+from shared.parts.records import json_bytes
 from tools.cache.foreign.bit_packing import pack
 from tools.cache.foreign.distillkit import SETTINGS_FILE, Compression, index_bits
 from tools.cache.parquet_columns import flat, nested

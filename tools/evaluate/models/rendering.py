@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.cache.rendering import rendered_sources
 from shared.recipe.recipe import PromptSource, Recipe, Task
-from teacher_cache.prompts.prompts import Conversation
+from teacher_cache.prompts.formats.prompt_formats import Conversation
 from teacher_cache.prompts.templates.spans import Template
 from tools.evaluate.tasks.questions import Question
 
