@@ -289,12 +289,12 @@ class Cache:
     @property
     def hidden_layer(self) -> HiddenIdentity | None:
         """Identity of the hidden layer; None where the cache was opened without one."""
-        return self._hidden.identity if self._hidden else None
+        return self._hidden.layer.identity if self._hidden else None
 
     @property
     def hidden_name(self) -> str | None:
         """NAME-HASH8 of the hidden layer."""
-        return self._hidden.name if self._hidden else None
+        return self._hidden.layer.full_name if self._hidden else None
 
     @property
     def layer_provenance(self) -> dict[str, Any]:
@@ -314,9 +314,9 @@ class Cache:
         for record in (*self._records, *self._target_records):
             digest.update(f"{record.stem} {record.xxh3}\n".encode())
         if self._hidden is not None:
-            digest.update(self._hidden.identity.hash8.encode())
-            for stem, xxh3 in self._hidden.describe().items():
-                digest.update(f"{stem} {xxh3}\n".encode())
+            digest.update(self._hidden.layer.identity.hash8.encode())
+            for record in self._hidden.records:
+                digest.update(f"{record.stem} {record.xxh3}\n".encode())
         return digest.hexdigest()
 
     @property

@@ -15,62 +15,15 @@ Cost: one pass over a handful of fields.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import field, fields
+from dataclasses import field
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
-
-from shared.errors import DamagedError
-from shared.keys import canonical_json
+from pydantic import BaseModel
 
 
 def grown(default: Any) -> Any:
     """Return a dataclass field that older files lack; left at `default` it is neither written nor hashed."""
     return field(default=default, metadata={"grown": True})
-
-
-def identity_document(identity: Any) -> dict[str, Any]:
-    """Return an identity as JSON values, without grown fields at their default.
-
-    A layer of mode top whose grown `draw_key` is still "context" gives the document, and the hash, that it had before
-    the field.
-    """
-    values = {f.name: (getattr(identity, f.name), f) for f in fields(identity)}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, (value, f) in values.items()
-        if not (f.metadata.get("grown") and value == f.default)
-    }
-
-
-def read_identity(kind: type[Any], document: Mapping[str, Any], where: str) -> Any:
-    """Rebuild an identity; a field that is missing means its default, one that is unknown is refused unless it is null.
-
-    Args:
-        kind: the identity's dataclass, whose pydantic configuration is strict.
-        document: JSON values.
-        where: names the file in errors.
-
-    Raises:
-        DamagedError: a field is missing without a default, unknown, of another type or out of range.
-    """
-    known = {f.name for f in fields(kind)}
-    said = {name: value for name, value in document.items() if name in known or value is not None}
-    try:
-        return TypeAdapter(kind).validate_json(canonical_json(said), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] in ("missing", "unexpected_keyword_argument"):
-            raise DamagedError(
-                f"{where} has missing or unknown fields ({name}); it was altered or written by a later version, "
-                "which reads it"
-            ) from None
-        raise DamagedError(
-            f"{where} says {name}: {str(first['input'])[:80]!r}, which does not fit: {first['msg']}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{where} is no identity ({str(error)[:80]}); it was altered after it was written") from None
 
 
 def unmoved(section: BaseModel, always: Collection[str]) -> set[str]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import xxhash
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import DamagedError
-from shared.identity.grown import grown, identity_document, read_identity
+from shared.identity.grown import grown
 from shared.identity.weights_hash import tokenizer_hash, weights_hash
 from shared.keys import canonical_json
 from shared.payload.codec import CODEC_NAME, Codec
@@ -46,18 +46,45 @@ class Identity:
         return xxhash.xxh3_128_hexdigest(canonical_json(document))[:8]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return identity_document(self)
+        """Return plain JSON values, without grown fields at their default.
+
+        A layer of mode top whose grown `draw_key` is still "context" gives the document, and the hash, that it had
+        before the field.
+        """
+        values = {f.name: (getattr(self, f.name), f) for f in fields(self)}  # type: ignore[arg-type]
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, (value, f) in values.items()
+            if not (f.metadata.get("grown") and value == f.default)
+        }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: str) -> Self:
-        """Rebuild an identity; `where` names its file in errors.
+        """Rebuild an identity; a field that is missing means its default, one that is unknown is refused unless it is
+        null; `where` names its file in errors.
 
         Raises:
-            DamagedError: a field is missing, unknown, of another type or out of range.
+            DamagedError: a field is missing without a default, unknown, of another type or out of range.
         """
-        found: Self = read_identity(cls, document, where)
-        return found
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        said = {name: value for name, value in document.items() if name in known or value is not None}
+        try:
+            return TypeAdapter(cls).validate_json(canonical_json(said), strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = ".".join(str(part) for part in first["loc"])
+            if first["type"] in ("missing", "unexpected_keyword_argument"):
+                raise DamagedError(
+                    f"{where} has missing or unknown fields ({name}); it was altered or written by a later version, "
+                    "which reads it"
+                ) from None
+            raise DamagedError(
+                f"{where} says {name}: {str(first['input'])[:80]!r}, which does not fit: {first['msg']}"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(
+                f"{where} is no identity ({str(error)[:80]}); it was altered after it was written"
+            ) from None
 
 
 def layer_short_name(captured: Any) -> str:

@@ -6,13 +6,12 @@ a reader.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.cache.layout import HiddenLayer, choose_layer, list_hidden_layers
 from shared.errors import CacheError, DamagedError
-from shared.identity.hidden_identity import HiddenIdentity
 from shared.parts.mapped_part import MappedBlobs
 from shared.parts.open_parts import OpenParts
 from shared.parts.parts import check_file
@@ -74,16 +73,6 @@ class HiddenReader:
             )
         return cls(layer, sequences, verify)
 
-    @property
-    def name(self) -> str:
-        """NAME-HASH8 of the layer."""
-        return self.layer.full_name
-
-    @property
-    def identity(self) -> HiddenIdentity:
-        """What the layer is."""
-        return self.layer.identity
-
     def read(self, number: int, local: int, row: SequenceRow) -> HiddenStates:
         """Return the hidden states of row `local` of part `number`, whose sequence is `row`.
 
@@ -104,10 +93,6 @@ class HiddenReader:
             "hidden_bytes": num_bytes,
             "hidden_bytes_per_position": num_bytes / max(sum(record.positions for record in self.records), 1),
         }
-
-    def describe(self) -> Mapping[str, str]:
-        """Return what a cache's id covers of the layer: its hash and each part's checksum."""
-        return {record.stem: record.xxh3 for record in self.records}
 
     def _open(self, number: int) -> MappedBlobs:
         return MappedBlobs(self.layer.directory, self.records[number], verify=False)
