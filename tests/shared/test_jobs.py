@@ -111,9 +111,7 @@ def test_the_row_of_the_lower_job_is_the_one_shown(tmp_path: Path) -> None:
 def test_one_build_after_another_reads_no_row_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path / "cache", 0, 5)
     build(tmp_path / "cache", 0, 12)
-    monkeypatch.setattr(
-        "shared.cache.reading.visible_rows.committed_keys", lambda *_: pytest.fail("row_keys were read")
-    )
+    monkeypatch.setattr("shared.parts.repeated_rows.key_column", lambda *_: pytest.fail("row_keys were read"))
     assert len(Cache.open(tmp_path / "cache")) == 11
 
 
