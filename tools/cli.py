@@ -29,7 +29,7 @@ from shared.places import with_urls
 from shared.printable import printable
 from tools.cli_cache_parser import CACHE_COMMANDS
 from tools.cli_parser import build_parser
-from tools.cli_values import EXIT_USAGE
+from tools.cli_values import EXIT_USAGE, Answer
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 DEFERRED_SECONDS = 0.05
@@ -48,7 +48,7 @@ _STARTERS = (("teacher", "teacher"), ("student", "student"), ("prompts", "prompt
 """What a starter names where the command line does not."""
 
 
-def _init(args: argparse.Namespace) -> int:
+def _init(args: argparse.Namespace) -> Answer:
     import shlex
 
     if args.cache is not None:
@@ -61,17 +61,15 @@ def _init(args: argparse.Namespace) -> int:
         from tools.init_from_cache import init_from_cache
 
         path = init_from_cache(args.name, args.cache, args.student, args.output)
-        _result(args, {"recipe": str(path)}, f"wrote {path}; next: decant run {shlex.quote(str(path))}")
-        return 0
+        return {"recipe": str(path)}, f"wrote {path}; next: decant run {shlex.quote(str(path))}"
     from tools.init_recipe import init_recipe
 
     teacher, student, prompts = (getattr(args, name) or f"path/to/{file}" for name, file in _STARTERS)
     path = init_recipe(args.name, teacher, student, prompts, args.output)
-    _result(args, {"recipe": str(path)}, f"wrote {path}; next: decant plan {shlex.quote(str(path))}")
-    return 0
+    return {"recipe": str(path)}, f"wrote {path}; next: decant plan {shlex.quote(str(path))}"
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace) -> Answer:
     from tools.plan.planner import plan, plan_text, require_disk
     from tools.rounds.chain import with_rounds
     from tools.run_all import phases_of
@@ -85,35 +83,25 @@ def _plan(args: argparse.Namespace) -> int:
     if args.calibrate is not None:
         from tools.phases import plan_calibrated
 
-        with _stdout_kept(args):
-            calibrated = plan_calibrated(recipe, args.calibrate, args.price_per_hour)
-        _result(args, *calibrated)
-        return 0
+        return plan_calibrated(recipe, args.calibrate, args.price_per_hour)
     if args.card is None:
         result = plan(recipe)
         require_disk(recipe, result)
-        _result(args, result, plan_text(result))
-        return 0
+        return result, plan_text(result)
     from tools.plan.plan_card import card_text, plan_card, read_cards
 
-    cards = read_cards(args.card)
-    with _stdout_kept(args):
-        fit = plan_card(recipe, cards)
-    _result(args, fit, card_text(fit))
-    return 0
+    fit = plan_card(recipe, read_cards(args.card))
+    return fit, card_text(fit)
 
 
-def _teach(args: argparse.Namespace) -> int:
+def _teach(args: argparse.Namespace) -> Answer:
     from tools.phases import teach
 
-    with _stdout_kept(args):
-        recipe = _load(args, lambda *_: ("teach",), save=True)
-        result = teach(recipe, args.partition, args.max_set_aside, args.layer)
-    _result(args, *result)
-    return 0
+    recipe = _load(args, lambda *_: ("teach",), save=True)
+    return teach(recipe, args.partition, args.max_set_aside, args.layer)
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace) -> Answer:
     from tools.own_phase import recipe_words
     from tools.phases import require_stages, train
     from tools.rounds.chain import with_rounds
@@ -122,48 +110,38 @@ def _train(args: argparse.Namespace) -> int:
         require_stages(recipe, args.from_stage, args.to_stage)
         return with_rounds(recipe, ("train",))
 
-    with _stdout_kept(args):
-        result = train(_load(args, phases, save=True), args.from_stage, args.to_stage, recipe_words(args))
-    _result(args, *result)
-    return 0
+    return train(_load(args, phases, save=True), args.from_stage, args.to_stage, recipe_words(args))
 
 
-def _rounds(args: argparse.Namespace) -> int:
+def _rounds(args: argparse.Namespace) -> Answer:
     from tools.own_phase import recipe_words
     from tools.phases import rounds
     from tools.rounds.chain import STEPS
 
-    with _stdout_kept(args):
-        recipe = _load(args, lambda *_: (args.only,) if args.only else STEPS, save=True)
-        result = rounds(recipe, args.stage, args.only, args.round, recipe_words(args))
-    _result(args, *result)
-    return 0
+    recipe = _load(args, lambda *_: (args.only,) if args.only else STEPS, save=True)
+    return rounds(recipe, args.stage, args.only, args.round, recipe_words(args))
 
 
-def _eval(args: argparse.Namespace) -> int:
+def _eval(args: argparse.Namespace) -> Answer:
     from tools.phases import evaluate
 
-    with _stdout_kept(args):
-        result = evaluate(_load(args, lambda *_: ("eval",), save=True), args.allow_unsafe_code, args.lm_eval)
-    _result(args, *result)
-    return 0
+    return evaluate(_load(args, lambda *_: ("eval",), save=True), args.allow_unsafe_code, args.lm_eval)
 
 
 def _run(args: argparse.Namespace) -> int:
     from tools.rounds.chain import with_rounds
     from tools.run_all import phases_of, run_all
 
-    run_all(_load(args, lambda args, recipe: with_rounds(recipe, phases_of(recipe, args)), save=True), args)
+    with _stdout_kept(args):
+        recipe = _load(args, lambda args, recipe: with_rounds(recipe, phases_of(recipe, args)), save=True)
+    run_all(recipe, args)
     return 0
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace) -> Answer:
     from tools.phases import report
 
-    with _stdout_kept(args):
-        result = report(args.runs, args.output)
-    _result(args, *result)
-    return 0
+    return report(args.runs, args.output)
 
 
 def _schema(args: argparse.Namespace) -> int:
@@ -173,21 +151,19 @@ def _schema(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> Answer:
     from tools.export.export_run import export_run
 
-    with _stdout_kept(args):
-        result, text = export_run(args.run, args.stage, args.output, keep_adapter=args.keep_adapter, dtype=args.dtype)
-        if args.push is not None:
-            from shared.remote.hub import push_model
+    result, text = export_run(args.run, args.stage, args.output, keep_adapter=args.keep_adapter, dtype=args.dtype)
+    if args.push is not None:
+        from shared.remote.hub import push_model
 
-            result["pushed"] = push_model(Path(result["model"]), args.push)
-            text += f"\n  pushed to:   {result['pushed']}"
-    _result(args, result, text)
-    return 0
+        result["pushed"] = push_model(Path(result["model"]), args.push)
+        text += f"\n  pushed to:   {result['pushed']}"
+    return result, text
 
 
-def _cache(args: argparse.Namespace) -> int:
+def _cache(args: argparse.Namespace) -> Answer:
     if args.cache_command is None:
         *names, last = CACHE_COMMANDS.names
         args.parser.error(f"name what to do with the cache: {', '.join(names)} or {last}")
@@ -196,27 +172,39 @@ def _cache(args: argparse.Namespace) -> int:
     return run_cache_command(args)
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def _doctor(args: argparse.Namespace) -> Answer:
     from tools.doctor.doctor import examine, text
 
     checks = examine()
-    _result(args, [check._asdict() for check in checks], text(checks))
-    return EXIT_FAILED if any(check.required and not check.passed for check in checks) else 0
+    failed = any(check.required and not check.passed for check in checks)
+    return [check._asdict() for check in checks], text(checks), EXIT_FAILED if failed else 0
+
+
+def _answered(command: Callable[[argparse.Namespace], Answer]) -> Callable[[argparse.Namespace], int]:
+    """Return a command that prints its answer, whatever libraries print before."""
+
+    def run(args: argparse.Namespace) -> int:
+        with _stdout_kept(args):
+            document, text, *code = command(args)
+        print(with_urls(json.dumps(document, indent=2, default=str) if args.json else printable(text)), flush=True)
+        return code[0] if code else 0
+
+    return run
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "init": _init,
-    "plan": _plan,
-    "teach": _teach,
-    "train": _train,
-    "rounds": _rounds,
-    "eval": _eval,
+    "init": _answered(_init),
+    "plan": _answered(_plan),
+    "teach": _answered(_teach),
+    "train": _answered(_train),
+    "rounds": _answered(_rounds),
+    "eval": _answered(_eval),
     "run": _run,
-    "report": _report,
+    "report": _answered(_report),
     "schema": _schema,
-    "export": _export,
-    "cache": _cache,
-    "doctor": _doctor,
+    "export": _answered(_export),
+    "cache": _answered(_cache),
+    "doctor": _answered(_doctor),
 }
 
 
@@ -232,8 +220,7 @@ def _load(args: argparse.Namespace, phases: PhasesOf | None = None, *, save: boo
     if phases is not None and not args.checked:
         from tools.plan.preflight.checks import preflight
 
-        with _stdout_kept(args):
-            preflight(recipe, where, phases(args, recipe), plans_only=not save)
+        preflight(recipe, where, phases(args, recipe), plans_only=not save)
     args.run_dir = recipe.output_dir
     if save:
         from shared.atomic import write_atomic
@@ -241,10 +228,6 @@ def _load(args: argparse.Namespace, phases: PhasesOf | None = None, *, save: boo
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
         write_atomic(recipe.output_dir / "recipe.yaml", dump_recipe(recipe).encode(), "recipe")
     return recipe
-
-
-def _result(args: argparse.Namespace, result: Any, text: str) -> None:
-    print(with_urls(json.dumps(result, indent=2, default=str) if args.json else printable(text)), flush=True)
 
 
 @contextlib.contextmanager

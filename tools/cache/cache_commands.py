@@ -7,7 +7,6 @@ Nothing here loads a model or a framework; `ls` and `stats` read commit records 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -27,15 +26,16 @@ from shared.places import named, with_urls
 from shared.printable import printable
 from shared.progress import Progress
 from tools.cache.cache_show import row_document, row_text
+from tools.cli_values import Answer
 
 
-def run_cache_command(args: argparse.Namespace) -> int:
-    """Run one of the commands and return its exit code.
+def run_cache_command(args: argparse.Namespace) -> Answer:
+    """Run one of the commands.
 
     Raises:
         CacheError: the path is no cache, or what was asked for is not in it.
     """
-    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+    commands: dict[str, Callable[[argparse.Namespace], Answer]] = {
         "ls": _ls,
         "show": _show,
         "stats": _stats,
@@ -55,10 +55,6 @@ def run_cache_command(args: argparse.Namespace) -> int:
         if path is not None:
             bring_if_remote(path)
     return commands[args.cache_command](args)
-
-
-def _print(args: argparse.Namespace, document: Any, text: str) -> None:
-    print(with_urls(json.dumps(document, indent=2) if args.json else printable(text)))
 
 
 def listing(path: Path) -> dict[str, Any]:
@@ -115,10 +111,9 @@ def _layer_listing(layer: Layer | HiddenLayer, stems: set[str]) -> dict[str, Any
     }
 
 
-def _ls(args: argparse.Namespace) -> int:
+def _ls(args: argparse.Namespace) -> Answer:
     found = listing(args.cache)
-    _print(args, found, "\n".join(_listing_lines(found)))
-    return 0
+    return found, "\n".join(_listing_lines(found))
 
 
 def _listing_lines(found: Mapping[str, Any]) -> list[str]:
@@ -184,20 +179,18 @@ def _hidden_text(identity: Mapping[str, Any]) -> str:
     return ", ".join([*parts, f"weights {identity['weights_hash'][:8]}"])
 
 
-def _show(args: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace) -> Answer:
     if (args.row, args.top, args.targets) == (None, None, None):
         from tools.cache.cache_page import page_document, page_lines
 
         document = page_document(listing(args.cache), args.cache)
-        _print(args, document, "\n".join([*_listing_lines(document), *page_lines(document)]))
-        return 0
+        return document, "\n".join([*_listing_lines(document), *page_lines(document)])
     cache = Cache.open(args.cache, args.targets, allow_partial=True)
     document = row_document(cache, args.row or 0, 5 if args.top is None else args.top)
-    _print(args, document, row_text(document))
-    return 0
+    return document, row_text(document)
 
 
-def _stats(args: argparse.Namespace) -> int:
+def _stats(args: argparse.Namespace) -> Answer:
     cache = Cache.open(args.cache, args.targets, allow_partial=True)
     stats = {"layer": cache.layer_name, **cache.stats(), "hidden": _hidden_sizes(args.cache)}
     lines = [f"{args.cache}, layer {cache.layer_name}" if cache.layer_name else f"{args.cache}, no targets layer"]
@@ -232,8 +225,7 @@ def _stats(args: argparse.Namespace) -> int:
             "  entries kept, at least:",
             *_bars(stats["support_histogram"], lambda i: f"{0 if i == 0 else 2 ** (i - 1):5d}"),
         ]
-    _print(args, stats, "\n".join(lines))
-    return 0
+    return stats, "\n".join(lines)
 
 
 def _hidden_sizes(path: Path) -> dict[str, dict[str, float]]:
@@ -258,7 +250,7 @@ def _bars(counts: list[int], label: Callable[[int], str]) -> list[str]:
     ]
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _verify(args: argparse.Namespace) -> Answer:
     problems = []
     if not (args.cache / "cache.json").exists():
         read_header(args.cache)
@@ -266,35 +258,31 @@ def _verify(args: argparse.Namespace) -> int:
         problems.append(problem)
         if not args.json:
             print(printable(problem), flush=True)
-    silent = {} if problems else parts_without_layer(args.cache)
-    if args.json:
-        print(json.dumps({"problems": problems, "parts_without_layer": silent}, indent=2))
-    elif problems:
+    if problems:
         many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        print(f"{many}; damaged parts are rebuilt by `decant teach` once they and their records are deleted")
-    else:
-        found = listing(args.cache)
-        layers = len(found["layers"]) + len(found["hidden"])
-        print(f"{named(args.cache)}: {found['rows']:,} rows and {layers} layers are as they were committed")
-        for name, count in silent.items():
-            print(
-                f"{count:,} parts of {name} do not say which layer they are of: an earlier version of Decant wrote them"
-            )
-    return 1 if problems else 0
+        said = f"{many}; damaged parts are rebuilt by `decant teach` once they and their records are deleted"
+        return {"problems": problems, "parts_without_layer": {}}, said, 1
+    found, silent = listing(args.cache), parts_without_layer(args.cache)
+    layers = len(found["layers"]) + len(found["hidden"])
+    lines = [f"{named(args.cache)}: {found['rows']:,} rows and {layers} layers are as they were committed"]
+    lines += [
+        f"{count:,} parts of {name} do not say which layer they are of: an earlier version of Decant wrote them"
+        for name, count in silent.items()
+    ]
+    return {"problems": [], "parts_without_layer": silent}, "\n".join(lines)
 
 
-def _gc(args: argparse.Namespace) -> int:
+def _gc(args: argparse.Namespace) -> Answer:
     sizes = {path: path.lstat().st_size for path in collect_garbage(args.cache, dry_run=True)}
     removed = [] if args.dry_run else collect_garbage(args.cache, dry_run=False)
     chosen = list(sizes) if args.dry_run else removed
     total = sum(sizes.get(path, 0) for path in chosen)
     verb = "would be removed" if args.dry_run else "removed"
     lines = [*map(str, chosen), f"{len(chosen)} files, {size(total)} {verb}"]
-    _print(args, {"files": [str(path) for path in chosen], "bytes": total, "dry_run": args.dry_run}, "\n".join(lines))
-    return 0
+    return {"files": [str(path) for path in chosen], "bytes": total, "dry_run": args.dry_run}, "\n".join(lines)
 
 
-def _drop(args: argparse.Namespace) -> int:
+def _drop(args: argparse.Namespace) -> Answer:
     if args.job is not None:
         drop, what = drop_job(args.cache, args.job), f"job {args.job}"
     elif args.source is not None:
@@ -309,8 +297,7 @@ def _drop(args: argparse.Namespace) -> int:
     lines.append(f"{args.cache}: {what}: {count:,} files of {len(drop.stems):,} parts of rows, {size(total)} {verb}")
     lines += [f"the plan of job {job} still lists these rows: its recipe would build them again" for job in drop.jobs]
     found = {"files": list(map(str, files)), "bytes": total, "parts": sorted(drop.stems), "removed": args.yes}
-    _print(args, {**found, "jobs_that_list_them": list(drop.jobs)}, "\n".join(lines))
-    return 0
+    return {**found, "jobs_that_list_them": list(drop.jobs)}, "\n".join(lines)
 
 
 def _rows(*caches: Path) -> int:
@@ -318,26 +305,24 @@ def _rows(*caches: Path) -> int:
     return sum(record.rows for path in caches for record in list_records(sequences_dir(path)))
 
 
-def _merge(args: argparse.Namespace) -> int:
+def _merge(args: argparse.Namespace) -> Answer:
     from tools.cache.cache_merge import merge_caches, merge_text
 
     with Progress("merge", _rows(*args.caches)) as progress:
         result = merge_caches(args.out, args.caches, args.targets, args.copy, progress.advance)
-    _print(args, result, merge_text(result))
-    return 0
+    return result, merge_text(result)
 
 
-def _subset(args: argparse.Namespace) -> int:
+def _subset(args: argparse.Namespace) -> Answer:
     from tools.cache.cache_subset import Choice, subset_cache, subset_text
 
     choice = Choice(tuple(args.source), args.query, args.share, args.count, args.seed)
     with Progress("subset", _rows(args.cache)) as progress:
         result = subset_cache(args.cache, args.out, choice, args.targets, args.copy, progress.advance)
-    _print(args, result, subset_text(result))
-    return 0
+    return result, subset_text(result)
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: argparse.Namespace) -> Answer:
     from tools.cache.foreign.export_foreign import export_foreign
     from tools.cache.parquet_export import export_cache, export_text
 
@@ -346,20 +331,17 @@ def _export(args: argparse.Namespace) -> int:
             result = export_cache(args.cache, args.out, args.targets, progress.advance)
         else:
             result = export_foreign(args.cache, args.out, args.format, args.targets, progress.advance)
-    _print(args, result, f"{export_text(result)}, {size(result['bytes'])}")
-    return 0
+    return result, f"{export_text(result)}, {size(result['bytes'])}"
 
 
-def _import(args: argparse.Namespace) -> int:
+def _import(args: argparse.Namespace) -> Answer:
     from tools.cache.foreign.formats import import_any
 
     with Progress("import", None) as progress:
-        result, text = import_any(args, progress.advance)
-    _print(args, result, text)
-    return 0
+        return import_any(args, progress.advance)
 
 
-def _translate(args: argparse.Namespace) -> int:
+def _translate(args: argparse.Namespace) -> Answer:
     from shared.cache.rendering import template_text
     from tools.cache.translate.translate_cache import translate_cache, translate_text
 
@@ -372,11 +354,10 @@ def _translate(args: argparse.Namespace) -> int:
             chat_template=template_text(args.chat_template),
             advance=progress.advance,
         )
-    _print(args, result, translate_text(result))
-    return 0
+    return result, translate_text(result)
 
 
-def _push(args: argparse.Namespace) -> int:
+def _push(args: argparse.Namespace) -> Answer:
     from shared.cache.sync.push import push_cache
     from shared.remote.transfer import Remote
     from tools.cache.dataset_card import dataset_card
@@ -388,26 +369,23 @@ def _push(args: argparse.Namespace) -> int:
         f"{args.url}: {done.files:,} files, {size(done.bytes)} written, {done.already_there:,} were there; train from "
         f"it with `cache: {args.url}`"
     )
-    _print(args, {"url": args.url, **done._asdict()}, text)
-    return 0
+    return {"url": args.url, **done._asdict()}, text
 
 
-def _pull(args: argparse.Namespace) -> int:
+def _pull(args: argparse.Namespace) -> Answer:
     from shared.cache.sync.pull import pull_cache
     from shared.remote.transfer import Remote
 
     with Progress("pull", None, unit="files") as progress:
         files = pull_cache(Remote(args.url), args.out, progress.advance)
-    _print(args, {"cache": str(args.out), "files": files}, f"{args.out}: {files:,} files came from {args.url}")
-    return 0
+    return {"cache": str(args.out), "files": files}, f"{args.out}: {files:,} files came from {args.url}"
 
 
-def _audit(args: argparse.Namespace) -> int:
+def _audit(args: argparse.Namespace) -> Answer:
     from tools.audit.command import run_audit
 
     found, text = run_audit(args)
-    _print(args, found, text)
-    return 1 if found["faithfulness"]["unfaithful"] else 0
+    return found, text, 1 if found["faithfulness"]["unfaithful"] else 0
 
 
 def size(num_bytes: int) -> str:
