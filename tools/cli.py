@@ -22,14 +22,17 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import DecantError
 from shared.places import with_urls
 from shared.printable import printable
 from tools.cli_cache_parser import CACHE_COMMANDS
 from tools.cli_parser import build_parser
-from tools.cli_values import EXIT_USAGE, Answer
+from tools.cli_values import EXIT_USAGE
+
+if TYPE_CHECKING:
+    from tools.cache.cache_commands import Answer
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 DEFERRED_SECONDS = 0.05

@@ -8,11 +8,9 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 EXIT_USAGE = 2
-Answer = tuple[Any, str] | tuple[Any, str, int]
-"""What a command says: the document of --json, what people see, and the exit code where it may be another than 0."""
 _NUMBER = r"\d+(\.\d+)?|\.\d+"
 
 

@@ -26,7 +26,9 @@ from shared.places import named, with_urls
 from shared.printable import printable
 from shared.progress import Progress
 from tools.cache.cache_show import row_document, row_text
-from tools.cli_values import Answer
+
+Answer = tuple[Any, str] | tuple[Any, str, int]
+"""What a command says: the document of --json, what people see, and the exit code where it may be another than 0."""
 
 
 def run_cache_command(args: argparse.Namespace) -> Answer:
