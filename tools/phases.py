@@ -216,7 +216,8 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Result:
     Raises:
         EvaluationError: a run has nothing to report.
     """
-    from tools.report.build import build_report, table_text
+    from tools.report.build import build_report
+    from tools.report.tables import table_text
 
     for run in runs:
         if not run.is_dir():

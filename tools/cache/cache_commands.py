@@ -390,7 +390,7 @@ def _audit(args: argparse.Namespace) -> Answer:
     return found, text, 1 if found["faithfulness"]["unfaithful"] else 0
 
 
-def size(num_bytes: int) -> str:
+def size(num_bytes: float) -> str:
     """Write a size for people, in powers of ten.
 
     >>> size(999), size(1_500_000)
@@ -401,4 +401,4 @@ def size(num_bytes: int) -> str:
         if value < 1000:
             break
         value, unit = value / 1000, larger
-    return f"{num_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"

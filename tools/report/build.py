@@ -20,9 +20,7 @@ from tools.report.figures import report_figures
 from tools.report.page import page, plot_figures
 from tools.report.run_files import read_run
 from tools.report.samples import choose_samples, side_samples
-from tools.report.tables import markdown, models_csv, table_text
-
-__all__ = ["build_report", "table_text"]
+from tools.report.tables import markdown, models_csv
 
 REPORT_FILES = ("report.html", "report.md", "models.csv", "report.json")
 

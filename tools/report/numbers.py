@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tools.cache.cache_commands import size
+
 NONE = "–"
 
 
@@ -39,9 +41,9 @@ def number(value: float | None, digits: int) -> str:
 
 def compact(count: int) -> str:
     """Return a count in at most four characters: 950, 1.2k, 34k, 5.1M."""
-    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
-            return f"{count / size:.1f}{unit}" if count < 10 * size else f"{count / size:.0f}{unit}"
+    for least, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= least:
+            return f"{count / least:.1f}{unit}" if count < 10 * least else f"{count / least:.0f}{unit}"
     return str(count)
 
 
@@ -64,11 +66,4 @@ def times(ratio: float | None) -> str:
 
 def data_size(num_bytes: float | None) -> str:
     """Return a size in powers of ten with its unit; a dash where there is none."""
-    if num_bytes is None:
-        return NONE
-    value, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+    return NONE if num_bytes is None else size(num_bytes)

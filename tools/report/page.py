@@ -15,7 +15,7 @@ from typing import Any
 from tools.report import tables
 from tools.report.answer_filter import SCRIPT, script_source
 from tools.report.more_tables import more_tables
-from tools.report.numbers import Table, kl_interval
+from tools.report.numbers import NONE, Table, kl_interval, number, percent
 from tools.report.run_files import RunFiles
 from tools.report.samples import Sample
 from tools.report.style import CSS
@@ -69,7 +69,7 @@ def _lead(report: Mapping[str, Any]) -> str:
     lines = []
     if models[last]["mean_score"] is not None:
         gap = models[last]["gap_closed"]
-        tail = "" if gap is None else f": {tables.percent(gap, 0)} of the way from base to teacher"
+        tail = "" if gap is None else f": {percent(gap, 0)} of the way from base to teacher"
         scores = {name: model["mean_score"] for name, model in models.items()}
         lines.append(
             _against(
@@ -77,7 +77,7 @@ def _lead(report: Mapping[str, Any]) -> str:
                 "scores, in the mean of the tasks," if len(tables.score_domains(report)) > 1 else "scores",
                 scores,
                 others,
-                tables.percent,
+                percent,
             )
             + tail
         )
@@ -88,7 +88,7 @@ def _lead(report: Mapping[str, Any]) -> str:
 
 
 def _nats(value: float) -> str:
-    return f"{tables.number(value, 4)} nats"
+    return f"{number(value, 4)} nats"
 
 
 def _against(
@@ -278,8 +278,8 @@ def _answers_table(report: Mapping[str, Any]) -> str:
 
 def _answer_cell(key: str, value: Any) -> str:
     if value is None:
-        return tables.NONE
-    return f"{value:,}" if key == "count" else f"{value:.0f}" if key == "mean_tokens" else tables.percent(value)
+        return NONE
+    return f"{value:,}" if key == "count" else f"{value:.0f}" if key == "mean_tokens" else percent(value)
 
 
 def _stages(report: Mapping[str, Any]) -> str:
@@ -289,7 +289,7 @@ def _stages(report: Mapping[str, Any]) -> str:
     for name, stage in report["stages"].items():
         health = stage["health"] or {}
         checks = "".join(_check(str(check), bool(passed)) for check, passed in health.get("checks", {}).items())
-        losses = f"{tables.number(stage['first_loss'], 4)} to {tables.number(stage['last_loss'], 4)}"
+        losses = f"{number(stage['first_loss'], 4)} to {number(stage['last_loss'], 4)}"
         state = "did not finish" if not health else "healthy" if health.get("healthy") else "not healthy"
         style = "good" if health.get("healthy") else "bad"
         text = f'<p class="soft">{stage["steps"]} steps, loss {losses}</p><ul class="checks">{checks}</ul>'

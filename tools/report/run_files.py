@@ -35,6 +35,7 @@ from tools.evaluate.results.run_shapes import (
     SideRow,
     Step,
     Timing,
+    is_finite,
     read_lines,
     read_object,
 )
@@ -267,7 +268,8 @@ def _seconds(path: Path, stages: Sequence[str], missing: list[str]) -> dict[str,
     if found is None:
         missing.append("seconds.json is missing or cannot be read, so no phase has its time")
     order = ["teach", *(f"train.{stage}" for stage in stages)]
-    known = {str(phase): float(value) for phase, value in (found or {}).items() if _is_seconds(value)}
+    given = {str(phase): value for phase, value in (found or {}).items() if is_finite(value)}
+    known = {phase: float(value) for phase, value in given.items() if 0 <= value < 1e12}
     first, last = [phase for phase in order if phase in known], ("evaluate", "report")
     rest = sorted(phase for phase in known if phase not in (*order, *last))
     return {phase: known[phase] for phase in (*first, *rest, *last) if phase in known}
@@ -275,10 +277,6 @@ def _seconds(path: Path, stages: Sequence[str], missing: list[str]) -> dict[str,
 
 def _subdirectories(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
-
-
-def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
 
 
 def _text(path: Path) -> str:

@@ -68,17 +68,12 @@ def side_samples(answers: Mapping[str, Answers]) -> list[Sample]:
     for name, of in answers.items():
         for temperature, given in of.items():
             for number, row in given.items():
-                table[temperature, number][name] = row
-    found = []
-    for temperature in dict.fromkeys(temperature for temperature, _ in table):
-        for number in sorted(number for at, number in table if at == temperature)[:PER_DOMAIN]:
-            rows = table[temperature, number]
-            first = next(iter(rows.values()))
-            shown = {name: SampleAnswer(cut(row.get("answer")), None, "") for name, row in rows.items()}
-            found.append(
-                Sample(f"temperature {temperature}", cut(first.get("prompt")), cut(first.get("reference")), shown)
-            )
-    return found
+                table[temperature, number][name] = {**row, "score": None, "reason": None}
+    return [
+        _sample(f"temperature {temperature}", table[temperature, number])
+        for temperature in dict.fromkeys(temperature for temperature, _ in table)
+        for number in sorted(number for at, number in table if at == temperature)[:PER_DOMAIN]
+    ]
 
 
 def _interest(answers: Mapping[str, Mapping[str, Any]]) -> float:
@@ -95,7 +90,7 @@ def _interest(answers: Mapping[str, Mapping[str, Any]]) -> float:
 def _sample(domain: str, answers: Mapping[str, Mapping[str, Any]]) -> Sample:
     first = next(iter(answers.values()))
     shown = {
-        name: SampleAnswer(cut(row.get("answer")), float(row["score"]), cut(row.get("reason"))[:200])
+        name: SampleAnswer(cut(row.get("answer")), row.get("score"), cut(row.get("reason"))[:200])
         for name, row in answers.items()
     }
     return Sample(domain, cut(first.get("prompt")), cut(first.get("reference")), shown)

@@ -14,9 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.report.more_tables import more_tables
-from tools.report.numbers import NONE, data_size, duration, number, percent
-
-__all__ = ["NONE", "duration", "number", "percent"]
+from tools.report.numbers import data_size, duration, number, percent
 
 _TIME = "time: "
 HELDOUT_HEADER = (
@@ -176,15 +174,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     header, rows = model_header(report), model_rows(report)
     lines = [f"# {_md(report['name'])}", ""]
     if rows:
-        lines += [f"| {' | '.join(map(_md, header))} |", f"|---{'|---:' * (len(header) - 1)}|"]
-        lines += [f"| {' | '.join(map(_md, row))} |" for row in rows] + ["", _legend(report), ""]
+        lines += _md_table(header, rows, 1, _legend(report))
     if heldout := heldout_rows(report):
-        lines += [f"| {' | '.join(HELDOUT_HEADER)} |", f"|---|---{'|---:' * (len(HELDOUT_HEADER) - 2)}|"]
-        lines += [f"| {' | '.join(map(_md, row))} |" for row in heldout] + ["", _md(HELDOUT_LEGEND), ""]
+        lines += _md_table(HELDOUT_HEADER, heldout, 2, HELDOUT_LEGEND)
     for table in more_tables(report):
-        ruler = f"|{'---|' * table.num_labels}{'---:|' * (len(table.header) - table.num_labels)}"
-        lines += [f"## {_md(table.title)}", "", f"| {' | '.join(map(_md, table.header))} |", ruler]
-        lines += [f"| {' | '.join(map(_md, row))} |" for row in table.rows] + ["", _md(table.legend), ""]
+        lines += [f"## {_md(table.title)}", "", *_md_table(table.header, table.rows, table.num_labels, table.legend)]
     facts = run_rows(report)
     lines += (
         ["| | |", "|---|---:|", *(f"| {_md(what)} | {_md(figure)} |" for what, figure in facts), ""] if facts else []
@@ -239,7 +233,13 @@ def _legend(report: Mapping[str, Any]) -> str:
         "gap closed: share of the way from base to teacher in the mean",
         "held-out KL: nats per position from the teacher's cached distributions",
     ]
-    return _md("; ".join(text) + ". " + bases_text(report))
+    return "; ".join(text) + ". " + bases_text(report)
+
+
+def _md_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_labels: int, legend: str) -> list[str]:
+    ruler = f"|{'---|' * num_labels}{'---:|' * (len(header) - num_labels)}"
+    first, *others = (f"| {' | '.join(map(_md, row))} |" for row in (header, *rows))
+    return [first, ruler, *others, "", _md(legend), ""]
 
 
 def _aligned(rows: Sequence[Sequence[str]], num_labels: int = 1) -> list[str]:

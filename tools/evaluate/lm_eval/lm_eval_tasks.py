@@ -29,6 +29,7 @@ from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.models.rendering import rendering_sources
 from tools.evaluate.results.results import read_result, same_identity
+from tools.evaluate.results.run_shapes import is_finite
 
 LM_EVAL_FORMAT = 1
 """Raised whenever figures would come out differently for the same inputs."""
@@ -151,13 +152,13 @@ def fold(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | No
     for task, figures in results.items():
         for key, value in figures.items():
             metric, _, kind = str(key).partition(",")
-            if metric.endswith("_stderr") or not _is_number(value) or not kind:
+            if metric.endswith("_stderr") or not is_finite(value) or not kind:
                 continue
             error = figures.get(f"{metric}_stderr,{kind}")
             name = metric if kind == "none" else f"{metric},{kind}"
             folded.setdefault(task, {})[name] = {
                 "value": float(value),
-                "stderr": float(error) if _is_number(error) else None,
+                "stderr": float(error) if is_finite(error) else None,
             }
     return folded
 
@@ -205,9 +206,3 @@ def _hashes(path: Path, content: str) -> dict[str, str]:
                 digest.update(block)
         found[str(place)] = digest.hexdigest()
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
-    )

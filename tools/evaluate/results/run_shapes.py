@@ -148,6 +148,26 @@ class Made(BaseModel):
     memory_of: str | None = None
 
 
+class TokenProbability(BaseModel):
+    """Of the marked token of a parting, by each side."""
+
+    teacher: Share
+    student: Share
+
+
+class Parting(BaseModel):
+    """A held-out position where student and teacher part, in its context."""
+
+    kl_nats: Number
+    source: str
+    before: str
+    token: str
+    after: str
+    token_probability: TokenProbability
+    teacher: list[tuple[str, Share]]
+    student: list[tuple[str, Share]]
+
+
 class Timing(BaseModel):
     """A line of train/STAGE/timing.jsonl"""
 
@@ -294,6 +314,11 @@ class SideRow(BaseModel):
     reference: str | None = None
     tokens: Count | None = None
     truncated: Bool | None = None
+
+
+def is_finite(value: Any) -> bool:
+    """Tell whether a value is a number, and one that JSON has."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def fault_of(shape: type[BaseModel], value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from tools.report import tables
+from tools.report.numbers import percent
 from tools.report.samples import Sample, SampleAnswer
 from tools.report.views import plots
 
@@ -96,7 +96,7 @@ def _answer(name: str, answer: SampleAnswer, models: Sequence[str]) -> str:
         if answer.score >= 1
         else "wrong"
         if answer.score <= 0
-        else tables.percent(answer.score, 0)
+        else percent(answer.score, 0)
     )
     reason = f' <span class="soft">{escape(answer.reason)}</span>' if answer.reason else ""
     colour = plots.colour_of(models, name)

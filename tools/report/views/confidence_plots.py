@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tools.report.numbers import compact
-from tools.report.views.plots import INK, colour_of, short, svg_of
+from tools.report.views.plots import INK, colour_of, legend_above, short, svg_of
 
 
 def calibration_plot(models: Mapping[str, Any]) -> str:
@@ -48,12 +48,9 @@ def _lines(label: str, models: Mapping[str, Any], key: str, across: str, up: str
                     markersize=3,
                     label=short(name),
                 )
-        axes.set_xlim(0, 102)
-        axes.set_ylim(0, 102)
-        axes.set_xlabel(across)
-        axes.set_ylabel(up)
+        axes.set(xlim=(0, 102), ylim=(0, 102), xlabel=across, ylabel=up)
         axes.grid()
-        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=1.0)
+        legend_above(axes, 4, 1.0)
 
     return svg_of(label, _draw)
 

@@ -12,7 +12,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.report.views.plots import COLOURS, MOST_POINTS, short, svg_of, thinned
+from tools.evaluate.results.run_shapes import is_finite
+from tools.report.views.plots import COLOURS, MOST_POINTS, legend_above, short, svg_of, thinned
 
 Series = dict[str, list[tuple[float, float]]]
 """Points (step, value) by name."""
@@ -45,12 +46,12 @@ def course_series(
             _add(series[title], row["step"], row.get(title))
         tokens = row.get("tokens_by_source")
         if isinstance(tokens, dict):
-            total = math.fsum(value for value in tokens.values() if _is_finite(value))
+            total = math.fsum(value for value in tokens.values() if is_finite(value))
             if total > 0:
                 _add(
                     series["shares"],
                     row["step"],
-                    {name: value / total for name, value in tokens.items() if _is_finite(value)},
+                    {name: value / total for name, value in tokens.items() if is_finite(value)},
                 )
     for row in evaluations:
         by_source = row.get("by_source")
@@ -118,13 +119,12 @@ def _plot(label: str, named: Series, axis: str, scale: float, over: str, *, step
                 label=short(name),
                 marker="o" if over == "round" else None,
             )
-        axes.set_xlabel(over)
+        axes.set(xlabel=over, ylabel=axis)
+        axes.set_ylim(bottom=0)
         if over == "round":
             axes.set_xticks(sorted({x for points in named.values() for x, _ in points}))
-        axes.set_ylabel(axis)
-        axes.set_ylim(bottom=0)
         axes.grid()
-        axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
+        legend_above(axes, 3, 1.2)
 
     return svg_of(label, _draw)
 
@@ -137,11 +137,7 @@ def _thinned(title: str, points: list[tuple[float, float]]) -> list[tuple[float,
 
 
 def _add(series: Series, step: Any, values: Any) -> None:
-    if isinstance(values, dict) and _is_finite(step):
+    if isinstance(values, dict) and is_finite(step):
         for name, value in values.items():
-            if _is_finite(value):
+            if is_finite(value):
                 series.setdefault(str(name), []).append((float(step), float(value)))
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from tools.report import tables
+from tools.evaluate.results.run_shapes import Parting, fault_of
+from tools.report.numbers import percent
 from tools.report.samples import cut
 
 MOST_BEFORE, MOST_LINES = 160, 3
@@ -50,12 +51,12 @@ def _card(parting: Mapping[str, Any], name: str) -> str:
 def _side(name: str, entries: Sequence[Any], label: float) -> str:
     rows = "".join(
         f'<li><code>{_shown(text)}</code><span class="bar" style="width:{60 * probability:.1f}%"></span>'
-        f'<span class="n">{tables.percent(probability)}</span></li>'
+        f'<span class="n">{percent(probability)}</span></li>'
         for text, probability in entries
     )
     return (
         f'<div><span class="who">{escape(name)}</span> '
-        f'<span class="soft">marked token <span class="n">{tables.percent(label)}</span></span>'
+        f'<span class="soft">marked token <span class="n">{percent(label)}</span></span>'
         f'<ul class="said">{rows}</ul></div>'
     )
 
@@ -76,23 +77,4 @@ def _shown(text: Any) -> str:
 def _sound(heldout: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Return the partings of an evaluation that have the shape that this page shows."""
     partings = (heldout or {}).get("partings")
-    return [one for one in partings if _is_sound(one)] if isinstance(partings, list) else []
-
-
-def _is_sound(one: Any) -> bool:
-    def probability(value: Any) -> bool:
-        return isinstance(value, int | float) and 0 <= value <= 1 + 1e-6
-
-    if not isinstance(one, dict) or not isinstance(one.get("kl_nats"), int | float):
-        return False
-    label = one.get("token_probability")
-    if not isinstance(label, dict) or not all(probability(label.get(side)) for side in ("teacher", "student")):
-        return False
-    if not all(isinstance(one.get(part), str) for part in ("before", "token", "after", "source")):
-        return False
-    sides = [one.get("teacher"), one.get("student")]
-    pairs = [pair for side in sides for pair in (side if isinstance(side, list) else [None])]
-    return all(
-        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and probability(pair[1])
-        for pair in pairs
-    )
+    return [one for one in partings if not fault_of(Parting, one)] if isinstance(partings, list) else []

@@ -50,12 +50,9 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
             spread = [[max(0.0, value) for value in below], [max(0.0, value) for value in above]]
             axes.errorbar(places, heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
         axes.set_xticks(range(len(domains)), [short(domain) for domain in domains])
-        axes.set_ylim(0, 105)
-        axes.set_ylabel("score, %")
+        axes.set(ylim=(0, 105), ylabel="score, %")
         axes.grid(axis="y")
-        axes.legend(
-            ncols=min(4, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=1.0
-        )
+        legend_above(axes, min(4, len(names)), 1.0)
 
     return svg_of("scores", _draw)
 
@@ -77,10 +74,8 @@ def divergence_plot(models: Mapping[str, Any]) -> str:
             end = (max(high, kl), place)
             axes.annotate(f"{kl:.4f}", end, xytext=(4, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(shown)), [short(name) for name, _ in shown])
-        axes.set_xlim(
-            0, 1.22 * max([max(kl_interval(heldout) or [heldout["kl_nats"]]) for _, heldout in shown] + [1e-6])
-        )
-        axes.set_xlabel("held-out KL from the teacher, nats per position")
+        most = max([max(kl_interval(heldout) or [heldout["kl_nats"]]) for _, heldout in shown] + [1e-6])
+        axes.set(xlim=(0, 1.22 * most), xlabel="held-out KL from the teacher, nats per position")
         axes.grid(axis="x")
 
     return svg_of("divergence", _draw)
@@ -103,11 +98,10 @@ def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[st
                     alpha=0.9,
                     label=short(term),
                 )
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
+        axes.set(xlabel="step", ylabel="loss")
         axes.grid()
         if len(terms) > 1:
-            axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), handlelength=1.2)
+            legend_above(axes, 3, 1.2)
 
     return svg_of(f"loss-{stage}", _draw)
 
@@ -119,8 +113,7 @@ def entropy_plot(histogram: Sequence[int], bin_nats: float) -> str:
 
     def _draw(axes: Any) -> None:
         axes.bar([bin_nats * (index + 0.5) for index in range(used)], shares, bin_nats * 0.9, color=COLOURS[2])
-        axes.set_xlabel("entropy of head and bucket, nats (the teacher's is at least that)")
-        axes.set_ylabel("positions, %")
+        axes.set(xlabel="entropy of head and bucket, nats (the teacher's is at least that)", ylabel="positions, %")
         axes.grid(axis="y")
 
     return svg_of("entropy", _draw)
@@ -135,8 +128,7 @@ def support_plot(histogram: Sequence[int]) -> str:
     def _draw(axes: Any) -> None:
         axes.bar(range(len(bins)), [100 * histogram[index] / total for index in bins], 0.85, color=COLOURS[3])
         axes.set_xticks(range(len(bins)), [_support_label(index) for index in bins])
-        axes.set_xlabel("entries kept per position")
-        axes.set_ylabel("positions, %")
+        axes.set(xlabel="entries kept per position", ylabel="positions, %")
         axes.grid(axis="y")
 
     return svg_of("support", _draw)
@@ -165,6 +157,11 @@ def short(name: str) -> str:
     """Return a name that fits a plot, without what no font can show."""
     shown = "".join(character if character.isprintable() else "\ufffd" for character in name)
     return shown if len(shown) <= 16 else f"{shown[:15]}…"
+
+
+def legend_above(axes: Any, columns: int, handle: float) -> None:
+    """Write what the colours mean above a plot."""
+    axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=handle)
 
 
 def svg_of(label: str, draw: Callable[[Any], None]) -> str:
