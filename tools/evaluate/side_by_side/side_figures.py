@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tools.evaluate.results.results import read_answers
@@ -92,7 +93,7 @@ def _figures(
         expected = [languages_of(str(row["prompt"])) for row in own]
         return {
             **figures,
-            "language_switched": _share([has_switched(*pair) for pair in zip(texts, expected, strict=True)]),
+            "language_switched": fmean([has_switched(*pair) for pair in zip(texts, expected, strict=True)]),
         }
     num_terms, parts = sum(map(len, reference.terms)), sum(of.total() for of in reference.structures)
     kept = sum(terms_kept(terms, text) for terms, text in zip(reference.terms, texts, strict=True))
@@ -103,7 +104,7 @@ def _figures(
         "length_kept": sum(map(len, texts)) / length if length else None,
         "terms_kept": kept / num_terms if num_terms else None,
         "structure_kept": kept_parts / parts if parts else None,
-        "language_switched": _share([has_switched(*pair) for pair in zip(texts, reference.languages, strict=True)]),
+        "language_switched": fmean([has_switched(*pair) for pair in zip(texts, reference.languages, strict=True)]),
         "teacher_terms": num_terms,
         "teacher_structure": parts,
     }
@@ -112,8 +113,4 @@ def _figures(
 def _same(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]] | None) -> float | None:
     if other is None or other is own:
         return None
-    return _share([mine["answer"] == theirs["answer"] for mine, theirs in zip(own, other, strict=True)])
-
-
-def _share(found: Sequence[bool]) -> float:
-    return sum(found) / len(found)
+    return fmean([mine["answer"] == theirs["answer"] for mine, theirs in zip(own, other, strict=True)])

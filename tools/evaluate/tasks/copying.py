@@ -8,10 +8,10 @@ Distilled models are known to lose this first (2509.01649).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from tools.evaluate.tasks.questions import Question, Score, TaskKind, text_column
+from tools.evaluate.tasks.questions import Question, Score, TaskKind, one_by_one, text_column
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -27,12 +27,9 @@ def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
     return prompt, reference
 
 
-def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool = False) -> list[Score]:
+def _score(question: Question, answer: str) -> Score:
     """Give 1 for the value alone, 0 otherwise."""
-    return [_score(question.row, answer) for question, answer in pairs]
-
-
-def _score(row: Mapping[str, Any], answer: str) -> Score:
+    row = question.row
     wrong = [other for other in row.get("others", []) if _names(answer, other)]
     if wrong:
         return Score(0.0, f"names {', '.join(wrong):.60} instead of {row['value']}")
@@ -48,4 +45,5 @@ def _names(text: str, value: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
 
 
+score_answers = one_by_one(_score)
 TASK = TaskKind("the asked value came back, and no other", read_row, score_answers)

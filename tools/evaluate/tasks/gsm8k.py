@@ -8,11 +8,11 @@ commas, currency signs and trailing zeros do not matter. Cobbe et al., Training 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-from tools.evaluate.tasks.questions import Question, Score, TaskKind, text_column
+from tools.evaluate.tasks.questions import Question, Score, TaskKind, one_by_one, text_column
 
 _NUMBER = re.compile(r"(?<![\d.])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _MAX_DIGITS = 60
@@ -25,11 +25,6 @@ def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
     if "####" not in answer or final_number(answer) is None:
         raise ValueError(f"the answer ends in no number after '####': {answer[-60:]!r}")
     return question, answer
-
-
-def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool = False) -> list[Score]:
-    """Give 1 for the reference's number, 0 otherwise."""
-    return [_score(question, answer) for question, answer in pairs]
 
 
 def final_number(text: str) -> Decimal | None:
@@ -47,10 +42,12 @@ def final_number(text: str) -> Decimal | None:
 
 
 def _score(question: Question, answer: str) -> Score:
+    """Give 1 for the reference's number, 0 otherwise."""
     wanted, found = final_number(text_column(question.row, "answer")), final_number(answer)
     if found is None:
         return Score(0.0, "no number")
     return Score(1.0) if found == wanted else Score(0.0, f"{found} instead of {wanted}")
 
 
+score_answers = one_by_one(_score)
 TASK = TaskKind("exact match of the final number", read_row, score_answers)

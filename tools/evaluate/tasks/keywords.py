@@ -6,10 +6,10 @@ keyword is found inside a longer word, too ("restart" in "restarted").
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from tools.evaluate.tasks.questions import Question, Score, TaskKind, text_column
+from tools.evaluate.tasks.questions import Question, Score, TaskKind, one_by_one, text_column
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -21,13 +21,9 @@ def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
     return prompt, reference
 
 
-def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool = False) -> list[Score]:
-    """Give each answer the share of its keywords that it names."""
-    return [_score(question.row["keywords"], answer) for question, answer in pairs]
-
-
-def _score(words: Sequence[str], answer: str) -> Score:
-    text = _plain(answer)
+def _score(question: Question, answer: str) -> Score:
+    """Give the share of the keywords that are named."""
+    words, text = question.row["keywords"], _plain(answer)
     missing = [word for word in words if _plain(word) not in text]
     return Score(1 - len(missing) / len(words), f"not named: {', '.join(missing)}" if missing else "")
 
@@ -36,4 +32,5 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+score_answers = one_by_one(_score)
 TASK = TaskKind("share of keywords named", read_row, score_answers)

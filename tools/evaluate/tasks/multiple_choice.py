@@ -14,12 +14,12 @@ choice's tokens or UTF-8 bytes, which do not favour short choices. Of equal choi
 
 from __future__ import annotations
 
-import math
 import string
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from tools.evaluate.tasks.questions import Asked, Question, Score, TaskKind, text_column
+from tools.evaluate.tasks.questions import Asked, Question, Score, TaskKind, one_by_one, text_column
 
 PUBMEDQA_CHOICES = ("yes", "no", "maybe")
 
@@ -51,19 +51,17 @@ def choices_of(row: Mapping[str, Any]) -> list[str]:
     return [choice.strip() for choice in choices]
 
 
-def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool = False) -> list[Score]:
+def _score(question: Question, answer: str) -> Score:
     """Give 1 for the text of the right choice, 0 otherwise."""
-    return [
-        Score(1.0) if answer == question.reference else Score(0.0, f"{answer} instead of {question.reference}")
-        for question, answer in pairs
-    ]
+    right = question.reference
+    return Score(1.0) if answer == right else Score(0.0, f"{answer} instead of {right}")
 
 
 def normalised_scores(asked: Sequence[Asked]) -> dict[str, float]:
     """Return the shares of questions that are right when log-probabilities are divided by tokens, and by bytes."""
     measures = {"by_token": lambda choice: choice.nats_per_token, "by_byte": lambda choice: choice.nats_per_byte}
     return {
-        name: math.fsum(max(one.choices, key=value).text == one.question.reference for one in asked) / len(asked)
+        name: fmean(max(one.choices, key=value).text == one.question.reference for one in asked)
         for name, value in measures.items()
     }
 
@@ -89,6 +87,7 @@ def _right(row: Mapping[str, Any]) -> int:
     raise ValueError(f"the column '{name}' is {answer!r:.60}, expected {wanted}")
 
 
+score_answers = one_by_one(_score)
 TASK = TaskKind(
     "share of questions whose right choice is the most likely",
     read_row,

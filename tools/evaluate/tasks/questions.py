@@ -146,10 +146,19 @@ def fill(template: str, columns: Mapping[str, Any]) -> str:
     return re.sub(r"\{(\w+)\}", column, template)
 
 
-def text_column(row: Mapping[str, Any], name: str, may_be_empty: bool = False) -> str:
+def one_by_one(score: Callable[[Question, str], Score]) -> Callable[..., list[Score]]:
+    """Return a scorer of (question, answer) pairs that runs no code, from that of one pair."""
+
+    def score_answers(pairs: Sequence[tuple[Question, str]], allow_unsafe_code: bool = False) -> list[Score]:
+        return [score(question, answer) for question, answer in pairs]
+
+    return score_answers
+
+
+def text_column(row: Mapping[str, Any], name: str) -> str:
     """Return a row's text column; ValueError where it is missing, no text, or empty."""
     value = row.get(name)
-    if not isinstance(value, str) or not (value.strip() or may_be_empty):
+    if not isinstance(value, str) or not value.strip():
         found = "is missing" if name not in row else f"is {value!r:.60}"
         raise ValueError(f"the column '{name}' {found}, expected text")
     return value

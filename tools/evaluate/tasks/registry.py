@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib import import_module
+from statistics import fmean
 
 from shared.recipe.recipe import Task
 from tools.evaluate.tasks.questions import Asked, Choice, Question, Score, TaskKind, TaskScore
@@ -32,9 +33,9 @@ def aggregate(
     n = task.samples
     assert len(scores) == len(questions) * n
     asked = [Asked(q, scores[i * n : i * n + n], choices[i * n] if choices else ()) for i, q in enumerate(questions)]
-    means = [_mean([score.value for score in question.scores]) for question in asked]
-    low, high = wilson_interval(_mean(means), len(means))
-    return TaskScore(_mean(means), low, high, len(questions), task_kind(task).more_figures(asked))
+    score = fmean(fmean(score.value for score in question.scores) for question in asked)
+    low, high = wilson_interval(score, len(asked))
+    return TaskScore(score, low, high, len(questions), task_kind(task).more_figures(asked))
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -47,7 +48,3 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
