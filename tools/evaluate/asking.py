@@ -16,7 +16,7 @@ from tools.evaluate.models.generate_answers import Answer, Ask, generate_answers
 from tools.evaluate.models.model_ends import taught_end_ids
 from tools.evaluate.models.models import ModelUnderTest
 from tools.evaluate.models.rendering import joints, render, source_of
-from tools.evaluate.side_by_side.side_prompts import SidePrompt, cache_tokenizer, prompt_ids, sources_of
+from tools.evaluate.side_by_side.side_prompts import SidePrompt, prompt_ids, sources_of
 from tools.evaluate.tasks.questions import Question
 from tools.evaluate.tasks.registry import task_kind
 
@@ -90,8 +90,7 @@ def _side_asks(
     settings = recipe.evaluate.side_by_side
     if settings is None or not prompts:
         return {}
-    of_cache = any(prompt.token_ids is not None for prompt in prompts)
-    ids = prompt_ids(prompts, model, tokenizer, cache_tokenizer(recipe) if of_cache else None)
+    ids = prompt_ids(recipe, prompts, model, tokenizer)
     ends = taught_end_ids(recipe, tokenizer, sources_of(prompts))
     return {
         temperature: Ask(

@@ -25,7 +25,7 @@ from tools.evaluate.models.generate_answers import Ask, open_for
 from tools.evaluate.models.model_ends import taught_end_ids
 from tools.evaluate.models.model_process import leave, serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
-from tools.evaluate.side_by_side.side_prompts import cache_tokenizer, prompt_ids, sources_of
+from tools.evaluate.side_by_side.side_prompts import prompt_ids, sources_of
 
 LONGEST_ANSWER = 64
 ALONE = 4
@@ -43,8 +43,7 @@ def measure_model(recipe: Recipe, name: str) -> dict[str, Any]:
     model = model_under_test(recipe, name)
     tokenizer = load_tokenizer(model.files, trust_remote_code=model.trust_remote_code)
     prompts = cost_prompts(recipe)
-    of_cache = any(prompt.token_ids is not None for prompt in prompts)
-    ids = prompt_ids(prompts, model, tokenizer, cache_tokenizer(recipe) if of_cache else None)
+    ids = prompt_ids(recipe, prompts, model, tokenizer)
     length = min(LONGEST_ANSWER, recipe.evaluate.max_new_tokens)
     import torch
 
@@ -117,13 +116,10 @@ def _timed(
 ) -> tuple[int, float]:
     """Answer prompts and return (tokens, seconds)."""
     requests = [GenerateRequest(number, 0, list(prompt), number, ends) for number, prompt in enumerate(prompts)]
+    greedy = Generate(temperature=0.0, max_new_tokens=max_new_tokens, seed=0)
     started = time.perf_counter()
-    tokens = sum(len(done.token_ids) for done in engine.generate(iter(requests), _greedy(max_new_tokens)))
+    tokens = sum(len(done.token_ids) for done in engine.generate(iter(requests), greedy))
     return tokens, time.perf_counter() - started
-
-
-def _greedy(max_new_tokens: int) -> Generate:
-    return Generate(temperature=0.0, max_new_tokens=max_new_tokens, seed=0)
 
 
 def _peak_memory(torch: Any, engine: str) -> tuple[int, str]:

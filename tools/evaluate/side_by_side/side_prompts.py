@@ -76,16 +76,8 @@ def choose_prompts(recipe: Recipe, settings: SideBySide | None = None) -> list[S
     return _chosen(pool, settings)
 
 
-def prompt_ids(
-    prompts: Sequence[SidePrompt], model: ModelUnderTest, tokenizer: Any, cache_tokenizer: str | None
-) -> list[list[int]]:
-    """Return each prompt's token ids for one model.
-
-    Args:
-        prompts: what is asked.
-        model: who is asked.
-        tokenizer: the model's.
-        cache_tokenizer: hash of the caches' tokenizer, where a prompt comes from one.
+def prompt_ids(recipe: Recipe, prompts: Sequence[SidePrompt], model: ModelUnderTest, tokenizer: Any) -> list[list[int]]:
+    """Return each prompt's token ids for one model, whose tokenizer that is.
 
     Raises:
         EvaluationError: prompts of a cache with another tokenizer than the model's.
@@ -94,12 +86,12 @@ def prompt_ids(
     from student_train.student.student import student_tokenizer_hash
 
     if any(prompt.token_ids is not None for prompt in prompts):
-        found = student_tokenizer_hash(
-            str(model.files.directory), None, cache_tokenizer, trust_remote_code=model.trust_remote_code
-        )
-        if found is not None and found != cache_tokenizer:
+        wanted = str(Cache.open(recipe.cache[0], heldout_layer(recipe)).sequences_identity.tokenizer_hash)
+        directory, trusts = str(model.files.directory), model.trust_remote_code
+        found = student_tokenizer_hash(directory, None, wanted, trust_remote_code=trusts)
+        if found is not None and found != wanted:
             raise EvaluationError(
-                f"'{model.name}' has tokenizer {found} and the cache's held-out prompts have {cache_tokenizer}; "
+                f"'{model.name}' has tokenizer {found} and the cache's held-out prompts have {wanted}; "
                 "write `evaluate.side_by_side.prompts: [tasks]`"
             )
     rendered = []
@@ -128,11 +120,6 @@ def digest_of(prompts: Sequence[SidePrompt]) -> str:
         settings = {**labels, **rendering_settings(source)} if source else None
         digest.update(json.dumps([prompt.label, prompt.text, prompt.reference, prompt.token_ids, settings]).encode())
     return digest.hexdigest()
-
-
-def cache_tokenizer(recipe: Recipe) -> str:
-    """Return the hash of the tokenizer of the recipe's (first) cache."""
-    return str(Cache.open(recipe.cache[0], heldout_layer(recipe)).sequences_identity.tokenizer_hash)
 
 
 def _chosen(pool: Sequence[SidePrompt], settings: SideBySide) -> list[SidePrompt]:
