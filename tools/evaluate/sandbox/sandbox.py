@@ -123,13 +123,10 @@ def _verdict(launch: Launch, code: str, beside: str | None, limits: Limits, mech
 
 
 def run_many(
-    programs: Sequence[str | tuple[str, str]],
-    limits: Limits | None = None,
-    mechanism: str | None = None,
-    workers: int = 2,
+    programs: Sequence[str | tuple[str, str]], mechanism: str | None = None, workers: int = 2
 ) -> list[Verdict]:
     """Run programs, or pairs of one and the one beside it, `workers` at a time; verdicts come in their order."""
-    mechanism, limits = mechanism or require(), limits or Limits()
+    mechanism, limits = mechanism or require(), Limits()
 
     def verdict_of(program: str | tuple[str, str]) -> Verdict:
         """Judge one of them with the launcher that is free."""
