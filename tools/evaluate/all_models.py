@@ -22,7 +22,7 @@ from tools.evaluate.models.at_once import num_at_once, run_jobs
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.own.own_answers import measure_own_answers
-from tools.evaluate.results.results import evaluation_identity, read_result, result_path, same_identity
+from tools.evaluate.results.results import evaluation_identity, read_kept, read_result, result_path
 from tools.evaluate.results.teacher_distances import measure_distances
 from tools.evaluate.sandbox import sandbox
 from tools.evaluate.side_by_side.side_prompts import choose_prompts
@@ -109,8 +109,7 @@ def _do_what_is_stale(
 
 
 def _is_kept(recipe: Recipe, name: str, part: str, identity: Mapping[str, Any]) -> bool:
-    kept = read_result(PARTS[part](recipe, name))
-    return kept is not None and same_identity(kept["identity"], identity)
+    return read_kept(PARTS[part](recipe, name), identity) is not None
 
 
 def _evaluate(

@@ -25,7 +25,7 @@ from shared.recipe.recipe import Recipe, SideBySide
 from shared.seconds import add_seconds
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
-from tools.evaluate.results.results import read_result, same_identity, write_result
+from tools.evaluate.results.results import read_kept, write_result
 from tools.evaluate.side_by_side.side_prompts import SidePrompt, choose_prompts, digest_of
 
 COST_FORMAT = 1
@@ -62,8 +62,7 @@ def measure_cost(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
     """
     models = {name: model_under_test(recipe, name) for name in recipe.evaluate.models}
     identity = cost_identity(recipe, models, cost_prompts(recipe))
-    kept = read_result(cost_path(recipe))
-    if kept is not None and same_identity(kept["identity"], identity):
+    if (kept := read_kept(cost_path(recipe), identity)) is not None:
         say("reused cost of all models")
         return dict(kept["models"])
     started = time.monotonic()

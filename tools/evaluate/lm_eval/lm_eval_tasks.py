@@ -10,6 +10,7 @@ version is used again.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 import time
@@ -28,7 +29,7 @@ from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.models.rendering import rendering_sources
-from tools.evaluate.results.results import read_result, same_identity
+from tools.evaluate.results.results import read_kept, read_result
 from tools.evaluate.results.run_shapes import is_finite
 
 LM_EVAL_FORMAT = 1
@@ -100,8 +101,7 @@ def run_lm_eval(recipe: Recipe, tasks: LmEvalTasks, say: Callable[[str], None]) 
     for name in recipe.evaluate.models:
         model = model_under_test(recipe, name)
         identity = lm_eval_identity(model, tasks, foreign_end_ids(recipe, model, rendering_sources(recipe)))
-        kept = read_result(lm_eval_path(recipe, name))
-        if kept is not None and same_identity(kept["identity"], identity):
+        if (kept := read_kept(lm_eval_path(recipe, name), identity)) is not None:
             say(f"reused lm-eval of {name}")
         else:
             started = time.monotonic()
@@ -200,9 +200,6 @@ def _hashes(path: Path, content: str) -> dict[str, str]:
     places = [place for name in named for place in (Path(name), path.parent / name) if place.is_file()]
     found = {str(path): xxhash.xxh3_128_hexdigest(content.encode())}
     for place in places:
-        digest = xxhash.xxh3_128()
         with place.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-        found[str(place)] = digest.hexdigest()
+            found[str(place)] = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
     return found

@@ -10,6 +10,7 @@ settings, engine, held-out rows of which caches. Equal identity: the evaluation 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,6 +139,12 @@ def read_result(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("identity"), dict) else None
 
 
+def read_kept(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a kept evaluation of the same inputs, or None where there is none."""
+    kept = read_result(path)
+    return kept if kept is not None and same_identity(kept["identity"], identity) else None
+
+
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write an evaluation; NaN is refused, so that readers of any language can read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,13 +164,10 @@ def same_identity(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 def _file_hash(path: Path) -> str:
     if re.match(r"\w+://", str(path)):
         raise EvaluationError(f"{path}: a task's questions are read from a local file; download it first")
-    digest = xxhash.xxh3_128()
     try:
         with path.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+            return str(hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest())
     except OSError as error:
         raise EvaluationError(
             f"{path}: cannot read the task's questions: {error.strerror}; name a jsonl file (or .jsonl.gz)"
         ) from error
-    return digest.hexdigest()

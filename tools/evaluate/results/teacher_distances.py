@@ -24,7 +24,7 @@ from shared.payload.ragged import position_of
 from shared.payload.targets import SparseTargets
 from shared.recipe.recipe import Recipe
 from student_train.evaluate.heldout_rows import heldout_rows
-from tools.evaluate.results.results import read_result, result_path, same_identity, taught_layers, write_result
+from tools.evaluate.results.results import read_kept, result_path, taught_layers, write_result
 
 NEAREST_FACTOR = 3.0
 """Of three teachers or more, one is far whose nearest other is so many times as far as the others' usually are."""
@@ -53,8 +53,7 @@ def measure_distances(recipe: Recipe, say: Callable[[str], None] = lambda line: 
         "max_rows": recipe.evaluate.heldout_rows,
         "rows": [list(place) for place in rows],
     }
-    kept = read_result(path)
-    if kept is not None and same_identity(kept["identity"], identity):
+    if (kept := read_kept(path, identity)) is not None:
         return kept
     unlike = [name for name, caches in opened.items() if not all(_is_whole(cache) for cache in caches)]
     able = [name for name in opened if name not in unlike]
