@@ -77,6 +77,7 @@ def test_more_rows_hold_all_of_fewer_and_seeds_choose_others(cache):
         ("prompt.upper() == 'A'", "not understood"),
         ("num_tokens <", "no condition"),
         ("num_tokens + 1 < 3", "not understood"),
+        ("prompt is reference", "not understood"),
         ("not " * 2000 + "source", "nested deeper"),
         ("num_tokens < 9 or " * 700 + "num_tokens < 3", "may have 10,000"),
     ],

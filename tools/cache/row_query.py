@@ -88,7 +88,7 @@ class Condition:
                 pass
             case ast.UnaryOp(op=ast.Not(), operand=part):
                 parts = [part]
-            case ast.Compare(left=left, comparators=others):
+            case ast.Compare(left=left, ops=kinds, comparators=others) if {*map(type, kinds)} <= _COMPARISONS.keys():
                 parts = [left, *others]
             case ast.Constant(value=int() | float() | str()):
                 parts = []
