@@ -1,18 +1,39 @@
-"""How the program starts itself again: the same interpreter, with this program's packages before any others of their
-names.
+"""This program's own packages: are they the ones that run, and how does the program start itself again with them?
 
-`-P` keeps the directory that a user works in out of the search for modules; PYTHONPATH begins with this clone, so that
-a child runs
-the same code also where it is not installed. Cost: nothing.
+Packages named `shared` or `tools` are common, and Python takes the first of that name: a folder where it was started
+with `python -m`, or one on PYTHONPATH. Half of the program would then be somebody else's, so that is refused in a
+sentence before anything of it is imported. In a child, `-P` keeps the directory that a user works in out of the search,
+and PYTHONPATH begins with this clone, so that it runs the same code also where it is not installed. Cost: looking for
+three packages, importing none.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("shared", "teacher_cache", "student_train")
+
+
+def require_own_packages() -> None:
+    """Leave with exit code 2 and a sentence where a package would come from another place than this one."""
+    for name in PACKAGES:
+        loaded = sys.modules.get(name)
+        spec = find_spec(name) if loaded is None else loaded.__spec__
+        places = list(spec.submodule_search_locations or []) if spec is not None else []
+        if places and Path(places[0]).resolve() == ROOT / name:
+            continue
+        found = f"would be loaded from {places[0]}" if places else "is not found"
+        print(
+            f"decant: error: the package `{name}` {found}; expected {ROOT / name}; start the program as `decant` or "
+            "with "
+            "`python -P -m tools.cli`, and take other folders of that name out of PYTHONPATH",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
 
 
 def own_command(*words: str) -> list[str]:
