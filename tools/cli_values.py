@@ -8,10 +8,11 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 EXIT_USAGE = 2
-_NUMBER = r"\d+(\.\d+)?|\.\d+"
+_DECIMAL = r"\d+(\.\d+)?|\.\d+"
+_Number = TypeVar("_Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,43 +94,27 @@ def partition(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def share(text: str) -> float:
-    """Read a number from 0 to 1."""
-    if not re.fullmatch(r"0?\.\d+|[01]|1\.0*|0\.", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no share; expected a number from 0 to 1")
-    return float(text)
+def _number(kind: type[_Number], pattern: str, expected: str) -> Callable[[str], _Number]:
+    """Return what reads a number of one form, or names what it is not."""
+
+    def read(text: str) -> _Number:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"'{text}' is no {expected}")
+        return kind(text)
+
+    return read
 
 
-def positive(text: str) -> int:
-    """Read a whole number from 1."""
-    if not re.fullmatch(r"0*[1-9]\d{0,17}", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no count; expected a whole number from 1")
-    return int(text)
-
-
-def row_number(text: str) -> int:
-    """Read a whole number from 0."""
-    if not re.fullmatch(r"\d{1,18}", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no count; expected a whole number from 0")
-    return int(text)
-
-
-def sample(text: str) -> int:
-    """Read a number of rows that is enough to measure a rate."""
-    if not re.fullmatch(r"\d{1,7}", text) or int(text) < 8:
-        raise argparse.ArgumentTypeError(f"'{text}' is no sample; expected a number of rows from 8")
-    return int(text)
-
-
-def price(text: str) -> float:
-    """Read a number from 0."""
-    if not re.fullmatch(_NUMBER, text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no price; expected a number such as 2.5")
-    return float(text)
+share = _number(float, r"0?\.\d+|[01]|1\.0*|0\.", "share; expected a number from 0 to 1")
+positive = _number(int, r"0*[1-9]\d{0,17}", "count; expected a whole number from 1")
+row_number = _number(int, r"\d{1,18}", "count; expected a whole number from 0")
+sample = _number(int, r"(?=\d{1,7}$)0*([89]|[1-9]\d+)", "sample; expected a number of rows from 8")
+"""Rows that are enough to measure a rate."""
+price = _number(float, _DECIMAL, "price; expected a number such as 2.5")
 
 
 def temperature(text: str) -> float:
     """Read a number above 0."""
-    if not re.fullmatch(_NUMBER, text) or not float(text):
+    if not re.fullmatch(_DECIMAL, text) or not float(text):
         raise argparse.ArgumentTypeError(f"'{text}' is no temperature; expected a number above 0, such as 2.5")
     return float(text)
