@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,7 +133,8 @@ class DistillKitReader:
         if isinstance(self._settings, OlderCompression):
             self.tail = "unknown"  # centred logits, right up to a constant
         self.k = widest(self._files, "token_ids") if self._settings is None else self._settings.k
-        self.vocab_size = _vocabulary(self._settings)
+        known = self._settings
+        self.vocab_size = known.d if isinstance(known, Compression) else known.vocab_size if known else None
         boundaries = [name for name in self._beside if name != "labels"]
         self.notes: dict[str, object] = {
             "kind": self._kind,
@@ -160,7 +162,7 @@ class DistillKitReader:
         row = _without_padding(row, beside)
         starts = self._starts(row.token_ids, beside)
         if "labels" in beside:
-            row = _supervised(row, beside["labels"])
+            row = row.entries(beside["labels"][row.predicted] >= 0)
         yield from pieces_of(row, starts)
 
     def _entries(self, where: str, lists: Mapping[str, Lists], i: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -239,10 +241,6 @@ def _read_settings(path: Path, kind: str) -> Compression | OlderCompression:
     return model.model_validate(document)
 
 
-def _vocabulary(settings: Compression | OlderCompression | None) -> int | None:
-    return settings.d if isinstance(settings, Compression) else settings.vocab_size if settings else None
-
-
 def index_bits(vocab_size: int) -> int:
     """Return the bits of one id: 17 for 128,256 entries."""
     return max(1, math.ceil(math.log2(vocab_size)))
@@ -316,11 +314,4 @@ def _without_padding(row: ForeignRow, beside: Mapping[str, np.ndarray]) -> Forei
         return row
     attended = np.flatnonzero(beside["attention_mask"][: len(row.token_ids)])
     num_tokens = int(attended[-1]) + 1 if len(attended) else 0
-    kept = row.predicted < num_tokens
-    return ForeignRow(row.where, row.token_ids[:num_tokens], row.predicted[kept], row.ids[kept], row.logprobs[kept])
-
-
-def _supervised(row: ForeignRow, labels: np.ndarray) -> ForeignRow:
-    """Return a sample with the entries of supervised tokens alone."""
-    kept = labels[row.predicted] >= 0
-    return ForeignRow(row.where, row.token_ids, row.predicted[kept], row.ids[kept], row.logprobs[kept])
+    return replace(row.entries(row.predicted < num_tokens), token_ids=row.token_ids[:num_tokens])

@@ -6,7 +6,7 @@ Shape letters: T tokens, S tokens that have entries, K most entries of a token.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -46,6 +46,17 @@ class ForeignRow:
     source: str | None = None
     """None: the one that the user named."""
     finish_reason: str = "given"
+
+    def entries(self, kept: NDArray[np.bool_] | slice) -> ForeignRow:
+        """Return the row with some of the S tokens' entries alone."""
+        labels = None if self.label_logprobs is None else self.label_logprobs[kept]
+        return replace(
+            self,
+            predicted=self.predicted[kept],
+            ids=self.ids[kept],
+            logprobs=self.logprobs[kept],
+            label_logprobs=labels,
+        )
 
 
 class ForeignReader(Protocol):
@@ -92,21 +103,11 @@ def check_row(row: ForeignRow) -> None:
 
 
 def pieces_of(row: ForeignRow, starts: NDArray[np.bool_]) -> Iterator[ForeignRow]:
-    """Yield the documents of a packed row; entries for the first token of a document belong to none and are left out.
-
-    Args:
-        row: the packed row.
-        starts: [T] where a document begins.
+    """Yield the documents of a packed row, which begin where `starts` [T] says; entries for the first token of a
+    document belong to none and are left out.
     """
     cuts = [0, *(np.flatnonzero(starts[1:]) + 1).tolist(), len(starts)]
     for first, last in pairwise(cuts):
-        inside = slice(*np.searchsorted(row.predicted, [first + 1, last]))
-        labels = None if row.label_logprobs is None else row.label_logprobs[inside]
-        yield ForeignRow(
-            f"{row.where} tokens {first}-{last - 1}" if len(cuts) > 2 else row.where,
-            row.token_ids[first:last],
-            row.predicted[inside] - first,
-            row.ids[inside],
-            row.logprobs[inside],
-            labels,
-        )
+        inside = row.entries(slice(*np.searchsorted(row.predicted, [first + 1, last])))
+        where = f"{row.where} tokens {first}-{last - 1}" if len(cuts) > 2 else row.where
+        yield replace(inside, where=where, token_ids=row.token_ids[first:last], predicted=inside.predicted - first)

@@ -37,6 +37,8 @@ _MOST_ROWS, _MOST_ENTRIES = 512, 2**23
 """Of a part; the entries bound the memory."""
 _MOST_SET_ASIDE = 1000
 """Rows set aside that a part lists by place."""
+_ASIDE = "set aside: "
+"""Begins what counts rows by the reason for which they are left out."""
 GROUPS: GroupRule = "first question"
 
 
@@ -116,9 +118,8 @@ def import_foreign(
             advance(len(part.rows))
         if not counts["rows"]:
             shutil.rmtree(derived.path)
-            raise CacheError(
-                f"{out}: no row can be used ({_reasons(counts) or 'the files hold none'}); nothing was made"
-            )
+            reasons = "; ".join(f"{rows:,} {reason}" for reason, rows in counts.items() if reason.startswith(_ASIDE))
+            raise CacheError(f"{out}: no row can be used ({reasons or 'the files hold none'}); nothing was made")
         derived.publish()
     return _summary(derived, reader, counts)
 
@@ -167,7 +168,7 @@ def _parts(reader: ForeignReader, told: Told, vocab_size: int, tail: str, counts
         if made is not None and not known.add(made.row_key):
             reason = "an earlier row has the same tokens"
         if reason or made is None:
-            counts[f"set aside: {reason}"] += 1
+            counts[f"{_ASIDE}{reason}"] += 1
             part.set_aside.append({"reason": str(reason), "where": row.where})
         else:
             part.rows.append(made)
@@ -178,7 +179,7 @@ def _parts(reader: ForeignReader, told: Told, vocab_size: int, tail: str, counts
             yield part
             part = _Part()
     for reason, rows in getattr(reader, "set_aside", {}).items():
-        counts[f"set aside: {reason}"] += rows
+        counts[f"{_ASIDE}{reason}"] += rows
         part.set_aside.append({"reason": reason, "rows": str(rows)})
     if part.rows or part.set_aside:
         yield part
@@ -230,10 +231,6 @@ def _commit(writer: CacheWriter, layer: LayerWriter, stem: str, part: _Part, sof
         raise DamagedError(f"{stem} cannot be made: {first_line(error)}") from None
 
 
-def _reasons(counts: Counter[str]) -> str:
-    return "; ".join(f"{rows:,} {name}" for name, rows in counts.items() if name.startswith("set aside: "))
-
-
 def _summary(derived: DerivedCache, reader: ForeignReader, counts: Counter[str]) -> dict[str, Any]:
     out = derived.out
     ((name, layer),) = list_layers(out).items()
@@ -254,7 +251,7 @@ def _summary(derived: DerivedCache, reader: ForeignReader, counts: Counter[str])
     }
     if derived.existed:
         return found
-    set_aside = {name.removeprefix("set aside: "): n for name, n in counts.items() if name.startswith("set aside: ")}
+    set_aside = {name.removeprefix(_ASIDE): n for name, n in counts.items() if name.startswith(_ASIDE)}
     figures = {name: counts[name] for name in ("in_head", "above_one", "divided", "outside")}
     return {**found, "set_aside": set_aside, **figures}
 
