@@ -89,13 +89,9 @@ def _section(section: type[BaseModel]) -> list[str]:
     lines += [f"    {example}", ""] if example else []
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        meaning = " ".join((field.description or "").split())
-        lines.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(meaning)} |")
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {meaning} |")
     return [*lines, ""]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _default(field: Any) -> str:

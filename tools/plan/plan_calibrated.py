@@ -9,13 +9,12 @@ see.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration
 from teacher_cache.engines.vllm.vllm_settings import logprob_bytes
-from teacher_cache.teacher.model_files import ModelFiles, resolve_model
+from teacher_cache.teacher.model_files import resolve_model
 from tools.cache.cache_commands import size
 
 SEQUENCES_IN_CACHE = 64
@@ -123,7 +122,8 @@ def _gpu_memory(recipe: Recipe, found: Calibration) -> dict[str, Any]:
     )
     length = teacher.max_model_len or files.max_position_embeddings
     shards = teacher.tensor_parallel_size
-    weights = _weight_bytes(files) * width / _WIDTH.get(files.dtype, 2) / shards
+    stored = sum(path.stat().st_size for path in files.directory.glob("*.safetensors"))
+    weights = stored * width / _WIDTH.get(files.dtype, 2) / shards
     cache = SEQUENCES_IN_CACHE * length * per_token / shards
     buffers = logprob_bytes(files.vocab_size, teacher.max_num_batched_tokens)
     return {
@@ -135,10 +135,6 @@ def _gpu_memory(recipe: Recipe, found: Calibration) -> dict[str, Any]:
         "max_model_len": length,
         "measured_on": str(found.provenance.get("device", "unknown")),
     }
-
-
-def _weight_bytes(files: ModelFiles) -> int:
-    return sum(Path(path).stat().st_size for path in files.directory.glob("*.safetensors"))
 
 
 def calibrated_text(figures: dict[str, Any]) -> str:

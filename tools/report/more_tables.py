@@ -231,13 +231,10 @@ def differences_table(report: Mapping[str, Any]) -> Table:
         parts = [("held-out KL", one["kl_nats"], 1.0, 4)] if one["kl_nats"] else []
         parts += [(domain, part, 100.0, 1) for domain, part in one["scores"].items()]
         for what, part, scale, digits in parts:
-            values = [f"{scale * value:+.{digits}f}" if value is not None else NONE for value in _ends(part)]
+            ends = (part["difference"], part["low"], part["high"])
+            values = [f"{scale * value:+.{digits}f}" if value is not None else NONE for value in ends]
             rows.append([pair, what, values[0], f"{values[1]} to {values[2]}", number(part["rows"], 0)])
     return Table("Differences on common rows", DIFFERENCES_HEADER, rows, DIFFERENCES_LEGEND, 2)
-
-
-def _ends(part: Mapping[str, Any]) -> tuple[float | None, ...]:
-    return part["difference"], part["low"], part["high"]
 
 
 def lm_eval_table(report: Mapping[str, Any]) -> Table:

@@ -83,12 +83,8 @@ def _lead(report: Mapping[str, Any]) -> str:
         )
     if models[last]["heldout"] and not tables.heldout_bases(report):
         kls = {name: (model["heldout"] or {}).get("kl_nats") for name, model in models.items()}
-        lines.append(_against(last, "is, in held-out KL from the teacher, at", kls, others, _nats))
+        lines.append(_against(last, "is, in held-out KL from the teacher, at", kls, others, "{:,.4f} nats".format))
     return "".join(f'<p class="lead">{_unbroken(line)}.</p>' for line in lines)
-
-
-def _nats(value: float) -> str:
-    return f"{number(value, 4)} nats"
 
 
 def _against(

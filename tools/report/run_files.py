@@ -107,7 +107,8 @@ def read_run(directory: Path) -> RunFiles:
         )
     missing: list[str] = []
     recipe = _recipe(directory / "recipe.yaml", missing)
-    stage_names = [stage.name for stage in recipe.stages] if recipe else _subdirectories(directory / "train")
+    trained = [path.name for path in sorted(directory.glob("train/*/"))]
+    stage_names = [stage.name for stage in recipe.stages] if recipe else trained
     stages = {
         name: stage for name in stage_names if (stage := _stage(directory / "train" / name, name, missing)) is not None
     }
@@ -273,10 +274,6 @@ def _seconds(path: Path, stages: Sequence[str], missing: list[str]) -> dict[str,
     first, last = [phase for phase in order if phase in known], ("evaluate", "report")
     rest = sorted(phase for phase in known if phase not in (*order, *last))
     return {phase: known[phase] for phase in (*first, *rest, *last) if phase in known}
-
-
-def _subdirectories(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
 
 
 def _text(path: Path) -> str:

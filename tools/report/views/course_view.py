@@ -76,8 +76,8 @@ def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, st
     }
     figures = []
     for name, (title, axis) in titles.items():
-        moves = _drifts if name == "shares" else _changes
-        if any(moves([value for _, value in points]) for points in series[name].values()):
+        drawn = [[value for _, value in points] for points in series[name].values()]
+        if any(_drifts(values) if name == "shares" else len(set(values)) > 1 for values in drawn):
             scale = 100.0 if name in ("shares", "answers") else 1.0
             over = "round" if name == "answers" else "step"
             figures.append(
@@ -87,10 +87,6 @@ def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, st
                 )
             )
     return figures
-
-
-def _changes(values: Sequence[float]) -> bool:
-    return len(set(values)) > 1
 
 
 def _drifts(values: Sequence[float]) -> bool:
