@@ -7,6 +7,7 @@ Shape letters: S supervised positions, N head entries, J captured temperatures.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -144,11 +145,9 @@ def _token_texts(cache_dir: Path) -> tuple[Callable[[int], str], str | None]:
         return str, f"ids are shown, because of the tokenizer: {error}"
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
         return str, f"ids are shown, because {path} is not for the installed `tokenizers`: {str(error).splitlines()[0]}"
-    return lambda i: json_text(tokenizer.decode([i], skip_special_tokens=False)), None
 
+    def text_of(token_id: int) -> str:
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        return json.dumps(text, ensure_ascii=not text.isprintable())  # what cannot be seen is escaped
 
-def json_text(text: str) -> str:
-    """Put a token's text in quotes, with escapes for what cannot be seen."""
-    import json
-
-    return json.dumps(text, ensure_ascii=not text.isprintable())
+    return text_of, None

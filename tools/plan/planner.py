@@ -13,12 +13,12 @@ from shutil import disk_usage
 from typing import Any
 
 from shared.cache.rows_left_out import answers_line
-from shared.errors import EvaluationError, UsageError
+from shared.errors import UsageError
 from shared.models.unused_gpu import offered_gpus
 from shared.recipe.recipe import Recipe, Stage
 from student_train.fit.precision import precision_notes
 from tools.cache.cache_commands import size
-from tools.evaluate.tasks.contamination import among_groups, sentence
+from tools.evaluate.tasks.contamination import among_groups, by_task, sentence
 from tools.plan.plan_existing import bytes_assumption, bytes_per_position, existing
 from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_lengths import length_figures, length_line, row_lengths
@@ -43,7 +43,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     result: dict[str, Any] = {"name": recipe.name, "cache": there, "assumptions": assumptions, "sources": {}}
     if recipe.prompts:
         counted = count_prompts(recipe)
-        result["tasks"] = _questions_among_prompts(recipe, counted.groups)
+        result["tasks"] = by_task(recipe, lambda task: among_groups(recipe, task, counted.groups))
         result |= _build_figures(recipe, counted, there, result["assumptions"])
     if recipe.teacher is not None and there["unscored_tokens"]:
         result["rescore"] = _rescore_figures(recipe, there)
@@ -88,17 +88,6 @@ def _longest_to_come(recipe: Recipe, result: dict[str, Any]) -> int:
     longest = max((source["longest_tokens"] + answer for source in to_do), default=0)
     most = recipe.teacher.max_model_len if recipe.teacher is not None else None
     return longest if most is None else min(longest, most)
-
-
-def _questions_among_prompts(recipe: Recipe, groups: set[bytes]) -> dict[str, dict[str, int]]:
-    """Return for each task whose file is there how many of its questions are among the prompts."""
-    found = {}
-    for task in recipe.evaluate.tasks:
-        try:
-            found[task.domain] = among_groups(recipe, task, groups)
-        except EvaluationError:
-            continue  # `decant eval` says what is wrong with it; a plan may come before the file does
-    return found
 
 
 def _build_figures(

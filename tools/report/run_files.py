@@ -40,7 +40,7 @@ from tools.evaluate.results.run_shapes import (
     read_object,
 )
 from tools.evaluate.side_by_side.side_figures import Answers, read_side_answers
-from tools.evaluate.tasks.contamination import among_caches
+from tools.evaluate.tasks.contamination import among_caches, by_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def read_run(directory: Path) -> RunFiles:
         seconds=_seconds(directory / "seconds.json", stage_names, missing),
         cache=_sum_stats([cache.stats() for cache in caches]) if caches else {},
         layers=[_layer(cache) for cache in caches],
-        questions=_questions(recipe, caches),
+        questions=by_task(recipe, lambda task: among_caches(recipe, task, caches)) if recipe and caches else {},
         missing=missing,
     )
 
@@ -220,18 +220,6 @@ def _caches(recipe: Recipe | None, missing: list[str]) -> list[Cache]:
 
 def _layer(cache: Cache) -> dict[str, Any]:
     return {"path": named(cache.path), "cache_id": cache.cache_id, **(cache.layer.to_json() if cache.layer else {})}
-
-
-def _questions(recipe: Recipe | None, caches: Sequence[Cache]) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
-    if recipe is None or not caches:
-        return found
-    for task in recipe.evaluate.tasks:
-        try:
-            found[task.domain] = among_caches(recipe, task, caches)
-        except EvaluationError:
-            continue  # the file is not on this machine: nothing is claimed about it
-    return found
 
 
 def _sum_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:

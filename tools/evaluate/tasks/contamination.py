@@ -6,11 +6,13 @@ task's `prompt_template`. Held-out prompts are counted apart: no stage trains on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Sequence
 from typing import get_args
 
 from shared.cache.cache import Cache
 from shared.cache.groups import GroupRule, question_key, questions_among
+from shared.errors import EvaluationError
 from shared.keys import is_heldout
 from shared.recipe.recipe import Recipe, Task
 from tools.evaluate.tasks.questions import read_questions
@@ -40,6 +42,15 @@ def among_groups(recipe: Recipe, task: Task, groups: Collection[bytes]) -> dict[
     rules = get_args(GroupRule)
     keys = [{question_key(text, rule) for text in form for rule in rules} for form in _forms(task)]
     return _counts([{key for key in of if key in groups} for of in keys], recipe.heldout.fraction)
+
+
+def by_task(recipe: Recipe, count: Callable[[Task], dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Return domain -> counts, of the tasks whose file is here; `decant eval` says what is wrong with one."""
+    found = {}
+    for task in recipe.evaluate.tasks:
+        with contextlib.suppress(EvaluationError):
+            found[task.domain] = count(task)
+    return found
 
 
 def sentence(domain: str, counts: dict[str, int]) -> str:

@@ -30,7 +30,11 @@ def _models(asked: Asked) -> Iterator[Problem]:
             other = recipe.teachers[name]
             place = ("teachers", name, "model")
             problem = model_problem(other.model, other.revision, weights=weights, stated=asked.elsewhere)
-        elif name == "base" and student is not None and student.init != "random":
+        elif name == "base" and student is not None and student.init == "random":
+            problem = (
+                "the student starts from random weights (init: random), so there is nothing to compare; leave it out"
+            )
+        elif name == "base" and student is not None:
             stated = asked.plans_only and assume.student is not None
             place, problem = (
                 ("student", "model"),
@@ -50,12 +54,6 @@ def evaluation_problems(asked: Asked) -> Iterator[Problem]:
     from tools.evaluate.tasks.registry import task_kind
 
     recipe = asked.recipe
-    for i, model in enumerate(recipe.evaluate.models):
-        if model == "base" and recipe.student is not None and recipe.student.init == "random":
-            sentence = (
-                "the student starts from random weights (init: random), so there is nothing to compare; leave it out"
-            )
-            yield ("evaluate", "models", i), sentence
     yield from _models(asked)
     if asked.elsewhere:
         return
