@@ -37,9 +37,7 @@ def require_own_packages() -> None:
 
 
 def own_command(*words: str) -> list[str]:
-    """Return the command line of a child; `own_command("-m", "tools.cli")` -> [sys.executable, "-P", "-m",
-    "tools.cli"].
-    """
+    """Return the command line of a child; `own_command("-m", "tools.cli")` -> [PYTHON, "-P", "-m", "tools.cli"]."""
     return [sys.executable, "-P", *words]
 
 

@@ -113,13 +113,9 @@ def require_stages(recipe: Recipe, from_stage: str | None, to_stage: str | None)
 
 
 def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: Sequence[str] | None = None) -> Result:
-    """Run phase 2 and name its models; where a stage has rounds, each of their steps in a process of its own.
+    """Run phase 2 from a stage to a stage and name its models; steps of rounds are processes of their own.
 
-    Args:
-        recipe: the recipe.
-        from_stage: the first stage; None: the recipe's first.
-        to_stage: the last stage; None: the recipe's last.
-        again: words of a command line that name this recipe for other processes; None: they read a copy of it.
+    `again` are words of a command line that name this recipe for other processes; None: they read a copy of it.
 
     Raises:
         UsageError: a stage is not in the recipe.

@@ -190,9 +190,7 @@ def _document(candidate: Candidate, temperature: float, losses: Losses, position
 
 
 def smaller_capture(documents: Sequence[dict[str, Any]]) -> str | None:
-    """Return a sentence on the smallest capture whose mean gradient is no more wrong than the layer's own, where there
-    is one.
-    """
+    """Name the smallest capture whose mean gradient is no more wrong than the layer's own; None where there is none."""
     by_capture: dict[tuple[int, int, float], list[dict[str, Any]]] = defaultdict(list)
     for document in documents:
         by_capture[document["k"], document["draws"], document["mass"]].append(document)

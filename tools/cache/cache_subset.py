@@ -110,9 +110,7 @@ def chosen_rows(cache: Cache, choice: Choice) -> NDArray[np.bool_]:
 
 
 def _dropped(cache: Cache, chosen: NDArray[np.bool_]) -> dict[int, NDArray[np.bool_]]:
-    """Return by part which of its rows are left out, those that are not shown among them; parts that stay whole are
-    not in it.
-    """
+    """Return by part that does not stay whole which of its rows are left out, those that are not shown among them."""
     found, first = {}, 0
     for number, (record, _, shown) in enumerate(cache.parts()):
         visible = np.ones(record.rows, np.bool_) if shown is None else np.asarray(shown)

@@ -13,12 +13,7 @@ _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 
 
 def dataset_card(cache: Mapping[str, Any], url: str) -> str:
-    """Return the card of a cache.
-
-    Args:
-        cache: what `decant cache ls --json` says.
-        url: where it will be.
-    """
+    """Return the card of a cache that will be at a URL; `cache` is what `decant cache ls --json` says."""
     identity, rows = cache["identity"], cache["rows"]
     licence = str(identity.get("licence") or "unknown")
     category = next((name for most, name in _SIZES if rows < most), "n>10M")

@@ -168,9 +168,7 @@ def _write_part(
 
 
 def _blobs_digest(part: MappedSequences, scored: MappedTargets) -> str:
-    """Return 32 hexadecimal digits of a part's keys and blobs, so that an import knows whether the targets were
-    altered.
-    """
+    """Return 32 hexadecimal digits of a part's keys and blobs, by which an import knows altered targets."""
     digest = xxhash.xxh3_128()
     for i in range(len(part)):
         digest.update(part.keys[i].tobytes())

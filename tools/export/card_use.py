@@ -24,12 +24,7 @@ class Talk:
 
 
 def use_lines(talk: Talk, generate: Generate | None) -> list[str]:
-    """Return the card's lines on use.
-
-    Args:
-        talk: template and end tokens.
-        generate: how the answers that it learnt from were drawn; None where they came with the data.
-    """
+    """Return the card's lines on use; `generate` drew the answers that it learnt from, None: they were given."""
     sources = talk.leaving.sources if talk.leaving else ()
     chat = [source for source in sources if source.of_turns and source.template == "chat"]
     ends = ", ".join(map(str, talk.leaving.end_ids if talk.leaving else talk.end_ids)) or "none"

@@ -15,11 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def convert_weights(model_dir: Path, dtype: str) -> None:
-    """Convert a model directory's weights in place and let its config say so.
-
-    Args:
-        model_dir: with *.safetensors and config.json.
-        dtype: one of `DTYPES`.
+    """Convert a model directory's weights to one of `DTYPES` in place and let its config say so.
 
     Raises:
         UsageError: the weights are quantised, or a value does not fit the type.

@@ -140,9 +140,7 @@ def _check_whole(stage_dir: Path) -> None:
 
 
 def cache_identities(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the identity of each cache of a recipe that can be read: of its sequences and, where there is one, its
-    layer.
-    """
+    """Return the identity of each cache of a recipe that can be read: of its sequences and of its layer, if any."""
     from tools.evaluate.results.results import heldout_layer
 
     found = []

@@ -179,9 +179,7 @@ def _train(recipe: Any, config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def random_student(config: Any, student: Any, device: Any) -> Any:
-    """Return a model with random weights on a device, its linear layers in 4 bits where the student's adapter is
-    qlora.
-    """
+    """Return a model with random weights on a device, its linear layers in 4 bits where the adapter is qlora."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -336,9 +336,7 @@ def _more_cards(case: Case) -> str | None:
 
 
 def _changes(student: Student, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yield changes in words, as fields of the student and of the trainer, alone and then together with
-    shorter packs.
-    """
+    """Yield changes in words, as fields of the student and of the trainer, alone and then with shorter packs."""
     narrow = {"dtype": "bfloat16"}
     ways: list[tuple[str, dict[str, Any], dict[str, Any]]] = [("", {}, {})]
     if student.adapter.kind == "none":

@@ -29,11 +29,7 @@ def hidden_figures(
 ) -> Figures | None:
     """Return positions, bytes and bytes per position of the recipe's hidden layer; None where it asks for none.
 
-    Args:
-        recipe: the recipe.
-        rows_to_do: rows that are not in the cache yet.
-        positions_to_do: their positions, `expected` and `at_most`.
-        assumptions: gains what is assumed, or why nothing can be said.
+    `positions_to_do` are `expected` and `at_most`; `assumptions` gains what is assumed, or why nothing can be said.
 
     Raises:
         UsageError: the teacher has no such layer.
@@ -109,9 +105,7 @@ def hidden_layer_to_train(recipe: Recipe, stage: Stage) -> HiddenIdentity | None
 
 
 def _teacher_shape(recipe: Recipe, assumptions: list[str]) -> tuple[int, int] | None:
-    """Return blocks and width of the teacher, from its files or from what the recipe assumes; None
-    where neither says.
-    """
+    """Return blocks and width of the teacher, from its files or as the recipe assumes; None where neither says."""
     from teacher_cache.teacher.model_files import ModelFiles, resolve_model
 
     assert recipe.teacher is not None
@@ -137,9 +131,7 @@ def _teacher_shape(recipe: Recipe, assumptions: list[str]) -> tuple[int, int] | 
 
 
 def _existing(recipe: Recipe, capture: HiddenCapture) -> tuple[int, int, float | None]:
-    """Return rows and positions that are in the cache without hidden states, and what a position takes where some have
-    them.
-    """
+    """Return rows and positions in the cache without hidden states, and what a position takes where some have them."""
     rows = positions = 0
     measured: float | None = None
     for path in recipe.cache:

@@ -31,11 +31,7 @@ def length_figures(
 ) -> dict[str, Any]:
     """Return a stage's `limit` in tokens, where it comes from, and the rows above it.
 
-    Args:
-        recipe: with the student.
-        stage: one of its stages.
-        lengths: [R] tokens of the rows that are there.
-        longest_to_come: tokens of the longest row, at most, that a build would add; 0 for none.
+    `lengths` are [R] tokens of the rows that are there, `longest_to_come` those of the longest to be added, or 0.
     """
     from student_train.order.order import length_limit
     from student_train.stage.student_length import student_positions

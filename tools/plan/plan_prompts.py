@@ -62,14 +62,11 @@ class PromptCount:
     tokenizer_note: str | None = None
     """Why tokens are estimated from characters; None where the tokenizer counts."""
     assumed: list[str] = field(default_factory=list)
-    """A sentence for each source that cannot be reached and has the size that the recipe states, and for what is not
-    read of a source.
-    """
+    """A sentence for each source out of reach, whose size the recipe states, and for what is not read of one."""
 
 
 def count_prompts(recipe: Recipe) -> PromptCount:
-    """Count rows and tokens of a recipe's prompts; a source out of reach has the size that the recipe's `assume`
-    states.
+    """Count rows and tokens of a recipe's prompts; a source out of reach has the size that `assume` states.
 
     Raises:
         PromptError: a source is missing, cannot be read or has no row, and the recipe states no size for it.
@@ -210,9 +207,7 @@ def _foreign_ends(recipe: Recipe, counter: _TokenCounter) -> list[int | None]:
 
 
 def _reachable(recipe: Recipe, result: PromptCount) -> Recipe:
-    """Enter the sources of which something is out of reach with their stated sizes, and return the recipe with the
-    others alone.
-    """
+    """Enter sources that are out of reach with their stated sizes; return the recipe with the others alone."""
     from teacher_cache.prompts.files.prompt_files import locate
 
     reasons: dict[str, PromptError] = {}

@@ -23,10 +23,7 @@ BOUNDS = ("expected", "at_most")
 def rounds_figures(recipe: Recipe, expected_share: float, bytes_per_token: float) -> dict[str, dict[str, Any]]:
     """Return per stage with rounds what its rounds are still to answer and to score.
 
-    Args:
-        recipe: the recipe.
-        expected_share: of `max_new_tokens`, what an answer is expected to have.
-        bytes_per_token: of a row's ids and texts.
+    Answers are expected to have `expected_share` of `max_new_tokens`; ids and texts take `bytes_per_token`.
 
     Raises:
         PromptError: a source is missing, or a round is to ask more prompts than there are.

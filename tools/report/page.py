@@ -243,9 +243,7 @@ def _table(table: Table) -> str:
 
 
 def _element(header: Sequence[str], rows: Sequence[Sequence[str]], num_labels: int = 1) -> str:
-    """Return a table that a narrow screen shows as one card per row, each figure under its title; the first
-    `num_labels` columns hold words.
-    """
+    """Return a table, one card per row on a narrow screen; the first `num_labels` columns hold words."""
     side = ["" if column >= num_labels else ' class="w"' for column in range(len(header))]
     head = "".join(f"<th{of}>{escape(title)}</th>" for of, title in zip(side, header, strict=True))
     body = ""

@@ -77,9 +77,7 @@ def side_samples(answers: Mapping[str, Answers]) -> list[Sample]:
 
 
 def _interest(answers: Mapping[str, Mapping[str, Any]]) -> float:
-    """Return how much a question says: the last model's lead over the student before, then any spread
-    between models.
-    """
+    """Return how much a question says: the last model's lead over the student before, then any spread of models."""
     scores = {name: float(row["score"]) for name, row in answers.items()}
     spread = max(scores.values()) - min(scores.values())
     students = [name for name in scores if name not in ("teacher", "base")]
@@ -97,8 +95,6 @@ def _sample(domain: str, answers: Mapping[str, Mapping[str, Any]]) -> Sample:
 
 
 def cut(text: Any) -> str:
-    """Return at most `MOST_CHARACTERS` of a text, marked where it was cut, without what would steer a
-    reader's screen.
-    """
+    """Return at most `MOST_CHARACTERS` of a text, marked where it was cut, without what steers a reader's screen."""
     shown = _STEERING.sub("\ufffd", "" if text is None else str(text))
     return shown if len(shown) <= MOST_CHARACTERS else shown[:MOST_CHARACTERS] + " …"

@@ -54,11 +54,7 @@ def train_in_processes(
 ) -> None:
     """Train stages in their order, those with rounds step by step, in processes of their own.
 
-    Args:
-        recipe: the recipe.
-        stages: a stretch of its stages.
-        again: words of a command line that name the same recipe: its path, overrides.
-        output: file descriptor of the steps' output; None: ours.
+    `again` are words of a command line that name the recipe, `output` is the descriptor of their output, None: ours.
 
     Raises:
         PhaseFailedError: a step failed.

@@ -48,9 +48,7 @@ def published_rounds(recipe: Recipe, stage: Stage) -> int:
 def publish(one: Round, stopped: str | None = None) -> Path:
     """Show the rounds up to this one, and those that were trained from it before, as their stage; return its model.
 
-    Args:
-        one: the round that was trained last, or that stopped.
-        stopped: why it stopped before it was trained.
+    The round was trained last, or stopped before it was trained, with `stopped` as the reason.
     """
     stage_dir = one.recipe.stage_dir(one.stage.name)
     require_of_rounds(one)

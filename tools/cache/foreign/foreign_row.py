@@ -103,9 +103,7 @@ def check_row(row: ForeignRow) -> None:
 
 
 def pieces_of(row: ForeignRow, starts: NDArray[np.bool_]) -> Iterator[ForeignRow]:
-    """Yield the documents of a packed row, which begin where `starts` [T] says; entries for the first token of a
-    document belong to none and are left out.
-    """
+    """Yield the documents of a packed row, begun where `starts` [T] says, without entries for their first tokens."""
     cuts = [0, *(np.flatnonzero(starts[1:]) + 1).tolist(), len(starts)]
     for first, last in pairwise(cuts):
         inside = row.entries(slice(*np.searchsorted(row.predicted, [first + 1, last])))

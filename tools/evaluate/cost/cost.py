@@ -108,9 +108,7 @@ def median_figures(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def add_ratios(figures: dict[str, dict[str, Any]]) -> None:
-    """Add `compression` (the teacher's parameters over the model's) and `speed_up` (tokens per second over the
-    teacher's).
-    """
+    """Add `compression` (the teacher's parameters over the model's) and `speed_up` (tokens/s over the teacher's)."""
     teacher = figures.get("teacher", {})
     for own in figures.values():
         own["compression"] = _ratio(teacher.get("parameters"), own["parameters"])

@@ -75,8 +75,7 @@ def measure_model(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def parameter_figures(model: ModelUnderTest) -> dict[str, int | None]:
-    """Return parameters and the bytes of the weights at run time, from the headers of the safetensors files; None
-    without them.
+    """Return parameters and the bytes of the weights at run time, from the headers of safetensors; None without.
 
     Weights that are stored quantised are packed, so their count is unknown and their bytes are those on disk.
     """

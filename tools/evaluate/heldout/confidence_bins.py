@@ -39,8 +39,7 @@ class ConfidenceBins:
         )
 
     def gap(self) -> float | None:
-        """Return the expected calibration error: mean |confidence - share right| over bins, by positions; None without
-        any.
+        """Return the expected calibration error: mean |confidence - share right| over bins, by positions; None without.
 
         Naeini, Cooper and Hauskrecht (2015), AAAI.
         """

@@ -267,9 +267,7 @@ def _row_measure(
 def _batches(
     caches: Sequence[Cache], rows: Sequence[tuple[int, int]], batch_tokens: int
 ) -> list[list[tuple[int, int]]]:
-    """Group rows of similar length so that R x L stays within `batch_tokens`; longest first: a lack of memory shows at
-    once.
-    """
+    """Group rows of similar length, R x L within `batch_tokens`; longest first: a lack of memory shows at once."""
     ordered = sorted(rows, key=lambda place: (-int(caches[place[0]].num_tokens[place[1]]), place))
     batches: list[list[tuple[int, int]]] = []
     for place in ordered:

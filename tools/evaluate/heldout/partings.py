@@ -53,9 +53,7 @@ class Partings:
                 heapq.heappushpop(self.heap, entry)
 
     def described(self, model: Any, caches: Sequence[Cache], vocab_size: int) -> list[dict[str, Any]]:
-        """Return source, KL, the text around, and both sides' most probable tokens with probabilities, largest KL
-        first.
-        """
+        """Return source, KL, text around, and both sides' most probable tokens with probabilities, by falling KL."""
         writers = [_decoder(cache) for cache in caches]
         found = []
         for kl, cache, row, position in sorted(self.heap, reverse=True):

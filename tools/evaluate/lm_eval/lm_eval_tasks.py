@@ -142,8 +142,7 @@ def lm_eval_identity(model: ModelUnderTest, tasks: LmEvalTasks, ends: Sequence[i
 
 
 def fold(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return the harness's results as TASK -> METRIC -> value and stderr; a filter other than `none` is part of the
-    metric's name.
+    """Return the harness's results as TASK -> METRIC[,FILTER] -> value and stderr; the filter `none` is left out.
 
     >>> fold({"t": {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1}})
     {'t': {'acc': {'value': 0.5, 'stderr': 0.1}}}

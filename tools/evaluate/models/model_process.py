@@ -92,9 +92,7 @@ def leave(status: int) -> None:
 
 
 def _follow(process: subprocess.Popen[bytes], job: str, name: str, say: Callable[[str], None]) -> str | None:
-    """Send the job, pass progress on, and return the sentence of an error; stdin stays open, since the child dies with
-    it.
-    """
+    """Send the job, pass progress on, return the sentence of an error; stdin stays open: the child dies with it."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:

@@ -127,10 +127,7 @@ def far_teachers(distances: Mapping[tuple[str, str], float], from_start: Mapping
 
     A teacher is far where every other one is farther from it than the student is before it has learned anything; of
     three or more also where its nearest is `NEAREST_FACTOR` times as far as the others' nearest are in the median.
-
-    Args:
-        distances: KL(of || to) in nats by (of, to).
-        from_start: KL of each teacher to the student's start, where it was measured.
+    `distances` are KL(of || to) in nats by (of, to), `from_start` those to the student's start, where measured.
     """
     names = list(dict.fromkeys(of for of, _ in distances))
     nearest = {name: min(kl for (of, _), kl in distances.items() if of == name) for name in names}

@@ -108,8 +108,7 @@ class Confined:
         self.process.stdout.close()
 
     def failure(self) -> str | None:
-        """Return what it died of, an empty string where it came to its end, or None where it did not say; call after
-        `stop`.
+        """Return what it died of, empty where it came to its end, None where it did not say; call after `stop`.
 
         Raises:
             EvaluationError: its walls could not be put up, so it did not run.

@@ -252,9 +252,7 @@ def _job(mechanism: str, scratch: Path, code: str, limits: Limits) -> dict[str, 
 
 
 def _holds(mechanism: str) -> bool:
-    """Put the walls up and try to get out by file, network and process; True if nothing was possible and Python still
-    works.
-    """
+    """Put the walls up and try to get out by file, network and process; True if none was possible and Python works."""
     if sys.platform != "linux":
         return False
     if mechanism == "bubblewrap" and shutil.which("bwrap") is None:

@@ -139,9 +139,7 @@ def _chosen(pool: Sequence[SidePrompt], settings: SideBySide) -> list[SidePrompt
 
 
 def _heldout(recipe: Recipe) -> Iterator[SidePrompt]:
-    """Yield held-out prompts, those of the smallest group keys first: a random order that does not depend on the
-    disk's.
-    """
+    """Yield held-out prompts by their group keys: a random order that does not depend on the disk's."""
     caches = [Cache.open(path, heldout_layer(recipe)) for path in recipe.cache]
     first: dict[bytes, tuple[Cache, int]] = {}
     for cache in caches:

@@ -66,9 +66,7 @@ def _body(code: str) -> str:
 
 
 def _whole_functions(code: str, fenced: bool) -> str:
-    """Return fenced code as it is; of unfenced code, what looks like code: prose at the margin before and after is
-    dropped.
-    """
+    """Return fenced code as it is; of unfenced code what looks like code, without prose at the margin around it."""
     if fenced:
         return code
     lines = code.split("\n")

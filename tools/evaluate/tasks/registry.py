@@ -27,9 +27,7 @@ def task_kind(task: Task) -> TaskKind:
 def aggregate(
     task: Task, questions: Sequence[Question], scores: Sequence[Score], choices: Sequence[Sequence[Choice]] = ()
 ) -> TaskScore:
-    """Average scores that come question by question, `task.samples` each; `choices` of a question's answers, likewise
-    in order, where choices were weighed.
-    """
+    """Average scores, `task.samples` for each question in turn; `choices` likewise, where choices were weighed."""
     n = task.samples
     assert len(scores) == len(questions) * n
     asked = [Asked(q, scores[i * n : i * n + n], choices[i * n] if choices else ()) for i, q in enumerate(questions)]

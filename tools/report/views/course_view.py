@@ -90,9 +90,7 @@ def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, st
 
 
 def _drifts(values: Sequence[float]) -> bool:
-    """Tell whether a share moves, and not only jitters from batch to batch: first and last third differ by more than
-    0.02 and four standard errors.
-    """
+    """Tell whether a share moves: its first and last third differ by more than 0.02 and four standard errors."""
     third = len(values) // 3
     if third < 2:
         return False
