@@ -1,6 +1,4 @@
-"""The options of every `decant cache` command, and what --help says about them. Imports nothing but the standard
-library.
-"""
+"""The options of every `decant cache` command, and what --help says about them. Needs the standard library alone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The options of every command that exists, and what --help says about them. Imports nothing but the
-standard library.
-"""
+"""The options of every command, and what --help says about them. Imports nothing but the standard library."""
 
 from __future__ import annotations
 

@@ -29,8 +29,7 @@ def require_own_packages() -> None:
         found = f"would be loaded from {places[0]}" if places else "is not found"
         print(
             f"decant: error: the package `{name}` {found}; expected {ROOT / name}; start the program as `decant` or "
-            "with "
-            "`python -P -m tools.cli`, and take other folders of that name out of PYTHONPATH",
+            "with `python -P -m tools.cli`, and take other folders of that name out of PYTHONPATH",
             file=sys.stderr,
         )
         raise SystemExit(2)

@@ -1,5 +1,4 @@
-"""`decant cache audit`: is a cache what its teacher says, and what would a smaller capture lose; as a document and as
-tables.
+"""`decant cache audit`: is a cache what its teacher says, what would a smaller capture lose; a document and tables.
 
 Cost: the recorded teacher in transformers, three forward passes per sampled row (and one of the student).
 """
@@ -111,8 +110,7 @@ def audit_text(found: Mapping[str, Any]) -> str:
     faith = found["faithfulness"]
     lines = [
         f"{found['path']}, layer {found['layer']}: {found['rows']} rows, {faith['stored']['positions']:,} positions "
-        "scored again "
-        f"by {found['teacher']} ({found['dtype']})",
+        f"scored again by {found['teacher']} ({found['dtype']})",
         *(
             [f"  {found['rows_too_long']} sampled rows are longer than the models read"]
             if found["rows_too_long"]

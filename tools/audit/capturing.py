@@ -1,5 +1,4 @@
-"""Capture dense distributions as the engines do: the same columns, cut, tails and draws, from log-probabilities at
-hand.
+"""Capture dense distributions as the engines do: the same columns, cut, tails and draws, of given log-probabilities.
 
 Shape letters: C positions of a chunk, V entries, K head entries, J temperatures, m draws.
 """

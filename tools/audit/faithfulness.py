@@ -1,5 +1,4 @@
-"""Are the stored distributions the teacher's: rows drawn at random are scored live again and compared position by
-position.
+"""Are the stored distributions the teacher's: random rows are scored live again and compared position by position.
 
 Three comparisons with the same live distributions, each in the same figures:
 - stored: what the cache has;

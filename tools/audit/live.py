@@ -1,5 +1,4 @@
-"""Dense distributions of a model at a cached row's supervised positions, a few positions at a time; transformers, no
-cache of anything.
+"""Dense distributions of a model at a cached row's supervised positions, a few at a time, by transformers.
 
 Cost: one forward pass per row and at most `CHUNK_ENTRIES` numbers of logits at once.
 Shape letters: T tokens of a row, S supervised positions, C positions of a chunk, V entries.
@@ -45,8 +44,7 @@ def open_recorded_teacher(
     if identity.quantization is not None:
         raise IdentityError(
             f"the teacher was quantised with {identity.quantization} when it was captured, which transformers does "
-            "not do; "
-            "audit a layer of the unquantised teacher"
+            "not do; audit a layer of the unquantised teacher"
         )
     if (identity.adapter is None) != (adapter is None):
         found = "has one" if identity.adapter else "has none"

@@ -1,5 +1,4 @@
-"""`decant cache ...`: what is in a cache, whether it is whole, what can go, and how caches become one or something
-else.
+"""`decant cache ...`: what is in a cache, whether it is whole, what can go, and how caches become something else.
 
 Nothing here loads a model or a framework; `ls` and `stats` read commit records alone, `verify` reads every byte once.
 """

@@ -192,8 +192,7 @@ def _check_names(sources: Sequence[Source], chosen: set[str]) -> None:
                     raise IdentityError(
                         f"layer {layer.short_name} of {other.path} cannot be merged with that of {source.path}: "
                         f"{_named(problem, source, other)}; score one of them again, or name the layers to merge "
-                        "with --targets "
-                        "(or --no-targets)"
+                        "with --targets (or --no-targets)"
                     )
 
 

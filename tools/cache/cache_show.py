@@ -90,8 +90,7 @@ def row_text(document: dict[str, Any]) -> str:
     lines = [
         f"row {document['row']} of {document['rows']:,}, source {document['source']}, {document['where']}",
         f"layer {document['layer'] or '(none)'}, {document['num_tokens']} tokens, {len(document['tokens'])} "
-        "supervised, "
-        f"finished by {document['finish_reason']}",
+        f"supervised, finished by {document['finish_reason']}",
         *([document["note"]] if document["note"] else []),
         "",
         f"prompt:   {shortened(prompt)}",

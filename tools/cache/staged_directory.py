@@ -1,5 +1,4 @@
-"""A directory that is whole or not there: written beside its place under a name that says what it will hold, then
-renamed.
+"""A directory that is whole or not there: written beside its place, named after what it will hold, then renamed.
 
 The name ends in the id of the content, so the same command continues after a kill and no other does.
 """

@@ -1,5 +1,4 @@
-"""Packages that doctor asks about: installed or not, within the bounds of pyproject.toml or not, in each other's way or
-not.
+"""Packages that doctor asks about: installed, within the bounds of pyproject.toml, in each other's way or not.
 
 Nothing is imported here; versions are read from distribution metadata.
 """

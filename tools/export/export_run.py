@@ -1,5 +1,4 @@
-"""`decant export RUN`: a trained stage as a plain model directory, with its tokenizer, generation settings and a model
-card.
+"""`decant export RUN`: a trained stage as a plain model directory, with tokenizer, generation settings and card.
 
 The stage's model is merged and whole already (student_train/stage/export.py); it is copied, never changed, into a
 directory that is whole or absent. Chat template and end tokens are those that its caches say it was trained with, also

@@ -176,8 +176,7 @@ def _figures(report: Mapping[str, Any], stage: Stage) -> list[str]:
 def _licence(recipe: Recipe, caches: list[dict[str, Any]], base: Mapping[str, str]) -> list[str]:
     lines = [
         f"- answers of cache `{cache.get('cache_id')}`: licence {plain(str(cache.get('licence') or 'not stated'))}, "
-        "written by "
-        f"{plain(str(cache.get('answers') or 'unknown'))}"
+        f"written by {plain(str(cache.get('answers') or 'unknown'))}"
         for cache in caches
     ]
     assert recipe.student is not None

@@ -1,5 +1,4 @@
-"""The plan's memory against what a GPU allocates: students at true size with random weights, trained a few steps on
-made-up rows.
+"""The plan's memory against what a GPU allocates: students of true size and random weights, trained a few steps.
 
 The trainer, the packs, the loss and the optimizer are those of `decant train`; only weights, rows and targets are made
 up. The process is capped to a card's memory. Each student in a process of its own, started by tools/gpu_check.py.

@@ -386,8 +386,7 @@ def card_text(result: dict[str, Any]) -> str:
         how = (
             f"{stage['tokens_per_forward']:,} tokens per forward pass, activations "
             f"{'recomputed' if chosen['gradient_checkpointing'] else 'kept'}, chunk {chosen['operator_chunk_mib']} "
-            "MiB; most at "
-            f"{stage['moment']}"
+            f"MiB; most at {stage['moment']}"
         )
         notes.append(f"  {name}: {stage['parameters'] / 1e9:.2f} billion parameters, {how}")
         written = f"{stage['as_written_bytes'] / GIB:.1f} GiB as written"

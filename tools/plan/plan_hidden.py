@@ -1,5 +1,4 @@
-"""What a hidden layer takes on disk, priced before it is built: from the teacher's shape alone, compression not
-assumed.
+"""What a hidden layer takes on disk, before it is built: from the teacher's shape alone, without compression.
 
 Per position: L (D + 4) bytes of states (8-bit integers and a float32 scale), and per attention layer 2 bytes and 5 for
 each kept key; per row D + 4 bytes of pooled state. Where the cache has such a layer, its bytes per position are

@@ -1,5 +1,4 @@
-"""The page's one script: search and filter the answers side by side. Written here, allowed by its hash, nothing else
-runs.
+"""The page's one script: search and filter the answers side by side. Allowed by its hash, so that no other runs.
 
 A question is shown where its card's text holds every word of the search, its domain is chosen, and its outcome matches.
 While nothing is asked for, the first few questions of each domain stand open and the rest stay folded; without scripts

@@ -1,5 +1,4 @@
-"""The tables beyond the first: sampled answers side by side, cost, lm-eval. One list for terminal, report.md and the
-page.
+"""The tables beyond the first: answers side by side, cost, lm-eval; for terminal, report.md and the page.
 
 Each is a title, a header, rows of texts and a legend; a table that a run has no figures for is left out.
 """
@@ -14,11 +13,9 @@ from tools.report.teacher_tables import teachers_apart_table, teachers_table
 
 SIDE_LEGEND = (
     "Sampled answers to the same prompts. Same as teacher, same as base: share of answers that are identical. "
-    "Length: characters "
-    "over the teacher's. Terms, structure: share of the teacher's technical terms, and of its steps, list items, "
-    "code blocks and "
-    "headings, that the answers have too. Language: share of answers in a language that neither prompt nor teacher's "
-    "answer uses."
+    "Length: characters over the teacher's. Terms, structure: share of the teacher's technical terms, and of its "
+    "steps, list items, code blocks and headings, that the answers have too. Language: share of answers in a language "
+    "that neither prompt nor teacher's answer uses."
 )
 LM_EVAL_LEGEND = "By lm-evaluation-harness, with its standard errors."
 AUDIT_HEADER = ("", "mean KL", "worst KL", "worst label", "worst tail", "top-1")
@@ -191,8 +188,7 @@ def truncation_table(report: Mapping[str, Any]) -> Table:
     ]
     legend = (
         "* the layer's own. KL lost: nats per position. Gradient error: against the dense gradient, at each position "
-        "and in the "
-        f"mean. Tails completed by {audit.get('completion')}."
+        f"and in the mean. Tails completed by {audit.get('completion')}."
     )
     return Table("Audit: what a capture loses", TRUNCATION_HEADER, rows, legend, 1)
 

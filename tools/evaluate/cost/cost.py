@@ -1,5 +1,4 @@
-"""What each model costs on this machine, measured in one run: parameters, memory, time to first token, tokens per
-second.
+"""What each model costs on this machine, measured in one run: parameters, memory, first token, tokens per second.
 
 Three rounds, in each of which every model runs once in a process of its own, one after another, so that a machine that
 grows slower or faster meets all of them; every figure is the median of the rounds. All answer the same prompts,

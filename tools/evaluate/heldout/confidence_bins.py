@@ -1,5 +1,4 @@
-"""How often a guess is right, by how sure it is: streaming sums over bins of a probability, for reliability and
-agreement.
+"""How often a guess is right, by how sure it is: sums over bins of a probability, for reliability and agreement.
 
 Equal bins from 0 to 1; what lies on an edge counts to the bin above. Cost: linear in positions, 3 numbers per bin.
 """

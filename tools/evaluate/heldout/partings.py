@@ -1,5 +1,4 @@
-"""Where student and teacher part most: the held-out positions of the largest KL, in their context, with what each would
-say.
+"""Where student and teacher part most: held-out positions of the largest KL, in context, with what each would say.
 
 While rows are measured, the largest few positions are kept in a heap; only their rows go through the model once more,
 to name the student's tokens. Cost: a forward pass for each of at most `MOST_PARTINGS` rows, at the end.

@@ -1,5 +1,4 @@
-"""Published benchmarks through lm-evaluation-harness: every model of a recipe, one process each, folded into the run's
-report.
+"""Published benchmarks through lm-evaluation-harness: one process a model, folded into the run's report.
 
     OUTPUT_DIR/evaluate/lm_eval/MODEL.json   identity, TASK -> METRIC -> value and standard error
 

@@ -1,5 +1,4 @@
-"""Small models on a CPU are evaluated at the same time, a thread each; all others one after another, each with the
-whole machine.
+"""Small models on a CPU are evaluated at the same time, a thread each; others one by one, with the whole machine.
 
 A second thread does nothing for a model whose products are small (measured: 21.0 s of answers with one thread, 19.8 s
 with two); a second model beside it does.

@@ -1,5 +1,4 @@
-"""Let one model choose: every choice of a question is scored as a continuation of its prompt by the engine's own
-scoring pass.
+"""Let one model choose: each choice is scored as a continuation of its question by the engine's scoring pass.
 
 A choice's tokens are those of its text alone, after the prompt's (in plain text with the space or line feed that joins
 them), so every choice of a question follows the same tokens. Cost: one prefill of prompt and choice per choice.

@@ -1,5 +1,4 @@
-"""A process for one model: engines leave processes and memory behind, so each model gets its own and is killed as a
-whole.
+"""A process for each model: engines leave processes and memory behind, so it is killed as a whole.
 
 The child reads its job as one line of JSON from stdin, which stays open: the child dies with it, and so with its
 parent. It writes progress and at last `done` or `error` to stdout, one JSON object per line; what libraries print goes

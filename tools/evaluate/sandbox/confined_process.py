@@ -1,5 +1,4 @@
-"""One confined interpreter from its start to its end: give it its job, read what it says, stop it at its limits, see
-it gone.
+"""One confined interpreter to its end: give it its job, read what it says, stop it at its limits, see it gone.
 
 Several that talk with each other are watched together; the first is the one that is waited for. Everything that a
 program sends is

@@ -1,5 +1,4 @@
-"""Calls of a function across pipes between two confined processes: the tests' side and the answer's. Standard library
-only.
+"""Calls of a function across pipes between confined processes, of tests and answer. Standard library only.
 
 The source of this module runs inside the sandbox, before the tests and before the answer. Arguments and results
 cross as data, never as objects: None, bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set,

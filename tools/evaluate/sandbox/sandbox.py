@@ -77,9 +77,8 @@ def require(allow_unsafe: bool = False) -> str:
         return UNSAFE
     raise EvaluationError(
         "no sandbox for code written by a model: this machine has neither a working bubblewrap nor a kernel with "
-        "Landlock and "
-        "seccomp; install bubblewrap, leave the task out, or run on a machine that has nothing to lose with "
-        "--allow-unsafe-code"
+        "Landlock and seccomp; install bubblewrap, leave the task out, or run on a machine that has nothing to lose "
+        "with --allow-unsafe-code"
     )
 
 

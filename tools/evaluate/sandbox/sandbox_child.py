@@ -1,5 +1,4 @@
-"""The process that runs one program written by a model: confine itself for good, then execute it. Standard library
-only.
+"""The process of one program written by a model: confine itself for good, then run it. Standard library only.
 
 A script that reads a job from stdin; none of its own imports happen after the walls are up. Started with `--serve`, it
 runs no program itself: it forks a process for each job that `fork_server` sends, and nothing of a program ever comes

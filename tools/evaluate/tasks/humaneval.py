@@ -1,5 +1,4 @@
-"""Functions to write, in HumanEval's published shape: {"task_id", "prompt", "entry_point", "canonical_solution",
-"test"}.
+"""Functions to write, as published: {"task_id", "prompt", "entry_point", "canonical_solution", "test"} (HumanEval).
 
 An answer passes when the problem's own `check(function)` runs to its end in the sandbox. The answer's code is in
 another process than the tests, and only data crosses (`function_calls`): nothing that it defines, patches or looks

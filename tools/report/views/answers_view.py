@@ -1,5 +1,4 @@
-"""The answers side by side as HTML: a box to search and filter, then per domain the questions that tell the models
-apart.
+"""The answers side by side as HTML: a box to search and filter, then by domain the questions that tell models apart.
 
 The first few of each domain are open, the rest folded. Every text is escaped.
 """

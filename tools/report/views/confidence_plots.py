@@ -1,5 +1,4 @@
-"""Two plots over a probability in ten bins: is the student as often right as it is sure, and where does it follow the
-teacher.
+"""Two plots over a probability in ten bins: is the student as often right as sure, and where does it follow.
 
 Cost: 0.1 s each.
 """

@@ -1,6 +1,4 @@
-"""Where student and teacher part most, as HTML: the text around the token, and what each side would have said,
-escaped.
-"""
+"""Where student and teacher part most, as HTML: the text around the token, and what each would have said, escaped."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ def partings_section(models: Mapping[str, Any]) -> str:
         return ""
     lead = (
         "The held-out positions of the largest KL, in their context: the marked token follows, and beside it stands "
-        "what each side "
-        "gave the most probability."
+        "what each side gave the most probability."
     )
     parts = ["<h2>Where they part</h2>", f'<p class="soft">{lead}</p>']
     last = list(found)[-1]

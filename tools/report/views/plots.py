@@ -1,5 +1,4 @@
-"""Plots as small inline SVG: text stays text, colours of text and lines follow the page, so that light and dark both
-work.
+"""Plots as small inline SVG: text stays text, and the colours of text and lines follow the page, light or dark.
 
 Every plot is about as wide as a phone, and the page puts them side by side where there is room. Cost: 0.1 s each, 5-40
 KB.
