@@ -19,8 +19,9 @@ from tests.tools.report.fake_run import DOMAINS, HOSTILE, KL, SCORES, make_run, 
 from tools.evaluate.results.run_shapes import Evaluation, fault_of
 from tools.phases import report as print_report
 from tools.report.answer_filter import SCRIPT
-from tools.report.build import REPORT_FILES, build_report, table_text
+from tools.report.build import REPORT_FILES, build_report
 from tools.report.samples import Sample, SampleAnswer, choose_samples
+from tools.report.tables import table_text
 from tools.report.views.answers_view import outcomes
 from tools.report.views.plots import MOST_POINTS, thinned
 
