@@ -15,9 +15,6 @@ from shared.cache.cache import Cache
 from shared.errors import CacheError, IdentityError
 from shared.recipe.recipe import Recipe, Teacher
 
-HYBRIDS = ((8, 4),)
-"""Captures of the top k with m draws in the grid."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditSettings:
@@ -89,7 +86,7 @@ def audit_cache(path: Path, settings: AuditSettings) -> dict[str, Any]:
             f"{path}: none of {len(drawn)} sampled rows can be read by the models; sample more with --rows"
         )
     temperatures = sorted({*cache.layer.temperatures, *settings.temperatures})
-    candidates = candidates_of(cache, settings.ks, settings.masses, temperatures, HYBRIDS)
+    candidates = candidates_of(cache, settings.ks, settings.masses, temperatures)
     truncation = audit_truncation(cache, model, chosen, candidates, student)
     return {
         "path": str(path),

@@ -34,6 +34,9 @@ from teacher_cache.engines.transformers.transformers_model import CausalModel
 from tools.audit.capturing import Columns, capture_chunk, join_columns
 from tools.audit.live import chunk_positions, dense_logprobs
 
+HYBRIDS = ((8, 4),)
+"""Captures of the top k with m draws in the grid."""
+
 
 @dataclass(slots=True)
 class Losses:
@@ -73,7 +76,6 @@ def candidates_of(
     ks: Sequence[int],
     masses: Sequence[float],
     temperatures: Sequence[float],
-    hybrids: Sequence[tuple[int, int]],
 ) -> list[Candidate]:
     """Return the layer's own capture and a grid of others, each once."""
     identity = cache.layer
@@ -81,7 +83,7 @@ def candidates_of(
     vocab = identity.vocab_size
     own = replace(ColumnLayout.of(identity, vocab), temperatures=tuple(temperatures))
     grid = [ColumnLayout(min(k, vocab), tuple(temperatures), 0, mass, vocab) for k in ks for mass in masses]
-    grid += [ColumnLayout(min(k, vocab), tuple(temperatures), draws, 1.0, vocab) for k, draws in hybrids]
+    grid += [ColumnLayout(min(k, vocab), tuple(temperatures), draws, 1.0, vocab) for k, draws in HYBRIDS]
     return [Candidate(layout, layout == own) for layout in dict.fromkeys([own, *grid])]
 
 

@@ -56,7 +56,6 @@ TEXTS = ("source", "prompt", "response", "reference", "finish_reason")
 class Export:
     """What the metadata file of an export says."""
 
-    directory: Path
     identity: SequencesIdentity
     tokenizer_files: Mapping[str, bytes]
     layer_name: str | None
@@ -131,19 +130,13 @@ def _read_export(directory: Path) -> Export:
     files = {name: read_tokenizer_file(directory, name, entry) for name, entry in entries.items()}
     found = SequencesIdentity.from_json(identity, f"{path}: identity")
     if layer is None:
-        return Export(directory, found, files, None, None, {})
+        return Export(found, files, None, None, {})
     if not all(
         isinstance(layer.get(name), kind) for name, kind in (("name", str), ("identity", dict), ("provenance", dict))
     ):
         raise DamagedError(f"{path} says layer: where name, identity and provenance are expected")
-    return Export(
-        directory,
-        found,
-        files,
-        layer["name"],
-        LayerIdentity.from_json(layer["identity"], f"{path}: layer"),
-        layer["provenance"],
-    )
+    layer_identity = LayerIdentity.from_json(layer["identity"], f"{path}: layer")
+    return Export(found, files, layer["name"], layer_identity, layer["provenance"])
 
 
 def _import_file(file: Path, export: Export, writer: CacheWriter, target: Path, stem: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from tools.evaluate.models.generate_answers import Answer
 from tools.evaluate.models.model_process import leave, serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.results.made import made
-from tools.evaluate.results.results import heldout_layer, result_path, taught_layers, write_result
+from tools.evaluate.results.results import heldout_layer, result_path, taught_layers, write_answers, write_result
 from tools.evaluate.sandbox import sandbox
 from tools.evaluate.side_by_side.side_prompts import choose_prompts
 from tools.evaluate.side_by_side.side_results import write_side_answers
@@ -91,15 +90,15 @@ def _score(
     recipe: Recipe, name: str, asked: Asked, answers: dict[str, list[Answer]], allow_unsafe: bool
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    lines: list[str] = []
+    rows: list[dict[str, Any]] = []
     for domain, (task, questions) in asked.items():
         kind = task_kind(task)
         repeated = [question for question in questions for _ in range(task.samples)]
         scores = kind.score_answers(
             [(question, answer.final) for question, answer in zip(repeated, answers[domain], strict=True)], allow_unsafe
         )
-        lines += [
-            _line(domain, index // task.samples, *row)
+        rows += [
+            _row(domain, index // task.samples, *row)
             for index, row in enumerate(zip(repeated, answers[domain], scores, strict=True))
         ]
         choices = [answer.choices for answer in answers[domain]] if kind.choices_of else ()
@@ -114,14 +113,12 @@ def _score(
         }
         if kind.runs_code:
             found[domain]["sandbox"] = sandbox.require(allow_unsafe)
-    path = result_path(recipe, name, "answers.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_answers(result_path(recipe, name, "answers.jsonl"), rows)
     return found
 
 
-def _line(domain: str, number: int, question: Question, answer: Answer, score: Score) -> str:
-    row = {
+def _row(domain: str, number: int, question: Question, answer: Answer, score: Score) -> dict[str, Any]:
+    row: dict[str, Any] = {
         "domain": domain,
         "question": number,
         "prompt": question.prompt,
@@ -132,7 +129,7 @@ def _line(domain: str, number: int, question: Question, answer: Answer, score: S
     row |= {"score": score.value, "reason": score.reason, "tokens": answer.num_tokens, "truncated": answer.truncated}
     if answer.choices:
         row["choices"] = [{"text": choice.text, "logprob_nats": choice.logprob_nats} for choice in answer.choices]
-    return json.dumps(row) + "\n"
+    return row
 
 
 def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:

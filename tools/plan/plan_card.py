@@ -291,7 +291,8 @@ def _pack_lengths(stage: Stage) -> Iterator[int]:
 
 def _refusal(case: Case) -> DecantError:
     """Return the sentence for a stage that cannot fit, with the smallest change that would."""
-    least = _least(case)
+    estimates = (case.estimate(*candidate) for candidate in _candidates(case.student, case.stage))
+    least = min(estimates, key=lambda estimate: estimate.total)
     largest = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(least.terms().items())[:3])
     each = f"each of {case.cards.count} cards" if case.cards.count > 1 else "the card"
     wanted = (
@@ -299,12 +300,6 @@ def _refusal(case: Case) -> DecantError:
         f"least {least.total / GIB:.1f} GiB ({largest}) where {each} has {case.cards.card_bytes / GIB:.1f} GiB"
     )
     return TrainingError(f"{wanted}; {_smallest_change(case, least.total)}")
-
-
-def _least(case: Case) -> Any:
-    """Return the bytes of the settings that need least."""
-    found = (case.estimate(*candidate) for candidate in _candidates(case.student, case.stage))
-    return min(found, key=lambda estimate: estimate.total)
 
 
 def _smallest_change(case: Case, least_bytes: int) -> str:

@@ -105,7 +105,11 @@ def evaluate_heldout(
     found: dict[str, Any] = {"rows_too_long": len(chosen) - len(fitting)}
     found |= {"dtype": str(model.dtype).removeprefix("torch."), "layer": opened[0].layer_name, "row_kl": row_kl}
     if as_captured and layer.quantization is not None:
-        found["quantization"] = _quantization(model, layer.quantization)
+        is_quantised = getattr(model, "hf_quantizer", None) is not None
+        found["quantization"] = {
+            "captured": layer.quantization,
+            "measured": layer.quantization if is_quantised else None,
+        }
     if several:
         other = {name: [Cache.open(Path(cache), one) for cache in caches] for name, one in several.items()}
         found["by_layer"] = {name: _against(model, of, fitting, batch_tokens, seed) for name, of in other.items()}
@@ -132,11 +136,6 @@ def _require_comparable(
             f"{caches[0]}: the cache holds no teacher distributions to compare with; run `decant teach` first"
         )
     return layer
-
-
-def _quantization(model: Any, captured: str) -> dict[str, str | None]:
-    is_quantised = getattr(model, "hf_quantizer", None) is not None
-    return {"captured": captured, "measured": captured if is_quantised else None}
 
 
 def _against(

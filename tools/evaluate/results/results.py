@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,12 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write an evaluation; NaN is refused, so that readers of any language can read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(), "evaluation")
+
+
+def write_answers(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the answers of a model, a JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_answers(path: Path, shape: type[BaseModel] = AnswerRow) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,6 @@ Figures are worked out from the answers when they are read (`side_figures`), so 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from shared.recipe.recipe import Recipe
 from tools.evaluate.models.generate_answers import Answer
 from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models.models import ModelUnderTest
-from tools.evaluate.results.results import write_result
+from tools.evaluate.results.results import write_answers, write_result
 from tools.evaluate.side_by_side.side_prompts import SidePrompt, digest_of, sources_of
 
 SIDE_FORMAT = 1
@@ -63,25 +62,20 @@ def write_side_answers(
     seconds: float,
 ) -> None:
     """Write the answers at each temperature, prompt by prompt, and then the file that says they are whole."""
-    lines = [
-        json.dumps(
-            {
-                "temperature": temperature,
-                "number": number,
-                "label": prompt.label,
-                "prompt": prompt.text,
-                "reference": prompt.reference,
-                "answer": answer.text,
-                "tokens": answer.num_tokens,
-                "truncated": answer.truncated,
-            }
-        )
-        + "\n"
+    rows = (
+        {
+            "temperature": temperature,
+            "number": number,
+            "label": prompt.label,
+            "prompt": prompt.text,
+            "reference": prompt.reference,
+            "answer": answer.text,
+            "tokens": answer.num_tokens,
+            "truncated": answer.truncated,
+        }
         for temperature, given in answers.items()
         for number, (prompt, answer) in enumerate(zip(prompts, given, strict=True))
-    ]
-    path = side_path(recipe, name, "answers.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
+    )
+    write_answers(side_path(recipe, name, "answers.jsonl"), rows)
     result = {"identity": identity, "seconds": {"answer": round(seconds, 3)}, "provenance": provenance}
     write_result(side_path(recipe, name), result)

@@ -18,6 +18,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from tools.evaluate.tasks.keywords import plain
+
 _UNITS = (
     "%|percent|ms|µs|us|ns|s|sec|seconds?|min|minutes?|h|hours?|days?|weeks?|months?|years?|"
     "b|kb|mb|gb|tb|kib|mib|gib|tib|bytes?|bits?|hz|khz|mhz|ghz|mm|cm|m|km|mg|g|kg|ml|l|°c|°f|k|v|w|kw|kwh|"
@@ -59,15 +61,6 @@ def terms_of(answers: Sequence[str]) -> list[set[str]]:
             | {word for word in long_words if seen_in[word] <= most}
         )
     return found
-
-
-def plain(text: str) -> str:
-    """Return text without case, with single spaces and none between a number and its unit's sign.
-
-    >>> plain("512  MB")
-    '512 mb'
-    """
-    return " ".join(text.casefold().split())
 
 
 def num_kept(terms: set[str], answer: str) -> int:

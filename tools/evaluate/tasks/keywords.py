@@ -23,12 +23,17 @@ def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def _score(question: Question, answer: str) -> Score:
     """Give the share of the keywords that are named."""
-    words, text = question.row["keywords"], _plain(answer)
-    missing = [word for word in words if _plain(word) not in text]
+    words, text = question.row["keywords"], plain(answer)
+    missing = [word for word in words if plain(word) not in text]
     return Score(1 - len(missing) / len(words), f"not named: {', '.join(missing)}" if missing else "")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Return text without case and with single spaces.
+
+    >>> plain("512  MB")
+    '512 mb'
+    """
     return " ".join(text.casefold().split())
 
 
