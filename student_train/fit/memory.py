@@ -220,7 +220,7 @@ class _Step:
     def _set_optimizer(self, trainer: StageTrainer, projections: int) -> None:
         """Set bytes of the optimizer's state and of what an update works with."""
         optimizer, shape = OPTIMIZERS[trainer.optim], self.shape
-        wide = self._embeddings_trained() if optimizer.wide_embeddings else 0
+        wide = shape.num_head_parameters if self.is_full and optimizer.wide_embeddings else 0
         rounds = trainer.rounding == "stochastic"
         number_bytes = 4 if rounds else self.trained_width
         state = (self.trained - wide) * optimizer.state_bytes(number_bytes) + wide * 4 * optimizer.states
@@ -238,9 +238,6 @@ class _Step:
         return hidden_memory(
             around.losses, around.hidden, self.shape, residual_bytes=self.width, attention_bytes=narrow
         )
-
-    def _embeddings_trained(self) -> int:
-        return self.shape.num_head_parameters if self.is_full else 0
 
     def _layer_key(self) -> tuple[str, str, str]:
         kind = "full" if self.is_full else "lora"

@@ -7,7 +7,6 @@ as diverged, how many processes read, whether they hold shards. Cost: samples of
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +106,6 @@ def start_identity(student: Student, start: Path | None, seed: int) -> str:
     return f"{student.model} at {extract_commit_hash(path, None)}"
 
 
-def identity_hash(identity: Mapping[str, Any]) -> str:
-    """Return 32 hexadecimal digits for an identity."""
-    return xxhash.xxh3_128_hexdigest(canonical_json(dict(identity)))
-
-
 def claim_stage(work: StageWork) -> bool:
     """Take a stage's directory for this identity; return whether the stage is finished already.
 
@@ -174,5 +168,6 @@ def _short(value: Any) -> str:
 
 def mark_done(work: StageWork, num_steps: int) -> None:
     """Mark a stage finished, after everything else of it is on disk."""
-    document = {"identity": identity_hash(stage_identity(work, only_moved=True)), "steps": num_steps}
+    identity = canonical_json(stage_identity(work, only_moved=True))
+    document = {"identity": xxhash.xxh3_128_hexdigest(identity), "steps": num_steps}
     write_atomic(work.directory / DONE_FILE, json.dumps(document, indent=1).encode(), what="done")

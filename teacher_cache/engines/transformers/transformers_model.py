@@ -26,7 +26,7 @@ from shared.models.files import load_tokenizer
 from shared.models.load_report import without_bars
 from shared.models.loading import load_causal_lm
 from shared.models.logit_transform import enlarged_input, logit_transform
-from shared.models.row_length import LengthClass, length_class_of, reset_rotations, rope_switches
+from shared.models.row_length import length_class_of, reset_rotations, rope_switches
 from shared.models.unused_gpu import unused_gpu
 from shared.models.wide_weights import in_float32
 from shared.recipe.recipe import Teacher
@@ -77,7 +77,7 @@ class CausalModel:
             self._check(probe)
             self.rotation_of = length_class_of(self.config)
             """Tokens of a sequence -> how it is rotated; keys and values of another rotation are of no use to it."""
-            self.class_of = self.rotation_of if self._padding_is_unseen() else _own_length
+            self.class_of = self.rotation_of if self._padding_is_unseen() else lambda num_tokens: (num_tokens,)
             """Tokens of a row -> its class: rows of different classes must not share a batch."""
 
     @classmethod
@@ -221,7 +221,3 @@ def padded(
         tokens[row, own] = torch.as_tensor(token_ids, dtype=torch.int64)
         mask[row, own] = 1
     return tokens, mask
-
-
-def _own_length(num_tokens: int) -> LengthClass:
-    return (num_tokens,)
