@@ -30,11 +30,15 @@ A file whose first line is `# yaml-language-server: $schema=PATH/recipe.schema.j
 that know YAML schemas; the schema lies beside this page.
 """
 EXAMPLES = {
-    "Teacher": "teacher: {model: Qwen/Qwen3-8B, engine: vllm, dtype: bfloat16, tensor_parallel_size: 2}",
+    "VllmTeacher": "teacher: {model: Qwen/Qwen3-8B, dtype: bfloat16, tensor_parallel_size: 2}",
+    "TransformersTeacher": "teacher: {model: Qwen/Qwen3-8B, engine: transformers, batch_tokens: 8192}",
+    "ServedTeacher": 'teacher: {model: Qwen/Qwen3-8B, engine: server, servers: ["http://127.0.0.1:8000/v1"]}',
     "Workers": "teacher: {model: Qwen/Qwen3-8B, workers: {backend: ray, count: 4, gpus_per_engine: 1}}",
     "PromptSource": "prompts: [{source: math, path: prompts.jsonl, format: messages}]",
     "Generate": "generate: {temperature: 0.8, top_p: 0.95, max_new_tokens: 1024, samples_per_prompt: 2}",
-    "Capture": "capture: {mode: top, k: 64, mass: 0.999, temperatures: [1.0, 2.0]}",
+    "TopCapture": "capture: {k: 64, mass: 0.999, temperatures: [1.0, 2.0]}",
+    "SampleCapture": "capture: {mode: sample, draws: 12}",
+    "TopSampleCapture": "capture: {mode: top+sample, k: 32, draws: 32, temperatures: [1.0, 2.0]}",
     "HiddenCapture": "capture: {hidden: {layers: [6, 12, final], pooled: mean}}",
     "AttentionCapture": "capture: {hidden: {attention: {layers: [6, 12], strongest: 16}}}",
     "Heldout": "heldout: {fraction: 0.05}",

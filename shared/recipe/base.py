@@ -11,6 +11,8 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self
 
@@ -24,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, to_jsonable_python
 
 from shared.places import named, place_of
 
@@ -149,38 +151,69 @@ ShareOrNumber = Annotated[int | float, BeforeValidator(_share_or_number)]
 """A share above 0 and at most 1.0, or a whole number from 1."""
 
 
-def options_of_kinds(sections: Sequence[type[Section]], by: str) -> BeforeValidator:
-    """Return a check beside a union of sections told apart by the field `by`: an option that only others have is named.
+@dataclass(frozen=True)
+class Kinds:
+    """Kinds of a section, told apart by a field: beside their union, `BeforeValidator(kinds.checked)`."""
 
-    "only 'jsd' has a beta, 'forward_kl' does not, so leave it out"
-    """
-    kinds = {name: section for section in sections for name in typing.get_args(section.model_fields[by].annotation)}
+    union: Any
+    """A kind that has a default for `by` is what a section without it is."""
+    by: str
+    written: tuple[str, ...]
+    """Options that version 1 wrote out for every kind: what holds them all is a dump."""
 
-    def check(value: Any) -> Any:
-        """Return a value as it is, or name what is wrong with its kind and its options."""
+    @cached_property
+    def named(self) -> dict[str, type[Section]]:
+        """Sections by what `by` may say."""
+        kinds = typing.get_args(self.union)
+        return {name: kind for kind in kinds for name in typing.get_args(kind.model_fields[self.by].annotation)}
+
+    def checked(self, value: Any) -> Any:
+        """Return a section with its kind, or name what is wrong with it: an option that only others have is named.
+
+        "only 'jsd' has a beta, 'forward_kl' does not, so leave it out"
+        """
         if not isinstance(value, dict):
             return value
-        own = kinds.get(value.get(by)) if isinstance(value.get(by), str) else None
-        if by not in value:
-            misspelt = next((key for key in value if isinstance(key, str) and closest(key, [by])), None)
-            if misspelt is not None:
-                inconsistent(((misspelt,), f"unknown key; did you mean '{by}'?"))
-            inconsistent(((by,), "is missing, and has no default"))
-        if own is None:
-            found = str(value[by])[:60]
-            inconsistent(((by,), f"'{found}' is not one of {quoted(list(kinds))}{closest(found, list(kinds))}"))
-        problems: list[Problem] = []
-        for key in (key for key in value if key not in own.model_fields):
-            owners = [name for name, section in kinds.items() if key in section.model_fields]
-            if owners:
+        value = self.without_foreign_defaults(value if self.by in value else {self.by: self._default(value), **value})
+        name, problems = value[self.by], []
+        if not isinstance(name, str) or name not in self.named:
+            found, names = str(name)[:60], list(self.named)
+            inconsistent(((self.by,), f"'{found}' is not one of {quoted(names)}{closest(found, names)}"))
+        for key in value:
+            owners = self._owners(key)
+            if owners and name not in owners:
                 has = "has" if len(owners) == 1 else "have"
-                said = f"only {quoted(owners)} {has} a {key}, '{value[by]}' does not, so leave it out"
+                said = f"only {quoted(owners)} {has} a {key}, '{name}' does not, so leave it out"
                 problems.append(((key,), said))
         if problems:
             inconsistent(*problems)
         return value
 
-    return BeforeValidator(check)
+    def without_foreign_defaults(self, value: Any) -> Any:
+        """Return a section as it was written, a dump without what its kind has no option for and what says nothing:
+        its kind's constant, or the default of a kind that has the option.
+        """
+        own = self.named.get(str(value.get(self.by))) if isinstance(value, dict) else None
+        if own is None or not value.keys() >= set(self.written):
+            return value
+        return {key: item for key, item in value.items() if key in own.model_fields or item not in self._mute(own, key)}
+
+    def _mute(self, own: type[Section], key: str) -> Any:
+        fields = [self.named[name].model_fields[key] for name in self._owners(key)]
+        return to_jsonable_python([getattr(own, key, field.default) for field in fields], serialize_unknown=True)
+
+    def _owners(self, key: str) -> list[str]:
+        return [name for name, kind in self.named.items() if key in kind.model_fields]
+
+    def _default(self, value: dict[str, Any]) -> str:
+        unknown = [key for key in value if isinstance(key, str) and not self._owners(key)]
+        misspelt = next((key for key in unknown if closest(key, [self.by])), None)
+        if misspelt is not None:
+            inconsistent(((misspelt,), f"unknown key; did you mean '{self.by}'?"))
+        for name, kind in self.named.items():
+            if not kind.model_fields[self.by].is_required():
+                return name
+        inconsistent(((self.by,), "is missing, and has no default"))
 
 
 def one_or_many(value: Any) -> Any:

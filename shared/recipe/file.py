@@ -143,7 +143,7 @@ def _without_consequences(errors: Sequence[Any], data: Any) -> tuple[dict[Path, 
     unknown: dict[Path, list[str]] = {}
     for details in errors:
         if details["type"] == "extra_forbidden":
-            place = _place(details["loc"], data)
+            place = _followed(details["loc"], data)[0]
             unknown.setdefault(place[:-1], []).append(str(place[-1]))
     for place, kind in kinds.items():
         misspelt = kind == "missing" and closest(str(place[-1]), unknown.get(place[:-1], []))
@@ -163,15 +163,15 @@ def _problems(details: Any, data: Any) -> list[tuple[Path, str]]:
     """Turn one of pydantic's errors into places and sentences."""
     context = details.get("ctx", {})
     if details["type"] == "inconsistent":
-        return [(_place((*details["loc"], *below), data), sentence) for below, sentence in context["problems"]]
-    place = _place(details["loc"], data)
-    return [(place, _sentence(details, context, place, data))]
+        return [(_followed((*details["loc"], *below), data)[0], sentence) for below, sentence in context["problems"]]
+    place = _followed(details["loc"], data)[0]
+    return [(place, _sentence(details, context, data))]
 
 
-def _sentence(details: Any, context: dict[str, Any], place: Path, data: Any) -> str:
+def _sentence(details: Any, context: dict[str, Any], data: Any) -> str:
     kind, found = details["type"], details["input"]
     if kind == "extra_forbidden":
-        return _unknown_key(place, data)
+        return _unknown_key(details["loc"], data)
     if kind == "missing":
         return "is missing, and has no default"
     if kind == "literal_error":
@@ -194,47 +194,28 @@ def _sentence(details: Any, context: dict[str, Any], place: Path, data: Any) -> 
     return f"{message[0].lower()}{message[1:]}, found {_shown(found)}"
 
 
-def _unknown_key(place: Path, data: Any) -> str:
-    section = _section_at(place[:-1], data)
-    key = str(place[-1])
-    if section is None:
+def _unknown_key(location: Sequence[str | int], data: Any) -> str:
+    sections = _followed(location[:-1], data)[1]
+    if not sections:
         return "unknown key"
-    hint = closest(key, list(section.model_fields))
+    key, fields = str(location[-1]), sections[0].model_fields
+    hint = closest(key, list(fields))
     if not hint:
         inside = [
             name
-            for name, field in section.model_fields.items()
+            for name, field in fields.items()
             if any(key in section.model_fields for section in _sections_in(field.annotation))
         ]
         inside.sort(key=lambda name: name != "trainer")  # of equals the section where such keys usually stand
-        hint = f"; did you mean '{inside[0]}.{key}'?" if inside else f"; known here: {', '.join(section.model_fields)}"
+        hint = f"; did you mean '{inside[0]}.{key}'?" if inside else f"; known here: {', '.join(fields)}"
     return f"unknown key{hint}"
 
 
-def _section_at(place: Path, data: Any) -> type[BaseModel] | None:
-    """Return the section class that a place of the recipe holds; of several kinds the one that `data` there names."""
-    sections: list[type[BaseModel]] = [Recipe]
-    for key in place:
-        data = _entry(data, key)
-        if isinstance(key, str):
-            fields = [section.model_fields[key] for section in sections[:1] if key in section.model_fields]
-            sections = [section for field in fields for section in _sections_in(field.annotation)]
-        if len(sections) > 1 and isinstance(data, dict):
-            sections = [section for section in sections if _names(section) & {str(value) for value in data.values()}]
-    return sections[0] if sections else None
-
-
-def _names(section: type[BaseModel]) -> set[str]:
-    """Return the words that tell a kind of section from others."""
-    field = section.model_fields.get("name")
-    return set() if field is None else {str(word) for word in typing.get_args(field.annotation)}
-
-
-def _entry(data: Any, key: str | int) -> Any:
-    try:
-        return data[key]
-    except (KeyError, IndexError, TypeError):
-        return None
+def _words(section: type[BaseModel]) -> set[str]:
+    """Return the words that fields of a section may hold, among them what tells a kind from others."""
+    annotations = (field.annotation for field in section.model_fields.values())
+    literals = (one for one in annotations if typing.get_origin(one) is typing.Literal)
+    return {word for one in literals for word in typing.get_args(one)}
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -244,18 +225,31 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [found for part in typing.get_args(annotation) for found in _sections_in(part)]
 
 
-def _place(location: Sequence[str | int], data: Any) -> Path:
-    """Cut pydantic's location down to what the file can say: no union branches, nothing inside a shorthand."""
+def _followed(location: Sequence[str | int], data: Any) -> tuple[Path, list[type[BaseModel]]]:
+    """Cut pydantic's location down to what the file can say: no union branches, nothing inside a shorthand.
+
+    Returns:
+        The place, and the section classes that it may hold.
+    """
     place: Path = ()
+    here: Any = Recipe
     for key in location:
         if key == "[key]":
             break  # what is wrong is the name itself
         if isinstance(data, list) and isinstance(key, str):
             continue  # of several shapes, the one that is a list
         if isinstance(data, dict) and isinstance(key, str):
-            if key not in data and key in [value for value in data.values() if isinstance(value, str)]:
+            sections = _sections_in(here)
+            kind = next((section for section in sections if key in _words(section)), None)
+            if kind is not None and key not in data and len(sections) > 1:
+                here = kind
                 continue  # the kind of a section that is one of several
             place = (*place, key)
+            if typing.get_origin(here) is dict:
+                here = typing.get_args(here)[1]
+            else:
+                fields = (section.model_fields.get(key) for section in sections)
+                here = next((field.annotation for field in fields if field is not None), None)
             if key not in data:
                 break
             data = data[key]
@@ -263,7 +257,7 @@ def _place(location: Sequence[str | int], data: Any) -> Path:
             place, data = (*place, key), data[key]
         else:
             break
-    return place
+    return place, _sections_in(here)
 
 
 def _shown(value: Any) -> str:

@@ -1,9 +1,8 @@
 """The recipe: everything that one experiment may say, validated before any work.
 
-Sections are defined in `recipe_capture` (phase 1), `recipe_training` (phase 2), `recipe_evaluation` and
-`recipe_assumptions` (sizes for the plan); this module puts them together and checks what involves more than one of
-them. What depends on a cache's content (its temperatures, sources, layers) is checked against the cache when it is
-opened. Paths are relative to the current directory.
+Sections are defined in `sections` and `assumptions` (sizes for the plan); this module puts them together and checks
+what involves more than one of them. What depends on a cache's content (its temperatures, sources, layers) is checked
+against the cache when it is opened. Paths are relative to the current directory.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from shared.recipe.base import (
     repeated,
 )
 from shared.recipe.schedule import Schedule
-from shared.recipe.sections.capture import Capture, server_problems
+from shared.recipe.sections.capture import Capture, TopCapture, server_problems
 from shared.recipe.sections.curriculum import Balance, EarlyStopping, Sampling, StageEvaluation
 from shared.recipe.sections.evaluation import Evaluate, Heldout, SideBySide, Task
 from shared.recipe.sections.generate import Generate
@@ -90,7 +89,7 @@ class Recipe(Section):
     seed: Integer = 0
     """Seed of everything that has none of its own."""
     teacher: Teacher | None = None
-    """The model to learn from; may be left out where the cache exists."""
+    """The model to learn from, by its `engine` (left out: vllm); may be left out where the cache exists."""
     teachers: dict[LayerName, Teacher] = Field(default_factory=dict)
     """Further teachers of the same tokenizer, by the name of their targets layer: each scores the rows of the cache in
     turn, as `capture` says; hidden states come from `teacher` alone."""
@@ -100,8 +99,8 @@ class Recipe(Section):
     """How the teacher answers; left out: the data's answers are scored."""
     answers: Literal["matching", "all"] = "matching"
     """Answers to train on and to measure: those drawn as `generate` says, or also those drawn otherwise."""
-    capture: Capture = Capture()
-    """What is kept of the teacher's distributions."""
+    capture: Capture = TopCapture()
+    """What is kept of the teacher's distributions, by its `mode` (left out: top)."""
     cache: Annotated[
         tuple[CachePlace, ...],
         Field(min_length=1),

@@ -21,7 +21,7 @@ from shared.models.files import load_config
 from shared.models.load_report import loading
 from shared.recipe.base import Section
 from shared.recipe.recipe import Student
-from shared.recipe.sections.losses import without_foreign_defaults
+from shared.recipe.sections.losses import LOSS_KINDS
 from student_train.stage.stage_order import windows_of
 from student_train.stage.stage_work import StageWork
 
@@ -158,7 +158,10 @@ def _recorded(path: Path) -> dict[str, Any]:
     """Return a recorded identity, as this version would have written its losses."""
     found: dict[str, Any] = json.loads(path.read_text())
     losses = found.get("stage", {}).get("losses", [])
-    return {**found, "stage": {**found["stage"], "losses": [without_foreign_defaults(loss) for loss in losses]}}
+    return {
+        **found,
+        "stage": {**found["stage"], "losses": [LOSS_KINDS.without_foreign_defaults(loss) for loss in losses]},
+    }
 
 
 def _short(value: Any) -> str:

@@ -20,6 +20,7 @@ from shared.errors import EngineError, IdentityError
 from shared.identity.identity import weights_hash
 from shared.parts.jobs import list_jobs
 from shared.recipe.recipe import Generate, Teacher
+from shared.recipe.sections.teacher import on_engine
 from teacher_cache.teacher.model_files import resolve_model
 from teacher_cache.teacher.teacher_identity import KnownTeacher, answerer_of, know_teacher
 
@@ -63,7 +64,7 @@ def know_answerer(generate: Generate | None, teacher: Teacher, known: KnownTeach
     if generate is None or generate.model is None:
         return Answerer(teacher, known, None, True, known.max_model_len)
     alone = {"model": generate.model, "revision": None, "adapter": None, "quantization": None, "max_model_len": None}
-    section = teacher.model_copy(update=alone)
+    section = on_engine(teacher.engine, teacher, **alone)
     try:
         other = know_teacher(section)
     except EngineError as error:

@@ -11,7 +11,8 @@ from shared.recipe.recipe import Capture
 
 def capture_of(capture: Capture, identity: LayerIdentity) -> Capture:
     """Return a recipe's capture as the layer that serves it was captured, so that new rows fit that layer."""
-    return capture.model_copy(update={"k": identity.k, "mass": identity.mass, "temperatures": identity.temperatures})
+    names = type(capture).model_fields.keys() & {"k", "mass", "temperatures"}
+    return capture.model_copy(update={name: getattr(identity, name) for name in names})
 
 
 def reuse_line(layers: Mapping[str, Layer], serving: Layer | None, wanted: LayerIdentity, num_rows: int) -> str | None:

@@ -10,10 +10,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Capture, Loss, Recipe, Schedule, Stage, StageTrainer, Task
-from shared.recipe.sections.teacher import address_problem
+from shared.recipe.sections.capture import SampleCapture, TopCapture
+from shared.recipe.sections.teacher import address_problem, on_engine
+from shared.schema import MAX_K
 
 ON_TRANSFORMERS = {"models": ["kd"], "engine": "transformers"}
 KL = {"name": "forward_kl"}
+REFERENCE = {"model": "t", "engine": "transformers"}
 SERVED = {"model": "t", "engine": "server", "servers": ["http://a:8000/v1"]}
 
 
@@ -52,22 +55,86 @@ def test_recipe_cannot_be_changed_after_validation():
 @pytest.mark.parametrize(
     "mode, given, needed",
     [
-        ("top", {"k": 0}, "k of at least 1"),
-        ("top", {"draws": 4}, "top+sample"),
-        ("sample", {}, "draws of at least 1"),
-        ("sample", {"draws": 4, "k": 8}, "keeps no exact tokens"),
-        ("sample", {"draws": 4, "mass": 0.9}, "no head to stop"),
-        ("top+sample", {"k": 8}, "draws of at least 1"),
-        ("top+sample", {"k": 0, "draws": 2}, "k of at least 1"),
+        ("top", {"k": 0}, "greater than or equal to 1"),
+        ("top", {"k": MAX_K, "label": "head"}, "leaves no room"),
+        ("sample", {}, "draws"),
+        ("top+sample", {"k": 8}, "draws"),
+        ("top+sample", {"k": 0, "draws": 2}, "greater than or equal to 1"),
+        ("tops", {}, "'tops' is not one of 'top', 'sample', 'top+sample'; did you mean 'top'?"),
+        ("top", {"draws": 4}, "only 'sample', 'top+sample' have a draws, 'top' does not, so leave it out"),
+        ("top", {"draws": 0}, "only 'sample', 'top+sample' have a draws, 'top' does not, so leave it out"),
+        ("sample", {"draws": 4, "k": 8}, "only 'top', 'top+sample' have a k, 'sample' does not, so leave it out"),
+        ("sample", {"draws": 4, "k": 0}, "only 'top', 'top+sample' have a k, 'sample' does not, so leave it out"),
+        ("sample", {"draws": 4, "mass": 1.0}, "have a mass, 'sample' does not"),
+        ("sample", {"draws": 4, "label": "apart"}, "have a label, 'sample' does not"),
     ],
 )
 def test_capture_mode_without_what_it_needs_is_refused(mode, given, needed):
     assert needed in refused(Capture, {"mode": mode, **given})
 
 
+FIRST_WRITTEN = {
+    "capture": {"k": 64, "draws": 0, "mass": 1.0, "temperatures": [1.0], "gap_step": 0.0625, "hidden": None},
+    "teacher": {
+        "model": "t",
+        "revision": None,
+        "dtype": "bfloat16",
+        "quantization": None,
+        "adapter": None,
+        "tensor_parallel_size": 1,
+        "max_model_len": None,
+        "gpu_memory_utilization": 0.85,
+        "workers": None,
+        "max_num_batched_tokens": 8192,
+        "head_dtype": "float32",
+        "trust_remote_code": False,
+        "servers": [],
+        "server_requests": 64,
+        "server_patience_seconds": 600.0,
+        "batch_tokens": 4096,
+    },
+}
+"""Sections with every option of every kind, as the first version wrote them out."""
+
+
+@pytest.mark.parametrize(
+    "key, own, foreign",
+    [
+        ("capture", {"mode": "top"}, {"draws": 3}),
+        ("capture", {"mode": "sample", "k": 0, "draws": 3}, {"mass": 0.9}),
+        ("capture", {"mode": "sample", "k": 0, "draws": 3, "label": "apart"}, {"label": "head"}),
+        ("capture", {"mode": "top+sample", "draws": 3, "label": "head"}, {}),
+        ("teacher", {"engine": "vllm"}, {"server_requests": 3}),
+        ("teacher", {"engine": "transformers"}, {"quantization": "fp8"}),
+        ("teacher", {"engine": "server", "servers": ["http://a/v1"]}, {"gpu_memory_utilization": 0.5}),
+    ],
+)
+def test_section_that_an_earlier_version_wrote_out_is_read_and_nothing_else_at_defaults(key, own, foreign):
+    dump = {**FIRST_WRITTEN[key], **own}
+    loaded = Recipe.model_validate(recipe(**{key: dump}))
+    section = getattr(loaded, key).model_dump(mode="json")
+    assert section.items() <= {"label": "apart", **dump}.items()
+    assert own.keys() - {"k", "label"} <= section.keys()
+    assert Recipe.model_validate(loaded.model_dump(mode="json")) == loaded
+    if foreign:
+        assert "so leave it out" in refused(Recipe, recipe(**{key: {**dump, **foreign}}))
+        assert "so leave it out" in refused(Recipe, recipe(**{key: {**own, **{name: dump[name] for name in foreign}}}))
+    assert "nobody" in refused(Recipe, recipe(**{key: {**dump, "nobody": 1}}))
+
+
+def test_section_for_another_engine_keeps_what_that_reads():
+    served = Recipe.model_validate(recipe(teacher={**SERVED, "dtype": "float32", "max_model_len": 96})).teacher
+    ours = on_engine("transformers", served, batch_tokens=7)
+    assert (ours.engine, ours.dtype, ours.max_model_len, ours.batch_tokens) == ("transformers", "float32", 96, 7)
+    assert Recipe.model_validate(recipe(teacher=ours.model_dump(mode="json"))).teacher == ours
+    vllm = on_engine("vllm", ours, quantization="fp8", servers=())
+    assert (vllm.quantization, vllm.batch_tokens, vllm.servers) == ("fp8", 4096, ())
+
+
 def test_capture_always_has_temperature_one_and_sorts():
-    assert Capture(temperatures=(4, 2.0, 2)).temperatures == (1.0, 2.0, 4.0)
-    assert Capture(mode="sample", draws=12).k == 0
+    assert TopCapture(temperatures=(4, 2.0, 2)).temperatures == (1.0, 2.0, 4.0)
+    drawn = SampleCapture(mode="sample", draws=12)
+    assert (drawn.k, drawn.mass, drawn.label, TopCapture().draws) == (0, 1.0, "apart", 0)
     for bad in (0, -1.0, math.inf, math.nan):
         refused(Capture, {"temperatures": [bad]})
 
@@ -159,17 +226,24 @@ def test_stage_that_cannot_be_trained_is_refused(stages, why):
 @pytest.mark.parametrize(
     "changes, why",
     [
-        ({"teacher": {"model": "t", "engine": "server"}}, "at least one address"),
-        ({"teacher": {"model": "t", "servers": ["http://a"]}}, "only the engine 'server' asks servers"),
-        ({"teacher": {"model": "t", "server_requests": 3}}, "only the engine 'server' asks servers"),
-        ({"teacher": {"model": "t", "server_patience_seconds": 3}}, "only the engine 'server' asks servers"),
+        ({"teacher": {"model": "t", "engine": "server"}}, "servers"),
+        ({"teacher": {**SERVED, "servers": []}}, "at least 1"),
+        ({"teacher": {"model": "t", "servers": ["http://a"]}}, "only 'server' has a servers, 'vllm' does not"),
+        ({"teacher": {"model": "t", "servers": []}}, "only 'server' has a servers, 'vllm' does not"),
+        ({"teacher": {**REFERENCE, "server_requests": 64}}, "'server' has a server_requests, 'transformers' does"),
+        ({"teachers": {"b": {"model": "t", "server_patience_seconds": 600}}}, "only 'server' has a server_patience"),
+        ({"teacher": {"model": "t", "engine": "servr"}}, "'transformers', 'server'; did you mean 'server'?"),
+        ({"teacher": {"model": "t", "engin": "server"}}, "unknown key; did you mean 'engine'?"),
         ({"teacher": {**SERVED, "servers": ["a:8000"]}}, "no address of a server"),
         ({"teacher": {**SERVED, "servers": ["http://a:99999/v1"]}}, "no address of a server"),
         ({"teacher": {**SERVED, "servers": ["http://a/v1?key=1"]}}, "leave out what follows"),
         ({"teacher": {**SERVED, "servers": ["http://a/v1", "http://a/"]}}, "listed twice"),
-        ({"teacher": {**SERVED, "tensor_parallel_size": 2}}, "decides this there"),
-        ({"teacher": {**SERVED, "gpu_memory_utilization": 0.5}}, "decides this there"),
-        ({"teacher": {**SERVED, "quantization": "fp8"}}, "does not tell how it quantises"),
+        ({"teacher": {**SERVED, "tensor_parallel_size": 1}}, "only 'vllm' has a tensor_parallel_size, 'server' does"),
+        (
+            {"teacher": {**SERVED, "gpu_memory_utilization": 0.5}},
+            "'transformers' have a gpu_memory_utilization",
+        ),
+        ({"teacher": {**SERVED, "quantization": None}}, "only 'vllm' has a quantization, 'server' does not"),
         ({"teacher": {**SERVED, "server_requests": 0}}, "greater than or equal to 1"),
         ({"teacher": SERVED, "capture": {"temperatures": [2]}}, "no tails at other temperatures"),
         ({"teacher": SERVED, "capture": {"mode": "sample", "draws": 8}}, "no drawn tokens"),
@@ -181,11 +255,14 @@ def test_stage_that_cannot_be_trained_is_refused(stages, why):
             {"teacher": {"model": "t", "tensor_parallel_size": 2, "workers": {"count": 2}}},
             "so 1 cannot be; write 2, or 0",
         ),
-        ({"teacher": {**SERVED, "workers": {"count": 2}}}, "shared out by one process"),
-        ({"teacher": {"model": "t", "engine": "transformers", "tensor_parallel_size": 2}}, "one process"),
-        ({"teacher": {"model": "t", "engine": "transformers", "gpu_memory_utilization": 0.5}}, "engine 'vllm' reads"),
-        ({"teacher": {"model": "t", "engine": "transformers", "max_num_batched_tokens": 9}}, "engine 'vllm' reads"),
+        ({"teacher": {**SERVED, "workers": {"count": 2}}}, "have a workers, 'server' does not"),
+        ({"teacher": {**REFERENCE, "workers": {"count": 2, "gpus_per_engine": 2}}}, "= 1 GPUs, so 2 cannot be"),
+        ({"teacher": {**REFERENCE, "tensor_parallel_size": 2}}, "only 'vllm' has a tensor_parallel_size"),
+        ({"teacher": {**REFERENCE, "quantization": "fp8"}}, "only 'vllm' has a quantization, 'transformers' does not"),
+        ({"teacher": {**REFERENCE, "gpu_memory_utilization": 0.5}}, "engine 'vllm' reads"),
+        ({"teacher": {**REFERENCE, "max_num_batched_tokens": 8192}}, "engine 'vllm' reads"),
         ({"teacher": {"model": "t", "batch_tokens": 9}}, "engine 'transformers' reads"),
+        ({"teacher": {"model": "t", "batch_tokens": 4096}}, "engine 'transformers' reads"),
         ({"teacher": {**SERVED, "batch_tokens": 9}}, "engine 'transformers' reads"),
         ({"teachers": {"b": {"model": "t", "batch_tokens": 9}}, "evaluate": ON_TRANSFORMERS}, "'transformers' reads"),
         ({"teacher": SERVED, "generate": {"model": "other"}}, "serves the teacher only"),

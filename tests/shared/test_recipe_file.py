@@ -159,7 +159,39 @@ def test_aliases_are_copied_but_cannot_explode():
         (("teacher: {model: t}", "teacher: t"), "FILE:3: teacher: expected a section with keys, found 't'"),
         (
             ("teacher: {model: t}", "teacher: {model: t, engine: server}"),
-            "FILE:3: teacher.servers: the engine 'server' needs at least one address, such as http://127.0.0.1:8000/v1",
+            "FILE:3: teacher.servers: is missing, and has no default",
+        ),
+        (
+            ("teacher: {model: t}", "teacher: {model: t, quantisation: fp8}"),
+            "FILE:3: teacher.quantisation: unknown key; did you mean 'quantization'?",
+        ),
+        (
+            ("teacher: {model: t}", "teacher: {model: t, batch_tokens: -1}"),
+            "FILE:3: teacher.batch_tokens: expected greater than or equal to 1, found -1",
+        ),
+        (
+            ("teacher: {model: t}", "teacher: {model: t, servers: []}"),
+            "FILE:3: teacher.servers: only 'server' has a servers, 'vllm' does not, so leave it out",
+        ),
+        (
+            ("cache: runs", "teachers:\n  model:\n    model: t\n    revison: x\ncache: runs"),
+            "FILE:10: teachers.model.revison: unknown key; did you mean 'revision'?",
+        ),
+        (
+            ("cache: runs", "capture:\n  mode: top+sample\n  dawns: 3\ncache: runs"),
+            "FILE:9: capture.dawns: unknown key; did you mean 'draws'?",
+        ),
+        (
+            ("cache: runs", "capture:\n  gap_step: 9\n  mas: 1\ncache: runs"),
+            "FILE:9: capture.mas: unknown key; did you mean 'mass'?",
+        ),
+        (
+            ("cache: runs", "capture:\n  mod: sample\n  draws: 3\ncache: runs"),
+            "FILE:8: capture.mod: unknown key; did you mean 'mode'?",
+        ),
+        (
+            ("cache: runs", "capture: sample\ncache: runs"),
+            "FILE:7: capture: expected a section with keys, found 'sample'",
         ),
         (("name: kd", "name: kd\n    init_from: stf"), "nor a directory (written with a '/'); did you mean 'sft'?"),
         (
@@ -241,6 +273,17 @@ def test_overrides_reach_keys_indices_and_names(write):
     assert [source.limit for source in recipe.prompts] == [None, 5]
     assert (recipe.capture.k, recipe.generate.temperature, recipe.student.adapter.r, recipe.name) == (8, 0.0, 4, "no")
     assert recipe.stages[1].losses[0].weight.end == 0.0
+
+
+@pytest.mark.parametrize("override", [
+    ["capture.mode=sample", "capture.draws=8", "capture.temperatures=[2]"],
+    ["teacher.engine=server", "teacher.servers=[http://a/v1]", "teacher.server_requests=3"],
+])  # fmt: skip
+def test_overrides_choose_a_kind_and_its_options_in_any_order(write, override):
+    both = [load_recipe(write(GOOD), order) for order in (override, override[::-1])]
+    assert both[0] == both[1] != load_recipe(write(GOOD))
+    (line,) = complaint(write(GOOD), override[1:2])
+    assert line.startswith(f"--set {override[1]}: ") and line.endswith("does not, so leave it out")
 
 
 @pytest.mark.parametrize(
@@ -377,5 +420,5 @@ def test_dumped_recipe_loads_to_an_equal_recipe(tmp_path_factory, model, sources
 
 def test_json_schema_carries_help_and_is_json():
     schema = json.loads(json.dumps(recipe_json_schema()))
-    assert schema["$defs"]["Teacher"]["properties"]["model"]["description"] == "A directory or a hub id."
+    assert schema["$defs"]["VllmTeacher"]["properties"]["model"]["description"] == "A directory or a hub id."
     assert schema["additionalProperties"] is False

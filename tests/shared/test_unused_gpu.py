@@ -40,12 +40,12 @@ def test_gpu_that_torch_cannot_use_is_named_with_what_to_do(said, cuda, built, d
 
 
 def test_teacher_does_not_run_on_the_cpu_instead(monkeypatch, tmp_path):
-    from shared.recipe.recipe import Teacher
+    from shared.recipe.sections.teacher import TransformersTeacher
     from teacher_cache.engines.transformers import transformers_model
 
     monkeypatch.setattr(transformers_model, "unused_gpu", lambda: "two GPUs lie idle")
     with pytest.raises(EngineError, match="the teacher would run on the CPU: two GPUs lie idle"):
-        transformers_model.CausalModel.load(Teacher(model="m", engine="transformers"), tmp_path)
+        transformers_model.CausalModel.load(TransformersTeacher(model="m", engine="transformers"), tmp_path)
 
 
 @pytest.mark.slow

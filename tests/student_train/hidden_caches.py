@@ -7,7 +7,8 @@ from pathlib import Path
 from shared.cache.layout import read_header
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.hidden_writer import HiddenWriter
-from shared.recipe.recipe import HiddenCapture, Teacher
+from shared.recipe.recipe import HiddenCapture
+from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines.protocol import ScoreRequest
 from teacher_cache.engines.transformers.hidden_engine import HiddenEngine
 from teacher_cache.passes.hidden_pass import hidden_identity
@@ -16,7 +17,7 @@ from teacher_cache.teacher.teacher_identity import know_teacher
 
 def add_hidden(cache: Path, teacher_dir: Path, **capture) -> Path:
     """Capture a hidden layer of a cache's rows with a teacher; return the cache."""
-    teacher = Teacher(model=str(teacher_dir), engine="transformers", dtype="float32")
+    teacher = TransformersTeacher(model=str(teacher_dir), engine="transformers", dtype="float32")
     known = know_teacher(teacher)
     identity = hidden_identity(known, teacher, HiddenCapture.model_validate(capture))
     writer = HiddenWriter.create_or_open(CacheWriter(cache, read_header(cache).identity), None, identity, {})

@@ -69,7 +69,7 @@ def test_the_ray_file_is_yaml_with_what_ray_up_needs():
     assert document["max_workers"] == len(document["provider"]["worker_ips"])
     assert any("ray start --head" in command for command in document["head_start_ray_commands"])
     example = re.search(r"workers: (\{.*?\})", RAY.read_text())[1]
-    from shared.recipe.sections.teacher import Teacher
+    from shared.recipe.sections.teacher import VllmTeacher
 
-    teacher = Teacher(model="m", tensor_parallel_size=4, workers=YAML(typ="safe").load(example))
+    teacher = VllmTeacher(model="m", tensor_parallel_size=4, workers=YAML(typ="safe").load(example))
     assert teacher.workers.count * teacher.workers.gpus_per_engine == 8 * (1 + document["max_workers"])

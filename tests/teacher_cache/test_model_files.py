@@ -9,7 +9,8 @@ import pytest
 
 from shared.errors import EngineError
 from shared.identity.identity import difference, tokenizer_hash
-from shared.recipe.recipe import Capture, Teacher
+from shared.recipe.sections.capture import TopCapture
+from shared.recipe.sections.teacher import ServedTeacher, VllmTeacher
 from teacher_cache.teacher.model_files import ModelFiles, load_tokenizer, resolve_model, tokenizer_files
 from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity
 from tests.tiny_models import make_qwen3
@@ -21,7 +22,7 @@ def model(tmp_path_factory):
 
 
 def test_a_directory_says_what_an_identity_needs(model):
-    known = know_teacher(Teacher(model=str(model)))
+    known = know_teacher(VllmTeacher(model=str(model)))
     assert (known.vocab_size, known.files.vocab_size, known.max_model_len, known.files.dtype) == (
         512,
         576,
@@ -29,7 +30,7 @@ def test_a_directory_says_what_an_identity_needs(model):
         "float32",
     )
     assert (known.files.revision, known.adapter_hash) == (None, None)
-    assert know_teacher(Teacher(model=str(model), max_model_len=64)).max_model_len == 64
+    assert know_teacher(VllmTeacher(model=str(model), max_model_len=64)).max_model_len == 64
 
 
 def test_tokenizer_files_load_to_the_same_tokenizer(model, tmp_path):
@@ -66,7 +67,7 @@ def test_a_revision_of_a_directory_and_a_missing_adapter_are_refused(model, tmp_
     with pytest.raises(EngineError, match="leave the revision out"):
         resolve_model(str(model), "main")
     with pytest.raises(EngineError, match=r"no adapter_config\.json there"):
-        know_teacher(Teacher(model=str(model), adapter=str(tmp_path)))
+        know_teacher(VllmTeacher(model=str(model), adapter=str(tmp_path)))
     with pytest.raises(EngineError, match="the tokenizer cannot be loaded"):
         (tmp_path / "config.json").write_text("{}")
         load_tokenizer(resolve_model(str(tmp_path)))
@@ -84,17 +85,17 @@ def test_a_revision_of_a_directory_and_a_missing_adapter_are_refused(model, tmp_
     ],
 )
 def test_layer_says_how_its_teacher_is_quantised(model, tmp_path, config, asked, recorded):
-    plain = know_teacher(Teacher(model=str(model)))
+    plain = know_teacher(VllmTeacher(model=str(model)))
     quantised = shutil.copytree(model, tmp_path / "quantised")
     document = json.loads((quantised / "config.json").read_text())
     if "text_config" in config:
         config = {"text_config": {**document, **config["text_config"]}}
     (quantised / "config.json").write_text(json.dumps({**document, **config}))
-    section = Teacher(model=str(quantised), quantization=asked)
+    section = VllmTeacher(model=str(quantised), quantization=asked)
     known = know_teacher(section)
-    identity = layer_identity(known, section, Capture())
+    identity = layer_identity(known, section, TopCapture())
     assert identity.quantization == recorded
-    before = layer_identity(plain, Teacher(model=str(model)), Capture())
+    before = layer_identity(plain, VllmTeacher(model=str(model)), TopCapture())
     assert (difference(before, identity) is None) == (not config and asked is None)
     assert (known.weights_hash == plain.weights_hash) == (not config)
 
@@ -107,10 +108,10 @@ def test_adapter_on_a_quantised_checkpoint_is_refused_before_any_engine_starts(m
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     shutil.copy(model / "model.safetensors", adapter / "adapter_model.safetensors")
-    know_teacher(Teacher(model=str(model), adapter=str(adapter)))
+    know_teacher(VllmTeacher(model=str(model), adapter=str(adapter)))
     with pytest.raises(EngineError, match=r"are quantised \(fp8\); merge it before quantising"):
-        know_teacher(Teacher(model=str(quantised), adapter=str(adapter)))
-    served = Teacher(model=str(quantised), adapter=str(adapter), engine="server", servers=("http://a/v1",))
+        know_teacher(VllmTeacher(model=str(quantised), adapter=str(adapter)))
+    served = ServedTeacher(model=str(quantised), adapter=str(adapter), engine="server", servers=("http://a/v1",))
     assert know_teacher(served).adapter_hash is not None
 
 

@@ -15,6 +15,7 @@ from shared.cache.reading.verify import verify_cache
 from shared.errors import DecantError, EngineError, IdentityError
 from shared.parts.records import list_records
 from shared.recipe.recipe import Recipe
+from shared.recipe.sections.teacher import on_engine
 from teacher_cache import engines
 from teacher_cache.build import teach
 from tests.tiny_models import make_qwen3
@@ -167,7 +168,7 @@ def test_vllm_closes_one_model_and_opens_the_other(tmp_path, models, opened):
     pytest.importorskip("vllm")
     teacher, student = models
     wanted = recipe(tmp_path, teacher, "vllm", student)
-    section = wanted.teacher.model_copy(update={"engine": "vllm"})
+    section = on_engine("vllm", wanted.teacher)
     teach(wanted.model_copy(update={"teacher": section}), max_set_aside=0.5)
     assert opened == ["open student answers", "close student answers", "open teacher scores", "close teacher scores"]
     teach(recipe(tmp_path, teacher, "reference", student), max_set_aside=0.5)

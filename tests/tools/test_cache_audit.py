@@ -18,7 +18,7 @@ from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import CacheError, IdentityError
 from shared.payload.codec import Codec
 from shared.payload.targets import SparseTargets
-from shared.recipe.recipe import Teacher
+from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.transformers.transformers_model import CausalModel
 from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3
@@ -306,7 +306,9 @@ def test_the_command_prints_tables_or_json_and_keeps_the_audit_in_the_recipes_ru
 
 
 def test_a_pass_that_waits_for_its_reader_leaves_gradients_on_elsewhere(world: dict[str, Path]) -> None:
-    recorded = Teacher.model_validate({"model": str(world["teacher"]), "engine": "transformers", "dtype": "float32"})
+    recorded = TransformersTeacher.model_validate(
+        {"model": str(world["teacher"]), "engine": "transformers", "dtype": "float32"}
+    )
     model = CausalModel.load(recorded, world["teacher"])
     row = Cache.open(world["cache"]).sequence(0)
     passing = live.dense_logprobs(model, row, step=1)

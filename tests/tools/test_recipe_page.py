@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from shared.recipe.recipe import Recipe, Stage
@@ -50,11 +52,47 @@ def test_example_of_a_section_loads(name: str, tmp_path: Path) -> None:
     assert loaded.stages
 
 
+def test_the_schema_takes_a_kind_with_its_own_options_as_the_program_does() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    sections: list[tuple[str, dict[str, Any], bool]] = [
+        ("capture", {}, True),
+        ("capture", {"k": 8, "mass": 0.9}, True),
+        ("capture", {"mode": "sample", "draws": 12}, True),
+        ("capture", {"mode": "top+sample", "draws": 12, "label": "head"}, True),
+        ("capture", {"draws": 12}, False),
+        ("capture", {"mode": "top", "draws": 0}, False),
+        ("capture", {"mode": "sample"}, False),
+        ("capture", {"mode": "sample", "draws": 12, "k": 0}, False),
+        ("capture", {"mode": "top+sample"}, False),
+        ("teacher", {}, True),
+        ("teacher", {"tensor_parallel_size": 2, "quantization": "fp8"}, True),
+        ("teacher", {"engine": "transformers", "batch_tokens": 8}, True),
+        ("teacher", {"engine": "server", "servers": ["http://a/v1"], "server_requests": 8}, True),
+        ("teacher", {"servers": ["http://a/v1"]}, False),
+        ("teacher", {"engine": "transformers", "quantization": None}, False),
+        ("teacher", {"engine": "server"}, False),
+        ("teacher", {"engine": "server", "servers": ["http://a/v1"], "workers": None}, False),
+    ]
+    schema = jsonschema.Draft202012Validator(json.loads(schema_text()))
+    for key, options, is_right in sections:
+        document = {"name": "x", "output_dir": "out", "cache": "cache", key: options}
+        if key == "teacher":
+            document[key] = {"model": "m", **options}
+        assert schema.is_valid(document) == is_right, document
+        assert _loads(document) == is_right, document
+
+
+def _loads(document: dict[str, Any]) -> bool:
+    try:
+        Recipe.model_validate(document)
+    except ValidationError:
+        return False
+    return True
+
+
 @pytest.mark.slow
 def test_the_schema_accepts_every_recipe_of_the_project_and_refuses_an_unknown_key() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    import json
-
     schema = json.loads(schema_text())
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         assert path.read_text().startswith("# yaml-language-server: $schema=../docs/recipe.schema.json\n"), path

@@ -13,7 +13,8 @@ from typing import Any
 
 from shared.cache.cache import Cache
 from shared.errors import CacheError, IdentityError
-from shared.recipe.recipe import Recipe, Teacher
+from shared.recipe.recipe import Recipe
+from shared.recipe.sections.teacher import TransformersTeacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +167,7 @@ def _student(settings: AuditSettings, cache: Cache) -> Any:
         raise IdentityError(
             f"{settings.student} has tokenizer {found} and {cache.path} has {wanted}; name another with --student DIR"
         )
-    teacher = Teacher.model_validate(
+    teacher = TransformersTeacher.model_validate(
         {
             "model": settings.student,
             "engine": "transformers",

@@ -16,7 +16,7 @@ import torch
 from shared.errors import IdentityError
 from shared.identity.identity import LayerIdentity, weights_hash
 from shared.parts.sequences import SequenceRow
-from shared.recipe.recipe import Teacher
+from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines.columns.sparse_columns import predicting_rows
 from teacher_cache.engines.transformers.transformers_model import CausalModel
 from teacher_cache.teacher.model_files import resolve_model
@@ -62,7 +62,7 @@ def open_recorded_teacher(
                 f"name the right {name} with --{name} DIR"
             )
     settings = {"dtype": identity.dtype, "head_dtype": identity.head_dtype, "adapter": adapter}
-    teacher = Teacher.model_validate(
+    teacher = TransformersTeacher.model_validate(
         {"model": str(files.directory), "engine": "transformers", "trust_remote_code": trust_remote_code, **settings}
     )
     return CausalModel.load(teacher, files.directory)

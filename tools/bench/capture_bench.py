@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.payload.targets import SparseTargets
-from shared.recipe.recipe import Capture
+from shared.recipe.sections.capture import Capture, TopCapture, TopSampleCapture
 from teacher_cache.engines.columns.column_layout import NOTHING, ColumnLayout
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
 from teacher_cache.engines.vllm.vllm_arrays import PromptArrays, columns_of
@@ -30,10 +30,10 @@ from tools.bench import synthetic_teacher
 ROW_TOKENS = 512
 K = 64
 SPANS = np.array([[1, ROW_TOKENS]], dtype=np.int32)
-CAPTURES = {
-    "arrays": Capture(k=K),
-    "arrays_mass_0.999": Capture(k=K, mass=0.999),
-    "arrays_three_tails_8_draws": Capture(mode="top+sample", k=K, draws=8, temperatures=(1.0, 2.0, 4.0)),
+CAPTURES: dict[str, Capture] = {
+    "arrays": TopCapture(k=K),
+    "arrays_mass_0.999": TopCapture(k=K, mass=0.999),
+    "arrays_three_tails_8_draws": TopSampleCapture(mode="top+sample", k=K, draws=8, temperatures=(1.0, 2.0, 4.0)),
 }
 Row = tuple[NDArray[np.int32], NDArray[np.float32]]
 
@@ -53,8 +53,8 @@ def run(num_rows: int = 64) -> dict[str, Any]:
             return [from_arrays(row, layout) for row in rows]
 
         result[name] = {"positions_per_second": speed(plugin, num_rows)}
-    layout = ColumnLayout.of(Capture(k=K, mass=0.999), synthetic_teacher.VOCAB_SIZE)
-    full = ColumnLayout.of(Capture(k=K), layout.vocab_size)
+    layout = ColumnLayout.of(TopCapture(k=K, mass=0.999), synthetic_teacher.VOCAB_SIZE)
+    full = ColumnLayout.of(TopCapture(k=K), layout.vocab_size)
     stock = [
         (ids[:, : 1 + K], values[:, : 1 + K]) for ids, values in (plugin_row(full, seed) for seed in range(num_rows))
     ]
@@ -106,7 +106,7 @@ def list_paths(num_rows: int) -> dict[str, Any]:
     from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.outputs import LogprobsTensors
 
-    layout = ColumnLayout.of(Capture(k=K), synthetic_teacher.VOCAB_SIZE)
+    layout = ColumnLayout.of(TopCapture(k=K), synthetic_teacher.VOCAB_SIZE)
     few = max(1, num_rows // 16)
     tensors = [
         LogprobsTensors(*map(torch.from_numpy, plugin_row(layout, seed)), torch.zeros(ROW_TOKENS - 1))

@@ -119,11 +119,11 @@ def measure(*, dry_run: bool, files: Path | None = None) -> dict[str, Any]:
         return {"skipped": "vllm is not installed; name a folder that holds its prompt_logprob.py with --vllm-files"}
     if not is_installed("triton"):
         return {"skipped": "triton is not installed"}
-    from shared.recipe.recipe import Capture
+    from shared.recipe.sections.capture import TopSampleCapture
 
     vocab, rows = (1013, 1100) if dry_run else (151_936, 2048)
     draws = 4 if dry_run else 16
-    capture = Capture.model_validate(
+    capture = TopSampleCapture.model_validate(
         {"mode": "top+sample", "k": 8 if dry_run else 64, "draws": draws, "temperatures": [1.0, 2.0]}
     )
     with _loaded(folder):

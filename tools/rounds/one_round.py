@@ -17,7 +17,7 @@ from shared.errors import UsageError
 from shared.parts.jobs import Job, list_jobs
 from shared.parts.records import list_records
 from shared.recipe.recipe import PromptSource, Recipe, Rounds, Schedule, Stage, Teacher
-from shared.recipe.sections.teacher import as_on, engine_of_student
+from shared.recipe.sections.teacher import engine_of_student, on_engine
 from student_train.stage.stage_start import start_directory
 from teacher_cache.student_answers import Asking, answers_as
 
@@ -161,7 +161,6 @@ def as_answering(recipe: Recipe, start: Path | None, engine: str | None) -> Teac
     teacher, student = recipe.teacher, recipe.student
     assert teacher is not None
     assert student is not None
-    own = {"model": student.model if start is None else str(start), **as_on(engine_of_student(teacher, engine))}
-    trust = {"trust_remote_code": student.trust_remote_code}
-    revision = {"revision": student.revision if start is None else None}
-    return teacher.model_copy(update={**_OF_A_TEACHER, **own, **trust, **revision})
+    own = {"model": student.model, "revision": student.revision} if start is None else {"model": str(start)}
+    changes = {**_OF_A_TEACHER, **own, "trust_remote_code": student.trust_remote_code}
+    return on_engine(engine_of_student(teacher, engine), teacher, **changes)

@@ -1,17 +1,17 @@
 """What a recipe may say about the terms of a training loss: one section per kind, told apart by `name`.
 
 A kind has the options that mean something for it and no others. Recipes that version 1 wrote out hold every option of
-every kind; `without_foreign_defaults` drops those that say nothing.
+every kind; `LOSS_KINDS` drops those that say nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
-from shared.recipe.base import Positive, Problem, Section, Share, options_of_kinds
+from shared.recipe.base import Kinds, Positive, Problem, Section, Share
 from shared.recipe.schedule import Schedule, constant
 
 StudentLayer = Annotated[int, Field(ge=1)] | Literal["final"]
@@ -198,52 +198,7 @@ def unfit(name: str, mode: str, *, by_entropy: bool = False) -> str | None:
     return None
 
 
-LOSSES: tuple[type[LossTerm], ...] = (
-    CrossEntropy,
-    Divergence,
-    JensenShannon,
-    SkewKL,
-    TailWeightedKL,
-    DecoupledKL,
-    LikelihoodMatching,
-    HiddenStates,
-    Attention,
-    Contrastive,
-)
-"""Every kind of term; a new kind is one line here, a new name of a kind one word in its Literal."""
-LOSSES_ON_HIDDEN_LAYER = tuple(name for kind in LOSSES if issubclass(kind, OnHiddenLayer) for name in names_of(kind))
-"""Losses that read a hidden layer of the cache instead of a targets layer."""
-
-_VERSION_1: dict[str, Any] = {
-    "temperature": 1.0,
-    "beta": 0.5,
-    "skew": 0.1,
-    "metric": "mse",
-    "normalise": True,
-    "layer_map": None,
-    "tau": 0.07,
-}
-"""Options that version 1 wrote out for every loss, at the defaults that it gave to those without a meaning."""
-
-
-def without_foreign_defaults(loss: Any) -> Any:
-    """Return a loss as written, without the options that version 1 wrote for kinds that have none of them.
-
-    Only a loss with every option of version 1, as its `recipe.yaml` and `identity.json` hold it, is changed: whoever
-    writes `beta: 0.5` beside `forward_kl` is told that it has no beta.
-
-    >>> without_foreign_defaults({"name": "forward_kl", "weight": 1.0, **_VERSION_1})
-    {'name': 'forward_kl', 'weight': 1.0, 'temperature': 1.0}
-    """
-    if not isinstance(loss, Mapping) or not _VERSION_1.keys() <= loss.keys():
-        return loss
-    own = next((kind.model_fields for kind in LOSSES if loss.get("name") in names_of(kind)), None)
-    if own is None:
-        return loss
-    return {key: value for key, value in loss.items() if key in own or value != _VERSION_1.get(key, value)}
-
-
-Loss = Annotated[
+_Kind = (
     CrossEntropy
     | Divergence
     | JensenShannon
@@ -253,11 +208,15 @@ Loss = Annotated[
     | LikelihoodMatching
     | HiddenStates
     | Attention
-    | Contrastive,
-    Field(discriminator="name"),
-    options_of_kinds(LOSSES, by="name"),
-    BeforeValidator(without_foreign_defaults),
-]
+    | Contrastive
+)
+"""Every kind of term; a new kind is one line here, a new name of a kind one word in its Literal."""
+LOSSES: tuple[type[LossTerm], ...] = get_args(_Kind)
+LOSSES_ON_HIDDEN_LAYER = tuple(name for kind in LOSSES if issubclass(kind, OnHiddenLayer) for name in names_of(kind))
+"""Losses that read a hidden layer of the cache instead of a targets layer."""
+
+LOSS_KINDS = Kinds(_Kind, "name", ("temperature", "beta", "skew", "metric", "normalise", "layer_map", "tau"))
+Loss = Annotated[_Kind, Field(discriminator="name"), BeforeValidator(LOSS_KINDS.checked)]
 """Any of them."""
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.capture import server_problems
+from shared.recipe.sections.teacher import ServedTeacher
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 
 
-def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
+def refusal(teacher: ServedTeacher, capture: Capture | None) -> str | None:
     """Say in a sentence what no server returns, or None."""
     problems = [] if capture is None else server_problems(capture)
     return None if not problems else f"{'.'.join(map(str, problems[0][0]))}: {problems[0][1]}"
 
 
 def open_engine(
-    teacher: Teacher,
+    teacher: ServedTeacher,
     capture: Capture | None,
     *,
     for_generation: Generate | None,

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 from shared.errors import DecantError, EngineError
 from shared.models.end_tokens import declared_end_ids
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate
+from shared.recipe.sections.teacher import ServedTeacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_stock
@@ -63,7 +64,7 @@ class ServerEngine:
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: ServedTeacher,
         capture: Capture | None,
         model_dir: Path,
         *,

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate
+from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines.protocol import Engine
 
 
-def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
-    """Say in a sentence what transformers cannot do, or None."""
-    if teacher.quantization is not None:
-        return "the transformers engine does not quantise; leave `teacher.quantization` out or use vllm"
+def refusal(teacher: TransformersTeacher, capture: Capture | None) -> str | None:
+    """Return None: what transformers cannot do, no section of its teacher can say."""
     return None
 
 
 def open_engine(
-    teacher: Teacher,
+    teacher: TransformersTeacher,
     capture: Capture | None,
     *,
     for_generation: Generate | None,

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate
+from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.engines.vllm.vllm_settings import set_environment
 from teacher_cache.engines.vllm.vllm_version import NEWEST_VLLM, OLDEST_VLLM, installed_vllm
 
 
-def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
+def refusal(teacher: VllmTeacher, capture: Capture | None) -> str | None:
     """Say in a sentence why the installed vLLM cannot do what is asked, or None."""
     found = installed_vllm()
     if found is None:
@@ -34,7 +35,7 @@ def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
 
 
 def open_engine(
-    teacher: Teacher,
+    teacher: VllmTeacher,
     capture: Capture | None,
     *,
     for_generation: Generate | None,

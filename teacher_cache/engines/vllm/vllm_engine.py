@@ -26,7 +26,8 @@ from shared.errors import DecantError, EngineError
 from shared.models.checkpoint import check_checkpoint
 from shared.models.end_tokens import declared_end_ids
 from shared.models.unused_gpu import unused_gpu
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate
+from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
@@ -49,7 +50,7 @@ class VllmEngine:
     """A teacher in vLLM, in this process or in a core process of its own."""
 
     def __init__(
-        self, teacher: Teacher, capture: Capture | None, *, for_generation: Generate | None, model_dir: Path
+        self, teacher: VllmTeacher, capture: Capture | None, *, for_generation: Generate | None, model_dir: Path
     ) -> None:
         """Start vLLM and find out how it can capture.
 
@@ -95,7 +96,7 @@ class VllmEngine:
             raise _start_failed(model_dir, error) from error
         self._next_id = 0
 
-    def _folded(self, teacher: Teacher, model_dir: Path) -> Path:
+    def _folded(self, teacher: VllmTeacher, model_dir: Path) -> Path:
         """Return a temporary directory with the adapter folded in; `close` removes it."""
         if teacher.quantization is not None:
             raise EngineError(

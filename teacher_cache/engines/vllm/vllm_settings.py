@@ -26,7 +26,8 @@ from shared.errors import EngineError
 from shared.machine import num_cores
 from shared.models.config_file import read_config
 from shared.models.row_length import known_positions, rope_switches
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate
+from shared.recipe.sections.teacher import VllmTeacher
 
 MIN_CACHE_BYTES = 2**28
 MAX_CACHE_BYTES = 2**35
@@ -82,7 +83,7 @@ def set_environment() -> None:
 
 
 def plan_settings(
-    teacher: Teacher, capture: Capture | None, generate: Generate | None, model_dir: Path, *, on_cpu: bool
+    teacher: VllmTeacher, capture: Capture | None, generate: Generate | None, model_dir: Path, *, on_cpu: bool
 ) -> VllmSettings:
     """Work out how to start vLLM.
 
@@ -214,7 +215,7 @@ def _refuse_other_rotation(text: Mapping[str, Any], length: int | None, model_di
         )
 
 
-def _dtype(teacher: Teacher, config: dict[str, Any]) -> str:
+def _dtype(teacher: VllmTeacher, config: dict[str, Any]) -> str:
     """Resolve `auto` to the stored type: vLLM's own auto would turn float32 into 16 bits."""
     if teacher.dtype != "auto":
         return teacher.dtype
@@ -222,7 +223,7 @@ def _dtype(teacher: Teacher, config: dict[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
 
 
-def _head_dtype(teacher: Teacher, config: dict[str, Any], dtype: str) -> str:
+def _head_dtype(teacher: VllmTeacher, config: dict[str, Any], dtype: str) -> str:
     """Return the head's type: float32 where asked and where the head is not quantised."""
     quantised = config.get("quantization_config")
     if isinstance(quantised, dict) and quantised.get("lm_head"):

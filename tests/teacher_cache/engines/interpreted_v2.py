@@ -55,13 +55,14 @@ def interpret() -> None:
 
 def main(job_path: str, out: str) -> None:
     interpret()
-    from shared.recipe.recipe import Capture, Teacher
+    from shared.recipe.sections.capture import TopSampleCapture
+    from shared.recipe.sections.teacher import VllmTeacher
     from teacher_cache.engines import ScoreRequest, open_engine
 
     job = json.loads(Path(job_path).read_text())
-    capture = Capture.model_validate(job["capture"])
+    capture = TopSampleCapture.model_validate(job["capture"])
     engine = open_engine(
-        Teacher.model_validate(job["teacher"]), capture, for_generation=None, model_dir=Path(job["model"])
+        VllmTeacher.model_validate(job["teacher"]), capture, for_generation=None, model_dir=Path(job["model"])
     )
     (status,) = engine._llm.collective_rpc("decant_capture", args=(engine._layout.to_plain(),))
     requests = [

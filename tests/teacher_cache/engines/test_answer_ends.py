@@ -9,7 +9,8 @@ import pytest
 
 from shared.errors import EngineError
 from shared.models.end_tokens import checked_ids, declared_end_ids, end_token_ids
-from shared.recipe.recipe import Generate, Teacher
+from shared.recipe.recipe import Generate
+from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines import GenerateRequest, open_engine
 from teacher_cache.engines.answer_ends import AnswerEnds, foreign_ends, split_stops
 from tests.tiny_models import END_OF_TEXT, TURN_END, TURN_START, make_qwen3, make_tokenizer
@@ -120,7 +121,7 @@ def requests(tokenizer, *ends: int) -> list[GenerateRequest]:
 
 
 def test_answers_end_at_the_template_of_their_prompt(base_model):
-    teacher = Teacher(model="m", engine="transformers")
+    teacher = TransformersTeacher(model="m", engine="transformers")
     engine = open_engine(teacher, None, for_generation=Generate(), model_dir=base_model)
     end = engine.tokenizer.convert_tokens_to_ids(TURN_END)
     assert engine.tokenizer.eos_token_id != end

@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from shared.errors import EngineError
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Generate
+from shared.recipe.sections.capture import TopCapture
+from shared.recipe.sections.teacher import ServedTeacher
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
 from teacher_cache.engines.server import server_http, server_stream
 from teacher_cache.engines.server.server_answers import read_columns
@@ -320,8 +322,10 @@ def test_list_of_models_that_no_vllm_server_sends_is_refused_in_a_sentence(cards
 
 def engine(model_dir: Path, tokenizer, fake: FakeVllmServer) -> ServerEngine:
     settings = {"max_model_len": 128, "server_patience_seconds": 30}
-    section = Teacher.model_validate({"model": str(model_dir), "engine": "server", "servers": [fake.url], **settings})
-    return ServerEngine(section, Capture(k=8), model_dir, tokenizer=tokenizer, first_backoff_seconds=0.02)
+    section = ServedTeacher.model_validate(
+        {"model": str(model_dir), "engine": "server", "servers": [fake.url], **settings}
+    )
+    return ServerEngine(section, TopCapture(k=8), model_dir, tokenizer=tokenizer, first_backoff_seconds=0.02)
 
 
 def requests() -> list[ScoreRequest]:

@@ -15,6 +15,8 @@ import pytest
 
 from shared.errors import EngineError
 from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.sections.capture import TopCapture, TopSampleCapture
+from shared.recipe.sections.teacher import ServedTeacher
 from teacher_cache.engines import open_engine, refusal
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
 from teacher_cache.engines.server import server_http
@@ -58,14 +60,14 @@ def fakes(tokenizer, model_dir):
 def teacher(model_dir: Path, *fakes: FakeVllmServer, **settings) -> Teacher:
     urls = [fake.url for fake in fakes]
     settings = {"max_model_len": 128, "server_patience_seconds": 60, "server_requests": 4, **settings}
-    return Teacher.model_validate({"model": str(model_dir), "engine": "server", "servers": urls, **settings})
+    return ServedTeacher.model_validate({"model": str(model_dir), "engine": "server", "servers": urls, **settings})
 
 
 def engine(
     model_dir: Path, tokenizer, *fakes: FakeVllmServer, capture: Capture | None = None, **settings
 ) -> ServerEngine:
     section = teacher(model_dir, *fakes, **settings)
-    capture = capture or Capture(k=8)
+    capture = capture or TopCapture(k=8)
     return ServerEngine(section, capture, model_dir, tokenizer=tokenizer, first_backoff_seconds=0.02)
 
 
@@ -214,7 +216,7 @@ def test_outage_beyond_the_patience_is_one_sentence_with_every_address(model_dir
 def test_stop_is_honoured_during_an_outage(model_dir, tokenizer, fakes):
     asked = threading.Event()
     section = teacher(model_dir, fakes[0], server_patience_seconds=60)
-    with_servers = ServerEngine(section, Capture(k=8), model_dir, tokenizer=tokenizer, should_stop=asked.is_set)
+    with_servers = ServerEngine(section, TopCapture(k=8), model_dir, tokenizer=tokenizer, should_stop=asked.is_set)
     fakes[0].always = respond(503, b"")
     threading.Timer(0.2, asked.set).start()
     assert list(with_servers.score(score_requests(5))) == []  # beyond the patience it would be an error
@@ -362,9 +364,9 @@ def test_adapter_is_asked_for_by_the_name_that_the_server_gave_it(model_dir, tok
         engine(model_dir, tokenizer, fakes[0], adapter="rude")
 
 
-@pytest.mark.parametrize("capture", [Capture(temperatures=(2.0,)), Capture(mode="top+sample", draws=4)])
+@pytest.mark.parametrize("capture", [TopCapture(temperatures=(2.0,)), TopSampleCapture(mode="top+sample", draws=4)])
 def test_tails_at_other_temperatures_and_draws_are_refused(capture, model_dir):
-    section = Teacher(model=str(model_dir), engine="server", servers=("http://127.0.0.1:9/v1",))
+    section = ServedTeacher(model=str(model_dir), engine="server", servers=("http://127.0.0.1:9/v1",))
     assert "a server returns no" in str(refusal(section, capture))
     with pytest.raises(EngineError, match="a server returns no"):
         open_engine(section, capture, for_generation=None, model_dir=model_dir)

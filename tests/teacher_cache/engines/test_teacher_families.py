@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared.recipe.recipe import Capture, Generate
+from shared.recipe.recipe import Generate
+from shared.recipe.sections.capture import TopCapture
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
 from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
 from teacher_cache.engines.transformers.transformers_model import CausalModel
@@ -51,7 +52,7 @@ def own_logprobs(model, row):
 def test_scores_of_a_batch_are_those_of_each_row_alone(name):
     own = make_family(name, spread=0.3)
     stock = make_family(name, spread=0.3, attention="sdpa" if own._supports_sdpa else "eager")
-    capture = Capture(k=VOCAB_SIZE - 1, mass=1.0)
+    capture = TopCapture(k=VOCAB_SIZE - 1, mass=1.0)
     engine = TransformersEngine(
         CausalModel(stock, Tokenizer()), capture, max_model_len=512 if name == "llama_dynamic" else None
     )

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from shared.errors import EngineError
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Generate
+from shared.recipe.sections.capture import TopCapture, TopSampleCapture
+from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
 from teacher_cache.engines.transformers.length_batches import length_batches
 from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
@@ -26,7 +28,9 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exact(model_dir):
     """The model in float64."""
-    return CausalModel.load(Teacher(model="m", engine="transformers", dtype="float32"), model_dir, dtype="float64")
+    return CausalModel.load(
+        TransformersTeacher(model="m", engine="transformers", dtype="float32"), model_dir, dtype="float64"
+    )
 
 
 def sequences(count: int, seed: int = 0) -> list[ScoreRequest]:
@@ -51,7 +55,7 @@ def scored(engine: TransformersEngine, requests: list[ScoreRequest]) -> dict:
 
 
 def test_scores_equal_dense_float64_maths(exact):
-    capture = Capture(mode="top", k=9, mass=0.3, temperatures=(1.0, 1.5))
+    capture = TopCapture(mode="top", k=9, mass=0.3, temperatures=(1.0, 1.5))
     engine = TransformersEngine(exact, capture, softmax_dtype=torch.float64)
     requests = sequences(6)
     results = scored(engine, requests)
@@ -76,9 +80,9 @@ def test_scores_equal_dense_float64_maths(exact):
 
 
 def test_float32_is_within_rounding_of_float64(model_dir, exact):
-    capture = Capture(mode="top+sample", k=8, draws=4, temperatures=(1.0, 2.0, 4.0))
+    capture = TopSampleCapture(mode="top+sample", k=8, draws=4, temperatures=(1.0, 2.0, 4.0))
     oracle = scored(TransformersEngine(exact, capture, softmax_dtype=torch.float64), sequences(6))
-    teacher = Teacher(model="m", engine="transformers", dtype="float32")
+    teacher = TransformersTeacher(model="m", engine="transformers", dtype="float32")
     engine = open_engine(teacher, capture, for_generation=None, model_dir=model_dir)
     found = scored(engine, sequences(6))
     for tag, expected in oracle.items():
@@ -89,7 +93,7 @@ def test_float32_is_within_rounding_of_float64(model_dir, exact):
 
 
 def test_batching_changes_neither_targets_nor_draws(exact):
-    capture = Capture(mode="top+sample", k=6, draws=5, temperatures=(1.0, 2.0), mass=0.95)
+    capture = TopSampleCapture(mode="top+sample", k=6, draws=5, temperatures=(1.0, 2.0), mass=0.95)
     alone = scored(TransformersEngine(exact, capture, batch_tokens=1), sequences(8))
     together = scored(TransformersEngine(exact, capture, batch_tokens=4096), sequences(8))
     for tag, one in alone.items():
@@ -204,7 +208,7 @@ def test_choice_follows_the_filtered_distribution(top_k, top_p, temperature):
 
 
 def test_too_long_sequences_and_prompts_are_refused_in_a_sentence(exact):
-    engine = TransformersEngine(exact, Capture(k=4), max_model_len=16)
+    engine = TransformersEngine(exact, TopCapture(k=4), max_model_len=16)
     with pytest.raises(EngineError, match=r"expected 2 to teacher\.max_model_len 16"):
         list(engine.score([ScoreRequest(0, 0, np.arange(17, dtype=np.int32), np.array([[1, 17]], np.int32))]))
     with pytest.raises(EngineError, match="leaves no room"):
@@ -217,8 +221,8 @@ def test_bfloat16_teacher_with_float32_head_has_few_ties(tmp_path):
     model_dir = make_llama(tmp_path)
     ties = {}
     for head_dtype in ("auto", "float32"):
-        teacher = Teacher(model="m", engine="transformers", dtype="bfloat16", head_dtype=head_dtype)
-        engine = open_engine(teacher, Capture(k=64), for_generation=None, model_dir=model_dir)
+        teacher = TransformersTeacher(model="m", engine="transformers", dtype="bfloat16", head_dtype=head_dtype)
+        engine = open_engine(teacher, TopCapture(k=64), for_generation=None, model_dir=model_dir)
         targets = scored(engine, sequences(4))[0]
         gaps = np.diff(targets.logprobs.reshape(-1, 64), axis=1)
         ties[head_dtype] = int((gaps == 0).sum())
@@ -227,7 +231,7 @@ def test_bfloat16_teacher_with_float32_head_has_few_ties(tmp_path):
 
 
 def test_closed_engine_says_so(exact):
-    engine = TransformersEngine(exact, Capture(k=4))
+    engine = TransformersEngine(exact, TopCapture(k=4))
     engine.close()
     engine.close()
     with pytest.raises(EngineError, match="closed"):

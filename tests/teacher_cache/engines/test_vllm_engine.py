@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from shared.errors import EngineError, ModelError
 from shared.keys import row_salt
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate
+from shared.recipe.sections.capture import SampleCapture, TopCapture, TopSampleCapture
+from shared.recipe.sections.teacher import TransformersTeacher, VllmTeacher
 from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
 from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
 from teacher_cache.engines.transformers.transformers_model import CausalModel
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 PADDED = VOCAB_SIZE + 32
 LONGEST = 512
-HYBRID = Capture(mode="top+sample", k=8, draws=4, temperatures=(1.0, 2.0, 4.0))
+HYBRID = TopSampleCapture(mode="top+sample", k=8, draws=4, temperatures=(1.0, 2.0, 4.0))
 ANSWER = Generate(max_new_tokens=24)
 
 
@@ -41,12 +43,12 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exact(model_dir):
-    return CausalModel.load(Teacher(model="m", engine="transformers"), model_dir, dtype="float64")
+    return CausalModel.load(TransformersTeacher(model="m", engine="transformers"), model_dir, dtype="float64")
 
 
 @contextmanager
 def opened(model_dir, capture, generate=None, **teacher):
-    engine = open_engine(Teacher(model="m", **teacher), capture, for_generation=generate, model_dir=model_dir)
+    engine = open_engine(VllmTeacher(model="m", **teacher), capture, for_generation=generate, model_dir=model_dir)
     try:
         yield engine
     finally:
@@ -117,7 +119,7 @@ def compared(expected: dict, found: dict) -> list[np.ndarray]:
 
 def test_float32_with_chunked_prompts_equals_the_oracle(model_dir, exact):
     """256 tokens per pass, so that the longest prompts are cut over several."""
-    everything = Capture(k=VOCAB_SIZE)
+    everything = TopCapture(k=VOCAB_SIZE)
     with opened(model_dir, everything, dtype="float32", max_num_batched_tokens=256) as engine:
         assert engine.provenance()["capture_path"] == "plugin+arrays"
         assert engine.provenance()["chunked_prefill"] is True
@@ -128,7 +130,7 @@ def test_float32_with_chunked_prompts_equals_the_oracle(model_dir, exact):
 
 
 def test_bfloat16_stays_close_to_the_oracle(model_dir, exact):
-    everything = Capture(k=VOCAB_SIZE)
+    everything = TopCapture(k=VOCAB_SIZE)
     with opened(model_dir, everything, dtype="bfloat16") as engine:
         assert engine.provenance()["head_dtype"] == "float32"
         kl, same_top, margin = compared(oracle(exact, everything, sequences(24)), scored(engine, sequences(24)))
@@ -139,11 +141,11 @@ def test_bfloat16_stays_close_to_the_oracle(model_dir, exact):
 def test_draws_without_a_head_are_unbiased(model_dir, exact):
     """Mode sample, 8 draws from the whole distribution at each temperature, with the same confidence."""
     # stands before the first test that shares an engine: an engine that closes takes its process's groups with it
-    capture = Capture(mode="sample", draws=8, temperatures=(1.0, 2.0, 4.0))
+    capture = SampleCapture(mode="sample", draws=8, temperatures=(1.0, 2.0, 4.0))
     requests = sequences(30, seed=6)
     with opened(model_dir, capture, dtype="float32") as engine:
         found = scored(engine, requests)
-    full = oracle(exact, Capture(k=VOCAB_SIZE), requests)
+    full = oracle(exact, TopCapture(k=VOCAB_SIZE), requests)
     assert all((targets.counts == 0).all() and (targets.tail_logmass == 0).all() for targets in found.values())
     for j in range(len(capture.temperatures)):
         z = pooled_z_scores(found, full, capture, j)
@@ -205,7 +207,7 @@ def test_draws_are_unbiased_over_a_real_text(float32, exact):
     million runs.
     """
     requests = sequences(30, seed=5)
-    found, full = scored(float32, requests), oracle(exact, Capture(k=VOCAB_SIZE), requests)
+    found, full = scored(float32, requests), oracle(exact, TopCapture(k=VOCAB_SIZE), requests)
     for j in range(len(HYBRID.temperatures)):
         z = pooled_z_scores(found, full, HYBRID, j)
         assert np.abs(z).max() < bonferroni_limit(len(HYBRID.temperatures) * VOCAB_SIZE)
@@ -345,7 +347,7 @@ def test_requests_are_pulled_only_as_far_as_they_fit_in_flight(float32, monkeypa
 
 def test_plain_columns_serve_where_the_plugin_cannot(model_dir, exact, monkeypatch, caplog):
     """The last two guards fail: lists instead of arrays, and the tail as 1 minus the head's sum."""
-    capture = Capture(k=16, mass=0.9)
+    capture = TopCapture(k=16, mass=0.9)
     monkeypatch.setattr(vllm_arrays, "install", lambda: "made to fail")
     monkeypatch.setattr(vllm_tail, "_installed", {"v1": "made to fail", "v2": "made to fail"})
     with caplog.at_level(logging.WARNING), opened(model_dir, capture, dtype="float32") as engine:
@@ -362,7 +364,10 @@ def test_tails_that_need_the_plugin_are_refused_without_it(model_dir, monkeypatc
     monkeypatch.setattr(vllm_tail, "_installed", {"v1": "made to fail", "v2": "made to fail"})
     with pytest.raises(EngineError, match=r"cannot capture tails at temperatures \[1.0, 2.0\].*made to fail"):
         open_engine(
-            Teacher(model="m", dtype="float32"), Capture(temperatures=(2.0,)), for_generation=None, model_dir=model_dir
+            VllmTeacher(model="m", dtype="float32"),
+            TopCapture(temperatures=(2.0,)),
+            for_generation=None,
+            model_dir=model_dir,
         )
 
 
@@ -387,10 +392,10 @@ def test_adapter_changes_the_scores_as_in_the_oracle(model_dir, tmp_path, exact)
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(tmp_path)
-    capture = Capture(k=16)
+    capture = TopCapture(k=16)
     with opened(model_dir, capture, dtype="float32", adapter=str(tmp_path)) as engine:
         found = scored(engine, sequences(4))
-    teacher = Teacher(model="m", engine="transformers", adapter=str(tmp_path))
+    teacher = TransformersTeacher(model="m", engine="transformers", adapter=str(tmp_path))
     adapted = CausalModel.load(teacher, model_dir, dtype="float64")
     plain = oracle(exact, capture, sequences(4))
     for tag, targets in oracle(adapted, capture, sequences(4)).items():
@@ -400,7 +405,7 @@ def test_adapter_changes_the_scores_as_in_the_oracle(model_dir, tmp_path, exact)
 
 def test_missing_adapter_is_a_sentence(model_dir, tmp_path):
     with pytest.raises(EngineError, match=r"no adapter_config\.json there"):
-        open_engine(Teacher(model="m", adapter=str(tmp_path)), None, for_generation=None, model_dir=model_dir)
+        open_engine(VllmTeacher(model="m", adapter=str(tmp_path)), None, for_generation=None, model_dir=model_dir)
 
 
 def test_one_missing_tensor_is_refused_before_vllm_starts(model_dir, tmp_path):
@@ -410,13 +415,13 @@ def test_one_missing_tensor_is_refused_before_vllm_starts(model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path / "lacking")
     save_file(weights, tmp_path / "lacking/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 tensor is missing \(first: model\.layers\.1\.mlp\.down_proj\.weight\)"):
-        open_engine(Teacher(model="m"), None, for_generation=None, model_dir=tmp_path / "lacking")
+        open_engine(VllmTeacher(model="m"), None, for_generation=None, model_dir=tmp_path / "lacking")
 
 
 def test_model_that_cannot_start_is_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such"}')
     with pytest.raises(EngineError, match="vLLM cannot start with"):
-        open_engine(Teacher(model="m"), None, for_generation=None, model_dir=tmp_path)
+        open_engine(VllmTeacher(model="m"), None, for_generation=None, model_dir=tmp_path)
 
 
 def test_core_process_of_its_own_gives_the_same_rows(model_dir, exact, monkeypatch):

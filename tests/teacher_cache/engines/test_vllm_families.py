@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from shared.errors import EngineError
-from shared.recipe.recipe import Capture, Teacher
+from shared.recipe.sections.capture import TopCapture
+from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.engines import ScoreRequest, open_engine
 from tests.tiny_models import VOCAB_SIZE, make_tokenizer
 
@@ -76,7 +77,7 @@ def requests() -> list[ScoreRequest]:
 @pytest.mark.parametrize("name", HONOURED)
 def test_vllm_scores_as_the_models_own_forward(name: str, tmp_path: Path) -> None:
     own = make(tmp_path / "m", *HONOURED[name])
-    teacher, capture = Teacher(model="m", dtype="float32", max_model_len=256), Capture(k=64)
+    teacher, capture = VllmTeacher(model="m", dtype="float32", max_model_len=256), TopCapture(k=64)
     engine = open_engine(teacher, capture, for_generation=None, model_dir=tmp_path / "m")
     try:
         found = {scored.tag: scored.targets for scored in engine.score(iter(requests()))}
@@ -102,8 +103,8 @@ def test_a_rotation_of_the_longest_row_is_refused_by_name(name: str, tmp_path: P
     make(tmp_path / "m", *REFUSED[name])
     with pytest.raises(EngineError, match="rope"):
         open_engine(
-            Teacher(model="m", dtype="float32", max_model_len=256),
-            Capture(k=8),
+            VllmTeacher(model="m", dtype="float32", max_model_len=256),
+            TopCapture(k=8),
             for_generation=None,
             model_dir=tmp_path / "m",
         )

@@ -7,7 +7,9 @@ import json
 import pytest
 
 from shared.errors import EngineError
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Generate
+from shared.recipe.sections.capture import TopCapture, TopSampleCapture
+from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.engines import refusal
 from teacher_cache.engines.vllm import entry, vllm_settings
 from teacher_cache.engines.vllm.vllm_arrays import PromptArrays, columns_of
@@ -30,7 +32,7 @@ def model_dir(tmp_path):
 
 
 def plan(model_dir, *, on_cpu=True, generate=None, capture=None, **teacher):
-    return plan_settings(Teacher(model="m", **teacher), capture, generate, model_dir, on_cpu=on_cpu)
+    return plan_settings(VllmTeacher(model="m", **teacher), capture, generate, model_dir, on_cpu=on_cpu)
 
 
 def test_a_full_length_sequence_can_be_scored(model_dir):
@@ -92,7 +94,7 @@ def test_float32_head_is_asked_for_only_where_it_differs(model_dir):
 
 
 def test_worker_plugin_is_loaded_for_every_engine_because_it_watches_the_parent(model_dir):
-    for capture in (None, Capture()):
+    for capture in (None, TopCapture()):
         assert plan(model_dir, capture=capture).arguments["worker_extension_cls"].endswith("vllm_worker.TailWorker")
 
 
@@ -130,17 +132,17 @@ def test_threads_are_halved_for_narrow_models_unless_the_environment_says(model_
 @pytest.mark.parametrize(
     ("version", "capture", "words"),
     [
-        ("0.32.0", Capture(temperatures=(1.0, 2.0)), None),
+        ("0.32.0", TopCapture(temperatures=(1.0, 2.0)), None),
         ("0.31.2", None, "at least 0.32"),
-        ("0.34.0", Capture(k=8), None),
-        ("0.34.0", Capture(k=8, temperatures=(1.0, 2.0)), "expected below 0.34"),
-        ("0.36.1+cpu", Capture(mode="top+sample", k=8, draws=4), "expected below 0.34"),
-        (None, Capture(), "not installed"),
+        ("0.34.0", TopCapture(k=8), None),
+        ("0.34.0", TopCapture(k=8, temperatures=(1.0, 2.0)), "expected below 0.34"),
+        ("0.36.1+cpu", TopSampleCapture(mode="top+sample", k=8, draws=4), "expected below 0.34"),
+        (None, TopCapture(), "not installed"),
     ],
 )
 def test_versions_that_cannot_capture_are_refused(monkeypatch, version, capture, words):
     monkeypatch.setattr(entry, "installed_vllm", lambda: version)
-    found = refusal(Teacher(model="m"), capture)
+    found = refusal(VllmTeacher(model="m"), capture)
     assert found is None if words is None else words in found
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared.recipe.recipe import Capture, Teacher
+from shared.recipe.sections.capture import TopSampleCapture
+from shared.recipe.sections.teacher import TransformersTeacher
 from tests.system.program import ROOT
 from tests.teacher_cache.engines.test_vllm_engine import oracle, sequences
 from tests.tiny_models import VOCAB_SIZE, make_qwen3
@@ -73,8 +74,8 @@ def test_float32_rows_tails_and_draws_are_those_of_the_oracle(model_dir, tmp_pat
     requests = sequences(14)
     assert sum(len(request.token_ids) for request in requests) > 1100
     found = interpreted(tmp_path, model_dir, requests, dtype="float32", max_num_batched_tokens=budget)
-    exact = CausalModel.load(Teacher(model="m", engine="transformers"), model_dir, dtype="float64")
-    expected = oracle(exact, Capture.model_validate(HYBRID), requests)
+    exact = CausalModel.load(TransformersTeacher(model="m", engine="transformers"), model_dir, dtype="float64")
+    expected = oracle(exact, TopSampleCapture.model_validate(HYBRID), requests)
     for tag, targets in found.items():
         wanted = expected[tag]
         np.testing.assert_array_equal(targets.counts, wanted.counts)
@@ -90,8 +91,8 @@ def test_16_bit_weights_with_a_float32_head_do_not_tie(model_dir, tmp_path):
 
     requests = sequences(6, seed=1)
     found = interpreted(tmp_path, model_dir, requests, dtype="bfloat16", max_num_batched_tokens=256)
-    exact = CausalModel.load(Teacher(model="m", engine="transformers"), model_dir, dtype="float64")
-    expected = oracle(exact, Capture.model_validate(HYBRID), requests)
+    exact = CausalModel.load(TransformersTeacher(model="m", engine="transformers"), model_dir, dtype="float64")
+    expected = oracle(exact, TopSampleCapture.model_validate(HYBRID), requests)
     ties, off = [], []
     for tag, targets in found.items():
         head = targets.logprobs.reshape(-1, HYBRID["k"])

@@ -19,13 +19,15 @@ from shared.cache.cache import Cache
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import DecantError, EvaluationError
-from shared.recipe.recipe import Capture, Recipe
+from shared.recipe.recipe import Recipe
+from shared.recipe.sections.capture import TopCapture
 from teacher_cache.engines.protocol import Generated
+from teacher_cache.teacher.model_files import ModelFiles
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
 from tools.evaluate import all_models
 from tools.evaluate.models import generate_answers
-from tools.evaluate.models.models import model_under_test
+from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.one_model import evaluate_model
 from tools.evaluate.results.results import evaluation_identity, heldout_layer, read_answers, same_identity
 
@@ -120,6 +122,25 @@ def canned(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
     return CannedEngine.opened
 
 
+@pytest.mark.parametrize("changes, why", [
+    ({"quantization": "fp8"}, "only 'vllm' has a quantization"),
+    ({"tensor_parallel_size": 2}, "only 'vllm' has a tensor_parallel_size"),
+    ({"max_num_batched_tokens": 512, "batch_tokens": 64}, None),
+])  # fmt: skip
+def test_settings_of_the_teacher_reach_the_engine_that_answers_or_are_refused(tmp_path, changes, why):
+    data = {"name": "x", "output_dir": "o", "cache": "c", "teacher": {"model": "t", **changes}}
+    chosen = Recipe.model_validate({**data, "evaluate": {"models": ["teacher"], "engine": "transformers"}})
+    teacher = ModelUnderTest(
+        "teacher", ModelFiles("t", tmp_path, None, {}), None, "float32", chosen.teacher.quantization, False
+    )
+    if why is not None:
+        with pytest.raises(EvaluationError, match=f"cannot load 'teacher': {why}"):
+            teacher.settings(chosen, 64)
+    else:
+        section = teacher.settings(chosen, 64)
+        assert (section.engine, section.max_num_batched_tokens, section.batch_tokens) == ("transformers", 512, 256)
+
+
 def test_answers_are_scored_beside_their_questions_and_kept(root: Path, canned: list[Any]) -> None:
     chosen = recipe(root, models=["kd"])
     result = all_models.evaluate_all(chosen, say=lambda line: None)["kd"]
@@ -146,7 +167,7 @@ def test_a_cache_of_two_teachers_is_evaluated_on_the_layer_of_the_recipes_own(
     other = writer.layer("other", replace(cache.layer, teacher="other", weights_hash="0" * 32), {})
     targets = [row.targets for row in rows if row.targets is not None]
     other.write("part-00000000-000000", [row.key for row in rows], targets, {})
-    chosen = recipe(root, models=["kd"]).model_copy(update={"cache": (place,), "capture": Capture(k=cache.layer.k)})
+    chosen = recipe(root, models=["kd"]).model_copy(update={"cache": (place,), "capture": TopCapture(k=cache.layer.k)})
     found = all_models.evaluate_all(chosen, say=lambda line: None)["kd"]["heldout"]
     assert found["layer"] == cache.layer_name
 

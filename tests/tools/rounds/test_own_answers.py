@@ -16,6 +16,8 @@ from student_train.stage.stages import run_stages
 from teacher_cache.build import teach
 from tests.tools.rounds.tiny_run import make_models, rounds_recipe
 from tools.evaluate.all_models import evaluate_all
+from tools.evaluate.models.models import model_under_test
+from tools.evaluate.own.own_answers import own_identity
 from tools.report.build import build_report
 from tools.report.more_tables import more_tables
 from tools.rounds.one_round import Round
@@ -37,6 +39,15 @@ def dense_kl(model_dir, teacher_dir, row) -> float:
             for place in (teacher_dir, model_dir)
         )
     return float((log_p.exp() * (log_p - log_q)).sum(-1).sum())
+
+
+@pytest.mark.parametrize("capture, k, draws", [({"k": 5}, 5, 0), ({"mode": "sample", "draws": 3}, 0, 3)])
+def test_figures_kept_by_an_earlier_version_are_those_of_a_capture_with_every_option(tmp_path, capture, k, draws):
+    asked = {"models": ["teacher"], "engine": "transformers", "own_answers": {}}
+    recipe = rounds_recipe(tmp_path, make_models(tmp_path), evaluate=asked, capture=capture)
+    kept = {"mode": "top", "temperatures": [1.0], "gap_step": 0.0625, "label": "apart", "mass": 1.0, **capture}
+    found = own_identity(recipe, model_under_test(recipe, "teacher"))["capture"]
+    assert found == {**kept, "k": k, "draws": draws}
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from typing import Any
 import xxhash
 
 from shared.errors import EvaluationError
-from shared.recipe.recipe import Capture, Generate, Recipe
+from shared.recipe.recipe import Generate, Recipe
+from shared.recipe.sections.capture import TopCapture
 from teacher_cache.engines.protocol import FINISHED, GenerateRequest
 from tools.evaluate.models.models import ModelUnderTest
 from tools.evaluate.tasks.questions import Choice
@@ -75,7 +76,7 @@ def open_for(model: ModelUnderTest, recipe: Recipe, asks: Sequence[Ask], choosin
     needed = _needed_length(model, [*asks, *choosing])
     return open_engine(
         model.settings(recipe, needed),
-        Capture(k=1) if choosing else None,
+        TopCapture(k=1) if choosing else None,
         for_generation=asks[0].sampling if asks else None,
         model_dir=model.files.directory,
     )

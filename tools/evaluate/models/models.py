@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from shared.errors import EvaluationError
 from shared.identity.identity import weights_hash
 from shared.recipe.recipe import Recipe, Teacher
+from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.teacher.model_files import ModelFiles, resolve_model
+
+_SECTION: TypeAdapter[Teacher] = TypeAdapter(Teacher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,31 +44,31 @@ class ModelUnderTest:
         Raises:
             EvaluationError: the evaluation's engine cannot load it as the recipe says.
         """
-        shared = recipe.teacher or Teacher(model=str(self.files.directory))
+        # How much of the machine may be used is the teacher's section, for every model; one card is enough for a
+        # student.
+        shared = recipe.teacher or VllmTeacher(model=str(self.files.directory))
+        shards = shared.tensor_parallel_size if self.name in ("teacher", *recipe.teachers) else 1
         wanted = {
+            **{name: value for name, value in shared if name in ("gpu_memory_utilization", "max_num_batched_tokens")},
             "model": str(self.files.directory),
             "adapter": self.adapter,
             "dtype": self.dtype,
-            "quantization": self.quantization,
             "trust_remote_code": self.trust_remote_code,
             "engine": recipe.evaluate.engine,
             "max_model_len": max_model_len,
-            # How much of the machine may be used is the teacher's section, for every model; one card is enough for a
-            # student.
-            "tensor_parallel_size": shared.tensor_parallel_size if self.name in ("teacher", *recipe.teachers) else 1,
-            "gpu_memory_utilization": shared.gpu_memory_utilization,
-            "max_num_batched_tokens": shared.max_num_batched_tokens,
             # Answering holds one position of logits per row where scoring holds all of them: room for four times as
             # many.
             "batch_tokens": 4 * shared.batch_tokens,
+            **({} if self.quantization is None else {"quantization": self.quantization}),
+            **({} if shards == 1 else {"tensor_parallel_size": shards}),
         }
         try:
-            return Teacher.model_validate(wanted)
+            return _SECTION.validate_python(wanted)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            said = ": ".join(map(str, (*first["loc"][1:], first["msg"])))  # the first is the engine
             raise EvaluationError(
-                f"evaluate.engine '{recipe.evaluate.engine}' cannot load '{self.name}': {where}: {first['msg']}"
+                f"evaluate.engine '{recipe.evaluate.engine}' cannot load '{self.name}': {said}"
             ) from error
 
 

@@ -82,7 +82,10 @@ def own_identity(recipe: Recipe, model: ModelUnderTest) -> dict[str, Any]:
         "fraction": recipe.heldout.fraction,
         "prompts": [content_hash(source) for source in recipe.prompts if not source.of_cache],
         "teacher": model_under_test(recipe, "teacher").weights_id(),
-        "capture": recipe.capture.model_dump(mode="json", exclude={"hidden"}),
+        "capture": {
+            **{name: getattr(recipe.capture, name) for name in ("k", "draws", "mass", "label")},
+            **recipe.capture.model_dump(mode="json", exclude={"hidden"}),
+        },
     }
 
 
