@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from shared.errors import IdentityError
@@ -18,7 +17,7 @@ from shared.identity.identity import LayerIdentity, weights_hash
 from shared.parts.sequences import SequenceRow
 from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines.columns.sparse_columns import predicting_rows
-from teacher_cache.engines.transformers.transformers_model import CausalModel
+from teacher_cache.engines.transformers.transformers_model import CausalModel, padded
 from teacher_cache.teacher.model_files import resolve_model
 
 CHUNK_ENTRIES = 2**22
@@ -90,13 +89,7 @@ def dense_logprobs(
         vocab_size: entries that count (a softmax over these alone); None: all that the head has.
         step: positions of a chunk; None: as many as keep logits within `CHUNK_ENTRIES`.
     """
-    batch = [row, *beside]
-    longest = max(len(one.token_ids) for one in batch)
-    tokens = torch.zeros((len(batch), longest), dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for index, one in enumerate(batch):
-        tokens[index, : len(one.token_ids)] = torch.from_numpy(one.token_ids.astype(np.int64))
-        mask[index, : len(one.token_ids)] = 1
+    tokens, mask = padded([one.token_ids for one in (row, *beside)])
     with torch.inference_mode():
         hidden = model.hidden(tokens.to(model.device), mask.to(model.device))[0]
         rows = torch.from_numpy(predicting_rows(row.spans)).to(model.device)
