@@ -1,9 +1,10 @@
-"""Students of other families for the translation bench: a tokenizer trained on the demo's texts, and the demo's student
+"""Models with other tokens for the translation bench: a tokenizer trained on the demo's texts, and a model of the demo
 whose embeddings are taken over token by token.
 
 A new token begins as the mean of what the old tokenizer makes of its text. Digits: the demo's teacher writes each as a
-token of its own; these students join up to three, or as many as their merges make.
-Cost: seconds.
+token of its own; these students join up to three, or as many as their merges make. For the other direction there is a
+teacher that joins up to three digits.
+Cost: seconds; the teacher about 10 minutes on one core.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 from shared.models.loading import load_causal_lm
 from shared.tokens.token_bytes import SPACE, read_vocabulary
+from tools.bench.students.seeds import run_module
+from tools.demo import tokenizer as demo_tokenizer
 
 PAD, START, END = "<pad>", "<s>", "</s>"
 TEMPLATE = (
@@ -73,19 +76,20 @@ def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int) -> Any:
     return found
 
 
-def make_student(base: Path, tokenizer: Any, out: Path) -> None:
-    """Save the base model with another tokenizer's embeddings."""
+def with_tokenizer(base: Path, tokenizer: Any, out: Path) -> None:
+    """Save a model with another tokenizer's embeddings; control tokens of the same name keep theirs."""
     import torch
     from transformers import AutoTokenizer
 
-    model = load_causal_lm(base, what="the student", trust_remote_code=False, dtype=torch.float32)
+    model = load_causal_lm(base, what="the model", trust_remote_code=False, dtype=torch.float32)
     old = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     vocabulary = read_vocabulary(tokenizer.backend_tokenizer.to_str().encode())
     before = model.get_input_embeddings().weight.detach().clone()
     rows = before.mean(0).repeat(len(vocabulary), 1)
     for token, octets in enumerate(vocabulary.octets):
         text = None if octets is None or token in vocabulary.special else octets.decode(errors="ignore")
-        ids = old(text, add_special_tokens=False)["input_ids"] if text else []
+        same = old.get_vocab().get(tokenizer.convert_ids_to_tokens(token)) if token in vocabulary.special else None
+        ids = old(text, add_special_tokens=False)["input_ids"] if text else [same] if same is not None else []
         rows[token] = before[ids].mean(0) if ids else rows[token]
     rows[tokenizer.eos_token_id] = before[old.eos_token_id]
     model.resize_token_embeddings(len(vocabulary))
@@ -94,3 +98,15 @@ def make_student(base: Path, tokenizer: Any, out: Path) -> None:
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def joining_teacher(teacher: Path, out: Path) -> Path:
+    """Return the directory of the demo's teacher with tokens of up to three digits, whose last phase it was trained
+    again with; made where it is not there.
+    """
+    if not (out / "teacher/model.safetensors").exists():
+        with_tokenizer(teacher, demo_tokenizer.train_tokenizer(digits=3), out / "start")
+        start = str(out / "start")
+        words = ("--only", "teacher", "--start", start, "--tokenizer", start)
+        run_module("tools.demo.train_models", str(out), *words)
+    return out / "teacher"

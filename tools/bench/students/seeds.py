@@ -41,14 +41,19 @@ def percents(model: Mapping[str, Any]) -> Figures:
     return {name: 100 * task["score"] for name, task in model["tasks"].items()}
 
 
-def decant(*arguments: str) -> None:
-    """Run the program's command line; a failure ends the benchmark."""
-    command = own_command("-m", "tools.cli", *arguments)
+def run_module(module: str, *arguments: str) -> None:
+    """Run a module of the program; a failure ends the benchmark."""
+    command = own_command("-m", module, *arguments)
     done = subprocess.run(command, env=own_environment(), check=False)  # noqa: S603 - our own interpreter
     if done.returncode:
         raise EvaluationError(
-            f"decant {' '.join(arguments)} ended with exit code {done.returncode}; its message stands above"
+            f"{module} {' '.join(arguments)} ended with exit code {done.returncode}; its message stands above"
         )
+
+
+def decant(*arguments: str) -> None:
+    """Run the program's command line; a failure ends the benchmark."""
+    run_module("tools.cli", *arguments)
 
 
 def write_recipe(
