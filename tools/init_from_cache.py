@@ -1,8 +1,9 @@
 """`decant init --cache`: a recipe that trains a student from a cache, with no teacher on disk.
 
 The losses are those that the cache's targets can give: forward KL, or KL within the head where the tail is unknown,
-each beside a little cross-entropy. Of several layers it reads that of the teacher who answered, or else the first. The
-share that is held out is the first of a few that holds a row. Cost: the small files of the cache and its group keys.
+each beside a little cross-entropy; forward KL and likelihoods beside as much of it where the heads were projected. Of
+several layers it reads that of the teacher who answered, or else the first. The share that is held out is the first of
+a few that holds a row. Cost: the small files of the cache and its group keys.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from shared.cache.layout import Layer, list_layers
 from shared.errors import UsageError
 from shared.keys import is_heldout
 from shared.places import named
+from tools.cache.translate.translate_cache import BY_BYTES
 from tools.init_recipe import place_of, plain_text, word_of, write_starter, yaml_text
 
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5)
@@ -76,14 +78,15 @@ def init_from_cache(name: str, cache: Path, student: str, output: Path | None = 
 
 
 def _terms(layer: Layer | None) -> list[tuple[str, float]]:
-    """Return the losses to begin with and their weights: the text alone where there is no layer, and as much of it as
-    of heads that were translated, which leave positions out (docs/tokenizers.md).
+    """Return the losses to begin with and their weights: the text alone where there is no layer, and half of it where
+    the heads were projected, which leave positions out (docs/tokenizers.md).
     """
     if layer is None:
         return [("cross_entropy", 1.0)]
+    if layer.identity.method == BY_BYTES:
+        return [("forward_kl", 0.25), ("alm", 0.25), ("cross_entropy", 0.5)]
     divergence = "head_kl" if layer.identity.tail == "unknown" else "forward_kl"
-    text = 0.5 if layer.identity.derived_from else 0.1
-    return [(divergence, 1 - text), ("cross_entropy", text)]
+    return [(divergence, 0.9), ("cross_entropy", 0.1)]
 
 
 def _fraction(cache: Cache) -> float:

@@ -141,10 +141,16 @@ def test_of_several_layers_the_recipe_reads_that_of_the_teacher_who_answered(tmp
     assert "or another layer of those above" in path.read_text()
 
 
-@pytest.mark.parametrize(("derived_from", "text"), [("", 0.1), ("top6-00000000", 0.5)])
-def test_a_translated_layer_is_learned_with_as_much_of_the_text(tmp_path, derived_from, text):
-    layer = replace(small_cache.TOP, derived_from=derived_from)
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("", {"forward_kl": 0.9, "cross_entropy": 0.1}),
+        ("renamed-1", {"forward_kl": 0.9, "cross_entropy": 0.1}),
+        ("bytes-1", {"forward_kl": 0.25, "alm": 0.25, "cross_entropy": 0.5}),
+    ],
+)
+def test_a_projected_layer_is_learned_with_as_much_of_the_text_as_of_the_teacher(tmp_path, method, expected):
+    layer = replace(small_cache.TOP, derived_from="top6-00000000" if method else "", method=method)
     small_cache.build(tmp_path / "cache", layers=(layer,))
     path = init_from_cache("x", tmp_path / "cache", "student", tmp_path / "x.yaml")
-    weights = {loss.name: loss.weight.start for loss in load_recipe(path).stages[0].losses}
-    assert weights == {"forward_kl": 1 - text, "cross_entropy": text}
+    assert {loss.name: loss.weight.start for loss in load_recipe(path).stages[0].losses} == expected
