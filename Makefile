@@ -76,7 +76,7 @@ test-fast: setup
 	$(PYTEST) -m "not slow"
 
 test: setup
-	$(PYTEST)
+	$(PYTEST) --no-loadscope-reorder  # tests/conftest.py says which files come first
 
 demo: setup
 	$(BIN)/decant run recipes/demo.yaml

@@ -57,6 +57,10 @@ def training_text() -> list[str]:
 def make_tokenizer(directory: Path, chat_template: str | None = CHATML) -> Any:
     """Train, save and return a byte-level BPE tokenizer of exactly 512 entries; end token `<|im_end|>`, no BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from shared.models.large_imports import import_transformers
+
+    import_transformers()
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.BPE())

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from shared.models.large_imports import import_transformers
 from shared.models.load_report import loading
 from shared.remote.hub import ask_hub
 
@@ -18,6 +19,7 @@ def load_config(source: str | Path, *, what: str, trust_remote_code: bool, revis
     Raises:
         ModelError: there is none, or it is of a type that transformers does not know.
     """
+    import_transformers()
     from transformers import AutoConfig
 
     ask_hub(source)
@@ -32,6 +34,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool, revision: str
         ModelError: there is none, or its code would have to be run and `trust_remote_code` is false.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a thread pool only costs hand-overs
+    import_transformers()
     from transformers import AutoTokenizer
 
     ask_hub(source)

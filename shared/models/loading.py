@@ -7,6 +7,7 @@ from typing import Any
 
 from shared.models.adapters import merge_adapter, refuse_adapter_inside
 from shared.models.checkpoint import fits_named_class
+from shared.models.large_imports import import_transformers
 from shared.models.load_report import Gaps, loading
 from shared.remote.hub import ask_hub
 
@@ -37,6 +38,7 @@ def load_causal_lm(
 
     >>> load_causal_lm("Qwen/Qwen3-0.6B", what="the student", trust_remote_code=False, dtype="auto")  # doctest: +SKIP
     """
+    import_transformers()
     from transformers import AutoModelForCausalLM
 
     name = f"{what} '{source}'"
