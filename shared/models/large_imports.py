@@ -1,8 +1,8 @@
 """Import what takes seconds, in two thirds of them.
 
 The garbage collector walks again and again over the hundred thousands of objects that imports make, and finds nothing:
-it rests until they are there and passes over them from then on. transformers imports scikit-learn where it is installed
-(lm-eval brings it) for a curve of assisted generation and scores of GLUE, which nothing here uses.
+it rests until they are there. transformers imports scikit-learn where it is installed (lm-eval brings it) for a curve
+of assisted generation and scores of GLUE, which nothing here uses.
 Cost: what the imports themselves take.
 """
 
@@ -21,7 +21,7 @@ _ASK_FOR_SCIKIT_LEARN = "transformers.generation.candidate_generator", "transfor
 
 @contextmanager
 def large_imports() -> Iterator[None]:
-    """Let the garbage collector rest while something large is imported, and pass over what is there afterwards.
+    """Let the garbage collector rest while something large is imported.
 
     >>> with large_imports():
     ...     import torch
@@ -31,7 +31,6 @@ def large_imports() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
         if enabled:
             gc.enable()
 
