@@ -1,4 +1,4 @@
-"""Import what takes seconds, in two thirds of them.
+"""Import what takes seconds, without scikit-learn and without the walks of the garbage collector.
 
 The garbage collector walks again and again over the hundred thousands of objects that imports make, and finds nothing:
 it rests until they are there. transformers imports scikit-learn where it is installed (lm-eval brings it) for a curve
