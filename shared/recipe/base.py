@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -159,7 +159,7 @@ class Kinds:
     """A kind that has a default for `by` is what a section without it is."""
     by: str
     written: tuple[str, ...]
-    """Options that version 1 wrote out for every kind: what holds them all is a dump."""
+    """Options that version 1 wrote out for every kind: what holds them all, but for empty ones, is a dump."""
 
     @cached_property
     def named(self) -> dict[str, type[Section]]:
@@ -194,13 +194,20 @@ class Kinds:
         its kind's constant, or the default of a kind that has the option.
         """
         own = self.named.get(str(value.get(self.by))) if isinstance(value, dict) else None
-        if own is None or not value.keys() >= set(self.written):
+        if own is None or not self.is_dump(value.keys(), self.written):
             return value
         return {key: item for key, item in value.items() if key in own.model_fields or item not in self._mute(own, key)}
 
+    def is_dump(self, keys: Collection[str], written: Collection[str]) -> bool:
+        """Tell whether keys are those of a dump: they lack nothing of what was written but what may be empty."""
+        return all(None in self._defaults(name) for name in set(written).difference(keys))
+
     def _mute(self, own: type[Section], key: str) -> Any:
-        fields = [self.named[name].model_fields[key] for name in self._owners(key)]
-        return to_jsonable_python([getattr(own, key, field.default) for field in fields], serialize_unknown=True)
+        mute = [getattr(own, key, default) for default in self._defaults(key)]
+        return to_jsonable_python(mute, serialize_unknown=True)
+
+    def _defaults(self, key: str) -> list[Any]:
+        return [self.named[name].model_fields[key].default for name in self._owners(key)]
 
     def _owners(self, key: str) -> list[str]:
         return [name for name, kind in self.named.items() if key in kind.model_fields]

@@ -180,8 +180,8 @@ Teacher = Annotated[_Kind, Field(discriminator="engine"), BeforeValidator(_KINDS
 
 def unread_settings(teacher: Teacher, engines: Collection[str]) -> list[Problem]:
     """Return the settings of a teacher that none of the engines at work reads."""
-    is_dump = teacher.model_fields_set >= type(teacher).model_fields.keys() & set(_VERSION_1)
-    written = moved(teacher) if is_dump else teacher.model_fields_set
+    own = type(teacher).model_fields.keys() & set(_VERSION_1)
+    written = moved(teacher) if _KINDS.is_dump(teacher.model_fields_set, own) else teacher.model_fields_set
     return [
         ((name,), f"only the engine {quoted(_READ_BY[name])} reads it, which nothing here runs on; leave it out")
         for name in sorted(written & _READ_BY.keys())
