@@ -286,9 +286,10 @@ def _rounds_problems(recipe: Recipe) -> Iterator[Problem]:
             yield place, "there are no `prompts` to answer; add some, or `sources` here"
         for j, loss in enumerate(stage.losses):
             if loss.name in LABEL_LOSSES and recipe.capture.label != "head":
+                mode = "mode: top+sample, " if recipe.capture.mode == "sample" else ""
                 why = (
                     f"on the student's own answers '{loss.name}' needs what the teacher thinks of every token of them; "
-                    "say `capture: {label: head}`, or use forward_kl"
+                    f"say `capture: {{{mode}label: head}}`, or use forward_kl"
                 )
                 yield ("stages", i, "losses", j, "name"), why
         if recipe.student is not None and recipe.student.init == "random" and stage.init_from == "base":

@@ -122,6 +122,24 @@ def test_section_that_an_earlier_version_wrote_out_is_read_and_nothing_else_at_d
     assert "nobody" in refused(Recipe, recipe(**{key: {**dump, "nobody": 1}}))
 
 
+@pytest.mark.parametrize("key", ["capture", "teacher"])
+def test_dump_without_its_empty_options_is_one_too(key):
+    dump = {name: value for name, value in FIRST_WRITTEN[key].items() if value is not None}
+    own = {"mode": "top"} if key == "capture" else {"engine": "transformers"}
+    assert Recipe.model_validate(recipe(**{key: {**dump, **own}}, evaluate=ON_TRANSFORMERS))
+
+
+@pytest.mark.parametrize("capture", [{}, {"mode": "sample", "draws": 3}])
+def test_rounds_that_need_the_label_in_the_head_say_how_and_take_it(capture):
+    stage = {"name": "own", "losses": [{"name": "reverse_kl"}], "rounds": {"count": 1}, "trainer": {"max_steps": 1}}
+    said = refused(Recipe, recipe(capture=capture, stages=[stage], evaluate=ON_TRANSFORMERS | {"models": ["own"]}))
+    advice = said.split("say `capture: {")[1].split("}`")[0]
+    written = {**capture, **dict(pair.split(": ") for pair in advice.split(", "))}
+    assert Recipe.model_validate(
+        recipe(capture=written, stages=[stage], evaluate=ON_TRANSFORMERS | {"models": ["own"]})
+    )
+
+
 def test_section_for_another_engine_keeps_what_that_reads():
     served = Recipe.model_validate(recipe(teacher={**SERVED, "dtype": "float32", "max_model_len": 96})).teacher
     ours = on_engine("transformers", served, batch_tokens=7)
