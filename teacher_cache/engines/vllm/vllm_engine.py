@@ -25,7 +25,6 @@ from shared import parent_watch
 from shared.errors import DecantError, EngineError
 from shared.models.checkpoint import check_checkpoint
 from shared.models.end_tokens import declared_end_ids
-from shared.models.large_imports import large_imports
 from shared.models.unused_gpu import unused_gpu
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import VllmTeacher
@@ -65,8 +64,7 @@ class VllmEngine:
         self._restore: Callable[[], None] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         try:
-            with large_imports():
-                from vllm import LLM
+            from vllm import LLM
             from vllm.platforms import current_platform
 
             on_cpu = bool(current_platform.is_cpu())
