@@ -170,7 +170,7 @@ class Kinds:
     def checked(self, value: Any) -> Any:
         """Return a section with its kind, or name what is wrong with it: an option that only others have is named.
 
-        "only 'jsd' has a beta, 'forward_kl' does not, so leave it out"
+        "only 'jsd' has `beta`, 'forward_kl' does not, so leave it out"
         """
         if not isinstance(value, dict):
             return value
@@ -183,7 +183,7 @@ class Kinds:
             owners = self._owners(key)
             if owners and name not in owners:
                 has = "has" if len(owners) == 1 else "have"
-                said = f"only {quoted(owners)} {has} a {key}, '{name}' does not, so leave it out"
+                said = f"only {quoted(owners)} {has} `{key}`, '{name}' does not, so leave it out"
                 problems.append(((key,), said))
         if problems:
             inconsistent(*problems)

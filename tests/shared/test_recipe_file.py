@@ -171,7 +171,7 @@ def test_aliases_are_copied_but_cannot_explode():
         ),
         (
             ("teacher: {model: t}", "teacher: {model: t, servers: []}"),
-            "FILE:3: teacher.servers: only 'server' has a servers, 'vllm' does not, so leave it out",
+            "FILE:3: teacher.servers: only 'server' has `servers`, 'vllm' does not, so leave it out",
         ),
         (
             ("cache: runs", "teachers:\n  model:\n    model: t\n    revison: x\ncache: runs"),

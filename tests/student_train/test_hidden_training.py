@@ -223,17 +223,17 @@ def test_recipes_own_hidden_layer_is_chosen_among_several(recipe_of, cache, tmp_
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        ({"name": "hidden", "temperature": 2.0}, "have a temperature, 'hidden' does not"),
+        ({"name": "hidden", "temperature": 2.0}, "have `temperature`, 'hidden' does not"),
         ({"name": "contrastive", "temperature": 0.1}, "'contrastive' does not"),
-        ({"name": "forward_kl", "tau": 0.5}, "only 'alm', 'contrastive' have a tau"),
-        ({"name": "attention", "metric": "cosine"}, "only 'hidden' has a metric"),
+        ({"name": "forward_kl", "tau": 0.5}, "only 'alm', 'contrastive' have `tau`"),
+        ({"name": "attention", "metric": "cosine"}, "only 'hidden' has `metric`"),
         ({"name": "hidden", "metric": "cosine", "normalise": False}, "a cosine does not see lengths"),
-        ({"name": "contrastive", "layer_map": {"1": 1}}, "only 'hidden', 'attention' have a layer_map"),
+        ({"name": "contrastive", "layer_map": {"1": 1}}, "only 'hidden', 'attention' have `layer_map`"),
         ({"name": "attention", "layer_map": {"final": 1}}, "'final' is no layer of a teacher"),
         ({"name": "attention", "layer_map": {"1": "final"}}, "'final' is a state and has no attention"),
         ({"name": "hidden", "layer_map": {"0": 1}}, "'0' is no layer of a teacher"),
         ({"name": "hidden", "layer_map": {}}, "maps no layer"),
-        ({"name": "hidden", "beta": 0.3}, "only 'jsd' has a beta"),
+        ({"name": "hidden", "beta": 0.3}, "only 'jsd' has `beta`"),
     ],
 )
 def test_option_without_a_meaning_is_refused(loss, said):

@@ -123,8 +123,8 @@ def canned(monkeypatch: pytest.MonkeyPatch, root: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("changes, why", [
-    ({"quantization": "fp8"}, "only 'vllm' has a quantization"),
-    ({"tensor_parallel_size": 2}, "only 'vllm' has a tensor_parallel_size"),
+    ({"quantization": "fp8"}, "only 'vllm' has `quantization`"),
+    ({"tensor_parallel_size": 2}, "only 'vllm' has `tensor_parallel_size`"),
     ({"max_num_batched_tokens": 512, "batch_tokens": 64}, None),
 ])  # fmt: skip
 def test_settings_of_the_teacher_reach_the_engine_that_answers_or_are_refused(tmp_path, changes, why):
