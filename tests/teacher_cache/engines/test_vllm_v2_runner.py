@@ -67,12 +67,14 @@ def by_position(draws) -> list[list[tuple[int, int]]]:
     return [pairs[end - count : end] for end, count in zip(ends, draws.counts, strict=True)]
 
 
-@pytest.mark.parametrize("budget", [256, 4096], ids=["chunked", "more than 1,024 rows at once"])
-def test_float32_rows_tails_and_draws_are_those_of_the_oracle(model_dir, tmp_path, budget):
+@pytest.mark.parametrize(
+    ("budget", "rows", "tokens"), [(256, 7, 512), (4096, 14, 1100)], ids=["chunked", "more than 1,024 rows at once"]
+)
+def test_float32_rows_tails_and_draws_are_those_of_the_oracle(model_dir, tmp_path, budget, rows, tokens):
     from teacher_cache.engines.transformers.transformers_model import CausalModel
 
-    requests = sequences(14)
-    assert sum(len(request.token_ids) for request in requests) > 1100
+    requests = sequences(rows)
+    assert sum(len(request.token_ids) for request in requests) > tokens
     found = interpreted(tmp_path, model_dir, requests, dtype="float32", max_num_batched_tokens=budget)
     exact = CausalModel.load(TransformersTeacher(model="m", engine="transformers"), model_dir, dtype="float64")
     expected = oracle(exact, TopSampleCapture.model_validate(HYBRID), requests)
