@@ -49,6 +49,7 @@ def run_jobs(jobs: Sequence[Callable[[], None]], at_once: int) -> None:
                 done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            while wait(running, timeout=0.1).not_done:  # one that was about to start its process does so yet
-                end_running()
+            while left := [job for job in running if not job.done()]:  # one that was about to start its process does
+                end_running()  # so yet; one that was cancelled is done, which `wait` does not see
+                wait(left, timeout=0.1)
             raise
