@@ -19,27 +19,11 @@ _ASK_FOR_SCIKIT_LEARN = "transformers.generation.candidate_generator", "transfor
 """Modules that import it where it is installed."""
 
 
-@contextmanager
-def large_imports() -> Iterator[None]:
-    """Let the garbage collector rest while something large is imported.
-
-    >>> with large_imports():
-    ...     import torch
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def import_transformers() -> None:
     """Import what every model of transformers needs: seconds at the first call, nothing later, nor without torch."""
     if "transformers.generation.utils" in sys.modules or find_spec("torch") is None:
         return
-    with large_imports():
+    with _collector_at_rest():
         from transformers import utils
 
         available = utils.is_sklearn_available
@@ -50,3 +34,14 @@ def import_transformers() -> None:
         finally:
             utils.is_sklearn_available = available
         import_module("transformers.generation.utils")
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

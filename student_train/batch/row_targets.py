@@ -13,10 +13,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import TrainingError
+from shared.errors import TrainingError, UsageError
 from shared.payload.narrowing import keep_entries
 from shared.payload.ragged import segment_sum
 from shared.payload.targets import Draws, SparseTargets
+from shared.payload.targets_at import temperature_index
 
 
 def as_trained(
@@ -86,15 +87,15 @@ def temperature_column(captured: Sequence[float], temperature: float) -> int:
     Raises:
         TrainingError: none.
     """
-    for j, value in enumerate(captured):
-        if abs(value - temperature) <= 1e-6 * temperature:
-            return j
-    listed = ", ".join(f"{value:g}" for value in captured)
-    raise TrainingError(
-        f"the stage trains at temperature {temperature:g}, which was not captured (captured: {listed}), so the "
-        "teacher's tail "
-        "at it is unknown; train at a captured one, or add it to capture.temperatures and score another layer"
-    )
+    try:
+        return temperature_index(tuple(captured), temperature)
+    except UsageError:
+        listed = ", ".join(f"{value:g}" for value in captured)
+        raise TrainingError(
+            f"the stage trains at temperature {temperature:g}, which was not captured (captured: {listed}), so the "
+            "teacher's tail at it is unknown; train at a captured one, or add it to capture.temperatures and score "
+            "another layer"
+        ) from None
 
 
 def within_vocabulary(targets: SparseTargets, vocab_size: int) -> SparseTargets:

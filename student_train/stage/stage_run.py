@@ -21,8 +21,8 @@ from shared.atomic import write_atomic
 from shared.cache.leaving import Leaving, leaving_of
 from shared.cache.tokenizer_files import checked_tokenizer, tokenizer_without_code
 from shared.errors import TrainingError
+from shared.models.gpus import unused_gpu
 from shared.models.load_report import without_bars
-from shared.models.unused_gpu import unused_gpu
 from shared.recipe.base import quoted
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe, Stage

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.errors import EngineError, TrainingError
-from shared.models.unused_gpu import unused_gpu
+from shared.models.gpus import unused_gpu
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 from shared.cache.rows_left_out import answers_line
 from shared.errors import UsageError
-from shared.models.unused_gpu import offered_gpus
+from shared.models.gpus import offered_gpus
 from shared.recipe.recipe import Recipe, Stage
 from student_train.fit.precision import precision_notes
 from tools.cache.cache_commands import size

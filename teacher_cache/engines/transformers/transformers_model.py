@@ -23,11 +23,11 @@ from shared.errors import EngineError
 from shared.models.attention_choice import faithful_attention
 from shared.models.end_tokens import checked_ids
 from shared.models.files import load_tokenizer
+from shared.models.gpus import unused_gpu
 from shared.models.load_report import without_bars
 from shared.models.loading import load_causal_lm
 from shared.models.logit_transform import enlarged_input, logit_transform
 from shared.models.row_length import length_class_of, reset_rotations, rope_switches
-from shared.models.unused_gpu import unused_gpu
 from shared.models.wide_weights import in_float32
 from shared.recipe.recipe import Teacher
 

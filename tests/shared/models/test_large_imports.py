@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from shared.models.large_imports import large_imports
+from shared.models.large_imports import _collector_at_rest
 from tests.system.program import ROOT
 
 PROGRAM = """
@@ -37,7 +37,7 @@ def test_garbage_collector_is_as_before_although_an_import_failed(enabled: bool)
     before = gc.isenabled()
     (gc.enable if enabled else gc.disable)()
     try:
-        with pytest.raises(ImportError), large_imports():
+        with pytest.raises(ImportError), _collector_at_rest():
             assert not gc.isenabled()
             raise ImportError
         assert gc.isenabled() is enabled
