@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tools.cli_values import Commands, Parser, directory, place, positive, row_number, share, temperature, url
+from tools.cli_values import (
+    Commands,
+    Parser,
+    directory,
+    place,
+    positive,
+    row_number,
+    share,
+    temperature,
+    url,
+    url_or_directory,
+)
 
 CACHE_COMMANDS = Commands()
 _NEW_CACHE = "the new cache; must not exist"
@@ -57,10 +68,13 @@ def _drop(drop: Parser) -> None:
     drop.add_argument("--yes", action="store_true", help="remove; no build of the cache may run meanwhile")
 
 
-@CACHE_COMMANDS.command("push", "copy a cache to a URL: what is missing there, with a dataset card")
+@CACHE_COMMANDS.command(
+    "push", "copy a cache to a URL or a web server's directory: what is missing there, with a dataset card"
+)
 def _push(push: Parser) -> None:
     _from_cache(push)
-    push.add_argument("url", type=url, metavar="URL", help="s3://, gs:// or hf://datasets/ORG/NAME")
+    place = "s3://, gs:// or hf://datasets/ORG/NAME, or a directory that a web server serves"
+    push.add_argument("url", type=url_or_directory, metavar="URL", help=place)
 
 
 @CACHE_COMMANDS.command("pull", "copy a cache from a URL: what is missing here, every part checked")

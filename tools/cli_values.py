@@ -77,6 +77,13 @@ def directory(text: str) -> Path:
     return Path(text)
 
 
+def url_or_directory(text: str) -> str:
+    """Read a place to write to."""
+    from shared.places import is_url
+
+    return url(text) if is_url(text) else str(Path(text).absolute())
+
+
 def url(text: str) -> str:
     """Read a URL."""
     from shared.places import is_url, named

@@ -1,8 +1,9 @@
 """Files below one URL: list, read, read a range, write; what breaks off is repeated.
 
 Schemes are fsspec's: s3 through s3fs, gs through gcsfs, hf through huggingface_hub, https and http plainly. A plain
-server lists nothing, so there `files.json`, which `decant cache push` writes, says what is there. Credentials are
-those that these libraries find by themselves; no message shows a query, where some servers put signatures.
+server lists nothing, so there `files.json`, which `decant cache push` writes, says what is there; such a server's
+directory is a place to write to as well. Credentials are those that these libraries find by themselves; no message
+shows a query, where some servers put signatures.
 Cost: one request per listing of a thousand files, one per small file, one per `BLOCK_BYTES` of a part.
 """
 
@@ -10,13 +11,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from shared.atomic import fill_atomic, make_dir, write_atomic
 from shared.errors import CacheError, DamagedError, DecantError, first_line
+from shared.places import is_url
 
 BLOCK_BYTES = 2**23
 """Bytes of one ranged request: large beside its latency, small beside memory."""
@@ -27,7 +31,14 @@ HUB_BATCH = 64
 PARALLEL = 16
 """Transfers at the same time."""
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 20.0
-_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "https": "aiohttp", "http": "aiohttp"}
+_PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "hf": "huggingface_hub",
+    "https": "aiohttp",
+    "http": "aiohttp",
+    "file": "fsspec",
+}
 _WAIT_AND_TRY = (408, 425, 429)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, DecantError)
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "OfflineModeIsEnabled")
@@ -47,12 +58,12 @@ class RemoteFile(NamedTuple):
 
 
 class Remote:
-    """Files below one URL; threads may share it."""
+    """Files below one URL, or in a directory of this machine; threads may share it."""
 
     def __init__(self, url: str) -> None:
         """Name a place; nothing is asked yet."""
         self.url = url.rstrip("/")
-        self.scheme = urlsplit(url).scheme
+        self.scheme = urlsplit(url).scheme if is_url(url) else "file"
         self.lists_in_file = self.scheme in ("http", "https")
         self.files_per_write = HUB_BATCH if self.scheme == "hf" else 1
         """Files that go in one call: a hub keeps each call as a commit."""
@@ -70,7 +81,10 @@ class Remote:
             try:
                 return dict(listed(self.read(LIST_FILE), f"{self.url}/{LIST_FILE}"))
             except FileNotFoundError:
-                return {}
+                raise CacheError(
+                    f"{self.url} has no {LIST_FILE}, without which nobody can tell what a web server holds; write it "
+                    "with `decant cache push CACHE DIRECTORY` into the directory that is served, or correct the URL"
+                ) from None
         files = self._files()
         try:
             found = self._tried("", lambda: _listing(files, self._path("")))
@@ -116,7 +130,9 @@ class Remote:
             self._tried(name, lambda name=name, source=source: self._write(name, source))  # type: ignore[misc]
 
     def _write(self, name: str, source: Path | bytes) -> None:
-        if isinstance(source, bytes):
+        if self.scheme == "file":
+            _write_whole(Path(self.url, name), source)
+        elif isinstance(source, bytes):
             self._files().pipe_file(self._path(name), source)
         else:
             self._files().put_file(str(source), self._path(name))
@@ -146,6 +162,15 @@ class Remote:
                 f"{self._path(name)} cannot be reached{tries} ({type(error).__name__}: {said}); check the URL, the "
                 "network and the credentials of that scheme"
             ) from None
+
+
+def _write_whole(target: Path, source: Path | bytes) -> None:
+    make_dir(target.parent)
+    if isinstance(source, bytes):
+        write_atomic(target, source, "pushed")
+        return
+    with source.open("rb") as data:
+        fill_atomic(target, lambda file: shutil.copyfileobj(data, file), "pushed", source.stat().st_size)
 
 
 def _may_pass(error: BaseException) -> bool:

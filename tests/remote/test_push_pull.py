@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -15,9 +21,10 @@ from shared.places import place_of
 from shared.remote.hub import push_model
 from shared.remote.transfer import Remote
 from tests.remote.fake_hub import FakeHub
-from tests.remote.loopback import flipped, needs_s3_server
+from tests.remote.loopback import WebServer, flipped, needs_s3_server
 from tests.remote.test_reading import same_rows
 from tests.shared.small_cache import build, tree
+from tests.system.program import ROOT
 from tools.bench.loopback_s3 import s3_server, serving
 from tools.cache.cache_commands import listing
 from tools.cache.dataset_card import dataset_card
@@ -72,6 +79,44 @@ def test_a_cache_goes_to_s3_and_streams_from_there(new_store, local, monkeypatch
         assert push_cache(local, Remote("s3://bucket/demo")).files == len(tree(local))
         assert push_cache(local, Remote("s3://bucket/demo")).files == 0
         same_rows(Cache.open("s3://bucket/demo"), Cache.open(local))
+
+
+@pytest.mark.parametrize("place", ["pushed.before_rename@3", "pushed.after_write@20", "pushed.after_rename@9", None])
+def test_a_cache_goes_to_a_directory_that_a_web_server_serves(new_store, local, tmp_path, place):
+    served = tmp_path / "served"
+    words = [sys.executable, "-P", "-m", "tools.cli", "cache", "push", str(local), str(served)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if place is not None:
+        killed = subprocess.run(words, env={**environment, "DECANT_FAILPOINT": place}, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL
+        assert not (served / "files.json").exists()
+    subprocess.run(words, env=environment, capture_output=True, check=True)
+    whole = {name: data for name, data in tree(served).items() if ".tmp-" not in name}
+    assert {name: data for name, data in whole.items() if name not in ("README.md", "files.json")} == tree(local)
+    with serving(WebServer(served)) as server:
+        same_rows(Cache.open(server.url), Cache.open(local))
+    assert push_cache(local, Remote(str(served))).files == 0
+
+
+def test_a_cache_that_is_served_from_its_own_directory_stays_as_it_is(new_store, local, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(local, own)
+    assert push_cache(own, Remote(str(own)), b"card").files == 0
+    assert list(verify_cache(own)) == []
+    with serving(WebServer(own)) as server:
+        same_rows(Cache.open(server.url), Cache.open(local))
+    assert {name: data for name, data in tree(own).items() if name not in ("README.md", "files.json")} == tree(local)
+
+
+def test_a_place_that_holds_something_else_gets_no_cache(hub, local, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    hub.repositories["datasets/org/demo"] = {"train.parquet": b"rows", "README.md": b"mine"}
+    for url, file in ((str(tmp_path / "model"), "config.json"), (URL, "train.parquet")):
+        with pytest.raises(CacheError, match=f"{url} holds {file} and no cache"):
+            push_cache(local, Remote(url), b"card")
+    assert tree(tmp_path / "model") == {"config.json": b"{}"}
+    assert hub.repositories["datasets/org/demo"]["README.md"] == b"mine"
 
 
 @pytest.mark.slow

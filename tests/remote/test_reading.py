@@ -124,7 +124,7 @@ def test_a_list_of_files_in_another_shape_is_refused(content):
 
 
 def test_what_is_not_there_is_said(web):
-    with pytest.raises(CacheError, match=f"{web.url}/nothing is not a cache"):
+    with pytest.raises(CacheError, match=rf"{web.url}/nothing has no files\.json"):
         Cache.open(f"{web.url}/nothing")
 
 

@@ -21,7 +21,7 @@ from shared.identity.hidden_layers import layer_name
 from shared.parts.jobs import list_jobs
 from shared.parts.part_stats import ENTROPY_BIN_NATS
 from shared.parts.records import list_records
-from shared.places import named, with_urls
+from shared.places import is_url, named, with_urls
 from shared.printable import printable
 from shared.progress import Progress
 from tools.cache.cache_show import row_document, row_text
@@ -363,12 +363,13 @@ def _push(args: argparse.Namespace) -> Answer:
     from shared.remote.transfer import Remote
     from tools.cache.dataset_card import dataset_card
 
-    card = dataset_card(listing(args.cache), args.url).encode()
+    url = args.url if is_url(args.url) else "https://HOST/PATH"
+    card = dataset_card(listing(args.cache), url).encode()
     with Progress("push", None, unit="files") as progress:
         done = push_cache(args.cache, Remote(args.url), card, progress.advance)
     text = (
         f"{args.url}: {done.files:,} files, {size(done.bytes)} written, {done.already_there:,} were there; train from "
-        f"it with `cache: {args.url}`"
+        f"it with `cache: {url}`{'' if url == args.url else ' once a web server serves it'}"
     )
     return {"url": args.url, **done._asdict()}, text
 

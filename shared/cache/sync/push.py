@@ -1,4 +1,4 @@
-"""Push a cache to a URL: what is missing there, in parallel, in an order that a reader may meet halfway.
+"""Push a cache to a URL or a directory: what is missing there, in parallel, in an order that a reader may meet halfway.
 
 A part's file goes before its record, parts before what counts them, cache.json last; so a push that is killed leaves
 no half part, and the same command goes on with what is missing. Each part is compared with its record before it goes.
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from shared.cache.layout import list_hidden_layers, list_layers, read_header, sequences_dir
 from shared.cache.sync.cache_names import most_bytes, rank_of
-from shared.cache.sync.listing import listing_of
+from shared.cache.sync.listing import listing_of, read_listing
 from shared.cache.sync.mirror import list_remote
 from shared.errors import CacheError, DecantError
 from shared.failpoints import failpoint
@@ -83,12 +83,14 @@ def push_cache(
         advance: told the files that are done.
 
     Raises:
-        CacheError: nothing can be written there, or another cache is.
+        CacheError: nothing can be written there, or another cache is, or other files.
         DamagedError: a part is not what was committed.
     """
     if remote.lists_in_file:
-        raise CacheError(f"{remote.url} can be read only; push to s3://, gs:// or hf://, and serve it from there")
-    there = list_remote(remote)
+        raise CacheError(
+            f"{remote.url} can be read only; push to the directory that is served, or to s3://, gs:// or hf://"
+        )
+    there = _cache_at(remote)
     items = files_of(path)
     written: list[int] = []
     with ThreadPoolExecutor(1 if remote.files_per_write > 1 else PARALLEL) as pool:
@@ -107,6 +109,20 @@ def push_cache(
     extra = [(LIST_FILE, listing_of(path, found, remote))]  # also of what another machine pushed
     remote.write_all(extra if card is None else [*extra, (CARD_FILE, card)])
     return PushSummary(len(written), sum(written), len(sizes) - len(written))
+
+
+def _cache_at(remote: Remote) -> dict[str, RemoteFile]:
+    """Return the files of the cache, whole or half, that is there already.
+
+    Raises:
+        CacheError: what is there is something else.
+    """
+    found = remote.list_files(read_listing)
+    there = {name: file for name, file in found.items() if rank_of(name) is not None}
+    others = [name for name in sorted(found) if name not in (LIST_FILE, CARD_FILE) and Path(name).name[0] != "."]
+    if others and not there:
+        raise CacheError(f"{remote.url} holds {others[0]} and no cache; push to a place of the cache's own")
+    return there
 
 
 def _batches(items: Sequence[_Item], size: int) -> list[list[_Item]]:
