@@ -58,6 +58,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "cohere": ("cohere", _SIZES),
     "cohere2": ("cohere2", _SIZES | _WINDOW),
+    "ctrl": ("ctrl", _GPT | {"n_layer": 2, "dff": 96}),
     "deepseek_v3": (
         "deepseek_v3",
         _SIZES
@@ -100,6 +101,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lfm2": ("lfm2", _SIZES | {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
     "llama": ("llama", _SIZES),
+    "llama4": (
+        "llama4_text",
+        _SIZES
+        | {"head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4, "attention_chunk_size": 32}
+        | {"layer_types": ["chunked_attention"] * 3 + ["full_attention"], "no_rope_layers": [1, 1, 1, 0]},
+    ),
     "llama_dynamic": ("llama", _SIZES | {"max_position_embeddings": 64, "rope_parameters": _DYNAMIC}),
     "mamba": ("mamba", _FEW | {"state_size": 8}),
     "mamba2": ("mamba2", _FEW | {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "expand": 2}),
@@ -127,10 +134,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", _SIZES | _EXPERTS | {"head_dim": 16}),
     "qwen3_next": ("qwen3_next", _SIZES | _EXPERTS | _DELTA_NET),
     "recurrent_gemma": ("recurrent_gemma", _SIZES | {"head_dim": 16, "attention_window_size": 32, "lru_width": 64}),
+    "rwkv": ("rwkv", _FEW | {"attention_hidden_size": 64, "intermediate_size": 96, "context_length": 512}),
     "seed_oss": ("seed_oss", _SIZES | {"head_dim": 16}),
     "smollm3": ("smollm3", _SIZES),
     "stablelm": ("stablelm", _SIZES),
     "starcoder2": ("starcoder2", _SIZES | _WINDOW),
+    "whisper": (
+        "whisper",
+        {"vocab_size": VOCAB_SIZE, "d_model": 64, "decoder_layers": 2, "encoder_layers": 2, "pad_token_id": 0}
+        | {"decoder_attention_heads": 4, "encoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_ffn_dim": 96}
+        | {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "max_target_positions": 512},
+    ),
     "vaultgemma": ("vaultgemma", _SIZES | _GEMMA | {"attn_logit_softcapping": 5.0}),
 }
 """Name -> (model type, config)."""
@@ -142,7 +156,7 @@ def make_family(name: str, *, spread: float = 0.02, attention: str = "eager", **
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind, settings = FAMILIES[name]
-    scale = {"initializer_range": spread} if kind != "opt" else {"init_std": spread}
+    scale = {"init_std" if kind in ("opt", "whisper") else "initializer_range": spread}
     config = CONFIG_MAPPING[kind](**settings, **scale, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

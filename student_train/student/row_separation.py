@@ -125,8 +125,8 @@ def _is_independent(model: Any, rows: list[Tensor]) -> bool:
     with _embeddings(model) as embedded:
         states = _packed(body_of(model), rows)[0]
         for end, length in zip(ends, lengths, strict=True):
-            gradient = _gradient(states[end - length : end], embedded)[0]
-            if gradient[: end - length].any() or gradient[end:].any():
+            reached = _reached(states[end - length : end], embedded, len(states))
+            if reached[: end - length].any() or reached[end:].any():
                 return False
     return True
 
@@ -136,23 +136,30 @@ def _is_causal(model: Any, row: Tensor) -> bool:
     half = row.shape[1] // 2
     with _embeddings(model) as embedded:
         states = _alone(body_of(model), [row])[0]
-        return not _gradient(states[:half], embedded)[0][half:].any()
+        return not _reached(states[:half], embedded, len(states))[half:].any()
 
 
-def _gradient(states: Tensor, embedded: list[Tensor]) -> Tensor:
-    """Return the gradient [1, B, H] of a random sum of states [n, H] by the embeddings."""
+def _reached(states: Tensor, embedded: list[Tensor], num_tokens: int) -> Tensor:
+    """Return [B] bool: a random sum of states [n, H] has a gradient by an embedding of that token.
+
+    Some models turn the embeddings round, [B, 1, H], so tokens are counted; where they cannot be, all are reached.
+    """
     direction = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
-    return torch.autograd.grad((states * direction).sum(), embedded[0], retain_graph=True)[0]
+    found = torch.autograd.grad((states * direction).sum(), embedded, retain_graph=True, materialize_grads=True)
+    by_token = [gradient.flatten(0, -2).any(-1) for gradient in found]
+    if not by_token or any(len(reached) != num_tokens for reached in by_token):
+        return torch.ones(num_tokens, dtype=torch.bool)
+    return torch.stack(by_token).any(0)
 
 
 @contextmanager
 def _embeddings(model: Any) -> Iterator[list[Tensor]]:
-    """Keep what comes out of the embeddings, with a gradient."""
+    """Keep what comes out of the embeddings, with a gradient; the model goes on with a copy, which it may write to."""
     kept: list[Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Tensor) -> Tensor:
         kept.append(output.detach().requires_grad_())
-        return kept[-1]
+        return kept[-1].clone()
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import TrainingError
+from shared.models.body import find_body
 from shared.models.logit_transform import enlarged_input, logit_transform
 from shared.models.row_length import known_positions
 from shared.models.wide_weights import widest
@@ -94,12 +95,12 @@ def body_of(model: Any) -> nn.Module:
     Raises:
         TrainingError: the model does not say which part that is.
     """
-    body = getattr(model, getattr(model, "base_model_prefix", "") or "model", None)
-    if body is None or body is model:
+    body = find_body(model)
+    if body is None:
         raise TrainingError(
             f"{type(model).__name__} does not say where its body ends and its head begins; choose another student"
         )
-    return body
+    return body  # type: ignore[no-any-return]
 
 
 def run_body(body: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -138,6 +139,12 @@ def check_head(model: Any, head: StudentHead) -> None:
     width, is_wide = widest(model)
     with evaluating(model), width:
         states = run_rows_alone(body_of(model), probe, torch.arange(probe.shape[1], device=probe.device)[None])
+        if states.shape[-1] != head.weight.shape[1]:
+            raise TrainingError(
+                f"{type(model).__name__} has layers between its body, whose states are {states.shape[-1]} wide, and "
+                f"its output layer, which reads {head.weight.shape[1]}, so a loss fused with its head would be wrong; "
+                "choose another student"
+            )
         distance = _head_distance(model, head, probe, states)
         factor = _LARGE_LOGITS / max(float(head.logits(states).std()), 1e-30)
         with enlarged_input(head.module, factor) as calls:

@@ -19,15 +19,15 @@ from tests.tiny_families import FAMILIES, VOCAB_SIZE, make_family
 
 LENGTHS = (5, 90, 33, 2, 64, 65, 32, 77)
 ALONE = {
-    *("bamba", "bloom", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "llama_dynamic", "mamba", "mamba2", "mpt"),
-    *("phi3_longrope", "qwen3_5", "qwen3_next", "recurrent_gemma", "falcon"),
+    *("bamba", "bloom", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "llama4", "llama_dynamic"),
+    *("mamba", "mamba2", "mpt", "phi3_longrope", "qwen3_5", "qwen3_next", "recurrent_gemma", "falcon", "rwkv"),
 }
 """Families whose layers cannot keep rows apart in one pass."""
 QUICK = {
-    *("doge", "gemma2", "gpt_oss", "lfm2", "llama_dynamic", "mistral", "phi3_longrope"),
-    *("phimoe", "qwen2_moe", "qwen3_5"),
+    *("ctrl", "doge", "gemma2", "gpt_oss", "lfm2", "llama_dynamic", "mistral", "phi3_longrope"),
+    *("llama4", "phimoe", "qwen2_moe", "qwen3_5"),
 }
-EAGER_ONLY = {"bloom", "gpt_neo", "gpt_oss", "gptj", "mamba", "mamba2", "mpt"}
+EAGER_ONLY = {"bloom", "gpt_neo", "gpt_oss", "gptj", "mamba", "mamba2", "mpt", "rwkv"}
 """Families that transformers runs with no other attention."""
 
 
@@ -157,3 +157,29 @@ def test_balance_that_is_not_known_is_refused_with_what_to_set():
     separate_rows(model, VOCAB_SIZE)
     with pytest.raises(TrainingError, match="set output_router_logits to false"):
         patch_forward(model, Objective(head_of(model, VOCAB_SIZE)))
+
+
+def test_model_that_sees_what_follows_is_refused_however_its_embeddings_lie():
+    """XLNet turns them round, [tokens, rows, width], and attends to both sides."""
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=VOCAB_SIZE, d_model=64, n_layer=2, n_head=4, d_inner=96)).eval()
+    row = rows_of([30])[0][None]
+    other = row.clone()
+    other[0, 20:] = 5
+    with torch.no_grad():
+        assert (model(row).logits - model(other).logits)[0, :20].abs().max() > 1e-3
+    with pytest.raises(TrainingError, match="see what comes after"):
+        separate_rows(model, VOCAB_SIZE)
+
+
+def test_head_behind_layers_of_another_width_is_refused_with_both_widths():
+    from transformers import RemBertConfig, RemBertForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = RemBertConfig(
+        vocab_size=VOCAB_SIZE, input_embedding_size=32, output_embedding_size=48, is_decoder=True, **sizes
+    )
+    model = RemBertForCausalLM(config).eval()
+    with pytest.raises(TrainingError, match=r"64 wide.* reads 48"):
+        check_head(model, head_of(model, VOCAB_SIZE))

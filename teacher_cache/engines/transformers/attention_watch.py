@@ -99,7 +99,7 @@ class AttentionWatch:
                 )
             model.model.set_attn_implementation("eager")
             try:
-                output = model.model.base_model(input_ids=probe, use_cache=False, output_attentions=True)
+                output = model.body(input_ids=probe, use_cache=False, output_attentions=True)
             finally:
                 model.model.set_attn_implementation(before)
         self.queries = []

@@ -111,8 +111,6 @@ class TransformersEngine:
 
         Answers have at most `limits` tokens. Whenever half of the rows have ended, the others go on alone.
         """
-        from transformers import DynamicCache
-
         model = self._loaded()
         padded_rows = padded([request.token_ids for request in batch], on_left=True)
         tokens, mask = (tensor.to(model.device) for tensor in padded_rows)
@@ -120,12 +118,12 @@ class TransformersEngine:
         end_ids = [set(ends.with_template(request.end_token_ids)) for request in batch]
         answers: list[list[int]] = [[] for _ in batch]
         reasons: list[str | None] = [None] * len(batch)
-        cache, rotation, whole = DynamicCache(config=model.config), None, tokens
+        cache, rotation, whole = model.new_cache(), None, tokens
         going = list(range(len(batch)))
         for step in range(max(limits)):
             if rotation != model.rotation_of(whole.shape[1]):
-                rotation, cache, tokens = model.rotation_of(whole.shape[1]), DynamicCache(config=model.config), whole
-            hidden = model.hidden(tokens, mask, cache)[:, -1]
+                rotation, cache, tokens = model.rotation_of(whole.shape[1]), model.new_cache(), whole
+            hidden = model.hidden(whole if cache is None else tokens, mask, cache)[:, -1]
             chosen = next_tokens(model.logits(hidden), seeds, step, settings, self.vocab_size)
             for row, token in zip(going, chosen.tolist(), strict=True):
                 if reasons[row] is None:
@@ -138,7 +136,8 @@ class TransformersEngine:
             if 2 * len(open_places) <= len(going) and _keeps_rows_apart(cache):
                 going, seeds = [going[place] for place in open_places], seeds[open_places]
                 tokens, whole, mask = tokens[open_places], whole[open_places], mask[open_places]
-                cache.batch_select_indices(torch.tensor(open_places))
+                if cache is not None:
+                    cache.batch_select_indices(torch.tensor(open_places))
             whole = torch.cat([whole, tokens], 1)
             mask = torch.cat([mask, mask.new_ones((len(going), 1))], 1)
         return [ends.answer(r, a, reason or "length") for r, a, reason in zip(batch, answers, reasons, strict=True)]
@@ -224,7 +223,7 @@ def _keeps_rows_apart(cache: Any) -> bool:
     """Say whether rows can be taken out of a key-value cache: its layers hold keys and values of each, no states."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    return cache is None or all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def _reason(answer: list[int], end_ids: set[int], limit: int, ends: AnswerEnds) -> str | None:

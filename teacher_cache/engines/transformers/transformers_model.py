@@ -10,6 +10,7 @@ Shape letters: R rows of a batch, T tokens, P positions, H hidden width, V entri
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from shared.errors import EngineError
 from shared.models.attention_choice import faithful_attention
+from shared.models.body import find_body
 from shared.models.end_tokens import checked_ids
 from shared.models.files import load_tokenizer
 from shared.models.gpus import unused_gpu
@@ -28,14 +30,13 @@ from shared.models.load_report import without_bars
 from shared.models.loading import load_causal_lm
 from shared.models.logit_transform import enlarged_input, logit_transform
 from shared.models.row_length import length_class_of, reset_rotations, rope_switches
-from shared.models.wide_weights import in_float32
 from shared.recipe.recipe import Teacher
+from teacher_cache.engines.transformers.batch_probes import cache_is_whole, empty_cache, padding_is_unseen, probe_tokens
+
+logger = logging.getLogger(__name__)
 
 _LARGE_LOGITS = 50.0
 """Standard deviation of logits at which a soft cap of any model shows."""
-_ROUNDING = 1e-4
-"""Largest difference of a token's state that counts as rounding in float32, over the states' standard deviation."""
-_SHORT_ROW = 7
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,9 +60,12 @@ class CausalModel:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.config = model.config.get_text_config()
-        head = model.get_output_embeddings()
-        if head is None:
-            raise EngineError(f"{type(model).__name__} has no output head; expected a causal language model")
+        head, body = model.get_output_embeddings(), find_body(model)
+        if head is None or body is None:
+            lack = "no output head" if head is None else "a body that transformers does not name"
+            raise EngineError(f"{type(model).__name__} has {lack}; expected a causal language model")
+        self.body: Any = body
+        """What makes the states that the head reads."""
         self.head_dtype = head_dtype or head.weight.dtype
         with torch.no_grad():
             self._weight = head.weight.detach().to(self.head_dtype)
@@ -70,14 +74,16 @@ class CausalModel:
         self.num_entries: int = self._weight.shape[0]
         self._logit_scale, self._logit_cap = logit_transform(self.config)
         self._switches = bool(rope_switches(self.config))
+        self._continues: bool | None = None
         with torch.inference_mode():
-            probe = self._probe(8)
+            probe = probe_tokens(self, 8)
             ones = torch.ones_like(probe)
             self.model.set_attn_implementation(faithful_attention(model, lambda: self.hidden(probe, ones)))
             self._check(probe)
             self.rotation_of = length_class_of(self.config)
             """Tokens of a sequence -> how it is rotated; keys and values of another rotation are of no use to it."""
-            self.class_of = self.rotation_of if self._padding_is_unseen() else lambda num_tokens: (num_tokens,)
+            self._pads = padding_is_unseen(self)
+            self.class_of = self.rotation_of if self._pads else lambda num_tokens: (num_tokens,)
             """Tokens of a row -> its class: rows of different classes must not share a batch."""
 
     @classmethod
@@ -125,7 +131,7 @@ class CausalModel:
         if self._switches and (cache is None or cache.get_seq_length() == 0):
             reset_rotations(self.model)
         positions = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -token_ids.shape[1] :]
-        output = self.model.base_model(
+        output = self.body(
             input_ids=token_ids,
             attention_mask=mask,
             position_ids=positions,
@@ -133,6 +139,20 @@ class CausalModel:
             use_cache=cache is not None,
         )
         return output.last_hidden_state
+
+    def new_cache(self) -> Any | None:
+        """Return an empty cache of a batch that will be continued, or None where this model cannot go on from one:
+        each token then takes the whole row.
+        """
+        if self._continues is None:
+            self._continues = cache_is_whole(self, pads=self._pads)
+            if not self._continues:
+                logger.warning(
+                    "%s cannot go on from a cache of states in the transformers engine, so each token of an answer "
+                    "runs its whole row, which is slow; teacher.engine vllm does not",
+                    type(self.model).__name__,
+                )
+        return empty_cache(self) if self._continues else None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return [P, V] logits of [P, H] hidden states, in the head's type."""
@@ -161,11 +181,6 @@ class CausalModel:
                 return found
         return ()
 
-    def _probe(self, num_tokens: int) -> torch.Tensor:
-        """Return [1, num_tokens] tokens."""
-        tokens = torch.arange(1, num_tokens + 1, device=self.device)[None] * 97
-        return tokens % min(len(self.tokenizer), self.num_entries)
-
     def _check(self, probe: torch.Tensor) -> None:
         """Compare with the model's own logits, as they are and where they are large enough for any cap to show.
 
@@ -173,11 +188,12 @@ class CausalModel:
             EngineError: they differ.
         """
         head, hidden = self.model.get_output_embeddings(), self.hidden(probe, torch.ones_like(probe))
-        is_right = self._are_own(probe, hidden)
-        factor = _LARGE_LOGITS / max(float(self.logits(hidden).float().std()), 1e-30)
-        with enlarged_input(head, factor) as calls:
-            is_right_large = self._are_own(probe, hidden * factor)
-        if not is_right or (calls and not is_right_large):
+        is_right = hidden.shape[-1] == self._weight.shape[1] and self._are_own(probe, hidden)
+        if is_right:
+            factor = _LARGE_LOGITS / max(float(self.logits(hidden).float().std()), 1e-30)
+            with enlarged_input(head, factor) as calls:
+                is_right = self._are_own(probe, hidden * factor) or not calls
+        if not is_right:
             raise EngineError(
                 f"{type(self.model).__name__} makes its logits in a way that the transformers engine does not "
                 "know; use teacher.engine vllm"
@@ -190,24 +206,6 @@ class CausalModel:
         bound = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
         bound *= max(1.0, float(theirs.std()))
         return own.shape == theirs.shape and bool((own - theirs).abs().max() <= bound)
-
-    def _padding_is_unseen(self) -> bool:
-        """Say whether a row's states are the same in a batch that is padded on either side, in float32."""
-        row, length = self._probe(_SHORT_ROW), 2 * _SHORT_ROW
-        with in_float32(self.model):
-            alone = self.hidden(row, torch.ones_like(row))[0]
-            for start in (0, length - _SHORT_ROW):
-                tokens, mask = (
-                    self._probe(length).repeat(2, 1),
-                    torch.ones(2, length, dtype=torch.int64, device=self.device),
-                )
-                mask[1] = 0
-                mask[1, start : start + _SHORT_ROW] = 1
-                tokens[1, start : start + _SHORT_ROW] = row[0]
-                padded = self.hidden(tokens, mask)[1, start : start + _SHORT_ROW]
-                if (padded - alone).abs().mean(-1).max() > _ROUNDING * alone.float().std():
-                    return False
-        return True
 
 
 def padded(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared.errors import EngineError
 from shared.recipe.recipe import Generate
 from shared.recipe.sections.capture import TopCapture
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
@@ -65,13 +66,16 @@ def test_scores_of_a_batch_are_those_of_each_row_alone(name):
         np.testing.assert_allclose(found[i].label_logprobs, expected.numpy(), atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["llama_dynamic", "phi3_longrope", "gemma2", "lfm2"])
+@pytest.mark.parametrize(
+    "name", ["llama_dynamic", "phi3_longrope", "gemma2", "lfm2", "llama4", "mamba", "rwkv", "whisper"]
+)
 def test_greedy_answers_are_those_of_the_whole_prefix_each_time(name):
-    """Also across the length where the rotation changes, where cached keys are of no use."""
+    """Also across the length where the rotation changes, where cached keys are of no use, and where states are cached
+    under another name or in another way.
+    """
     own = make_family(name, spread=0.3)
-    engine = TransformersEngine(
-        CausalModel(make_family(name, spread=0.3, attention="sdpa"), Tokenizer()), None, max_model_len=512
-    )
+    stock = make_family(name, spread=0.3, attention="sdpa" if own._supports_sdpa else "eager")
+    engine = TransformersEngine(CausalModel(stock, Tokenizer()), None, max_model_len=512)
     rows = rows_of((7, 60, 12, 66))
     requests = [GenerateRequest(i, 0, row.tolist(), seed=i) for i, row in enumerate(rows)]
     answers = {answer.tag: list(answer.token_ids) for answer in engine.generate(requests, GREEDY)}
@@ -79,3 +83,22 @@ def test_greedy_answers_are_those_of_the_whole_prefix_each_time(name):
         for _ in range(8):
             row = torch.cat([row, own_logprobs(own, row)[-1].argmax()[None]])
         assert answers[i] == row[-8:].tolist()
+
+
+def test_model_without_use_of_the_cache_is_named_with_the_engine_that_is_fast(caplog):
+    model = CausalModel(make_family("rwkv", spread=0.3), Tokenizer())
+    with torch.inference_mode():
+        assert model.new_cache() is None
+        assert model.new_cache() is None
+    assert caplog.text.count("teacher.engine vllm") == 1
+
+
+def test_head_behind_layers_of_another_width_is_refused():
+    from transformers import RemBertConfig, RemBertForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = RemBertConfig(
+        vocab_size=VOCAB_SIZE, input_embedding_size=32, output_embedding_size=48, is_decoder=True, **sizes
+    )
+    with pytest.raises(EngineError, match="makes its logits in a way"):
+        CausalModel(RemBertForCausalLM(config), Tokenizer())
