@@ -98,6 +98,16 @@ def test_a_key_that_an_object_has_twice_is_named_and_the_next_row_is_read(tmp_pa
     assert "twice" in problems.listed[0].sentence()
 
 
+@pytest.mark.parametrize("bad", [1, 2, 700, 2999])
+def test_of_a_json_list_the_row_that_has_a_key_twice_is_set_aside_and_no_other(tmp_path, bad):
+    texts = [json.dumps({"text": f"row {number}"}) for number in range(1, 3000)]
+    texts[bad - 1] = f'{{"text": 1, {texts[bad - 1][1:]}'
+    (tmp_path / "a.json").write_text(f"[{', '.join(texts)}]")
+    found = dict(read_file(tmp_path / "a.json"))
+    assert [number for number, row in found.items() if isinstance(row, ValueError)] == [bad]
+    assert all(row == {"text": f"row {number}"} for number, row in found.items() if number != bad)
+
+
 def test_a_json_list_is_not_held_in_memory(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[" + ",".join(json.dumps({"text": "x" * 1000}) for _ in range(20_000)) + "]")

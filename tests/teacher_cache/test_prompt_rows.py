@@ -54,6 +54,13 @@ def tools(*found: dict) -> dict:
         ("messages", {"prompt": [ASK], "chosen": [SAY], "rejected": []}, [ASK, SAY]),
         ("messages", {"prompt": "Two?", "chosen": [ASK, SAY]}, [ASK, SAY]),
         ("messages", {"prompt": "Two?", "chosen": "2"}, [ASK, SAY]),
+        ("messages", {"prompt": "Two?\n", "chosen": [system("S"), ASK, SAY]}, [system("S"), ASK, SAY]),
+        (
+            "prompt_completion",
+            {"prompt": [system("S"), ASK], "completion": [SAY, ASK, SAY]},
+            [system("S"), ASK, SAY, ASK, SAY],
+        ),
+        ("prompt_completion", {"prompt": [ASK], "completion": [SAY, ASK, SAY]}, [ASK, SAY, ASK, SAY]),
         ("prompt_completion", {"prompt": "Two?", "chosen": "2", "rejected": "3"}, [ASK, SAY]),
         ("prompt_completion", {"prompt": [ASK], "completion": [SAY]}, [ASK, SAY]),
         ("alpaca", {"instruction": "Two?", "input": "", "chosen": "2"}, [ASK, SAY]),
@@ -199,7 +206,7 @@ def test_columns_have_the_names_that_the_recipe_gives_them(tmp_path):
     assert [talk.messages[0]["content"] for talk in found] == ["Two?", "Three?"]
     assert [talk.messages[1]["content"] for talk in found] == ["2", "3"]
     assert [talk.reference for talk in found] == [None, None]
-    assert problems.notes() == ["source s: columns that are not read: id"]
+    assert problems.notes() == ["source s: columns that are not read: id, prompt"]
     dolly = [{"instruction": "Sum up", "context": "A text.", "response": "Short."}]
     (talk,), _ = read(tmp_path, dolly, "alpaca", columns={"input": "context", "response": "response"})
     assert [turn["content"] for turn in talk.messages] == ["Sum up\n\nA text.", "Short."]
@@ -210,6 +217,34 @@ def test_a_preferred_answer_beside_another_is_named(tmp_path):
     assert read(tmp_path, rows, "messages")[1].notes() == ["source s: columns that are not read: chosen"]
     rows = [{"chosen": [ASK, SAY], "rejected": [ASK]}]
     assert read(tmp_path, rows, "messages")[1].notes() == ["source s: columns that are not read: rejected"]
+
+
+@pytest.mark.parametrize(
+    ("row_format", "row", "columns", "unread"),
+    [
+        ("messages", {"messages": [ASK, SAY], "prompt": "Two?"}, {}, "prompt"),
+        ("messages", {"messages": [ASK, SAY], "asked": "Two?"}, {"prompt": "asked"}, "asked"),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "reference": "r", "answer": "s"}, {}, "answer"),
+        ("alpaca", {"instruction": "a", "output": "b", "input": "c", "more": "d"}, {"input": "more"}, "input"),
+    ],
+)
+def test_a_column_that_another_stands_in_for_is_named(tmp_path, row_format, row, columns, unread):
+    _, problems = read(tmp_path, [row], row_format, columns=columns)
+    assert problems.notes() == [f"source s: columns that are not read: {unread}"]
+
+
+@pytest.mark.parametrize(
+    ("row_format", "row"),
+    [
+        ("messages", {"prompt": "Three?", "chosen": [ASK, SAY]}),
+        ("messages", {"prompt": [system("S"), ASK], "chosen": [ASK, SAY]}),
+        ("prompt_completion", {"prompt": [ASK, SAY, ASK], "completion": [ASK, SAY]}),
+        ("alpaca", {"instruction": "Two?", "input": "or three", "output": [ASK, SAY]}),
+    ],
+)
+def test_a_prompt_that_its_answer_would_replace_is_refused(row_format, row):
+    with pytest.raises(ValueError, match=r"does not repeat the turns of '(prompt|instruction)', which would be lost"):
+        parse_row(row, row_format)
 
 
 def test_a_column_that_no_row_has_is_a_mistake_of_the_recipe_and_one_that_some_lack_is_not(tmp_path):

@@ -148,19 +148,32 @@ def _json_list(path: Path) -> Iterator[Numbered]:
     with open_bytes(path) as file:
         if cast("io.BufferedReader", file).peek(3)[:3] == b"\xef\xbb\xbf":
             file.read(3)
-        repeated: list[str] = []
+        for number, row in enumerate(ijson.items(file, "item", use_float=True, map_type=_Once), start=1):
+            key = _key_twice(row)
+            yield number, row if key is None else ValueError(strict_json.said_of(key))
 
-        class Once(dict[str, Any]):
-            """An object that notes keys which it has twice; an error raised here would not pass through ijson."""
 
-            def __setitem__(self, key: str, value: Any) -> None:
-                if key in self:
-                    repeated.append(key)
-                super().__setitem__(key, value)
+class _Once(dict[str, Any]):
+    """An object that notes a key which it has twice.
 
-        for number, row in enumerate(ijson.items(file, "item", use_float=True, map_type=Once), start=1):
-            yield number, ValueError(strict_json.said_of(repeated[0])) if repeated else row
-            repeated.clear()
+    An error raised here would not pass through ijson, and a list beside the file would not tell rows apart: ijson makes
+    the rows of a whole block before it hands on the first of them.
+    """
+
+    twice: str | None = None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self:
+            self.twice = key
+        super().__setitem__(key, value)
+
+
+def _key_twice(value: Any) -> str | None:
+    """Return a key that an object has twice, at any depth."""
+    if isinstance(value, _Once) and value.twice is not None:
+        return value.twice
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((key for key in map(_key_twice, inside) if key is not None), None)
 
 
 def _lines(path: Path) -> Iterator[Numbered]:

@@ -43,19 +43,26 @@ class Columns:
         if not isinstance(row, Mapping):
             return row
         self._unseen -= row.keys()
-        taken = set(self._renamed.values())
-        found = {name: value for name, value in row.items() if name not in self._ignored and name not in taken}
+        kept = {name: value for name, value in row.items() if name not in self._ignored}
+        found = {name: value for name, value in kept.items() if name not in self._renamed.values()}
+        unread = kept.keys() - found.keys() - self._renamed.keys()
         for column, name in self._renamed.items():
             if column in row:
                 found.pop(column, None)
                 found[name] = row[column]
         if self._ignored:
             found = {name: self._turns(value) if name in TURN_COLUMNS else value for name, value in found.items()}
-        read = self._read
-        if any(not is_empty(found.get(name)) for name in ("messages", "completion", "output")):
-            read = read - {"chosen"}  # which stands in for them
-        self._unread.update(name for name, value in found.items() if name not in read and not is_empty(value))
+        columns = {name: column for column, name in self._renamed.items()}
+        unread |= {columns.get(name, name) for name in (found.keys() - self._read) | self._stood_in_for(found)}
+        self._unread.update(name for name in unread if not is_empty(row.get(name)))
         return found
+
+    def _stood_in_for(self, row: Mapping[str, Any]) -> set[str]:
+        """Return the columns that the format reads only where another, which the row has, is missing."""
+        instead = {"messages": ("chosen", "prompt"), "completion": ("chosen",), "output": ("chosen",)}
+        found = [others for name, others in instead.items() if name in self._read and not is_empty(row.get(name))]
+        references = [name for name in REFERENCE_KEYS if row.get(name) is not None]
+        return set().union(*found, references[1:])
 
     def check(self) -> None:
         """Refuse names of `columns` that no row had.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared import strict_json
+from shared.cache.groups import normalised
 from teacher_cache.prompts.formats.prompt_turns import (
     ROLES,
     Message,
@@ -29,7 +30,11 @@ class RowFormat:
 
 
 def prompt_and_answer(prompt: Any, prompt_name: str, answer: Any, answer_name: str) -> list[Message]:
-    """Join a prompt and its answer, each text or turns; an answer that repeats the prompt's turns stands for both."""
+    """Join a prompt and its answer, each text or turns; an answer that repeats the prompt's turns stands for both.
+
+    Raises:
+        ValueError: one is neither, or the answer begins with a question that is not the prompt's.
+    """
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt.strip() else []
     if isinstance(prompt, list):
         asked = turns_of(prompt, prompt_name)
@@ -39,10 +44,31 @@ def prompt_and_answer(prompt: Any, prompt_name: str, answer: Any, answer_name: s
         if not isinstance(answer[0], Mapping):
             raise ValueError(f"{answer_name!r} of the row is a list but must be text or a list of turns")
         answered = turns_of(answer, answer_name)
-        return answered if any(turn["role"] == "user" for turn in answered) else [*asked, *answered]
+        if answered[0]["role"] not in ("system", "user") or all(turn["role"] != "user" for turn in answered):
+            return [*asked, *answered]
+        if asked and not _begins_with(answered, asked):
+            raise ValueError(
+                f"{answer_name!r} begins with a question and does not repeat the turns of {prompt_name!r}, which would "
+                "be lost; let it repeat all of them, or none"
+            )
+        return answered
     if answer is not None and not isinstance(answer, str):
         raise ValueError(f"{answer_name!r} of the row is {kind_name(answer)} but must be text")
     return [*asked, {"role": "assistant", "content": answer}] if answer and answer.strip() else asked
+
+
+def _begins_with(turns: list[Message], asked: list[Message]) -> bool:
+    """Tell whether turns repeat a prompt's, white space in texts aside, a system turn before them allowed.
+
+    >>> _begins_with([{"role": "user", "content": "Hi "}], [{"role": "user", "content": "Hi"}])
+    True
+    """
+    first = int(turns[0]["role"] == "system" and asked[0]["role"] != "system")
+    return [_plain(turn) for turn in turns[first : first + len(asked)]] == [_plain(turn) for turn in asked]
+
+
+def _plain(turn: Message) -> Message:
+    return {**turn, "content": normalised(turn["content"])}
 
 
 def with_context(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
