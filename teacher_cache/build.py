@@ -15,7 +15,8 @@ from typing import Any
 
 from shared.cache.layer_choice import serving_layer
 from shared.cache.layout import Layer, list_layers, read_header
-from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
+from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter, write_layer
 from shared.errors import PromptError, UsageError
 from shared.parts.jobs import Job
 from shared.parts.records import PartRecord
@@ -158,7 +159,7 @@ def _begin_layer(
     serving = serving_layer(layers, wanted)
     _require_name(name, serving)
     ran_with = {"engine": teacher.engine, **software()}
-    layer = cache.layer(name, serving.identity if serving else wanted, ran_with, make=False)
+    layer = LayerWriter.create_or_open(cache, name, serving.identity if serving else wanted, ran_with, make=False)
     summary = BuildSummary(cache.path, layer.name, sum(record.rows for record in before), len(before))
     summary.groups = cache.identity.groups
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
@@ -266,7 +267,7 @@ def _use_many_engines(build: _Build, job: Job | None, workers: Workers) -> None:
     from teacher_cache.cluster.ray_workers import run_units, sequences_tasks, targets_tasks, work_order
 
     order = work_order(build.recipe, build.layer.name, job.id if job else None, build.known.max_model_len)
-    build.layer.make()  # the workers open it
+    write_layer(build.layer.layer)  # the workers open it
     units = build.units_without_part(job) if job else []
     first = sequences_tasks(job, units, build.recipe) if job else []
     second = targets_tasks(_parts_without_targets(build, job), job)

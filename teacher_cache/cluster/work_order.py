@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.cache.layout import Layer, read_header
-from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
+from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import EngineError
 from shared.identity.identity import difference
 from shared.parts.jobs import Job

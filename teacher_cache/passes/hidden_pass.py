@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.cache.writing.cache_writer import CacheWriter
-from shared.cache.writing.hidden_writer import HiddenWriter
+from shared.cache.writing.layer_writer import HiddenWriter
 from shared.identity.hidden_identity import PROJECTION_NAME, HiddenIdentity
 from shared.identity.hidden_layers import kept
 from shared.parts.records import list_records

@@ -16,9 +16,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from shared.cache.layout import sequences_dir
-from shared.cache.writing.cache_writer import LayerWriter
-from shared.cache.writing.hidden_writer import HiddenWriter
-from shared.cache.writing.layer_writer import RowsWriter
+from shared.cache.writing.layer_writer import LayerWriter, RowsWriter
 from shared.errors import EngineError
 from shared.keys import row_salt
 from shared.parts.parts import open_part
@@ -36,7 +34,7 @@ class ScoreUnit:
         self,
         number: int,
         record: PartRecord,
-        layer: LayerWriter | HiddenWriter,
+        layer: RowsWriter[Any],
         software: Callable[[], Mapping[str, Any]],
         figures: PassFigures,
     ) -> None:
@@ -52,7 +50,7 @@ class ScoreUnit:
 
     def requests(self) -> Iterator[ScoreRequest]:
         """Yield one request per row."""
-        self._rows = self._layer.read_sequences(self._record)
+        self._rows = self._layer.cache.read_sequences(self._record)
         for index, row in enumerate(self._rows):
             salt = row_salt(row.row_key) if self._salts else 0
             yield ScoreRequest((self.number, index), self.number, row.token_ids, row.spans, salt)
@@ -83,7 +81,7 @@ class ScoreUnit:
 
 
 def parts_to_score(
-    layer: RowsWriter, own_stems: frozenset[str], id8: str | None, partition: tuple[int, int]
+    layer: RowsWriter[Any], own_stems: frozenset[str], id8: str | None, partition: tuple[int, int]
 ) -> list[PartRecord]:
     """Return the parts that this process scores: of its own job by unit, of older jobs by a hash of the name.
 
@@ -103,7 +101,7 @@ def parts_to_score(
     return [record for record in layer.missing() if is_mine(record)]
 
 
-def require_length(layer: RowsWriter, records: Sequence[PartRecord], max_model_len: int) -> None:
+def require_length(layer: RowsWriter[Any], records: Sequence[PartRecord], max_model_len: int) -> None:
     """Refuse parts with a row that is longer than the teacher takes; reads offsets only.
 
     Raises:
@@ -122,7 +120,7 @@ def require_length(layer: RowsWriter, records: Sequence[PartRecord], max_model_l
 
 
 def score_parts(
-    layer: LayerWriter | HiddenWriter,
+    layer: RowsWriter[Any],
     records: Sequence[PartRecord],
     serve: Callable[[Iterator[ScoreRequest]], Iterator[Any]],
     software: Callable[[], Mapping[str, Any]],

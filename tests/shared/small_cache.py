@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
+from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
 from shared.parts.jobs import Job, PlanRow, create_job
@@ -97,7 +98,7 @@ def write_unit(writer: CacheWriter, job: Job, unit: int) -> None:
 def score(layer: LayerWriter) -> None:
     """Commit targets for every part that has none."""
     for record in layer.missing():
-        rows = layer.read_sequences(record)
+        rows = layer.cache.read_sequences(record)
         layer.write(record.stem, [row.key for row in rows], [targets_of(row, layer.identity) for row in rows], SOFTWARE)
 
 
@@ -107,7 +108,7 @@ def build(
     """Build a cache, or continue one that was interrupted, or add a job to it."""
     writer = CacheWriter.create_or_open(path, SEQUENCES, TOKENIZER)
     job = create_job(path, {"first": first, "last": last}, plan_rows(first, last), rows_per_part)
-    opened = [writer.layer(None, identity, {"machine": "test"}) for identity in layers]
+    opened = [LayerWriter.create_or_open(writer, None, identity, {"machine": "test"}) for identity in layers]
     done = {record.stem for record in writer.sequence_records()}
     for unit in range(job.num_units):
         if job.part_stem(unit) not in done:

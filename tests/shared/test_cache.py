@@ -18,6 +18,7 @@ import pytest
 from shared.cache.cache import Cache, collect_garbage, verify_cache
 from shared.cache.layout import sequences_dir
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError, DamagedError, IdentityError
 from shared.parts.jobs import committed_keys
 from shared.parts.part_stats import position_entropy_nats
@@ -152,22 +153,22 @@ def test_identity_mismatch_is_refused_with_both_values_and_changes_nothing(copy:
     with pytest.raises(
         IdentityError, match="cannot be scored by teacher: its tokenizer is other and the cache's tokenizer"
     ):
-        writer.layer(None, dataclasses.replace(TOP, tokenizer_hash="other"), {})
+        LayerWriter.create_or_open(writer, None, dataclasses.replace(TOP, tokenizer_hash="other"), {})
     with pytest.raises(IdentityError, match=r"layer top6-\w+ of .* cannot be extended: k is 6 in this .* and 5 in the"):
-        writer.layer("top6", dataclasses.replace(TOP, k=5), {})
+        LayerWriter.create_or_open(writer, "top6", dataclasses.replace(TOP, k=5), {})
     assert tree(copy) == before
 
 
 def test_layer_of_the_same_identity_is_continued_whatever_its_provenance(copy: Path) -> None:
     writer = CacheWriter.create_or_open(copy, SEQUENCES, {})
-    layer = writer.layer(None, dataclasses.replace(TOP, teacher="moved"), {"machine": "another"})
+    layer = LayerWriter.create_or_open(writer, None, dataclasses.replace(TOP, teacher="moved"), {"machine": "another"})
     assert layer.name == f"top6-{TOP.hash8}"
     assert layer.missing() == []
     with pytest.raises(CacheError, match="holds this capture as layer top6-"):
-        writer.layer("mine", TOP, {})
+        LayerWriter.create_or_open(writer, "mine", TOP, {})
     for name in ("../x", "a/b", "Top", "", "a" * 80):
         with pytest.raises(CacheError, match="cannot name a layer"):
-            writer.layer(name, dataclasses.replace(TOP, k=2), {})
+            LayerWriter.create_or_open(writer, name, dataclasses.replace(TOP, k=2), {})
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/b/c", ".hidden", "a\x00b", ""])
@@ -198,7 +199,7 @@ def test_writer_refuses_rows_and_targets_that_do_not_fit(copy: Path) -> None:
     with pytest.raises(ValueError, match="without overlap"):
         writer.write_sequences("part-0123abcd-000000", [overlapping], SOFTWARE)
     record = writer.write_sequences("part-0123abcd-000000", rows, SOFTWARE)
-    layer = writer.layer(None, TOP, {})
+    layer = LayerWriter.create_or_open(writer, None, TOP, {})
     assert [missing.stem for missing in layer.missing()] == [record.stem]
     targets = [targets_of(row, TOP) for row in rows]
     keys = [row.key for row in rows]
@@ -383,9 +384,9 @@ def test_garbage_is_what_killed_writers_left_and_only_when_old(copy: Path) -> No
 
 def test_a_layer_without_a_part_goes_when_old_and_its_writer_makes_it_again(copy: Path) -> None:
     writer = CacheWriter.create_or_open(copy, SEQUENCES, TOKENIZER)
-    lazy = writer.layer("lazy", dataclasses.replace(TOP, k=2), {}, make=False)
+    lazy = LayerWriter.create_or_open(writer, "lazy", dataclasses.replace(TOP, k=2), {}, make=False)
     assert not lazy.directory.exists()
-    empty = writer.layer("empty", dataclasses.replace(TOP, k=4), {})
+    empty = LayerWriter.create_or_open(writer, "empty", dataclasses.replace(TOP, k=4), {})
     before = tree(copy)
     assert collect_garbage(copy, dry_run=False) == []
     os.utime(empty.directory / "layer.json", (1, 1))

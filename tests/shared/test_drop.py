@@ -13,6 +13,7 @@ import pytest
 
 from shared.cache.cache import Cache, verify_cache
 from shared.cache.writing.drop import Drop, carry_out, drop_job, drop_layer, drop_source, dropping
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError, DamagedError
 from shared.parts.jobs import Job, create_job, list_jobs
 from tests.shared.small_cache import HYBRID, SOFTWARE, TOP, build, plan_rows, score, sequence, tree
@@ -78,7 +79,7 @@ def test_a_source_goes_where_no_part_holds_another_besides(path: Path) -> None:
         drop_source(path, "code")
     for other in (0, 10):
         carry_out(drop_job(path, job_of(path, other).id8))
-    score(writer.layer(None, TOP, {}))
+    score(LayerWriter.create_or_open(writer, None, TOP, {}))
     assert len(row_keys(path)) == len(alone)
     drop = drop_source(path, "code")
     assert drop.jobs == (job.id8,)

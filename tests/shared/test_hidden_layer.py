@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.cache.cache import Cache, collect_garbage, verify_cache
-from shared.cache.writing.hidden_writer import HiddenWriter
+from shared.cache.writing.layer_writer import HiddenWriter
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
 from shared.identity.hidden_identity import FINAL, HiddenIdentity
 from shared.identity.hidden_layers import numbered, spread_evenly
@@ -211,7 +211,7 @@ def add_hidden(path: Path, identity: HiddenIdentity = STATES, rows_per_part: int
     writer = HiddenWriter.create_or_open(cache, None, identity, {"machine": "test"})
     codec = identity.make_codec()
     for record in writer.missing():
-        rows = writer.read_sequences(record)
+        rows = writer.cache.read_sequences(record)
         hidden = [random_hidden(np.random.default_rng(list(row.key)), codec, row.num_positions) for row in rows]
         writer.write(record.stem, [row.key for row in rows], hidden, {"decant": "test"})
     return writer
@@ -323,7 +323,7 @@ def test_same_identity_under_another_path_is_the_same_layer(cache_path: Path) ->
 def test_writer_refuses_rows_of_another_part(cache_path: Path) -> None:
     writer = add_hidden(cache_path, dataclasses.replace(STATES, strongest=4))
     record = writer.cache.sequence_records()[0]
-    rows = writer.read_sequences(record)
+    rows = writer.cache.read_sequences(record)
     hidden = [random_hidden(np.random.default_rng(0), writer.identity.make_codec(), row.num_positions) for row in rows]
     with pytest.raises(ValueError, match="not those of its"):
         writer.write(record.stem, [rows[0].key] * len(rows), hidden, {})

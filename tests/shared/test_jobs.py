@@ -12,6 +12,7 @@ import pytest
 
 from shared.cache.cache import Cache, verify_cache
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import DamagedError
 from shared.parts.jobs import Job, PlanRow, create_job, job_id, list_jobs
 from tests.shared.small_cache import SEQUENCES, TOKENIZER, TOP, build, plan_rows, score, write_unit
@@ -77,7 +78,7 @@ def overlapping(path: Path) -> CacheWriter:
         assert job.complete_jobs == frozenset()
         for unit in range(job.num_units):
             write_unit(writer, job, unit)
-    score(writer.layer(None, TOP, {}))
+    score(LayerWriter.create_or_open(writer, None, TOP, {}))
     return writer
 
 

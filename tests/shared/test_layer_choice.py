@@ -10,6 +10,7 @@ import pytest
 from shared.cache.layer_choice import layer_of_capture, serving_layer
 from shared.cache.layout import list_layers
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.payload.narrowing import LayerView, Narrowing
 from shared.recipe.recipe import Recipe
@@ -28,7 +29,7 @@ def cache_with(directory, *layers: LayerIdentity):
         tokenizer_hash="b" * 32, vocab_size=100, template="chat", tokenizer="t", licence=None, answers="given"
     )
     writer = CacheWriter.create_or_open(directory, identity, {"tokenizer.json": b"{}"})
-    return directory, [writer.layer(None, layer, {}).name for layer in layers]
+    return directory, [LayerWriter.create_or_open(writer, None, layer, {}).name for layer in layers]
 
 
 def test_recipe_means_the_layer_that_it_captured(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shared.cache.layout import read_header
 from shared.cache.writing.cache_writer import CacheWriter
-from shared.cache.writing.hidden_writer import HiddenWriter
+from shared.cache.writing.layer_writer import HiddenWriter
 from shared.recipe.recipe import HiddenCapture
 from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines.protocol import ScoreRequest
@@ -23,7 +23,7 @@ def add_hidden(cache: Path, teacher_dir: Path, **capture) -> Path:
     writer = HiddenWriter.create_or_open(CacheWriter(cache, read_header(cache).identity), None, identity, {})
     engine = HiddenEngine.open(teacher, identity, teacher_dir)
     for record in writer.missing():
-        rows = writer.read_sequences(record)
+        rows = writer.cache.read_sequences(record)
         requests = [ScoreRequest(i, 0, row.token_ids, row.spans) for i, row in enumerate(rows)]
         found = {captured.tag: captured.hidden for captured in engine.capture(iter(requests))}
         writer.write(record.stem, [row.key for row in rows], [found[i] for i in range(len(rows))], {})

@@ -9,6 +9,7 @@ import torch
 
 from shared.cache.layout import read_header
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.keys import group_key, row_key
 from shared.parts.sequences import SequenceRow, make_row
@@ -60,7 +61,7 @@ def make_cache(
             draws=num_draws,
             temperatures=temperatures,
         )
-        scored = writer.layer(None, wanted, {})
+        scored = LayerWriter.create_or_open(writer, None, wanted, {})
         for number, part in enumerate(parts):
             targets = [teacher_targets(model, row, k, temperatures, num_draws) for row in part]
             scored.write(f"part-0123abcd-{number:06d}", [row.key for row in part], targets, {})
@@ -83,9 +84,9 @@ def add_layer(path: Path, teacher_dir: Path, name: str, *, temperatures=(1.0, 2.
         k=k,
         temperatures=temperatures,
     )
-    layer = writer.layer(name, wanted, {})
+    layer = LayerWriter.create_or_open(writer, name, wanted, {})
     for record in layer.missing():
-        rows = layer.read_sequences(record)
+        rows = layer.cache.read_sequences(record)
         targets = [teacher_targets(model, row, k, temperatures) for row in rows]
         layer.write(record.stem, [row.key for row in rows], targets, {})
     return layer.name

@@ -15,6 +15,7 @@ import torch
 
 from shared.cache.cache import Cache
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError, IdentityError
 from shared.payload.codec import Codec
 from shared.payload.targets import SparseTargets
@@ -59,7 +60,7 @@ def with_layer(world: dict[str, Path], name: str, change, **identity) -> Path:
     writer = CacheWriter.create_or_open(world["root"] / name, source.sequences_identity, {"tokenizer.json": tokenizer})
     rows = [source[i] for i in range(len(source))]
     writer.write_sequences("part-00000000-000000", [source.sequence(i) for i in range(len(source))], {})
-    layer = writer.layer(None, replace(source.layer, **identity), {})  # type: ignore[type-var]
+    layer = LayerWriter.create_or_open(writer, None, replace(source.layer, **identity), {})  # type: ignore[type-var]
     layer.write(
         "part-00000000-000000", [row.key for row in rows], [change(i, row.targets) for i, row in enumerate(rows)], {}
     )

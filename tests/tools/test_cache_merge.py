@@ -16,6 +16,7 @@ import pytest
 from shared.cache.cache import Cache, verify_cache
 from shared.cache.layout import sequences_dir
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError, DamagedError, IdentityError
 from shared.parts.records import list_records
 from shared.parts.repeated_rows import repeated_rows
@@ -113,7 +114,7 @@ def test_repeats_within_one_cache_are_resolved_as_its_reader_does(inputs, tmp_pa
         writer.write_sequences(stem, marked, {})
     assert "00000000" < id8 < "ffffffff"
     for identity in (TOP, HYBRID):
-        score(writer.layer(None, identity, {}))
+        score(LayerWriter.create_or_open(writer, None, identity, {}))
     shown = Cache.open(tmp_path / "twice", TOP.name)
     assert len(shown) == 9
     merge_caches(tmp_path / "out", [tmp_path / "twice", inputs[2]])
@@ -148,7 +149,8 @@ def test_layer_that_is_partly_scored_stays_so_and_is_named(inputs, tmp_path: Pat
     sorted((partial / "targets" / f"top6-{TOP.hash8}").glob("part*.json"))[1].unlink()
     assert cli.main(["cache", "merge", str(tmp_path / "out"), str(partial), str(inputs[2])]) == 0
     assert "1 parts are not scored" in capsys.readouterr().out
-    score(CacheWriter.create_or_open(tmp_path / "out", SEQUENCES, TOKENIZER).layer(None, TOP, {}))
+    writer = CacheWriter.create_or_open(tmp_path / "out", SEQUENCES, TOKENIZER)
+    score(LayerWriter.create_or_open(writer, None, TOP, {}))
     assert len(Cache.open(tmp_path / "out", verify=True)) == 9 + 3
 
 
@@ -228,7 +230,7 @@ def test_caches_that_differ_are_refused_with_the_field_and_both_values(inputs, t
         merge_caches(tmp_path / "out", [inputs[0], other])
     build(tmp_path / "k", 30, 32, layers=())
     writer = CacheWriter.create_or_open(tmp_path / "k", SEQUENCES, TOKENIZER)
-    score(writer.layer("top6", dataclasses.replace(TOP, k=5), {}))
+    score(LayerWriter.create_or_open(writer, "top6", dataclasses.replace(TOP, k=5), {}))
     with pytest.raises(
         IdentityError, match=rf"k is 6 in {inputs[1]} and 5 in {tmp_path / 'k'}; score one of them again"
     ):

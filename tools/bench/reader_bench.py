@@ -17,6 +17,7 @@ import numpy as np
 
 from shared.cache.cache import Cache
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
 from shared.parts.sequences import SequenceRow, make_row
@@ -63,7 +64,8 @@ def build(path: Path, parts: int, positions: int) -> Cache:
     """Write a cache of synthetic rows and open it."""
     identity = SequencesIdentity(tokenizer_hash="synthetic", vocab_size=VOCAB_SIZE)
     writer = CacheWriter.create_or_open(path, identity, {"tokenizer.json": b"{}"})
-    layer = writer.layer(
+    layer = LayerWriter.create_or_open(
+        writer,
         None,
         LayerIdentity(
             teacher="synthetic", weights_hash="", tokenizer_hash="synthetic", vocab_size=VOCAB_SIZE, mode="top", k=K

@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict
 from shared.cache.layout import sequences_dir, tokenizer_entries
 from shared.cache.reading.verify import nll_problem
 from shared.cache.tokenizer_files import read_tokenizer_file
-from shared.cache.writing.cache_writer import CacheWriter, targets_table
+from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter, part_table
 from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import open_regular, parse_json, read_bounded, read_json
@@ -34,7 +35,7 @@ from shared.parts.records import checked_model, list_records, read_record
 from shared.parts.repeated_rows import repeated_rows
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.codec import Codec
-from shared.schema import MAX_FRAME_RATIO, MAX_JSON_BYTES, MAX_ROWS_PER_PART, STEM_PATTERN
+from shared.schema import MAX_FRAME_RATIO, MAX_JSON_BYTES, MAX_ROWS_PER_PART, STEM_PATTERN, TARGETS
 from tools.cache.derived_cache import DerivedCache
 from tools.cache.parquet_columns import (
     EXPORT_FORMAT,
@@ -94,7 +95,11 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
     derived = DerivedCache.of(out, "importing", "an import of these files as they are now", request)
     if not derived.existed:
         writer = CacheWriter.create_or_open(derived.path, export.identity, export.tokenizer_files)
-        layer = writer.layer(export.layer_name, export.layer, export.provenance) if export.layer else None
+        layer = (
+            LayerWriter.create_or_open(writer, export.layer_name, export.layer, export.provenance)
+            if export.layer
+            else None
+        )
         derived.plan()
         sequences = sequences_dir(derived.path)
         for number, file in enumerate(files):
@@ -297,7 +302,7 @@ def _write_targets(
             raise DamagedError(f"{file}: the note of the export says {problem}; export the cache again")
         stats = said
     nll, blobs = zip(*scores, strict=True) if scores else ((), ())
-    table = targets_table([row.key for row in rows], [row.num_positions for row in rows], nll, blobs)
+    table = part_table(TARGETS, [row.key for row in rows], [row.num_positions for row in rows], nll, blobs)
     commit_part(directory, stem, table, stats, about.get("targets_software", {}), ())
 
 

@@ -105,6 +105,7 @@ def _make_student(directory: Path) -> None:
 
 def _make_cache(path: Path, tokenizer: bytes, vocab: int) -> None:
     from shared.cache.writing.cache_writer import CacheWriter
+    from shared.cache.writing.layer_writer import LayerWriter
     from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
     from shared.keys import group_key, row_key
     from shared.parts.sequences import make_row
@@ -136,6 +137,6 @@ def _make_cache(path: Path, tokenizer: bytes, vocab: int) -> None:
         label_logprobs = np.full(length, -6.0, np.float32)
         targets.append(SparseTargets(counts, ids.ravel(), logprobs, label_logprobs, tail, (1.0,)))
     scored = LayerIdentity(teacher="made-up", weights_hash="", tokenizer_hash=known, vocab_size=vocab, mode="top", k=k)
-    layer = writer.layer(None, scored, {})
+    layer = LayerWriter.create_or_open(writer, None, scored, {})
     writer.write_sequences("part-00000000-000000", rows, {})
     layer.write("part-00000000-000000", [row.key for row in rows], targets, {})

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shared.atomic import fill_exclusive, fsync_dir, write_atomic
 from shared.cache.layout import Layer
-from shared.cache.writing.cache_writer import targets_table
+from shared.cache.writing.layer_writer import part_table
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import hash_file, open_regular, read_json
 from shared.parts.mapped_part import MappedSequences, MappedTargets
@@ -28,6 +28,7 @@ from shared.parts.part_stats import sequences_stats, targets_stats
 from shared.parts.parts import check_file, commit_part
 from shared.parts.records import PartRecord, kind_of, read_record, sealed_json
 from shared.parts.sequences import SequenceRow, rows_to_table
+from shared.schema import TARGETS
 
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _COPY_BYTES = 2**20
@@ -147,7 +148,9 @@ def _rewrite_targets(
     codec = layer.identity.make_codec()
     blobs = [part.blob(i, row) for i, row in zip(chosen, rows, strict=True)]
     nll = [float(part.teacher_nll_nats[i]) for i in chosen]
-    table = targets_table([row.key for row in rows], [row.num_positions for row in rows], nll, list(map(bytes, blobs)))
+    table = part_table(
+        TARGETS, [row.key for row in rows], [row.num_positions for row in rows], nll, list(map(bytes, blobs))
+    )
     decoded = (codec.decode(blob, row.num_positions) for blob, row in zip(blobs, rows, strict=True))
     stats = targets_stats(decoded, sum(map(len, blobs)))
     commit_part(target_dir, stem, table, stats, record.software, ())

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
 from shared.keys import group_key, row_key
 from shared.parts.sequences import SequenceRow, make_row
@@ -42,7 +43,7 @@ def build_cache(path: Path, teacher: Path, num_rows: int = 24, **recorded: str) 
         for number, text in enumerate(training_text()[:num_rows])
     ]
     writer.write_sequences("part-00000000-000000", rows, {})
-    scored = writer.layer(None, layer, {})
+    scored = LayerWriter.create_or_open(writer, None, layer, {})
     scored.write("part-00000000-000000", [row.key for row in rows], [_targets(model, row) for row in rows], {})
     return path
 

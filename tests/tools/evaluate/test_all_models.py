@@ -18,6 +18,7 @@ import pytest
 from shared.cache.cache import Cache
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import DecantError, EvaluationError
 from shared.recipe.recipe import Recipe
 from shared.recipe.sections.capture import TopCapture
@@ -164,7 +165,9 @@ def test_a_cache_of_two_teachers_is_evaluated_on_the_layer_of_the_recipes_own(
     rows = [cache[index] for index in range(len(cache))]
     writer = CacheWriter.create_or_open(place, cache.sequences_identity, read_tokenizer_files(place))
     assert cache.layer is not None
-    other = writer.layer("other", replace(cache.layer, teacher="other", weights_hash="0" * 32), {})
+    other = LayerWriter.create_or_open(
+        writer, "other", replace(cache.layer, teacher="other", weights_hash="0" * 32), {}
+    )
     targets = [row.targets for row in rows if row.targets is not None]
     other.write("part-00000000-000000", [row.key for row in rows], targets, {})
     chosen = recipe(root, models=["kd"]).model_copy(update={"cache": (place,), "capture": TopCapture(k=cache.layer.k)})

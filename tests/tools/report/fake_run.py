@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import group_key, row_key
 from shared.parts.sequences import make_row
@@ -149,4 +150,6 @@ def write_cache(path: Path, num_rows: int = 30) -> None:
     layer = LayerIdentity(
         teacher="teacher", weights_hash="w", tokenizer_hash="t" * 32, vocab_size=1000, mode="top", k=16
     )
-    writer.layer(None, layer, {}).write("part-00000000-000000", [row.key for row in rows], targets, {})
+    LayerWriter.create_or_open(writer, None, layer, {}).write(
+        "part-00000000-000000", [row.key for row in rows], targets, {}
+    )

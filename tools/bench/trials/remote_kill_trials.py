@@ -29,6 +29,7 @@ from shared.cache.cache import Cache
 from shared.cache.sync.mirror import list_remote
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.places import STORE_VARIABLE
 from shared.remote.transfer import LIST_FILE, Remote
 from tools.bench.benchmarks_page import measured_by, replace_section, table
@@ -50,7 +51,7 @@ def in_small_parts(source: Path, path: Path, rows_per_part: int = 2) -> Path:
     cache = Cache.open(source)
     assert cache.layer is not None
     writer = CacheWriter.create_or_open(path, cache.sequences_identity, read_tokenizer_files(source))
-    layer = writer.layer(None, cache.layer, {})
+    layer = LayerWriter.create_or_open(writer, None, cache.layer, {})
     for start in range(0, len(cache), rows_per_part):
         rows = [cache[i] for i in range(start, min(start + rows_per_part, len(cache)))]
         stem = f"part-0123abcd-{start // rows_per_part:06d}"

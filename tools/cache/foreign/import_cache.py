@@ -20,8 +20,9 @@ import xxhash
 
 from shared.cache.groups import GroupRule, question_key
 from shared.cache.layout import list_layers, sequences_dir
-from shared.cache.writing.cache_writer import CacheWriter, LayerWriter
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.growing_key_set import GrowingKeySet
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.keys import content_key
@@ -110,7 +111,9 @@ def import_foreign(
         writer = CacheWriter.create_or_open(
             derived.path, _sequences_identity(told, reader, vocab_size), told.tokenizer_files
         )
-        layer = writer.layer(None, _layer_identity(told, reader, vocab_size), _provenance(told, reader), make=False)
+        layer = LayerWriter.create_or_open(
+            writer, None, _layer_identity(told, reader, vocab_size), _provenance(told, reader), make=False
+        )
         derived.plan()
         tail = layer.identity.tail
         for number, part in enumerate(_parts(reader, told, vocab_size, tail, counts)):

@@ -23,6 +23,7 @@ from shared.cache.cache import Cache, Row
 from shared.cache.layout import sequences_dir
 from shared.cache.tokenizer_files import tokenizer_without_code
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
 from shared.models.files import load_tokenizer
@@ -222,7 +223,9 @@ def _write(
     if cache.layer is not None:
         derived = _layer_identity(cache, identity, counted)
         short = str(cache.layer_name).rsplit("-", 1)[0]
-        layer = writer.layer(short, derived, {**cache.layer_provenance, "derived_by": dict(software())})
+        layer = LayerWriter.create_or_open(
+            writer, short, derived, {**cache.layer_provenance, "derived_by": dict(software())}
+        )
         projection = Projection(landing, counted.stays, cache.layer.vocab_size, derived.k)
     for number, part in enumerate(_parts(cache)):
         stem = out.stem(number)
