@@ -168,64 +168,50 @@ def _teachers_problems(recipe: Recipe) -> Iterator[Problem]:
             yield ("teachers", name), f"'{name}' is the name of {other}; call the teacher something else"
 
 
-def _phase1_problems(recipe: Recipe) -> list[Problem]:
-    problems: list[Problem] = []
-    if recipe.prompts and recipe.teacher is None:
-        problems.append(
-            (("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out")
-        )
-    if recipe.generate is not None and not recipe.prompts:
-        problems.append((("generate",), "there are no `prompts` to answer; add some, or leave it out"))
-    if any(teacher.engine == "server" for teacher in (recipe.teacher, *recipe.teachers.values()) if teacher):
-        problems += server_problems(recipe.capture)
-    answers = recipe.generate is not None and recipe.generate.model is not None
-    if answers and recipe.teacher is not None and recipe.teacher.engine == "server":
-        why = (
-            "a server serves the teacher only; build the answers with teacher.engine 'vllm' first, then score them "
-            "with servers"
-        )
-        problems.append((("generate", "model"), why))
+def _phase1_problems(recipe: Recipe) -> Iterator[Problem]:
+    teacher, generate = recipe.teacher, recipe.generate
+    if recipe.prompts and teacher is None:
+        yield ("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out"
+    if generate is not None and not recipe.prompts:
+        yield ("generate",), "there are no `prompts` to answer; add some, or leave it out"
+    if any(one.engine == "server" for one in (teacher, *recipe.teachers.values()) if one):
+        yield from server_problems(recipe.capture)
     if recipe.prompts and len(recipe.cache) > 1:
-        problems.append(
-            (
-                ("cache",),
-                f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out",
-            )
-        )
-    if recipe.teacher is not None and recipe.teacher.quantization is not None and recipe.capture.hidden is not None:
-        problems.append(
-            (
-                ("capture", "hidden"),
-                f"hidden states are captured by transformers, which does not quantise as teacher.quantization "
-                f"'{recipe.teacher.quantization}' says; leave one of both out",
-            )
-        )
-    if (
-        recipe.teacher is not None
-        and recipe.teacher.workers is not None
-        and recipe.generate
-        and recipe.generate.model is not None
-    ):
-        sentence = (
-            "the engines of `teacher.workers` all run the teacher; leave `workers` out and use `decant teach "
-            "--partition i/n`"
-        )
-        problems.append((("generate", "model"), sentence))
-    if recipe.teacher is not None and recipe.teacher.workers is not None and recipe.capture.hidden is not None:
-        sentence = (
-            "hidden states are captured by one engine; leave `teacher.workers` out and use `decant teach "
-            "--partition i/n`"
-        )
-        problems.append((("capture", "hidden"), sentence))
+        one_cache = f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out"
+        yield ("cache",), one_cache
+    if teacher is not None and generate is not None and generate.model is not None:
+        yield from _answering_problems(teacher)
+    if teacher is not None and recipe.capture.hidden is not None:
+        yield from _hidden_problems(teacher)
     for i, source in enumerate(recipe.prompts):
-        if source.of_cache and recipe.generate is not None:
-            problems.append((("prompts", i, "format"), "rows of a cache are answered already; leave `generate` out"))
+        if source.of_cache and generate is not None:
+            yield ("prompts", i, "format"), "rows of a cache are answered already; leave `generate` out"
         if source.of_cache and any(Path(source.path).resolve() == cache.resolve() for cache in recipe.cache):
-            problems.append(
-                (("prompts", i, "path"), "is the cache that this recipe builds; without `prompts` its rows are scored")
-            )
-    problems += [(("cache", i), f"'{named(recipe.cache[i])}' is listed twice") for i in repeated(recipe.cache)]
-    return problems
+            said = "is the cache that this recipe builds; without `prompts` its rows are scored"
+            yield ("prompts", i, "path"), said
+    for i in repeated(recipe.cache):
+        yield ("cache", i), f"'{named(recipe.cache[i])}' is listed twice"
+
+
+def _answering_problems(teacher: Teacher) -> Iterator[Problem]:
+    """Say why no other model can answer beside this teacher."""
+    if teacher.engine == "server":
+        first = "build the answers with teacher.engine 'vllm' first, then score them with servers"
+        yield ("generate", "model"), f"a server serves the teacher only; {first}"
+    if teacher.workers is not None:
+        alone = "leave `workers` out and use `decant teach --partition i/n`"
+        yield ("generate", "model"), f"the engines of `teacher.workers` all run the teacher; {alone}"
+
+
+def _hidden_problems(teacher: Teacher) -> Iterator[Problem]:
+    """Say why hidden states of this teacher cannot be captured."""
+    if teacher.quantization is not None:
+        scheme = f"does not quantise as teacher.quantization '{teacher.quantization}' says"
+        said = f"hidden states are captured by transformers, which {scheme}; leave one of both out"
+        yield ("capture", "hidden"), said
+    if teacher.workers is not None:
+        alone = "leave `teacher.workers` out and use `decant teach --partition i/n`"
+        yield ("capture", "hidden"), f"hidden states are captured by one engine; {alone}"
 
 
 def _unread_problems(recipe: Recipe) -> list[Problem]:
@@ -332,10 +318,9 @@ def _init_from_problem(start: str, place: int, places: dict[str, int], names: li
     return f"'{start}' is none of {quoted(choices)} nor a directory (written with a '/'){closest(start, choices)}"
 
 
-def _temperature_problems(recipe: Recipe) -> list[Problem]:
+def _temperature_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.teacher is None or not recipe.prompts:
-        return []
-    problems: list[Problem] = []
+        return
     captured = recipe.capture.temperatures
     for i, stage in enumerate(recipe.stages):
         layers = [entry.layer for entry in stage.targets] if isinstance(stage.targets, tuple) else []
@@ -350,8 +335,7 @@ def _temperature_problems(recipe: Recipe) -> list[Problem]:
                 wanted = ", ".join(f"{value:g}" for value in missing)
                 have = ", ".join(f"{value:g}" for value in captured)
                 sentence = f"temperature {wanted} is not captured, only {have}; add it to capture.temperatures"
-                problems.append((("stages", i, "losses", j, "temperature"), sentence))
-    return problems
+                yield ("stages", i, "losses", j, "temperature"), sentence
 
 
 def _evaluate_problems(recipe: Recipe) -> Iterator[Problem]:

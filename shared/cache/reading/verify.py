@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 
@@ -44,24 +45,35 @@ from shared.payload.quantise import LEAST_LABEL_LOGPROB, MOST_LABEL_ERROR
 from shared.payload.targets import SparseTargets
 
 _MOST_PER_PART = 10
+_Arguments = ParamSpec("_Arguments")
 
 
+def _ending_with_its_error(check: Callable[_Arguments, Iterator[str]]) -> Callable[_Arguments, Iterator[str]]:
+    """Let a check that cannot go on yield the reason as its last problem."""
+
+    @wraps(check)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Iterator[str]:
+        try:
+            yield from check(*args, **kwargs)
+        except CacheError as error:
+            yield str(error)
+
+    return checked
+
+
+@_ending_with_its_error
 def verify_cache(path: Path | str) -> Iterator[str]:
     """Yield one sentence per problem; nothing where every byte that matters is as it was committed.
 
     At most 10 problems are listed for one part.
     """
     path = Path(path)
-    try:
-        header = read_header(path)
-        records = list_records(sequences_dir(path))
-        layers: list[Layer | HiddenLayer] = [*list_layers(path).values(), *list_hidden_layers(path).values()]
-        jobs = {job.id8: job for job in list_jobs(path)}
-        masks = hidden_rows(path, records)
-        begun = dropping(path)
-    except CacheError as error:
-        yield str(error)
-        return
+    header = read_header(path)
+    records = list_records(sequences_dir(path))
+    layers: list[Layer | HiddenLayer] = [*list_layers(path).values(), *list_hidden_layers(path).values()]
+    jobs = {job.id8: job for job in list_jobs(path)}
+    masks = hidden_rows(path, records)
+    begun = dropping(path)
     yield from _tokenizer_problems(path, header)
     for job in jobs.values():
         yield from _said(lambda job=job: [job.unit(unit) for unit in range(job.num_units)])  # type: ignore[misc]
@@ -116,30 +128,24 @@ def _bounded(problems: Iterable[str]) -> Iterator[str]:
         yield problem
 
 
+@_ending_with_its_error
 def _tokenizer_problems(path: Path, header: CacheHeader) -> Iterator[str]:
     listed = header.tokenizer_files
     for name, entry in listed.items():
         yield from _said(lambda name=name, entry=entry: read_tokenizer_file(path, name, entry))  # type: ignore[misc]
-    try:
-        names = list_folder(path / "tokenizer")
-    except CacheError as error:
-        yield str(error)
-        return
+    names = list_folder(path / "tokenizer")
     folders = {name.split("/", 1)[0] for name in listed}
     for name in names:
         if name not in folders and TEMPORARY_MARK not in name:
             yield f"{path / 'tokenizer' / name} is not listed in cache.json, so nothing reads it; delete it"
-    yield from _said(lambda: check_tokenizer_hash(path, header))
+    check_tokenizer_hash(path, header)
 
 
+@_ending_with_its_error
 def _sequences_problems(path: Path, record: PartRecord, vocab_size: int, job: Job | None) -> Iterator[str]:
-    try:
-        part = MappedSequences(sequences_dir(path), record, verify=True, vocab_size=vocab_size)
-        part.num_tokens()
-        part.sources()
-    except CacheError as error:
-        yield str(error)
-        return
+    part = MappedSequences(sequences_dir(path), record, verify=True, vocab_size=vocab_size)
+    part.num_tokens()
+    part.sources()
     rows, whole = [], True
     for i in range(len(part)):
         try:
@@ -155,22 +161,15 @@ def _sequences_problems(path: Path, record: PartRecord, vocab_size: int, job: Jo
     if unit >= job.num_units:
         yield f"{part.path} is unit {unit} of a plan that has {job.num_units}; delete the part with its record"
         return
-    try:
-        planned = KeySet(stack_keys([row.row_key for row in job.unit(unit)]))
-    except CacheError as error:
-        yield str(error)
-        return
+    planned = KeySet(stack_keys([row.row_key for row in job.unit(unit)]))
     for i in np.flatnonzero(~planned.contains(part.row_keys)).tolist():
         yield f"{part.path}:{i} is no row of unit {unit} of its plan; delete the part with its record and build again"
 
 
+@_ending_with_its_error
 def _repeats(path: Path, records: list[PartRecord], masks: Mapping[str, Any]) -> Iterator[str]:
     """Yield rows that are shown although an earlier row has their row_key."""
-    try:
-        repeats = repeated_rows([(sequences_dir(path), record) for record in records])
-    except CacheError as error:
-        yield str(error)
-        return
+    repeats = repeated_rows([(sequences_dir(path), record) for record in records])
     for number, repeated in repeats.items():
         stem = records[number].stem
         shown = repeated & masks[stem] if stem in masks else repeated
@@ -179,6 +178,7 @@ def _repeats(path: Path, records: list[PartRecord], masks: Mapping[str, Any]) ->
             yield f"{where} has the row_key of an earlier row; delete the part with its record"
 
 
+@_ending_with_its_error
 def _layer_problems(
     path: Path,
     header: CacheHeader,
@@ -186,12 +186,8 @@ def _layer_problems(
     sequences: dict[str, PartRecord],
     begun: frozenset[str],
 ) -> Iterator[str]:
-    try:
-        records = list_records(layer.directory)
-        layer.identity.make_codec()
-    except CacheError as error:
-        yield str(error)
-        return
+    records = list_records(layer.directory)
+    layer.identity.make_codec()
     if layer.identity.tokenizer_hash != header.identity.tokenizer_hash:
         yield (
             f"{layer.directory / 'layer.json'} says tokenizer {layer.identity.tokenizer_hash} where cache.json says "
@@ -212,15 +208,12 @@ def _layer_problems(
             yield from _bounded(_blob_problems(path, layer, record, found))
 
 
+@_ending_with_its_error
 def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, sequences: PartRecord) -> Iterator[str]:
     codec = layer.identity.make_codec()
-    try:
-        kind = MappedTargets if isinstance(layer, Layer) else MappedBlobs
-        blobs = kind(layer.directory, record, verify=True)
-        part = MappedSequences(sequences_dir(path), sequences, verify=False)
-    except CacheError as error:
-        yield str(error)
-        return
+    kind = MappedTargets if isinstance(layer, Layer) else MappedBlobs
+    blobs = kind(layer.directory, record, verify=True)
+    part = MappedSequences(sequences_dir(path), sequences, verify=False)
     if len(part) != len(blobs):
         yield f"{blobs.path} has {len(blobs)} rows where its sequences have {len(part)}"
         return

@@ -87,14 +87,11 @@ Capture = Annotated[_Kind, Field(discriminator="mode"), BeforeValidator(_KINDS.c
 """Any of them; without a `mode`, `TopCapture`."""
 
 
-def server_problems(capture: Capture) -> list[Problem]:
-    """Return what a `capture` section asks for that no server returns."""
-    problems: list[Problem] = []
+def server_problems(capture: Capture) -> Iterator[Problem]:
+    """Yield what a `capture` section asks for that no server returns."""
     if capture.mode != "top":
-        problems.append(
-            (("capture", "mode"), f"a server returns no drawn tokens, so '{capture.mode}' needs teacher.engine 'vllm'")
-        )
+        drawn = f"a server returns no drawn tokens, so '{capture.mode}' needs teacher.engine 'vllm'"
+        yield ("capture", "mode"), drawn
     if capture.temperatures != (1.0,):
         why = "a server returns no tails at other temperatures than 1; use teacher.engine 'vllm'"
-        problems.append((("capture", "temperatures"), why))
-    return problems
+        yield ("capture", "temperatures"), why

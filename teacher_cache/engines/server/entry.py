@@ -14,8 +14,8 @@ from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 
 def refusal(teacher: ServedTeacher, capture: Capture | None) -> str | None:
     """Say in a sentence what no server returns, or None."""
-    problems = [] if capture is None else server_problems(capture)
-    return None if not problems else f"{'.'.join(map(str, problems[0][0]))}: {problems[0][1]}"
+    problem = None if capture is None else next(server_problems(capture), None)
+    return None if problem is None else f"{'.'.join(map(str, problem[0]))}: {problem[1]}"
 
 
 def open_engine(
