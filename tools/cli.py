@@ -106,11 +106,11 @@ def _teach(args: argparse.Namespace) -> Answer:
 
 def _train(args: argparse.Namespace) -> Answer:
     from tools.own_phase import recipe_words
-    from tools.phases import require_stages, train
+    from tools.phases import train
     from tools.rounds.chain import with_rounds
 
     def phases(args: argparse.Namespace, recipe: Any) -> Collection[str]:
-        require_stages(recipe, args.from_stage, args.to_stage)
+        recipe.stages_between(args.from_stage, args.to_stage)
         return with_rounds(recipe, ("train",))
 
     return train(_load(args, phases, save=True), args.from_stage, args.to_stage, recipe_words(args))

@@ -13,9 +13,8 @@ from typing import Any
 
 from shared.cache.rows_left_out import answers_line
 from shared.cache.sync.push import pushed_as_committed
-from shared.errors import EvaluationError, UsageError
+from shared.errors import UsageError
 from shared.progress import BuildProgress, Progress
-from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe
 from tools.rounds.chain import rounds_in_processes, stage_of, stages_with_rounds, train_in_processes
 
@@ -98,20 +97,6 @@ def _is_measured(assumption: str) -> bool:
     return assumption.startswith("hours are not given") or "bytes per position" in assumption
 
 
-def require_stages(recipe: Recipe, from_stage: str | None, to_stage: str | None) -> None:
-    """Refuse names that no stage has.
-
-    Raises:
-        UsageError: a stage is not in the recipe.
-    """
-    names = [stage.name for stage in recipe.stages]
-    for option, name in (("--from-stage", from_stage), ("--to-stage", to_stage)):
-        if name is not None and name not in names:
-            raise UsageError(
-                f"{option} {name}: the recipe has the stages {quoted(names) or 'none'}{closest(name, names)}"
-            )
-
-
 def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: Sequence[str] | None = None) -> Result:
     """Run phase 2 from a stage to a stage and name its models; steps of rounds are processes of their own.
 
@@ -121,14 +106,13 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: S
         UsageError: a stage is not in the recipe.
         DecantError: training cannot start or must stop.
     """
-    require_stages(recipe, from_stage, to_stage)
+    chosen = recipe.stages_between(from_stage, to_stage)
     from student_train.fit.allocator import expand_segments
 
     if not stages_with_rounds(recipe):  # whose processes are not all for training
         expand_segments()
-    from student_train.stage.stages import chosen_stages, run_stages
+    from student_train.stage.stages import run_stages
 
-    chosen = chosen_stages(recipe, from_stage, to_stage)
     if any(stage.rounds is not None for stage in chosen):
         from student_train.records.processes import num_processes
 
@@ -215,8 +199,5 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Result:
     from tools.report.build import build_report
     from tools.report.tables import table_text
 
-    for run in runs:
-        if not run.is_dir():
-            raise EvaluationError(f"{run}: no such directory; name the output_dir of a run")
     result = build_report(list(runs), output)
     return result, table_text(result)

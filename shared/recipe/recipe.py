@@ -8,12 +8,13 @@ against the cache when it is opened. Paths are relative to the current directory
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
+from shared.errors import UsageError
 from shared.places import named
 from shared.recipe.assumptions import Assume, AssumedModel, AssumedSource
 from shared.recipe.base import (
@@ -140,10 +141,25 @@ class Recipe(Section):
         Raises:
             KeyError: there is none.
         """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise KeyError(name)
+        return {stage.name: stage for stage in self.stages}[name]
+
+    def stages_between(self, first: str | None, last: str | None) -> Sequence[Stage]:
+        """Return the stages between two names, both included; None for the very first and the very last.
+
+        Raises:
+            UsageError: there is nothing to train, or no stage of a name.
+        """
+        names = [stage.name for stage in self.stages]
+        if self.student is None or not names:
+            raise UsageError("the recipe has no student or no stages, so there is nothing to train; add them")
+        for name in (first, last):
+            if name is not None and name not in names:
+                known = f"{', '.join(names)}{closest(name, names)}"
+                raise UsageError(f"stage '{name}' is not in the recipe, which has {known}; correct its name")
+        begin, end = names.index(first or names[0]), names.index(last or names[-1])
+        if begin > end:
+            raise UsageError(f"stage '{first}' comes after stage '{last}'; swap --from-stage and --to-stage")
+        return self.stages[begin : end + 1]
 
     def of_teacher(self, name: str) -> Recipe:
         """Return the recipe by which one of `teachers` scores the rows that the cache has."""

@@ -198,59 +198,46 @@ def _train_and_export(
     seconds: SecondsLog,
 ) -> None:
     """Load the student, train it to the stage's last step and write its model's directory."""
-    base = load_student(work.student, work.start, work.caches, seed=work.seed)
-    with liger_layers(base, wanted=work.student.liger):
-        _train_loaded(work, args, base, checkpoint, progress, seconds)
-
-
-def _train_loaded(
-    work: StageWork,
-    args: TrainingArguments,
-    base: Any,
-    checkpoint: Checkpoint | None,
-    progress: StageProgress,
-    seconds: SecondsLog,
-) -> None:
-    """Train a loaded student and write its model's directory."""
+    phase, base = f"train {work.stage.name}", load_student(work.student, work.start, work.caches, seed=work.seed)
     make_savable(base)
-    done = checkpoint.step if checkpoint else 0
-    trainer, objective = assemble(work, args, base, progress, done=done, on_checkpoint=seconds.save)
-    model = trainer.model
-    if are_rows_alone(body_of(base)):
-        progress.note(
-            f"train {work.stage.name}: layers of {type(base).__name__} do not keep the rows of a pack apart, so each "
-            "length of rows runs alone"
-        )
-    adapted = work.student.adapter.kind != "none"
-    check_disk_space(model, work.stage, work.plan.num_steps, work.directory, adapted=adapted)
-    first = fit_first_step(work, trainer, base, work.directory / "memory.json" if is_first() else None)
-    if first is not None:
-        progress.note(f"train {work.stage.name}: {first.text()}")
-    trainer.run(checkpoint.path if checkpoint else None, done)
-    best = trainer.load_best()
-    if best is not None:
-        progress.note(f"train {work.stage.name}: the model is that of step {best:,}, whose held-out KL is the lowest")
-    gathered = trainer.whole_weights()
-    restore_forward(base)
-    if objective.layers is not None:
-        objective.layers.remove()
-    switch_attention(base, work.student.attention)
-    if is_first():
-        if gathered is not None:
-            model = add_adapter(
-                load_student(work.student, work.start, work.caches, seed=work.seed), work.student.adapter
+    with liger_layers(base, wanted=work.student.liger):
+        done = checkpoint.step if checkpoint else 0
+        trainer, objective = assemble(work, args, base, progress, done=done, on_checkpoint=seconds.save)
+        model = trainer.model
+        if are_rows_alone(body_of(base)):
+            progress.note(
+                f"{phase}: layers of {type(base).__name__} do not keep the rows of a pack apart, so each length of "
+                "rows runs alone"
             )
-            load_weights(model, gathered)
-        with checked_tokenizer(work.caches.caches[0].path) as tokenizer_dir:
-            export_student(
-                model,
-                work.student,
-                work.origin,
-                tokenizer_dir,
-                work.directory,
-                lambda tokenizer: _leaving(work, tokenizer, progress),
-            )
-    wait_for_all()
+        adapted = work.student.adapter.kind != "none"
+        check_disk_space(model, work.stage, work.plan.num_steps, work.directory, adapted=adapted)
+        first = fit_first_step(work, trainer, base, work.directory / "memory.json" if is_first() else None)
+        if first is not None:
+            progress.note(f"{phase}: {first.text()}")
+        trainer.run(checkpoint.path if checkpoint else None, done)
+        best = trainer.load_best()
+        if best is not None:
+            progress.note(f"{phase}: the model is that of step {best:,}, whose held-out KL is the lowest")
+        gathered = trainer.whole_weights()
+        restore_forward(base)
+        if objective.layers is not None:
+            objective.layers.remove()
+        switch_attention(base, work.student.attention)
+        if is_first():
+            if gathered is not None:
+                fresh = load_student(work.student, work.start, work.caches, seed=work.seed)
+                model = add_adapter(fresh, work.student.adapter)
+                load_weights(model, gathered)
+            with checked_tokenizer(work.caches.caches[0].path) as tokenizer_dir:
+                export_student(
+                    model,
+                    work.student,
+                    work.origin,
+                    tokenizer_dir,
+                    work.directory,
+                    lambda tokenizer: _leaving(work, tokenizer, progress),
+                )
+        wait_for_all()
 
 
 def assemble(
