@@ -10,7 +10,7 @@ from typing import Any
 from shared.recipe.recipe import Recipe
 from tools.evaluate.asking import Asked, ask_model
 from tools.evaluate.models.generate_answers import Answer
-from tools.evaluate.models.model_process import leave, serve
+from tools.evaluate.models.model_process import serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.results.made import made
 from tools.evaluate.results.results import heldout_layer, result_path, taught_layers, write_answers, write_result
@@ -138,4 +138,4 @@ def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    leave(serve(_work))
+    serve(_work)

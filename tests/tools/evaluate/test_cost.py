@@ -68,7 +68,7 @@ def test_rounds_take_turns_and_the_median_counts(root: Path, monkeypatch: pytest
     order: list[str] = []
     speed = {"teacher": [10.0, 30.0, 20.0], "base": [100.0, 500.0, 60.0]}
 
-    def measure(chosen: Recipe, name: str, say: Any) -> dict[str, Any]:
+    def measure(chosen: Recipe, name: str) -> dict[str, Any]:
         order.append(name)
         figures = dict.fromkeys(cost.MEASURES, 1.0) | {
             "parameters": 1000 if name == "teacher" else 250,
@@ -128,4 +128,3 @@ def test_real_processes_are_measured_and_reported(root: Path, monkeypatch: pytes
     kept = json.loads((root / "out" / "evaluate" / "cost" / "figures.json").read_text())
     assert kept["models"] == figures
     assert all(len(of["rounds"]) == 1 and of["memory_above_start_bytes"] > 0 for of in figures.values())
-    assert not list((root / "out" / "evaluate" / "cost").glob("*.round.json"))

@@ -10,7 +10,6 @@ only where every model, the engine and the machine are the same.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -19,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe, SideBySide
 from shared.seconds import add_seconds
 from tools.evaluate.models.model_process import run_in_process
@@ -69,7 +67,7 @@ def measure_cost(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Any]:
     for number in range(1, ROUNDS + 1):
         for name in models:
             say(f"cost, round {number} of {ROUNDS}: {name}")
-            rounds[name].append(_measure(recipe, name, say))
+            rounds[name].append(_measure(recipe, name))
     figures = {name: median_figures(of) for name, of in rounds.items()}
     add_ratios(figures)
     write_result(cost_path(recipe), {"identity": identity, "models": figures})
@@ -119,17 +117,6 @@ def _ratio(over: float | None, under: float | None) -> float | None:
     return over / under if over is not None and under else None
 
 
-def _measure(recipe: Recipe, name: str, say: Callable[[str], None]) -> dict[str, Any]:
-    directory = cost_path(recipe).parent
-    found = directory / f"{name}.round.json"
-    job = {"recipe": recipe.model_dump_json(), "model": name, "result": str(found)}
-    found.unlink(missing_ok=True)
-    run_in_process("tools.evaluate.cost.cost_of_model", job, directory / f"{name}.log", name, lambda line: None)
-    try:
-        return dict(json.loads(found.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            f"measuring '{name}' left no figures ({error}); its log is {directory / f'{name}.log'}"
-        ) from error
-    finally:
-        found.unlink(missing_ok=True)
+def _measure(recipe: Recipe, name: str) -> dict[str, Any]:
+    job, log = {"recipe": recipe.model_dump_json(), "model": name}, cost_path(recipe).with_name(f"{name}.log")
+    return dict(run_in_process("tools.evaluate.cost.cost_of_model", job, log, name, lambda line: None))

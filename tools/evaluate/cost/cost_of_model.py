@@ -8,7 +8,6 @@ processes of the model, and how much of it came after the libraries were importe
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -23,7 +22,7 @@ from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.cost.cost import cost_prompts
 from tools.evaluate.models.generate_answers import Ask, open_for
 from tools.evaluate.models.model_ends import taught_end_ids
-from tools.evaluate.models.model_process import leave, serve
+from tools.evaluate.models.model_process import serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.side_by_side.side_prompts import prompt_ids, sources_of
 
@@ -130,10 +129,9 @@ def _peak_memory(torch: Any, engine: str) -> tuple[int, str]:
     return int(total - free), "CUDA memory of the device in use, vLLM's reservation included"
 
 
-def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
-    figures = measure_model(Recipe.model_validate_json(job["recipe"]), job["model"])
-    Path(job["result"]).write_text(json.dumps(figures), encoding="utf-8")
+def _work(job: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    return measure_model(Recipe.model_validate_json(job["recipe"]), job["model"])
 
 
 if __name__ == "__main__":
-    leave(serve(_work))
+    serve(_work)

@@ -10,13 +10,12 @@ from shared.errors import EvaluationError
 from shared.models.checkpoint import check_checkpoint
 from shared.models.end_tokens import checked_ids
 from tools.evaluate.lm_eval.lm_eval_tasks import fold
-from tools.evaluate.models.model_process import leave, serve
-from tools.evaluate.results.results import write_result
+from tools.evaluate.models.model_process import serve
 
 CPU_BATCH = 8
 
 
-def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
+def _work(job: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model
@@ -33,7 +32,7 @@ def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
     try:
         manager = TaskManager(include_path=job["directories"] or None, include_defaults=job["needs_defaults"])
         model = get_model("hf").create_from_arg_obj(settings, runs)
-        _stop_at(model.model, job["identity"].get("end_token_ids", []))
+        _stop_at(model.model, job["end_token_ids"])
         found = simple_evaluate(
             model=model,
             tasks=job["names"],
@@ -49,7 +48,7 @@ def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
     tasks = fold(found["results"] if found else {})
     if not tasks:
         raise EvaluationError(f"lm-evaluation-harness returned no figure for {', '.join(job['names'])}")
-    write_result(Path(job["result"]), {"identity": job["identity"], "tasks": tasks})
+    return tasks
 
 
 def _stop_at(model: Any, end_token_ids: Sequence[int]) -> None:
@@ -59,4 +58,4 @@ def _stop_at(model: Any, end_token_ids: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    leave(serve(_work))
+    serve(_work)

@@ -28,7 +28,7 @@ from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.models.rendering import rendering_sources
-from tools.evaluate.results.results import read_kept, read_result
+from tools.evaluate.results.results import read_kept, write_result
 from tools.evaluate.results.run_shapes import is_finite
 
 LM_EVAL_FORMAT = 1
@@ -50,9 +50,9 @@ class LmEvalTasks:
     """Hash of each task file and of each local file that it names."""
 
 
-def lm_eval_path(recipe: Recipe, name: str, ending: str = "json") -> Path:
-    """Return a file of one model's results."""
-    return recipe.output_dir / "evaluate" / "lm_eval" / f"{name}.{ending}"
+def lm_eval_path(recipe: Recipe, name: str) -> Path:
+    """Return the file of one model's results."""
+    return recipe.output_dir / "evaluate" / "lm_eval" / f"{name}.json"
 
 
 def parse_tasks(text: str) -> LmEvalTasks:
@@ -178,17 +178,12 @@ def _run(
         "names": list(tasks.names),
         "directories": list(tasks.directories),
         "needs_defaults": tasks.needs_defaults,
-        "identity": identity,
-        "result": str(path),
+        "end_token_ids": identity.get("end_token_ids", []),
     }
-    run_in_process(
-        "tools.evaluate.lm_eval.lm_eval_model", job, lm_eval_path(recipe, model.name, "log"), model.name, say
-    )
-    result = read_result(path)
-    if result is None:
-        raise EvaluationError(
-            f"lm-eval of '{model.name}' left no result; its log is {lm_eval_path(recipe, model.name, 'log')}"
-        )
+    log = path.with_suffix(".log")
+    found = run_in_process("tools.evaluate.lm_eval.lm_eval_model", job, log, model.name, say)
+    result = {"identity": identity, "tasks": found}
+    write_result(path, result)
     return result
 
 

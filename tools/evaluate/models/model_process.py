@@ -1,8 +1,8 @@
 """A process for each model: engines leave processes and memory behind, so it is killed as a whole.
 
 The child reads its job as one line of JSON from stdin, which stays open: the child dies with it, and so with its
-parent. It writes progress and at last `done` or `error` to stdout, one JSON object per line; what libraries print goes
-to its log. `serve` is the child's side of that.
+parent. It writes progress and at last what it made or an error to stdout, one JSON object per line; what libraries
+print goes to its log. `serve` is the child's side of that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from shared.errors import DecantError, EvaluationError
 from tools.own_process import own_command, own_environment
@@ -32,8 +32,9 @@ def run_in_process(
     name: str,
     say: Callable[[str], None],
     threads: int | None = None,
-) -> None:
-    """Run `python -m module` on a job to its end; `say` gets its progress; `threads` as the libraries decide if None.
+) -> Any:
+    """Run `python -m module` on a job to its end and return what it made, as JSON has it; `say` gets its progress;
+    `threads` as the libraries decide if None.
 
     Raises:
         EvaluationError: it failed; the sentence is its own, or names its log.
@@ -50,16 +51,17 @@ def run_in_process(
         )
         _running.add(process)
         try:
-            error = _follow(process, json.dumps(job), name, say)
+            said = _follow(process, json.dumps(job), name, say)
         finally:
             _running.discard(process)
             _end(process)
-    if error is not None:
-        raise EvaluationError(f"'{name}' cannot be evaluated: {error}")
-    if process.returncode != 0:
+    if "error" in said:
+        raise EvaluationError(f"'{name}' cannot be evaluated: {said['error']}")
+    if process.returncode != 0 or "made" not in said:
         raise EvaluationError(
             f"evaluating '{name}' ended with status {process.returncode}: {_last_line(log)}; its log is {log}"
         )
+    return said["made"]
 
 
 def end_running() -> None:
@@ -68,30 +70,27 @@ def end_running() -> None:
         process.kill()
 
 
-def serve(work: Callable[[dict[str, Any], Callable[[str], None]], None]) -> int:
-    """Be the child: read the job, let `work` do it, report on the progress pipe; 0 when it was done."""
+def serve(work: Callable[[dict[str, Any], Callable[[str], None]], Any]) -> NoReturn:
+    """Be the child: read the job, let `work` do it, send what it made through the progress pipe, and end at once: an
+    engine's threads must not keep a finished process alive.
+    """
     progress = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
-        work(job, lambda line: _send(progress, {"progress": line}))
+        _send(progress, {"made": work(job, lambda line: _send(progress, {"progress": line}))})
+        status = 0
     except DecantError as error:
         _send(progress, {"error": str(error)})
-        return 1
-    _send(progress, {"done": True})
-    return 0
-
-
-def leave(status: int) -> None:
-    """End the child at once: an engine's threads must not keep a finished process alive."""
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def _follow(process: subprocess.Popen[bytes], job: str, name: str, say: Callable[[str], None]) -> str | None:
-    """Send the job, pass progress on, return the sentence of an error; stdin stays open: the child dies with it."""
+def _follow(process: subprocess.Popen[bytes], job: str, name: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Send the job, pass progress on, return the last word; stdin stays open: the child dies with it."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -99,20 +98,18 @@ def _follow(process: subprocess.Popen[bytes], job: str, name: str, say: Callable
         process.stdin.flush()
     except BrokenPipeError:
         process.wait()
-        return None
-    error = None
+        return {}
+    said: dict[str, Any] = {}
     for line in process.stdout:
-        message = json.loads(line)
-        if "progress" in message:
-            say(f"{name}: {message['progress']}")
-        if message.get("done"):
+        said = json.loads(line)
+        if "progress" not in said:
             break
-        error = message.get("error", error)
+        say(f"{name}: {said['progress']}")
     try:
         process.wait(timeout=60)
     except subprocess.TimeoutExpired:
         process.kill()
-    return error
+    return said
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

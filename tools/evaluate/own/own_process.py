@@ -11,7 +11,7 @@ from typing import Any
 from shared.cache.layer_choice import layer_of_capture
 from shared.parts.jobs import Job
 from shared.recipe.recipe import Recipe
-from tools.evaluate.models.model_process import leave, serve
+from tools.evaluate.models.model_process import serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.own.own_answers import asked_of_models, own_cache, write_own
 
@@ -70,4 +70,4 @@ def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:
 
 
 if __name__ == "__main__":
-    leave(serve(_work))
+    serve(_work)
