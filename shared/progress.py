@@ -10,12 +10,24 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from typing import Any, TextIO
 
 from shared.printable import printable
 
 INTERVAL_SECONDS = 5.0
 """Between two plain lines."""
+
+
+class _Nowhere(StringIO):
+    """Keeps nothing."""
+
+    def write(self, text: str, /) -> int:
+        return len(text)
+
+
+NOWHERE = _Nowhere()
+"""A stream for displays that show nothing, as of processes beside the first."""
 
 
 class Progress:
@@ -111,14 +123,15 @@ class Progress:
 class BuildProgress:
     """Shows a build, which has several phases one after the other; a phase of 0 rows has no known end."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         """Show nothing until a phase begins."""
+        self._stream = stream
         self._current: Progress | None = None
 
     def start(self, phase: str, total_rows: int) -> None:
-        """Begin a phase of so many rows."""
+        """Begin a phase, such as `generate` or `score`, of so many rows; 0 where the number is not known yet."""
         self.finish()
-        self._current = Progress(phase, total_rows or None)
+        self._current = Progress(phase, total_rows or None, stream=self._stream)
 
     def advance(self, rows: int, tokens: int) -> None:
         """Count rows and tokens that are done."""
@@ -130,7 +143,7 @@ class BuildProgress:
         if self._current is not None:
             self._current.note(text)
         else:
-            print(printable(text), file=sys.stderr, flush=True)
+            print(printable(text), file=self._stream or sys.stderr, flush=True)
 
     def finish(self) -> None:
         """End the phase."""

@@ -20,6 +20,7 @@ from shared.cache.writing.layer_writer import LayerWriter, write_layer
 from shared.errors import PromptError, UsageError
 from shared.parts.jobs import Job
 from shared.parts.records import PartRecord
+from shared.progress import NOWHERE, BuildProgress
 from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.recipe.sections.teacher import Workers
 from shared.seconds import read_seconds
@@ -32,7 +33,6 @@ from teacher_cache.passes.feeding import Desk
 from teacher_cache.passes.generate import PROBLEM
 from teacher_cache.passes.hidden_pass import HiddenPass
 from teacher_cache.passes.lazy_engine import LazyEngine
-from teacher_cache.passes.progress import NoProgress, Progress
 from teacher_cache.passes.score import parts_to_score, require_length, score_parts
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
@@ -74,7 +74,7 @@ class _Build(Answering):
 def teach(
     recipe: Recipe,
     partition: tuple[int, int] | None = None,
-    progress: Progress | None = None,
+    progress: BuildProgress | None = None,
     max_set_aside: float = THRESHOLD,
     open_engine: Callable[..., Engine] | None = None,
     seconds_under: str | None = "teach",
@@ -115,7 +115,7 @@ def teach(
     layer, summary = _begin_layer(cache, known, teacher, recipe.capture, layer_name)
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     hidden = _hidden_pass(recipe, known, teacher, cache, summary)
-    progress = progress or NoProgress()
+    progress = progress or BuildProgress(NOWHERE)
     opener = told(open_engine or engines.open_engine, progress)
     with StopSignal() as stop:
         engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop, opener), known.max_model_len)

@@ -30,11 +30,11 @@ from shared.keys import canonical_json, row_key
 from shared.parts.mapped_part import MappedSequences
 from shared.parts.records import PartRecord, list_records
 from shared.parts.sequences import SequenceRow, make_row
+from shared.progress import BuildProgress
 from shared.recipe.recipe import PromptSource, Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
 from teacher_cache.engines.protocol import Engine
-from teacher_cache.passes.progress import Progress
 from teacher_cache.passes.summary import PassFigures
 from teacher_cache.prompts.formats.prompt_formats import Conversation
 from teacher_cache.prompts.problems import Problems
@@ -85,7 +85,7 @@ class Calibration:
     """What the engine says about itself."""
 
 
-def calibrate(recipe: Recipe, num_rows: int, progress: Progress | None = None) -> Calibration:
+def calibrate(recipe: Recipe, num_rows: int, progress: BuildProgress | None = None) -> Calibration:
     """Build a sample twice as described and measure it.
 
     Args:

@@ -27,13 +27,13 @@ from shared.keys import canonical_json, is_heldout
 from shared.models.files import load_tokenizer
 from shared.parts.jobs import Job, PlanRow, list_jobs
 from shared.parts.records import list_records
+from shared.progress import NOWHERE, BuildProgress
 from shared.recipe.recipe import Generate, Recipe, Rounds, Teacher
 from shared.recipe.sections.evaluation import OwnAnswers
 from teacher_cache import engines
 from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.passes.answering import Answering, listed, make_sequences, open_answering, plan, told
 from teacher_cache.passes.lazy_engine import LazyEngine
-from teacher_cache.passes.progress import NoProgress, Progress
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
 from teacher_cache.prompts.problems import THRESHOLD, Problems
@@ -81,7 +81,7 @@ def answer_prompts(
     recipe: Recipe,
     teacher_cache: Path,
     asking: Asking,
-    progress: Progress | None = None,
+    progress: BuildProgress | None = None,
     seconds_under: str | None = None,
 ) -> tuple[Job, BuildSummary]:
     """Let a student answer prompts, or continue; return the job and what was done.
@@ -107,7 +107,7 @@ def answer_prompts(
     summary = BuildSummary(cache.path, "")
     if not asking.heldout:
         _require_one_job(cache.path, request)
-    progress = progress or NoProgress()
+    progress = progress or BuildProgress(NOWHERE)
     opener = told(engines.open_engine, progress)
     with StopSignal() as stop:
         engine = LazyEngine(lambda: open_answering(recipe, answerer, stop, opener), known.max_model_len)

@@ -14,7 +14,7 @@ from typing import Any
 from shared.cache.rows_left_out import answers_line
 from shared.cache.sync.push import pushed_as_committed
 from shared.errors import UsageError
-from shared.progress import BuildProgress, Progress
+from shared.progress import BuildProgress
 from shared.recipe.recipe import Recipe
 from tools.rounds.chain import rounds_in_processes, stage_of, stages_with_rounds, train_in_processes
 
@@ -124,7 +124,7 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: S
         train_in_processes(recipe, chosen, again or _copy_of(recipe), sys.stderr.fileno())
         directories = [recipe.stage_dir(stage.name) / "model" for stage in chosen]
     else:
-        directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage, open_progress=Progress)]
+        directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage)]
     trained = {directory.parent.name: str(directory) for directory in directories}
     return {"models": trained}, "\n".join(f"{name}: {directory}" for name, directory in trained.items())
 

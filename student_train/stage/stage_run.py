@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from shared.cache.tokenizer_files import checked_tokenizer, tokenizer_without_co
 from shared.errors import TrainingError
 from shared.models.gpus import unused_gpu
 from shared.models.load_report import without_bars
+from shared.progress import NOWHERE, Progress
 from shared.recipe.base import quoted
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe, Stage
@@ -47,7 +49,6 @@ from student_train.records.checkpoints import (
 from student_train.records.health import health_of
 from student_train.records.metrics_log import read_steps
 from student_train.records.processes import first_then_others, is_first, wait_for_all
-from student_train.records.progress import OpenProgress, SilentProgress, StageProgress
 from student_train.records.run_seconds import SecondsLog
 from student_train.stage.export import export_student, make_savable
 from student_train.stage.stage_identity import claim_stage, mark_done
@@ -69,9 +70,7 @@ from student_train.train.training_arguments import training_arguments
 from student_train.train.training_problems import explained
 
 
-def run_stage(
-    recipe: Recipe, stage: Stage, open_progress: OpenProgress, patch: Callable[[Any, Objective], None] = patch_forward
-) -> Path:
+def run_stage(recipe: Recipe, stage: Stage, patch: Callable[[Any, Objective], None] = patch_forward) -> Path:
     """Train one stage, or reuse or continue what is there, and return its model's directory; `patch` makes the student
     return the loss of a batch.
 
@@ -84,9 +83,9 @@ def run_stage(
     work = replace(resolve_stage(recipe, stage), patch=patch)
     phase, total, model_dir = f"train {stage.name}", work.plan.num_steps, work.directory / "model"
     args = arguments_of(work)  # joins the other processes, where there are any
-    display = open_progress if is_first() else SilentProgress
+    display = partial(Progress, phase, total, unit="steps", stream=None if is_first() else NOWHERE)
     if first_then_others(lambda: claim_stage(work)):
-        progress = display(phase, total, unit="steps", done=total)
+        progress = display(done=total)
         progress.note(f"{phase}: finished before with the same settings, {model_dir} is reused")
         progress.close()
         return model_dir
@@ -100,7 +99,7 @@ def run_stage(
     damaged = first_then_others(lambda: _tidy(work))
     checkpoint = newest_checkpoint(work.directory, work.belongs_to)
     seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
-    progress = display(phase, total, unit="steps", done=checkpoint.step if checkpoint else 0)
+    progress = display(done=checkpoint.step if checkpoint else 0)
     if damaged is not None:
         progress.note(f"{phase}: {damaged}")
     progress.note(_description(work, checkpoint))
@@ -194,7 +193,7 @@ def _train_and_export(
     work: StageWork,
     args: TrainingArguments,
     checkpoint: Checkpoint | None,
-    progress: StageProgress,
+    progress: Progress,
     seconds: SecondsLog,
 ) -> None:
     """Load the student, train it to the stage's last step and write its model's directory."""
@@ -244,7 +243,7 @@ def assemble(
     work: StageWork,
     args: TrainingArguments,
     base: Any,
-    progress: StageProgress,
+    progress: Progress,
     *,
     done: int = 0,
     on_checkpoint: Callable[[], None] = lambda: None,
@@ -280,7 +279,7 @@ def assemble(
     return trainer, objective
 
 
-def _leaving(work: StageWork, tokenizer: Any, progress: StageProgress) -> Leaving:
+def _leaving(work: StageWork, tokenizer: Any, progress: Progress) -> Leaving:
     """Return what leaves with the model besides its weights; say where the sources do not agree."""
     leaving = leaving_of(work.recipe, work.caches.caches, tokenizer)
     if leaving.note:

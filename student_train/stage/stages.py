@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.progress import Progress
 from shared.recipe.recipe import Recipe
-from student_train.records.progress import OpenProgress
 from student_train.stage.stage_run import run_stage
 
 
-def run_stages(
-    recipe: Recipe,
-    from_stage: str | None = None,
-    to_stage: str | None = None,
-    *,
-    open_progress: OpenProgress = Progress,
-) -> list[Path]:
+def run_stages(recipe: Recipe, from_stage: str | None = None, to_stage: str | None = None) -> list[Path]:
     """Train a recipe's stages, from one to another or all, and return the directories of their models.
 
     A finished stage is reused, a killed one continues from its newest complete checkpoint.
@@ -26,4 +18,4 @@ def run_stages(
         TrainingError: a stage cannot start, does not match what is there, or its loss is not finite.
         CacheError: a cache cannot be opened, or is of another tokenizer than the student.
     """
-    return [run_stage(recipe, stage, open_progress) for stage in recipe.stages_between(from_stage, to_stage)]
+    return [run_stage(recipe, stage) for stage in recipe.stages_between(from_stage, to_stage)]

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from shared.errors import TrainingError
 from shared.failpoints import failpoint
+from shared.progress import Progress
 from student_train.batch.collate import collate
 from student_train.batch.dataset import PackDataset
 from student_train.evaluate.evaluation_run import evaluation_line, reported_figures, show_samples
@@ -28,7 +29,6 @@ from student_train.operator.loss_terms import term_keys
 from student_train.records.checkpoints import complete_checkpoint, damage, list_checkpoints, rotate_checkpoints
 from student_train.records.metrics_log import StepLog, flattened, read_steps
 from student_train.records.processes import wait_for_all
-from student_train.records.progress import StageProgress
 from student_train.student.forward_patch import GRADIENT_SQUARE, Objective
 from student_train.train.course import Course
 from student_train.train.gradient_watch import DivergedError, GradientWatch
@@ -55,7 +55,7 @@ class DistilTrainer(ShardedTrainer):
         belongs_to: Mapping[str, str],
         keep_checkpoints: int | None,
         watch: GradientWatch,
-        progress: StageProgress,
+        progress: Progress,
         on_checkpoint: Callable[[], None],
         callbacks: Sequence[Any] = (),
     ) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 
+from shared.progress import BuildProgress
 from teacher_cache.cluster.unit_board import GENERATE, IMPORT, SCORE, UnitBoard, UnitTask
-from teacher_cache.passes.progress import Progress
 from teacher_cache.passes.summary import BuildSummary
 
 
 class Pace:
     """Follows a build from its first engine to its end."""
 
-    def __init__(self, board: UnitBoard, progress: Progress, summary: BuildSummary, num_engines: int) -> None:
+    def __init__(self, board: UnitBoard, progress: BuildProgress, summary: BuildSummary, num_engines: int) -> None:
         """Begin to count the start of the engines."""
         self._board = board
         self._progress = progress

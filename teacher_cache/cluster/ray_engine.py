@@ -26,11 +26,11 @@ from shared.cache.layout import sequences_dir
 from shared.errors import DecantError, EngineError
 from shared.failpoints import failpoint
 from shared.parts.records import read_record
+from shared.progress import NOWHERE, BuildProgress
 from teacher_cache.cluster.unit_board import GENERATE, IMPORT, UnitTask
 from teacher_cache.cluster.work_order import Loaded, WorkOrder, load_order
 from teacher_cache.passes.feeding import Desk, Unit, feed_units
 from teacher_cache.passes.generate import GenerateUnit, Pass1, import_units
-from teacher_cache.passes.progress import NoProgress
 from teacher_cache.passes.score import ScoreUnit
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary, PassFigures
@@ -152,7 +152,7 @@ class EngineWorker:
         self._started.set_result(Outcome(LIFE))
         try:
             with UnitWriter() as writer:
-                desk = Desk(writer, self._stop, NoProgress())
+                desk = Desk(writer, self._stop, BuildProgress(NOWHERE))
                 while (first := self._following(wait=True)) is not None:
                     self._serve(loaded, first, desk)
         except DecantError as error:

@@ -27,6 +27,7 @@ from typing import Any
 from shared.errors import EngineError
 from shared.parts.jobs import Job
 from shared.parts.records import PartRecord
+from shared.progress import BuildProgress
 from shared.recipe.recipe import Recipe
 from shared.recipe.sections.teacher import Workers
 from teacher_cache.cluster.pace import Pace
@@ -34,7 +35,6 @@ from teacher_cache.cluster.ray_cluster import cpus_per_engine, ray_cluster
 from teacher_cache.cluster.ray_engine import EngineWorker, Outcome
 from teacher_cache.cluster.unit_board import GENERATE, IMPORT, SCORE, UnitBoard, UnitTask
 from teacher_cache.cluster.work_order import WorkOrder
-from teacher_cache.passes.progress import Progress
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
 
@@ -79,7 +79,7 @@ def run_units(
     sequences: Sequence[UnitTask],
     targets: Sequence[UnitTask],
     stop: StopSignal,
-    progress: Progress,
+    progress: BuildProgress,
     summary: BuildSummary,
 ) -> None:
     """Do all units on `workers.count` engines; returns early once a stop is requested.

@@ -14,13 +14,13 @@ from typing import Any
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import DecantError
 from shared.parts.jobs import Job, PlanRow, create_job
+from shared.progress import BuildProgress
 from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.seconds import add_seconds
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.passes.feeding import Desk
 from teacher_cache.passes.generate import Pass1, generate_units, import_units
 from teacher_cache.passes.lazy_engine import LazyEngine
-from teacher_cache.passes.progress import Progress
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
 from teacher_cache.passes.unit_writer import UnitWriter
@@ -43,7 +43,7 @@ class Answering:
 
     recipe: Recipe
     partition: tuple[int, int]
-    progress: Progress
+    progress: BuildProgress
     max_set_aside: float
     cache: CacheWriter
     answerer: Answerer
@@ -81,7 +81,7 @@ class Answering:
             add_seconds(self.recipe.output_dir, self.seconds_under, self.summary.seconds)
 
 
-def told(opener: Callable[..., Engine], progress: Progress) -> Callable[..., Engine]:
+def told(opener: Callable[..., Engine], progress: BuildProgress) -> Callable[..., Engine]:
     """Return an opener that first says what it opens: minutes may pass before the first row."""
 
     def open_it(settings: Teacher, capture: Capture | None, **how: Any) -> Engine:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from shared.errors import EngineError
-from teacher_cache.passes.progress import Progress
+from shared.progress import BuildProgress
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import PassFigures
 from teacher_cache.passes.unit_writer import UnitWriter
@@ -44,7 +44,7 @@ class Desk:
 
     writer: UnitWriter
     stop: StopSignal
-    progress: Progress
+    progress: BuildProgress
 
 
 @dataclass(slots=True)

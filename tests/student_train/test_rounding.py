@@ -124,13 +124,12 @@ def test_plain_float32_is_said_where_there_is_a_gpu_alone(trainer, told):
 
 @pytest.mark.slow
 def test_train_says_what_plan_says(recipe_of, capsys):
-    from shared.progress import Progress
     from tools.plan.planner import plan, plan_text
 
     recipe = recipe_of(student=NARROW, trainer={"learning_rate": 2e-5, "max_steps": 1})
     said = "train kd: weights are kept in bfloat16 and a full step at learning rate 2e-05 moves 30% of them"
     assert said in plan_text(plan(recipe))
-    run_stages(recipe, open_progress=Progress)
+    run_stages(recipe)
     assert said in capsys.readouterr().err
 
 

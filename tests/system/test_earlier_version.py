@@ -74,11 +74,10 @@ def test_jobs_keep_their_names() -> None:
 
 
 def test_finished_stages_are_reused(run: Path) -> None:
-    from student_train.records.progress import SilentProgress
     from student_train.stage.stages import run_stages
 
     before = files_of(run / "run" / "train")
-    run_stages(load_recipe(Path("recipe.yaml")), open_progress=SilentProgress)
+    run_stages(load_recipe(Path("recipe.yaml")))
     assert files_of(run / "run" / "train") == before
 
 
@@ -107,7 +106,6 @@ def test_a_finished_stage_is_reused_when_the_trainer_has_learnt_an_option(
 
 @pytest.mark.slow
 def test_a_begun_stage_is_continued_from_its_checkpoint(run: Path) -> None:
-    from student_train.records.progress import SilentProgress
     from student_train.stage.stages import run_stages
 
     directory = run / "run" / "train" / "kd"
@@ -115,7 +113,7 @@ def test_a_begun_stage_is_continued_from_its_checkpoint(run: Path) -> None:
     (directory / "done.json").unlink()
     shutil.rmtree(directory / "model")
     steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    run_stages(load_recipe(Path("recipe.yaml")), open_progress=SilentProgress)
+    run_stages(load_recipe(Path("recipe.yaml")))
     again = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert again == steps == [1, 2, 3, 4]
     assert len((directory / "model" / "model.safetensors").read_bytes()) == len(finished)

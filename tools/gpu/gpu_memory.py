@@ -148,9 +148,9 @@ def _train(recipe: Any, config: Any) -> tuple[Any, dict[str, Any]]:
     import torch
     from transformers.trainer_utils import SaveStrategy
 
+    from shared.progress import NOWHERE, Progress
     from student_train.fit.memory import estimate_memory
     from student_train.fit.model_shape import shape_of
-    from student_train.records.progress import SilentProgress
     from student_train.stage.stage_run import arguments_of, assemble
     from student_train.stage.stage_work import resolve_stage
 
@@ -158,7 +158,7 @@ def _train(recipe: Any, config: Any) -> tuple[Any, dict[str, Any]]:
     args = arguments_of(work)
     args.save_strategy = SaveStrategy.NO  # nothing of it is worth a disk
     base = random_student(config, work.student, args.device)
-    trainer, objective = assemble(work, args, base, SilentProgress("gpu check", work.plan.num_steps))
+    trainer, objective = assemble(work, args, base, Progress("gpu check", work.plan.num_steps, stream=NOWHERE))
     on_gpu = args.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()

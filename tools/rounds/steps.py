@@ -8,12 +8,11 @@ Cost: that of a build, and of a stage.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from shared.errors import DecantError
 from shared.printable import printable
-from shared.progress import BuildProgress, Progress
+from shared.progress import BuildProgress
 from tools.rounds.guards import AnswerFigures, beyond, round_figures
 from tools.rounds.one_round import Round, as_answering
 from tools.rounds.publish import publish, require_of_rounds
@@ -71,7 +70,7 @@ def score(one: Round) -> Result:
     return {"cache": str(one.own_cache), "layer": summary.layer, "scored": made.rows}, text
 
 
-def train(one: Round, open_progress: Callable[..., Any] = Progress) -> Result:
+def train(one: Round) -> Result:
     """Train the round, and put its model where the stage's is looked for.
 
     Raises:
@@ -90,7 +89,7 @@ def train(one: Round, open_progress: Callable[..., Any] = Progress) -> Result:
         print(printable(f"{_name(one)}: trained before, {one.directory / 'model'} is reused"), file=sys.stderr)
     else:
         name = one.training_name
-        run_stages(one.training(shares_of(one)), name, name, open_progress=open_progress)
+        run_stages(one.training(shares_of(one)), name, name)
     model = publish(one)
     return {"model": str(model)}, f"{_name(one)}: {model}"
 

@@ -29,7 +29,6 @@ from transformers.modeling_outputs import CausalLMOutput
 from shared.cache.cache import Cache
 from shared.errors import EvaluationError, UsageError
 from shared.models.loading import load_causal_lm
-from shared.progress import Progress
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
 from student_train.evaluate.heldout_rows import heldout_rows
@@ -120,7 +119,7 @@ def load(directory: Path | str) -> Any:
 def train(recipe: Recipe, teacher: Any | None) -> Path:
     """Train the recipe's stage `kd`, live where a teacher is given; return its model's directory."""
     patch = patch_forward if teacher is None else partial(patch_live, teacher=teacher)
-    return run_stage(recipe, recipe.stage("kd"), Progress, patch)
+    return run_stage(recipe, recipe.stage("kd"), patch)
 
 
 def summary(kl: Mapping[str, Sequence[float]], sizes: Mapping[str, float]) -> str:
