@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.progress import duration
 from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration
 from teacher_cache.engines.vllm.vllm_settings import logprob_bytes
@@ -161,7 +162,7 @@ def calibrated_text(figures: dict[str, Any]) -> str:
     )
     parts = ", ".join(f"{name} {seconds[name]:,.0f}" for name in ("start", "generate", "score"))
     lines.append(
-        f"    time     {_duration(seconds['all'])} (seconds: {parts}), {figures['engine_hours']:,.3g} engine-hours"
+        f"    time     {duration(seconds['all'])} (seconds: {parts}), {figures['engine_hours']:,.3g} engine-hours"
     )
     lines.append(
         f"    disk     {size(bytes_['all'])} (targets {size(bytes_['targets'])}, sequences {size(bytes_['sequences'])})"
@@ -175,9 +176,3 @@ def calibrated_text(figures: dict[str, Any]) -> str:
     if figures["money"] is not None:
         lines.append(f"    money    {figures['money']:,.2f} at {figures['price_per_hour']:g} per engine and hour")
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

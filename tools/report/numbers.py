@@ -1,4 +1,4 @@
-"""What a table is, and how numbers are written in it: percent, decimals, times, bytes; a dash for what there is not."""
+"""What a table is, and how numbers are written in it: percent, decimals, ratios, bytes; a dash for what there is not."""
 
 from __future__ import annotations
 
@@ -45,18 +45,6 @@ def compact(count: int) -> str:
         if count >= least:
             return f"{count / least:.1f}{unit}" if count < 10 * least else f"{count / least:.0f}{unit}"
     return str(count)
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as `12 s`, `3 min 05 s` or `2 h 10 min`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return (
-        f"{int(minutes)} min {int(seconds % 60):02d} s"
-        if minutes < 100
-        else f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
-    )
 
 
 def times(ratio: float | None) -> str:

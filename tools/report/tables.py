@@ -13,8 +13,9 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shared.progress import duration
 from tools.report.more_tables import more_tables
-from tools.report.numbers import data_size, duration, number, percent
+from tools.report.numbers import data_size, number, percent
 
 _TIME = "time: "
 HELDOUT_HEADER = (
