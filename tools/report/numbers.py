@@ -1,4 +1,4 @@
-"""What a table is, and how numbers are written in it: percent, decimals, ratios, bytes; a dash for what there is not."""
+"""What a table is, and how numbers are written in it: percent, decimals, ratios, bytes; a dash for what is not."""
 
 from __future__ import annotations
 

@@ -29,6 +29,14 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 
+_COLUMNS = (
+    "small print: 95 % interval",
+    "held-out KL: nats per position from the teacher's cached distributions, on prompts never trained on",
+    "top-1: positions whose most probable token is the teacher's",
+    "marked: the best of base and the students, where its interval overlaps no other's",
+)
+"""What the legend of the models' table says beside the tasks' metrics."""
+
 
 def page(
     report: Mapping[str, Any], runs: Sequence[RunFiles], samples: Sequence[Sample], figures: Sequence[tuple[str, str]]
@@ -123,26 +131,10 @@ def _models(report: Mapping[str, Any]) -> str:
             label = escape(header[column])
             cells += f'<td{mark} data-label="{label}">{escape(cell)}{f"<small>{spread}</small>" if spread else ""}</td>'
         body += f"<tr>{cells}</tr>"
-    legend = _legend(report)
+    legend = escape(tables.models_legend(report, *_COLUMNS))
     inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     table = f'<div class="card"><div class="scroll"><table class="stack">{inside}</table></div>'
     return f'{table}<p class="legend">{legend}</p></div>'
-
-
-def _legend(report: Mapping[str, Any]) -> str:
-    metrics = {
-        domain: task.get("metric", "") for model in report["models"].values() for domain, task in model["tasks"].items()
-    }
-    parts = [f"{domain}: {metric}" for domain, metric in metrics.items()]
-    parts += [
-        "small print: 95 % interval",
-        "held-out KL: nats per position from the teacher's cached distributions, on prompts never trained on",
-    ]
-    parts += [
-        "top-1: positions whose most probable token is the teacher's",
-        "marked: the best of base and the students, where its interval overlaps no other's",
-    ]
-    return escape("; ".join(parts) + ". " + tables.bases_text(report))
 
 
 def _best_cells(report: Mapping[str, Any]) -> set[tuple[str, int]]:

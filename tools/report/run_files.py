@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
+from shared.parts.part_stats import add_figures
 from shared.places import named
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
@@ -224,30 +225,13 @@ def _layer(cache: Cache) -> dict[str, Any]:
 
 def _sum_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
     """Add the figures of several caches; means are weighted by positions."""
-    positions = [figures["positions"] for figures in stats]
     total: dict[str, Any] = {}
-    for key in sorted({key for figures in stats for key in figures}):
-        values = [figures.get(key) for figures in stats]
-        numbers = [value if isinstance(value, int | float) else 0 for value in values]
+    for figures in stats:
+        add_figures(total, figures)
+    for key in total:
         if key.startswith("mean_") or key in ("bytes_per_position", "entropy_bin_nats"):
-            total[key] = math.fsum(n * p for n, p in zip(numbers, positions, strict=True)) / max(sum(positions), 1)
-        elif any(isinstance(value, list) for value in values):
-            lists = [value for value in values if isinstance(value, list)]
-            total[key] = [sum(column) for column in zip(*lists, strict=False)]
-        elif any(isinstance(value, dict) for value in values):
-            total[key] = _sum_dicts([value for value in values if isinstance(value, dict)])
-        else:
-            total[key] = sum(numbers)
-    return total
-
-
-def _sum_dicts(values: list[dict[str, Any]]) -> dict[str, Any]:
-    total: dict[str, Any] = {}
-    for value in values:
-        for key, number in value.items():
-            total[key] = (
-                _sum_dicts([total.get(key, {}), number]) if isinstance(number, dict) else total.get(key, 0) + number
-            )
+            weighted = [figures.get(key, 0) * figures["positions"] for figures in stats]
+            total[key] = math.fsum(weighted) / max(total["positions"], 1)
     return total
 
 

@@ -47,15 +47,8 @@ def score_domains(report: Mapping[str, Any]) -> list[str]:
 def model_header(report: Mapping[str, Any]) -> list[str]:
     """Return the columns of the models' table."""
     domains = score_domains(report)
-    return [
-        "model",
-        *domains,
-        *(["mean"] if len(domains) > 1 else []),
-        "gap closed",
-        "held-out KL",
-        "top-1",
-        "perplexity",
-    ]
+    mean = ["mean"] if len(domains) > 1 else []
+    return ["model", *domains, *mean, "gap closed", "held-out KL", "top-1", "perplexity"]
 
 
 def heldout_bases(report: Mapping[str, Any]) -> dict[str, str]:
@@ -90,6 +83,17 @@ def model_rows(report: Mapping[str, Any]) -> list[list[str]]:
         ]
         rows.append([name, *cells, number(heldout.get("perplexity"), 2)])
     return rows
+
+
+def models_legend(report: Mapping[str, Any], *columns: str) -> str:
+    """Return what the columns of the models' table are: the tasks' metrics, and what is said of the others."""
+    tasks = [task for model in report["models"].values() for task in model["tasks"].items()]
+    metrics = {domain: task["metric"] for domain, task in tasks if "metric" in task}
+    return (
+        "; ".join([*(f"{domain}: {metric}" for domain, metric in metrics.items()), *columns])
+        + ". "
+        + bases_text(report)
+    )
 
 
 def heldout_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -175,15 +179,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     header, rows = model_header(report), model_rows(report)
     lines = [f"# {_md(report['name'])}", ""]
     if rows:
-        lines += _md_table(header, rows, 1, _legend(report))
+        kl = "held-out KL: nats per position from the teacher's cached distributions"
+        gap = "gap closed: share of the way from base to teacher in the mean"
+        lines += _md_table(header, rows, 1, models_legend(report, gap, kl))
     if heldout := heldout_rows(report):
         lines += _md_table(HELDOUT_HEADER, heldout, 2, HELDOUT_LEGEND)
     for table in more_tables(report):
         lines += [f"## {_md(table.title)}", "", *_md_table(table.header, table.rows, table.num_labels, table.legend)]
     facts = run_rows(report)
-    lines += (
-        ["| | |", "|---|---:|", *(f"| {_md(what)} | {_md(figure)} |" for what, figure in facts), ""] if facts else []
-    )
+    if facts:
+        lines += ["| | |", "|---|---:|", *(f"| {_md(what)} | {_md(figure)} |" for what, figure in facts), ""]
     for name, stage in report["stages"].items():
         health = stage["health"]
         failed = [check for check, passed in (health or {}).get("checks", {}).items() if not passed]
@@ -220,21 +225,6 @@ def models_csv(report: Mapping[str, Any]) -> str:
         cells = ["" if cell is None else repr(cell) for cell in cells]
         writer.writerow([_cell(name), *cells, _cell(model.get("heldout_basis") or "")])
     return out.getvalue()
-
-
-def _legend(report: Mapping[str, Any]) -> str:
-    metrics = {
-        domain: task["metric"]
-        for model in report["models"].values()
-        for domain, task in model["tasks"].items()
-        if "metric" in task
-    }
-    text = [f"{domain}: {metric}" for domain, metric in metrics.items()]
-    text += [
-        "gap closed: share of the way from base to teacher in the mean",
-        "held-out KL: nats per position from the teacher's cached distributions",
-    ]
-    return "; ".join(text) + ". " + bases_text(report)
 
 
 def _md_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_labels: int, legend: str) -> list[str]:

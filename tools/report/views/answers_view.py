@@ -87,16 +87,9 @@ def _sample(sample: Sample, models: Sequence[str]) -> str:
 
 
 def _answer(name: str, answer: SampleAnswer, models: Sequence[str]) -> str:
-    style = "soft" if answer.score is None else "good" if answer.score >= 1 else "bad" if answer.score <= 0 else "soft"
-    verdict = (
-        ""
-        if answer.score is None
-        else "right"
-        if answer.score >= 1
-        else "wrong"
-        if answer.score <= 0
-        else percent(answer.score, 0)
-    )
+    style, verdict = "soft", "" if answer.score is None else percent(answer.score, 0)
+    if answer.score is not None and not 0 < answer.score < 1:
+        style, verdict = ("good", "right") if answer.score >= 1 else ("bad", "wrong")
     reason = f' <span class="soft">{escape(answer.reason)}</span>' if answer.reason else ""
     colour = plots.colour_of(models, name)
     head = f'<div><span class="who">{escape(name)}</span> <span class="{style}">{verdict}</span>{reason}</div>'
