@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.open_parts import OpenParts
 from shared.parts.part_file import part_file
 from shared.parts.parts import check_file
-from shared.parts.records import PartRecord, list_records
+from shared.parts.records import PartRecord, check_counts, list_records
 from shared.parts.sequences import SequenceRow
 from shared.payload.hidden import HiddenStates
 from shared.payload.narrowing import LayerView, Narrowing, can_narrow, narrow
@@ -59,6 +60,9 @@ class Row(SequenceRow):
     """None where the cache was opened without a targets layer."""
     hidden: HiddenStates | None = None
     """None where the cache was opened without a hidden layer."""
+
+
+_columns_of = attrgetter(*(column.name for column in fields(SequenceRow)))
 
 
 class Cache:
@@ -163,12 +167,7 @@ class Cache:
         hidden: str | bool = False,
     ) -> Cache:
         for record, scored in zip(records, targets, strict=False):
-            if (record.rows, record.positions) != (scored.rows, scored.positions):
-                raise DamagedError(
-                    f"{path}: targets of {record.stem} have {scored.rows} rows and {scored.positions} positions where "
-                    f"its sequences have {record.rows} and {record.positions}; delete the targets part and score it "
-                    "again"
-                )
+            check_counts(layer.directory if layer else path, scored, record)
         if verify:
             for directory, listed in ((sequences_dir(path), records), (layer.directory if layer else path, targets)):
                 for record in listed:
@@ -194,20 +193,9 @@ class Cache:
         number, local = self._locate(index)
         row = self._sequences.get(number).row(local)
         targets = None if self._codec is None else self.targets_of(index, row)
-        return Row(
-            row.key,
-            row.row_key,
-            row.group_key,
-            row.source,
-            row.prompt,
-            row.response,
-            row.reference,
-            row.token_ids,
-            row.spans,
-            row.finish_reason,
-            targets,
-            None if self._hidden is None else self._hidden.read(number, local, row),
-        )
+        hidden = None if self._hidden is None else self._hidden.read(number, local, row)
+        values = (*_columns_of(row), targets, hidden)
+        return Row(*values)
 
     def targets_of(self, index: int, row: SequenceRow) -> SparseTargets:
         """Return the targets of row `index`, whose sequence is read already; the cache was opened with a layer.
@@ -217,12 +205,7 @@ class Cache:
         """
         assert self._codec is not None
         number, local = self._locate(index)
-        part = self._targets.get(number)
-        try:
-            targets = self._codec.decode(part.blob(local, row), row.num_positions)
-        except DamagedError as error:
-            message = str(error)
-            raise DamagedError(message if str(part.path) in message else f"{part.path}:{local}: {message}") from None
+        targets = self._targets.get(number).content(local, row, self._codec.decode)
         if self._narrowing is not None:
             targets = narrow(targets, self._narrowing)
         if self._layer is not None and self._layer.identity.tail == "unknown":

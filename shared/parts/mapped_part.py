@@ -8,9 +8,9 @@ kill the process. Cost per row: a few microseconds and the bytes of the row.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from shared.parts.sequences import SequenceRow, spans_problem, token_ids_problem
 from shared.schema import FINISH_REASONS, MAX_TEXT_BYTES_PER_ROW, MAX_TOKENS_PER_ROW, MAX_VOCAB_SIZE
 
 _NO_OFFSETS = np.zeros(1, np.int64)
+Content = TypeVar("Content")
 
 
 @contextlib.contextmanager
@@ -222,6 +223,18 @@ class MappedBlobs:
                 f"{row.num_positions}"
             )
         return self._blobs.slice(i)
+
+    def content(self, i: int, row: SequenceRow, decode: Callable[[memoryview, int], Content]) -> Content:
+        """Return what `decode` makes of the blob of row i, whose sequence is `row`, and of its number of positions.
+
+        Raises:
+            DamagedError: it is not of that row, or not what was committed.
+        """
+        try:
+            return decode(self.blob(i, row), row.num_positions)
+        except DamagedError as error:
+            message = str(error)
+            raise DamagedError(message if str(self.path) in message else f"{self.path}:{i}: {message}") from None
 
 
 class MappedTargets(MappedBlobs):

@@ -224,6 +224,20 @@ def check_layer(layer: str | None, path: Path) -> None:
         )
 
 
+def check_counts(directory: Path, record: PartRecord, sequences: PartRecord) -> None:
+    """Refuse a layer's part that has other rows or positions than its part of sequences.
+
+    Raises:
+        DamagedError: it does.
+    """
+    if (record.rows, record.positions) != (sequences.rows, sequences.positions):
+        raise DamagedError(
+            f"{directory / record.stem}.json says {record.rows} rows and {record.positions} positions where its "
+            f"sequences have {sequences.rows} and {sequences.positions}; delete the part with its record and teach "
+            "again"
+        )
+
+
 def list_records(directory: Path) -> list[PartRecord]:
     """Return the records of a directory's committed parts, by stem; none where the directory is missing.
 

@@ -37,10 +37,10 @@ from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import write_layer
 from shared.cache.writing.part_takeover import TakeOver, rewrite_part
-from shared.errors import CacheError, DamagedError, IdentityError, UsageError
+from shared.errors import CacheError, IdentityError, UsageError
 from shared.identity.identity import difference
 from shared.parts.cache_files import read_bounded
-from shared.parts.records import PartRecord, list_records
+from shared.parts.records import PartRecord, check_counts, list_records
 from shared.parts.repeated_rows import repeated_rows
 from shared.schema import MAX_JSON_BYTES
 from tools.cache.derived_cache import DerivedCache
@@ -289,12 +289,7 @@ def _write_part(
         if record.stem in scored[hash8]
     ]
     for layer, targets, _ in layers:
-        if (targets.rows, targets.positions) != (record.rows, record.positions):
-            raise DamagedError(
-                f"{layer.directory}: targets of {record.stem} have {targets.rows} rows and {targets.positions} "
-                "positions where its "
-                f"sequences have {record.rows} and {record.positions}; delete the targets part and score it again"
-            )
+        check_counts(layer.directory, targets, record)
     if kept is not None:
         rewrite_part(sequences_dir(source.path), record, kept, sequences_dir(merge.out.path), stem, layers)
         merge.take_over.rewritten += 1

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.layout import HiddenLayer, choose_layer, list_hidden_layers
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError
 from shared.parts.mapped_part import MappedBlobs
 from shared.parts.open_parts import OpenParts
 from shared.parts.parts import check_file
-from shared.parts.records import PartRecord, list_records
+from shared.parts.records import PartRecord, check_counts, list_records
 from shared.parts.sequences import SequenceRow
 from shared.payload.hidden import HiddenStates
 
@@ -45,12 +45,7 @@ class HiddenReader:
         self.layer = layer
         self.records = [covered[record.stem] for record in sequences]
         for record, hidden in zip(sequences, self.records, strict=True):
-            if (record.rows, record.positions) != (hidden.rows, hidden.positions):
-                raise DamagedError(
-                    f"{layer.directory / hidden.stem}.arrow has {hidden.rows} rows and {hidden.positions} positions "
-                    f"where its sequences have {record.rows} and {record.positions}; delete the part with its record "
-                    "and teach again"
-                )
+            check_counts(layer.directory, hidden, record)
             if verify:
                 check_file(layer.directory, hidden)
         self._codec = layer.identity.make_codec()
@@ -79,12 +74,7 @@ class HiddenReader:
         Raises:
             DamagedError: they are not what was committed.
         """
-        part = self._parts.get(number)
-        try:
-            return self._codec.decode(part.blob(local, row), row.num_positions)
-        except DamagedError as error:
-            message = str(error)
-            raise DamagedError(message if str(part.path) in message else f"{part.path}:{local}: {message}") from None
+        return self._parts.get(number).content(local, row, self._codec.decode)
 
     def stats(self) -> dict[str, Any]:
         """Return sizes of the layer's parts, from their records."""

@@ -39,7 +39,7 @@ from shared.parts.cache_files import list_folder
 from shared.parts.jobs import Job, list_jobs
 from shared.parts.mapped_part import MappedBlobs, MappedSequences, MappedTargets
 from shared.parts.part_stats import sequences_stats, targets_stats, targets_stats_problem
-from shared.parts.records import PartRecord, list_records
+from shared.parts.records import PartRecord, check_counts, list_records
 from shared.parts.repeated_rows import repeated_rows
 from shared.payload.quantise import LEAST_LABEL_LOGPROB, MOST_LABEL_ERROR
 from shared.payload.targets import SparseTargets
@@ -199,17 +199,13 @@ def _layer_problems(
             continue  # a `cache drop` that was interrupted; nothing reads it
         if found is None:
             yield f"{layer.directory / record.stem}.arrow scores a sequences part that does not exist"
-        elif (found.rows, found.positions) != (record.rows, record.positions):
-            yield (
-                f"{layer.directory / record.stem}.json says {record.rows} rows and {record.positions} positions where "
-                f"its sequences have {found.rows} and {found.positions}; delete part and record and build again"
-            )
         else:
             yield from _bounded(_blob_problems(path, layer, record, found))
 
 
 @_ending_with_its_error
 def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, sequences: PartRecord) -> Iterator[str]:
+    check_counts(layer.directory, record, sequences)
     codec = layer.identity.make_codec()
     kind = MappedTargets if isinstance(layer, Layer) else MappedBlobs
     blobs = kind(layer.directory, record, verify=True)
