@@ -198,7 +198,7 @@ def test_a_run_with_nothing_but_a_recipe_still_has_a_report(tmp_path: Path) -> N
 def test_the_command_prints_the_reports_table_with_mean_cache_and_time(run: Path) -> None:
     report, text = print_report([run])
     assert text == table_text(report)
-    for figure in ("mean", "63.3 %", "bytes per position", "train.kd 84 s", "0.1200"):
+    for figure in ("mean", "63.3 %", "bytes per position", "train.kd 1 min 24 s", "0.1200"):
         assert figure in text
 
 
