@@ -95,12 +95,12 @@ def body_of(model: Any) -> nn.Module:
     Raises:
         TrainingError: the model does not say which part that is.
     """
-    body = find_body(model)
+    body: nn.Module | None = find_body(model)
     if body is None:
         raise TrainingError(
             f"{type(model).__name__} does not say where its body ends and its head begins; choose another student"
         )
-    return body  # type: ignore[no-any-return]
+    return body
 
 
 def run_body(body: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
