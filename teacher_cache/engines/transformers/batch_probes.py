@@ -7,14 +7,11 @@ Cost: a few forward passes of two short rows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from shared.models.wide_weights import in_float32
-
-if TYPE_CHECKING:
-    from teacher_cache.engines.transformers.transformers_model import CausalModel
 
 _ROUNDING = 1e-4
 """Largest difference of a token's state that counts as rounding in float32, over the states' standard deviation."""
@@ -23,13 +20,26 @@ _UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, 
 """What models with a cache of their own raise when they meet another."""
 
 
-def probe_tokens(model: CausalModel, num_tokens: int) -> torch.Tensor:
+class Asked(Protocol):
+    """What is asked here of a model."""
+
+    model: Any
+    tokenizer: Any
+    config: Any
+    device: torch.device
+    num_entries: int
+
+    def hidden(self, token_ids: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        """Return [R, T, H] last hidden states."""
+
+
+def probe_tokens(model: Asked, num_tokens: int) -> torch.Tensor:
     """Return [1, num_tokens] tokens."""
     tokens = torch.arange(1, num_tokens + 1, device=model.device)[None] * 97
     return tokens % min(len(model.tokenizer), model.num_entries)
 
 
-def padding_is_unseen(model: CausalModel) -> bool:
+def padding_is_unseen(model: Asked) -> bool:
     """Say whether a row's states are the same in a batch that is padded on either side."""
     row, length = probe_tokens(model, _SHORT_ROW), 2 * _SHORT_ROW
     with in_float32(model.model):
@@ -45,14 +55,14 @@ def padding_is_unseen(model: CausalModel) -> bool:
     return True
 
 
-def empty_cache(model: CausalModel) -> Any:
+def empty_cache(model: Asked) -> Any:
     """Return a cache of transformers in which nothing is yet."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
 
 
-def cache_is_whole(model: CausalModel, *, pads: bool) -> bool:
+def cache_is_whole(model: Asked, *, pads: bool) -> bool:
     """Say whether states that follow a cache are those of the whole rows, token by token.
 
     Args:
@@ -77,7 +87,7 @@ def cache_is_whole(model: CausalModel, *, pads: bool) -> bool:
     return _are_equal(torch.stack(found, 1), whole)
 
 
-def _two_rows(model: CausalModel, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _two_rows(model: Asked, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return [2, num_tokens] tokens of the probe, twice, and as many ones."""
     tokens = probe_tokens(model, num_tokens).repeat(2, 1)
     return tokens, torch.ones_like(tokens)
