@@ -10,19 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from student_train.losses.divergence import ZERO_LOG_MASS, Divergence
+from student_train.losses.divergence import Divergence, without_padding
 from student_train.losses.forward_kl import forward_kl
 
 
 def decoupled_kl(log_p: Tensor, log_q: Tensor, head_temperature: float = 2.0) -> Tensor:
     """Return [C] the divergence in nats of log-masses [C, M] at T = 1, the bucket's last."""
-    empty = log_p[:, :-1] <= ZERO_LOG_MASS
-    head_p, head_q = (x[:, :-1].masked_fill(empty, ZERO_LOG_MASS) for x in (log_p, log_q))
-    halves = [torch.stack([torch.logsumexp(h, 1), x[:, -1]], 1) for h, x in ((head_p, log_p), (head_q, log_q))]
-    # a temperature must not lift an empty mass above nothing
-    sharp_p, sharp_q = (
-        (h / head_temperature).masked_fill(empty, 10 * ZERO_LOG_MASS).log_softmax(1) for h in (head_p, head_q)
-    )
+    log_p, log_q = without_padding(log_p, log_q)
+    halves = [torch.stack([torch.logsumexp(log[:, :-1], 1), log[:, -1]], 1) for log in (log_p, log_q)]
+    sharp_p, sharp_q = ((log[:, :-1] / head_temperature).log_softmax(1) for log in (log_p, log_q))
     within = forward_kl(sharp_p, sharp_q)
     return forward_kl(*halves) + halves[0][:, 0].exp() * head_temperature**2 * within
 

@@ -13,12 +13,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 ZERO_LOG_MASS = -100.0
 """Natural log that stands for an empty mass: exp(-100) is nothing beside any probability, and no formula turns it into
 NaN.
 """
+_BELOW_ALL = -1e6
+"""Natural log that is below that of every mass that a softmax gives, so that a sum of masses does not see it."""
+
+
+def without_padding(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-masses [C, M] whose padded slots, those of an empty mass but for the bucket, no sum of masses sees.
+
+    A student may give all of a head, or all of a tail, less than what stands for an empty mass.
+
+    >>> p, q = without_padding(torch.tensor([[-0.1, -100.0, -2.3]]), torch.tensor([[-150.0, -100.0, 0.0]]))
+    >>> q[:, :2].logsumexp(1)
+    tensor([-150.])
+    """
+    is_padded = log_p == ZERO_LOG_MASS
+    is_padded = torch.cat([is_padded[:, :-1], torch.zeros_like(is_padded[:, -1:])], 1)
+    return log_p.masked_fill(is_padded, _BELOW_ALL), log_q.masked_fill(is_padded, _BELOW_ALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from student_train.losses.divergence import Divergence
+from student_train.losses.divergence import Divergence, without_padding
 
 
 def head_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return [C] KL(p(.|head) || q(.|head)) in nats of log-masses [C, M], whose last is the bucket."""
+    log_p, log_q = without_padding(log_p, log_q)
     log_p, log_q = (log[:, :-1] - log[:, :-1].logsumexp(-1, keepdim=True) for log in (log_p, log_q))
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 

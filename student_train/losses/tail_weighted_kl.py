@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from student_train.losses.divergence import Divergence
+from student_train.losses.divergence import Divergence, without_padding
 from student_train.losses.forward_kl import forward_kl
 
 
@@ -20,6 +20,7 @@ def tail_weighted_kl(log_p: Tensor, log_q: Tensor, tail_weight: float = 2.0, num
     Without `num_head` all but the last are, and there is no tail to weigh.
     """
     first = log_p.shape[1] - 1 if num_head is None else num_head
+    log_p, log_q = without_padding(log_p, log_q)
     log_p_tail, log_q_tail = log_p[:, first:], log_q[:, first:]
     whole_p, whole_q = torch.logsumexp(log_p_tail, 1), torch.logsumexp(log_q_tail, 1)
     tail = forward_kl(log_p_tail, log_q_tail) - whole_p.exp() * (whole_p - whole_q)

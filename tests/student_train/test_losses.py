@@ -43,6 +43,27 @@ def test_mass_that_both_sides_lack_counts_for_nothing(name):
     assert float(slopes[:, :2].abs().max()) < 1e-40
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_padding_counts_for_nothing_beside_masses_that_are_smaller_than_it(name):
+    """A student sure of another token gives all of the teacher's head, or all of its tail, less than exp(-100)."""
+    splits = registry[name].splits_tail
+    p, q = masses(0).log(), masses(1).log()
+    q[:, 3:] -= 200 if splits else 0
+    q[:, :4] -= 0 if splits else 200
+    q = q.log_softmax(1)
+    empty = torch.full((6, 2), ZERO_LOG_MASS, dtype=torch.float64)
+    p_wide, q_wide = (torch.cat([x[:, :4], empty, x[:, 4:]], 1) for x in (p, q))
+    q_wide.requires_grad_()
+    options = {"num_head": 3} if splits else {}
+    found = registry[name].function(p_wide, q_wide, **options)
+    expected = torch.stack(
+        [divergence_of_masses(name, a.exp(), b.exp(), {}, 3 if splits else None) for a, b in zip(p, q, strict=True)]
+    )
+    torch.testing.assert_close(found, expected)
+    (slopes,) = torch.autograd.grad(found.sum(), q_wide)
+    assert float(slopes[:, 4:6].abs().max()) < 1e-40
+
+
 def test_skewed_divergences_are_bounded_where_plain_ones_are_not():
     p, q = torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.0, 1.0]]).log()
     p, q = (x.masked_fill(x == -torch.inf, ZERO_LOG_MASS) for x in (p, q))
