@@ -74,6 +74,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", _SIZES | {"head_dim": 16}),
     "gemma2": ("gemma2", _SIZES | _GEMMA | {"attn_logit_softcapping": 5.0}),
     "gemma3": ("gemma3_text", _SIZES | _GEMMA),
+    "gemma3n": (
+        "gemma3n_text",
+        _SIZES
+        | _GEMMA
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8}
+        | {"vocab_size_per_layer_input": VOCAB_SIZE, "num_kv_shared_layers": 2, "laurel_rank": 8, "altup_num_inputs": 2}
+        | {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "intermediate_size": [96] * 4},
+    ),
     "glm4": ("glm4", _SIZES | {"head_dim": 16}),
     "gpt2": ("gpt2", _GPT | {"n_layer": 3}),
     "gpt_neo": (

@@ -158,8 +158,15 @@ class StudentWatch:
 
     def _state_hook(self, layer: int) -> Callable[..., None]:
         def keep(module: Any, inputs: Any, output: Any) -> None:
-            if self._is_on:
-                self.states[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+            if not self._is_on:
+                return
+            states = output[0] if isinstance(output, tuple) else output
+            if states.ndim != 3:
+                raise TrainingError(
+                    f"student layer {layer} passes on several states of a token ({list(states.shape)}), of which the "
+                    "loss 'hidden' would need one; leave the loss out, or map it to final"
+                )
+            self.states[layer] = states[0]
 
         return keep
 

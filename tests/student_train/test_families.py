@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from shared.errors import ModelError, TrainingError
+from student_train.layers.student_watch import StudentWatch
 from student_train.losses import LossTerm
 from student_train.student.forward_patch import Objective, patch_forward
 from student_train.student.row_separation import separate_rows
-from student_train.student.student_head import StudentHead, check_head, head_of
+from student_train.student.student_head import StudentHead, body_of, check_head, head_of, run_body
 from tests.tiny_families import FAMILIES, VOCAB_SIZE, make_family
 
 LENGTHS = (5, 90, 33, 2, 64, 65, 32, 77)
@@ -183,3 +184,10 @@ def test_head_behind_layers_of_another_width_is_refused_with_both_widths():
     model = RemBertForCausalLM(config).eval()
     with pytest.raises(TrainingError, match=r"64 wide.* reads 48"):
         check_head(model, head_of(model, VOCAB_SIZE))
+
+
+def test_layer_with_several_states_of_a_token_is_refused_to_the_loss_on_states():
+    model = make_family("gemma3n")
+    watch = StudentWatch(model, [2], [])
+    with pytest.raises(TrainingError, match=r"layer 2 passes on several states.*map it to final"), watch.on():
+        run_body(body_of(model), rows_of([5])[0][None], torch.arange(5)[None])

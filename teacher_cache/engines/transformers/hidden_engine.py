@@ -78,7 +78,16 @@ class HiddenEngine:
         return keep
 
     def _keep(self, layer: int, states: Tensor) -> None:
-        """Keep the wanted rows of [R, T, W] states, projected."""
+        """Keep the wanted rows of [R, T, W] states, projected.
+
+        Raises:
+            EngineError: the layer passes on more than one state of a token.
+        """
+        if states.ndim != 3:
+            raise EngineError(
+                f"layer {layer} of the teacher passes on several states of a token ({list(states.shape)}), of which a "
+                "cache keeps one; capture the layer final alone"
+            )
         self._states[layer] = [self._stored(states[row].index_select(0, rows)) for row, rows in enumerate(self._rows)]
 
     def _stored(self, states: Tensor) -> Tensor:

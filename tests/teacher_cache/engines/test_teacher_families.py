@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from shared.errors import EngineError
+from shared.identity.hidden_identity import HiddenIdentity
 from shared.recipe.recipe import Generate
 from shared.recipe.sections.capture import TopCapture
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
+from teacher_cache.engines.transformers.hidden_engine import HiddenEngine
 from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
 from teacher_cache.engines.transformers.transformers_model import CausalModel
 from tests.tiny_families import FAMILIES, VOCAB_SIZE, make_family
@@ -102,3 +104,11 @@ def test_head_behind_layers_of_another_width_is_refused():
     )
     with pytest.raises(EngineError, match="makes its logits in a way"):
         CausalModel(RemBertForCausalLM(config), Tokenizer())
+
+
+def test_layer_with_several_states_of_a_token_is_refused_to_the_capture_of_states():
+    identity = HiddenIdentity(teacher="t", weights_hash="", tokenizer_hash="", num_layers=4, width=64, layers=(2,))
+    engine = HiddenEngine(CausalModel(make_family("gemma3n"), Tokenizer()), identity, 100)
+    request = ScoreRequest(0, 0, np.arange(5, dtype=np.int32), np.array([[1, 5]]))
+    with pytest.raises(EngineError, match="layer 2 of the teacher passes on several states"):
+        list(engine.capture([request]))
