@@ -112,8 +112,8 @@ MOST_SEED = 2**32 - 1
 _LISTED = 30
 """Most names in a sentence, and most that are searched for one that was meant."""
 
-Integer = Annotated[int, _number]
-"""Any integer."""
+Integer = Annotated[int, _number, Field(ge=-(2**63), lt=2**63)]
+"""An integer of 64 bits."""
 Seed = Annotated[int, _number, Field(ge=0, le=MOST_SEED)]
 """A seed, from 0 to 4294967295."""
 Count = Annotated[int, _number, Field(ge=1, le=MOST)]

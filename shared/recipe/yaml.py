@@ -133,7 +133,7 @@ def scalar(tag: str, text: str, line: int) -> Any:
         return text.lower() == "true"
     try:
         if kind == "int":
-            return int(text, 0 if re.match(r"[-+]?0[xob]", text) else 10)
+            return _integer(int(text, 0 if re.match(r"[-+]?0[xob]", text) else 10), line)
         if kind == "float":
             return _float(text)
     except ValueError as error:
@@ -141,6 +141,13 @@ def scalar(tag: str, text: str, line: int) -> Any:
     if kind in ("str", "timestamp", "value", "merge"):
         return _writable(text, line)
     raise YamlProblem(line, f"tag '{tag}' is not supported; remove it")
+
+
+def _integer(value: int, line: int) -> int:
+    """Return a whole number that 64 bits hold, as every file of a cache must."""
+    if not -(2**63) <= value < 2**63:
+        raise YamlProblem(line, f"the whole number {str(value)[:30]} needs more than 64 bits; write a smaller one")
+    return value
 
 
 def _writable(text: str, line: int) -> str:

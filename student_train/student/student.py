@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             wrapped = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise TrainingError(
             f"student.adapter.target_modules {json.dumps(modules)} cannot be adapted: "
             f"{' '.join(str(error).split())[:200]}; set it to all-linear or to names of the student's linear layers"

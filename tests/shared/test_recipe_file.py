@@ -350,6 +350,12 @@ STAGE = "student: {model: s}\nstages: [{name: a, losses: [{name: forward_kl}]%s}
         ),
         (STAGE % ", max_length: 99999999999", "stages.0.max_length: expected less than or equal to"),
         ("teacher: {model: t, batch_tokens: 1e300}\n", "teacher.batch_tokens: "),
+        (
+            "generate: {seed: 99999999999999999999}\n",
+            "4: the whole number 99999999999999999999 needs more than 64 bits",
+        ),
+        ("prompts: [{chat_template_kwargs: {a: -0xffffffffffffffff}}]\n", "needs more than 64 bits"),
+        ("evaluate: {tasks: [{name: gsm8k, path: a, seed: 1e20}]}\n", "evaluate.tasks.0.seed: "),
         ('student: {model: "a\\0b"}\n', "holds the character '\\x00'"),
         ('student: {model: s, revision: "\\ud800"}\n', "holds the character '\\ud800'"),
     ],
@@ -397,7 +403,9 @@ losses = st.fixed_dictionaries({"name": st.sampled_from(["forward_kl", "jsd"]), 
     sources=st.lists(sources, max_size=3),
     loss=losses,
     seed=st.integers(0, 2**32 - 1),
-    kwargs=st.dictionaries(text, st.none() | st.booleans() | text | st.integers() | number, max_size=3),
+    kwargs=st.dictionaries(
+        text, st.none() | st.booleans() | text | st.integers(-(2**63), 2**63 - 1) | number, max_size=3
+    ),
 )
 def test_dumped_recipe_loads_to_an_equal_recipe(tmp_path_factory, model, sources, loss, seed, kwargs):
     data = {

@@ -50,6 +50,7 @@ WRONG = [
     ("stages.kd.targets=[{layer: techer}]", "stages.0.targets.0.layer", "targets layer"),
     ("stages.kd.init_from=./cut-short", "stages.0.init_from", "cannot be read as weights"),
     ("student.adapter={kind: lora, target_modules: [query_key]}", "student.adapter.target_modules", "query_key"),
+    ('student.adapter={kind: lora, target_modules: "("}', "student.adapter.target_modules", "cannot be adapted"),
     ("student.adapter={kind: lora, target_modules: 'no_such.*'}", "student.adapter.target_modules", "no_such"),
     ("student.adapter={kind: lora, target_modules: [lm_head]}", "student.adapter.target_modules", "head"),
     ("student.revision=main", "student.model", "leave the revision out"),

@@ -186,6 +186,29 @@ sys.exit(cli.main(["plan", {str(recipe)!r}]))
     assert "the same command continues" in done.stderr
 
 
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
+def test_streams_that_were_closed_lead_nowhere_and_no_file_becomes_one(closed, tmp_path):
+    program = f"""
+import os, sys
+for number in {closed!r}.split():
+    os.close(int(number))
+os.execv(sys.executable, [sys.executable, "-c", '''
+import os, sys
+from tools import cli
+def work(args):
+    with open("kept", "w") as kept:
+        print("a line that a stranger reads")
+        print("another", file=sys.stderr)
+        kept.write(str(kept.fileno() > 2 and sys.stdin.read()))
+    return 0
+cli.COMMANDS["plan"] = work
+sys.exit(cli.main(["plan", "recipe.yaml"]))
+'''])
+"""
+    assert run_python(program, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "kept").read_text() == ""
+
+
 def test_reader_that_goes_away_is_no_error_message(recipe):
     program = f"""
 import sys
