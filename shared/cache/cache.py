@@ -44,7 +44,7 @@ from shared.parts.parts import check_file
 from shared.parts.records import PartRecord, check_counts, list_records
 from shared.parts.sequences import SequenceRow
 from shared.payload.hidden import HiddenStates
-from shared.payload.narrowing import LayerView, Narrowing, can_narrow, narrow
+from shared.payload.narrowing import LayerView, Narrowing, narrow
 from shared.payload.targets import SparseTargets
 from shared.places import origin_of, place_of
 from shared.schema import MAX_JSON_BYTES
@@ -129,7 +129,7 @@ class Cache:
         read_header(path)
         narrowing = targets.narrowing if isinstance(targets, LayerView) else None
         layer = choose_layer(list_layers(path), targets.name if isinstance(targets, LayerView) else targets, path)
-        if layer is not None and narrowing is not None and not can_narrow(layer.identity, narrowing):
+        if layer is not None and narrowing is not None and not _can_narrow(layer.identity, narrowing):
             raise CacheError(
                 f"{path}: layer {layer.full_name} does not hold what is asked for ({targets}); score another layer"
             )
@@ -418,3 +418,9 @@ def _reopen(
             f"{path} was altered while it was in use (it is {cache.cache_id} and was {cache_id}); start again"
         )
     return cache
+
+
+def _can_narrow(found: LayerIdentity, narrowing: Narrowing) -> bool:
+    """Tell whether a layer holds the heads that a narrowing keeps."""
+    within = narrowing.k <= found.k and narrowing.mass <= found.mass
+    return found.mode == "top" and found.label == "apart" and within and narrowing.cut_temperature in found.temperatures

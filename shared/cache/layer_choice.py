@@ -17,8 +17,8 @@ from pathlib import Path
 from shared.cache.layout import Layer, list_hidden_layers, list_layers
 from shared.identity.hidden_layers import keeps
 from shared.identity.identity import LayerIdentity, difference
-from shared.payload.narrowing import LayerView, holds, narrowing_to
-from shared.recipe.recipe import Recipe
+from shared.payload.narrowing import LayerView, Narrowing
+from shared.recipe.recipe import Capture, Recipe
 from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER, LOSSES_WITHIN_HEAD, Loss, OnTargets
 
 
@@ -54,8 +54,30 @@ def layer_of_capture(recipe: Recipe, path: Path | None = None) -> str | LayerVie
     holding = sorted((layer for layer in layers if holds(layer.identity, capture)), key=_richness)
     if "capture" not in recipe.model_fields_set or len({without_capture(layer.identity) for layer in holding}) != 1:
         return None
-    narrowing = narrowing_to(holding[0].identity, capture)
+    narrowing = _narrowing_to(holding[0].identity, capture)
     return holding[0].full_name if narrowing is None else LayerView(holding[0].full_name, narrowing)
+
+
+def holds(found: LayerIdentity, wanted: Capture | LayerIdentity) -> bool:
+    """Tell whether a layer's targets hold those of a capture by the same teacher."""
+    fixed = [(each.mode, each.draws, each.gap_step, each.label) for each in (found, wanted)]
+    if fixed[0] != fixed[1]:
+        return False
+    if found.label == "head" and _narrowing_to(found, wanted) is not None:
+        return False  # where a head is cut, a label that belonged to it would be cut as well
+    if not set(wanted.temperatures) <= set(found.temperatures):
+        return False
+    if wanted.mode == "top":
+        return found.k >= wanted.k and found.mass >= wanted.mass
+    return _narrowing_to(found, wanted) is None
+
+
+def _narrowing_to(found: LayerIdentity, wanted: Capture | LayerIdentity) -> Narrowing | None:
+    """Return how heads of `found` become those of `wanted`; None where they are the same."""
+    same_cut = found.mass == 1.0 or found.temperatures[-1] == wanted.temperatures[-1]
+    if (found.k, found.mass) == (wanted.k, wanted.mass) and same_cut:
+        return None
+    return Narrowing(wanted.k, wanted.mass, wanted.temperatures[-1])
 
 
 def loss_problem(identity: LayerIdentity, loss: Loss) -> str | None:

@@ -18,7 +18,6 @@ class AttentionTap(Protocol):
 
     def see(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
         """Look at the queries and keys of a layer, positions applied, before they are attended with."""
-        ...
 
 
 def find_blocks(model: Any) -> nn.ModuleList | None:

@@ -15,7 +15,6 @@ Shape letters: S positions, N head entries, J captured temperatures.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,45 +22,6 @@ from numpy.typing import NDArray
 from shared.payload.ragged import position_of, segment_sum, starts_of
 from shared.payload.targets import Draws, SparseTargets
 from shared.payload.targets_at import head_logprobs_at
-
-
-class Captured(Protocol):
-    """What a capture says: `shared.recipe.recipe.Capture` and `shared.identity.identity.LayerIdentity` alike."""
-
-    @property
-    def mode(self) -> str:
-        """Either top, sample or top+sample."""
-        ...
-
-    @property
-    def k(self) -> int:
-        """Most head entries."""
-        ...
-
-    @property
-    def draws(self) -> int:
-        """Drawn tokens per position and temperature."""
-        ...
-
-    @property
-    def mass(self) -> float:
-        """Probability that a head covers at most."""
-        ...
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """Captured temperatures, ascending."""
-        ...
-
-    @property
-    def gap_step(self) -> float:
-        """Quantisation step in nats."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """Either apart, or head where the token that follows is always in the head."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,34 +48,6 @@ class LayerView:
         """Return name and what is kept, for identities and messages."""
         cut = self.narrowing
         return f"{self.name} cut to k {cut.k}, mass {cut.mass:g} at temperature {cut.cut_temperature:g}"
-
-
-def holds(found: Captured, wanted: Captured) -> bool:
-    """Tell whether a layer's targets hold those of a capture by the same teacher."""
-    fixed = [(each.mode, each.draws, each.gap_step, each.label) for each in (found, wanted)]
-    if fixed[0] != fixed[1]:
-        return False
-    if found.label == "head" and narrowing_to(found, wanted) is not None:
-        return False  # where a head is cut, a label that belonged to it would be cut as well
-    if not set(wanted.temperatures) <= set(found.temperatures):
-        return False
-    if wanted.mode == "top":
-        return found.k >= wanted.k and found.mass >= wanted.mass
-    return narrowing_to(found, wanted) is None
-
-
-def narrowing_to(found: Captured, wanted: Captured) -> Narrowing | None:
-    """Return how heads of `found` become those of `wanted`; None where they are the same."""
-    same_cut = found.mass == 1.0 or found.temperatures[-1] == wanted.temperatures[-1]
-    if (found.k, found.mass) == (wanted.k, wanted.mass) and same_cut:
-        return None
-    return Narrowing(wanted.k, wanted.mass, wanted.temperatures[-1])
-
-
-def can_narrow(found: Captured, narrowing: Narrowing) -> bool:
-    """Tell whether a layer holds the heads that a narrowing keeps."""
-    within = narrowing.k <= found.k and narrowing.mass <= found.mass
-    return found.mode == "top" and found.label == "apart" and within and narrowing.cut_temperature in found.temperatures
 
 
 def narrow(targets: SparseTargets, narrowing: Narrowing) -> SparseTargets:

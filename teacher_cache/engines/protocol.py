@@ -124,18 +124,14 @@ class Engine(Protocol):
 
     def generate(self, requests: Iterable[GenerateRequest], settings: Generate) -> Iterator[Generated]:
         """Answer each request once, in any order."""
-        ...
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Scored]:
         """Score each request once, in any order, as the engine's `Capture` says."""
-        ...
 
     def provenance(self) -> Mapping[str, Any]:
         """Say what ran: engine and library versions, device, head dtype, whether seeds were honoured, which capture
         path.
         """
-        ...
 
     def close(self) -> None:
         """Release processes and memory; safe to call twice."""
-        ...

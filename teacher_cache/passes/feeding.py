@@ -27,15 +27,12 @@ class Unit(Protocol):
 
     def requests(self) -> Iterator[Any]:
         """Yield the unit's requests; rows that cannot be asked for are kept back."""
-        ...
 
     def take(self, index: int, result: Any) -> int:
         """Keep a result and return the tokens that it cost."""
-        ...
 
     def commit(self) -> Callable[[], object]:
         """Return the write that commits the unit; called once, when all results are in."""
-        ...
 
 
 @dataclass(slots=True)

@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from shared.cache.layer_choice import serving_layer
+from shared.cache.layer_choice import holds, serving_layer
 from shared.cache.layout import Layer, list_layers, sequences_dir
 from shared.errors import DecantError
 from shared.identity.identity import LayerIdentity
 from shared.parts.records import list_records
-from shared.payload.narrowing import holds
 from shared.recipe.recipe import Capture, Recipe
 
 BYTES_PER_ENTRY_EXPECTED, BYTES_PER_ENTRY_AT_MOST = 1.1, 2.44

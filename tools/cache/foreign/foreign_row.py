@@ -81,7 +81,6 @@ class ForeignReader(Protocol):
         Raises:
             DamagedError: a file contradicts its format.
         """
-        ...
 
 
 def check_row(row: ForeignRow) -> None:
