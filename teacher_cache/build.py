@@ -116,6 +116,8 @@ def teach(
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     hidden = _hidden_pass(recipe, known, teacher, cache, summary)
     progress = progress or BuildProgress(NOWHERE)
+    for sentence in maker.unread_settings:
+        progress.note(sentence)
     opener = told(open_engine or engines.open_engine, progress)
     with StopSignal() as stop:
         engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop, opener), known.max_model_len)

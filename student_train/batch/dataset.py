@@ -24,6 +24,7 @@ from shared.cache.cache import Cache, Row
 from shared.cache.rows_left_out import rows_left_out
 from shared.errors import CacheError, IdentityError, TrainingError
 from shared.keys import is_heldout
+from shared.parts.sequences import SequenceRow
 from shared.payload.narrowing import LayerView
 from shared.payload.targets import SparseTargets
 from shared.places import origin_of
@@ -109,6 +110,11 @@ class CacheList:
         """Return one row."""
         which, place = self._place(index)
         return self.caches[which][place]
+
+    def sequence(self, index: int) -> SequenceRow:
+        """Return one row without its targets."""
+        which, place = self._place(index)
+        return self.caches[which].sequence(place)
 
     def _place(self, index: int) -> tuple[int, int]:
         which = int(np.searchsorted(self._ends, index, side="right"))

@@ -30,7 +30,9 @@ def operator_for(setting: str, device_type: str) -> str:
         return "torch"
     missing = "an NVIDIA GPU" if device_type != "cuda" else "" if find_spec("triton") else "the package triton"
     if setting == "triton" and missing:
-        raise TrainingError(f"trainer.operator is triton, which needs {missing}; install it, or set it to auto")
+        raise TrainingError(
+            f"trainer.operator is triton, which needs {missing}; set it to auto, or train where that is"
+        )
     return "torch" if missing else setting
 
 

@@ -177,6 +177,10 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
     positions = plan.limit < length_limit(work.stage.trainer.pack_tokens, work.stage.max_length)
     reason = ", the positions that the student knows" if positions else ""
     parts += [f"{cut:,} rows cut to {plan.limit} tokens{reason}"] if cut else []
+    lost = work.num_unlabelled
+    parts += (
+        [f"{lost:,} rows cut before the first token that is trained, so nothing is learned of them"] if lost else []
+    )
     parts += [f"{dropped:,} rows above {plan.limit} tokens{reason} dropped"] if dropped else []
     repeats, others = int(work.caches.repeats.sum()), int(work.caches.other_answers.sum())
     parts += [f"{repeats:,} rows left out that an earlier cache holds"] if repeats else []

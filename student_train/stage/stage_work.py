@@ -23,6 +23,7 @@ from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.order.evaluation_sampling import EvaluationSampling
 from student_train.order.schedules import RunSteps
 from student_train.order.stage_plan import StagePlan
+from student_train.stage.cut_rows import rows_without_labels
 from student_train.stage.stage_order import evaluation_sampling, open_caches, plan_order, run_steps, stage_seed
 from student_train.stage.stage_start import start_directory
 from student_train.stage.stage_teachers import untaught_sources
@@ -51,6 +52,8 @@ class StageWork:
     """Where it lies in the run; None where no schedule of it asks."""
     sampling: EvaluationSampling | None
     """What moves its shares, where its evaluations do."""
+    num_unlabelled: int = 0
+    """Rows that are cut before the first token that is trained."""
     hidden: HiddenReading | None = None
     """What its losses read of a hidden layer; None where none does."""
     patch: Callable[[Any, Objective], None] = patch_forward
@@ -91,6 +94,7 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
     untaught_sources(stage, caches)
     run = run_steps(recipe, stage)
     plan = plan_order(recipe, stage, caches, run)
+    num_unlabelled = rows_without_labels(stage, plan, caches)
     heldout = _heldout(recipe, stage, caches)
     reads = hidden_reads(stage)
     return StageWork(
@@ -106,6 +110,7 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
         heldout=heldout,
         run=run,
         sampling=evaluation_sampling(stage, plan, caches, heldout),
+        num_unlabelled=num_unlabelled,
         hidden=HiddenReading(_one_hidden_layer(caches), reads) if reads else None,
     )
 

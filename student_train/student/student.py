@@ -38,8 +38,9 @@ def load_student(student: Student, start: Path | None, cache: Any, *, seed: int 
 
     Raises:
         IdentityError: its tokenizer is not the cache's.
-        TrainingError: it cannot be loaded or lacks weights, or bitsandbytes is missing for a 4-bit one.
+        TrainingError: it cannot be loaded or lacks weights, or a package that it needs is missing.
     """
+    check_packages(student)
     quantization = _quantization(student)
     if student.init == "random" and start is None:
         return _fresh(student, cache, seed)
@@ -147,18 +148,32 @@ def _loaded_tokenizer_hash(source: str, revision: str | None, trust_remote_code:
     return None if inner is None else tokenizer_hash(inner.to_str().encode())
 
 
+def check_packages(student: Student) -> None:
+    """Refuse a student that needs a package which is not installed.
+
+    Raises:
+        TrainingError: with what to install or to set.
+    """
+    if student.adapter.kind == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        raise TrainingError(
+            "student.adapter is qlora, which needs the package bitsandbytes; install decant-kd[gpu], or set it to lora"
+        )
+    if student.attention == "flash_attention_2" and not any(
+        importlib.util.find_spec(name) for name in ("flash_attn", "kernels")
+    ):
+        raise TrainingError(
+            "student.attention is flash_attention_2, which needs the package flash-attn; install it, or set it to sdpa"
+        )
+
+
 def _quantization(student: Student) -> Any | None:
     """Return how weights are held in 4 bits, or None.
 
     Raises:
-        TrainingError: bitsandbytes is missing, or there are no weights to hold.
+        TrainingError: there are no weights to hold.
     """
     if student.adapter.kind != "qlora":
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise TrainingError(
-            "student.adapter is qlora, which needs the package bitsandbytes; install decant-kd[gpu], or set it to lora"
-        )
     if student.init == "random":
         raise TrainingError(
             "student.adapter is qlora over fresh weights (init: random); set it to none, since all of them must learn"

@@ -35,7 +35,7 @@ from student_train.train.gradient_watch import DivergedError, GradientWatch
 from student_train.train.read_ahead import ReadAhead
 from student_train.train.sharded_trainer import ShardedTrainer
 from student_train.train.stochastic_rounding import StochasticRounding
-from student_train.train.training_problems import setting_explained, writing_explained
+from student_train.train.training_problems import described_schedule, setting_explained, writing_explained
 
 
 class DistilTrainer(ShardedTrainer):
@@ -183,7 +183,8 @@ class DistilTrainer(ShardedTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the learning-rate schedule that the recipe names."""
-        name = f"{self.args.lr_scheduler_type} with {self.args.lr_scheduler_kwargs or 'no options'}"
+        trainer = self._course.stage.trainer
+        name = described_schedule(trainer.lr_scheduler_type, trainer)
         with setting_explained("lr_scheduler_type", name):
             return super().create_scheduler(num_training_steps, optimizer)
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from shared.errors import TrainingError
 from shared.recipe.recipe import StageTrainer
-from student_train.train.training_problems import check_installed
+from student_train.train.training_problems import check_installed, check_precision, check_schedule
 
 _AS_WRITTEN = (
     "learning_rate",
@@ -46,13 +46,11 @@ def training_arguments(
         TrainingError: transformers or this machine cannot honour an argument.
     """
     check_installed(trainer)
+    check_precision(trainer)
+    check_schedule(trainer)
     settings: dict[str, Any] = {name: getattr(trainer, name) for name in _AS_WRITTEN}
     if trainer.tf32 is None or not torch.cuda.is_available():
-        if trainer.tf32:
-            raise TrainingError("trainer.tf32 is set where there is no NVIDIA GPU; leave it out")
         del settings["tf32"]
-    if trainer.fp16 and not torch.cuda.is_available():
-        raise TrainingError("trainer.fp16 is set where there is no NVIDIA GPU; leave it out, or use bf16")
     try:
         args = TrainingArguments(
             output_dir=str(stage_dir),

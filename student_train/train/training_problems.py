@@ -35,6 +35,42 @@ def check_installed(trainer: StageTrainer) -> None:
             raise TrainingError(f"trainer.report_to names {name}, which is not installed; install it, or leave it out")
 
 
+def check_schedule(trainer: StageTrainer) -> None:
+    """Refuse a schedule of the learning rate that cannot be made of its options.
+
+    Raises:
+        TrainingError: it cannot.
+    """
+    from transformers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=trainer.learning_rate)
+    with setting_explained("lr_scheduler_type", described_schedule(trainer.lr_scheduler_type, trainer)):
+        get_scheduler(
+            trainer.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=2,
+            scheduler_specific_kwargs=dict(trainer.lr_scheduler_kwargs),
+        )
+
+
+def described_schedule(kind: str, trainer: StageTrainer) -> str:
+    """Name a schedule with its options."""
+    return f"{kind} with {trainer.lr_scheduler_kwargs or 'no options'}"
+
+
+def check_precision(trainer: StageTrainer) -> None:
+    """Refuse arithmetic that needs an NVIDIA GPU where there is none.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if trainer.tf32 and not torch.cuda.is_available():
+        raise TrainingError("trainer.tf32 is set where there is no NVIDIA GPU; leave it out")
+    if trainer.fp16 and not torch.cuda.is_available():
+        raise TrainingError("trainer.fp16 is set where there is no NVIDIA GPU; leave it out, or use bf16")
+
+
 @contextmanager
 def explained(trainer: StageTrainer) -> Iterator[None]:
     """Turn what building an optimizer or a schedule, or a full card, raises into a sentence."""

@@ -69,6 +69,11 @@ class SequenceMaker:
         """End token of each source's template; -1 where nothing is rendered."""
         return [template.end_token_id for template in self._templates]
 
+    @property
+    def unread_settings(self) -> list[str]:
+        """Return a sentence for each setting of a source that its chat template does not read."""
+        return [sentence for template in self._templates for sentence in template.unread_settings]
+
     def prompts(self, rows: Sequence[PlanRow]) -> Iterator[list[int] | UnusableRowError]:
         """Yield for each row the tokens after which an answer is asked for.
 

@@ -320,6 +320,12 @@ def test_prompts_that_no_template_renders_refuse_template_options():
     assert "leave it out" in refused(Recipe, recipe(prompts=[source]))
 
 
+def test_template_of_questions_that_are_all_the_same_is_refused():
+    assert "every question would be the same" in refused(
+        Task, {"name": "gsm8k", "path": "a.jsonl", "prompt_template": "Solve { prompt }."}
+    )
+
+
 def test_task_domain_is_the_file_name_up_to_its_first_dot():
     assert Task(name="gsm8k", path="data/math.test.jsonl").domain == "math"
     assert Task(name="gsm8k", path="data/math.test.jsonl", domain="sums").domain == "sums"

@@ -227,6 +227,20 @@ def test_loss_that_is_not_finite_stops_the_stage_and_its_health(recipe_of):
     assert not health["checks"]["model_saved"]
 
 
+def test_stage_whose_rows_are_all_cut_before_what_is_trained_is_refused(recipe_of, capsys):
+    recipe = recipe_of(max_length=2)
+    with pytest.raises(TrainingError, match=r"'kd' has nothing to train on: all of its .* rows are cut to 2 tokens"):
+        run_stages(recipe)
+    assert not recipe.stage_dir("kd").exists()
+    caches = CacheList.open(recipe.cache, None)
+    firsts = sorted(int(caches[i].spans[0, 0]) for i in range(len(caches)))
+    middle = firsts[len(firsts) // 2]
+    work = resolve_stage(one := recipe_of(max_length=middle, trainer={"max_steps": 100}), one.stages[0])
+    trained = {int(row) for epoch in work.plan.epochs for row in epoch.rows}
+    assert 0 < work.num_unlabelled < len(trained)
+    assert work.num_unlabelled == sum(int(caches[row].spans[0, 0]) >= middle for row in trained)
+
+
 @pytest.mark.parametrize(
     ("trainer", "said"),
     [

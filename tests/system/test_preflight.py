@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.system.program import write_lines
@@ -97,6 +98,13 @@ WRONG = [
     (f"output_dir={'x' * 300}", "output_dir", "cannot be a directory"),
     ("cache=prompts.jsonl", "cache", "is a file"),
     ("cache=student", "cache", "no cache"),
+    ("generate.temperature=1e-30", "generate.temperature", "set it to 0"),
+    ("evaluate.tasks.gsm8k.temperature=0.005", "evaluate.tasks.0.temperature", "set it to 0"),
+    ("evaluate.tasks.gsm8k.temperature=2.5", "evaluate.tasks.0.temperature", "vLLM samples at temperatures up to 2"),
+    ("evaluate.side_by_side.temperatures=[0.7, 3]", "evaluate.side_by_side.temperatures.1", "vLLM samples"),
+    ("stages.kd.rounds={temperature: 0.001}", "stages.0.rounds.temperature", "set it to 0"),
+    (f"{TRAINER}.lr_scheduler_kwargs={{min_lr: 1e-6}}", "stages.0.trainer.lr_scheduler_type", "cosine with"),
+    (f"{TRAINER}.lr_scheduler_type=cosine_with_min_lr", "stages.0.trainer.lr_scheduler_type", "no options"),
     ("stages.²=1", "stages", "²"),
     ("stages.kd.trainr=1", "stages.0.trainr", "did you mean 'trainer'?"),
 ]
@@ -158,6 +166,32 @@ def test_a_wrong_input_is_refused_by_plan_with_its_place(capsys, place, change, 
     assert error.startswith("decant: error: ") and "bug" not in error and "Traceback" not in error
     assert blamed in error and part in error
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_temperature_that_the_engine_of_the_recipe_samples_at_is_planned(capsys):
+    assert cli.main(["plan", "recipe.yaml", "--set", "generate.temperature=2.5"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, blamed, part",
+    [
+        (f"{TRAINER}.tf32=true", "stages.0.trainer.tf32", "no NVIDIA GPU"),
+        (f"{TRAINER}.fp16=true", "stages.0.trainer.fp16", "no NVIDIA GPU"),
+        (f"{TRAINER}.operator=triton", "stages.0.trainer.operator", "an NVIDIA GPU"),
+        (f"{TRAINER}.fsdp=full_shard", "stages.0.trainer.fsdp", "torchrun"),
+        ("student.liger=true", "student.liger", "an NVIDIA GPU"),
+        ("student.attention=flash_attention_2", "student.attention", "the package flash-attn"),
+        ("student.adapter=qlora", "student.adapter", "the package bitsandbytes"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without an NVIDIA GPU")
+def test_what_this_machine_cannot_train_is_found_by_run_before_the_teacher_works(capsys, place, change, blamed, part):
+    before = sorted(place.rglob("*"))
+    assert cli.main(["run", "recipe.yaml", "--set", change]) == 2
+    error = capsys.readouterr().err
+    assert blamed in error and part in error and "generate" not in error
+    assert sorted(place.rglob("*")) == before
+    assert cli.main(["plan", "recipe.yaml", "--set", change]) == 0  # perhaps for another machine
 
 
 @pytest.mark.parametrize("command", ["teach", "train", "run"])

@@ -220,6 +220,16 @@ def test_a_clock_that_only_some_rows_read_is_found_at_these_rows(tokenizer):
     )
 
 
+def test_settings_that_no_template_reads_are_named(tokenizer):
+    reads = template_of("{{- m.content }}", head="{%- if enable_thinking %}{{- 'think' }}{%- endif %}")
+    settings = {"enable_thinking": False, "enable_thinkin": False, "documents": [{"text": "known to transformers"}]}
+    (sentence,) = template(tokenizer, reads, chat_template_kwargs=settings).unread_settings
+    assert sentence.startswith("source s: `chat_template_kwargs.enable_thinkin` does nothing, `chat_template` of the")
+    (sentence,) = template(tokenizer, reads, date="2024-02-29").unread_settings
+    assert sentence.startswith("source s: `date` does nothing")
+    assert template(tokenizer, CLOCK_WITH_TOOLS, date="2024-02-29").unread_settings == []
+
+
 def test_a_clock_that_a_setting_replaces_is_not_read(tokenizer):
     guarded = template_of(
         "{{- m.content }}",

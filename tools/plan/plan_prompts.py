@@ -117,7 +117,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
             source.longest_tokens = max(source.longest_tokens, prompt + answer)
     for name, count in tally.duplicates.items():
         result.sources.setdefault(name, SourceCount()).duplicates = count
-    result.assumed += problems.notes()
+    result.assumed += problems.notes() + counter.unread_settings
     result.set_aside = problems.total + sum(_too_long_of_the_rest(source) for source in result.sources.values())
     result.first_problem = problems.listed[0].sentence() if problems.listed else None
     return result
@@ -269,6 +269,11 @@ class _TokenCounter:
     def template_ends(self) -> list[int]:
         """End token of each source's template."""
         return [template.end_token_id for template in self._templates]
+
+    @property
+    def unread_settings(self) -> list[str]:
+        """Return a sentence for each setting of a source that its chat template does not read."""
+        return [sentence for template in self._templates for sentence in template.unread_settings]
 
     def require_date(self) -> None:
         """Refuse, as a build would, templates that read the clock where the recipe names no date.

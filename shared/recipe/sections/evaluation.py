@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal
@@ -24,6 +25,8 @@ from shared.recipe.base import (
     unused_sampling,
 )
 
+COLUMN = re.compile(r"\{(\w+)\}")
+"""A column of the file within a `prompt_template`."""
 TaskName = Literal["copying", "gsm8k", "humaneval", "keywords", "multiple_choice"]
 
 
@@ -70,11 +73,14 @@ class Task(Section):
             return {**data, "domain": PurePath(data["path"]).name.split(".")[0]}
         return data
 
-    def _problems(self) -> list[Problem]:
+    def _problems(self) -> Iterator[Problem]:
+        if not COLUMN.search(self.prompt_template):
+            yield ("prompt_template",), "names no {column}, so that every question would be the same; write {prompt}"
         if self.name != "multiple_choice":
-            return unused_sampling(self)
+            yield from unused_sampling(self)
+            return
         why = "multiple_choice compares likelihoods and samples no answer; leave it out"
-        return unused(self, ("temperature", "samples", "seed"), why)
+        yield from unused(self, ("temperature", "samples", "seed"), why)
 
 
 class SideBySide(Section):

@@ -11,7 +11,9 @@ Cost: one rendering for the probe; then one rendering and tokenization per call.
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,6 +54,17 @@ class ChatTemplate:
         """Whether a rendering asked for the date so far."""
         self._refuse(texts_in(source.chat_template_kwargs), f"source {source.source!r}", "`chat_template_kwargs`")
         self.end_token_id = self._derive_end_token()
+
+    @property
+    def unread_settings(self) -> list[str]:
+        """Return a sentence for each setting whose word stands in no template, so that it does nothing."""
+        texts = f"{self._text}\n{self._text_with_tools or ''}"
+        known = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        settings = {f"chat_template_kwargs.{name}": name for name in self._source.chat_template_kwargs}
+        unread = [key for key, name in settings.items() if not re.search(rf"\b{re.escape(name)}\b", texts)]
+        unread = [key for key in unread if settings[key] not in known]
+        unread += ["date"] if self._source.date is not None and CLOCK not in texts else []
+        return [f"source {self._source.source}: `{key}` does nothing, {self.origin} does not read it" for key in unread]
 
     def ids(self, messages: list[Message], place: str, *, prompt: bool) -> list[int]:
         """Render and tokenize turns, with the generation prompt where `prompt` says so.

@@ -90,6 +90,11 @@ class Template:
             self._chat = ChatTemplate(tokenizer, source)
             self.end_token_id = self._chat.end_token_id
 
+    @property
+    def unread_settings(self) -> list[str]:
+        """Return a sentence for each setting of the source that its chat template does not read."""
+        return [] if self._chat is None else self._chat.unread_settings
+
     def require_date(self) -> None:
         """Refuse a template that reads the clock where the recipe names no date; before any work, as far as a probe
         shows it.

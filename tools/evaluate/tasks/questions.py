@@ -14,6 +14,7 @@ from typing import Any
 
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Task
+from shared.recipe.sections.evaluation import COLUMN
 from tools.evaluate.tasks.question_files import read_rows
 
 
@@ -143,7 +144,7 @@ def fill(template: str, columns: Mapping[str, Any]) -> str:
             raise ValueError(f"prompt_template names the column '{name}', the row has {sorted(columns)}")
         return str(columns[name])
 
-    return re.sub(r"\{(\w+)\}", column, template)
+    return COLUMN.sub(column, template)
 
 
 def one_by_one(score: Callable[[Question, str], Score]) -> Callable[..., list[Score]]:

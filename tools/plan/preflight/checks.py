@@ -19,7 +19,9 @@ from shared.recipe.file import Where, listed
 from shared.recipe.recipe import Recipe
 from tools.plan.preflight.preflight_asked import Asked, said
 from tools.plan.preflight.preflight_evaluate import evaluation_problems
+from tools.plan.preflight.preflight_machine import machine_problems
 from tools.plan.preflight.preflight_rounds import answer_problems, score_problems
+from tools.plan.preflight.preflight_sampling import sampling_problems
 from tools.plan.preflight.preflight_stages import stage_problems
 from tools.plan.preflight.preflight_student import student_problems
 from tools.plan.preflight.preflight_teach import prompt_problems, teacher_problems
@@ -85,9 +87,11 @@ CHECKS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
     ("teach", prompt_problems),
     ("train", student_problems),
     ("train", stage_problems),
+    ("train", machine_problems),
     ("answer", answer_problems),
     ("score", score_problems),
     ("eval", evaluation_problems),
+    ("any", sampling_problems),
 )
 """Which phase needs which check."""
 CHECKS_OF_WEIGHTS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
