@@ -9,7 +9,9 @@ Shape letters: B tokens of a batch, S supervised positions, H hidden width, V vo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from student_train.losses import LossTerm
 from student_train.operator.fused_loss import fused_sparse_loss
 from student_train.operator.loss_terms import group_terms
 from student_train.operator.softmax_group import finite
+from student_train.student.student_head import StudentHead, check_head, head_of
 
 
 def cross_entropy(weight: float = 1.0) -> LossTerm:
@@ -69,25 +72,32 @@ def decoupled_kl(weight: float = 1.0, head_temperature: float = 2.0) -> LossTerm
 
 def sparse_loss(
     hidden: Tensor,
-    head: Tensor | torch.nn.Linear,
+    head: Tensor | torch.nn.Module,
     batch: Mapping[str, Tensor],
     terms: Sequence[LossTerm],
     *,
     num_positions: float | None = None,
     vocab_size: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return the loss of a batch in nats per position, without ever holding [S, V] logits; differentiable.
 
     Args:
         hidden: [1, B, H] last hidden states of the body, or [S, H] those that predict (`batch["predictor_index"]`).
-        head: [V, H] weight of the output head, or its Linear.
+        head: the causal language model that `hidden` comes from, whose output layer, scale and soft cap are read from
+            it and compared with its own logits at the first call; or its Linear, or the weight [V, H], which say
+            nothing of what the model does to its logits.
         batch: as `TorchDataset.collate` returns it, on the device of `hidden`.
         terms: such as `[forward_kl(0.9), cross_entropy(0.1)]`.
         num_positions: supervised positions of the global batch, where it is made of several; default: this batch's.
         vocab_size: rows of the head that are the vocabulary, where it is padded; default: all.
+        logit_scale: what the model multiplies its logits by, where `head` is a Linear or a weight.
+        softcap: c where the model makes c tanh(logits / c) of them then (Gemma 2), likewise.
 
     Raises:
-        TrainingError: a temperature was not captured, or a term cannot be had from these targets.
+        TrainingError: a temperature was not captured, a term cannot be had from these targets, or the model makes its
+            logits in a way that its config does not say.
 
     >>> import torch, decant
     >>> data = decant.TorchDataset(decant.open_cache("data/golden/run-1/cache"), pack_tokens=128)
@@ -98,7 +108,12 @@ def sparse_loss(
     6.2383
     """
     predicting = hidden[0][batch["predictor_index"]] if hidden.ndim == 3 else hidden
-    weight, bias = (head.weight, head.bias) if isinstance(head, torch.nn.Linear) else (head, None)
+    if hasattr(head, "get_output_embeddings"):
+        if (logit_scale, softcap) != (1.0, None):
+            raise TrainingError("the model says its logit_scale and softcap itself; leave them out, or give its Linear")
+        known = _checked_head(head, vocab_size)
+        head, vocab_size, logit_scale, softcap = known.module, known.vocab_size, known.logit_scale, known.softcap
+    weight, bias = (head, None) if isinstance(head, Tensor) else (head.weight, getattr(head, "bias", None))
     labels = batch["labels"]
     found = fused_sparse_loss(
         predicting,
@@ -108,9 +123,26 @@ def sparse_loss(
         terms,
         len(labels) if num_positions is None else num_positions,
         head_bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
         vocab_size=vocab_size,
     )
     return found.loss
+
+
+_CHECKED: WeakKeyDictionary[Any, dict[int | None, StudentHead]] = WeakKeyDictionary()
+"""Heads of the models that were compared with their own logits, by the rows that are the vocabulary."""
+
+
+def _checked_head(model: Any, vocab_size: int | None) -> StudentHead:
+    """Return a model's head, compared with the model's own logits when it is first asked for."""
+    heads = _CHECKED.setdefault(model, {})
+    if vocab_size not in heads:
+        head = head_of(model, vocab_size or 1)
+        head = head if vocab_size else replace(head, vocab_size=head.weight.shape[0])
+        check_head(model, head)
+        heads[vocab_size] = head
+    return heads[vocab_size]
 
 
 def sparse_loss_from_logits(

@@ -108,6 +108,56 @@ def test_a_linear_head_with_a_bias_and_a_share_of_a_global_batch() -> None:
     torch.testing.assert_close(half, whole / 2)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("granite", {"logits_scaling": 0.25}),
+        ("cohere", {"logit_scale": 3.0}),
+        ("phi", {}),  # a head with a bias
+    ],
+)
+def test_a_model_as_head_gives_the_loss_of_its_own_logits(family: str, changes: dict[str, float]) -> None:
+    import torch
+
+    import decant
+    from tests.tiny_families import make_family
+
+    batch, terms = _batch(), [decant.forward_kl(0.9, temperature=2.0), decant.cross_entropy(0.1)]
+    model = make_family(family, spread=0.3, attention="sdpa", **changes)
+    model.resize_token_embeddings(512)
+    model = model.double()
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    fused = decant.sparse_loss(hidden, model, batch, terms)
+    expected = decant.sparse_loss_from_logits(model(**inputs, use_cache=False).logits, batch, terms)
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
+    linear = model.get_output_embeddings()
+    cap = changes.get("final_logit_softcapping")
+    scale = changes.get("logit_scale", 1.0) / changes.get("logits_scaling", 1.0)
+    told = decant.sparse_loss(hidden, linear, batch, terms, logit_scale=scale, softcap=cap)
+    torch.testing.assert_close(told, fused)
+    if changes:
+        assert abs(float((decant.sparse_loss(hidden, linear, batch, terms) - expected).detach())) > 0.1
+        with pytest.raises(decant.DecantError, match="says its logit_scale and softcap itself"):
+            decant.sparse_loss(hidden, model, batch, terms, softcap=1.0)
+
+
+def test_a_model_with_a_twist_of_its_own_is_refused_as_head() -> None:
+    import torch
+
+    import decant
+    from tests.tiny_families import make_family
+
+    model = make_family("llama", spread=0.3)
+    model.resize_token_embeddings(512)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    batch = _batch()
+    hidden = torch.zeros(1, batch["input_ids"].shape[1], 64)
+    with pytest.raises(decant.DecantError, match="computes its logits in a way that its config does not declare"):
+        decant.sparse_loss(hidden, model, batch, [decant.cross_entropy()])
+
+
 def test_what_cannot_be_had_is_refused_in_a_sentence(tmp_path: Path) -> None:
     import torch
 
