@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import json
 import re
+import reprlib
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -178,8 +179,16 @@ def checked_model(model: type[BaseModel], document: Mapping[str, Any], where: ob
         first = error.errors(include_url=False, include_context=False)[0]
         name = ".".join(map(str, first["loc"]))
         raise DamagedError(
-            f"{where} says {name}: {str(first['input'])[:60]!r}; {first['msg'][:200]}; it was altered"
+            f"{where} says {name}: {_shown(first['input'])!r}; {first['msg'][:200]}; it was altered"
         ) from None
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value; nested ones may be endless, and an integer longer than Python writes."""
+    try:
+        return (value if isinstance(value, str) else reprlib.repr(value))[:60]
+    except ValueError:
+        return "an integer of thousands of digits"
 
 
 def read_record(path: Path) -> PartRecord:

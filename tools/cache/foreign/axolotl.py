@@ -16,9 +16,24 @@ import numpy as np
 
 from shared.errors import CacheError, DamagedError
 from tools.cache.foreign.foreign_row import ForeignRow
-from tools.cache.foreign.parquet_rows import parquet_columns, parquet_files, parquet_rows, ragged, widest
+from tools.cache.foreign.parquet_rows import (
+    ENTRY_FLAGS,
+    ENTRY_IDS,
+    ENTRY_NUMBERS,
+    IDS,
+    parquet_columns,
+    parquet_files,
+    parquet_rows,
+    ragged,
+    widest,
+)
 
-COLUMNS = ("input_ids", "target_token_ids", "target_logprobs", "target_mask")
+COLUMNS = {
+    "input_ids": IDS,
+    "target_token_ids": ENTRY_IDS,
+    "target_logprobs": ENTRY_NUMBERS,
+    "target_mask": ENTRY_FLAGS,
+}
 _ROWS_MEASURED = 64
 _CLEAR_LEAD = 0.1
 
@@ -47,7 +62,7 @@ class AxolotlReader:
         missing = [name for name in COLUMNS if name not in there]
         if missing:
             raise CacheError(f"{path} has no column {missing[0]}; Axolotl's KD sets have {', '.join(COLUMNS)}")
-        self._columns = [*COLUMNS, *(["labels"] if "labels" in there else [])]
+        self._columns = {**COLUMNS, **({"labels": IDS} if "labels" in there else {})}
         self._temperature = temperature
         self.k = widest(self._files, "target_token_ids")
         self._shift = self._measured_shift(path) if shift is None else shift

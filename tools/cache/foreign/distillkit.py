@@ -28,8 +28,18 @@ from shared.parts.cache_files import read_bounded
 from shared.parts.records import checked_model
 from shared.schema import MAX_K, MAX_VOCAB_SIZE
 from tools.cache.foreign.bit_packing import NUMBER_BYTES, numbers, packed_bytes, rounded, unpack, unpack_words
-from tools.cache.foreign.foreign_row import ForeignRow, pieces_of
-from tools.cache.foreign.parquet_rows import grid, parquet_columns, parquet_files, parquet_rows, ragged, widest
+from tools.cache.foreign.foreign_row import ForeignRow, check_entries, pieces_of
+from tools.cache.foreign.parquet_rows import (
+    ENTRY_IDS,
+    ENTRY_NUMBERS,
+    IDS,
+    grid,
+    parquet_columns,
+    parquet_files,
+    parquet_rows,
+    ragged,
+    widest,
+)
 from tools.cache.parquet_columns import Lists
 
 SETTINGS_FILE = "compression_config.yaml"
@@ -144,7 +154,7 @@ class DistillKitReader:
 
     def rows(self) -> Iterator[ForeignRow]:
         """Yield every document; see `ForeignReader`."""
-        columns = ["input_ids", *_COLUMNS[self._kind], *self._beside]
+        columns = {"input_ids": IDS, **_COLUMNS[self._kind], **dict.fromkeys(self._beside, IDS)}
         for where, lists, i in parquet_rows(self._files, columns):
             yield from self._documents(where, lists, i)
 
@@ -172,8 +182,9 @@ class DistillKitReader:
             return ragged(lists["token_ids"], lists["top_values"], i, where)
         if isinstance(settings, OlderCompression):
             return _older_entries(settings, where, lists, i)
-        packed = grid(lists["bytepacked_indices"], i, where, "bytepacked_indices").astype(np.uint8)
-        values = grid(lists["compressed_logprobs"], i, where, "compressed_logprobs").astype(np.uint8)
+        packed, values = (
+            _octets(lists[name], i, where, name) for name in ("bytepacked_indices", "compressed_logprobs")
+        )
         bits = index_bits(settings.d)
         wanted = (settings.position_bytes, packed_bytes(bits, settings.k))
         if (len(values) and (values.shape[1], packed.shape[1]) != wanted) or len(values) != len(packed):
@@ -183,6 +194,7 @@ class DistillKitReader:
             )
         if not len(values):
             return np.zeros((0, settings.k), np.int64), np.zeros((0, settings.k))
+        check_entries(len(values), settings.k, where)
         return unpack(packed, bits, settings.k), decode(values, settings)
 
     def _starts(self, token_ids: NDArray[np.int64], beside: Mapping[str, np.ndarray]) -> NDArray[np.bool_]:
@@ -199,9 +211,9 @@ class DistillKitReader:
 
 
 _COLUMNS = {
-    "compressed": ("compressed_logprobs", "bytepacked_indices"),
-    "older": ("packed_indices", "exact_values", "coeffs"),
-    "raw": ("token_ids", "top_values"),
+    "compressed": {"compressed_logprobs": ENTRY_IDS, "bytepacked_indices": ENTRY_IDS},
+    "older": {"packed_indices": ENTRY_IDS, "exact_values": ENTRY_NUMBERS, "coeffs": ENTRY_NUMBERS},
+    "raw": {"token_ids": ENTRY_IDS, "top_values": ENTRY_NUMBERS},
 }
 
 
@@ -281,12 +293,23 @@ def _curve(terms: list[int | Literal["sqrt", "exp"]], num_ranks: int, settings: 
     return rounded(np.stack(columns, axis=1), settings.term_dtype)
 
 
+def _octets(lists: Lists, i: int, where: str, name: str) -> NDArray[np.uint8]:
+    """Return the inner lists of row i as bytes.
+
+    Raises:
+        DamagedError: a value is no byte, or the lists differ in length.
+    """
+    found = grid(lists, i, where, name)
+    if found.size and not 0 <= int(found.min()) <= int(found.max()) <= 255:
+        raise DamagedError(f"{where} has values from {found.min()} to {found.max()} in {name}; expected bytes")
+    return found.astype(np.uint8)
+
+
 def _older_entries(
     settings: OlderCompression, where: str, lists: Mapping[str, Lists], i: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return [R, K] ids and logits, which are right up to a constant."""
-    names = _COLUMNS["older"]
-    words, exact, coefficients = (grid(lists[name], i, where, name) for name in names)
+    words, exact, coefficients = (grid(lists[name], i, where, name) for name in _COLUMNS["older"])
     num_terms = settings.polynomial_degree + 1 + settings.with_sqrt_term if settings.exact_k < settings.k else 0
     bits = index_bits(settings.vocab_size)
     wanted = (-(-settings.k // (64 // bits)), settings.exact_k, num_terms)
@@ -295,6 +318,7 @@ def _older_entries(
         raise DamagedError(
             f"{where} has {found} words, exact values and coefficients a position where its settings ask for {wanted}"
         )
+    check_entries(len(words), settings.k, where)
     rank = np.arange(1, settings.k - settings.exact_k + 1, dtype=np.float64)
     sign = -1 if settings.invert_polynomial else 1
     columns = [rank ** (sign * power) for power in range(settings.polynomial_degree + 1)]

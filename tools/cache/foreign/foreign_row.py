@@ -83,6 +83,16 @@ class ForeignReader(Protocol):
         """
 
 
+def check_entries(num_positions: int, width: int, where: str) -> None:
+    """Refuse a row's entries by their number, before there are arrays of them.
+
+    Raises:
+        DamagedError: with the place.
+    """
+    if num_positions * width > MAX_ENTRIES_PER_ROW:
+        raise DamagedError(f"{where} has {num_positions:,} positions of up to {width:,} entries; too many")
+
+
 def check_row(row: ForeignRow) -> None:
     """Refuse a row whose arrays contradict each other or are too large.
 
@@ -90,8 +100,9 @@ def check_row(row: ForeignRow) -> None:
         DamagedError: with the place.
     """
     num_tokens, (num_predicted, width) = len(row.token_ids), row.ids.shape
-    if num_tokens > MAX_TOKENS_PER_ROW or num_predicted * width > MAX_ENTRIES_PER_ROW:
-        raise DamagedError(f"{row.where} has {num_tokens:,} tokens and {num_predicted * width:,} entries; too many")
+    check_entries(num_predicted, width, row.where)
+    if num_tokens > MAX_TOKENS_PER_ROW:
+        raise DamagedError(f"{row.where} has {num_tokens:,} tokens; at most {MAX_TOKENS_PER_ROW:,} are taken")
     if row.logprobs.shape != row.ids.shape or len(row.predicted) != num_predicted:
         raise DamagedError(f"{row.where} has {row.ids.shape} ids and {row.logprobs.shape} log-probabilities")
     if num_tokens and int(row.token_ids.min()) < 0:

@@ -23,6 +23,8 @@ LEAST_LOGPROB = -100.0
 """Entries below it have no mass: exp(-100) is 0 beside any probability in float32."""
 _MOST_MASS = 1.005
 """Heads that weigh more are divided by their mass; the codec takes 1 percent."""
+_MOST_LABEL = 0.005
+"""What rounding may make of a certain token's log-probability."""
 
 
 def to_targets(row: ForeignRow, vocab_size: int, *, tail: str, counts: Counter[str]) -> SparseTargets:
@@ -66,6 +68,11 @@ def to_targets(row: ForeignRow, vocab_size: int, *, tail: str, counts: Counter[s
         shift = np.where(too_heavy, np.log(np.where(too_heavy, mass, 1.0)), 0.0)
         sortable, labels = sortable - shift[:, None], labels - shift
         mass = np.where(too_heavy, 1.0, mass)
+    if bool((labels > _MOST_LABEL).any()):
+        raise DamagedError(
+            f"{row.where} gives token {int(row.predicted[labels.argmax()])} the log-probability "
+            f"{float(labels.max()):.4g} beside its alternatives; expected none above 0"
+        )
     filled = np.arange(ids.shape[1]) < sizes[:, None]
     with np.errstate(divide="ignore"):
         rest = np.log1p(-np.minimum(mass, 1.0))

@@ -34,8 +34,8 @@ from tools.cache.derived_cache import DerivedCache
 from tools.cache.foreign.foreign_row import ForeignReader, ForeignRow, check_row
 from tools.cache.foreign.heads import to_targets
 
-_MOST_ROWS, _MOST_ENTRIES = 512, 2**23
-"""Of a part; the entries bound the memory."""
+_MOST_ROWS, _MOST_ENTRIES, _MOST_TOKENS = 512, 2**23, 2**24
+"""Of a part; entries and tokens bound the memory."""
 _MOST_SET_ASIDE = 1000
 """Rows set aside that a part lists by place."""
 _ASIDE = "set aside: "
@@ -71,10 +71,12 @@ class _Part:
     targets: list[SparseTargets] = field(default_factory=list)
     set_aside: list[dict[str, str]] = field(default_factory=list)
     entries: int = 0
+    tokens: int = 0
 
     @property
     def is_full(self) -> bool:
-        return len(self.rows) >= _MOST_ROWS or self.entries >= _MOST_ENTRIES or len(self.set_aside) >= _MOST_SET_ASIDE
+        many = self.entries >= _MOST_ENTRIES or self.tokens >= _MOST_TOKENS
+        return many or len(self.rows) >= _MOST_ROWS or len(self.set_aside) >= _MOST_SET_ASIDE
 
 
 def import_foreign(
@@ -176,7 +178,7 @@ def _parts(reader: ForeignReader, told: Told, vocab_size: int, tail: str, counts
         else:
             part.rows.append(made)
             part.targets.append(to_targets(row, vocab_size, tail=tail, counts=counts))
-            part.entries += row.ids.size
+            part.entries, part.tokens = part.entries + row.ids.size, part.tokens + len(row.token_ids)
             counts["rows"] += 1
         if part.is_full:
             yield part

@@ -13,6 +13,7 @@ import io
 import itertools
 import re
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 
 from shared.errors import CacheError, DamagedError, first_line
 from shared.parts.cache_files import list_folder, open_regular, parse_json
-from shared.schema import MAX_ENTRIES_PER_ROW
+from shared.schema import MAX_ENTRIES_PER_ROW, MAX_FRAME_FREE_BYTES, MAX_FRAME_RATIO, MAX_K
 from tools.cache.foreign.foreign_row import ForeignRow
-from tools.cache.foreign.parquet_rows import parquet_files, parquet_rows
+from tools.cache.foreign.parquet_rows import IDS, parquet_files, parquet_rows
 
 _SHARD = re.compile(r"cp(?P<cp>\d{1,4})_dp(?P<dp>\d{1,6})__(?P<last>\d{1,15})\.tar")
 _STEP = re.compile(r"(?P<step>\d{1,15})\.pt\.zst")
@@ -68,15 +69,15 @@ class MegatronReader:
         self._token_ids = parquet_files(token_ids)
         saver = self._meta(self._shards[0][0]).get("saver")
         self.tail = "derived"
-        self.k = int(saver["k"]) if isinstance(saver, dict) and isinstance(saver.get("k"), int) else 0
-        if not 1 <= self.k <= 65_535:
+        self.k = saver["k"] if isinstance(saver, dict) and type(saver.get("k")) is int else 0
+        if not 1 <= self.k <= MAX_K:
             raise DamagedError(f"{self._shards[0][0]}: {_META} says k {self.k}; expected a count")
         self.vocab_size: int | None = None
         self.notes: dict[str, object] = {"data-parallel ranks": len(ranks), "saver": saver}
 
     def rows(self) -> Iterator[ForeignRow]:
         """Yield every sequence; see `ForeignReader`."""
-        texts = parquet_rows(self._token_ids, ["input_ids"])
+        texts = parquet_rows(self._token_ids, {"input_ids": IDS})
         for place, ids, logprobs in self._sequences():
             where, lists, i = next(texts, ("", {}, 0))
             if not where:
@@ -104,7 +105,7 @@ class MegatronReader:
                 raise DamagedError(f"{places[0]} has another number of microbatches than the step of another rank")
             for ranks in zip(*batches, strict=True):
                 for place, tensors in zip(places, ranks, strict=True):
-                    values, ids = _arrays(place, *tensors)
+                    values, ids = _arrays(place, self.k, *tensors)
                     for sequence in range(values.shape[1]):
                         yield f"{place} sequence {sequence}", ids[:, sequence], values[:, sequence]
 
@@ -115,10 +116,20 @@ class MegatronReader:
         raise DamagedError(f"{shard} has no {_META}; it is no shard, or was altered")
 
 
+class _Member(tarfile.TarInfo):
+    """A member whose extended headers, which tarfile reads whole, are bounded."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type not in tarfile.REGULAR_TYPES and self.size > _MOST_META_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        return found
+
+
 def _members(shard: Path) -> Iterator[tuple[str, bytes]]:
     """Yield name and bytes of the regular files of a tar that matter, their sizes bounded."""
     try:
-        with open_regular(shard) as source, tarfile.open(fileobj=source, mode="r|") as tar:
+        with open_regular(shard) as source, tarfile.open(fileobj=source, mode="r|", tarinfo=_Member) as tar:
             for member in tar:
                 known = member.name == _META or _STEP.fullmatch(member.name)
                 if not member.isreg() or not known:
@@ -155,14 +166,16 @@ def _microbatches(place: str, payload: bytes) -> list[tuple[Any, Any, Any]]:
 
     try:
         size = zstandard.frame_content_size(payload)
-        if not 0 < size <= _MOST_STEP_BYTES:
-            raise DamagedError(f"{place} unpacks to {size:,} bytes; from 1 to {_MOST_STEP_BYTES:,} are read")
+        most = min(_MOST_STEP_BYTES, MAX_FRAME_FREE_BYTES + MAX_FRAME_RATIO * len(payload))
+        if not 0 < size <= most:
+            raise DamagedError(f"{place} unpacks to {size:,} bytes; from 1 to {most:,} are read of {len(payload):,}")
         data = zstandard.ZstdDecompressor().decompress(payload, max_output_size=size)
+        _refuse_packed_inside(data)
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         columns = [found[name] for name in ("values", "indices_low", "bit_17")]
         microbatches = list(zip(*columns, strict=True))
-        if not all(isinstance(tensor, torch.Tensor) for each in microbatches for tensor in each):
-            raise ValueError("something else than tensors")
+        for tensor in itertools.chain.from_iterable(microbatches):
+            _check_tensor(tensor)
         return microbatches
     except DamagedError:
         raise
@@ -170,11 +183,39 @@ def _microbatches(place: str, payload: bytes) -> list[tuple[Any, Any, Any]]:
         raise DamagedError(f"{place} is no step of saved log-probabilities ({first_line(error)})") from None
 
 
-def _arrays(place: str, values: Any, low: Any, high: Any) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _refuse_packed_inside(data: bytes) -> None:
+    """Refuse a file of tensors whose members are compressed: they would unpack to any size; torch writes none."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+    if any(each.compress_type != zipfile.ZIP_STORED for each in members) or sum(m.file_size for m in members) > len(
+        data
+    ):
+        raise ValueError("its members are compressed")
+
+
+def _check_tensor(tensor: Any) -> None:
+    """Refuse what is no plain tensor of numbers in memory, or one that repeats its numbers to look larger."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError("something else than tensors")
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_complex() or tensor.is_quantized:
+        raise ValueError(f"a tensor of {tensor.dtype} that is no plain one")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError("a tensor that is larger than its numbers")
+
+
+def _arrays(place: str, k: int, values: Any, low: Any, high: Any) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     if values.ndim != 3 or values.shape != low.shape or values.shape != high.shape:
         raise DamagedError(f"{place} has a microbatch of shapes {tuple(values.shape)} and {tuple(low.shape)}")
+    if values.shape[2] > k:
+        raise DamagedError(f"{place} has {values.shape[2]} entries a position where {_META} says k {k}; it was altered")
+    if not values.is_floating_point() or low.is_floating_point() or high.is_floating_point():
+        raise DamagedError(f"{place} has values of {values.dtype} and ids of {low.dtype} and {high.dtype}")
     if values.numel() > MAX_ENTRIES_PER_ROW:
         raise DamagedError(f"{place} has a microbatch of {values.numel():,} entries; too many")
-    logprobs = values.double().numpy()
-    ids = low.long().numpy() | (high.long().numpy() << 16)
+    if bool((high.long() >> 1 != 0).any()) or bool((low.long() >> 16 != 0).any()):
+        raise DamagedError(f"{place} has ids that are not 16 bits and a 17th; it was altered")
+    logprobs = values.detach().double().numpy()
+    ids = low.detach().long().numpy() | (high.detach().long().numpy() << 16)
     return np.where(logprobs <= _MASKED, -np.inf, logprobs), ids

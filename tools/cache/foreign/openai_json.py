@@ -16,7 +16,8 @@ unless the user says that they are raw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,15 @@ from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.schema import MAX_TOKENS_PER_ROW
 from shared.tokens.token_bytes import read_vocabulary
-from tools.cache.foreign.foreign_row import ForeignRow
+from tools.cache.foreign.foreign_row import ForeignRow, check_entries
 
 _MOST_LINE_BYTES = 2**28
 _MOST_ENTRIES = 4096
 _NOT_AMONG_TOP = -9998.0
 """What servers write for a token that is not among the most probable ones: -9999."""
+_SAME = 0.01
+"""Two log-probabilities of one token that differ by less are one."""
+_MOST_DIGITS = 12
 _TORN = "\ufffd"
 _REASONS = {"stop": "stop", "length": "length"}
 
@@ -74,10 +78,11 @@ class OpenAIReader:
             choices = body.get("choices")
             if not isinstance(choices, list) or not choices:
                 raise DamagedError(f"{where} has no choices; expected a response of an OpenAI-style server")
+            spelled = cache(partial(self._spelled_prompt, where, request))
             for number, choice in enumerate(choices):
                 place = f"{where} choice {number}" if len(choices) > 1 else where
                 try:
-                    yield self._row(place, request, body, choice)
+                    yield self._row(place, request, body, choice, spelled)
                 except UnreadableAnswerError as error:
                     self.set_aside[str(error)] = self.set_aside.get(str(error), 0) + 1
                 except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
@@ -85,9 +90,16 @@ class OpenAIReader:
                         f"{place} is no answer with log-probabilities ({type(error).__name__}: {error})"
                     ) from None
 
-    def _row(self, where: str, request: Mapping[str, Any], body: Mapping[str, Any], choice: Any) -> ForeignRow:
+    def _row(
+        self,
+        where: str,
+        request: Mapping[str, Any],
+        body: Mapping[str, Any],
+        choice: Any,
+        spelled: Callable[[], list[int]],
+    ) -> ForeignRow:
         prompt_logprobs = choice.get("prompt_logprobs") or body.get("prompt_logprobs")
-        prompt_ids, question, prompt = self._prompt(where, request, body, choice)
+        prompt_ids, question, prompt = _prompt(request, body, choice, spelled)
         logprobs = choice.get("logprobs")
         tokens: list[tuple[int, float, dict[int, float]]] = []
         if logprobs and logprobs.get("content"):
@@ -109,10 +121,12 @@ class OpenAIReader:
         width = max(len(named) for _, _, named in tokens)
         if width > _MOST_ENTRIES or len(token_ids) > MAX_TOKENS_PER_ROW:
             raise DamagedError(f"{where} has {len(token_ids):,} tokens of {width:,} alternatives; too many")
+        check_entries(len(tokens), width, where)
         ids, values = np.full((len(tokens), width), -1, np.int64), np.full((len(tokens), width), -np.inf)
         for s, (_, _, named) in enumerate(tokens):
             ids[s, : len(named)], values[s, : len(named)] = list(named), list(named.values())
         message = choice.get("message")
+        response = message.get("content") if isinstance(message, dict) else choice.get("text")
         return ForeignRow(
             where,
             np.array(token_ids, np.int64),
@@ -122,30 +136,19 @@ class OpenAIReader:
             np.array([logprob for _, logprob, _ in tokens]),
             prompt,
             question,
-            message.get("content") if isinstance(message, dict) else choice.get("text"),
+            None if response is None else _text(response, "the answer"),
             None,
             _REASONS.get(str(choice.get("finish_reason")), "given"),
         )
 
-    def _prompt(
-        self, where: str, request: Mapping[str, Any], body: Mapping[str, Any], choice: Mapping[str, Any]
-    ) -> tuple[list[int], str | None, str | None]:
-        """Return ids of the prompt, its first user turn and its text."""
+    def _spelled_prompt(self, where: str, request: Mapping[str, Any]) -> list[int]:
+        """Return ids of a request's messages or text; none where it has neither. Cost: that of the tokenizer."""
         messages, prompt = request.get("messages"), request.get("prompt")
-        question = next((m["content"] for m in messages if m["role"] == "user"), None) if messages else None
-        texts = [t for t in (question, prompt) if isinstance(t, str)]
-        known = choice.get("prompt_token_ids") or body.get("prompt_token_ids")
-        if known is None and isinstance(prompt, list):
-            known = prompt
-        if known is not None:
-            ids = [int(token_id) for token_id in known]
-        elif messages:
-            ids = self._rendered(where, messages)
-        elif isinstance(prompt, str):
-            ids = list(self._tokenizer(prompt, add_special_tokens=True)["input_ids"])
-        else:
-            ids = []
-        return ids, *((texts[0], texts[0]) if texts else (None, None))
+        if messages:
+            return self._rendered(where, messages)
+        if isinstance(prompt, str):
+            return list(self._tokenizer(_text(prompt, "the prompt"), add_special_tokens=True)["input_ids"])
+        return []
 
     def _rendered(self, where: str, messages: list[dict[str, Any]]) -> list[int]:
         try:
@@ -160,14 +163,14 @@ class OpenAIReader:
     def _of_chat(self, entry: Mapping[str, Any]) -> tuple[int, float, dict[int, float]]:
         """Return id, log-probability and alternatives of a token of a chat completion."""
         token_id = self._id(entry["token"], entry.get("bytes"))
-        own = float(entry["logprob"])
+        own = _logprob(entry["logprob"])
         return self._with_own(
             token_id, own, [(o["token"], o.get("bytes"), o["logprob"]) for o in entry["top_logprobs"]]
         )
 
     def _of_completion(self, token: str, own: Any, named: Mapping[str, Any]) -> tuple[int, float, dict[int, float]]:
         """Return id, log-probability and alternatives of a token of a completion."""
-        return self._with_own(self._id(token, None), float(own), [(text, None, p) for text, p in named.items()])
+        return self._with_own(self._id(token, None), _logprob(own), [(text, None, p) for text, p in named.items()])
 
     def _with_own(
         self, token_id: int | None, own: float, others: Sequence[tuple[str, Any, Any]]
@@ -179,20 +182,67 @@ class OpenAIReader:
             other = self._id(text, spelled)
             if other is None:
                 self._torn += 1
-            elif other not in named and float(logprob) > _NOT_AMONG_TOP:
-                named[other] = float(logprob)
+            elif other not in named and _logprob(logprob) > _NOT_AMONG_TOP:
+                named[other] = _logprob(logprob)
         if own <= _NOT_AMONG_TOP:
             return token_id, named.get(token_id, float("nan")), named
-        named.setdefault(token_id, own)
+        if abs(named.setdefault(token_id, own) - own) > _SAME:
+            raise UnreadableAnswerError("a token of the answer has two log-probabilities")
         return token_id, own, named
 
     def _id(self, text: str, spelled: Any) -> int | None:
         """Return the id of a token by its own word, its bytes or its text; None where it is no token."""
         if text.startswith("token_id:"):
-            return int(text.removeprefix("token_id:"))
+            return _decimal(text.removeprefix("token_id:"))
         if isinstance(spelled, list):
             return self._ids.get(bytes(spelled))
         return None if _TORN in text else self._ids.get(text.encode())
+
+
+def _prompt(
+    request: Mapping[str, Any], body: Mapping[str, Any], choice: Mapping[str, Any], spelled: Callable[[], list[int]]
+) -> tuple[list[int], str | None, str | None]:
+    """Return ids of the prompt, its first user turn and its text."""
+    messages, prompt = request.get("messages"), request.get("prompt")
+    question = next((m["content"] for m in messages if m["role"] == "user"), None) if messages else None
+    texts = [_text(t, "the prompt") for t in (question, prompt) if isinstance(t, str)]
+    known = choice.get("prompt_token_ids") or body.get("prompt_token_ids")
+    if known is None and isinstance(prompt, list):
+        known = prompt
+    ids = spelled() if known is None else [_token_id(token_id) for token_id in known]
+    return ids, *((texts[0], texts[0]) if texts else (None, None))
+
+
+def _token_id(value: Any) -> int:
+    """Return a token id that is written as a whole number."""
+    if type(value) is not int:
+        raise TypeError(f"a token id is {value!r:.40}, expected a whole number")
+    return value
+
+
+def _decimal(text: str) -> int:
+    """Return a token id that is written as decimal digits."""
+    if not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < _MOST_DIGITS):
+        raise ValueError(f"a token id is {text[:40]!r}, expected decimal digits")
+    return int(text)
+
+
+def _logprob(value: Any) -> float:
+    """Return a log-probability that is written as a number."""
+    if type(value) not in (int, float):
+        raise TypeError(f"a log-probability is {value!r:.40}, expected a number")
+    return float(value)
+
+
+def _text(value: Any, what: str) -> str:
+    """Return a text that UTF-8 can hold."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is {value!r:.40}, expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} has half a surrogate pair at character {error.start}") from None
+    return value
 
 
 def _of_prompt(where: str, prompt_ids: Sequence[int], said: Sequence[Any]) -> list[tuple[int, float, dict[int, float]]]:
@@ -204,7 +254,7 @@ def _of_prompt(where: str, prompt_ids: Sequence[int], said: Sequence[Any]) -> li
         )
     found = []
     for place, (token_id, named) in enumerate(zip(prompt_ids[1:], said[1:], strict=True), 1):
-        values = {int(key): float(value["logprob"]) for key, value in named.items()}
+        values = {_decimal(key): _logprob(value["logprob"]) for key, value in named.items()}
         if token_id not in values:
             raise DamagedError(
                 f"{where}: prompt token {place} is {token_id} and prompt_logprobs names {list(values)[:5]}; another "

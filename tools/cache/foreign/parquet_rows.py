@@ -6,7 +6,8 @@ Sizes are looked at before anything is unpacked; columns that are not asked for 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,37 @@ import pyarrow.parquet as pq
 
 from shared.errors import CacheError, DamagedError, first_line
 from shared.parts.cache_files import list_folder, open_regular
-from shared.schema import MAX_ENTRIES_PER_ROW
+from tools.cache.foreign.foreign_row import check_entries
 from tools.cache.parquet_columns import Lists
 from tools.cache.parquet_import import check_unpacked
 
 _BATCH_BYTES = 2**26
 _MOST_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the lists of a column hold."""
+
+    depth: int
+    """1: a list per row; 2: a list per position of a row."""
+    takes: Callable[[pa.DataType], bool]
+    """Tells whether values of a type are taken: nothing is rounded to what is expected."""
+    words: str
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _is_flag(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_boolean(kind) or _is_number(kind))
+
+
+IDS = Kind(1, pa.types.is_integer, "lists of whole numbers")
+ENTRY_IDS = Kind(2, pa.types.is_integer, "lists of lists of whole numbers")
+ENTRY_NUMBERS = Kind(2, _is_number, "lists of lists of numbers")
+ENTRY_FLAGS = Kind(2, _is_flag, "lists of lists of flags")
 
 
 def parquet_files(path: Path) -> list[Path]:
@@ -51,11 +77,12 @@ def parquet_columns(files: Sequence[Path]) -> list[str]:
         raise DamagedError(f"{files[0]} is no Parquet file ({first_line(error)})") from None
 
 
-def parquet_rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Lists], int]]:
+def parquet_rows(files: Sequence[Path], columns: Mapping[str, Kind]) -> Iterator[tuple[str, Mapping[str, Lists], int]]:
     """Yield (place, lists by column, row within them) of every row.
 
     Raises:
-        DamagedError: a file lacks a column, holds a null, or would unpack to far more than its bytes.
+        DamagedError: a file lacks a column or has one of another kind, holds a null, or would unpack to far more than
+            its bytes.
     """
     for file in files:
         try:
@@ -64,12 +91,11 @@ def parquet_rows(files: Sequence[Path], columns: Sequence[str]) -> Iterator[tupl
             raise DamagedError(f"{file} cannot be imported: {first_line(error)}") from None
 
 
-def _rows_of(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Lists], int]]:
+def _rows_of(file: Path, columns: Mapping[str, Kind]) -> Iterator[tuple[str, Mapping[str, Lists], int]]:
     with open_regular(file) as source, pq.ParquetFile(source) as opened:
         size = check_unpacked(file, opened, os.fstat(source.fileno()).st_size)
-        missing = [name for name in columns if name not in opened.schema_arrow.names]
-        if missing:
-            raise DamagedError(f"{file} has no column {missing[0]}; expected {', '.join(columns)}")
+        for name, kind in columns.items():
+            _check_kind(file, opened.schema_arrow, name, kind)
         at_once = max(1, min(_MOST_ROWS, _BATCH_BYTES * max(opened.metadata.num_rows, 1) // max(size, 1)))
         number = 0
         for batch in opened.iter_batches(at_once, columns=list(columns)):
@@ -79,17 +105,30 @@ def _rows_of(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[
                 number += 1
 
 
+def _check_kind(file: Path, schema: pa.Schema, name: str, wanted: Kind) -> None:
+    """Refuse a column by its type, before it is read: texts in a dictionary unpack to any size."""
+    if schema.names.count(name) != 1:
+        found = "no column" if name not in schema.names else "more than one column"
+        raise DamagedError(f"{file} has {found} {name}; expected {wanted.words} there")
+    kind = schema.field(name).type
+    values, depth = kind, 0
+    while hasattr(values, "value_type") and _is_list(values):
+        values, depth = values.value_type, depth + 1
+    if depth != wanted.depth or not wanted.takes(values):
+        raise DamagedError(f"{file} has a column {name} of {str(kind)[:80]}; expected {wanted.words}")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def _plain(column: pa.Array) -> pa.Array:
     """Return lists of any kind as plain ones."""
     kind = column.type
     if pa.types.is_list(kind) and pa.types.is_list(kind.value_type):
         return column
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise ValueError(f"a column is {kind} where lists are expected")
     inner = kind.value_type
-    if hasattr(inner, "value_type"):
-        return column.cast(pa.list_(pa.list_(inner.value_type)))
-    return column.cast(pa.list_(inner))
+    return column.cast(pa.list_(pa.list_(inner.value_type) if _is_list(inner) else inner))
 
 
 def grid(lists: Lists, i: int, where: str, name: str) -> np.ndarray:
@@ -107,7 +146,7 @@ def grid(lists: Lists, i: int, where: str, name: str) -> np.ndarray:
 def widest(files: Sequence[Path], column: str) -> int:
     """Return the length of the longest inner list of a column. Cost: reads that column."""
     longest = 0
-    for _, lists, i in parquet_rows(files, [column]):
+    for _, lists, i in parquet_rows(files, {column: ENTRY_IDS}):
         counts = lists[column].counts(i)
         longest = max(longest, int(counts.max(initial=0)))
     return longest
@@ -122,8 +161,7 @@ def ragged(lists: Lists, values: Lists, i: int, where: str) -> tuple[np.ndarray,
     counts = lists.counts(i)
     if not np.array_equal(counts, values.counts(i)):
         raise DamagedError(f"{where} has positions with more ids than values, or fewer")
-    if len(counts) * int(counts.max(initial=0)) > MAX_ENTRIES_PER_ROW:
-        raise DamagedError(f"{where} has {len(counts):,} positions of up to {counts.max():,} entries; too many")
+    check_entries(len(counts), int(counts.max(initial=0)), where)
     filled = np.arange(int(counts.max(initial=0))) < counts[:, None]
     ids, logprobs = np.full(filled.shape, -1, np.int64), np.full(filled.shape, -np.inf)
     ids[filled], logprobs[filled] = lists.values(i), values.values(i)
