@@ -121,7 +121,7 @@ class Progress:
 
 
 class BuildProgress:
-    """Shows a build, which has several phases one after the other; a phase of 0 rows has no known end."""
+    """Shows a build, phase after phase; a context manager, whose end is that of the last phase."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """Show nothing until a phase begins."""
@@ -150,6 +150,12 @@ class BuildProgress:
         if self._current is not None:
             self._current.close()
             self._current = None
+
+    def __enter__(self) -> BuildProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finish()
 
 
 def duration(seconds: float) -> str:

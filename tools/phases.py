@@ -37,10 +37,9 @@ def teach(
     other = answers_line(recipe)
     if other:
         print(f"teach: {other}", file=sys.stderr, flush=True)
-    progress = BuildProgress()
     settings: dict[str, Any] = {} if max_set_aside is None else {"max_set_aside": max_set_aside}
     try:
-        with pushed_as_committed(recipe.cache[0], progress.note):
+        with BuildProgress() as progress, pushed_as_committed(recipe.cache[0], progress.note):
             found = teach_each(
                 recipe,
                 layer,
@@ -50,11 +49,8 @@ def teach(
                 **settings,
             )
     except (SetAsideError, UnitsSetAsideError) as error:
-        progress.finish()
         print("\n".join(error.summary.lines()))
         raise
-    finally:
-        progress.finish()
     figures = {name: _build_figures(summary) for name, summary in found.items()}
     lines = [f"{name}: {line}" if recipe.teachers else line for name, one in found.items() for line in one.lines()]
     first = figures.pop(OWN, {})
@@ -82,11 +78,8 @@ def plan_calibrated(recipe: Recipe, num_rows: int, price_per_hour: float | None)
         raise UsageError(
             "--calibrate has nothing to measure: every row of the recipe is in the cache, answered and scored"
         )
-    progress = BuildProgress()
-    try:
+    with BuildProgress() as progress:
         found = calibrate(recipe, num_rows, progress)
-    finally:
-        progress.finish()
     figures = calibrated_figures(recipe, planned, found, price_per_hour)
     planned["assumptions"] = [text for text in planned["assumptions"] if not _is_measured(text)]
     return {**planned, "calibrated": figures}, f"{plan_text(planned)}\n{calibrated_text(figures)}"

@@ -97,8 +97,7 @@ class DistilTrainer(ShardedTrainer):
         self._step_started = time.perf_counter()
         self._waited = 0.0
         self._seconds_of_run, self._waited_of_run = 0.0, 0.0
-        self._metrics: StepLog | None = None
-        self._timing: StepLog | None = None
+        self._logs: tuple[StepLog, ...] = ()
 
     def run(self, checkpoint: Path | None, step: int) -> None:
         """Train to the end, from a complete checkpoint of `step` steps or from the start.
@@ -108,8 +107,7 @@ class DistilTrainer(ShardedTrainer):
         """
         directory = Path(self.args.output_dir)
         if self.is_world_process_zero():
-            self._metrics = StepLog(directory / "metrics.jsonl", step)
-            self._timing = StepLog(directory / "timing.jsonl", step)
+            self._logs = StepLog(directory / "metrics.jsonl", step), StepLog(directory / "timing.jsonl", step)
         if self._evaluation is not None:
             self._evaluation.open(directory, None if checkpoint is None else step, writes=self.is_world_process_zero())
         if checkpoint is not None:
@@ -127,9 +125,8 @@ class DistilTrainer(ShardedTrainer):
             else:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            for log in (self._metrics, self._timing):
-                if log is not None:
-                    log.close()
+            for log in self._logs:
+                log.close()
             if self._evaluation is not None:
                 self._evaluation.close()
             if self._ahead is not None:
@@ -238,8 +235,9 @@ class DistilTrainer(ShardedTrainer):
         self._progress.advance(1, tokens, f"loss {loss:.4f}{rate}")
         norm = None if grad_norm is None else float(grad_norm)
         reason = self._divergence(loss, norm)
-        if self._metrics is not None and self._timing is not None and (self._is_logged(step) or reason is not None):
-            self._metrics.write(
+        if self._logs and (self._is_logged(step) or reason is not None):
+            metrics, timing = self._logs
+            metrics.write(
                 {
                     "step": step,
                     "epoch": self._plan.epoch_at(step),
@@ -253,7 +251,7 @@ class DistilTrainer(ShardedTrainer):
                 }
             )
             waited = {"seconds": seconds, "waited_seconds": self._waited, "tokens_per_second": tokens / seconds}
-            self._timing.write({"step": step, **waited})
+            timing.write({"step": step, **waited})
         self._seconds_of_run += seconds
         self._waited_of_run += self._waited
         self._waited = 0.0
@@ -374,9 +372,8 @@ class DistilTrainer(ShardedTrainer):
         is_needed = step >= self.state.max_steps or self.control.should_training_stop or step == self._step_to_keep()
         if self._watch.num_suspicious and not is_needed:
             return
-        for log in (self._metrics, self._timing):
-            if log is not None:
-                log.sync()
+        for log in self._logs:
+            log.sync()
         if self._evaluation is not None:
             self._evaluation.sync()
         with writing_explained(self.args.output_dir):

@@ -37,11 +37,9 @@ def answer(one: Round) -> Result:
     from teacher_cache.student_answers import answer_prompts
 
     require_of_rounds(one)
-    progress, phase = BuildProgress(), f"answer.{one.stage.name}"
-    try:
+    phase = f"answer.{one.stage.name}"
+    with BuildProgress() as progress:
         _, summary = answer_prompts(one.answering(), one.recipe.cache[0], one.asking, progress, phase)
-    finally:
-        progress.finish()
     figures = require_sound(one)
     lines = [*summary.notes, *summary.set_aside_lines(), f"{_name(one)}: {figures.text()}"]
     return {"cache": str(one.own_cache), "generated": summary.generated.rows, **figures.document}, "\n".join(lines)
@@ -60,11 +58,8 @@ def score(one: Round) -> Result:
     one.job()
     if one.settings.teacher == "same":
         require_same_teacher(one.recipe)
-    progress = BuildProgress()
-    try:
+    with BuildProgress() as progress:
         summary = teach(one.scoring(), None, progress, seconds_under=f"score.{one.stage.name}")
-    finally:
-        progress.finish()
     made = summary.scored
     text = f"{_name(one)}: scored {made.rows:,} answers, {made.positions:,} positions, in layer {summary.layer}"
     return {"cache": str(one.own_cache), "layer": summary.layer, "scored": made.rows}, text

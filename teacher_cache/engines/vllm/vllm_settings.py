@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,12 +191,10 @@ def cache_bytes(text_config: dict[str, Any], max_model_len: int, dtype: str) -> 
 
 def _available_bytes() -> int:
     """Return bytes of memory that can be taken without swapping."""
-    try:
+    with suppress(OSError):  # no Linux: count what the system calls free
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:  # no Linux: count what the system calls free
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
