@@ -19,6 +19,7 @@ from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
 from tools.evaluate.cost.cost import measure_cost
 from tools.evaluate.models.at_once import num_at_once, run_jobs
+from tools.evaluate.models.forked_process import Forks
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.own.own_answers import measure_own_answers
@@ -64,11 +65,12 @@ def evaluate_all(
         say(f"side by side: {len(prompts)} prompts")
         for name, model in models.items():
             wanted[name]["side_by_side"] = side_identity(recipe, model, prompts)
-    _do_what_is_stale(recipe, models, wanted, allow_unsafe_code, say)
-    results: dict[str, Any] = {name: read_result(result_path(recipe, name)) for name in models}
-    if recipe.evaluate.own_answers is not None:
-        for name, own in measure_own_answers(recipe, models, say).items():
-            results[name]["heldout"]["own"] = own
+    with Forks(recipe.evaluate.engine) as forks:
+        _do_what_is_stale(recipe, models, wanted, allow_unsafe_code, say, forks)
+        results: dict[str, Any] = {name: read_result(result_path(recipe, name)) for name in models}
+        if recipe.evaluate.own_answers is not None:
+            for name, own in measure_own_answers(recipe, models, say, forks).items():
+                results[name]["heldout"]["own"] = own
     measure_distances(recipe, say)
     if recipe.evaluate.cost:
         measure_cost(recipe, say)
@@ -81,6 +83,7 @@ def _do_what_is_stale(
     wanted: Mapping[str, Mapping[str, Any]],
     unsafe: bool,
     say: Callable[[str], None],
+    forks: Forks,
 ) -> None:
     """Evaluate what is not kept, of each model what is wanted of it."""
     stale: dict[str, dict[str, Any]] = {}
@@ -94,7 +97,7 @@ def _do_what_is_stale(
 
     def evaluate(name: str) -> None:
         started = time.monotonic()
-        _evaluate(recipe, name, stale[name], unsafe, say, 1 if at_once > 1 else None)
+        _evaluate(recipe, name, stale[name], unsafe, say, 1 if at_once > 1 else None, forks)
         found = read_result(result_path(recipe, name))
         if found is None or any(not _is_kept(recipe, name, *part) for part in stale[name].items()):
             raise EvaluationError(f"evaluating '{name}' left no result; its log is {result_path(recipe, name, 'log')}")
@@ -113,13 +116,19 @@ def _is_kept(recipe: Recipe, name: str, part: str, identity: Mapping[str, Any]) 
 
 
 def _evaluate(
-    recipe: Recipe, name: str, wanted: dict[str, Any], unsafe: bool, say: Callable[[str], None], threads: int | None
+    recipe: Recipe,
+    name: str,
+    wanted: dict[str, Any],
+    unsafe: bool,
+    say: Callable[[str], None],
+    threads: int | None,
+    forks: Forks,
 ) -> None:
     """Do what is stale of one model in a process of its own."""
     for part in wanted:
         PARTS[part](recipe, name).unlink(missing_ok=True)
     job = {"recipe": recipe.model_dump_json(), "model": name, "wanted": wanted, "allow_unsafe_code": unsafe}
-    run_in_process("tools.evaluate.one_model", job, result_path(recipe, name, "log"), name, say, threads)
+    run_in_process("tools.evaluate.one_model", job, result_path(recipe, name, "log"), name, say, threads, forks)
 
 
 def _figures(result: dict[str, Any], done: Mapping[str, Any]) -> str:

@@ -302,4 +302,4 @@ def test_a_program_has_no_descriptor_but_its_own(mechanism: str) -> None:
 
 def test_a_fork_server_that_ended_is_named() -> None:
     with ForkServer.started(["/bin/false"]) as server, pytest.raises(EvaluationError, match="same command again"):
-        server.fork(Path("/"), [])
+        server.fork("/", [])

@@ -7,7 +7,6 @@ print goes to its log. `serve` is the child's side of that.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -19,9 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from shared.errors import DecantError, EvaluationError
+from tools.evaluate.models.forked_process import Forks
+from tools.evaluate.sandbox.fork_server import Forked
 from tools.own_process import own_command, own_environment
 
-_running: set[subprocess.Popen[bytes]] = set()
+_running: set[subprocess.Popen[bytes] | Forked] = set()
 """The children that run, in whichever thread."""
 
 
@@ -32,6 +33,7 @@ def run_in_process(
     name: str,
     say: Callable[[str], None],
     threads: int | None = None,
+    forks: Forks | None = None,
 ) -> Any:
     """Run `python -m module` on a job to its end and return what it made, as JSON has it; `say` gets its progress;
     `threads` as the libraries decide if None.
@@ -41,7 +43,8 @@ def run_in_process(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
-        process = subprocess.Popen(  # noqa: S603 - our own interpreter
+        forked = None if forks is None else forks.start(module, stream, threads)
+        process = forked or subprocess.Popen(  # noqa: S603 - our own interpreter
             own_command("-m", module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -89,7 +92,9 @@ def serve(work: Callable[[dict[str, Any], Callable[[str], None]], Any]) -> NoRet
     os._exit(status)
 
 
-def _follow(process: subprocess.Popen[bytes], job: str, name: str, say: Callable[[str], None]) -> dict[str, Any]:
+def _follow(
+    process: subprocess.Popen[bytes] | Forked, job: str, name: str, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Send the job, pass progress on, return the last word; stdin stays open: the child dies with it."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -112,10 +117,12 @@ def _follow(process: subprocess.Popen[bytes], job: str, name: str, say: Callable
     return said
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes] | Forked) -> None:
     """Kill whatever is left of the model's process group: engines leave workers behind."""
-    with contextlib.suppress(ProcessLookupError):  # all gone already, as it should be
+    try:
         os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # all gone already, as it should be, or not yet a group of its own
+        process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:

@@ -23,6 +23,7 @@ from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
 from teacher_cache.prompts.files.prompt_files import content_hash
 from teacher_cache.student_answers import Asking, answers_as
+from tools.evaluate.models.forked_process import Forks
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.results.results import read_result, result_path, same_identity, write_result
@@ -47,7 +48,7 @@ def asked_of_models(recipe: Recipe) -> tuple[Recipe, Asking]:
 
 
 def measure_own_answers(
-    recipe: Recipe, models: Mapping[str, ModelUnderTest], say: Callable[[str], None]
+    recipe: Recipe, models: Mapping[str, ModelUnderTest], say: Callable[[str], None], forks: Forks
 ) -> dict[str, dict[str, Any]]:
     """Measure the models of an evaluation, or take what is kept; return model -> figures.
 
@@ -57,11 +58,11 @@ def measure_own_answers(
     wanted = {name: own_identity(recipe, model) for name, model in models.items()}
     stale = [name for name, identity in wanted.items() if not same_identity(_kept(recipe, name), identity)]
     for name in stale:
-        _step(recipe, "answer", name, wanted[name], say)
+        _step(recipe, "answer", name, wanted[name], say, forks)
     if stale:
-        _step(recipe, "score", "teacher", {}, say)
+        _step(recipe, "score", "teacher", {}, say, None)
     for name in stale:
-        _step(recipe, "measure", name, wanted[name], say)
+        _step(recipe, "measure", name, wanted[name], say, forks)
     return {name: dict(_result(recipe, name)["heldout"]["own"]) for name in models}
 
 
@@ -107,9 +108,16 @@ def _kept(recipe: Recipe, name: str) -> dict[str, Any]:
     return dict(_result(recipe, name)["heldout"].get("own", {}).get("identity", {}))
 
 
-def _step(recipe: Recipe, step: str, name: str, identity: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def _step(
+    recipe: Recipe,
+    step: str,
+    name: str,
+    identity: Mapping[str, Any],
+    say: Callable[[str], None],
+    forks: Forks | None,
+) -> None:
     say(f"own answers, {step}: {name}")
     job = {"recipe": json.loads(recipe.model_dump_json()), "step": step, "model": name, "identity": identity}
     log, started = result_path(recipe, name, f"own.{step}.log"), time.monotonic()
-    run_in_process("tools.evaluate.own.own_process", job, log, name, say)
+    run_in_process("tools.evaluate.own.own_process", job, log, name, say, forks=forks)
     add_seconds(recipe.output_dir, "evaluate", time.monotonic() - started)

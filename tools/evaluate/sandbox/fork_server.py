@@ -1,6 +1,6 @@
 """An interpreter that is started once and forks a process for each program, so that its imports are made once.
 
-`sandbox_child.py --serve` is its other side. A forked process puts its own walls up, as one that was started for its
+`sandbox_child.serve` is its other side. A forked process puts its own walls up, as one that was started for its
 program does; the server itself reads nothing that a program writes. Only the server waits for its forks, and only when
 it is asked to, so a process number stays that process's until then. Cost: 50 ms to start, about 5 ms a program.
 """
@@ -13,8 +13,11 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from shared.errors import EvaluationError
 from tools.evaluate.sandbox.interpreter import start_interpreter
@@ -35,9 +38,15 @@ class Forked:
             self.wait()
         return self.returncode
 
-    def wait(self) -> int:
-        """Return its status once it has one: that of its exit, or minus the signal that ended it."""
+    def wait(self, timeout: float | None = None) -> int:
+        """Return its status once it has one: that of its exit, or minus the signal that ended it.
+
+        Raises:
+            subprocess.TimeoutExpired: it has none after so many seconds.
+        """
         if self.returncode is None:
+            if not select.select([self._end], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
             self.returncode = self._server.ask(self.pid)
             os.close(self._end)
         return self.returncode
@@ -49,10 +58,10 @@ class Forked:
 
 
 class ForkServer:
-    """The server; for one thread at a time."""
+    """The server; threads may share it."""
 
     def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
+        self._channel, self._lock = channel, threading.Lock()
 
     @classmethod
     @contextlib.contextmanager
@@ -73,11 +82,15 @@ class ForkServer:
                 finally:
                     process.kill()
 
-    def fork(self, scratch: Path, descriptors: Sequence[int]) -> Forked:
-        """Return a new process in that directory, to which stdin, output and then `descriptors` are open."""
+    def fork(self, wanted: Any, descriptors: Sequence[int]) -> Forked:
+        """Return a new process that becomes what is wanted, with stdin, output and then `descriptors` open.
+
+        Raises:
+            EvaluationError: the server is gone.
+        """
         (childs_stdin, stdin), (stdout, childs_stdout) = os.pipe(), os.pipe()
         try:
-            pid = self.ask(str(scratch), [childs_stdin, childs_stdout, *descriptors])
+            pid = self.ask(wanted, [childs_stdin, childs_stdout, *descriptors])
         except EvaluationError:
             os.close(stdin)
             os.close(stdout)
@@ -87,16 +100,17 @@ class ForkServer:
             os.close(childs_stdout)
         return Forked(self, pid, stdin, stdout)
 
-    def ask(self, wanted: str | int, descriptors: Sequence[int] = ()) -> int:
-        """Return the number of a process forked for a directory, or the status of one that is named by its number.
+    def ask(self, wanted: Any, descriptors: Sequence[int] = ()) -> int:
+        """Return the number of a process forked for what is wanted, or the status of one that is named by its number.
 
         Raises:
             EvaluationError: the server is gone.
         """
         try:
-            socket.send_fds(self._channel, [json.dumps(wanted).encode()], descriptors)
-            return int(self._channel.recv(32))
+            with self._lock:
+                socket.send_fds(self._channel, [json.dumps(wanted).encode()], descriptors)
+                return int(self._channel.recv(32))
         except (OSError, ValueError):
             raise EvaluationError(
-                "the sandbox's server ended, from outside or for want of memory; run the same command again"
+                "the process that forks others ended, from outside or for want of memory; run the same command again"
             ) from None

@@ -153,7 +153,7 @@ def _launcher(mechanism: str) -> Iterator[Launch]:
         yield lambda scratch, descriptors: start_interpreter(_command(mechanism, scratch), scratch, descriptors)
         return
     with ForkServer.started([*_python(), str(_CHILD)]) as server:
-        yield lambda scratch, descriptors: (server.fork(scratch, descriptors), None)
+        yield lambda scratch, descriptors: (server.fork(str(scratch), descriptors), None)
 
 
 def _remove(scratch: Path) -> str:

@@ -20,6 +20,7 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
@@ -160,13 +161,10 @@ def run_job(verdict_fd: int, pipes: tuple[int, ...], forked_by: int | None = Non
     leave(0)
 
 
-def serve(parent: int, channel_fd: int) -> None:
-    """Fork a process for each scratch directory that comes, with the descriptors that come with it; wait for one where
-    its number comes. Ends with its parent, and its forks end with it.
+def serve(channel_fd: int, become: Callable[[Any, list[int], int], None]) -> None:
+    """Fork a process for whatever comes, which `become`s it with the descriptors that come with it; wait for one where
+    its number comes. Ends when nobody can ask any more.
     """
-    _prctl(_PR_SET_PDEATHSIG, 9, "death with the parent")
-    if os.getppid() != parent:
-        return
     channel, own = socket.socket(fileno=channel_fd), os.getpid()
     while True:
         data, descriptors, _, _ = socket.recv_fds(channel, 1 << 14, 5)
@@ -176,7 +174,8 @@ def serve(parent: int, channel_fd: int) -> None:
         if isinstance(wanted, int):
             answer = os.waitstatus_to_exitcode(os.waitpid(wanted, 0)[1])
         elif (answer := os.fork()) == 0:
-            _become(wanted, descriptors, own)
+            channel.close()
+            become(wanted, descriptors, own)
         for descriptor in descriptors:
             os.close(descriptor)
         channel.send(str(answer).encode())
@@ -199,6 +198,8 @@ def _become(scratch: str, descriptors: list[int], forked_by: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        serve(int(sys.argv[2]), int(sys.argv[3]))
+        _prctl(_PR_SET_PDEATHSIG, 9, "death with the parent")  # and its forks end with it
+        if os.getppid() == int(sys.argv[2]):
+            serve(int(sys.argv[3]), _become)
     else:
         run_job(int(sys.argv[1]), tuple(map(int, sys.argv[2:])))
