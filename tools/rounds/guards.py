@@ -120,7 +120,8 @@ def beyond(found: AnswerFigures, bounds: Guards) -> str | None:
     if not found.answers:
         return "no prompt was answered; look at the rows that were set aside"
     if found.cut > bounds.cut:
-        return f"{found.cut:.1%} of the answers were cut by their length, more than guards.cut {bounds.cut:g}"
+        cut = f"{found.cut:.1%} of the answers were cut by rounds.max_new_tokens, which may be too few"
+        return f"{cut}; that is more than guards.cut {bounds.cut:g}"
     if found.repeating > bounds.repeating:
         return (
             f"{found.repeating:.1%} of the answers repeat themselves, more than guards.repeating {bounds.repeating:g}"
