@@ -164,9 +164,15 @@ def _head_distance(model: Any, head: StudentHead, probe: Tensor, states: Tensor)
 
 
 def probe_tokens(model: Any, vocab_size: int, seed: int, num_tokens: int = PROBE_TOKENS) -> Tensor:
-    """Return [1, num_tokens] token ids that depend on the seed alone; fewer where the model knows fewer positions."""
-    num_tokens = min(num_tokens, known_positions(model.config.get_text_config()) or num_tokens)
+    """Return [1, num_tokens] token ids that depend on the seed alone; fewer where the model knows fewer positions.
+
+    The token that fills up is not among them: its embedding may be 0, where a gradient may be none.
+    """
+    config = model.config.get_text_config()
+    num_tokens, padding = min(num_tokens, known_positions(config) or num_tokens), getattr(config, "pad_token_id", None)
     ids = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(seed))
+    if padding is not None:
+        ids[ids == padding] = (padding + 1) % vocab_size
     return ids.to(model.get_input_embeddings().weight.device)
 
 
