@@ -102,6 +102,13 @@ def make_llama(directory: Path, **settings: Any) -> Path:
     return _make(directory, LlamaConfig, LlamaForCausalLM, tied=False, **settings)
 
 
+def make_qwen2(directory: Path, **settings: Any) -> Path:
+    """Save a random Qwen2, for whose type transformers puts a pre-tokeniser of its own over this tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return _make(directory, Qwen2Config, Qwen2ForCausalLM, tied=True, **settings)
+
+
 def _make(
     directory: Path,
     config_class: Any,

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.system.program import write_lines
-from tests.tiny_models import make_qwen3
+from tests.tiny_models import make_qwen2, make_qwen3
 from tools import cli
 
 RECIPE = """\
@@ -39,6 +39,7 @@ WRONG = [
     ("student.model=broken", "student.model", "config.json"),
     ("student.model=without-tokenizer", "student.model", "has no tokenizer.json"),
     ("student.model=other", "student.model", "choose a student with the same tokenizer"),
+    ("student.model=of-qwen2", "student.model", "'In 2024, 12345 x 3.14159 = ?' would be other tokens"),
     ("student.model=missing-tensor", "student.model", "model.norm.weight"),
     ("student.model=reshaped", "student.model", "model.norm.weight"),
     ("student.model=cut-short", "student.model", "cannot be read as weights"),
@@ -128,6 +129,7 @@ def place(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("preflight")
     for seed, name in enumerate(("teacher", "student", "other", "without-tokenizer")):
         make_qwen3(path / name, seed=seed, num_layers=1)
+    make_qwen2(path / "of-qwen2", num_layers=1)
     for file in path.glob("without-tokenizer/*token*"):
         file.unlink()
     document = json.loads((path / "other" / "tokenizer.json").read_text())

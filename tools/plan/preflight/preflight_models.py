@@ -32,15 +32,19 @@ def model_problem(name: str, revision: str | None, *, weights: bool, stated: boo
 
 
 def hash_of_tokenizer(model: str, *, trusts: bool) -> str:
-    """Return the hash of a model's tokenizer as transformers loads it; `trusts`: its code may run.
+    """Return the hash of a model's tokenizer as transformers loads it; arguments and errors as `files_of_tokenizer`."""
+    return tokenizer_hash(files_of_tokenizer(model, trusts=trusts)["tokenizer.json"])
+
+
+def files_of_tokenizer(model: str, *, trusts: bool) -> dict[str, bytes]:
+    """Return the files of a model's tokenizer as transformers loads it; `trusts`: its code may run.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     from teacher_cache.teacher.model_files import load_tokenizer, resolve_model, tokenizer_files
 
-    files = tokenizer_files(load_tokenizer(resolve_model(model), trust_remote_code=trusts))
-    return tokenizer_hash(files["tokenizer.json"])
+    return tokenizer_files(load_tokenizer(resolve_model(model), trust_remote_code=trusts))
 
 
 def _fetched(name: str, revision: str | None) -> str | None:

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.cache.layout import read_header
+from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import DecantError
 from shared.identity.identity import tokenizer_hash
+from shared.models.config_file import read_config
+from shared.models.type_tokenizer import changed_by_type
 from shared.recipe.base import Problem
 from tools.plan.preflight.preflight_asked import Asked, said
-from tools.plan.preflight.preflight_models import hash_of_tokenizer, model_problem
+from tools.plan.preflight.preflight_models import files_of_tokenizer, hash_of_tokenizer, model_problem
 
 
 def student_problems(asked: Asked) -> Iterator[Problem]:
@@ -25,7 +28,8 @@ def student_problems(asked: Asked) -> Iterator[Problem]:
     if problem:
         yield ("student", "model"), problem
     elif Path(student.model).is_dir():
-        yield from _tokenizer(asked, Path(student.model), required=not random)
+        found = list(_tokenizer(asked, Path(student.model), required=not random))
+        yield from found or said(("student", "model"), lambda: _check_type(asked, Path(student.model)))
     if random and student.adapter.kind == "qlora":
         yield ("student", "adapter"), "qlora holds weights in 4 bits and `init: random` makes fresh ones; use none"
 
@@ -62,3 +66,33 @@ def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Pro
             )
 
     yield from said(("student", "model"), compare)
+
+
+def _check_type(asked: Asked, directory: Path) -> None:
+    """Refuse a student of a type that transformers reads the cache's tokenizer otherwise for.
+
+    Raises:
+        DecantError: with the type and a text that shows it.
+    """
+    teacher, kind = asked.recipe.teacher, _type_of(directory)
+    if kind is None or (teacher is not None and _type_of(Path(teacher.model)) == kind):
+        return
+    if asked.caches:
+        files = read_tokenizer_files(asked.caches[0])
+    elif teacher is not None and Path(teacher.model).is_dir():
+        files = files_of_tokenizer(teacher.model, trusts=teacher.trust_remote_code)
+    else:
+        return
+    text = changed_by_type(files, kind)
+    if text is not None:
+        raise DecantError(
+            f"'{directory}' is of the type {kind}, for which transformers puts a pre-tokeniser of its own over any "
+            f"tokenizer, so that {text!r} would be other tokens for whoever asks the student than in the cache; choose "
+            "a student of another type, or train it from a cache in its own tokens (`decant cache translate`)"
+        )
+
+
+def _type_of(directory: Path) -> str | None:
+    path = directory / "config.json"
+    found = read_config(path).get("model_type") if path.is_file() else None
+    return found if isinstance(found, str) else None
