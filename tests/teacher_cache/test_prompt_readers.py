@@ -11,12 +11,15 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.files.prompt_readers import MAX_LINE_BYTES, open_bytes, read_file
+from teacher_cache.prompts.files.packed_files import open_bytes
+from teacher_cache.prompts.files.prompt_readers import MAX_LINE_BYTES, read_file
 from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompts import read_prompts
 
@@ -54,7 +57,7 @@ def test_a_zst_file_cut_within_its_second_frame_is_refused_and_skippable_frames_
     assert [number for number, _ in read_file(tmp_path / "a.jsonl.zst")] == [1, 2]
     for cut in range(1, len(frame)):
         (tmp_path / "cut.jsonl.zst").write_bytes(frame + frame[:cut])
-        with pytest.raises(PromptError, match=r"cut\.jsonl\.zst:2: .*in the middle of a zstandard frame"):
+        with pytest.raises(PromptError, match=r"cut\.jsonl\.zst:2: .*ends in the middle"):
             list(read_file(tmp_path / "cut.jsonl.zst"))
 
 
@@ -186,3 +189,92 @@ def test_parquet_rows_lose_the_nulls_that_their_columns_add(tmp_path):
     path = Path(tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_pylist(rows), path)
     assert [row for _, row in read_file(path)] == [{"messages": rows[0]["messages"]}, rows[1]]
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_what_follows_a_compressed_member_and_is_none_is_refused_not_left_out(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    member = PACK[suffix](b'{"text": "a"}\n')
+    path.write_bytes(member + b"X" + member[1:])
+    with pytest.raises(PromptError, match=rf"a\.jsonl\{suffix}:2: cannot be read as json from here on"):
+        list(read_file(path))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.csv"])
+def test_a_file_made_to_unpack_to_any_size_takes_no_memory(tmp_path, name):
+    start = {"a.txt": b"", "a.json": b'[{"text": "', "a.csv": b'text\n"'}[name]
+    path = tmp_path / f"{name}.zst"
+    with zstandard.open(path, "wb") as file:
+        file.write(start)
+        for _ in range(512):
+            file.write(b"a" * 2**20)
+    tracemalloc.start()
+    try:
+        rows = list(read_file(path))
+        assert all(isinstance(row, ValueError) for _, row in rows)
+    except PromptError as error:
+        assert "16,777,216 characters" in str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300 * 2**20
+
+
+def test_a_file_that_unpacks_out_of_all_proportion_is_refused(tmp_path):
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(b"\n" * 2**28))
+    with pytest.raises(PromptError, match=r"more than 1,024 times its size, .*; unpack it by hand if it is meant"):
+        list(read_file(tmp_path / "a.jsonl.xz"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"text": ' + "[" * 100_000], ids=["list", "value"])
+def test_a_json_list_that_is_nested_without_end_is_refused_at_once(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(PromptError, match=r"a\.json:1: cannot be read as json from here on \(maximum recursion"):
+        list(read_file(tmp_path / "a.json"))
+
+
+def test_entries_of_a_json_list_have_the_problems_that_lines_have(tmp_path):
+    texts = [
+        '{"text": "\\ud800"}',
+        '{"text": "a", "text": "b"}',
+        '{"text": "a", "n": ' + "9" * 5000 + "}",
+        '{"text": NaN}',
+        '{"text": "c"}',
+    ]
+    (tmp_path / "a.json").write_text("[" + ",".join(texts) + "]")
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    told = []
+    for name in ("a.json", "a.jsonl"):
+        problems = Problems()
+        source = PromptSource(source="s", path=str(tmp_path / name), format="text")
+        rows = [row.text for row in read_prompts([source], problems)]
+        told.append((rows, [problem.line for problem in problems.listed]))
+    assert told[0] == told[1] == (["c"], [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('[{"text": "a"},]', "Expecting value"),
+        ('[{"text": "a"}{"text": "b"}]', "expected ','"),
+        ('[{"text": "a"}] x', "something follows the list"),
+        ('[{"text": "a"}, ' + '{"text": "' + "b" * 400_000, "Unterminated string"),
+    ],
+)
+def test_what_is_no_json_list_is_refused_after_the_entries_before_it(tmp_path, text, reason):
+    (tmp_path / "a.json").write_text(text)
+    rows = read_file(tmp_path / "a.json")
+    assert next(rows) == (1, {"text": "a"})
+    with pytest.raises(PromptError, match=rf"a\.json:2: cannot be read as json from here on \({reason}"):
+        next(rows)
+
+
+def test_entries_longer_than_a_block_are_read(tmp_path):
+    rows = [{"text": "a" * length} for length in (2**18 - 12, 2**18, 3 * 2**20)] + [{"text": "z"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert [row for _, row in read_file(tmp_path / "a.json")] == rows
+
+
+def test_a_parquet_file_that_claims_to_unpack_to_anything_is_refused(tmp_path):
+    pq.write_table(pa.table({"text": ["A" * 2**27]}), tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(PromptError, match=r"a\.parquet:1: .*claims to unpack to 134,2"):
+        list(read_file(tmp_path / "a.parquet"))

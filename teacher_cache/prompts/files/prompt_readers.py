@@ -1,32 +1,30 @@
 """From a file to rows, one at a time: JSON lines, JSON lists, tables of text, plain texts, parquet and arrow.
 
-JSON lines are handed on as text, because only then does an error know its line. JSON lists are streamed by ijson, csv
-by the standard library (every value stays the text that it is), parquet and arrow by `datasets`. Compressed files are
-read member by member; one that ends in the middle is refused, also a .zst, whose usual readers take the end of the file
-for the end of the data.
+JSON lines are handed on as text, because only then does an error know its line. JSON lists are read entry by entry, csv
+by the standard library (every value stays the text that it is), parquet and arrow by `datasets`. Of text, no row longer
+than MAX_LINE_BYTES is read.
 Cost: one pass, memory for one row (one row group of parquet).
 """
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
-import lzma
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from shared import strict_json
 from shared.errors import PromptError
 from shared.text_encoding import other_encoding
+from teacher_cache.prompts.files.json_lists import read_list
+from teacher_cache.prompts.files.packed_files import BLOCK_BYTES, FREE_BYTES, open_bytes
 from teacher_cache.prompts.files.prompt_directories import kind_of
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line, or plain text, that is read."""
-BLOCK_BYTES = 2**18
+_MAX_PARQUET_RATIO = 256
+"""A table may unpack to so many bytes for each of its own beyond the free ones; real ones make 2 to 20."""
 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What stands for bytes that are not UTF-8."""
@@ -71,59 +69,6 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """Open a file, decompressed by its ending; a compressed file that ends in the middle raises EOFError at its end."""
-    if path.suffix == ".gz":
-        return cast("BinaryIO", gzip.open(path))
-    if path.suffix == ".bz2":
-        return cast("BinaryIO", bz2.open(path))
-    if path.suffix == ".xz":
-        return cast("BinaryIO", lzma.open(path))
-    if path.suffix == ".zst":
-        return cast("BinaryIO", io.BufferedReader(_Zstandard(path), BLOCK_BYTES))
-    return path.open("rb")
-
-
-class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file, one after another."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._file = path.open("rb")
-        self._frame: Any = None
-        """The frame that is open; None between two."""
-        self._packed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        """Say yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer with decompressed bytes; 0 at the end."""
-        while not self._ready:
-            self._packed = self._packed or self._file.read(BLOCK_BYTES)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the file ends in the middle of a zstandard frame; get it again")
-                return 0
-            self._frame = self._frame or self._new()
-            self._ready = memoryview(self._frame.decompress(self._packed))
-            self._packed = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
-
-
 def _require_utf8(path: Path) -> None:
     with open_bytes(path) as file:
         reason = other_encoding(file.read(4))
@@ -132,48 +77,22 @@ def _require_utf8(path: Path) -> None:
 
 
 def _json(path: Path) -> Iterator[Numbered]:
-    with open_bytes(path) as file:
-        start = file.read(3)
-        while start and not start.strip(b"\xef\xbb\xbf \t\r\n"):
-            start = file.read(1)
-    if path.suffixes and ".json" in path.suffixes and start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _json_list(path)
+    if path.suffixes and ".json" in path.suffixes and _starts_list(path):
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
+            yield from enumerate(read_list(file, MAX_LINE_BYTES), start=1)
     else:
         yield from _lines(path)
 
 
-def _json_list(path: Path) -> Iterator[Numbered]:
-    import ijson
-
+def _starts_list(path: Path) -> bool:
     with open_bytes(path) as file:
-        if cast("io.BufferedReader", file).peek(3)[:3] == b"\xef\xbb\xbf":
-            file.read(3)
-        for number, row in enumerate(ijson.items(file, "item", use_float=True, map_type=_Once), start=1):
-            key = _key_twice(row)
-            yield number, row if key is None else ValueError(strict_json.said_of(key))
-
-
-class _Once(dict[str, Any]):
-    """An object that notes a key which it has twice.
-
-    An error raised here would not pass through ijson, and a list beside the file would not tell rows apart: ijson makes
-    the rows of a whole block before it hands on the first of them.
-    """
-
-    twice: str | None = None
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key in self:
-            self.twice = key
-        super().__setitem__(key, value)
-
-
-def _key_twice(value: Any) -> str | None:
-    """Return a key that an object has twice, at any depth."""
-    if isinstance(value, _Once) and value.twice is not None:
-        return value.twice
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((key for key in map(_key_twice, inside) if key is not None), None)
+        start = file.read(3).removeprefix(b"\xef\xbb\xbf")
+        for _ in range(MAX_LINE_BYTES // BLOCK_BYTES):
+            start = start.lstrip(b" \t\r\n")
+            if start:
+                return start.startswith(b"[")
+            start = file.read(BLOCK_BYTES)
+    return False
 
 
 def _lines(path: Path) -> Iterator[Numbered]:
@@ -200,13 +119,15 @@ def _lines(path: Path) -> Iterator[Numbered]:
 def _csv(path: Path) -> Iterator[Numbered]:
     csv.field_size_limit(MAX_LINE_BYTES)
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
-        names = next(reader, [])
+        lines = _RecordLines(file)
+        reader = csv.reader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+        names = _next(reader, path, 1) or []
         if len(set(names)) != len(names) or not all(names):
             raise PromptError(
                 f"{path}:1: the first line must name each column once, found {', '.join(map(repr, names))[:200]}"
             )
         number = reader.line_num + 1
+        lines.begin()
         while (values := _next(reader, path, number)) is not None:
             if values and len(values) != len(names):
                 yield (
@@ -216,6 +137,31 @@ def _csv(path: Path) -> Iterator[Numbered]:
             elif values:
                 yield number, dict(zip(names, values, strict=True))
             number = reader.line_num + 1
+            lines.begin()
+
+
+class _RecordLines:
+    """Lines of a file for records of a bounded length, which may take several of them."""
+
+    def __init__(self, file: io.TextIOWrapper) -> None:
+        self._file = file
+        self._length = 0
+
+    def __iter__(self) -> _RecordLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(MAX_LINE_BYTES - self._length + 1)
+        self._length += len(line)
+        if self._length > MAX_LINE_BYTES:
+            raise csv.Error(f"a row has more than {MAX_LINE_BYTES:,} characters")
+        if not line:
+            raise StopIteration
+        return line
+
+    def begin(self) -> None:
+        """Count from here: a record begins."""
+        self._length = 0
 
 
 def _next(reader: Iterator[list[str]], path: Path, number: int) -> list[str] | None:
@@ -241,10 +187,24 @@ def _text(path: Path) -> Iterator[Numbered]:
 def _table(path: Path, kind: str) -> Iterator[Numbered]:
     import datasets
 
+    if kind == "parquet":
+        _refuse_out_of_proportion(path)
     name = str(path).replace("[", "[[]")
     rows = datasets.load_dataset(kind, split="train", streaming=True, data_files=name)
     for number, row in enumerate(rows, start=1):
         yield number, without_nulls(row)
+
+
+def _refuse_out_of_proportion(path: Path) -> None:
+    """Refuse a table by what it says that it unpacks to, before anything of it is unpacked."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    unpacked = sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
+    most = FREE_BYTES + _MAX_PARQUET_RATIO * path.stat().st_size
+    if unpacked > most:
+        raise ValueError(f"it claims to unpack to {unpacked:,} bytes, and at most {most:,} are taken of its size")
 
 
 def read_hub(path: str, revision: str, split: str, config: str | None) -> Iterator[Numbered]:
