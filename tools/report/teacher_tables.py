@@ -13,8 +13,8 @@ from tools.report.numbers import NONE, Table, number
 
 MODELS_LEGEND = "KL(teacher || model) in nats per position on the same held-out rows, for each teacher of the recipe."
 APART_LEGEND = (
-    "KL(row || column) in nats per position, over the tokens that both heads hold and one bucket for the rest: they "
-    "are at least so far apart. The student's start is the model `base`."
+    "KL(row || column) in nats per position, the least that fits both heads: they are at least so far apart. The "
+    "student's start is the model `base`."
 )
 
 

@@ -1,8 +1,10 @@
 """How far several teachers are from one another, from the cache alone, on the held-out rows of the evaluation.
 
-KL(of || to) in nats per position over the tokens that both heads hold, everything else in one bucket: what two heads
-can say of it, a lower bound on the full KL (data processing). Kept in OUTPUT_DIR/evaluate/teachers/distances.json and
-reused for the same rows of the same layers.
+KL(of || to) in nats per position: the least that fits both heads. The tokens that both hold stand alone; of the others
+`of` says how likely those are that are in its head alone, `to` in its own, and what the other side gives them lies
+within its tail, where it is taken to be as like as it can be. So two teachers that are sure of different tokens are far
+apart, which one bucket for all that is not common would hide. A lower bound on the full KL (data processing). Kept in
+OUTPUT_DIR/evaluate/teachers/distances.json and reused for the same rows of the same layers.
 
 Cost: a decode of the held-out rows per layer; microseconds per row and pair.
 Shape letters: S positions of a row, N and M head entries of two teachers, C entries that both hold.
@@ -26,6 +28,8 @@ from shared.recipe.recipe import Recipe
 from student_train.evaluate.heldout_rows import heldout_rows
 from tools.evaluate.results.results import read_kept, result_path, taught_layers, write_result
 
+_FORMAT = 2
+"""Raised whenever figures would come out differently for the same inputs."""
 NEAREST_FACTOR = 3.0
 """Of three teachers or more, one is far whose nearest other is so many times as far as the others' usually are."""
 
@@ -52,6 +56,7 @@ def measure_distances(recipe: Recipe, say: Callable[[str], None] = lambda line: 
         "fraction": recipe.heldout.fraction,
         "max_rows": recipe.evaluate.heldout_rows,
         "rows": [list(place) for place in rows],
+        "format": _FORMAT,
     }
     if (kept := read_kept(path, identity)) is not None:
         return kept
@@ -85,34 +90,40 @@ def _pair(of: str, to: str, mine: list[Cache], other: list[Cache], rows: list[tu
 
 
 def position_distances(p: SparseTargets, q: SparseTargets) -> NDArray[np.float64]:
-    """Return [S] KL(p || q) in nats at T = 1 over the tokens that both heads hold and one bucket for all others.
+    """Return [S] the least KL(p || q) in nats at T = 1 of distributions that have these heads and tails.
 
-    Heads {1: 0.5, 2: 0.3} and {1: 0.25, 3: 0.5} share token 1: 0.5 log(0.5 / 0.25) + 0.5 log(0.5 / 0.75).
+    Heads {1: 0.5, 2: 0.3} and {1: 0.25, 3: 0.5} share token 1. Of p's tail of 0.2 all goes to token 3, which q holds
+    for likely, and p's token 2 has all of q's tail of 0.25:
+    0.5 log(0.5 / 0.25) + 0.3 log(0.3 / 0.25) + 0.2 log(0.2 / 0.5).
     """
     mine, theirs = (position_of(one.counts).astype(np.int64) << 32 | one.ids.astype(np.int64) for one in (p, q))
     _, in_p, in_q = np.intersect1d(mine, theirs, assume_unique=True, return_indices=True)
     where = mine[in_p] >> 32
     log_p, log_q = p.logprobs[in_p].astype(np.float64), q.logprobs[in_q].astype(np.float64)
     common = np.bincount(where, np.exp(log_p) * (log_p - log_q), p.num_positions)
-    rest_p, rest_q = _rest(p, in_p), _rest(q, in_q)
-    ratio = np.maximum(rest_p, _TINY) / np.maximum(rest_q, _TINY)
-    found: NDArray[np.float64] = common + np.where(rest_p > 0, rest_p * np.log(ratio), 0.0)
+    alone_p, alone_q = _alone(p, in_p), _alone(q, in_q)
+    tail_p, tail_q = (np.exp(one.tail_logmass[:, one.temperatures.index(1.0)].astype(np.float64)) for one in (p, q))
+    rest = alone_p + tail_p
+    in_head_of_q = np.minimum(tail_p, rest * alone_q / np.maximum(alone_q + tail_q, _TINY))
+    found: NDArray[np.float64] = common + _term(rest - in_head_of_q, tail_q) + _term(in_head_of_q, alone_q)
     return found
+
+
+def _term(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return p log(p / q), 0 where p is."""
+    return np.where(p > 0, p * np.log(np.maximum(p, _TINY) / np.maximum(q, _TINY)), 0.0)
 
 
 _TINY = float(np.exp(-100.0))
 """Stands for an empty bucket, as in the losses."""
 
 
-def _rest(targets: SparseTargets, common: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return [S] the mass of the tail and of the head entries that are not in common."""
+def _alone(targets: SparseTargets, common: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return [S] the mass of the head entries that are not in common."""
     alone = np.ones(len(targets.ids), np.bool_)
     alone[common] = False
     masses = np.where(alone, np.exp(targets.logprobs.astype(np.float64)), 0.0)
-    at_one = targets.temperatures.index(1.0)
-    in_head = np.bincount(position_of(targets.counts), masses, targets.num_positions)
-    found: NDArray[np.float64] = in_head + np.exp(targets.tail_logmass[:, at_one].astype(np.float64))
-    return found
+    return np.bincount(position_of(targets.counts), masses, targets.num_positions).astype(np.float64)
 
 
 def top_tokens(targets: SparseTargets) -> NDArray[np.int64]:
