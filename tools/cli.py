@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 DEFERRED_SECONDS = 0.05
-"""A SIGTERM that comes during an import is sent again after it."""
+"""A signal that comes where it would be lost is sent again after so long."""
+_DEFERRED: set[int] = set()
+"""Signals to send again."""
 
 
 PhasesOf = Callable[[argparse.Namespace, Any], Collection[str]]
@@ -254,16 +256,37 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     """Raise `Terminated`, but not within an import, where a library may swallow it or be left half imported."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            signal.setitimer(signal.ITIMER_REAL, DEFERRED_SECONDS)
+            _defer(signal.SIGTERM)
             return
         frame = frame.f_back
     raise Terminated
 
 
+def _defer(number: int) -> None:
+    _DEFERRED.add(number)
+    signal.setitimer(signal.ITIMER_REAL, DEFERRED_SECONDS)
+
+
+def _send_deferred(_number: int, _frame: FrameType | None) -> None:
+    for number in sorted(_DEFERRED):
+        _DEFERRED.discard(number)
+        os.kill(os.getpid(), number)
+
+
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    """Send the signal again that an object's finaliser swallowed; leave anything else to Python."""
+    number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(found.exc_type)
+    if number is None:
+        sys.__unraisablehook__(found)
+    else:
+        _defer(number)
+
+
 def _prepare(verbose: bool) -> None:
     """Turn SIGTERM into an exception of this process alone, and quieten libraries before they are imported."""
     signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+    signal.signal(signal.SIGALRM, _send_deferred)
+    sys.unraisablehook = _unraisable
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:

@@ -290,6 +290,27 @@ sys.exit(cli.main(["plan", {str(recipe)!r}]))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{-signal.SIGTERM}\n", "")
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_that_a_finaliser_swallows_is_not_lost(number, code, recipe):
+    program = f"""
+import signal, sys, time
+from tools import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Slow:
+    def __del__(self):
+        print("ready", flush=True)
+        time.sleep(60)
+def work(args):
+    Slow()
+    time.sleep(60)
+cli.COMMANDS["plan"] = work
+sys.exit(cli.main(["plan", {str(recipe)!r}]))
+"""
+    done = run_python(program, send=number)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == 1 and "the same command continues" in done.stderr
+
+
 def test_sigterm_during_an_import_comes_after_it(tmp_path: Path) -> None:
     (tmp_path / "library.py").write_text(
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    sum(range(1000))\n"

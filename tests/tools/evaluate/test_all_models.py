@@ -213,7 +213,12 @@ def test_identity_follows_every_input(root: Path) -> None:
     identities = [json.dumps(identity(recipe(root, **change)), sort_keys=True) for change in changed]
     assert len({json.dumps(first, sort_keys=True), *identities}) == len(changed) + 1
     text = (root / "math.test.jsonl").read_text()
+    (root / "moved").mkdir()
+    moved = {**task, "path": str(root / "moved" / "math.test.jsonl")}
+    (root / "moved" / "math.test.jsonl").write_text(text)
+    assert same_identity(identity(recipe(root, tasks=[task])), identity(recipe(root, tasks=[moved])))
     (root / "math.test.jsonl").write_text(text + "\n")
+    assert not same_identity(identity(recipe(root, tasks=[task])), identity(recipe(root, tasks=[moved])))
     assert not same_identity(first, identity(recipe(root)))
     (root / "math.test.jsonl").write_text(text)
 
