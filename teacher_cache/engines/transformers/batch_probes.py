@@ -11,10 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
+from shared.models.causality import ROUNDING, sees_what_follows
 from shared.models.wide_weights import in_float32
 
-_ROUNDING = 1e-4
-"""Largest difference of a token's state that counts as rounding in float32, over the states' standard deviation."""
 _SHORT_ROW = 7
 _UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What models with a cache of their own raise when they meet another."""
@@ -37,6 +36,13 @@ def probe_tokens(model: Asked, num_tokens: int) -> torch.Tensor:
     """Return [1, num_tokens] tokens."""
     tokens = torch.arange(1, num_tokens + 1, device=model.device)[None] * 97
     return tokens % min(len(model.tokenizer), model.num_entries)
+
+
+def is_causal(model: Asked) -> bool:
+    """Say whether no token sees what comes after it."""
+    row, ids = probe_tokens(model, 2 * _SHORT_ROW), min(len(model.tokenizer), model.num_entries)
+    with in_float32(model.model):
+        return not sees_what_follows(model.model, lambda rows: model.hidden(rows, torch.ones_like(rows)), row, ids)
 
 
 def padding_is_unseen(model: Asked) -> bool:
@@ -95,4 +101,4 @@ def _two_rows(model: Asked, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor
 
 def _are_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Say whether states [..., H] differ by rounding alone."""
-    return bool((found - expected).abs().mean(-1).max() <= _ROUNDING * expected.float().std())
+    return bool((found - expected).abs().mean(-1).max() <= ROUNDING * expected.float().std())

@@ -31,7 +31,13 @@ from shared.models.loading import load_causal_lm
 from shared.models.logit_transform import enlarged_input, logit_transform
 from shared.models.row_length import length_class_of, reset_rotations, rope_switches
 from shared.recipe.recipe import Teacher
-from teacher_cache.engines.transformers.batch_probes import cache_is_whole, empty_cache, padding_is_unseen, probe_tokens
+from teacher_cache.engines.transformers.batch_probes import (
+    cache_is_whole,
+    empty_cache,
+    is_causal,
+    padding_is_unseen,
+    probe_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +203,11 @@ class CausalModel:
             raise EngineError(
                 f"{type(self.model).__name__} makes its logits in a way that the transformers engine does not "
                 "know; use teacher.engine vllm"
+            )
+        if not is_causal(self):
+            raise EngineError(
+                f"{type(self.model).__name__} lets tokens see what comes after them, so what it says of the next one "
+                "is no prediction; choose a causal language model as teacher"
             )
 
     def _are_own(self, probe: torch.Tensor, hidden: torch.Tensor) -> bool:

@@ -112,3 +112,16 @@ def test_layer_with_several_states_of_a_token_is_refused_to_the_capture_of_state
     request = ScoreRequest(0, 0, np.arange(5, dtype=np.int32), np.array([[1, 5]]))
     with pytest.raises(EngineError, match="layer 2 of the teacher passes on several states"):
         list(engine.capture([request]))
+
+
+def test_teacher_that_sees_what_follows_is_refused():
+    from transformers import BertGenerationConfig, BertGenerationDecoder
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    kinds = {
+        is_decoder: BertGenerationConfig(vocab_size=VOCAB_SIZE, is_decoder=is_decoder, **sizes)
+        for is_decoder in (True, False)
+    }
+    assert CausalModel(BertGenerationDecoder(kinds[True]), Tokenizer()).num_entries == VOCAB_SIZE
+    with pytest.raises(EngineError, match="see what comes after"):
+        CausalModel(BertGenerationDecoder(kinds[False]), Tokenizer())

@@ -228,3 +228,33 @@ def test_bits_per_byte_are_of_the_text_and_positions_without_a_head_count_for_th
     assert found["perplexity"] == pytest.approx(8.0)
     sums.add(RowMeasure("a", 1, 1, 0.1, 1, 1, 1.0, 1.0, bins, bins, 1.0, 1.0))
     assert sums.figures(seed=0)["bits_per_byte"] is None
+
+
+def test_interval_is_that_of_the_rows_with_a_position_to_compare():
+    bins, sums, with_none = ConfidenceBins(), HeldoutSums(), HeldoutSums()
+    for kl_nats, compared in ((0.6, 2), (1.5, 3), (0.2, 1)):
+        row = RowMeasure("a", 4, compared, kl_nats, 1, 2, 1.0, 3.0, bins, bins, 1.0, 1.5)
+        sums.add(row)
+        with_none.add(row)
+    for _ in range(4):
+        with_none.add(RowMeasure("a", 4, 0, 0.0, 0, 0, 1.0, 3.0, bins, bins, 0.0, 0.0))
+    expected, found = sums.figures(seed=0), with_none.figures(seed=0)
+    assert [found[key] for key in ("kl_nats", "kl_low", "kl_high")] == [
+        expected[key] for key in ("kl_nats", "kl_low", "kl_high")
+    ]
+    assert found["kl_low"] >= 0.2
+    alone = HeldoutSums()
+    alone.add(RowMeasure("a", 4, 0, 0.0, 0, 0, 1.0, 3.0, bins, bins, 0.0, 0.0))
+    alone.add(row)
+    assert alone.figures(seed=0)["kl_low"] is None
+
+
+def test_model_that_sees_what_follows_is_refused(world: dict[str, Path]) -> None:
+    from transformers import BertGenerationConfig, BertGenerationDecoder
+
+    directory = make_llama(world["root"] / "both-ways")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = BertGenerationConfig(vocab_size=512, **sizes)
+    BertGenerationDecoder(config).save_pretrained(directory)
+    with pytest.raises(EvaluationError, match="see what comes after"):
+        evaluate_heldout(directory, [world["cache"]], FRACTION)

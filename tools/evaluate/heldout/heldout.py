@@ -29,8 +29,10 @@ from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import CacheError, EvaluationError
 from shared.identity.identity import LayerIdentity
 from shared.models.attention_choice import faithful_attention
+from shared.models.causality import sees_what_follows
 from shared.models.loading import load_causal_lm
 from shared.models.row_length import known_positions
+from shared.models.wide_weights import widest
 from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe
 from shared.tokens.token_bytes import Vocabulary, read_vocabulary
@@ -38,7 +40,7 @@ from student_train.batch.target_batch import TargetBatch
 from student_train.evaluate.heldout_rows import heldout_rows
 from student_train.operator.fused_loss import PositionScores, evaluate_positions
 from student_train.student.rows_alone import run_rows_alone
-from student_train.student.student_head import body_of, check_head, head_of
+from student_train.student.student_head import body_of, check_head, head_of, probe_tokens
 from tools.evaluate.heldout.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout.heldout_sums import HeldoutSums, RowMeasure
 from tools.evaluate.heldout.partings import Partings, largest_of_row
@@ -97,6 +99,7 @@ def evaluate_heldout(
     layer = _require_comparable(caches, opened[0].layer, fraction, chosen)
     model = load_model(str(model_dir), adapter, layer.dtype if as_captured else "float32", trust_remote_code)
     check_head(model, head_of(model, layer.vocab_size))
+    _check_causal(model, layer.vocab_size, str(model_dir))
     limit = known_positions(model.config.get_text_config()) or math.inf
     fitting = [(cache, row) for cache, row in chosen if opened[cache].num_tokens[row] <= limit]
     if not fitting:
@@ -188,6 +191,24 @@ def load_model(model: str, adapter: str | None, dtype: str, trust_remote_code: b
     with torch.no_grad():
         loaded.set_attn_implementation(faithful_attention(loaded, lambda: loaded(input_ids=probe, use_cache=False)))
     return loaded
+
+
+def _check_causal(model: Any, vocab_size: int, name: str) -> None:
+    """Refuse a model that knows the tokens which it is asked to predict.
+
+    Raises:
+        EvaluationError: it is not causal.
+    """
+    body, (width, is_wide) = body_of(model), widest(model)
+    with torch.no_grad(), width:
+        probe = probe_tokens(model, vocab_size, seed=0)
+        if is_wide and sees_what_follows(
+            model, lambda rows: body(input_ids=rows, use_cache=False)[0], probe, vocab_size
+        ):
+            raise EvaluationError(
+                f"{name} lets tokens see what comes after them, so what it says of the next one is no prediction; "
+                "name a causal language model"
+            )
 
 
 def _vocabulary(cache_dir: Path) -> Vocabulary | None:

@@ -76,8 +76,9 @@ class HeldoutSums:
         calibration = sum((self.calibration[name] for name in sources), start=ConfidenceBins())
         agreement = sum((self.agreement[name] for name in sources), start=ConfidenceBins())
         total, with_head, text_bytes = float(positions.sum()), max(float(compared.sum()), 1.0), float(octets.sum())
-        # One row says nothing about how rows differ.
-        low, high = ratio_interval(kl, compared, seed) if len(rows) > 1 else (None, None)
+        # One row says nothing about how rows differ, and one without a position to compare nothing at all.
+        tells = compared > 0
+        low, high = ratio_interval(kl[tells], compared[tells], seed) if tells.sum() > 1 else (None, None)
         return {
             "kl_nats": math.fsum(kl) / with_head,
             "kl_low": low,
