@@ -14,7 +14,7 @@ def loads(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or an object in it has a key twice.
+        ValueError: it is no JSON, nested without end, or an object in it has a key twice.
 
     >>> loads('{"a": 1, "b": {"a": 2}}')
     {'a': 1, 'b': {'a': 2}}
@@ -23,7 +23,10 @@ def loads(text: str | bytes) -> Any:
         ...
     ValueError: an object has the key 'a' twice; keep one of them
     """
-    return json.loads(text, object_pairs_hook=each_once)
+    try:
+        return json.loads(text, object_pairs_hook=each_once)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
 
 
 def said_of(key: str) -> str:

@@ -8,13 +8,13 @@ and added tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
 
+from shared import strict_json
 from shared.errors import CacheError, ModelError
 from shared.keys import canonical_json
 
@@ -37,7 +37,7 @@ def weights_hash(model_dir: Path) -> str:
         for name in ("config.json", "adapter_config.json"):
             path = model_dir / name
             if path.exists():
-                config = json.loads(path.read_bytes())
+                config = strict_json.loads(path.read_bytes())
                 if isinstance(config, dict):
                     config = {key: value for key, value in config.items() if key not in _VOLATILE}
                 digest.update(canonical_json([name, config]))
@@ -67,7 +67,7 @@ def _safetensors_regions(
     text = file.read(header_bytes)
     digest.update(text)
     regions = []
-    for name, tensor in json.loads(text).items():
+    for name, tensor in strict_json.loads(text).items():
         if name != "__metadata__":
             start, end = (8 + header_bytes + int(offset) for offset in tensor["data_offsets"])
             if end > size:
@@ -98,7 +98,7 @@ def tokenizer_hash(tokenizer_json: bytes) -> str:
         CacheError: the bytes are not a tokenizer.
     """
     try:
-        document = json.loads(tokenizer_json)
+        document = strict_json.loads(tokenizer_json)
         model = document["model"]
         vocabulary = model["vocab"]
         added = sorted([token["id"], token["content"]] for token in document.get("added_tokens") or [])

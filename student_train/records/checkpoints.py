@@ -28,6 +28,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from shared import strict_json
 from shared.atomic import fsync_dir, write_atomic
 from shared.errors import TrainingError
 from shared.failpoints import failpoint
@@ -188,7 +189,7 @@ def newest_checkpoint(stage_dir: Path, belongs_to: Mapping[str, str]) -> Checkpo
 def _read_marker(path: Path, step: int) -> Checkpoint:
     """Read the marker of a checkpoint; one that cannot be trusted is told by `marker_problem`."""
     try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        marker = strict_json.loads((path / MARKER).read_text(encoding="utf-8"))
         summed = {name: value for name, value in marker.items() if name != _CHECKSUM}
         files = summed.pop(_FILES, None)
         whole = summed if files is None else {**summed, _FILES: files}
@@ -211,7 +212,7 @@ def _told_by_formats(path: Path) -> str | None:
     for file in sorted(path.iterdir()):
         try:
             if file.suffix == ".json":
-                json.loads(file.read_text(encoding="utf-8"))
+                strict_json.loads(file.read_text(encoding="utf-8"))
             elif file.suffix in (".pt", ".pth"):
                 with zipfile.ZipFile(file) as archive:
                     bad = archive.testzip()

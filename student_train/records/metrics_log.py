@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared import strict_json
 from shared.atomic import write_atomic
+from shared.errors import TrainingError
 
 
 def _finite(value: Any) -> Any:
@@ -31,7 +33,7 @@ class StepLog:
         """Open the file, keeping only lines up to `last_step`; a torn last line is dropped."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for step, line in _lines(path) if step <= last_step]
+        kept = [line for record, line in _lines(path) if record["step"] <= last_step]
         write_atomic(path, b"".join(kept), what=path.stem)
         self._file = path.open("ab", buffering=0)
 
@@ -66,16 +68,28 @@ def flattened(course: Mapping[str, Any], num_tokens: int) -> dict[str, float]:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a step log, oldest first; empty where there is none."""
-    return [json.loads(line) for _, line in _lines(path)]
+    """Return the records of a step log, oldest first; empty where there is none.
+
+    Raises:
+        TrainingError: a line is no record of a step.
+    """
+    return [record for record, _ in _lines(path)]
 
 
-def _lines(path: Path) -> list[tuple[int, bytes]]:
+def _lines(path: Path) -> list[tuple[dict[str, Any], bytes]]:
     if not path.exists():
         return []
     found = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break
-        found.append((int(json.loads(line)["step"]), line))
+        try:
+            record = strict_json.loads(line)
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise ValueError("it has no step")
+        except ValueError as error:
+            raise TrainingError(
+                f"{path}:{number} is no record of a step ({error}); put the file back from a copy, or remove the line"
+            ) from None
+        found.append((record, line))
     return found

@@ -22,6 +22,7 @@ from shared.models.load_report import loading
 from shared.recipe.base import Section
 from shared.recipe.recipe import Student
 from shared.recipe.sections.losses import LOSS_KINDS
+from student_train.records.kept_json import read_kept
 from student_train.stage.stage_order import windows_of
 from student_train.stage.stage_work import StageWork
 
@@ -142,11 +143,11 @@ def finished_before_it_grew(work: StageWork) -> bool:
     if not path.is_file() or not _is_finished(work.directory):
         return False
     recorded = _recorded(path)
-    before, _, last = str(recorded["cache"]).rpartition("+")
+    before, _, last = str(recorded.get("cache")).rpartition("+")
     if before != work.caches.cache_id.rpartition("+")[0] or not last:
         return False
     wanted, moved = (json.loads(json.dumps(stage_identity(work, only_moved=only))) for only in (False, True))
-    same = {name: recorded[name] for name in ("cache", "plan")}
+    same = {name: recorded.get(name) for name in ("cache", "plan")}
     return first_difference(recorded, wanted | same, moved | same) is None
 
 
@@ -156,12 +157,11 @@ def _is_finished(stage_dir: Path) -> bool:
 
 def _recorded(path: Path) -> dict[str, Any]:
     """Return a recorded identity, as this version would have written its losses."""
-    found: dict[str, Any] = json.loads(path.read_text())
-    losses = found.get("stage", {}).get("losses", [])
-    return {
-        **found,
-        "stage": {**found["stage"], "losses": [LOSS_KINDS.without_foreign_defaults(loss) for loss in losses]},
-    }
+    found = read_kept(path, "stage")
+    stage, losses = found["stage"], found["stage"].get("losses", []) if isinstance(found["stage"], dict) else None
+    if not isinstance(losses, list) or not all(isinstance(loss, dict) for loss in losses):
+        raise TrainingError(f"{path} names no losses of a stage; put it back from a copy, or rename {path.parent}")
+    return {**found, "stage": {**stage, "losses": [LOSS_KINDS.without_foreign_defaults(loss) for loss in losses]}}
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared import strict_json
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
 from shared.recipe.recipe import Stage
@@ -81,7 +82,7 @@ class Course:
             return
         path = checkpoint / STATE_FILE
         try:
-            state = json.loads(path.read_text())
+            state = strict_json.loads(path.read_text())
             if self.sampling is not None:
                 self.sampling.restore(state["shares"])
             if self._balancer is not None:

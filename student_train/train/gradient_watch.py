@@ -17,6 +17,7 @@ import statistics
 from collections import deque
 from pathlib import Path
 
+from shared import strict_json
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
 
@@ -66,7 +67,7 @@ class GradientWatch:
         if not path.is_file():
             return False
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
+            state = strict_json.loads(path.read_text(encoding="utf-8"))
             self._norms.extend(float(norm) for norm in state["norms"])
             self.num_suspicious = int(state["num_suspicious"])
         except (OSError, ValueError, KeyError, TypeError) as error:

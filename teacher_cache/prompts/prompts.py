@@ -85,5 +85,3 @@ def _parse_json(line: str) -> Any:
         raise ValueError(
             f"not valid JSON at column {error.colno} ({error.msg}); expected one object per line"
         ) from error
-    except RecursionError as error:
-        raise ValueError("the JSON is nested too deeply; expected one flat object per line") from error

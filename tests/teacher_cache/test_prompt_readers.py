@@ -278,3 +278,33 @@ def test_a_parquet_file_that_claims_to_unpack_to_anything_is_refused(tmp_path):
     pq.write_table(pa.table({"text": ["A" * 2**27]}), tmp_path / "a.parquet", compression="zstd")
     with pytest.raises(PromptError, match=r"a\.parquet:1: .*claims to unpack to 134,2"):
         list(read_file(tmp_path / "a.parquet"))
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": DEEP},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]},
+            ]
+        },
+    ],
+    ids=["tools", "arguments"],
+)
+def test_json_within_a_row_that_is_nested_without_end_sets_the_row_aside(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    problems = Problems()
+    source = PromptSource(source="s", path=str(tmp_path / "a.jsonl"), format="messages")
+    assert list(read_prompts([source], problems)) == []
+    assert "nested too deeply" in problems.listed[0].reason
+
+
+def test_a_saved_data_set_whose_description_is_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "state.json").write_text(DEEP)
+    with pytest.raises(PromptError, match=r"is no data set as `save_to_disk` writes it .*nested too deeply"):
+        list(read_prompts([PromptSource(source="s", path=str(tmp_path), format="text")], Problems()))

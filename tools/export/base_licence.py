@@ -5,9 +5,10 @@ Cost: three small files; nothing is downloaded.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+
+from shared import strict_json
 
 MAX_CARD_BYTES = 2**18
 
@@ -35,7 +36,7 @@ def base_facts(model: str, revision: str | None = None) -> dict[str, str]:
         )
         found |= {"licence": f"in its file {files[0]}"} if files else {}
     try:
-        config = json.loads(_text(model, revision, "config.json") or "{}")
+        config = strict_json.loads(_text(model, revision, "config.json") or "{}")
     except ValueError:
         config = {}
     name = config.get("_name_or_path") if isinstance(config, dict) else None

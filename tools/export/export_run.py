@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared import strict_json
 from shared.cache.cache import Cache
 from shared.cache.leaving import Leaving, leaving_of, settle, unsettled
 from shared.errors import DecantError, EvaluationError, UsageError
@@ -165,7 +166,7 @@ def cache_identities(recipe: Recipe) -> list[dict[str, Any]]:
 def _is_there(out: Path, identity: dict[str, Any]) -> bool:
     """Tell whether the same export stands there, whole; refuse anything else by what differs."""
     try:
-        found = json.loads((out / PROOF).read_text(encoding="utf-8"))
+        found = strict_json.loads((out / PROOF).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None  # not an export, or a damaged one: not this one in either case
     if not isinstance(found, dict) or found.get("weights") != identity["weights"]:

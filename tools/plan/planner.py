@@ -7,11 +7,11 @@ an earlier build of the same run measured a rate: a guess about an unknown machi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
+from shared import strict_json
 from shared.cache.rows_left_out import answers_line
 from shared.errors import UsageError
 from shared.models.gpus import offered_gpus
@@ -174,7 +174,9 @@ def _hours(recipe: Recipe, there: dict[str, Any], tokens: int) -> float | None:
     Their seconds hold answering and scoring together, so for scoring alone they are a bound.
     """
     try:
-        seconds = float(json.loads(Path(recipe.output_dir / "seconds.json").read_text(encoding="utf-8"))["teach"])
+        seconds = float(
+            strict_json.loads(Path(recipe.output_dir / "seconds.json").read_text(encoding="utf-8"))["teach"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return tokens / there["tokens"] * seconds / 3600 if there["tokens"] and seconds > 0 else None

@@ -15,6 +15,8 @@ from typing import Any
 from shared.atomic import fsync_dir, make_dir, write_atomic
 from shared.errors import TrainingError
 from shared.recipe.recipe import Recipe, Stage
+from student_train.records.kept_json import read_kept
+from student_train.records.metrics_log import read_steps
 from student_train.stage.stage_identity import DONE_FILE, IDENTITY_FILE, start_identity
 from tools.rounds.guards import round_figures
 from tools.rounds.one_round import Round
@@ -32,7 +34,7 @@ def require_of_rounds(one: Round) -> None:
     """
     directory = one.recipe.stage_dir(one.stage.name)
     path = directory / IDENTITY_FILE
-    if path.exists() and "rounds" not in json.loads(path.read_text()):
+    if path.exists() and "rounds" not in read_kept(path):
         raise TrainingError(
             f"{directory} holds a stage that was trained without rounds; remove or rename it, or give this stage "
             "another name"
@@ -42,7 +44,8 @@ def require_of_rounds(one: Round) -> None:
 def published_rounds(recipe: Recipe, stage: Stage) -> int:
     """Return the rounds of a finished stage; 0 where it is not finished."""
     path = recipe.stage_dir(stage.name) / DONE_FILE
-    return int(json.loads(path.read_text()).get("rounds", 0)) if path.is_file() else 0
+    rounds = read_kept(path).get("rounds", 0) if path.is_file() else 0
+    return rounds if type(rounds) is int else 0
 
 
 def publish(one: Round, stopped: str | None = None) -> Path:
@@ -63,7 +66,7 @@ def publish(one: Round, stopped: str | None = None) -> Path:
     if trained:
         _link(stage_dir / "model", Path(trained[-1].directory.name) / "model")
     every = [*trained, one] if stopped else trained
-    health = json.loads((trained[-1].directory / "health.json").read_text()) if trained else {"healthy": False}
+    health: dict[str, Any] = read_kept(trained[-1].directory / "health.json") if trained else {"healthy": False}
     health["rounds"] = [{"round": each.number, **round_figures(each).document} for each in every]
     if stopped:
         health |= {"healthy": False, "stopped": f"round {one.number}: {stopped}"}
@@ -85,7 +88,7 @@ def _following(one: Round) -> list[Round]:
         if not (later.directory / DONE_FILE).is_file() or not path.is_file():
             break
         assert one.recipe.student is not None
-        if json.loads(path.read_text())["start"] != start_identity(one.recipe.student, later.start, later.seed):
+        if read_kept(path, "start")["start"] != start_identity(one.recipe.student, later.start, later.seed):
             break
         found.append(later)
     return found
@@ -96,17 +99,13 @@ def _join(target: Path, logs: list[Path], steps: list[int]) -> None:
     lines: list[dict[str, Any]] = []
     for number, log in enumerate(logs, 1):
         before = sum(steps[: number - 1])
-        lines += [{**row, "step": row["step"] + before, "round": number} for row in _rows(log)]
+        lines += [{**row, "step": row["step"] + before, "round": number} for row in read_steps(log)]
     if lines:
         write_atomic(target, "".join(json.dumps(line) + "\n" for line in lines).encode(), what=target.stem)
 
 
-def _rows(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-
-
 def _last_step(log: Path) -> int:
-    rows = _rows(log)
+    rows = read_steps(log)
     return int(rows[-1]["step"]) if rows else 0
 
 

@@ -10,13 +10,13 @@ Cost: one listing of the directory.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared import strict_json
 from shared.errors import PromptError, first_line
 from shared.recipe.recipe import PromptSource
 
@@ -224,7 +224,7 @@ def _of_saved(directory: Path, source: PromptSource) -> Chosen:
         if (directory / "dataset_dict.json").is_file():
             names = [
                 str(name)
-                for name in json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+                for name in strict_json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
             ]
             wanted = source.split if source.split in names else SPLIT_WORDS.get(source.split, source.split)
             if wanted not in names:
@@ -232,7 +232,7 @@ def _of_saved(directory: Path, source: PromptSource) -> Chosen:
             directory = directory / wanted
         elif source.split != "train":
             raise PromptError(f"{directory}: one saved data set has no splits to choose from; leave `split` out")
-        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        state = strict_json.loads((directory / "state.json").read_text(encoding="utf-8"))
         files = [directory / Path(str(entry["filename"])).name for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PromptError(

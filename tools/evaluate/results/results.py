@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel
 
+from shared import strict_json
 from shared.atomic import write_atomic
 from shared.cache.cache import Cache
 from shared.cache.layer_choice import layer_of_capture, named_layer
@@ -133,7 +134,7 @@ def _named(recipe: Recipe, stage: Stage) -> str | LayerView | None:
 def read_result(path: Path) -> dict[str, Any] | None:
     """Return a kept evaluation, or None where there is none that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("identity"), dict) else None
