@@ -155,12 +155,16 @@ def write_starter(path: Path, name: str, student: str, **values: object) -> None
     text = _TEMPLATE.format(
         name=yaml_text(name), output=f"runs/{name}", student=yaml_text(student), bf16=_computing(), **values
     )
+    created = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
+            created = True
             file.write(text)
     except OSError as error:
-        if path.exists():
+        if created:
+            path.unlink(missing_ok=True)
+        elif path.exists():
             raise UsageError(f"{path} exists already; choose another name, or --output") from None
         raise UsageError(
             f"{path} cannot be written ({error.strerror}); name a file in a directory of yours with --output"

@@ -9,6 +9,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import ClassVar
 
 from shared.errors import DecantError
 from shared.parent_watch import announced
@@ -26,6 +27,12 @@ def recipe_words(args: argparse.Namespace) -> list[str]:
 
 class PhaseFailedError(DecantError):
     """A phase ended with an exit code other than 0; its own message stands above."""
+
+
+class PhaseRefusedError(PhaseFailedError):
+    """A phase was asked for what is wrong."""
+
+    exit_code: ClassVar[int] = 2
 
 
 def run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
@@ -50,4 +57,5 @@ def run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
             f"phase {phase} was killed by signal {-code}{hint}; the same command continues where it stopped"
         )
     if code:
-        raise PhaseFailedError(f"phase {phase} ended with exit code {code}; its message stands above")
+        failed = PhaseRefusedError if code == PhaseRefusedError.exit_code else PhaseFailedError
+        raise failed(f"phase {phase} ended with exit code {code}; its message stands above")

@@ -147,6 +147,14 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(trained, tmp_path, cap
 
 
 @pytest.mark.slow
+def test_file_that_cannot_be_copied_is_named_with_what_to_do(trained, tmp_path, capsys):
+    (trained.stage_dir("kd") / "model" / "notes.txt").symlink_to(tmp_path / "gone")
+    assert main(["export", str(trained.output_dir), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "bug" not in error and "notes.txt cannot be written (" in error and "run the same command again" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapter_of_a_fully_trained_student_is_refused(recipe_of, capsys):
     recipe = recipe_of(trainer={"max_steps": 1})
     run_stages(recipe)

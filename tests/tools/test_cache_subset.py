@@ -14,6 +14,7 @@ from tests.shared.small_cache import HYBRID, TOP, build
 from tools import cli
 from tools.cache.cache_subset import Choice, chosen_rows, subset_cache
 from tools.cache.row_query import Condition
+from tools.cache.staged_directory import publish, staging_path
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,35 @@ def test_chosen_rows_come_with_every_layer_as_they_were(cache, tmp_path, choice,
     assert subset_cache(cache, tmp_path / "out", choice)["existed"]
     with pytest.raises(CacheError, match="exists and is not this subset"):
         subset_cache(cache, tmp_path / "out", Choice(count=1))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cache", "subset", "CACHE", "CACHE/x", "--count", "3"],
+        ["cache", "export", "--targets", TOP.name, "CACHE", "CACHE/deep/er"],
+        ["cache", "merge", "CACHE/x", "CACHE", "OTHER"],
+        ["report", "RUN", "--output", "CACHE"],
+    ],
+)
+def test_nothing_is_written_among_the_files_of_a_cache(cache, tmp_path, capsys, words):
+    subset_cache(cache, tmp_path / "other", Choice(count=20))
+    (tmp_path / "run").mkdir()
+    for name, place in {"CACHE": cache, "OTHER": tmp_path / "other", "RUN": tmp_path / "run"}.items():
+        words = [word.replace(name, str(place)) for word in words]
+    before = sorted(cache.rglob("*"))
+    assert cli.main(words) == 2
+    assert f"lies in the cache {cache}" in capsys.readouterr().err
+    assert sorted(cache.rglob("*")) == before
+
+
+def test_whoever_finishes_second_leaves_nothing_beside_the_same_result(tmp_path):
+    out, staging = tmp_path / "out", staging_path(tmp_path / "out", "choosing", "0123456789")
+    for place in (out, staging):
+        (place / "sequences").mkdir(parents=True)
+        (place / "proof").write_text("the same")
+    publish(staging, out, out / "proof")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_more_rows_hold_all_of_fewer_and_seeds_choose_others(cache):

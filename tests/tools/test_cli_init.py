@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_recipe_that_cannot_be_written_is_a_mistake_of_the_user(tmp_path, below)
     (tmp_path / "a file").write_text("x")
     with pytest.raises(UsageError, match="cannot be written"):
         init_recipe("x", "t", "s", "p", tmp_path / below)
+
+
+def test_recipe_that_a_full_disk_cuts_is_said_to_be_that_and_leaves_no_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(UsageError, match=r"r.yaml cannot be written \(File too large\)"):
+            init_recipe("x", "t", "s", "p", tmp_path / "r.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_commands_named_for_a_path_with_a_space_can_be_copied(tmp_path, monkeypatch, capsys):

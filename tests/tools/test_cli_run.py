@@ -98,6 +98,13 @@ def test_failed_phase_stops_the_run_and_says_how_it_ended(code, part):
         run_all.run_phase("teach", [sys.executable, "-c", code], None)
 
 
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_a_run_ends_with_the_code_of_a_phase_that_was_asked_for_what_is_wrong(code):
+    with pytest.raises(PhaseFailedError) as failed:
+        run_all.run_phase("teach", [sys.executable, "-c", f"raise SystemExit({code})"], None)
+    assert failed.value.exit_code == (2 if code == 2 else 1)
+
+
 def test_phase_is_stopped_with_the_run_and_may_finish_first(tmp_path):
     note = tmp_path / "note"
     phase = (

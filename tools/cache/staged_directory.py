@@ -6,10 +6,11 @@ The name ends in the id of the content, so the same command continues after a ki
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 from shared.atomic import TEMPORARY_MARK, fsync_dir
-from shared.errors import CacheError
+from shared.errors import CacheError, UsageError
 
 
 def staging_path(out: Path, doing: str, content_id: str) -> Path:
@@ -25,13 +26,26 @@ def unfinished(out: Path, doing: str) -> list[str]:
 
 
 def refuse_existing(out: Path, wanted: str) -> None:
-    """Refuse a place that holds something.
+    """Refuse a place that holds something, or that lies in a cache, among whose files nothing else belongs.
 
     Raises:
         CacheError: it does, and is not `wanted`.
+        UsageError: it lies in a cache.
     """
+    refuse_within_cache(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CacheError(f"{out} exists and is not {wanted}; name a directory that does not exist")
+
+
+def refuse_within_cache(out: Path) -> None:
+    """Refuse a place in the directory of a cache.
+
+    Raises:
+        UsageError: it is one.
+    """
+    for parent in out.resolve().parents:
+        if (parent / "cache.json").is_file() and (parent / "sequences").is_dir():
+            raise UsageError(f"{out} lies in the cache {parent}, where nothing else belongs; name another place")
 
 
 def publish(staging: Path, out: Path, proof: Path) -> None:
@@ -53,6 +67,7 @@ def publish(staging: Path, out: Path, proof: Path) -> None:
         staging.rename(out)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT) and proof.exists():
+            shutil.rmtree(staging, ignore_errors=True)
             return  # the same command ran elsewhere at the same time and was first
         raise CacheError(
             f"{staging} is finished but cannot be renamed to {out}: {error.strerror}; move it there"

@@ -205,7 +205,7 @@ def _write(
     staging = staging_path(out, "export", weights)
     if staging.exists():
         shutil.rmtree(staging)  # what a killed export left
-    shutil.copytree(model, staging, symlinks=False)
+    _copied(model, staging)
     if told.leaving is not None:
         settle(staging, told.leaving, told.tokenizer)
     if dtype is not None:
@@ -215,7 +215,7 @@ def _write(
             shutil.rmtree(staging)
             raise
     if adapter is not None:
-        shutil.copytree(adapter, staging / "adapter")
+        _copied(adapter, staging / "adapter")
     (staging / "README.md").write_text(card, encoding="utf-8")
     (staging / PROOF).write_text(json.dumps(identity, indent=1), encoding="utf-8")
     fsync_tree(staging)
@@ -232,3 +232,19 @@ def _commands(out: Path) -> dict[str, str]:
         "gguf": f"python llama.cpp/convert_hf_to_gguf.py {shlex.quote(str(out))} --outfile {shlex.quote(name)}.gguf "
         "--outtype bf16",
     }
+
+
+def _copied(source: Path, target: Path) -> None:
+    """Copy a directory with what its links lead to.
+
+    Raises:
+        EvaluationError: a file cannot be read or written.
+    """
+    try:
+        shutil.copytree(source, target, symlinks=False)
+    except shutil.Error as error:
+        _, place, reason = error.args[0][0]
+        raise EvaluationError(
+            f"{place} cannot be written ({reason}); free some space or correct permissions, then run the same command "
+            "again"
+        ) from None

@@ -16,6 +16,7 @@ from typing import Any
 from shared.atomic import write_atomic
 from shared.errors import EvaluationError
 from shared.seconds import add_seconds
+from tools.cache.staged_directory import refuse_within_cache
 from tools.report.figures import report_figures
 from tools.report.page import page, plot_figures
 from tools.report.run_files import read_run
@@ -30,6 +31,7 @@ def build_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
 
     Raises:
         EvaluationError: a directory is no run, none was given, or several without an `output`.
+        UsageError: the output lies in a cache.
     """
     if not run_dirs:
         raise EvaluationError("no run to report on; name the output_dir of a recipe that was run")
@@ -45,6 +47,8 @@ def build_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
         raise EvaluationError(f"{place}: this is one of the runs that are compared; name another directory")
     if place.exists() and not place.is_dir():
         raise EvaluationError(f"{place}: there is a file of that name; name a directory to write the report into")
+    if output is not None:
+        refuse_within_cache(place / "report.html")
     started = time.monotonic()
     runs = [read_run(Path(directory)) for directory in run_dirs]
     report: dict[str, Any] = _plain(report_figures(runs))

@@ -67,7 +67,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """Run models in this process; return which parts of which model were done."""
     done: list[tuple[str, list[str]]] = []
 
-    def run(recipe: Recipe, name: str, wanted: dict[str, Any], unsafe: bool, say: Any, threads: int | None) -> None:
+    def run(recipe: Recipe, name: str, wanted: dict[str, Any], unsafe: bool, say: Any, *_: Any) -> None:
         done.append((name, list(wanted)))
         evaluate_model(recipe, name, wanted, unsafe, say)
 
