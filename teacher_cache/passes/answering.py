@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import DecantError
-from shared.parts.jobs import Job, PlanRow, create_job
+from shared.keys import KeySet, stack_keys
+from shared.parts.jobs import Job, PlanRow, committed_keys, create_job
+from shared.parts.records import list_records
 from shared.progress import BuildProgress
 from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.seconds import add_seconds
@@ -108,7 +111,18 @@ def listed(work: Answering, ends: list[int | None], problems: Problems, tally: T
     """Yield a row for each answer that the recipe's prompts ask for."""
     recipe, groups = work.recipe, work.cache.identity.groups
     prompts, key = read_prompts(recipe.prompts, problems), work.answerer.key
-    return list_rows(prompts, recipe.prompts, recipe.generate, recipe.seed, problems, tally, key, groups, ends)
+    held = _held_rows(work.cache.path / "sequences")
+    return list_rows(prompts, recipe.prompts, recipe.generate, recipe.seed, problems, tally, key, groups, ends, held)
+
+
+def _held_rows(directory: Path) -> Callable[[bytes], bool]:
+    """Return whether committed rows have a key; the keys are read when the first is asked for."""
+
+    @cache
+    def known() -> KeySet:
+        return KeySet(committed_keys(directory, list_records(directory)))
+
+    return lambda key: bool(known().contains(stack_keys([key]))[0])
 
 
 def plan(work: Answering, request: dict[str, Any], rows: Callable[[Problems, Tally], Iterable[PlanRow]]) -> Job:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,7 @@ def list_rows(
     answerer: str | None = None,
     groups: GroupRule = "first question",
     foreign_ends: Sequence[int | None] = (),
+    is_held: Callable[[bytes], bool] = lambda key: False,
 ) -> Iterator[PlanRow]:
     """Yield the plan rows of conversations, each row_key once; what cannot be a row goes to `problems`.
 
@@ -81,6 +82,7 @@ def list_rows(
         answerer: identity of the model that answers, where it is not the teacher.
         groups: the cache's rule of which rows belong together.
         foreign_ends: of each source, the end token that its template adds to those of the model that answers.
+        is_held: whether the cache holds a row_key; asked of rows with thoughts in trained earlier answers alone.
     """
     seen = GrowingKeySet()
     renderings = [_rendering(source) for source in sources]
@@ -88,7 +90,10 @@ def list_rows(
     for conversation in conversations:
         try:
             origin = conversation.origin
-            rows = list(_rows_of(conversation, renderings[origin], ends[origin], generate, seed, answerer, groups))
+            source, end = sources[origin], ends[origin]
+            rows = list(
+                _rows_of(conversation, source, renderings[origin], end, generate, seed, answerer, groups, is_held)
+            )
         except ValueError as error:
             problems.add(conversation.path, conversation.line, str(error))
             continue
@@ -185,12 +190,14 @@ def request_seed(key: bytes, seed: int) -> int:
 
 def _rows_of(
     conversation: Conversation,
+    source: PromptSource,
     rendering: Mapping[str, Any],
     end: Mapping[str, int],
     generate: Generate | None,
     seed: int,
     answerer: str | None,
     groups: GroupRule,
+    is_held: Callable[[bytes], bool],
 ) -> Iterator[PlanRow]:
     if conversation.sequence is not None:
         yield _row_of_cache(conversation, conversation.sequence)
@@ -202,6 +209,10 @@ def _rows_of(
     place = {"origin": conversation.origin, "path": conversation.path}
     if generate is None:
         keys = [row_key(asked, None, 0, _answer(answered) + _suffix(rendering))]
+        thoughts = _trained_thoughts(answered) if source.supervise == "all" else []
+        if thoughts and not is_held(keys[0]):
+            rendering = {**rendering, "thoughts": thoughts}
+            keys = [row_key(asked, None, 0, _answer(answered) + _suffix(rendering))]
         content: dict[str, Any] = {"text": conversation.text} if answered is None else {"messages": answered}
         reference = conversation.reference
     else:
@@ -264,7 +275,7 @@ def _answer(answered: list[Message] | None) -> str:
 def _unsaid(answered: list[Message] | None, given: bool) -> dict[str, Any]:
     """Return what of the earlier turns a prompt's text does not say, such as tool calls, so that a row_key says it.
 
-    Earlier thoughts are left out, as they always were: templates drop them.
+    Earlier thoughts are left out, as they always were: templates drop them, where they are context.
     """
     hidden = {"role", "content", "reasoning_content"} | (set() if given else {"train"})
     said = [
@@ -273,6 +284,16 @@ def _unsaid(answered: list[Message] | None, given: bool) -> dict[str, Any]:
     ]
     context = [entry for entry in said if entry[1]]
     return {"context": context} if context else {}
+
+
+def _trained_thoughts(answered: list[Message] | None) -> list[list[Any]]:
+    """Return [index, thoughts] of the earlier answers that are trained: they are in the row's tokens, or it is refused.
+
+    A row_key says them but where the cache holds the row under the key of earlier versions, which left them out.
+    """
+    turns = prompt_turns(answered) if answered else []
+    said = [(index, turn.get("reasoning_content")) for index, turn in enumerate(turns) if turn.get("train", True)]
+    return [[index, thoughts] for index, thoughts in said if thoughts]
 
 
 def _rendering(source: PromptSource) -> dict[str, Any]:

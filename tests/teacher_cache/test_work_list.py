@@ -224,3 +224,26 @@ def test_request_seeds_use_63_bits_evenly():
     assert len(set(seeds)) == 2000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert all(900 < sum((seed >> bit) & 1 for seed in seeds) < 1100 for bit in range(63))
+
+
+def thinking(thoughts: str, **marks) -> Conversation:
+    said = {"role": "assistant", "content": "4", "reasoning_content": thoughts, **marks}
+    turns = [{"role": "user", "content": "Two and two?"}, said, {"role": "user", "content": "And one?"}]
+    return Conversation("math", PATH, 1, "messages", [*turns, {"role": "assistant", "content": "5"}], None, None, 0)
+
+
+def test_thoughts_of_earlier_answers_that_are_trained_are_part_of_a_rows_key():
+    talks = [thinking("Add."), thinking("Count."), thinking("Add.")]
+    found, _, tally = rows(talks)
+    assert len({row.row_key for row in found}) == 2
+    assert tally.duplicates == {"math": 1}
+    assert len(keys(talks, [source(supervise="last")])) == 1
+    assert len(keys([thinking("Add.", train=False), thinking("Count.", train=False)])) == 1
+
+
+def test_a_row_that_a_cache_holds_under_the_key_without_thoughts_keeps_it():
+    unsaid = keys([thinking("")])[0]
+    how = ([source()], None, 0, Problems(), Tally())
+    found = [row.row_key for row in list_rows([thinking("Add.")], *how, is_held=lambda key: key == unsaid)]
+    assert found == [unsaid]
+    assert keys([thinking("Add.")]) != [unsaid]

@@ -84,7 +84,15 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     current = _Current(read_prompts(recipe.prompts, problems))
     ends = _foreign_ends(recipe, counter)
     for row in list_rows(
-        current, recipe.prompts, recipe.generate, recipe.seed, problems, tally, _answerer(recipe), foreign_ends=ends
+        current,
+        recipe.prompts,
+        recipe.generate,
+        recipe.seed,
+        problems,
+        tally,
+        _answerer(recipe),
+        foreign_ends=ends,
+        is_held=committed.__contains__,
     ):
         source = result.sources.setdefault(row.source, SourceCount())
         if recipe.evaluate.tasks:
