@@ -105,6 +105,9 @@ def test_thoughts_that_are_rendered_are_kept(tokenizer):
         ),
         (DROPS_SYSTEM, [ASK], {"system": "Be kind."}, r"drops the system turn's text \('Be kind.'\)"),
         (NO_SYSTEM, [ASK], {"system": "Be kind."}, "cannot render the conversation"),
+        (CHATML, [{**ASK, "name": "Ada"}], {}, r"drops the name of the user turn's speaker \('Ada'\)"),
+        (CHATML, [{**ASK, "name": "Ada"}, {**TURNS[1], "name": "Bo"}, ASK], {}, r"speaker \('Ada'\)"),
+        (CHATML, [TOOLS, {**ASK, "name": "Ada"}], {}, "drops the tool 'find_disk'"),
     ],
 )
 def test_a_prompt_that_loses_text_is_refused_and_the_advice_works(
@@ -118,14 +121,27 @@ def test_a_prompt_that_loses_text_is_refused_and_the_advice_works(
     with pytest.raises(PromptError, match=rf"f:3: .*{reason}") as caught:
         render(template(tokenizer, chat_template, **settings), row)
     advice = str(caught.value).rpartition("; ")[2]
-    if "`ignore: [tools]`" in advice:
-        followed = talk(*(turn for turn in row.messages if turn["role"] != "tools"))
+    if "`ignore: [" in advice:
+        left_out = advice.partition("[")[2].partition("]")[0].split(", ")
+        kept = [turn for turn in row.messages if turn["role"] not in left_out]
+        followed = talk(*({key: turn[key] for key in turn if key not in left_out} for turn in kept))
     else:
         assert advice == "put the system text into the first question"
         text = settings.get("system") or turns[0]["content"]
         rest = [turn for turn in row.messages if turn["role"] != "system"]
         followed = talk({"role": "user", "content": f"{text}\n\n{rest[0]['content']}"}, *rest[1:])
     render(template(tokenizer, chat_template), followed)
+
+
+def test_names_that_are_rendered_and_those_of_tools_are_kept(tokenizer):
+    named = template_of("{{- m.content }}").replace(
+        "m.role + '\\n'", "m.role + (' ' + m.name if m.name else '') + '\\n'"
+    )
+    template(tokenizer, named).complete(talk({**ASK, "name": "Ada"}, TURNS[1]))
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    looked = [{"role": "assistant", "content": "find", "tool_calls": [call]}]
+    looked += [{"role": "tool", "content": "7", "name": "find_disk"}, TURNS[1]]
+    template(tokenizer, supervise="last").complete(talk(ASK, *looked))
 
 
 def test_answers_marked_as_context_are_not_supervised(tokenizer):

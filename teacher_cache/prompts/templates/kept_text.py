@@ -2,8 +2,8 @@
 
 A template may put a text anywhere and write around it; it may escape it as JSON; it may split an answer at its <think>
 tags. What it leaves out would be lost without a trace, so the first text that is missing is named. Of earlier answers
-only the text after their thoughts and the names of tools called are looked for, since templates drop earlier thoughts
-on purpose.
+only the text after their thoughts, who speaks and the names of tools called are looked for, since templates drop
+earlier thoughts on purpose.
 Cost: linear in the texts.
 """
 
@@ -65,6 +65,8 @@ def _of_answer(message: Message) -> Iterator[Missing]:
 
 def _of_context(message: Message) -> Iterator[Missing]:
     role, content = message["role"], message["content"]
+    if "name" in message and role != "tool":  # who speaks; of a tool's answer templates drop it, since the call has it
+        yield f"the name of the {role} turn's speaker", message["name"]
     if role == "tools":
         for tool in json.loads(content):
             inner = tool.get("function", tool)

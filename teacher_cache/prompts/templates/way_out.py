@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, combinations
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
@@ -69,10 +70,12 @@ def _changes(conversation: Conversation, source: PromptSource) -> Iterator[Chang
             _merged(messages, system),
         )
     tools = ["tools"] if any(message["role"] == "tools" for message in messages) else []
-    for ignored in (tools, thoughts, [*tools, *thoughts]):
-        if ignored:
-            words = f"leave out what the template does not render with `ignore: [{', '.join(ignored)}]`"
-            yield words, source, [_without(message, ignored) for message in messages if message["role"] not in ignored]
+    names = ["name"] if any("name" in message for message in messages) else []
+    kinds = [kind for kind in (tools, thoughts, names) if kind]
+    for some in chain.from_iterable(combinations(kinds, size) for size in range(1, len(kinds) + 1)):
+        ignored = [name for kind in some for name in kind]
+        words = f"leave out what the template does not render with `ignore: [{', '.join(ignored)}]`"
+        yield words, source, [_without(message, ignored) for message in messages if message["role"] not in ignored]
 
 
 def _thoughts_of(message: Message) -> str:
