@@ -17,6 +17,7 @@ import xxhash
 from shared import strict_json
 from shared.errors import CacheError, ModelError
 from shared.keys import canonical_json
+from shared.special_files import refuse_special_files
 
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 4
@@ -32,6 +33,7 @@ def weights_hash(model_dir: Path) -> str:
     Raises:
         ModelError: no weights, or a file that is not what its name says.
     """
+    refuse_special_files(model_dir)
     digest = xxhash.xxh3_128()
     try:
         for name in ("config.json", "adapter_config.json"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from shared.errors import ModelError
 from shared.models.load_report import Gaps, loading
+from shared.special_files import refuse_special_files
 
 ADAPTER = "a directory with adapter_config.json and adapter_model.safetensors"
 
@@ -44,6 +45,7 @@ def add_saved_adapter(model: Any, directory: str | Path) -> Any:
     """
     from peft import PeftModel
 
+    refuse_special_files(directory)
     name = f"the adapter '{directory}'"
     with loading(name, ADAPTER), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what does not fit is refused below

@@ -20,6 +20,7 @@ from shared.errors import ModelError
 from shared.models.adapters import add_saved_adapter, refuse_adapter_inside
 from shared.models.files import load_config
 from shared.models.load_report import Gaps, loading, without_bars
+from shared.special_files import refuse_special_files
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def check_checkpoint(directory: Path, *, what: str, trust_remote_code: bool, ada
         ModelError: the first missing, unexpected and reshaped tensor are named.
     """
     name = f"{what} '{directory}'"
+    refuse_special_files(directory)
     refuse_adapter_inside(directory, name)
     try:
         config = load_config(directory, what=what, trust_remote_code=trust_remote_code)

@@ -9,6 +9,7 @@ from typing import Any
 from shared.models.large_imports import import_transformers
 from shared.models.load_report import loading
 from shared.remote.hub import ask_hub
+from shared.special_files import refuse_special_files
 
 CONFIG = "a directory with config.json, or a hub id that can be fetched"
 
@@ -23,6 +24,7 @@ def load_config(source: str | Path, *, what: str, trust_remote_code: bool, revis
     from transformers import AutoConfig
 
     ask_hub(source)
+    refuse_special_files(source)
     with loading(f"the config of {what} '{source}'", CONFIG):
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
@@ -38,5 +40,6 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool, revision: str
     from transformers import AutoTokenizer
 
     ask_hub(source)
+    refuse_special_files(source)
     with loading(f"{source}: the tokenizer", expected="tokenizer.json there"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

@@ -10,6 +10,7 @@ from shared.models.checkpoint import fits_named_class
 from shared.models.large_imports import import_transformers
 from shared.models.load_report import Gaps, loading
 from shared.remote.hub import ask_hub
+from shared.special_files import refuse_special_files
 
 
 def load_causal_lm(
@@ -42,6 +43,7 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     name = f"{what} '{source}'"
+    refuse_special_files(source)
     refuse_adapter_inside(source, name)
     ask_hub(source)
     with loading(name):

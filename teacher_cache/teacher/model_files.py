@@ -16,6 +16,7 @@ from shared.errors import EngineError, ModelError
 from shared.models import files as text_files
 from shared.models.config_file import read_config
 from shared.remote.hub import ask_hub
+from shared.special_files import refuse_special_files
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
@@ -98,6 +99,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelFiles:
         commit = None
     else:
         directory, commit = _download(model, revision)
+    refuse_special_files(directory)
     return ModelFiles(model, directory, commit, read_config(directory / "config.json"))
 
 

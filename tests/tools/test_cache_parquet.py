@@ -295,3 +295,41 @@ def test_export_is_of_the_rows_that_its_id_names_also_while_the_cache_grows(
     result = export_cache(path, tmp_path / "out", HYBRID.name)
     assert result["rows"] == len(before) < len(Cache.open(path, HYBRID.name))
     assert sum(pq.read_metadata(file).num_rows for file in (tmp_path / "out").glob("*.parquet")) == len(before)
+
+
+OTHER_KINDS = {
+    "key": [["text"], "text", [b"x"]],
+    "source": [1, ["text"], {"a": 1}],
+    "prompt": [1.5, [["text"]], {"a": 1}],
+    "token_ids": [["text"], [0.5], [[1]], 1],
+    "ids": [[["text"]], [[0.5]], [1]],
+    "logprobs": [[["text"]], [[True]], [1.5]],
+    "num_positions": ["9", 0.5, [1]],
+}
+
+
+@pytest.mark.parametrize(("column", "value"), [(c, v) for c, values in OTHER_KINDS.items() for v in values])
+def test_columns_of_another_kind_are_refused_by_their_type(tmp_path, column, value):
+    build(tmp_path / "cache", layers=(TOP,))
+    export_cache(tmp_path / "cache", tmp_path / "out", TOP.name)
+    file = sorted((tmp_path / "out").glob("part-*.parquet"))[0]
+    table = pq.read_table(file)
+    place = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(place, column, pa.array([value] * table.num_rows)), file)
+    with pytest.raises(DamagedError, match=f"has a column {column} of .*; expected "):
+        import_parquet(tmp_path / "out", tmp_path / "again")
+
+
+def test_texts_of_a_dictionary_in_a_column_of_numbers_are_not_unpacked(tmp_path):
+    build(tmp_path / "cache", layers=(TOP,))
+    export_cache(tmp_path / "cache", tmp_path / "out", TOP.name)
+    file = sorted((tmp_path / "out").glob("part-*.parquet"))[0]
+    table = pa.concat_tables([pq.read_table(file).slice(0, 1)] * 2000).combine_chunks()
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["A" * 2**20]))
+    lists = pa.ListArray.from_arrays(pa.array(range(2001), pa.int32()), text)
+    columns = {name: table.column(name) for name in table.column_names} | {"token_ids": lists}
+    pq.write_table(pa.table(columns), file, compression="zstd", store_schema=False)
+    before = pa.total_allocated_bytes()
+    with pytest.raises(DamagedError, match="has a column token_ids of"):
+        import_parquet(tmp_path / "out", tmp_path / "again")
+    assert pa.total_allocated_bytes() - before < 2**20

@@ -88,6 +88,18 @@ def targets_columns(targets: Sequence[SparseTargets]) -> dict[str, pa.Array]:
     return columns
 
 
+def lists_in(kind: pa.DataType) -> tuple[int, pa.DataType]:
+    """Return how deep lists of a type are nested, and the type of the values in them.
+
+    >>> lists_in(pa.list_(pa.large_list(pa.int8())))
+    (2, DataType(int8))
+    """
+    depth = 0
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    return depth, kind
+
+
 class Lists:
     """A column of lists, or of lists of lists, cut into rows."""
 

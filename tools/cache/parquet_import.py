@@ -28,6 +28,7 @@ from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import LayerWriter, part_table
 from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.keys import KEY_BYTES
 from shared.parts.cache_files import open_regular, parse_json, read_bounded, read_json
 from shared.parts.part_stats import TargetsFigures, targets_stats, targets_stats_problem
 from shared.parts.parts import commit_part
@@ -44,13 +45,13 @@ from tools.cache.parquet_columns import (
     RECORD_KEY,
     Lists,
     export_schema,
+    lists_in,
     read_targets,
 )
 
 ROWS_PER_BATCH = 64
 FREE_BYTES = 2**26
 """What a file may unpack to whatever its size; beyond it, MAX_FRAME_RATIO for each of its bytes."""
-TEXTS = ("source", "prompt", "response", "reference", "finish_reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,18 +155,15 @@ def _import_file(file: Path, export: Export, writer: CacheWriter, target: Path, 
     rows: list[SequenceRow] = []
     scores: list[tuple[float, bytes]] = []
     try:
-        with open_regular(file) as source, pq.ParquetFile(source, read_dictionary=list(TEXTS)) as opened:
+        with open_regular(file) as source:
+            _check_kinds(file, pq.read_schema(source), schema)
+        with open_regular(file) as source, pq.ParquetFile(source, read_dictionary=list(PLAIN)) as opened:
             file_bytes = os.fstat(source.fileno()).st_size
             if opened.metadata.num_rows > MAX_ROWS_PER_PART:
                 found = opened.metadata.num_rows
                 raise DamagedError(f"{file} has {found} rows where a part has at most {MAX_ROWS_PER_PART}")
             check_unpacked(file, opened, file_bytes)
             about = _about(file, opened.schema_arrow.metadata)
-            missing = sorted(set(schema.names) - set(opened.schema_arrow.names))
-            if missing:
-                raise DamagedError(
-                    f"{file} has no column {missing[0]}; expected those of 'decant cache export' for this layer"
-                )
             for table in _plain_batches(opened, schema, _most_bytes(file_bytes)):
                 _read_batch(file, table, codec, rows, scores)
         writer.write_sequences(stem, rows, about.get("software", {}), about.get("set_aside", ()))
@@ -212,6 +210,34 @@ def check_unpacked(file: Path, opened: pq.ParquetFile, file_bytes: int) -> int:
     return int(unpacked)
 
 
+def _check_kinds(file: Path, found: pa.Schema, wanted: pa.Schema) -> None:
+    """Refuse a column of another kind by its type, before it is read: nothing is made a number or a text of."""
+    for field in wanted:
+        if found.names.count(field.name) != 1:
+            number = "more than one" if field.name in found.names else "no"
+            raise DamagedError(
+                f"{file} has {number} column {field.name}; expected those of 'decant cache export' for this layer"
+            )
+        kind = found.field(field.name).type
+        (depth, values), (wanted_depth, wanted_values) = lists_in(kind), lists_in(field.type)
+        inner = values.value_type if pa.types.is_dictionary(values) and not depth else values  # as pandas writes some
+        if depth != wanted_depth or not any(like(inner) and like(wanted_values) for like in _ALIKE):
+            raise DamagedError(f"{file} has a column {field.name} of {str(kind)[:80]}; expected {field.type}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_key(kind: pa.DataType) -> bool:
+    """Tell whether values are bytes of a key's length, or of any as other tools write them."""
+    return bool(kind in (pa.binary(), pa.large_binary()) or kind == pa.binary(KEY_BYTES))
+
+
+_ALIKE = (_is_text, _is_key, pa.types.is_integer, pa.types.is_floating)
+"""Types that are the same for a reader, however wide they were written."""
+
+
 def _most_bytes(file_bytes: int) -> int:
     return FREE_BYTES + MAX_FRAME_RATIO * file_bytes
 
@@ -223,11 +249,16 @@ def _plain_batches(opened: pq.ParquetFile, schema: pa.Schema, room: int) -> Iter
         ValueError: texts of more than `room` bytes.
     """
     for batch in opened.iter_batches(ROWS_PER_BATCH, columns=schema.names):
-        for name in TEXTS:
+        for name in PLAIN:
             room -= _text_bytes(batch.column(name))
         if room < 0:
             raise ValueError("its texts unpack to more than a file of its size may hold")
-        yield pa.Table.from_batches([batch]).select(schema.names).cast(schema).combine_chunks()
+        whole = {name: _decoded(batch.column(name)) for name in schema.names}
+        yield pa.table(whole).cast(schema).combine_chunks()
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def _text_bytes(column: pa.Array) -> int:

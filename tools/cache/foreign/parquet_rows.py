@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from shared.errors import CacheError, DamagedError, first_line
 from shared.parts.cache_files import list_folder, open_regular
 from tools.cache.foreign.foreign_row import check_entries
-from tools.cache.parquet_columns import Lists
+from tools.cache.parquet_columns import Lists, lists_in
 from tools.cache.parquet_import import check_unpacked
 
 _BATCH_BYTES = 2**26
@@ -111,15 +111,9 @@ def _check_kind(file: Path, schema: pa.Schema, name: str, wanted: Kind) -> None:
         found = "no column" if name not in schema.names else "more than one column"
         raise DamagedError(f"{file} has {found} {name}; expected {wanted.words} there")
     kind = schema.field(name).type
-    values, depth = kind, 0
-    while hasattr(values, "value_type") and _is_list(values):
-        values, depth = values.value_type, depth + 1
+    depth, values = lists_in(kind)
     if depth != wanted.depth or not wanted.takes(values):
         raise DamagedError(f"{file} has a column {name} of {str(kind)[:80]}; expected {wanted.words}")
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _plain(column: pa.Array) -> pa.Array:
@@ -127,8 +121,8 @@ def _plain(column: pa.Array) -> pa.Array:
     kind = column.type
     if pa.types.is_list(kind) and pa.types.is_list(kind.value_type):
         return column
-    inner = kind.value_type
-    return column.cast(pa.list_(pa.list_(inner.value_type) if _is_list(inner) else inner))
+    depth, values = lists_in(kind)
+    return column.cast(pa.list_(values) if depth == 1 else pa.list_(pa.list_(values)))
 
 
 def grid(lists: Lists, i: int, where: str, name: str) -> np.ndarray:
