@@ -359,6 +359,8 @@ def _evaluate_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.evaluate.cost and recipe.heldout.fraction == 0 and not recipe.evaluate.tasks:
         said = "there is nothing to ask: no prompt is held out and there are no `tasks`; add some"
         yield ("evaluate", "cost"), said
+    if recipe.evaluate.heldout_rows is not None and recipe.heldout.fraction == 0:
+        yield ("evaluate", "heldout_rows"), "nothing is held out at heldout.fraction 0; raise it, or leave this out"
     if recipe.evaluate.own_answers is not None:
         lacks = {
             "no `teacher` to score the answers": recipe.teacher is None,

@@ -302,6 +302,7 @@ def test_stage_that_cannot_be_trained_is_refused(stages, why):
         ({"evaluate": {"models": ["kdd"]}}, "did you mean 'kd'?"),
         ({"evaluate": {"models": ["kd", "kd"]}}, "listed twice"),
         ({"heldout": {"fraction": 1.0}}, "less than 1"),
+        ({"heldout": {"fraction": 0}, "evaluate": {"heldout_rows": 9}}, "nothing is held out"),
         ({"rows_per_part": 0}, "greater than or equal to 1"),
         ({"seed": "3"}, "number"),
     ],

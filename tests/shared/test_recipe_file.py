@@ -355,6 +355,7 @@ STAGE = "student: {model: s}\nstages: [{name: a, losses: [{name: forward_kl}]%s}
             "4: the whole number 99999999999999999999 needs more than 64 bits",
         ),
         ("prompts: [{chat_template_kwargs: {a: -0xffffffffffffffff}}]\n", "needs more than 64 bits"),
+        ("prompts: [{source: a, path: b, format: messages, date: 0}]\n", "prompts.0.date: expected a date such as"),
         ("evaluate: {tasks: [{name: gsm8k, path: a, seed: 1e20}]}\n", "evaluate.tasks.0.seed: "),
         ('student: {model: "a\\0b"}\n', "holds the character '\\x00'"),
         ('student: {model: s, revision: "\\ud800"}\n', "holds the character '\\ud800'"),

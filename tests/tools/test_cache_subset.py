@@ -129,6 +129,7 @@ def test_condition_on_unlike_kinds_says_so(cache):
         (("--source", "maths"), 2, "did you mean 'math'"),
         (("--query", "num_tokens > 9999"), 1, "none of its"),
         (("--count", "0"), 2, "is no count"),
+        (("--source", "math", "--seed", "3"), 2, "--seed is of --share and --count"),
     ],
 )
 def test_choices_of_nothing_are_refused(cache, tmp_path, capsys, words, code, message):

@@ -67,6 +67,8 @@ def subset_cache(
     """
     if choice == Choice(seed=choice.seed):
         raise UsageError("a subset of every row is the cache itself; say --source, --query, --share or --count")
+    if choice.seed and choice.share is None and choice.count is None:
+        raise UsageError("--seed is of --share and --count, and neither is said; leave it out, or say one of them")
     source = open_source(path)
     layers, _ = common_layers([source], targets)
     request = {"subset": fingerprint(source, layers), "choice": asdict(choice), "layers": sorted(layers)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from shared.recipe.base import Count, Problem, Section, Text, closest, moved, quoted, unused
 
@@ -21,6 +22,12 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """Format to the columns that it reads (`reference` may also be called `answer`)."""
 ALIASES = {"prompt_completion": {"response": "completion"}, "alpaca": {"response": "output", "prompt": "instruction"}}
 """Format to other names that `columns` may use."""
+
+
+def _written_date(value: Any) -> Any:
+    if isinstance(value, bool | int | float):  # seconds since 1970, to pydantic
+        raise PydanticCustomError("not_a_date", "expected a date such as 2026-01-31")
+    return value
 
 
 class PromptSource(Section):
@@ -56,7 +63,7 @@ class PromptSource(Section):
     """A Jinja template (or the path of one) instead of the tokenizer's."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the template, such as enable_thinking."""
-    date: datetime.date | None = None
+    date: Annotated[datetime.date, BeforeValidator(_written_date)] | None = None
     """What a template that writes the current date writes instead, such as 2026-01-31."""
 
     @property
