@@ -140,6 +140,14 @@ def test_rounds_that_need_the_label_in_the_head_say_how_and_take_it(capture):
     )
 
 
+def test_rounds_with_targets_say_which_layer_they_learn_from_and_take_the_advice():
+    stage = {"name": "own", "losses": [{"name": "forward_kl"}], "rounds": {"count": 1}, "trainer": {"max_steps": 1}}
+    models = ON_TRANSFORMERS | {"models": ["own"]}
+    said = refused(Recipe, recipe(stages=[{**stage, "targets": "teacher"}], evaluate=models))
+    assert "learns from the layer that `teacher` and `capture` mean" in said and "leave it out" in said
+    assert Recipe.model_validate(recipe(stages=[stage], evaluate=models))
+
+
 def test_section_for_another_engine_keeps_what_that_reads():
     served = Recipe.model_validate(recipe(teacher={**SERVED, "dtype": "float32", "max_model_len": 96})).teacher
     ours = on_engine("transformers", served, batch_tokens=7)

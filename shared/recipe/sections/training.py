@@ -284,7 +284,10 @@ class Stage(Section):
                 why = "rounds divide what is not the student's own by numbers; give one, not a schedule"
                 yield ("mixture", name), why
         if self.targets is not None:
-            yield ("targets",), "own answers are scored as `capture` says; let `capture` mean the layer instead"
+            why = (
+                "a stage with rounds learns from the layer that `teacher` and `capture` mean, which own answers get too"
+            )
+            yield ("targets",), f"{why}; leave it out, and let these two mean the layer that you want"
         for i, loss in enumerate(self.losses):
             if loss.name in LOSSES_ON_HIDDEN_LAYER:
                 why = f"own answers have no hidden layer, which '{loss.name}' reads; leave it out"
