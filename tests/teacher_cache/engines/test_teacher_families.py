@@ -95,6 +95,14 @@ def test_model_without_use_of_the_cache_is_named_with_the_engine_that_is_fast(ca
     assert caplog.text.count("teacher.engine vllm") == 1
 
 
+@pytest.mark.parametrize("name", ["mamba", "llama", "gpt_oss"])
+def test_teacher_in_16_bits_is_probed_in_float32(name):
+    model = CausalModel(make_family(name, spread=0.3).to(torch.bfloat16), Tokenizer())
+    with torch.inference_mode():
+        assert (model.new_cache() is None) == (name == "mamba")
+    assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
+
+
 def test_head_behind_layers_of_another_width_is_refused():
     from transformers import RemBertConfig, RemBertForCausalLM
 
