@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from shared.errors import ModelError
+from shared.errors import IdentityError, ModelError
 from shared.models.files import load_tokenizer
 
 PROBES = (
@@ -52,3 +52,18 @@ def changed_by_type(files: Mapping[str, bytes], model_type: str) -> str | None:
         if plain.encode(text, add_special_tokens=False).ids != loaded(text, add_special_tokens=False)["input_ids"]:
             return text
     return None
+
+
+def require_unchanged(files: Mapping[str, bytes], model_type: str, name: str) -> None:
+    """Refuse a student by name whose type changes the tokenizer of its cache; arguments as for `changed_by_type`.
+
+    Raises:
+        IdentityError: with a text that shows it.
+    """
+    text = changed_by_type(files, model_type)
+    if text is not None:
+        raise IdentityError(
+            f"'{name}' is of the type {model_type}, for which transformers puts a pre-tokeniser of its own over any "
+            f"tokenizer, so that {text!r} would be other tokens for whoever asks the student than in the cache; choose "
+            "a student of another type, or train it from a cache in its own tokens (`decant cache translate`)"
+        )

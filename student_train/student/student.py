@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import IdentityError, ModelError, TrainingError
 from shared.identity.identity import tokenizer_hash
 from shared.models.files import load_config, load_tokenizer
 from shared.models.load_report import loading
 from shared.models.loading import load_causal_lm
+from shared.models.type_tokenizer import require_unchanged
 from shared.recipe.recipe import Adapter, Student
 
 _OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -86,7 +88,7 @@ def _fresh(student: Student, cache: Any, seed: int) -> Any:
 
 
 def check_tokenizer(student: Student, source: str, revision: str | None, cache: Any, *, required: bool) -> None:
-    """Refuse a student whose tokenizer is not the cache's.
+    """Refuse a student whose tokenizer is not the cache's, or is not once transformers loads it for the student's type.
 
     Raises:
         IdentityError: the tokenizers differ.
@@ -105,6 +107,11 @@ def check_tokenizer(student: Student, source: str, revision: str | None, cache: 
             f"the student '{source}' has tokenizer {found} where {cache.path} was built with {cache.tokenizer_hash}; "
             "choose a student of the teacher's family, or build the cache for this tokenizer"
         )
+    files = read_tokenizer_files(cache.path) if (Path(cache.path) / "cache.json").is_file() else {}
+    if "tokenizer.json" in files:
+        trust = student.trust_remote_code
+        config = load_config(source, what="the student", revision=revision, trust_remote_code=trust)
+        require_unchanged(files, config.model_type, source)
 
 
 def student_tokenizer_hash(

@@ -14,6 +14,7 @@ from student_train.stage.export import set_generation
 from student_train.stage.stages import run_stages
 from student_train.student.student import add_adapter, load_student
 from student_train.student.student_head import check_head, head_of
+from tests.tiny_models import make_qwen2
 
 PROBE = torch.arange(3, 40)[None]
 
@@ -125,6 +126,12 @@ def test_all_linear_leaves_the_head_plain_and_covers_the_rest(caches, tiny):
     model = add_adapter(load_student(wanted, None, caches), wanted.adapter)
     adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A" in name}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_student_whose_type_changes_the_tokenizer_is_refused_with_a_text(caches, tmp_path):
+    of_qwen2 = make_qwen2(tmp_path / "qwen2", num_layers=1)
+    with pytest.raises(IdentityError, match=r"is of the type qwen2, .* 'In 2024, .*' would be other tokens"):
+        load_student(student(of_qwen2), None, caches)
 
 
 def test_student_of_another_tokenizer_is_refused_with_both(caches, tiny, tmp_path):

@@ -10,7 +10,7 @@ from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import DecantError
 from shared.identity.identity import tokenizer_hash
 from shared.models.config_file import read_config
-from shared.models.type_tokenizer import changed_by_type
+from shared.models.type_tokenizer import require_unchanged
 from shared.recipe.base import Problem
 from tools.plan.preflight.preflight_asked import Asked, said
 from tools.plan.preflight.preflight_models import files_of_tokenizer, hash_of_tokenizer, model_problem
@@ -72,7 +72,7 @@ def _check_type(asked: Asked, directory: Path) -> None:
     """Refuse a student of a type that transformers reads the cache's tokenizer otherwise for.
 
     Raises:
-        DecantError: with the type and a text that shows it.
+        IdentityError: with the type and a text that shows it.
     """
     teacher, kind = asked.recipe.teacher, _type_of(directory)
     if kind is None or (teacher is not None and _type_of(Path(teacher.model)) == kind):
@@ -83,13 +83,7 @@ def _check_type(asked: Asked, directory: Path) -> None:
         files = files_of_tokenizer(teacher.model, trusts=teacher.trust_remote_code)
     else:
         return
-    text = changed_by_type(files, kind)
-    if text is not None:
-        raise DecantError(
-            f"'{directory}' is of the type {kind}, for which transformers puts a pre-tokeniser of its own over any "
-            f"tokenizer, so that {text!r} would be other tokens for whoever asks the student than in the cache; choose "
-            "a student of another type, or train it from a cache in its own tokens (`decant cache translate`)"
-        )
+    require_unchanged(files, kind, str(directory))
 
 
 def _type_of(directory: Path) -> str | None:
