@@ -69,12 +69,19 @@ def _safetensors_regions(
     text = file.read(header_bytes)
     digest.update(text)
     regions = []
-    for name, tensor in strict_json.loads(text).items():
-        if name != "__metadata__":
-            start, end = (8 + header_bytes + int(offset) for offset in tensor["data_offsets"])
+    try:
+        offsets = {n: tensor["data_offsets"] for n, tensor in strict_json.loads(text).items() if n != "__metadata__"}
+        for name, (first, last) in offsets.items():
+            if type(first) is not int or type(last) is not int or not 0 <= first <= last:
+                raise ValueError(f"tensor {name} lies at {first!r} to {last!r}")
+            start, end = 8 + header_bytes + first, 8 + header_bytes + last
             if end > size:
                 raise ModelError(f"{path} ends at byte {size} where tensor {name} needs {end}; download it again")
             regions.append((start, end, SAMPLES_PER_TENSOR))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path} has no header of a safetensors file ({type(error).__name__}: {str(error)[:90]}); download it again"
+        ) from None
     return regions
 
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from shared.atomic import fill_atomic, make_dir, write_atomic
 from shared.errors import CacheError, DamagedError, DecantError, first_line
 from shared.places import is_url
+from shared.schema import MAX_JSON_BYTES
 
 BLOCK_BYTES = 2**23
 """Bytes of one ranged request: large beside its latency, small beside memory."""
@@ -93,22 +94,43 @@ class Remote:
         root = files._strip_protocol(self.url).rstrip("/") + "/"
         return {name.removeprefix(root): RemoteFile(int(e["size"]), _version(e)) for name, e in found.items()}
 
-    def read(self, name: str) -> bytes:
-        """Return a small file's bytes.
+    def read(self, name: str, most: int = MAX_JSON_BYTES) -> bytes:
+        """Return the bytes of a small file, of at most `most`.
 
         Raises:
             CacheError: it cannot be read.
+            DamagedError: it has more bytes.
             FileNotFoundError: it is not there.
         """
-        return self._tried(name, lambda: bytes(self._files().cat_file(self._path(name))))
+        data = self._tried(name, lambda: self._whole(name, most))
+        if len(data) > most:
+            raise DamagedError(f"{self._path(name)} has more than {most:,} bytes; it was altered")
+        return data
+
+    def _whole(self, name: str, most: int) -> bytes:
+        if self.lists_in_file:
+            return self._streamed(name, 0, most + 1)
+        return bytes(self._files().cat_file(self._path(name)))
+
+    def _streamed(self, name: str, start: int, end: int) -> bytes:
+        """Return bytes [start, end) of a file, or as many as a web server sends of them: it may send without end."""
+        headers = {"Range": f"bytes={start}-{end - 1}"}
+        found = bytearray()
+        with self._files().open(self._path(name), block_size=0, size=1, headers=headers) as stream:
+            before = 0 if stream.r.status == 206 else start  # a server that knows no ranges sends all of it
+            while len(found) < end - start and (piece := stream.read(min(BLOCK_BYTES, end - start))):
+                found += piece[before:]
+                before -= min(before, len(piece))
+        return bytes(found[: end - start])
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
         """Return bytes [start, end) of a file; errors as for `read`, and for fewer bytes than asked for."""
 
         def attempt() -> bytes:
-            data = bytes(self._files().cat_file(self._path(name), start=start, end=end))
-            if len(data) > end - start and len(data) >= end:  # a server that knows no ranges sent all of it
-                data = data[start:end]
+            if self.lists_in_file:
+                data = self._streamed(name, start, end)
+            else:
+                data = bytes(self._files().cat_file(self._path(name), start=start, end=end))
             if len(data) != end - start:
                 raise ConnectionError(f"{len(data):,} of {end - start:,} bytes came")
             return data

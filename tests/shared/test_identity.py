@@ -153,7 +153,7 @@ def test_incomplete_models_are_refused_with_the_file(tmp_path: Path) -> None:
     for cut, text in (
         (data[:-1], "download it again"),
         (data[:4], "not a complete"),
-        (data[:8] + b"x" * 200, "cannot be fingerprinted"),
+        (data[:8] + b"x" * 200, "no header of a safetensors file"),
         (b"\xff" * 100, "not a complete"),
     ):
         (path / "model.safetensors").write_bytes(cut)
@@ -213,3 +213,26 @@ def test_what_is_no_tokenizer_is_refused(data: bytes) -> None:
 def test_kinds_of_identity_are_not_compared_with_each_other() -> None:
     with pytest.raises(TypeError):
         difference(TOP, SequencesIdentity(tokenizer_hash="x", vocab_size=1))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[1]",
+        "[" * 100_000,
+        '{"a": null}',
+        '{"a": {"dtype": "F32", "shape": [1]}}',
+        '{"a": {"data_offsets": [0, 4, 8]}}',
+        '{"a": {"data_offsets": ["0", "4"]}}',
+        '{"a": {"data_offsets": [0.5, 4]}}',
+        '{"a": {"data_offsets": [1e999, 4]}}',
+        '{"a": {"data_offsets": [-8, 0]}}',
+        '{"a": {"data_offsets": [4, 0]}}',
+        '{"a": {"data_offsets": [0, 4]}, "a": {"data_offsets": [0, 4]}}',
+    ],
+)
+def test_headers_that_no_safetensors_file_has_are_refused_in_a_sentence(tmp_path, header):
+    data = header.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(8))
+    with pytest.raises(ModelError, match=r"model\.safetensors has no header of a safetensors file .*download it again"):
+        weights_hash(tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.cache.sync.cache_names import is_part, rank_of
+from shared.cache.sync.cache_names import is_part, most_bytes, rank_of
 from shared.parts.cache_files import hash_file
 from shared.parts.records import checked_model, parse_record, parse_sealed, read_record, sealed_json
 from shared.remote.transfer import Remote, RemoteFile
@@ -61,7 +61,7 @@ def listing_of(path: Path, names: Iterable[str], remote: Remote | None = None) -
     entries = {}
     for name in sorted(name for name in names if rank_of(name) is not None):
         of = f"{name.removesuffix('.arrow')}.json" if is_part(name) else name
-        data = remote.read(of) if remote is not None and not (path / of).is_file() else None
+        data = remote.read(of, most_bytes(of)) if remote is not None and not (path / of).is_file() else None
         if is_part(name):
             record = read_record(path / of) if data is None else parse_record(data, path / of)
             entries[name] = {"bytes": record.bytes, "xxh3": record.xxh3}

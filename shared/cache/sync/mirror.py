@@ -112,7 +112,7 @@ def read_small(remote: Remote, name: str, listed: RemoteFile) -> bytes:
     if listed.size > most_bytes(name):
         raise DamagedError(f"{where} has {listed.size:,} bytes where at most {most_bytes(name):,} are expected")
     try:
-        data = remote.read(name)
+        data = remote.read(name, most_bytes(name))
     except FileNotFoundError:
         raise CacheError(f"{where} went while it was fetched; run the same command again") from None
     if name.endswith(".json") and not name.startswith("tokenizer/"):

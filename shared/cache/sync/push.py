@@ -164,7 +164,7 @@ def _is_same(remote: Remote, name: str, data: bytes) -> bool:
         CacheError: it is another one.
     """
     try:
-        other = remote.read(name)
+        other = remote.read(name, max(len(data), most_bytes(name)))
     except FileNotFoundError:
         return False
     if other != data:

@@ -1,0 +1,70 @@
+"""A web server that sends more than was asked for, or without end, takes no memory and gives no wrong bytes."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from shared.errors import CacheError, DamagedError
+from shared.remote.transfer import Remote
+
+BODY = bytes(range(256)) * 4096
+pytest.importorskip("aiohttp")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(404 if self.path.endswith("gone") else 200)  # and knows no ranges
+        self.end_headers()
+        if self.path.endswith("whole"):
+            self.wfile.write(BODY)
+        while self.path.endswith("endless"):
+            self.wfile.write(BODY)
+
+    def log_message(self, *args) -> None:
+        """Say nothing."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """Say nothing: clients break their connections."""
+
+
+@pytest.fixture
+def remote():
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Remote(f"http://127.0.0.1:{server.server_address[1]}/demo")
+    server.shutdown()
+
+
+def test_a_small_file_without_end_is_refused_at_its_bound(remote):
+    tracemalloc.start()
+    with pytest.raises(DamagedError, match=r"demo/endless has more than 1,048,576 bytes"):
+        remote.read("endless", 2**20)
+    with pytest.raises(DamagedError, match=r"demo/files.json|demo/endless"):
+        remote.read("endless", 2**22)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+    assert remote.read("whole", len(BODY)) == BODY
+    with pytest.raises(DamagedError, match="has more than"):
+        remote.read("whole", len(BODY) - 1)
+
+
+def test_a_range_of_a_server_that_knows_none_is_cut_from_what_it_sends(remote):
+    for start, end in ((0, 10), (1000, 70_001), (len(BODY) - 3, len(BODY))):
+        assert remote.read_range("whole", start, end) == BODY[start:end]
+    assert remote.read_range("endless", 300_000, 300_100) == (BODY * 2)[300_000:300_100]
+
+
+def test_a_file_that_is_not_there_is_told_apart(remote, monkeypatch):
+    monkeypatch.setattr("shared.remote.transfer.MOST_ATTEMPTS", 2)
+    with pytest.raises(FileNotFoundError):
+        remote.read("gone")
+    with pytest.raises(CacheError, match="of 20 bytes came"):
+        remote.read_range("whole", len(BODY) - 10, len(BODY) + 10)
