@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from shared.errors import ModelError
@@ -47,10 +48,10 @@ def check_checkpoint(directory: Path, *, what: str, trust_remote_code: bool, ada
     refuse_adapter_inside(directory, name)
     try:
         config = load_config(directory, what=what, trust_remote_code=trust_remote_code)
-        model_class = _class_of(config, trust_remote_code)
     except ModelError as error:
         model_class, why = None, str(error)
     else:
+        model_class = _class_of(config, trust_remote_code, name)
         why = f"transformers does not know {getattr(config, 'architectures', None)}"
     if model_class is None:
         logger.warning("%s: names of tensors are left to the engine to check, since %s", directory, why)
@@ -90,9 +91,9 @@ def empty_model(directory: Path, *, trust_remote_code: bool, dtype: Any) -> Any:
 
     try:
         config = load_config(directory, what="the model", trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
+        with loading("the model"), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ModelError, ValueError):
+    except ModelError:
         return None
 
 
@@ -105,16 +106,21 @@ def _named_class(config: Any) -> Any:
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
-def _class_of(config: Any, trust_remote_code: bool) -> Any:
-    """Return the language model's class, or the larger one that the config names; None where there is neither."""
+def _class_of(config: Any, trust_remote_code: bool, name: str) -> Any:
+    """Return the language model's class, or the larger one that the config names; None where there is neither.
+
+    Raises:
+        ModelError: the config has values that no such model can be made of.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
+    causal: Any = None
+    with loading(name), torch.device("meta"):
+        try:
             causal = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    except ValueError:
-        return _named_class(config)
+        except ValueError:  # of no language model that transformers knows
+            return _named_class(config)
     return causal if causal.config_class is type(config) else _named_class(config) or causal
 
 
@@ -137,6 +143,10 @@ def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tu
     return model, Gaps.of(report, quantised=quantised)
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, EOFError, UnpicklingError)
+"""What reading raises for weights that are none, or hold code."""
+
+
 def _meta_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """Yield (name, empty tensor of that shape and dtype) of a checkpoint."""
     import torch
@@ -150,8 +160,11 @@ def _meta_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
             with safe_open(path, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - no mapping
                     yield name, torch.empty(opened.get_slice(name).get_shape(), device="meta")
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{path}: cannot be read as weights ({error}); copy or download the file again") from error
+        except (*_UNREADABLE, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"{path}: cannot be read as weights ({reason}); copy or download the file again"
+            ) from error
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
 import pytest
+import torch
 
 from shared.errors import ModelError
 from shared.identity.weights_hash import weights_hash
@@ -56,3 +58,45 @@ def test_links_to_files_and_links_that_lead_nowhere_are_let_through(model, tmp_p
     (directory / "gone.txt").symlink_to(tmp_path / "nowhere")
     assert weights_hash(directory) == weights_hash(model)
     assert load_causal_lm(directory, what="the student", trust_remote_code=False) is not None
+
+
+WRONG = {
+    "vocab_size": -1,
+    "dtype": 5,
+    "rope_scaling": {"type": "nosuch"},
+    "head_dim": 0,
+    "num_attention_heads": 0,
+    "hidden_act": "os.system",
+    "text_config": 5,
+    "rope_parameters": {"rope_type": "linear", "factor": "x"},
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_config_that_no_model_can_be_made_of_is_refused_in_a_sentence(model, tmp_path, key):
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, key: WRONG[key]}))
+    with pytest.raises(ModelError, match=r"the teacher .*cannot be loaded as a language model"):
+        check_checkpoint(directory, what="the teacher", trust_remote_code=False)
+
+
+class Runs:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_weights_that_hold_code_are_refused_and_not_run(model, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    (directory / "model.safetensors").unlink()
+    torch.save({"a": Runs(str(tmp_path / "was-run"))}, directory / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: cannot be read as weights"):
+        check_checkpoint(directory, what="the teacher", trust_remote_code=False)
+    assert not (tmp_path / "was-run").exists()
