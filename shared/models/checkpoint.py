@@ -167,6 +167,11 @@ def _meta_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
+def weight_names(directory: Path) -> set[str]:
+    """Return the names of a checkpoint's tensors; errors as for `weight_files`."""
+    return {name for name, _ in _meta_tensors(directory)}
+
+
 def weight_files(directory: Path) -> list[Path]:
     """Return the files that hold a model's weights, as transformers chooses them, and vLLM after it.
 

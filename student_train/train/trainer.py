@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from shared.errors import TrainingError
 from shared.failpoints import failpoint
+from shared.models.checkpoint import weight_names
 from shared.progress import Progress
 from student_train.batch.collate import collate
 from student_train.batch.dataset import PackDataset
@@ -356,12 +357,26 @@ class DistilTrainer(ShardedTrainer):
             layers = self._objective.layers
             if layers is not None and state_dict is None:
                 state_dict = layers.student_weights(model.state_dict())
-            model.save_pretrained(directory, state_dict=state_dict)
+            # by the model's own names: a checkpoint is read back as it is, without putting experts together again
+            form = {"save_original_format": False} if isinstance(model, PreTrainedModel) else {}
+            model.save_pretrained(directory, state_dict=state_dict, **form)
             if layers is not None:
                 layers.save(Path(directory))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights, and the learned projections of losses on a hidden layer."""
+        """Load weights, and the learned projections of losses on a hidden layer.
+
+        Raises:
+            TrainingError: the checkpoint has weights of other names, which would be left as they are in silence.
+        """
+        checkpoint, own = Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model)
+        if isinstance(own, PreTrainedModel):
+            unknown = weight_names(checkpoint) - set(own.state_dict())
+            if unknown:
+                raise TrainingError(
+                    f"{checkpoint} holds weights by other names than the student ({min(unknown)}), as earlier versions "
+                    "saved experts; remove the stage's directory to train it again"
+                )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._objective.layers is not None:
             self._objective.layers.load(Path(resume_from_checkpoint))

@@ -57,6 +57,23 @@ def test_resume_is_bitwise_equal_after_kill(recipe_of, run_apart, settings, plac
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
 
 
+def test_student_with_experts_resumes_with_its_experts(tiny, tmp_path, recipe_of, run_apart):
+    """transformers writes experts one by one and keeps them together, so their names are not those of the file."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    directory = tmp_path / "student"
+    shutil.copytree(tiny.qwen3, directory, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(tiny.qwen3 / "tokenizer_config.json", directory)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=512, **sizes, **experts)).save_pretrained(directory)
+    recipe = recipe_of(student={"model": str(directory)}, trainer={"max_steps": 4, "save_steps": 2})
+    assert run_apart(elsewhere(recipe, "whole"), None) == 0
+    assert run_apart(recipe, "train_step.after_write@3") == -signal.SIGKILL
+    assert run_apart(recipe, None) == 0
+    assert outcome(recipe) == outcome(elsewhere(recipe, "whole"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_resume_is_bitwise_equal_after_kills_at_random_places(recipe_of, run_apart, seed):
