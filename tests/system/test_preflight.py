@@ -41,6 +41,8 @@ WRONG = [
     ("student.model=other", "student.model", "choose a student with the same tokenizer"),
     ("student.model=of-qwen2", "student.model", "'In 2024, 12345 x 3.14159 = ?' would be other tokens"),
     ("student.model=missing-tensor", "student.model", "model.norm.weight"),
+    ("student.model=narrow", "student.model", "500 rows in its output layer"),
+    ("student={model: narrow, init: random}", "student.model", "the teacher's tokenizer has 512 tokens"),
     ("student.model=reshaped", "student.model", "model.norm.weight"),
     ("student.model=cut-short", "student.model", "cannot be read as weights"),
     ("teacher.model=missing-tensor", "teacher.model", "model.norm.weight"),
@@ -130,6 +132,7 @@ def place(tmp_path_factory) -> Path:
     for seed, name in enumerate(("teacher", "student", "other", "without-tokenizer")):
         make_qwen3(path / name, seed=seed, num_layers=1)
     make_qwen2(path / "of-qwen2", num_layers=1)
+    make_qwen3(path / "narrow", seed=4, num_layers=1, vocab_size=500)
     for file in path.glob("without-tokenizer/*token*"):
         file.unlink()
     document = json.loads((path / "other" / "tokenizer.json").read_text())

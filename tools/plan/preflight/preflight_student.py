@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from shared.cache.layout import read_header
@@ -29,7 +30,9 @@ def student_problems(asked: Asked) -> Iterator[Problem]:
         yield ("student", "model"), problem
     elif Path(student.model).is_dir():
         found = list(_tokenizer(asked, Path(student.model), required=not random))
-        yield from found or said(("student", "model"), lambda: _check_type(asked, Path(student.model)))
+        for check in () if found else (_check_type, _check_rows):
+            yield from said(("student", "model"), partial(check, asked, Path(student.model)))
+        yield from found
     if random and student.adapter.kind == "qlora":
         yield ("student", "adapter"), "qlora holds weights in 4 bits and `init: random` makes fresh ones; use none"
 
@@ -84,6 +87,31 @@ def _check_type(asked: Asked, directory: Path) -> None:
     else:
         return
     require_unchanged(files, kind, str(directory))
+
+
+def _check_rows(asked: Asked, directory: Path) -> None:
+    """Refuse a student whose output layer has fewer rows than there are tokens.
+
+    Raises:
+        DecantError: with both numbers.
+    """
+    from tokenizers import Tokenizer
+
+    from teacher_cache.teacher.model_files import resolve_model
+
+    file = None if asked.recipe.teacher is None else Path(asked.recipe.teacher.model, "tokenizer.json")
+    if asked.caches:
+        tokens, whose = read_header(asked.caches[0]).identity.vocab_size, f"the cache {asked.caches[0]}"
+    elif file is not None and file.is_file():
+        tokens, whose = Tokenizer.from_file(str(file)).get_vocab_size(), "the teacher's tokenizer"
+    else:
+        return
+    rows = resolve_model(str(directory)).vocab_size
+    if rows < tokens:
+        raise DecantError(
+            f"'{directory}' has {rows:,} rows in its output layer (`vocab_size` of its config.json) where {whose} has "
+            f"{tokens:,} tokens; choose a student whose vocabulary is at least as large"
+        )
 
 
 def _type_of(directory: Path) -> str | None:
