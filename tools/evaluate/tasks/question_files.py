@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
@@ -30,12 +31,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         EvaluationError: the file cannot be read or is not of one of these shapes.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise EvaluationError(f"{path}: is no regular file; name a jsonl or json file (or one ending in .gz)")
     whole = Path(path.name.removesuffix(".gz")).suffix == ".json"
     try:
         opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
         with opened as stream:
             yield from _entries(stream, path) if whole else _lines(stream, path)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise EvaluationError(
             f"{path}: cannot read the task's questions: {reason}; name a jsonl or json file (or one ending in .gz)"
