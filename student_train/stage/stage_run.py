@@ -60,7 +60,7 @@ from student_train.student.liger import check_liger, liger_layers
 from student_train.student.row_attention import switch_attention
 from student_train.student.row_separation import separate_rows
 from student_train.student.rows_alone import are_rows_alone
-from student_train.student.student import add_adapter, load_student
+from student_train.student.student import add_adapter, check_recomputes, load_student
 from student_train.student.student_head import body_of, check_head, head_of
 from student_train.train.course import Course
 from student_train.train.gradient_watch import DivergedError, GradientWatch
@@ -296,6 +296,8 @@ def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, 
     shards = work.stage.trainer.fsdp == "full_shard"
     if work.student.adapter.kind != "qlora" and not shards:
         base.to(args.device)
+    if _recomputes(work):
+        check_recomputes(base)
     head = head_of(base, work.caches.vocab_size)
     check_head(base, head)
     if separate_rows(base, head.vocab_size, longest=_longest_row(work)) == "alone":

@@ -62,6 +62,18 @@ def load_student(student: Student, start: Path | None, cache: Any, *, seed: int 
     return model.train()
 
 
+def check_recomputes(model: Any) -> None:
+    """Refuse to recompute activations of a student whose class cannot.
+
+    Raises:
+        TrainingError: with the setting to change.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise TrainingError(
+            f"{type(model).__name__} of transformers cannot recompute activations; set gradient_checkpointing to false"
+        )
+
+
 def _keep_gradients(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for CPUs after an evaluation: no gradient comes through the packed
     ones.
@@ -211,6 +223,7 @@ def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=modules,
+        exclude_modules=_linear_in_name(model) if modules == "all-linear" else None,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
@@ -225,6 +238,19 @@ def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
         ) from None
     _refuse_adapted_head(wrapped, model)
     return wrapped
+
+
+def _linear_in_name(model: Any) -> list[str] | None:
+    """Return the layers that a model derives from linear ones and that give something else, as some routers do."""
+    plain = torch.nn.Linear
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, plain)
+        and type(layer).forward is not plain.forward
+        and type(layer).__module__.startswith("transformers.models.")
+    ]
+    return names or None
 
 
 def _refuse_adapted_head(wrapped: Any, model: Any) -> None:

@@ -31,6 +31,7 @@ from student_train.records.checkpoints import complete_checkpoint, damage, list_
 from student_train.records.metrics_log import StepLog, flattened, read_steps
 from student_train.records.processes import wait_for_all
 from student_train.student.forward_patch import GRADIENT_SQUARE, Objective
+from student_train.student.student import check_recomputes
 from student_train.train.course import Course
 from student_train.train.gradient_watch import DivergedError, GradientWatch
 from student_train.train.read_ahead import ReadAhead
@@ -151,7 +152,12 @@ class DistilTrainer(ShardedTrainer):
             yield batch
 
     def recompute_activations(self, base: Any) -> None:
-        """Recompute activations in the backward pass from now on; `base` is the model below any adapter."""
+        """Recompute activations in the backward pass from now on; `base` is the model below any adapter.
+
+        Raises:
+            TrainingError: it cannot.
+        """
+        check_recomputes(base)
         self.args.gradient_checkpointing = True
         self.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.model is not base:

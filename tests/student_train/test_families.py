@@ -194,3 +194,22 @@ def test_layer_with_several_states_of_a_token_is_refused_to_the_loss_on_states()
     watch = StudentWatch(model, [2], [])
     with pytest.raises(TrainingError, match=r"layer 2 passes on several states.*map it to final"), watch.on():
         run_body(body_of(model), rows_of([5])[0][None], torch.arange(5)[None])
+
+
+def test_adapter_on_all_linear_layers_leaves_routers_out_that_return_more_than_a_product():
+    from shared.recipe.recipe import Adapter
+    from student_train.student.student import add_adapter
+
+    model = make_family("phimoe", attention="sdpa")
+    wrapped = add_adapter(model, Adapter(kind="lora", r=4))
+    adapted = {name for name, _ in wrapped.named_modules() if name.endswith("lora_A")}
+    assert any("q_proj" in name for name in adapted) and not any("router" in name for name in adapted)
+    assert torch.isfinite(wrapped(input_ids=rows_of([5])[0][None]).logits).all()
+
+
+def test_student_that_cannot_recompute_activations_is_refused():
+    from student_train.student.student import check_recomputes
+
+    check_recomputes(make_family("llama"))
+    with pytest.raises(TrainingError, match="set gradient_checkpointing to false"):
+        check_recomputes(make_family("ctrl"))
