@@ -116,7 +116,8 @@ def test_training_asks_for_growing_segments_before_torch_is_there(tmp_path):
         "import os, sys; from tools.phases import train; import student_train.fit.allocator as a\n"
         "real = a.expand_segments\n"
         "def seen(): real(); print('torch' in sys.modules, os.environ['PYTORCH_ALLOC_CONF']); sys.exit()\n"
-        "a.expand_segments = seen; train(type('R', (), {'stages': ()}), None, None)"
+        "recipe = type('R', (), {'stages': (), 'stages_between': lambda *names: ()})()\n"
+        "a.expand_segments = seen; train(recipe, None, None)"
     )
     kept = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=kept, capture_output=True, text=True)
