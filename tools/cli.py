@@ -325,8 +325,9 @@ def _open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)  # the lowest number that is free
-            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+            flags, mode = (os.O_RDONLY, "r") if number == 0 else (os.O_WRONLY, "w")
+            os.open(os.devnull, flags)  # gets the lowest number that is free
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

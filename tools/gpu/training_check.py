@@ -100,10 +100,12 @@ def _make_student(directory: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=32, **sizes)
     AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(student)
-    _make_cache(directory / "cache", (student / "tokenizer.json").read_bytes(), len(tokenizer))
+    _make_cache(
+        directory / "cache", {file.name: file.read_bytes() for file in student.glob("tokenizer*")}, len(tokenizer)
+    )
 
 
-def _make_cache(path: Path, tokenizer: bytes, vocab: int) -> None:
+def _make_cache(path: Path, tokenizer: dict[str, bytes], vocab: int) -> None:
     from shared.cache.writing.cache_writer import CacheWriter
     from shared.cache.writing.layer_writer import LayerWriter
     from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
@@ -111,9 +113,9 @@ def _make_cache(path: Path, tokenizer: bytes, vocab: int) -> None:
     from shared.parts.sequences import make_row
     from shared.payload.targets import SparseTargets
 
-    rng, known = np.random.default_rng(0), tokenizer_hash(tokenizer)
+    rng, known = np.random.default_rng(0), tokenizer_hash(tokenizer["tokenizer.json"])
     identity = SequencesIdentity(tokenizer_hash=known, vocab_size=vocab)
-    writer = CacheWriter.create_or_open(path, identity, {"tokenizer.json": tokenizer})
+    writer = CacheWriter.create_or_open(path, identity, tokenizer)
     rows, targets, k, length = [], [], 8, 48
     for number in range(64):
         group, labels = group_key(f"prompt {number}"), rng.integers(0, BYTES, length)

@@ -315,10 +315,8 @@ def test_a_models_process_dies_with_its_parent(root: Path, tmp_path: Path) -> No
         return children + [pid for pid, starter in parents.items() if starter in children]
 
     deadline = time.monotonic() + 120
-    while len(descendants()) < 2 and parent.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(3)
-    found = descendants()
+    while len(found := descendants()) < 2 and parent.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert len(found) >= 2
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()

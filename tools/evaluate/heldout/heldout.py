@@ -108,11 +108,8 @@ def evaluate_heldout(
     found: dict[str, Any] = {"rows_too_long": len(chosen) - len(fitting)}
     found |= {"dtype": str(model.dtype).removeprefix("torch."), "layer": opened[0].layer_name, "row_kl": row_kl}
     if as_captured and layer.quantization is not None:
-        is_quantised = getattr(model, "hf_quantizer", None) is not None
-        found["quantization"] = {
-            "captured": layer.quantization,
-            "measured": layer.quantization if is_quantised else None,
-        }
+        measured = None if getattr(model, "hf_quantizer", None) is None else layer.quantization
+        found["quantization"] = {"captured": layer.quantization, "measured": measured}
     if several:
         other = {name: [Cache.open(Path(cache), one) for cache in caches] for name, one in several.items()}
         found["by_layer"] = {name: _against(model, of, fitting, batch_tokens, seed) for name, of in other.items()}
