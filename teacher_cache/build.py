@@ -105,8 +105,7 @@ def teach(
     require_tokenizer(recipe.prompts, known.tokenizer_hash, teacher.model)
     answerer = know_answerer(recipe.generate, teacher, known)
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answerer.max_model_len)
-    answers = answerer.known
-    ends = foreign_ends(maker.template_ends, answers.tokenizer, answers.files.directory, recipe.generate)
+    ends = foreign_ends(maker.template_ends, answerer.known.tokenizer, answerer.known.files.directory, recipe.generate)
     request = _request(recipe, known, answerer, ends)
     cache = _open_cache(recipe, known, teacher, renders=request is not None)
     if answerer.is_teacher and request is not None and recipe.generate is not None:

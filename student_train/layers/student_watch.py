@@ -158,6 +158,7 @@ class StudentWatch:
 
     def _state_hook(self, layer: int) -> Callable[..., None]:
         def keep(module: Any, inputs: Any, output: Any) -> None:
+            """Keep the states that a layer passes on, while it is asked for."""
             if not self._is_on:
                 return
             states = output[0] if isinstance(output, tuple) else output

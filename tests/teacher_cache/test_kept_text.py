@@ -137,11 +137,13 @@ def test_names_that_are_rendered_and_those_of_tools_are_kept(tokenizer):
     named = template_of("{{- m.content }}").replace(
         "m.role + '\\n'", "m.role + (' ' + m.name if m.name else '') + '\\n'"
     )
-    template(tokenizer, named).complete(talk({**ASK, "name": "Ada"}, TURNS[1]))
+    ids, _ = template(tokenizer, named).complete(talk({**ASK, "name": "Ada"}, TURNS[1]))
+    assert "user Ada\n" in tokenizer.decode(ids)
     call = {"type": "function", "function": {"name": "find", "arguments": {}}}
     looked = [{"role": "assistant", "content": "find", "tool_calls": [call]}]
     looked += [{"role": "tool", "content": "7", "name": "find_disk"}, TURNS[1]]
-    template(tokenizer, supervise="last").complete(talk(ASK, *looked))
+    ids, _ = template(tokenizer, supervise="last").complete(talk(ASK, *looked))
+    assert "<|im_start|>tool\n7" in tokenizer.decode(ids)
 
 
 def test_answers_marked_as_context_are_not_supervised(tokenizer):

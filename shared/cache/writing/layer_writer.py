@@ -10,6 +10,7 @@ planes and compressed, about 200 MB per second and core.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -52,7 +53,7 @@ def write_layer(layer: Layer | HiddenLayer) -> None:
     type(layer).read(layer.directory)
 
 
-class RowsWriter(Generic[Contents]):
+class RowsWriter(ABC, Generic[Contents]):
     """A layer that grows: what its directory covers, part by part."""
 
     kind: ClassVar[type[Layer] | type[HiddenLayer]]
@@ -152,11 +153,11 @@ class RowsWriter(Generic[Contents]):
         covered = {path.stem for path in self.directory.glob("part-*.json")}
         return [record for record in self.cache.sequence_records() if record.stem not in covered]
 
+    @abstractmethod
     def _encoded(
         self, keys: Sequence[bytes], num_positions: Sequence[int], contents: Sequence[Contents]
     ) -> tuple[pa.Table, dict[str, Any]]:
         """Return the table of a part, and the figures of its record."""
-        raise NotImplementedError
 
     def _check_rows(self, stem: str, keys: Sequence[bytes], num_positions: Sequence[int]) -> None:
         """Compare what is to be committed with its sequences part.
