@@ -14,7 +14,7 @@ from pathlib import Path
 TOOLS = Path(__file__).resolve().parent / "tools"
 
 if "DECANT_PARENT" in os.environ:  # a process that multiprocessing spawned imports this first, and vLLM seconds later
-    from shared.parent_watch import end_with_parent
+    from shared.process.parent_watch import end_with_parent
 
     end_with_parent()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shared.errors import CacheError
-from shared.failpoints import failpoint
+from shared.process.failpoints import failpoint
 
 TEMPORARY_MARK = ".tmp-"
 """Within the name of every temporary file, and of no other."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from io import StringIO
 from typing import Any, TextIO
 
-from shared.printable import printable
+from shared.text.printable import printable
 
 INTERVAL_SECONDS = 5.0
 """Between two plain lines."""

@@ -1,4 +1,4 @@
-"""Every fail-point of phase 1, which each writer names by what it writes and the step (shared/failpoints.py)."""
+"""Every fail-point of phase 1, named by its writer and the step (shared/process/failpoints.py)."""
 
 from itertools import product
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.errors import DecantError
 from shared.places import with_urls
-from shared.printable import printable
+from shared.text.printable import printable
 from tools.cli_cache_parser import CACHE_COMMANDS
 from tools.cli_parser import build_parser
 from tools.cli_values import EXIT_USAGE

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from shared.errors import DecantError
-from shared.parent_watch import announced
-from shared.printable import printable
+from shared.process.parent_watch import announced
+from shared.text.printable import printable
 from tools.own_process import own_environment
 
 

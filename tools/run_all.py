@@ -12,8 +12,8 @@ import subprocess
 import sys
 
 from shared.errors import UsageError
-from shared.printable import printable
 from shared.recipe.recipe import Recipe
+from shared.text.printable import printable
 from tools.cli_parser import PHASES
 from tools.own_phase import recipe_words, run_phase
 from tools.own_process import own_command

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from shared import strict_json
 from shared.errors import CacheError, ModelError
 from shared.keys import canonical_json
 from shared.special_files import refuse_special_files
+from shared.text import strict_json
 
 SAMPLE_BYTES = 4096
 SAMPLES_PER_TENSOR = 4

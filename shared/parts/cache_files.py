@@ -19,7 +19,7 @@ import xxhash
 
 from shared.errors import DamagedError
 from shared.schema import MAX_JSON_BYTES, MAX_JSON_VALUES
-from shared.strict_json import each_once
+from shared.text.strict_json import each_once
 
 _MOST_DIGITS = 19
 _KINDS = {

@@ -25,8 +25,8 @@ import xxhash
 
 from shared.atomic import make_dir
 from shared.errors import CacheError, DamagedError, UsageError
-from shared.failpoints import failpoint
 from shared.places import store_dir
+from shared.process.failpoints import failpoint
 from shared.remote.transfer import BLOCK_BYTES
 
 BOUND_VARIABLE = "DECANT_STORE_GB"

@@ -15,7 +15,7 @@ from shared.cache.tokenizer_files import checked_tokenizer
 from shared.cache.trained_ends import trained_ends
 from shared.models.end_tokens import special_ids
 from shared.models.files import load_tokenizer
-from shared.models.row_length import known_positions
+from shared.models.forward.row_length import known_positions
 from shared.recipe.recipe import StageEvaluation
 from student_train.evaluate.heldout_measure import HeldoutSet, Processes, measure_heldout
 from student_train.evaluate.quality_samples import choose_samples, student_answers

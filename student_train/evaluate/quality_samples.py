@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.models.attention_choice import faithful_attention
 from shared.models.end_tokens import checked_ids, end_token_ids
-from shared.models.row_length import known_positions, reset_rotations
+from shared.models.forward.attention_choice import faithful_attention
+from shared.models.forward.row_length import known_positions, reset_rotations
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.student.row_attention import switch_attention
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import TrainingError
-from shared.models.layer_taps import find_blocks, tap_attention, untap_attention, wrap_attention
+from shared.models.forward.layer_taps import find_blocks, tap_attention, untap_attention, wrap_attention
 
 
 @dataclass(frozen=True, slots=True, eq=False)

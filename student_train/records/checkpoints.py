@@ -28,11 +28,11 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from shared import strict_json
 from shared.atomic import fsync_dir, write_atomic
 from shared.errors import TrainingError
-from shared.failpoints import failpoint
 from shared.keys import canonical_json
+from shared.process.failpoints import failpoint
+from shared.text import strict_json
 
 MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shared import strict_json
 from shared.errors import TrainingError
+from shared.text import strict_json
 
 MAX_BYTES = 2**26
 

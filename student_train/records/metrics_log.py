@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared import strict_json
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
+from shared.text import strict_json
 
 
 def _finite(value: Any) -> Any:

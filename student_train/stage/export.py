@@ -16,10 +16,10 @@ from typing import Any
 
 from shared.atomic import fsync_dir
 from shared.cache.leaving import Leaving, settle
-from shared.failpoints import failpoint
 from shared.models.end_tokens import checked_ids, end_token_ids
 from shared.models.files import load_tokenizer
-from shared.models.loading import load_causal_lm
+from shared.models.weights.loading import load_causal_lm
+from shared.process.failpoints import failpoint
 from shared.recipe.recipe import Student
 from student_train.records.checkpoints import fsync_tree
 

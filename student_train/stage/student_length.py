@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from shared.errors import ModelError, TrainingError
 from shared.models.files import load_config
-from shared.models.row_length import known_positions
+from shared.models.forward.row_length import known_positions
 from shared.recipe.recipe import Stage, Student
 from student_train.order.order import length_limit
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from shared.errors import TrainingError
-from shared.models.attention_choice import faithful_attention
-from shared.models.row_length import rope_switches
-from shared.models.wide_weights import widest
+from shared.models.forward.attention_choice import faithful_attention
+from shared.models.forward.row_length import rope_switches
+from shared.models.forward.wide_weights import widest
 from student_train.student.row_attention import NAME as ROW_ATTENTION
 from student_train.student.row_attention import switch_attention
 from student_train.student.rows_alone import run_rows_alone, set_rows_alone

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.models.row_length import LengthClass, length_class_of, reset_rotations
+from shared.models.forward.row_length import LengthClass, length_class_of, reset_rotations
 from student_train.student.row_attention import layout_of
 
 _MARK = "_decant_rows_alone"

@@ -19,8 +19,8 @@ from shared.errors import IdentityError, ModelError, TrainingError
 from shared.identity.identity import tokenizer_hash
 from shared.models.files import load_config, load_tokenizer
 from shared.models.load_report import loading
-from shared.models.loading import load_causal_lm
 from shared.models.type_tokenizer import require_unchanged
+from shared.models.weights.loading import load_causal_lm
 from shared.recipe.recipe import Adapter, Student
 
 _OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

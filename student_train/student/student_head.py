@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import TrainingError
-from shared.models.body import find_body
-from shared.models.logit_transform import enlarged_input, logit_transform
-from shared.models.row_length import known_positions
-from shared.models.wide_weights import widest
+from shared.models.forward.body import find_body
+from shared.models.forward.logit_transform import enlarged_input, logit_transform
+from shared.models.forward.row_length import known_positions
+from shared.models.forward.wide_weights import widest
 from student_train.student.row_attention import NAME as ROW_ATTENTION
 from student_train.student.row_attention import layout_of
 from student_train.student.rows_alone import are_rows_alone, run_rows_alone

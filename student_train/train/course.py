@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared import strict_json
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
 from shared.recipe.recipe import Stage
+from shared.text import strict_json
 from student_train.batch.stage_terms import terms_at
 from student_train.evaluate.evaluation_run import EvaluationRun
 from student_train.losses import LossTerm

@@ -17,9 +17,9 @@ import statistics
 from collections import deque
 from pathlib import Path
 
-from shared import strict_json
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
+from shared.text import strict_json
 
 STATE_FILE = "gradient_watch.json"
 WINDOW = 64

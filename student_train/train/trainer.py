@@ -19,8 +19,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from shared.errors import TrainingError
-from shared.failpoints import failpoint
-from shared.models.checkpoint import weight_names
+from shared.models.weights.checkpoint import weight_names
+from shared.process.failpoints import failpoint
 from shared.progress import Progress
 from student_train.batch.collate import collate
 from student_train.batch.dataset import PackDataset

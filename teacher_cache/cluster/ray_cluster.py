@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EngineError, UsageError
-from shared.machine import num_cores
+from shared.process.machine import num_cores
 from shared.recipe.sections.teacher import Workers
 
 OBJECT_STORE_BYTES = 100 * 2**20

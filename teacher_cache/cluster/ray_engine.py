@@ -24,8 +24,8 @@ from typing import Any
 
 from shared.cache.layout import sequences_dir
 from shared.errors import DecantError, EngineError
-from shared.failpoints import failpoint
 from shared.parts.records import read_record
+from shared.process.failpoints import failpoint
 from shared.progress import NOWHERE, BuildProgress
 from teacher_cache.cluster.unit_board import GENERATE, IMPORT, UnitTask
 from teacher_cache.cluster.work_order import Loaded, WorkOrder, load_order

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from shared import strict_json
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
+from shared.text import strict_json
 from teacher_cache.prompts.cache_source import read_cache
 from teacher_cache.prompts.files.prompt_files import HubDataset, locate
 from teacher_cache.prompts.files.prompt_readers import read_file, read_hub

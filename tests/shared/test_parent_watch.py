@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from shared import parent_watch
+from shared.process import parent_watch
 from tests.system.program import ROOT
 
-WATCH = "from shared.parent_watch import end_with_parent; import time"
+WATCH = "from shared.process.parent_watch import end_with_parent; import time"
 CHILD = f"{WATCH}; end_with_parent(); time.sleep(60)"
 PARENT = f"""
 import subprocess, sys, time
-from shared.parent_watch import announced
+from shared.process.parent_watch import announced
 with announced():
     child = subprocess.Popen([sys.executable, "-c", {CHILD!r}])
 print(child.pid, flush=True)
@@ -28,7 +28,7 @@ time.sleep(60)
 # A worker of a core: spawned by multiprocessing, so its parent is the core and not the process that was announced.
 CORE = """
 import multiprocessing, os, sys, time
-from shared.parent_watch import end_with_parent
+from shared.process.parent_watch import end_with_parent
 def work():
     end_with_parent()
     time.sleep(60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shared.printable import printable
+from shared.text.printable import printable
 
 
 @pytest.mark.parametrize(

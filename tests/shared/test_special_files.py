@@ -11,9 +11,9 @@ import torch
 
 from shared.errors import ModelError
 from shared.identity.weights_hash import weights_hash
-from shared.models.checkpoint import check_checkpoint
 from shared.models.files import load_config, load_tokenizer
-from shared.models.loading import load_causal_lm
+from shared.models.weights.checkpoint import check_checkpoint
+from shared.models.weights.loading import load_causal_lm
 from teacher_cache.teacher.model_files import resolve_model
 from tests.tiny_models import make_qwen3, make_tokenizer
 

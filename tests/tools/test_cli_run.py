@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import UsageError
-from shared.parent_watch import started_at
+from shared.process.parent_watch import started_at
 from shared.recipe.recipe import Recipe
 from tools import run_all
 from tools.own_phase import PhaseFailedError

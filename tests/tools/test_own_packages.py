@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.parent_watch import started_at
+from shared.process.parent_watch import started_at
 from tests.system.program import ROOT
 from tools.own_process import own_command, own_environment
 
@@ -87,7 +87,7 @@ import multiprocessing, os, sys, time
 def wait(path):
     time.sleep(60)
 if __name__ == "__main__":
-    from shared.parent_watch import announced
+    from shared.process.parent_watch import announced
     with announced():
         child = multiprocessing.get_context("spawn").Process(target=wait, args=("x",))
         child.start()

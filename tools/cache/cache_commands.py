@@ -22,8 +22,8 @@ from shared.parts.jobs import list_jobs
 from shared.parts.part_stats import ENTROPY_BIN_NATS
 from shared.parts.records import list_records
 from shared.places import is_url, named, with_urls
-from shared.printable import printable
 from shared.progress import Progress
+from shared.text.printable import printable
 from tools.cache.cache_show import row_document, row_text
 
 Answer = tuple[Any, str] | tuple[Any, str, int]

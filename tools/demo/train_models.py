@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from shared.models.files import load_tokenizer
-from shared.models.loading import load_causal_lm
+from shared.models.weights.loading import load_causal_lm
 from tools.demo.batches import IGNORED, batches
 from tools.demo.scoring import task_scores
 from tools.demo.tokenizer import train_tokenizer

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from shared.machine import memory_bytes
+from shared.process.machine import memory_bytes
 from tools.doctor.doctor_gpu import check_gpu
 from tools.doctor.doctor_packages import Check, check_engine, check_packages, check_torchvision, installed
 

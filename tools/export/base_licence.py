@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from shared import strict_json
+from shared.text import strict_json
 
 MAX_CARD_BYTES = 2**18
 

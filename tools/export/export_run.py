@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import strict_json
 from shared.cache.cache import Cache
 from shared.cache.leaving import Leaving, leaving_of, settle, unsettled
 from shared.errors import DecantError, EvaluationError, UsageError
@@ -24,6 +23,7 @@ from shared.models.end_tokens import declared_end_ids
 from shared.models.files import load_tokenizer
 from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe, Stage
+from shared.text import strict_json
 from teacher_cache.engines.vllm.vllm_version import serving_command
 from tools.cache.staged_directory import publish, refuse_existing, staging_path
 from tools.export.card_use import Talk

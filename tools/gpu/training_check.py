@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.parent_watch import announced
+from shared.process.parent_watch import announced
 from tools.own_process import own_command, own_environment
 
 STEPS, KILLED_AFTER, BYTES, END = 20, 13, 256, "<end>"

@@ -11,11 +11,11 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
-from shared import strict_json
 from shared.cache.rows_left_out import answers_line
 from shared.errors import UsageError
 from shared.models.gpus import offered_gpus
 from shared.recipe.recipe import Recipe, Stage
+from shared.text import strict_json
 from student_train.fit.precision import precision_notes
 from tools.cache.cache_commands import size
 from tools.evaluate.tasks.contamination import among_groups, by_task, sentence

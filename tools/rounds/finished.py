@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 
 from shared.errors import DecantError
-from shared.printable import printable
 from shared.recipe.recipe import Recipe, Stage
+from shared.text.printable import printable
 from tools.rounds.guards import beyond, round_figures
 from tools.rounds.one_round import Round
 from tools.rounds.publish import published_rounds

@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 from shared.errors import DecantError
-from shared.printable import printable
 from shared.progress import BuildProgress
+from shared.text.printable import printable
 from tools.rounds.guards import AnswerFigures, beyond, round_figures
 from tools.rounds.one_round import Round, as_answering
 from tools.rounds.publish import publish, require_of_rounds

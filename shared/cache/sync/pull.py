@@ -16,9 +16,9 @@ from shared.atomic import TEMPORARY_MARK, make_dir, write_atomic
 from shared.cache.sync.cache_names import is_part, rank_of
 from shared.cache.sync.mirror import fetch_small, list_remote, read_small, with_checksums
 from shared.errors import CacheError, DamagedError
-from shared.failpoints import failpoint
 from shared.parts.cache_files import read_bounded
 from shared.parts.records import parse_record
+from shared.process.failpoints import failpoint
 from shared.remote.part_store import fill_checked
 from shared.remote.transfer import PARALLEL, Remote, RemoteFile
 from shared.schema import MAX_JSON_BYTES

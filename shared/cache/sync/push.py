@@ -21,13 +21,13 @@ from shared.cache.sync.cache_names import most_bytes, rank_of
 from shared.cache.sync.listing import listing_of, read_listing
 from shared.cache.sync.mirror import list_remote
 from shared.errors import CacheError, DecantError
-from shared.failpoints import failpoint
 from shared.parts.cache_files import read_bounded
 from shared.parts.jobs import list_jobs
 from shared.parts.part_file import part_file
 from shared.parts.parts import check_file
 from shared.parts.records import PartRecord, list_records
 from shared.places import origin_of
+from shared.process.failpoints import failpoint
 from shared.remote.transfer import LIST_FILE, PARALLEL, Remote, RemoteFile
 
 INTERVAL_SECONDS = 2.0

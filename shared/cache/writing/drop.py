@@ -20,9 +20,9 @@ from pathlib import Path
 from shared.atomic import TEMPORARY_MARK, fsync_dir, write_atomic
 from shared.cache.layout import read_header, sequences_dir
 from shared.errors import CacheError, DamagedError
-from shared.failpoints import failpoint
 from shared.parts.cache_files import list_folder
 from shared.parts.records import list_records, read_sealed, sealed_json
+from shared.process.failpoints import failpoint
 from shared.schema import FORMAT_VERSION, JOB_PATTERN, LAYER_PATTERN, STEM_PATTERN
 
 _MARK = "dropping.json"

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 from shared.errors import EngineError
-from shared.models.adapters import merge_adapter
-from shared.models.loading import load_causal_lm
+from shared.models.weights.adapters import merge_adapter
+from shared.models.weights.loading import load_causal_lm
 
 SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import EngineError
-from shared.models.layer_taps import find_blocks, tap_attention, wrap_attention
+from shared.models.forward.layer_taps import find_blocks, tap_attention, wrap_attention
 from teacher_cache.engines.transformers.transformers_model import CausalModel
 
 _SCORES_AT_ONCE = 2**25

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from shared.models.causality import ROUNDING, sees_what_follows
-from shared.models.wide_weights import in_float32
+from shared.models.forward.causality import ROUNDING, sees_what_follows
+from shared.models.forward.wide_weights import in_float32
 
 _SHORT_ROW = 7
 _UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from shared.errors import EngineError
-from shared.models.row_length import known_positions
+from shared.models.forward.row_length import known_positions
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout

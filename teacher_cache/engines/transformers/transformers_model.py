@@ -21,15 +21,15 @@ import torch
 from numpy.typing import NDArray
 
 from shared.errors import EngineError
-from shared.models.attention_choice import faithful_attention
-from shared.models.body import find_body
 from shared.models.end_tokens import checked_ids
 from shared.models.files import load_tokenizer
+from shared.models.forward.attention_choice import faithful_attention
+from shared.models.forward.body import find_body
+from shared.models.forward.logit_transform import enlarged_input, logit_transform
+from shared.models.forward.row_length import length_class_of, reset_rotations, rope_switches
 from shared.models.gpus import unused_gpu
 from shared.models.load_report import without_bars
-from shared.models.loading import load_causal_lm
-from shared.models.logit_transform import enlarged_input, logit_transform
-from shared.models.row_length import length_class_of, reset_rotations, rope_switches
+from shared.models.weights.loading import load_causal_lm
 from shared.recipe.recipe import Teacher
 from teacher_cache.engines.transformers.batch_probes import (
     cache_is_whole,

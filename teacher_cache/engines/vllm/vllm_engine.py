@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from shared import parent_watch
 from shared.errors import DecantError, EngineError
-from shared.models.checkpoint import check_checkpoint
 from shared.models.end_tokens import declared_end_ids
 from shared.models.gpus import unused_gpu
+from shared.models.weights.checkpoint import check_checkpoint
+from shared.process import parent_watch
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.engines.answer_ends import AnswerEnds

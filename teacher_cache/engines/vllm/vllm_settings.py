@@ -24,9 +24,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from shared.errors import EngineError
-from shared.machine import num_cores
 from shared.models.config_file import read_config
-from shared.models.row_length import known_positions, rope_switches
+from shared.models.forward.row_length import known_positions, rope_switches
+from shared.process.machine import num_cores
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import VllmTeacher
 

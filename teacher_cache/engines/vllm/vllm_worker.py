@@ -7,7 +7,7 @@ a process that is killed while weights are read leaves nothing behind either. Co
 
 from __future__ import annotations
 
-from shared.parent_watch import end_with_parent
+from shared.process.parent_watch import end_with_parent
 from teacher_cache.engines.vllm.vllm_tail import TailWorker
 
 __all__ = ["TailWorker"]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from shared import strict_json
+from shared.text import strict_json
 
 BLOCK_CHARACTERS = 2**18
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared import strict_json
 from shared.errors import PromptError, first_line
 from shared.recipe.recipe import PromptSource
+from shared.text import strict_json
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 KINDS = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import PromptError
-from shared.text_encoding import other_encoding
+from shared.text.text_encoding import other_encoding
 from teacher_cache.prompts.files.json_lists import read_list
 from teacher_cache.prompts.files.packed_files import BLOCK_BYTES, FREE_BYTES, open_bytes
 from teacher_cache.prompts.files.prompt_directories import kind_of

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shared import strict_json
+from shared.text import strict_json
 
 Message = dict[str, Any]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared import strict_json
 from shared.cache.groups import normalised
+from shared.text import strict_json
 from teacher_cache.prompts.formats.prompt_turns import (
     ROLES,
     Message,

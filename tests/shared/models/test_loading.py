@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.errors import EngineError, EvaluationError, ModelError, TrainingError
-from shared.models.checkpoint import check_checkpoint
 from shared.models.files import load_config, load_tokenizer
-from shared.models.loading import load_causal_lm
+from shared.models.weights.checkpoint import check_checkpoint
+from shared.models.weights.loading import load_causal_lm
 from tests.conftest import ROOT
 from tests.tiny_models import make_llama, make_qwen3
 

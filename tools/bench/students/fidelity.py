@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from shared.cache.cache import Cache
 from shared.errors import EvaluationError, UsageError
-from shared.models.loading import load_causal_lm
+from shared.models.weights.loading import load_causal_lm
 from shared.recipe.file import load_recipe
 from shared.recipe.recipe import Recipe
 from student_train.evaluate.heldout_rows import heldout_rows

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.models.loading import load_causal_lm
+from shared.models.weights.loading import load_causal_lm
 from shared.tokens.token_bytes import SPACE, read_vocabulary
 from tools.bench.students.seeds import run_module
 from tools.demo import tokenizer as demo_tokenizer

@@ -28,11 +28,11 @@ from shared.cache.rows_left_out import rows_left_out
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import CacheError, EvaluationError
 from shared.identity.identity import LayerIdentity
-from shared.models.attention_choice import faithful_attention
-from shared.models.causality import sees_what_follows
-from shared.models.loading import load_causal_lm
-from shared.models.row_length import known_positions
-from shared.models.wide_weights import widest
+from shared.models.forward.attention_choice import faithful_attention
+from shared.models.forward.causality import sees_what_follows
+from shared.models.forward.row_length import known_positions
+from shared.models.forward.wide_weights import widest
+from shared.models.weights.loading import load_causal_lm
 from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe
 from shared.tokens.token_bytes import Vocabulary, read_vocabulary

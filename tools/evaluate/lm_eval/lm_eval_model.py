@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EvaluationError
-from shared.models.checkpoint import check_checkpoint
 from shared.models.end_tokens import checked_ids
+from shared.models.weights.checkpoint import check_checkpoint
 from tools.evaluate.lm_eval.lm_eval_tasks import fold
 from tools.evaluate.models.model_process import serve
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 
-from shared.machine import memory_bytes, num_cores
-from shared.models.checkpoint import weight_files
 from shared.models.gpus import list_gpus
+from shared.models.weights.checkpoint import weight_files
+from shared.process.machine import memory_bytes, num_cores
 from shared.recipe.recipe import Recipe
 from tools.evaluate.models.model_process import end_running
 from tools.evaluate.models.models import ModelUnderTest

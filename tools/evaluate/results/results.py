@@ -20,7 +20,6 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel
 
-from shared import strict_json
 from shared.atomic import write_atomic
 from shared.cache.cache import Cache
 from shared.cache.layer_choice import layer_of_capture, named_layer
@@ -29,6 +28,7 @@ from shared.errors import EvaluationError
 from shared.identity.grown import unmoved
 from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe, Stage, Task
+from shared.text import strict_json
 from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models.models import ModelUnderTest
 from tools.evaluate.models.rendering import rendering_settings, source_of

@@ -15,9 +15,9 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from shared import strict_json
 from shared.errors import EvaluationError
-from shared.text_encoding import other_encoding
+from shared.text import strict_json
+from shared.text.text_encoding import other_encoding
 
 MAX_FILE_BYTES = 1 << 30
 MAX_WHOLE_FILE_BYTES = 1 << 28

@@ -20,7 +20,7 @@ from tools.plan.preflight.preflight_asked import Asked, Place, said
 
 def weight_problems(asked: Asked) -> Iterator[Problem]:
     """Check the tensors of every model that is a directory with weights, and that a teacher's adapter fits it."""
-    from shared.models.checkpoint import check_checkpoint
+    from shared.models.weights.checkpoint import check_checkpoint
 
     checked = set[tuple[str, str | None]]()
     for place, name, what, trusts, adapter in _models(asked):
@@ -69,7 +69,7 @@ def training_problems(asked: Asked) -> Iterator[Problem]:
         return
     import torch
 
-    from shared.models.checkpoint import empty_model
+    from shared.models.weights.checkpoint import empty_model
 
     model = empty_model(
         Path(student.model).expanduser(), trust_remote_code=student.trust_remote_code, dtype=DTYPES[student.dtype]

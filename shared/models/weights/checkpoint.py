@@ -18,9 +18,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 from shared.errors import ModelError
-from shared.models.adapters import add_saved_adapter, refuse_adapter_inside
 from shared.models.files import load_config
 from shared.models.load_report import Gaps, loading, without_bars
+from shared.models.weights.adapters import add_saved_adapter, refuse_adapter_inside
 from shared.special_files import refuse_special_files
 
 logger = logging.getLogger(__name__)

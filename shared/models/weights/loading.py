@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shared.models.adapters import merge_adapter, refuse_adapter_inside
-from shared.models.checkpoint import fits_named_class
 from shared.models.large_imports import import_transformers
 from shared.models.load_report import Gaps, loading
+from shared.models.weights.adapters import merge_adapter, refuse_adapter_inside
+from shared.models.weights.checkpoint import fits_named_class
 from shared.remote.hub import ask_hub
 from shared.special_files import refuse_special_files
 
