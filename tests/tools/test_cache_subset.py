@@ -62,14 +62,20 @@ def test_chosen_rows_come_with_every_layer_as_they_were(cache, tmp_path, choice,
         ["cache", "subset", "CACHE", "CACHE/x", "--count", "3"],
         ["cache", "export", "--targets", TOP.name, "CACHE", "CACHE/deep/er"],
         ["cache", "merge", "CACHE/x", "CACHE", "OTHER"],
+        ["cache", "push", "OTHER", "CACHE/x"],
+        ["cache", "push", "CACHE", "CACHE/sequences/x"],
+        ["cache", "pull", "http://127.0.0.1:1/x", "CACHE/x"],
+        ["plan", "RECIPE"],
         ["report", "RUN", "--output", "CACHE"],
     ],
 )
 def test_nothing_is_written_among_the_files_of_a_cache(cache, tmp_path, capsys, words):
     subset_cache(cache, tmp_path / "other", Choice(count=20))
     (tmp_path / "run").mkdir()
-    for name, place in {"CACHE": cache, "OTHER": tmp_path / "other", "RUN": tmp_path / "run"}.items():
-        words = [word.replace(name, str(place)) for word in words]
+    recipe = f"name: a\noutput_dir: {tmp_path}/run\ncache: {cache}/x\nteacher: {{model: {tmp_path}/run}}\n"
+    (tmp_path / "recipe").write_text(recipe + "prompts: [{source: a, path: a.jsonl, format: messages}]\n")
+    for name in ("other", "run", "recipe", "cache"):
+        words = [word.replace(name.upper(), str(cache if name == "cache" else tmp_path / name)) for word in words]
     before = sorted(cache.rglob("*"))
     assert cli.main(words) == 2
     assert f"lies in the cache {cache}" in capsys.readouterr().err

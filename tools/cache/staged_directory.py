@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 
 from shared.atomic import TEMPORARY_MARK, fsync_dir
-from shared.errors import CacheError, UsageError
+from shared.cache.within import refuse_within_cache
+from shared.errors import CacheError
 
 
 def staging_path(out: Path, doing: str, content_id: str) -> Path:
@@ -35,17 +36,6 @@ def refuse_existing(out: Path, wanted: str) -> None:
     refuse_within_cache(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CacheError(f"{out} exists and is not {wanted}; name a directory that does not exist")
-
-
-def refuse_within_cache(out: Path) -> None:
-    """Refuse a place in the directory of a cache.
-
-    Raises:
-        UsageError: it is one.
-    """
-    for parent in out.resolve().parents:
-        if (parent / "cache.json").is_file() and (parent / "sequences").is_dir():
-            raise UsageError(f"{out} lies in the cache {parent}, where nothing else belongs; name another place")
 
 
 def publish(staging: Path, out: Path, proof: Path) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.atomic import write_atomic
+from shared.cache.within import refuse_within_cache
 from shared.errors import EvaluationError
 from shared.seconds import add_seconds
-from tools.cache.staged_directory import refuse_within_cache
 from tools.report.figures import report_figures
 from tools.report.page import page, plot_figures
 from tools.report.run_files import read_run

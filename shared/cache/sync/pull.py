@@ -15,6 +15,7 @@ from pathlib import Path
 from shared.atomic import TEMPORARY_MARK, make_dir, write_atomic
 from shared.cache.sync.cache_names import is_part, rank_of
 from shared.cache.sync.mirror import fetch_small, list_remote, read_small, with_checksums
+from shared.cache.within import refuse_within_cache
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import read_bounded
 from shared.parts.records import parse_record
@@ -33,9 +34,11 @@ def pull_cache(remote: Remote, path: Path, advance: Callable[[int], object] = la
         advance: told the files that are done.
 
     Raises:
+        UsageError: the directory lies in another cache.
         CacheError: there is no cache at the URL, or another one in the directory.
         DamagedError: a file at the URL is not what was committed.
     """
+    refuse_within_cache(path)
     listed = list_remote(remote)
     if "cache.json" not in listed:
         raise CacheError(f"{remote.url} is not a cache (it has no cache.json); correct the URL")

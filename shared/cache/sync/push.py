@@ -20,6 +20,7 @@ from shared.cache.layout import list_hidden_layers, list_layers, read_header, se
 from shared.cache.sync.cache_names import most_bytes, rank_of
 from shared.cache.sync.listing import listing_of, read_listing
 from shared.cache.sync.mirror import list_remote
+from shared.cache.within import refuse_within_cache
 from shared.errors import CacheError, DecantError
 from shared.parts.cache_files import read_bounded
 from shared.parts.jobs import list_jobs
@@ -83,6 +84,7 @@ def push_cache(
         advance: told the files that are done.
 
     Raises:
+        UsageError: it is a directory in another cache.
         CacheError: nothing can be written there, or another cache is, or other files.
         DamagedError: a part is not what was committed.
     """
@@ -90,6 +92,8 @@ def push_cache(
         raise CacheError(
             f"{remote.url} can be read only; push to the directory that is served, or to s3://, gs:// or hf://"
         )
+    if remote.scheme == "file":
+        refuse_within_cache(Path(remote.url))
     there = _cache_at(remote)
     items = files_of(path)
     written: list[int] = []

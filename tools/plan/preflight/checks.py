@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from shared.cache.sync.mirror import bring_if_remote
+from shared.cache.within import refuse_within_cache
 from shared.recipe.base import Problem
 from shared.recipe.file import Where, listed
 from shared.recipe.recipe import Recipe
@@ -78,6 +79,8 @@ def _places(asked: Asked) -> Iterator[Problem]:
             yield place, f"'{there}' cannot be written to; correct its permissions or name another"
         elif place[0] == "cache" and path.is_dir() and not (path / "cache.json").exists() and any(path.iterdir()):
             yield place, f"'{path}' holds files and is no cache (it has no cache.json); name another directory"
+        elif place[0] == "cache" and not (path / "cache.json").exists():
+            yield from said(place, lambda path=path: refuse_within_cache(path))  # type: ignore[misc]
 
 
 CHECKS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
