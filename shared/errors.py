@@ -70,3 +70,12 @@ class ModelError(EngineError, TrainingError, EvaluationError):
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, or its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def reason_of(error: BaseException, most: int = 300) -> str:
+    r"""Return another library's message as one line of at most so many characters, or its type where it has none.
+
+    >>> reason_of(OSError("no\n  space")), reason_of(MemoryError())
+    ('no space', 'MemoryError')
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shared.errors import ModelError
+from shared.errors import ModelError, reason_of
 
 _REPORTS = "transformers.modeling_utils"
 """Logger that transformers writes its table of missing and unexpected tensors to."""
@@ -41,7 +41,7 @@ def loading(name: str, expected: str = MODEL) -> Iterator[None]:
             raise ModelError(
                 f"{name} has no attention 'sdpa' in transformers; set student.attention to eager"
             ) from error
-        reason = lines.conversion() or " ".join(str(error).split())[:300] or type(error).__name__
+        reason = lines.conversion() or reason_of(error)
         kind = " as a language model" if expected == MODEL else ""
         raise ModelError(f"{name} cannot be loaded{kind}: {reason}; expected {expected}") from error
     finally:

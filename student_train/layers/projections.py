@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.errors import TrainingError
+from shared.errors import TrainingError, reason_of
 
 MODULE = "decant_projections"
 FILE = "projections.safetensors"
@@ -91,7 +91,7 @@ def load_projections(base: Any, directory: Path) -> None:
     try:
         getattr(base, MODULE).load_state_dict(load_file(path))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error, 200)
         raise TrainingError(
             f"{path} holds other projections than the stage trains ({reason}); remove the stage's directory"
         ) from None

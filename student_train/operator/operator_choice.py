@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import torch
 
-from shared.errors import TrainingError
+from shared.errors import TrainingError, reason_of
 
 OPERATORS = ("torch", "triton")
 WARM_UPS, COUNTED = 2, 3
@@ -56,7 +56,7 @@ def faster_operator(
         except Exception as error:  # a compiler fails in its own ways, and the other path is there
             if operator == "torch":
                 raise
-            reason = " ".join(str(error).split())[:120]
+            reason = reason_of(error, 120)
             print(
                 f"the loss's Triton kernels cannot run here ({type(error).__name__}: {reason}), so torch's are used",
                 flush=True,

@@ -29,7 +29,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from shared.atomic import fsync_dir, write_atomic
-from shared.errors import TrainingError
+from shared.errors import TrainingError, reason_of
 from shared.keys import canonical_json
 from shared.process.failpoints import failpoint
 from shared.text import strict_json
@@ -223,7 +223,7 @@ def _told_by_formats(path: Path) -> str | None:
         # all that json, zipfile and its zlib, and safetensors raise on files that were cut or altered: zipfile's
         # RuntimeError is for what looks encrypted or packed in another way
         except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
-            return f"{file} cannot be read ({' '.join(str(error).split())[:100] or type(error).__name__})"
+            return f"{file} cannot be read ({reason_of(error, 100)})"
     return None
 
 

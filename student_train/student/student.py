@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from shared.cache.tokenizer_files import read_tokenizer_files
-from shared.errors import IdentityError, ModelError, TrainingError
+from shared.errors import IdentityError, ModelError, TrainingError, reason_of
 from shared.identity.identity import tokenizer_hash
 from shared.models.files import load_config, load_tokenizer
 from shared.models.load_report import loading
@@ -234,7 +234,7 @@ def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
     except (ValueError, re.error) as error:
         raise TrainingError(
             f"student.adapter.target_modules {json.dumps(modules)} cannot be adapted: "
-            f"{' '.join(str(error).split())[:200]}; set it to all-linear or to names of the student's linear layers"
+            f"{reason_of(error, 200)}; set it to all-linear or to names of the student's linear layers"
         ) from None
     _refuse_adapted_head(wrapped, model)
     return wrapped

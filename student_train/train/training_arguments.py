@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from shared.errors import TrainingError
+from shared.errors import TrainingError, reason_of
 from shared.recipe.recipe import StageTrainer
 from student_train.train.training_problems import check_installed, check_precision, check_schedule
 
@@ -76,8 +76,7 @@ def training_arguments(
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise TrainingError(
-            f"the trainer section cannot be honoured here: {' '.join(str(error).split())[:300]}; correct or leave "
-            "out the argument"
+            f"the trainer section cannot be honoured here: {reason_of(error)}; correct or leave out the argument"
         ) from None
     args._n_gpu = min(
         args.n_gpu, 1

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from shared.errors import TrainingError
+from shared.errors import TrainingError, reason_of
 from shared.recipe.recipe import StageTrainer
 from shared.recipe.sections.optimizers import OPTIMIZERS
 
@@ -90,9 +90,8 @@ def setting_explained(name: str, value: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise TrainingError(
-            f"trainer.{name} {value} cannot be used: {reason}; choose another, or correct its options"
+            f"trainer.{name} {value} cannot be used: {reason_of(error, 200)}; choose another, or correct its options"
         ) from None
 
 
@@ -104,7 +103,7 @@ def writing_explained(directory: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error, 200)
         raise TrainingError(
             f"a checkpoint cannot be written in {directory}: {reason}; free some space or correct its permissions, "
             "then run the same command again"

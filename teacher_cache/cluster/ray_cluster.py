@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EngineError, UsageError
+from shared.errors import EngineError, UsageError, reason_of
 from shared.process.machine import num_cores
 from shared.recipe.sections.teacher import Workers
 
@@ -74,9 +74,8 @@ def ray_cluster(workers: Workers) -> Iterator[Any]:
             ray.init(**_connection(address) if directory is None else _local(workers, directory))
         except Exception as error:
             place = f"the cluster at RAY_ADDRESS={address} cannot be reached" if address else "Ray cannot start here"
-            reason = " ".join(str(error).split())[:300]
             raise EngineError(
-                f"{place} ({type(error).__name__}: {reason}); check `ray status`, or leave `workers` out"
+                f"{place} ({type(error).__name__}: {reason_of(error)}); check `ray status`, or leave `workers` out"
             ) from error
     try:
         _check_room(ray.cluster_resources(), workers, local=not address)

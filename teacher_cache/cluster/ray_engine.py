@@ -23,7 +23,7 @@ from itertools import count
 from typing import Any
 
 from shared.cache.layout import sequences_dir
-from shared.errors import DecantError, EngineError
+from shared.errors import DecantError, EngineError, reason_of
 from shared.parts.records import read_record
 from shared.process.failpoints import failpoint
 from shared.progress import NOWHERE, BuildProgress
@@ -158,8 +158,7 @@ class EngineWorker:
         except DecantError as error:
             self._fail_all(error)
         except Exception as error:  # noqa: BLE001 - whatever a library raises leaves the engine unfit
-            reason = " ".join(str(error).split())[:300]
-            self._fail_all(EngineError(f"the engine failed while at work ({type(error).__name__}: {reason})"))
+            self._fail_all(EngineError(f"the engine failed while at work ({type(error).__name__}: {reason_of(error)})"))
         finally:
             loaded.engine.close()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EngineError, ModelError
+from shared.errors import EngineError, ModelError, reason_of
 from shared.models import files as text_files
 from shared.models.config_file import read_config
 from shared.remote.hub import ask_hub
@@ -151,6 +151,6 @@ def _download(model: str, revision: str | None) -> tuple[Path, str]:
     try:
         found = Path(snapshot_download(model, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, *SMALL_PATTERNS]))
     except Exception as error:  # offline, missing, forbidden, not a valid id: none of them gives a model
-        reason = silent or " ".join(str(error).split())[:200] or type(error).__name__
+        reason = silent or reason_of(error, 200)
         raise ModelError(f"{model}: neither a model directory nor a hub id that can be fetched ({reason})") from error
     return found, found.name

@@ -15,7 +15,7 @@ from typing import Any
 
 from shared.cache.cache import Cache
 from shared.cache.tokenizer_files import read_tokenizer_files
-from shared.errors import CacheError
+from shared.errors import CacheError, first_line
 from shared.payload.targets import SparseTargets
 
 MOST_TEXT = 400
@@ -143,7 +143,7 @@ def _token_texts(cache_dir: Path) -> tuple[Callable[[int], str], str | None]:
     except CacheError as error:
         return str, f"ids are shown, because of the tokenizer: {error}"
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        return str, f"ids are shown, because {path} is not for the installed `tokenizers`: {str(error).splitlines()[0]}"
+        return str, f"ids are shown, because {path} is not for the installed `tokenizers`: {first_line(error)}"
 
     def text_of(token_id: int) -> str:
         text = tokenizer.decode([token_id], skip_special_tokens=False)

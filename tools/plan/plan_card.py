@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared.errors import DecantError, ModelError, TrainingError, UsageError
+from shared.errors import DecantError, ModelError, TrainingError, UsageError, reason_of
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.recipe.recipe import Recipe, Stage, StageTrainer, Student, rounding_problem
 from shared.recipe.sections.optimizers import OPTIMIZERS
@@ -175,9 +175,8 @@ def student_config(recipe: Recipe, source: str) -> tuple[Any, str | None]:
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values), "sizes are those that assume.student states"
     except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise TrainingError(
-            f"assume.student.config is no config of transformers: {reason}; copy the model's config.json"
+            f"assume.student.config is no config of transformers: {reason_of(error, 200)}; copy the model's config.json"
         ) from None
 
 

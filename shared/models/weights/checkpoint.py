@@ -17,7 +17,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from shared.errors import ModelError
+from shared.errors import ModelError, reason_of
 from shared.models.files import load_config
 from shared.models.load_report import Gaps, loading, without_bars
 from shared.models.weights.adapters import add_saved_adapter, refuse_adapter_inside
@@ -161,9 +161,8 @@ def _meta_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
                 for name in opened.keys():  # noqa: SIM118 - no mapping
                     yield name, torch.empty(opened.get_slice(name).get_shape(), device="meta")
         except (*_UNREADABLE, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise ModelError(
-                f"{path}: cannot be read as weights ({reason}); copy or download the file again"
+                f"{path}: cannot be read as weights ({reason_of(error, 200)}); copy or download the file again"
             ) from error
 
 

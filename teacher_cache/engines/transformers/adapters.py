@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from shared.errors import EngineError
+from shared.errors import EngineError, reason_of
 from shared.models.weights.adapters import merge_adapter
 from shared.models.weights.loading import load_causal_lm
 
@@ -37,6 +37,6 @@ def fold_adapter(model_dir: Path, adapter: Path, destination: Path, *, trust_rem
     except EngineError:
         raise
     except Exception as error:  # the libraries raise whatever a broken file makes them raise
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise EngineError(f"{adapter}: cannot be folded into {model_dir} ({type(error).__name__}: {reason})") from error
     return destination

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.errors import EngineError
+from shared.errors import EngineError, reason_of
 from shared.models.end_tokens import checked_ids
 from shared.models.files import load_tokenizer
 from shared.models.forward.attention_choice import faithful_attention
@@ -119,9 +119,8 @@ class CausalModel:
         except EngineError:
             raise
         except Exception as error:  # the library raises whatever a broken file makes it raise
-            reason = " ".join(str(error).split())[:300]
             raise EngineError(
-                f"{model_dir}: transformers cannot load the teacher ({type(error).__name__}: {reason})"
+                f"{model_dir}: transformers cannot load the teacher ({type(error).__name__}: {reason_of(error)})"
             ) from error
         narrow = model.dtype in (torch.bfloat16, torch.float16)
         return cls(model, tokenizer, head_dtype=torch.float32 if narrow and teacher.head_dtype == "float32" else None)

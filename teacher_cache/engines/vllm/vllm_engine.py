@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from shared.errors import DecantError, EngineError
+from shared.errors import DecantError, EngineError, reason_of
 from shared.models.end_tokens import declared_end_ids
 from shared.models.gpus import unused_gpu
 from shared.models.weights.checkpoint import check_checkpoint
@@ -247,16 +247,15 @@ def _translated(function: Callable[..., Any], *arguments: Any, **named: Any) -> 
     try:
         return function(*arguments, **named)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise EngineError(
-            f"vLLM failed while at work ({type(error).__name__}: {reason}); if it ran out of memory, lower "
+            f"vLLM failed while at work ({type(error).__name__}: {reason_of(error)}); if it ran out of memory, lower "
             "teacher.gpu_memory_utilization: log-probabilities need about 1.5 GB (at 150,000 tokens of vocabulary) "
             "that its profiling does not see; the same command continues where it stopped"
         ) from error
 
 
 def _start_failed(model_dir: Path, error: Exception) -> EngineError:
-    reason = " ".join(str(error).split())[:400]
+    reason = reason_of(error, 400)
     return EngineError(
         f"vLLM cannot start with {model_dir} ({type(error).__name__}: {reason}); set VLLM_LOGGING_LEVEL=INFO to see "
         "its own log, and check teacher.dtype, teacher.max_model_len and teacher.gpu_memory_utilization"

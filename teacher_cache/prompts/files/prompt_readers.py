@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.errors import PromptError
+from shared.errors import PromptError, reason_of
 from shared.text.text_encoding import other_encoding
 from teacher_cache.prompts.files.json_lists import read_list
 from teacher_cache.prompts.files.packed_files import BLOCK_BYTES, FREE_BYTES, open_bytes
@@ -53,11 +53,6 @@ def read_file(path: Path) -> Iterator[Numbered]:
         raise
     except Exception as error:  # each library raises whatever it likes; all of it means unreadable
         raise PromptError(f"{path}:{number + 1}: cannot be read as {kind} from here on ({reason_of(error)})") from error
-
-
-def reason_of(error: BaseException) -> str:
-    """Return another library's message as one line of at most 300 characters, or its type where it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def without_nulls(value: Any) -> Any:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from shared.cache.rendering import template_text
-from shared.errors import PromptError
+from shared.errors import PromptError, reason_of
 from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.formats.prompt_turns import Message, texts_in
@@ -124,7 +124,7 @@ class ChatTemplate:
                 turns, chat_template=template, tokenize=False, add_generation_prompt=prompt, **settings
             )
         except Exception as error:  # a template raises what it likes
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = reason_of(error, 200)
             raise UnrenderableError(f"{place}: the chat template cannot render the conversation ({reason})") from error
         return str(text)
 

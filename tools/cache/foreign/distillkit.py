@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, first_line
 from shared.parts.cache_files import read_bounded
 from shared.parts.records import checked_model
 from shared.schema import MAX_K, MAX_VOCAB_SIZE
@@ -240,7 +240,7 @@ def _read_settings(path: Path, kind: str) -> Compression | OlderCompression:
     try:
         document: Any = YAML(typ="safe", pure=True).load(read_bounded(path, _MOST_SETTINGS_BYTES))
     except (YAMLError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is no YAML ({str(error).splitlines()[0]})") from None
+        raise DamagedError(f"{path} is no YAML ({first_line(error)})") from None
     name, model = (
         ("legacy_logit_compression", OlderCompression) if kind == "older" else ("logprob_compressor", Compression)
     )

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, reason_of
 from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.schema import MAX_TOKENS_PER_ROW
 from shared.tokens.token_bytes import read_vocabulary
@@ -155,8 +155,7 @@ class OpenAIReader:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # noqa: BLE001 - a template raises what it likes
             raise CacheError(
-                f"{where}: the tokenizer's chat template cannot render its messages "
-                f"({' '.join(str(error).split())[:200]})"
+                f"{where}: the tokenizer's chat template cannot render its messages ({reason_of(error, 200)})"
             ) from None
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EvaluationError
+from shared.errors import EvaluationError, reason_of
 from shared.models.end_tokens import checked_ids
 from shared.models.weights.checkpoint import check_checkpoint
 from tools.evaluate.lm_eval.lm_eval_tasks import fold
@@ -43,7 +43,7 @@ def _work(job: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     except (
         Exception
     ) as error:  # unknown tasks, data out of reach, models that do not load: the harness raises what it likes
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        reason = reason_of(error, 400)
         raise EvaluationError(f"lm-evaluation-harness cannot run {', '.join(job['names'])}: {reason}") from error
     tasks = fold(found["results"] if found else {})
     if not tasks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from shared.errors import reason_of
 from shared.identity.identity import tokenizer_hash
 from shared.recipe.base import closest
 from shared.remote.hub import SECONDS, ask_hub
@@ -54,7 +55,7 @@ def _fetched(name: str, revision: str | None) -> str | None:
     try:
         hf_hub_download(name, "config.json", revision=revision, etag_timeout=SECONDS)
     except Exception as error:  # noqa: BLE001 - offline, missing, forbidden, no valid id: none of them gives a model
-        reason = silent or " ".join(str(error).split())[:160] or type(error).__name__
+        reason = silent or reason_of(error, 160)
         return (
             f"'{name}' is neither a directory nor a hub id that can be fetched ({reason}); correct it, or download the "
             "model and name its directory"
