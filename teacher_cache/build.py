@@ -25,7 +25,6 @@ from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.recipe.sections.teacher import Workers
 from shared.seconds import read_seconds
 from teacher_cache import engines
-from teacher_cache.cluster.unit_board import UnitsSetAsideError
 from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.passes.answering import Answering, listed, make_sequences, open_answering, plan, ran, told
@@ -53,7 +52,7 @@ from teacher_cache.teacher.teacher_identity import (
 
 
 class SetAsideError(PromptError):
-    """The build is done, but more rows than the threshold allows could not be used."""
+    """The build is done, but for more unusable rows than the threshold allows, or units that killed two engines."""
 
     def __init__(self, message: str, summary: BuildSummary) -> None:
         """Carry the summary of what was done nevertheless."""
@@ -94,8 +93,7 @@ def teach(
     Raises:
         UsageError: the recipe has no teacher, several caches, or nothing to build from.
         IdentityError: the cache was built with another tokenizer or template.
-        SetAsideError: everything is done, but too many rows could not be used.
-        UnitsSetAsideError: everything is done, but for units that killed two of many engines each.
+        SetAsideError: everything is done, but too many rows could not be used, or units killed two engines each.
         BuildStoppedError: SIGTERM arrived.
         DecantError: anything else that stops a build, in one sentence.
     """
@@ -323,7 +321,7 @@ def _finish(build: _Build, job: Job | None) -> BuildSummary:
             summary,
         )
     if summary.units_set_aside:
-        raise UnitsSetAsideError(
+        raise SetAsideError(
             f"{len(summary.units_set_aside):,} units were set aside, since each killed two engines, the first: "
             f"{summary.units_set_aside[0]}; everything else is done, and the same command tries them again",
             summary,

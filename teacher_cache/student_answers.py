@@ -38,7 +38,7 @@ from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
 from teacher_cache.prompts.problems import THRESHOLD, Problems
 from teacher_cache.prompts.sequence_maker import SequenceMaker
-from teacher_cache.prompts.work_list import Tally, request_of
+from teacher_cache.prompts.work_list import request_of
 from teacher_cache.teacher.answerer import Answerer
 from teacher_cache.teacher.teacher_identity import know_teacher
 
@@ -207,18 +207,16 @@ def _require_one_job(cache: Path, request: dict[str, Any]) -> None:
             )
 
 
-def _rows_of_round(
-    work: Answering, ends: list[int | None], asking: Asking, problems: Problems, tally: Tally
-) -> Iterator[PlanRow]:
+def _rows_of_round(work: Answering, ends: list[int | None], asking: Asking, problems: Problems) -> Iterator[PlanRow]:
     """Return the rows of the prompts that a round asks, which two readings of all prompts find."""
 
-    def asked(problems: Problems, tally: Tally) -> Iterator[PlanRow]:
-        rows = listed(work, ends, problems, tally)
+    def asked(problems: Problems) -> Iterator[PlanRow]:
+        rows = listed(work, ends, problems)
         return (row for row in rows if is_heldout(row.group_key, asking.heldout_fraction) == asking.heldout)
 
-    hashes = (prompt_hash(row, asking.seed) for row in asked(Problems(), Tally()) if row.sample_index == 0)
+    hashes = (prompt_hash(row, asking.seed) for row in asked(Problems()) if row.sample_index == 0)
     wanted = set(choose(np.fromiter(hashes, np.uint64), asking).tolist())
-    return (row for row in asked(problems, tally) if prompt_hash(row, asking.seed) in wanted)
+    return (row for row in asked(problems) if prompt_hash(row, asking.seed) in wanted)
 
 
 def prompt_hash(row: PlanRow, seed: int) -> int:

@@ -31,7 +31,6 @@ def teach(
         DecantError: the build cannot start, cannot go on, or set too much aside.
     """
     from teacher_cache.build import SetAsideError
-    from teacher_cache.cluster.unit_board import UnitsSetAsideError
     from teacher_cache.several_teachers import OWN, teach_each
 
     other = answers_line(recipe)
@@ -48,7 +47,7 @@ def teach(
                 progress=progress,
                 **settings,
             )
-    except (SetAsideError, UnitsSetAsideError) as error:
+    except SetAsideError as error:
         print("\n".join(error.summary.lines()))
         raise
     figures = {name: _build_figures(summary) for name, summary in found.items()}

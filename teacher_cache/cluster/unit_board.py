@@ -17,22 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from shared.errors import EngineError
-from teacher_cache.passes.summary import BuildSummary
-
 GENERATE, IMPORT, SCORE = "generate", "import", "score"
 MIN_HELD, MAX_HELD = 2, 8
 ROWS_HELD = 1024
 """Rows that an engine should have before it beside the unit that it works on: twice what vLLM keeps in flight."""
-
-
-class UnitsSetAsideError(EngineError):
-    """The build is done, but for units that killed two engines each."""
-
-    def __init__(self, message: str, summary: BuildSummary) -> None:
-        """Carry the summary of what was done nevertheless."""
-        super().__init__(message)
-        self.summary = summary
 
 
 @dataclass(frozen=True, slots=True)

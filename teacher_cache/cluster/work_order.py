@@ -21,6 +21,7 @@ from shared.parts.jobs import Job
 from shared.recipe.recipe import Recipe, Teacher
 from teacher_cache import engines
 from teacher_cache.engines.protocol import Engine
+from teacher_cache.passes.lazy_engine import require_planned_length
 from teacher_cache.prompts.sequence_maker import SequenceMaker
 from teacher_cache.teacher.teacher_identity import KnownTeacher, know_teacher, layer_identity, software
 
@@ -91,12 +92,11 @@ def load_order(order: WorkOrder, should_stop: Callable[[], bool]) -> Loaded:
         model_dir=known.files.directory,
         should_stop=should_stop,
     )
-    if engine.max_model_len < order.max_model_len:
+    try:
+        require_planned_length(engine, order.max_model_len, f"{node}: ")
+    except EngineError:
         engine.close()
-        raise EngineError(
-            f"{node}: the engine takes {engine.max_model_len:,} tokens where {order.max_model_len:,} were planned; set "
-            f"`teacher.max_model_len: {engine.max_model_len}`"
-        )
+        raise
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, order.max_model_len)
     return Loaded(recipe, cache, layer, job, maker, engine, teacher)
 

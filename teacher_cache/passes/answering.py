@@ -31,7 +31,7 @@ from teacher_cache.prompts.cache_source import answers_of
 from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompts import read_prompts
 from teacher_cache.prompts.sequence_maker import SequenceMaker
-from teacher_cache.prompts.work_list import Tally, answer_seed, list_rows
+from teacher_cache.prompts.work_list import answer_seed, list_rows
 from teacher_cache.teacher.answerer import Answerer
 from teacher_cache.teacher.teacher_identity import software
 
@@ -107,12 +107,12 @@ def open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal, opener:
     )
 
 
-def listed(work: Answering, ends: list[int | None], problems: Problems, tally: Tally) -> Iterator[PlanRow]:
+def listed(work: Answering, ends: list[int | None], problems: Problems) -> Iterator[PlanRow]:
     """Yield a row for each answer that the recipe's prompts ask for."""
     recipe, groups = work.recipe, work.cache.identity.groups
     prompts, key = read_prompts(recipe.prompts, problems), work.answerer.key
     held = _held_rows(work.cache.path / "sequences")
-    return list_rows(prompts, recipe.prompts, recipe.generate, recipe.seed, problems, tally, key, groups, ends, held)
+    return list_rows(prompts, recipe.prompts, recipe.generate, recipe.seed, problems, key, groups, ends, held)
 
 
 def _held_rows(directory: Path) -> Callable[[bytes], bool]:
@@ -125,18 +125,18 @@ def _held_rows(directory: Path) -> Callable[[bytes], bool]:
     return lambda key: bool(known().contains(stack_keys([key]))[0])
 
 
-def plan(work: Answering, request: dict[str, Any], rows: Callable[[Problems, Tally], Iterable[PlanRow]]) -> Job:
+def plan(work: Answering, request: dict[str, Any], rows: Callable[[Problems], Iterable[PlanRow]]) -> Job:
     """Return the job of a request, listing its rows only if it was never planned.
 
     Raises:
         BuildStoppedError: SIGTERM arrived.
         PromptError: too many rows cannot be used.
     """
-    summary, problems, tally = work.summary, Problems(), Tally()
+    summary, problems = work.summary, Problems()
 
     def counted() -> Iterator[PlanRow]:
         work.progress.start("list", 0)
-        for row in rows(problems, tally):
+        for row in rows(problems):
             work.progress.advance(1, 0)
             work.stop_if_asked()
             yield row
@@ -144,7 +144,7 @@ def plan(work: Answering, request: dict[str, Any], rows: Callable[[Problems, Tal
         problems.check(work.max_set_aside)
 
     job = create_job(work.cache.path, request, counted(), work.recipe.rows_per_part)
-    summary.duplicates = tally.duplicates
+    summary.duplicates = problems.duplicates
     for problem in problems.listed:
         summary.add_problem(problem)
     summary.num_set_aside = problems.total

@@ -32,11 +32,7 @@ class LazyEngine:
             started = time.monotonic()
             self._engine = self._open()
             self.seconds_starting += time.monotonic() - started
-            if self._engine.max_model_len < self._max_model_len:
-                raise EngineError(
-                    f"the engine takes {self._engine.max_model_len:,} tokens where {self._max_model_len:,} were "
-                    f"planned; set `teacher.max_model_len: {self._engine.max_model_len}`"
-                )
+            require_planned_length(self._engine, self._max_model_len)
         return self._engine
 
     def provenance(self) -> Mapping[str, Any]:
@@ -57,3 +53,16 @@ class LazyEngine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def require_planned_length(engine: Engine, planned: int, where: str = "") -> None:
+    """Refuse an engine that takes shorter sequences than the build was planned for; `where` begins the sentence.
+
+    Raises:
+        EngineError: it does.
+    """
+    if engine.max_model_len < planned:
+        raise EngineError(
+            f"{where}the engine takes {engine.max_model_len:,} tokens where {planned:,} were planned; set "
+            f"`teacher.max_model_len: {engine.max_model_len}`"
+        )

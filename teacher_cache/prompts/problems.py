@@ -43,6 +43,8 @@ class Problems:
     """Rows set aside per path."""
     rows_read: int = 0
     """Rows met, good and bad."""
+    duplicates: Counter[str] = field(default_factory=Counter)
+    """Rows per source that an earlier row of the listing repeats."""
     unread: dict[str, Counter[str]] = field(default_factory=dict)
     """Columns that the format does not read, per source, with the rows that have them."""
     unread_files: list[str] = field(default_factory=list)

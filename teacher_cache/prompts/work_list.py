@@ -14,9 +14,7 @@ Cost: one pass; 20 to 60 bytes per row for the keys seen, nothing else per row.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.prompts.cache_source import cache_content_hash
 from teacher_cache.prompts.files.prompt_files import content_hash
 from teacher_cache.prompts.formats.prompt_formats import (
+    NO_ANSWER,
     Conversation,
     GivenSequence,
     group_text,
@@ -48,23 +47,12 @@ READING_SETTINGS = ("config", "columns", "ignore")
 SEED_BITS = 63
 
 
-@dataclass(slots=True)
-class Tally:
-    """What listing met."""
-
-    rows: Counter[str] = field(default_factory=Counter)
-    """Rows listed per source, those that the cache holds already included."""
-    duplicates: Counter[str] = field(default_factory=Counter)
-    """Rows dropped per source because an earlier row has the same row_key."""
-
-
 def list_rows(
     conversations: Iterable[Conversation],
     sources: Sequence[PromptSource],
     generate: Generate | None,
     seed: int,
     problems: Problems,
-    tally: Tally,
     answerer: str | None = None,
     groups: GroupRule = "first question",
     foreign_ends: Sequence[int | None] = (),
@@ -77,8 +65,7 @@ def list_rows(
         sources: entries of the recipe's `prompts`.
         generate: how answers are drawn; None where they are given.
         seed: the recipe's seed, for answers whose section has none.
-        problems: collects rows without a prompt or an answer.
-        tally: counts rows and duplicates per source.
+        problems: collects rows without a prompt or an answer, and counts duplicates per source.
         answerer: identity of the model that answers, where it is not the teacher.
         groups: the cache's rule of which rows belong together.
         foreign_ends: of each source, the end token that its template adds to those of the model that answers.
@@ -98,11 +85,10 @@ def list_rows(
             problems.add(conversation.path, conversation.line, str(error))
             continue
         for row in rows:
-            if not seen.add(row.row_key):
-                tally.duplicates[row.source] += 1
-                continue
-            tally.rows[row.source] += 1
-            yield row
+            if seen.add(row.row_key):
+                yield row
+            else:
+                problems.duplicates[row.source] += 1
 
 
 def conversation_of(row: PlanRow) -> Conversation:
@@ -216,10 +202,8 @@ def _rows_of(
         content: dict[str, Any] = {"text": conversation.text} if answered is None else {"messages": answered}
         reference = conversation.reference
     else:
-        if conversation.messages is None:
-            raise ValueError("`format: text` has no prompt to answer; leave `generate` out or change the format")
         turns = prompt_turns(conversation.messages)
-        given = conversation.messages[len(turns) :]
+        given = (conversation.messages or [])[len(turns) :]
         sampling = {
             **generate.model_dump(mode="json", include={"temperature", "top_p", "top_k", "stop", "max_new_tokens"}),
             **rendering,
@@ -258,7 +242,7 @@ def _answered(conversation: Conversation) -> list[Message] | None:
         return None
     last = max((i for i, turn in enumerate(conversation.messages) if turn["role"] == "assistant"), default=None)
     if last is None:
-        raise ValueError("the row has no answer; give one or add a `generate` section to the recipe")
+        raise ValueError(NO_ANSWER)
     return conversation.messages[: last + 1]
 
 

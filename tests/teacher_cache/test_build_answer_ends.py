@@ -15,7 +15,7 @@ from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.build import teach
 from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompts import read_prompts
-from teacher_cache.prompts.work_list import Tally, list_rows, request_of
+from teacher_cache.prompts.work_list import list_rows, request_of
 from tests.teacher_cache.engines.test_answer_ends import with_base_eos
 from tests.teacher_cache.fake_engine import END_ID, FakeEngine
 from tests.tiny_models import TURN_END, make_qwen3
@@ -107,7 +107,7 @@ def test_keys_move_only_where_the_template_adds_an_end_token(tmp_path, writer):
 
     def names(*ends) -> tuple[str, list[bytes]]:
         rows = list_rows(
-            read_prompts(sources, Problems()), sources, Generate(), 0, Problems(), Tally(), foreign_ends=list(*ends)
+            read_prompts(sources, Problems()), sources, Generate(), 0, Problems(), foreign_ends=list(*ends)
         )
         return job_id(request_of(work, None, "t", 128, *ends)), [row.row_key for row in rows]
 

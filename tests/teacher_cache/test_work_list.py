@@ -11,7 +11,7 @@ from shared.keys import group_key
 from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.prompts.formats.prompt_formats import Conversation
 from teacher_cache.prompts.problems import Problems
-from teacher_cache.prompts.work_list import Tally, conversation_of, list_rows, request_of, request_seed
+from teacher_cache.prompts.work_list import conversation_of, list_rows, request_of, request_seed
 
 PATH = "math.jsonl"
 
@@ -28,9 +28,9 @@ def talk(
 
 
 def rows(conversations, sources=None, generate=None, seed=0):
-    problems, tally = Problems(), Tally()
+    problems = Problems()
     sources = sources or [source()]
-    return list(list_rows(conversations, sources, generate, seed, problems, tally)), problems, tally
+    return list(list_rows(conversations, sources, generate, seed, problems)), problems
 
 
 def keys(*args, **kwargs) -> list[bytes]:
@@ -38,11 +38,12 @@ def keys(*args, **kwargs) -> list[bytes]:
 
 
 def test_samples_of_one_prompt_share_the_group_and_nothing_else():
-    found, _, tally = rows([talk("Two?"), talk("Three?")], generate=Generate(samples_per_prompt=3))
+    found, problems = rows([talk("Two?"), talk("Three?")], generate=Generate(samples_per_prompt=3))
     assert [row.group_key for row in found] == [group_key("Two?")] * 3 + [group_key("Three?")] * 3
     assert len({row.row_key for row in found}) == 6
     assert [row.sample_index for row in found] == [0, 1, 2] * 2
-    assert tally.rows == {"math": 6}
+    assert [row.source for row in found] == ["math"] * 6
+    assert not problems.duplicates
 
 
 def test_the_first_source_wins_and_each_sources_duplicates_are_counted():
@@ -53,9 +54,9 @@ def test_the_first_source_wins_and_each_sources_duplicates_are_counted():
         talk("Two?", name="b", origin=1),
         talk("New?", name="b", origin=1),
     ]
-    found, _, tally = rows(talks, sources, Generate())
+    found, problems = rows(talks, sources, Generate())
     assert [(row.source, row.prompt) for row in found] == [("a", "Two?"), ("b", "New?")]
-    assert tally.duplicates == {"a": 1, "b": 1}
+    assert problems.duplicates == {"a": 1, "b": 1}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_row_keys_are_those_of_the_whole_prompt_whatever_the_group_rule():
     for conversation in (talk("Two?  ", "2"), long):
         for generate in (None, Generate()):
             new, old = (
-                next(list_rows([conversation], [source()], generate, 0, Problems(), Tally(), None, rule))
+                next(list_rows([conversation], [source()], generate, 0, Problems(), None, rule))
                 for rule in ("first question", "prompt")
             )
             assert new.row_key == old.row_key
@@ -128,29 +129,29 @@ def test_a_given_answer_is_part_of_the_row_and_its_place_is_not():
     first = keys([talk("Two?", "2")])
     assert keys([talk("Two?", "2", line=5)]) == first
     assert keys([talk("Two?", "two")]) != first
-    both, _, tally = rows([talk("Two?", "2"), talk("Two?", "2"), talk("Two?", "two")])
+    both, problems = rows([talk("Two?", "2"), talk("Two?", "2"), talk("Two?", "two")])
     assert len(both) == 2
-    assert tally.duplicates == {"math": 1}
+    assert problems.duplicates == {"math": 1}
 
 
 def test_the_data_s_answer_becomes_the_reference_of_a_generated_one():
-    (row,), _, _ = rows([talk("Two?", "2")], generate=Generate())
+    (row,), _ = rows([talk("Two?", "2")], generate=Generate())
     assert (row.reference, json.loads(row.messages)["messages"]) == ("2", [{"role": "user", "content": "Two?"}])
-    (row,), _, _ = rows([talk("Two?", "2", reference="II")], generate=Generate())
+    (row,), _ = rows([talk("Two?", "2", reference="II")], generate=Generate())
     assert row.reference == "II"
 
 
 def test_a_row_gives_its_conversation_back():
-    (row,), _, _ = rows([talk("Two?", "2", line=7, reference="II")])
+    (row,), _ = rows([talk("Two?", "2", line=7, reference="II")])
     assert conversation_of(row) == talk("Two?", "2", line=7, reference="II")
     text = Conversation("math", PATH, 3, "text", None, "Once upon a time", None)
-    (row,), _, _ = rows([text], [source(format="text")])
+    (row,), _ = rows([text], [source(format="text")])
     assert (conversation_of(row), row.prompt) == (text, "Once upon a time")
 
 
 def test_turns_after_the_last_answer_are_left_out():
     turns = [*talk("Two?", "2").messages, {"role": "user", "content": "And?"}]
-    (row,), _, _ = rows([Conversation("math", PATH, 1, "messages", turns, None, None)])
+    (row,), _ = rows([Conversation("math", PATH, 1, "messages", turns, None, None)])
     assert [row.row_key] == keys([talk("Two?", "2")])
 
 
@@ -171,7 +172,7 @@ def test_turns_after_the_last_answer_are_left_out():
     ],
 )
 def test_what_cannot_be_a_row_is_set_aside(conversation, generate, reason):
-    found, problems, _ = rows([conversation], generate=generate)
+    found, problems = rows([conversation], generate=generate)
     assert found == []
     assert reason in problems.listed[0].reason
 
@@ -183,11 +184,11 @@ def test_listing_keeps_only_keys():
 
     def peak(count):
         tracemalloc.start()
-        for _ in list_rows(talks(count), [source()], Generate(), 0, Problems(), Tally()):
+        for _ in list_rows(talks(count), [source()], Generate(), 0, Problems()):
             pass
         tracemalloc.stop()
         tracemalloc.start()
-        for _ in list_rows(talks(count), [source()], Generate(), 0, Problems(), Tally()):
+        for _ in list_rows(talks(count), [source()], Generate(), 0, Problems()):
             pass
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -234,16 +235,16 @@ def thinking(thoughts: str, **marks) -> Conversation:
 
 def test_thoughts_of_earlier_answers_that_are_trained_are_part_of_a_rows_key():
     talks = [thinking("Add."), thinking("Count."), thinking("Add.")]
-    found, _, tally = rows(talks)
+    found, problems = rows(talks)
     assert len({row.row_key for row in found}) == 2
-    assert tally.duplicates == {"math": 1}
+    assert problems.duplicates == {"math": 1}
     assert len(keys(talks, [source(supervise="last")])) == 1
     assert len(keys([thinking("Add.", train=False), thinking("Count.", train=False)])) == 1
 
 
 def test_a_row_that_a_cache_holds_under_the_key_without_thoughts_keeps_it():
     unsaid = keys([thinking("")])[0]
-    how = ([source()], None, 0, Problems(), Tally())
+    how = ([source()], None, 0, Problems())
     found = [row.row_key for row in list_rows([thinking("Add.")], *how, is_held=lambda key: key == unsaid)]
     assert found == [unsaid]
     assert keys([thinking("Add.")]) != [unsaid]

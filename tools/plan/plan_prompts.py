@@ -73,9 +73,9 @@ def count_prompts(recipe: Recipe) -> PromptCount:
     """
     from teacher_cache.prompts.problems import Problems
     from teacher_cache.prompts.prompts import read_prompts
-    from teacher_cache.prompts.work_list import Tally, list_rows
+    from teacher_cache.prompts.work_list import list_rows
 
-    problems, tally, result = Problems(), Tally(), PromptCount()
+    problems, result = Problems(), PromptCount()
     recipe = _reachable(recipe, result)
     if not recipe.prompts:
         return result
@@ -89,7 +89,6 @@ def count_prompts(recipe: Recipe) -> PromptCount:
         recipe.generate,
         recipe.seed,
         problems,
-        tally,
         _answerer(recipe),
         foreign_ends=ends,
         is_held=committed.__contains__,
@@ -123,7 +122,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
             source.prompt_tokens_counted += prompt
             source.answer_tokens_counted += answer
             source.longest_tokens = max(source.longest_tokens, prompt + answer)
-    for name, count in tally.duplicates.items():
+    for name, count in problems.duplicates.items():
         result.sources.setdefault(name, SourceCount()).duplicates = count
     result.assumed += problems.notes() + counter.unread_settings
     result.set_aside = problems.total + sum(_too_long_of_the_rest(source) for source in result.sources.values())
@@ -139,13 +138,13 @@ def require_prompts(recipe: Recipe, asking: Asking) -> None:
     """
     from teacher_cache.prompts.problems import Problems
     from teacher_cache.prompts.prompts import read_prompts
-    from teacher_cache.prompts.work_list import Tally, list_rows
+    from teacher_cache.prompts.work_list import list_rows
 
     if isinstance(asking.prompts, float):
         return  # a share of what there is
     problems = Problems()
     prompts = read_prompts(recipe.prompts, problems)
-    rows = list_rows(prompts, recipe.prompts, recipe.generate, recipe.seed, problems, Tally(), None, foreign_ends=[])
+    rows = list_rows(prompts, recipe.prompts, recipe.generate, recipe.seed, problems, None, foreign_ends=[])
     of_half = (row for row in rows if is_heldout(row.group_key, asking.heldout_fraction) == asking.heldout)
     asking.number_of(sum(1 for _ in islice(of_half, asking.prompts)))
 

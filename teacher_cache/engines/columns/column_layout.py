@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from shared.errors import EngineError
 from shared.identity.identity import LayerIdentity
 from shared.recipe.recipe import Capture
 
@@ -82,3 +83,14 @@ class ColumnLayout:
     def stock_columns_suffice(self) -> bool:
         """Whether head and tail can be had from plain top-k columns, the tail as 1 minus their sum."""
         return self.temperatures == (1.0,) and self.num_draws == 0
+
+
+def required(layout: ColumnLayout | None) -> ColumnLayout:
+    """Return the layout of an engine that is to score.
+
+    Raises:
+        EngineError: the engine has none.
+    """
+    if layout is None:
+        raise EngineError("this engine was opened without a capture and cannot score; open it with one")
+    return layout

@@ -23,7 +23,7 @@ from shared.models.end_tokens import declared_end_ids
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import ServedTeacher
 from teacher_cache.engines.answer_ends import AnswerEnds
-from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.column_layout import ColumnLayout, required
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_stock
 from teacher_cache.engines.protocol import (
     FINISHED,
@@ -151,9 +151,7 @@ class ServerEngine:
         Raises:
             EngineError: the engine was opened without a capture, a sequence is too long, or no server answers.
         """
-        if self._layout is None:
-            raise EngineError("this engine was opened without a capture and cannot score; open it with one")
-        layout = self._layout
+        layout = required(self._layout)
 
         def answer(request: ScoreRequest) -> Scored:
             """Ask the servers for the columns of one sequence."""

@@ -101,22 +101,23 @@ class HiddenEngine:
         Raises:
             EngineError: a state is not finite, or the engine is closed.
         """
-        if self._model is None:
-            raise EngineError("the engine is closed; open another")
-        for batch in length_batches(requests, 0, self._batch_tokens, self._model.class_of):
+        for batch in length_batches(requests, 0, self._batch_tokens, self._loaded().class_of):
             with torch.inference_mode():
-                captured = self._capture(batch)
+                captured = self._capture(batch, self._loaded())
             yield from captured
 
-    def _capture(self, batch: Sequence[ScoreRequest]) -> list[Captured]:
+    def _loaded(self) -> CausalModel:
         if self._model is None:
             raise EngineError("the engine is closed; open another")
+        return self._model
+
+    def _capture(self, batch: Sequence[ScoreRequest], model: CausalModel) -> list[Captured]:
         tokens, mask = padded([request.token_ids for request in batch])
-        device = self._model.device
+        device = model.device
         self._rows = [torch.from_numpy(predicting_rows(request.spans)).to(device) for request in batch]
         if self._watch is not None:
             self._watch.queries = self._rows
-        final = self._model.hidden(tokens.to(device), mask.to(device))
+        final = model.hidden(tokens.to(device), mask.to(device))
         if FINAL in self._identity.layers:
             self._keep(FINAL, final)
         results = [self._row(row, request, final[row]) for row, request in enumerate(batch)]
@@ -155,8 +156,7 @@ class HiddenEngine:
 
     def provenance(self) -> Mapping[str, Any]:
         """Say what ran."""
-        assert self._model is not None
-        return {**self._model.provenance(), "batch_tokens": self._batch_tokens}
+        return {**self._loaded().provenance(), "batch_tokens": self._batch_tokens}
 
     def close(self) -> None:
         """Release the model; safe to call twice."""

@@ -27,7 +27,7 @@ from shared.errors import EngineError
 from shared.models.forward.row_length import known_positions
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
-from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.column_layout import ColumnLayout, required
 from teacher_cache.engines.columns.draw_keys import prefix_keys_of, salted
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin
 from teacher_cache.engines.columns.tail_columns import chunk_rows, extend_columns
@@ -148,13 +148,12 @@ class TransformersEngine:
         Raises:
             EngineError: the engine was opened without a capture, a sequence is too long, or the engine is closed.
         """
-        if self._layout is None:
-            raise EngineError("this engine was opened without a capture and cannot score; open it with one")
+        layout = required(self._layout)
         for batch in length_batches(requests, 0, self._batch_tokens, self._loaded().class_of):
             for request in batch:
                 require_scorable(request, self.max_model_len)
             with torch.inference_mode():
-                scored = self._score(batch, self._layout)
+                scored = self._score(batch, layout)
             yield from scored
 
     def _score(self, batch: Sequence[ScoreRequest], layout: ColumnLayout) -> list[Scored]:

@@ -29,7 +29,7 @@ from shared.process import parent_watch
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.engines.answer_ends import AnswerEnds
-from teacher_cache.engines.columns.column_layout import ColumnLayout
+from teacher_cache.engines.columns.column_layout import ColumnLayout, required
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest, require_scorable, room_of
 from teacher_cache.engines.transformers.adapters import fold_adapter
@@ -148,9 +148,7 @@ class VllmEngine:
         Raises:
             EngineError: the engine was opened without a capture, a sequence is too long, or the engine died.
         """
-        if self._layout is None:
-            raise EngineError("this engine was opened without a capture and cannot score; open it with one")
-        layout, plugin = self._layout, self._path.startswith("plugin")
+        layout, plugin = required(self._layout), self._path.startswith("plugin")
         num_logprobs = layout.num_extra if plugin else layout.num_head
         from_columns = targets_from_plugin if plugin else targets_from_stock
 

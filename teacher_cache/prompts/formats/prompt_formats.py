@@ -22,6 +22,7 @@ from teacher_cache.prompts.formats.prompt_turns import MARKS, Message, is_empty,
 from teacher_cache.prompts.formats.row_parts import RowFormat
 
 REFERENCE_KEYS = ("reference", "answer")
+NO_ANSWER = "the row has no answer; give one or add a `generate` section to the recipe"
 PART_OF_THE_PROMPT = (
     "system",
     "system_prompt",
@@ -123,12 +124,14 @@ def _row_format(name: str) -> RowFormat:
     return found
 
 
-def prompt_turns(messages: list[Message]) -> list[Message]:
+def prompt_turns(messages: list[Message] | None) -> list[Message]:
     """Return the turns up to and with the last that is not the assistant's: what an answer is asked for.
 
     Raises:
-        ValueError: there is no user turn.
+        ValueError: there is no user turn, or the row is a plain text.
     """
+    if messages is None:
+        raise ValueError("`format: text` has no prompt to answer; leave `generate` out or change the format")
     last = max((index for index, message in enumerate(messages) if message["role"] in ("user", "tool")), default=None)
     if last is None:
         raise ValueError("the conversation has no user turn, so there is nothing to answer; expected at least one")

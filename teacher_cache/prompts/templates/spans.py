@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from shared.errors import PromptError
 from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.formats.prompt_formats import Conversation, prompt_turns
+from teacher_cache.prompts.formats.prompt_formats import NO_ANSWER, Conversation, prompt_turns
 from teacher_cache.prompts.formats.prompt_turns import Message
 from teacher_cache.prompts.templates.chat_template import ChatTemplate, UnrenderableError
 from teacher_cache.prompts.templates.kept_text import missing_of_answer, missing_of_prompt
@@ -52,8 +52,6 @@ ROWS_ADVISED = 20
 """Rows of one template for which advice is looked for; later rows get the last that was found for their kind of
 problem.
 """
-
-NO_ANSWER = "the row has no answer; give one or add a `generate` section to the recipe"
 
 
 class Template:
@@ -335,10 +333,6 @@ class Template:
 
 
 def _turns(conversation: Conversation) -> list[Message]:
-    if conversation.messages is None:
-        raise PromptError(
-            f"{conversation.place}: `format: text` has no prompt to answer; leave `generate` out or change the format"
-        )
     try:
         return prompt_turns(conversation.messages)
     except ValueError as error:
