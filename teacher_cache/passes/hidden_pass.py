@@ -39,7 +39,7 @@ def hidden_identity(known: KnownTeacher, teacher: Teacher, capture: HiddenCaptur
         num_layers=num_layers,
         width=known.files.hidden_size,
         projection_kind="" if capture.projection is None else PROJECTION_NAME,
-        dtype=known.files.dtype if teacher.dtype == "auto" else teacher.dtype,
+        dtype=known.files.dtype_as(teacher.dtype),
         adapter=known.adapter_hash,
         **kept(capture, num_layers),
     )

@@ -48,6 +48,10 @@ class ModelFiles:
         found = self.config.get("dtype") or self.config.get("torch_dtype") or self.text_config.get("dtype") or "float32"
         return str(found)
 
+    def dtype_as(self, wanted: str) -> str:
+        """Return the type that weights run in where a section wants one: `auto` is the stored type."""
+        return self.dtype if wanted == "auto" else wanted
+
     @property
     def quantization(self) -> str | None:
         """Scheme that the checkpoint itself is quantised with; None where its config says none."""

@@ -105,7 +105,7 @@ def layer_identity(known: KnownTeacher, teacher: Teacher, capture: Capture) -> L
         mass=capture.mass,
         temperatures=capture.temperatures,
         gap_step=capture.gap_step,
-        dtype=known.files.dtype if teacher.dtype == "auto" else teacher.dtype,
+        dtype=known.files.dtype_as(teacher.dtype),
         head_dtype=teacher.head_dtype,
         quantization=teacher.quantization or known.files.quantization,
         adapter=known.adapter_hash,

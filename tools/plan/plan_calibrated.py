@@ -14,13 +14,14 @@ from typing import Any
 from shared.progress import duration
 from shared.recipe.recipe import Recipe
 from teacher_cache.calibration import Calibration
-from teacher_cache.engines.vllm.vllm_settings import logprob_bytes
+from teacher_cache.engines.vllm.vllm_settings import (
+    SEQUENCES_IN_CACHE,
+    cache_bytes_per_token,
+    logprob_bytes,
+    number_bytes,
+)
 from teacher_cache.teacher.model_files import resolve_model
 from tools.cache.cache_commands import size
-
-SEQUENCES_IN_CACHE = 64
-"""Full-length sequences that the key-value cache is counted for."""
-_WIDTH = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2}
 
 
 def calibrated_figures(
@@ -113,19 +114,12 @@ def _gpu_memory(recipe: Recipe, found: Calibration) -> dict[str, Any]:
     teacher = recipe.teacher
     assert teacher is not None
     files = resolve_model(teacher.model, teacher.revision)
-    text = files.text_config
-    dtype = files.dtype if teacher.dtype == "auto" else teacher.dtype
-    width = _WIDTH.get(dtype, 2)
-    heads = int(text.get("num_attention_heads") or 32)
-    head_dim = int(text.get("head_dim") or int(text.get("hidden_size") or 4096) // heads)
-    per_token = (
-        2 * int(text.get("num_hidden_layers") or 32) * int(text.get("num_key_value_heads") or heads) * head_dim * width
-    )
+    dtype = files.dtype_as(teacher.dtype)
     length = teacher.max_model_len or files.max_position_embeddings
     shards = teacher.tensor_parallel_size
     stored = sum(path.stat().st_size for path in files.directory.glob("*.safetensors"))
-    weights = stored * width / _WIDTH.get(files.dtype, 2) / shards
-    cache = SEQUENCES_IN_CACHE * length * per_token / shards
+    weights = stored * number_bytes(dtype) / number_bytes(files.dtype) / shards
+    cache = SEQUENCES_IN_CACHE * length * cache_bytes_per_token(files.text_config, dtype) / shards
     buffers = logprob_bytes(files.vocab_size, teacher.max_num_batched_tokens)
     return {
         "weights": round(weights),

@@ -19,13 +19,13 @@ from shared.parts.records import list_records
 from shared.payload.hidden_codec import HiddenCodec
 from shared.recipe.recipe import HiddenCapture, Recipe, Stage
 from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER
+from tools.cache.cache_commands import size
+from tools.plan.plan_bounds import Bounds, sizes
 
 Figures = dict[str, Any]
 
 
-def hidden_figures(
-    recipe: Recipe, rows_to_do: int, positions_to_do: dict[str, int], assumptions: list[str]
-) -> Figures | None:
+def hidden_figures(recipe: Recipe, rows_to_do: int, positions_to_do: Bounds, assumptions: list[str]) -> Figures | None:
     """Return positions, bytes and bytes per position of the recipe's hidden layer; None where it asks for none.
 
     `positions_to_do` are `expected` and `at_most`; `assumptions` gains what is assumed, or why nothing can be said.
@@ -147,14 +147,12 @@ def _existing(recipe: Recipe, capture: HiddenCapture) -> tuple[int, int, float |
     return rows, positions, measured
 
 
-def hidden_lines(figures: Figures, size: Any) -> list[str]:
-    """Lay the figures out for people; `size` writes a number of bytes."""
-    bytes_, positions = figures["bytes"], figures["positions"]
+def hidden_lines(figures: Figures) -> list[str]:
+    """Lay the figures out for people."""
     lines = [
         f"  hidden layer: {len(figures['layers'])} layers of width {figures['width']:,}, attention of "
-        f"{len(figures['attention_layers'])}, {positions['expected']:,} positions to do",
-        f"    disk     {size(bytes_['expected'])} expected, {size(bytes_['at_most'])} at most "
-        f"({figures['bytes_per_position']:,.1f} bytes per position)",
+        f"{len(figures['attention_layers'])}, {figures['positions']['expected']:,} positions to do",
+        f"    disk     {sizes(figures['bytes'])} ({figures['bytes_per_position']:,.1f} bytes per position)",
     ]
     if figures["part_bytes"] > 2**30:
         lines.append(

@@ -7,36 +7,33 @@ rounds; records of the own caches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from shared.errors import PromptError
 from shared.recipe.recipe import Recipe
+from tools.plan.plan_bounds import BOUNDS, BYTES_PER_TOKEN_OF_SEQUENCES, EXPECTED_SHARE_OF_MAX_NEW_TOKENS, sizes, span
 from tools.plan.plan_existing import bytes_per_position, existing
 from tools.plan.plan_prompts import PromptCount, count_prompts
 from tools.rounds.chain import stages_with_rounds
 from tools.rounds.one_round import Round
 
-BOUNDS = ("expected", "at_most")
 
-
-def rounds_figures(recipe: Recipe, expected_share: float, bytes_per_token: float) -> dict[str, dict[str, Any]]:
+def rounds_figures(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Return per stage with rounds what its rounds are still to answer and to score.
-
-    Answers are expected to have `expected_share` of `max_new_tokens`; ids and texts take `bytes_per_token`.
 
     Raises:
         PromptError: a source is missing, or a round is to ask more prompts than there are.
         CacheError: a cache cannot be read.
     """
     return {
-        stage.name: _figures(Round(recipe, stage, 1), expected_share, bytes_per_token)
+        stage.name: _figures(Round(recipe, stage, 1))
         for stage in stages_with_rounds(recipe)
         if recipe.teacher is not None
     }
 
 
-def _figures(one: Round, expected_share: float, bytes_per_token: float) -> dict[str, Any]:
+def _figures(one: Round) -> dict[str, Any]:
     answering = one.asking_once()
     assert answering.generate is not None
     prompts, prompt_tokens = _not_held_out(count_prompts(answering))
@@ -50,7 +47,7 @@ def _figures(one: Round, expected_share: float, bytes_per_token: float) -> dict[
     to_do = (one.settings.count - answered) * asked * one.settings.samples_per_prompt
     there = existing(one.scoring(), [])
     most = to_do * answering.generate.max_new_tokens
-    answers = {"expected": round(expected_share * most), "at_most": most}
+    answers = {"expected": round(EXPECTED_SHARE_OF_MAX_NEW_TOKENS * most), "at_most": most}
     read = round(to_do * prompt_tokens / max(prompts, 1))
     score = {bound: there["unscored_tokens"] + read + answers[bound] for bound in BOUNDS}
     positions = {bound: there["unscored_positions"] + answers[bound] for bound in BOUNDS}
@@ -64,7 +61,8 @@ def _figures(one: Round, expected_share: float, bytes_per_token: float) -> dict[
         "score_tokens": score,
         "positions": positions,
         "bytes": {
-            bound: round(positions[bound] * size[bound] + (read + answers[bound]) * bytes_per_token) for bound in BOUNDS
+            bound: round(positions[bound] * size[bound] + (read + answers[bound]) * BYTES_PER_TOKEN_OF_SEQUENCES)
+            for bound in BOUNDS
         },
         "row_tokens": there["tokens"] + read + answers["expected"],
     }
@@ -80,10 +78,8 @@ def _not_held_out(counted: PromptCount) -> tuple[int, int]:
     return prompts, round(tokens)
 
 
-def rounds_lines(
-    figures: Mapping[str, Any], span: Callable[[dict[str, int]], str], size: Callable[[int], str]
-) -> list[str]:
-    """Lay the figures out for people; `span` writes an expectation and its bound."""
+def rounds_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Lay the figures out for people."""
     lines = []
     for name, of in figures.items():
         done = f", {of['rounds_answered']:,} of them answered" if of["rounds_answered"] else ""
@@ -95,7 +91,5 @@ def rounds_lines(
             lines.append(f"    generate {span(of['generate_tokens'])} tokens, by the student")
         if of["score_tokens"]["at_most"]:
             lines.append(f"    score    {span(of['score_tokens'])} tokens, {span(of['positions'])} positions")
-            lines.append(
-                f"    disk     {size(of['bytes']['expected'])} expected, {size(of['bytes']['at_most'])} at most"
-            )
+            lines.append(f"    disk     {sizes(of['bytes'])}")
     return lines

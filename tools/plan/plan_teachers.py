@@ -5,19 +5,19 @@ Cost: small files of the cache, and each teacher's weights sampled for its ident
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from shared.recipe.recipe import Recipe
+from tools.plan.plan_bounds import BOUNDS, NOTHING, sizes
 from tools.plan.plan_existing import bytes_per_position, existing
 
 
 def teachers_figures(recipe: Recipe, planned: Mapping[str, Any]) -> dict[str, Any]:
     """Return per teacher the tokens, positions and bytes, expected and at most, of what it is to score."""
-    nothing = {"expected": 0, "at_most": 0}
     coming = {
-        "tokens": planned.get("score_tokens", nothing) if planned.get("rows_to_do") else nothing,
-        "positions": planned.get("positions", nothing) if planned.get("rows_to_do") else nothing,
+        "tokens": planned.get("score_tokens", NOTHING) if planned.get("rows_to_do") else NOTHING,
+        "positions": planned.get("positions", NOTHING) if planned.get("rows_to_do") else NOTHING,
     }
     found = {}
     for name in recipe.teachers:
@@ -25,7 +25,7 @@ def teachers_figures(recipe: Recipe, planned: Mapping[str, Any]) -> dict[str, An
         there = existing(alone, [])
         low, high = bytes_per_position(alone, there)
         tokens, positions = (
-            {bound: there[f"unscored_{what}"] + coming[what][bound] for bound in ("expected", "at_most")}
+            {bound: there[f"unscored_{what}"] + coming[what][bound] for bound in BOUNDS}
             for what in ("tokens", "positions")
         )
         size = {"expected": round(positions["expected"] * low), "at_most": round(positions["at_most"] * high)}
@@ -33,10 +33,10 @@ def teachers_figures(recipe: Recipe, planned: Mapping[str, Any]) -> dict[str, An
     return found
 
 
-def teachers_lines(figures: Mapping[str, Any], size: Callable[[int], str]) -> list[str]:
+def teachers_lines(figures: Mapping[str, Any]) -> list[str]:
     """Lay the figures out for people."""
     return [
         f"  teacher {name}: scores {of['tokens']['expected']:,} tokens, {of['positions']['expected']:,} positions, "
-        f"{size(of['bytes']['expected'])} expected, {size(of['bytes']['at_most'])} at most"
+        f"{sizes(of['bytes'])}"
         for name, of in figures.items()
     ]

@@ -12,23 +12,26 @@ from shutil import disk_usage
 from typing import Any
 
 from shared.cache.rows_left_out import answers_line
-from shared.errors import UsageError
+from shared.errors import DamagedError, UsageError
 from shared.models.gpus import offered_gpus
 from shared.recipe.recipe import Recipe, Stage
-from shared.text import strict_json
+from shared.seconds import read_seconds
 from student_train.fit.precision import precision_notes
 from tools.cache.cache_commands import size
 from tools.evaluate.tasks.contamination import among_groups, by_task, sentence
+from tools.plan.plan_bounds import (
+    BYTES_PER_TOKEN_OF_SEQUENCES,
+    EXPECTED_SHARE_OF_MAX_NEW_TOKENS,
+    NOTHING,
+    sizes,
+    span,
+)
 from tools.plan.plan_existing import bytes_assumption, bytes_per_position, existing
 from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_lengths import length_figures, length_line, row_lengths
 from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
 from tools.plan.plan_rounds import rounds_figures, rounds_lines
 from tools.plan.plan_teachers import teachers_figures, teachers_lines
-
-EXPECTED_SHARE_OF_MAX_NEW_TOKENS = 0.5
-BYTES_PER_TOKEN_OF_SEQUENCES = 12.0
-"""4 for the id, the rest for the texts."""
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -54,15 +57,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         if None in asked:
             assumptions.append("hours are not given: no build of this run has measured a rate on this machine yet")
     there["other_answers"] = answers_line(recipe)
-    nothing = {"expected": 0, "at_most": 0}
-    hidden = hidden_figures(
-        recipe, result.get("rows_to_do", 0), result.get("positions", nothing), result["assumptions"]
-    )
+    hidden = hidden_figures(recipe, result.get("rows_to_do", 0), result.get("positions", NOTHING), assumptions)
     if hidden is not None:
         result["hidden"] = hidden
     if recipe.teachers:
         result["teachers"] = teachers_figures(recipe, result)
-    rounds = rounds_figures(recipe, EXPECTED_SHARE_OF_MAX_NEW_TOKENS, BYTES_PER_TOKEN_OF_SEQUENCES)
+    rounds = rounds_figures(recipe)
     if rounds:
         result["rounds"] = rounds
         share = f"{EXPECTED_SHARE_OF_MAX_NEW_TOKENS:.0%}"
@@ -174,10 +174,8 @@ def _hours(recipe: Recipe, there: dict[str, Any], tokens: int) -> float | None:
     Their seconds hold answering and scoring together, so for scoring alone they are a bound.
     """
     try:
-        seconds = float(
-            strict_json.loads(Path(recipe.output_dir / "seconds.json").read_text(encoding="utf-8"))["teach"]
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        seconds = read_seconds(recipe.output_dir).get("teach", 0.0)
+    except DamagedError:
         return None
     return tokens / there["tokens"] * seconds / 3600 if there["tokens"] and seconds > 0 else None
 
@@ -249,10 +247,9 @@ def plan_text(result: dict[str, Any]) -> str:
             lines.append(f"  {result['set_aside']:,} rows cannot be used, the first: {result['first_problem']}")
         lines.append(f"  teach: {result['rows_to_do']:,} rows to do in {result['units']:,} units")
         if result["generate_tokens"]:
-            lines.append(f"    generate {_range(result['generate_tokens'])} tokens")
-        lines.append(f"    score    {_range(result['score_tokens'])} tokens, {_range(result['positions'])} positions")
-        bytes_ = result["bytes"]
-        lines.append(f"    disk     {size(bytes_['expected'])} expected, {size(bytes_['at_most'])} at most")
+            lines.append(f"    generate {span(result['generate_tokens'])} tokens")
+        lines.append(f"    score    {span(result['score_tokens'])} tokens, {span(result['positions'])} positions")
+        lines.append(f"    disk     {sizes(result['bytes'])}")
         if result["hours"] is not None:
             lines.append(f"    time     {result['hours']:.2g} hours at the rate of this run's earlier build")
     if "rescore" in result:
@@ -260,16 +257,14 @@ def plan_text(result: dict[str, Any]) -> str:
         lines.append(
             f"  teach: score {again['tokens']:,} tokens, {again['positions']:,} positions that this capture lacks"
         )
-        lines.append(
-            f"    disk     {size(again['bytes']['expected'])} expected, {size(again['bytes']['at_most'])} at most"
-        )
+        lines.append(f"    disk     {sizes(again['bytes'])}")
         if again["hours"] is not None:
             bound = "at most " if result.get("generate_tokens") else ""
             lines.append(f"    time     {bound}{again['hours']:.2g} hours at the rate of this run's earlier build")
     if "hidden" in result:
-        lines += hidden_lines(result["hidden"], size)
-    lines += teachers_lines(result.get("teachers", {}), size)
-    lines += rounds_lines(result.get("rounds", {}), _range, size)
+        lines += hidden_lines(result["hidden"])
+    lines += teachers_lines(result.get("teachers", {}))
+    lines += rounds_lines(result.get("rounds", {}))
     for domain, counts in result.get("tasks", {}).items():
         said = sentence(domain, counts)
         lines += [f"  task {said}: its score will say little about others"] if said else []
@@ -283,10 +278,3 @@ def plan_text(result: dict[str, Any]) -> str:
         lines += [f"  train {name}: {note}" for note in stage["precision"]]
     lines += [f"  assumed: {assumption}" for assumption in result["assumptions"]]
     return "\n".join(lines)
-
-
-def _range(count: dict[str, int]) -> str:
-    """Write an expectation and its bound, once where they agree."""
-    if count["expected"] == count["at_most"]:
-        return f"{count['expected']:,}"
-    return f"{count['expected']:,} (at most {count['at_most']:,})"

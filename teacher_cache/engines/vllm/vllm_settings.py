@@ -24,11 +24,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from shared.errors import EngineError
-from shared.models.config_file import read_config
 from shared.models.forward.row_length import known_positions, rope_switches
 from shared.process.machine import num_cores
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import VllmTeacher
+from teacher_cache.teacher.model_files import resolve_model
 
 MIN_CACHE_BYTES = 2**28
 MAX_CACHE_BYTES = 2**35
@@ -91,8 +91,8 @@ def plan_settings(
     Raises:
         EngineError: the model's config cannot be read, or the recipe asks for a longer sequence than the model knows.
     """
-    config = read_config(model_dir / "config.json")
-    text = config.get("text_config") or config
+    files = resolve_model(str(model_dir))
+    text = files.text_config
     longest = text.get("max_position_embeddings")
     length = teacher.max_model_len
     known = known_positions(SimpleNamespace(**text))
@@ -108,8 +108,8 @@ def plan_settings(
     _refuse_other_rotation(text, length, model_dir)
     fits_one_pass = length is not None and length + 1 <= teacher.max_num_batched_tokens
     unchunked = on_cpu and generate is not None and fits_one_pass
-    dtype = _dtype(teacher, config)
-    head_dtype = _head_dtype(teacher, config, dtype)
+    dtype = files.dtype_as(teacher.dtype)  # vLLM's own auto would turn float32 into 16 bits
+    head_dtype = _head_dtype(teacher, files.config, dtype)
     arguments: dict[str, Any] = {
         "model": str(model_dir),
         "dtype": dtype,
@@ -173,12 +173,7 @@ def cache_bytes(text_config: dict[str, Any], max_model_len: int, dtype: str) -> 
     Raises:
         EngineError: one sequence does not fit.
     """
-    layers = int(text_config.get("num_hidden_layers") or 32)
-    heads = int(text_config.get("num_attention_heads") or 32)
-    key_heads = int(text_config.get("num_key_value_heads") or heads)
-    head_dim = int(text_config.get("head_dim") or int(text_config.get("hidden_size") or 4096) // heads)
-    per_token = 2 * layers * key_heads * head_dim * (4 if dtype == "float32" else 2)
-    sequence = per_token * (max_model_len + 256)  # whole blocks
+    sequence = cache_bytes_per_token(text_config, dtype) * (max_model_len + 256)  # whole blocks
     free = _available_bytes()
     if sequence > free // 2:
         raise EngineError(
@@ -187,6 +182,20 @@ def cache_bytes(text_config: dict[str, Any], max_model_len: int, dtype: str) -> 
         )
     wanted = min(max(SEQUENCES_IN_CACHE * sequence, MIN_CACHE_BYTES), MAX_CACHE_BYTES)
     return max(min(wanted, free // 4), sequence)
+
+
+def cache_bytes_per_token(text_config: Mapping[str, Any], dtype: str) -> int:
+    """Return bytes of key-value cache that a token takes, as far as a config says the model's shape."""
+    layers = int(text_config.get("num_hidden_layers") or 32)
+    heads = int(text_config.get("num_attention_heads") or 32)
+    key_heads = int(text_config.get("num_key_value_heads") or heads)
+    head_dim = int(text_config.get("head_dim") or int(text_config.get("hidden_size") or 4096) // heads)
+    return 2 * layers * key_heads * head_dim * number_bytes(dtype)
+
+
+def number_bytes(dtype: str) -> int:
+    """Return bytes of one number of a type of weights."""
+    return 4 if dtype in ("float32", "float") else 2
 
 
 def _available_bytes() -> int:
@@ -212,14 +221,6 @@ def _refuse_other_rotation(text: Mapping[str, Any], length: int | None, model_di
             f"{model_dir} rotates rows of more than {most} tokens by their length (rope type {kind}), and vLLM rotates "
             f"every row as its longest; {ways}teacher.engine to transformers"
         )
-
-
-def _dtype(teacher: VllmTeacher, config: dict[str, Any]) -> str:
-    """Resolve `auto` to the stored type: vLLM's own auto would turn float32 into 16 bits."""
-    if teacher.dtype != "auto":
-        return teacher.dtype
-    text = config.get("text_config") or config
-    return str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
 
 
 def _head_dtype(teacher: VllmTeacher, config: dict[str, Any], dtype: str) -> str:

@@ -90,7 +90,7 @@ def parameter_figures(model: ModelUnderTest) -> dict[str, int | None]:
             count += sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
     if "quantization_config" in model.files.config:
         return {"parameters": None, "weights_bytes": sum(path.stat().st_size for path in files)}
-    dtype = model.files.dtype if model.dtype == "auto" else model.dtype
+    dtype = model.files.dtype_as(model.dtype)
     whole = None if model.quantization is not None else count * _BYTES.get(dtype, 4)
     return {"parameters": count, "weights_bytes": whole}
 
