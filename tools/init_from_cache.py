@@ -15,8 +15,9 @@ from shared.cache.layout import Layer, list_layers
 from shared.errors import UsageError
 from shared.keys import is_heldout
 from shared.places import named
+from shared.recipe.yaml_text import yaml_text
 from tools.cache.translate.translate_cache import BY_BYTES
-from tools.init_recipe import place_of, plain_text, word_of, write_starter, yaml_text
+from tools.init_recipe import place_of, plain_text, word_of, write_starter
 
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5)
 

@@ -16,6 +16,7 @@ from shared.errors import PromptError, UsageError
 from shared.models.gpus import list_gpus
 from shared.recipe.base import SLUG
 from shared.recipe.sections.prompts import COLUMNS, PromptSource
+from shared.recipe.yaml_text import columns_text, yaml_text
 
 _HEAD = """\
 # {name}: {teacher} into {student}.
@@ -93,6 +94,7 @@ _GENERATE = """generate:                         # leave this section out to sco
   temperature: 1.0
   max_new_tokens: 512
 """
+_WHOLE_FILE = 'each file is one text; for a prompt in each line, write .jsonl: {"prompt": "..."}'
 _TEXTS = "# plain texts are scored as they are: there is no `generate` section\n"
 
 
@@ -103,7 +105,7 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
         UsageError: the name cannot be a directory's, or the file exists.
     """
     place = place_of(name, output)
-    format_name, note = guess_format(prompts)
+    format_name, columns, note = guess_format(prompts)
     run = f"runs/{name}"
     head = _HEAD.format(
         name=name, teacher=plain_text(teacher), student=plain_text(student), path=word_of(place), output=run
@@ -111,7 +113,7 @@ def init_recipe(name: str, teacher: str, student: str, prompts: str, output: Pat
     section = _TEACHER.format(
         teacher=yaml_text(teacher),
         prompts=yaml_text(prompts),
-        format=format_name,
+        format=format_name + (f", columns: {columns_text(columns)}" if columns else ""),
         formats=" | ".join(COLUMNS),
         note=f"\n  # {note}" if note else "",
         generate=_TEXTS if format_name == "text" else _GENERATE,
@@ -184,31 +186,33 @@ def _computing() -> str:
     return f"true                  # for {plain_text(name)}, found here: bfloat16 products, weights stay in float32"
 
 
-def guess_format(prompts: str) -> tuple[str, str]:
-    """Return the format that reads the first row of local prompts, and a note where that is not known.
+def guess_format(prompts: str) -> tuple[str, dict[str, str], str]:
+    """Return the format that reads the first row of local prompts, its `columns`, and a note where there is one to say.
 
     A file, glob or directory as a recipe may name it. What cannot be read, and a data set of the hub, is taken for
     `messages`: `decant plan` says what is wrong with it.
 
     >>> guess_format("no/such/file.jsonl")
-    ('messages', '')
+    ('messages', {}, '')
     """
     from teacher_cache.prompts.files.prompt_files import LocalFiles, locate
     from teacher_cache.prompts.files.prompt_readers import read_file
+    from teacher_cache.prompts.formats.likely_format import likely_format
 
     try:
         place = locate(PromptSource(source="main", path=prompts, format="text")) if _is_local(prompts) else None
         _, row = next(read_file(place.paths[0])) if isinstance(place, LocalFiles) else (0, None)
         row = json.loads(row.removeprefix("\ufeff")) if isinstance(row, str) else row
     except (PromptError, ValueError, OSError, StopIteration, RecursionError):
-        return "messages", ""
+        return "messages", {}, ""
     if not isinstance(row, dict):
-        return "messages", ""
-    for format_name, (first, *_) in ((name, columns) for name, columns in COLUMNS.items() if columns):
-        if first in row or (format_name == "messages" and "chosen" in row and "prompt" not in row):
-            return format_name, ""
+        return "messages", {}, ""
+    found = likely_format(row)
+    if found is not None:
+        return *found, _WHOLE_FILE if isinstance(place, LocalFiles) and ".txt" in place.paths[0].suffixes else ""
     names = plain_text(", ".join(map(str, row)))[:80]
-    return "messages", f"a guess: the first row has the columns {names}; docs/data.md says how `columns` names them"
+    note = f"a guess: the first row has the columns {names}; docs/data.md says how `columns` names them"
+    return "messages", {}, note
 
 
 def _is_local(prompts: str) -> bool:
@@ -227,16 +231,3 @@ def plain_text(text: str) -> str:
 def word_of(path: object) -> str:
     """Write a path as one word of a command within a comment."""
     return plain_text(shlex.quote(str(path)))
-
-
-def yaml_text(text: str) -> str:
-    """Write a text as a YAML scalar: plain where that is safe, in double quotes elsewhere."""
-    plain = re.fullmatch(r"[A-Za-z/][\w./-]*", text, re.ASCII) and text.lower() not in ("true", "false", "null")
-    return text if plain else '"' + "".join(map(_escaped, text)) + '"'
-
-
-def _escaped(character: str) -> str:
-    """Write a character within double quotes of YAML."""
-    if character in '"\\':
-        return "\\" + character
-    return character if character.isprintable() else f"\\U{ord(character):08x}"

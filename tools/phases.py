@@ -5,6 +5,7 @@ Heavy modules are imported by the phase that needs them.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -192,4 +193,7 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Result:
     from tools.report.tables import table_text
 
     result = build_report(list(runs), output)
-    return result, table_text(result)
+    page, *others = result["files"]
+    wrote = f"wrote {page}, {', '.join(Path(file).name for file in others)}"
+    trained = f"; next: decant export {shlex.quote(str(runs[0]))}" if len(runs) == 1 and result["stages"] else ""
+    return result, f"{table_text(result)}\n{wrote}{trained}"

@@ -132,11 +132,19 @@ def test_tables_of_text_keep_their_values_as_they_are(tmp_path):
     assert list(read_file(tmp_path / "a.tsv")) == [(2, {"prompt": "2,5", "answer": "1e3"})]
 
 
+@pytest.mark.parametrize("name, content", [
+    ("Frage, kurz", '\ufeff"Frage, kurz";Antwort\n"a;b";3,5\n'), ("Frage", "Frage\tAntwort\na;b\t3,5\n"),
+])  # fmt: skip
+def test_a_table_whose_first_line_has_other_separators_is_read_by_them(tmp_path, name, content):
+    (tmp_path / "a.csv").write_text(content)
+    assert list(read_file(tmp_path / "a.csv")) == [(2, {name: "a;b", "Antwort": "3,5"})]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"a,a\n1,2\n", r"a\.csv:1: the first line must name each column once"),
-        (b"a,\n1,2\n", r"a\.csv:1: the first line must name each column once"),
+        (b",a\n0,2\n", r"a\.csv:1: the first line must name each column once, found '', 'a'; .*index=False"),
         (b'a,b\n1,"open\n', r"a\.csv:2: cannot be read as csv"),
         (b"a,b\n1,\xe4\n", r"a\.csv:\d: cannot be read as csv from here on .*utf-8"),
     ],

@@ -145,6 +145,20 @@ def test_a_malformed_row_is_set_aside_with_its_line_and_reason(tmp_path, row_for
     problems.check(threshold=0.5)
 
 
+@pytest.mark.parametrize("row_format, row, advice", [
+    ("messages", {"query": "a", "reply": "b"}, "`format: prompt_completion` with `columns: {prompt: query, r"),
+    ("messages", {"input": "a", "Output ": "b"}, '`columns: {prompt: input, response: "Output "}` reads it'),
+    ("text", {"conversations": [{"from": "human", "value": "c"}]}, "`format: sharegpt` reads it"),
+    ("prompt_completion", {"instruction": "a", "input": "b", "output": "c"}, "`format: alpaca` reads it"),
+    ("messages", {"question": "a", "context": "b"}, "`columns` names what it reads: {prompt: question"),
+    ("sharegpt", {"frage": "a"}, "`columns` names what it reads: {prompt: question"),
+    ("text", {}, "(found nothing); is `format` right? `columns` names"),
+])  # fmt: skip
+def test_a_row_of_another_format_is_told_what_reads_it(tmp_path, row_format, row, advice):
+    _, problems = read(source(write(tmp_path / "a.jsonl", row), row_format))
+    assert advice in problems.listed[0].reason
+
+
 def test_bytes_that_are_not_utf8_and_lines_beyond_the_bound_cost_only_their_row(tmp_path):
     path = tmp_path / "a.jsonl"
     long = b'{"text": "' + b"x" * MAX_LINE_BYTES + b'"}\n'

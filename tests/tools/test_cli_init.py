@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from shared.errors import UsageError
 from shared.recipe.file import load_recipe
+from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.prompts import read_prompts
 from tests.shared import small_cache
 from tools import cli
 from tools.init_from_cache import init_from_cache
@@ -65,7 +67,7 @@ def test_format_is_guessed_from_the_first_row(tmp_path, row, expected):
 
 
 def test_format_of_what_cannot_be_read_is_messages(tmp_path):
-    assert guess_format(str(tmp_path / "none")) == ("messages", "")
+    assert guess_format(str(tmp_path / "none")) == ("messages", {}, "")
 
 
 ALPACA = '{"instruction": "a", "output": "b"}'
@@ -84,14 +86,30 @@ def test_format_is_guessed_from_every_kind_of_file(tmp_path, name, content, expe
         pq.write_table(pa.table(content), path)
     else:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-    assert guess_format(str(path if path.parent == tmp_path else path.parent)) == (expected, "")
+    assert guess_format(str(path if path.parent == tmp_path else path.parent))[:2] == (expected, {})
 
 
 def test_columns_that_no_format_reads_are_named_in_the_recipe(tmp_path):
-    (tmp_path / "p.csv").write_text("question,solution\na,b\n")
+    (tmp_path / "p.csv").write_text("frage,solution\na,b\n")
     path = init_recipe("x", "t", "s", str(tmp_path / "p.csv"), tmp_path / "r.yaml")
-    assert "# a guess: the first row has the columns question, solution" in path.read_text()
+    assert "# a guess: the first row has the columns frage, solution" in path.read_text()
     assert load_recipe(path).prompts[0].format == "messages"
+
+
+@pytest.mark.parametrize("header, columns", [
+    ("question,solution", {"prompt": "question", "response": "solution"}), ("prompt,reply", {"response": "reply"}),
+    ('" Query","Réponse"', {"prompt": " Query"}), ("instruction,Answer", {"response": "Answer"}),
+    ("prompt,chosen,answer", {}), ("id;INPUT;output", {"prompt": "INPUT", "response": "output"}),
+])  # fmt: skip
+def test_a_starter_names_columns_by_which_its_rows_are_read(tmp_path, header, columns):
+    separator = ";" if ";" in header else ","
+    (tmp_path / "p.csv").write_text(f"{header}\n{separator.join('abc'[: header.count(separator) + 1])}\n")
+    path = init_recipe("x", "t", "s", str(tmp_path / "p.csv"), tmp_path / "r.yaml")
+    (source,) = load_recipe(path).prompts
+    assert source.columns == columns
+    (conversation,) = read_prompts([source], problems := Problems())
+    assert not problems.total
+    assert len(conversation.messages) == 2 or "response" not in columns
 
 
 @pytest.mark.parametrize("below", ["a file/r.yaml", "a file/deep/r.yaml"])

@@ -8,6 +8,7 @@ Cost: one pass, memory for one row (one row group of parquet).
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import re
@@ -115,11 +116,12 @@ def _csv(path: Path) -> Iterator[Numbered]:
     csv.field_size_limit(MAX_LINE_BYTES)
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
         lines = _RecordLines(file)
-        reader = csv.reader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+        reader = csv.reader(lines, delimiter=_separator(path), strict=True)
         names = _next(reader, path, 1) or []
         if len(set(names)) != len(names) or not all(names):
             raise PromptError(
                 f"{path}:1: the first line must name each column once, found {', '.join(map(repr, names))[:200]}"
+                f"{'' if all(names) else '; name every column (pandas: to_csv(..., index=False))'}"
             )
         number = reader.line_num + 1
         lines.begin()
@@ -133,6 +135,19 @@ def _csv(path: Path) -> Iterator[Numbered]:
                 yield number, dict(zip(names, values, strict=True))
             number = reader.line_num + 1
             lines.begin()
+
+
+def _separator(path: Path) -> str:
+    """Return what stands between the columns that the first line names: by that line, where it has no comma."""
+    if ".tsv" in path.suffixes:
+        return "\t"
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="replace", newline="") as file:
+        first = file.readline(MAX_LINE_BYTES)
+    for separator in ",;\t":
+        with contextlib.suppress(csv.Error):
+            if len(next(csv.reader([first], delimiter=separator, strict=True), ())) > 1:
+                return separator
+    return ","
 
 
 class _RecordLines:

@@ -9,6 +9,7 @@ Also here, because it must never depend on anything but the row: the text whose 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from typing import Any
 
 from shared.cache.groups import normalised
 from shared.recipe.sections.prompts import COLUMNS
-from teacher_cache.prompts.formats.prompt_turns import MARKS, Message, is_empty, kind_name, texts_in
+from shared.recipe.yaml_text import columns_text
+from teacher_cache.prompts.formats.likely_format import likely_format, renamed
+from teacher_cache.prompts.formats.prompt_turns import MARKS, Message, is_empty, kind_name, missing, texts_in
 from teacher_cache.prompts.formats.row_parts import RowFormat
 
 REFERENCE_KEYS = ("reference", "answer")
@@ -95,6 +98,8 @@ def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | N
     if not isinstance(row, Mapping):
         raise ValueError(f"the row is {kind_name(row)} but must be an object with named fields")
     reads, row_format = COLUMNS[format_name], _row_format(format_name)
+    if reads[0] not in row and not (format_name == "messages" and "chosen" in row):
+        raise ValueError(f"{missing(row, reads[0])} {_advice(row)}")
     for name in PART_OF_THE_PROMPT if row_format.is_conversation else ():
         if name not in reads and not is_empty(row.get(name)):
             raise ValueError(
@@ -116,6 +121,19 @@ def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | N
     for value in texts_in([text, reference, *(messages or ())]):
         _require_unicode(value)
     return messages, text, reference
+
+
+def _advice(row: Mapping[str, Any]) -> str:
+    """Say what reads a row that the recipe's format does not: a format and columns that were tried on it."""
+    found = likely_format(row)
+    if found is not None:
+        name, columns = found
+        with contextlib.suppress(ValueError):
+            parse_row(renamed(row, name, columns), name)
+            return f"`format: {name}`{f' with `columns: {columns_text(columns)}`' if columns else ''} reads it"
+    return (
+        "`columns` names what it reads: {prompt: question, response: answer} for prompt_completion, say (docs/data.md)"
+    )
 
 
 @cache

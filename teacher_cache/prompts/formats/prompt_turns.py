@@ -224,6 +224,12 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
+def missing(row: Mapping[str, Any], key: str, where: str = "the row") -> str:
+    """Say that a field is not there, and which are."""
+    found = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
+    return f"{where} has no {key!r} (found {found}); is `format` right?"
+
+
 def field_of(row: Mapping[str, Any], key: str, kind: type, where: str = "the row") -> Any:
     """Return a field of the kind wanted.
 
@@ -231,8 +237,7 @@ def field_of(row: Mapping[str, Any], key: str, kind: type, where: str = "the row
         ValueError: it is missing or of another kind.
     """
     if key not in row:
-        found = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
-        raise ValueError(f"{where} has no {key!r} (found {found}); is `format` right?")
+        raise ValueError(missing(row, key, where))
     value = row[key]
     if not isinstance(value, kind):
         raise ValueError(f"{key!r} of {where} is {kind_name(value)} but must be {_NAMES[kind]}")

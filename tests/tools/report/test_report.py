@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from shared.errors import EvaluationError
 from tests.tools.report.fake_run import DOMAINS, HOSTILE, KL, SCORES, make_run, write_evaluation, write_json
+from tools import cli
 from tools.evaluate.results.run_shapes import Evaluation, fault_of
 from tools.phases import report as print_report
 from tools.report.answer_filter import SCRIPT
@@ -197,7 +199,7 @@ def test_a_run_with_nothing_but_a_recipe_still_has_a_report(tmp_path: Path) -> N
 
 def test_the_command_prints_the_reports_table_with_mean_cache_and_time(run: Path) -> None:
     report, text = print_report([run])
-    assert text == table_text(report)
+    assert text.startswith(table_text(report))
     for figure in ("mean", "63.3 %", "bytes per position", "train.kd 1 min 24 s", "0.1200"):
         assert figure in text
 
@@ -293,3 +295,13 @@ def test_words_stand_left_and_models_without_scores_are_not_drawn(tmp_path: Path
     assert "two/kd" in page
     assert "two/kd" not in scores
     assert '<th class="w">model</th><th class="w">source</th><th>positions</th>' in page
+
+
+def test_the_command_says_what_it_wrote_and_what_comes_next(tmp_path, capsys):
+    run = make_run(tmp_path / "my run")
+    assert cli.main(["report", str(run)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    wrote, following = last.removeprefix("wrote ").split("; next: ")
+    assert [Path(name).name for name in wrote.split(", ")] == ["report.html", "report.md", "models.csv", "report.json"]
+    assert Path(wrote.split(", ")[0]) == run / "report.html"
+    assert shlex.split(following) == ["decant", "export", str(run)]
