@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from shared.errors import ModelError
 from shared.models.large_imports import import_transformers
 from shared.models.load_report import loading
 from shared.remote.hub import ask_hub
@@ -27,6 +28,18 @@ def load_config(source: str | Path, *, what: str, trust_remote_code: bool, revis
     refuse_special_files(source)
     with loading(f"the config of {what} '{source}'", CONFIG):
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_fast_tokenizer(source: str | Path, *, trust_remote_code: bool) -> Any:
+    """Return a tokenizer that has a tokenizer.json, which spans and identities need.
+
+    Raises:
+        ModelError: as for `load_tokenizer`, or it has none.
+    """
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{source}: the tokenizer has no tokenizer.json form; expected a fast tokenizer")
+    return tokenizer
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool, revision: str | None = None) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shared.errors import TrainingError
 from student_train.losses import LossTerm, likelihoods
-from student_train.operator.head_chunks import Head, HeadGradients
+from student_train.operator.head_chunks import Head, HeadGradients, chunks
 from student_train.operator.loss_terms import Targets, check_term, targets_of
 
 
@@ -81,7 +81,7 @@ class _LabelLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch ha
         size = head.chunk_size(len(labels), 2, chunk_positions, chunk_bytes)
         buffer = head.buffer(size)
         with torch.autocast(hidden.device.type, enabled=False):
-            for where in head.chunks(len(labels), 2, size):
+            for where in chunks(len(labels), size):
                 logits = buffer[: where.stop - where.start]
                 head.logits_into(logits, head.input_of(hidden[where]))
                 at_label = logits.gather(1, labels[where, None])[:, 0]
@@ -101,7 +101,7 @@ class _LabelLogprobs(torch.autograd.Function):  # type: ignore[misc]  # torch ha
         buffer = head.buffer(ctx.size)
         slope_buffer = None if head.softcap is None else head.buffer(ctx.size)
         with torch.autocast(hidden.device.type, enabled=False):
-            for where in head.chunks(len(labels), 2, ctx.size):
+            for where in chunks(len(labels), ctx.size):
                 logits = buffer[: where.stop - where.start]
                 slope = None if slope_buffer is None else slope_buffer[: where.stop - where.start]
                 rows = head.input_of(hidden[where])

@@ -23,7 +23,7 @@ from torch import Tensor
 from shared.errors import TrainingError
 from student_train.losses import LossTerm, likelihoods
 from student_train.operator.chunk_likelihood import chunk_value, label_logprobs
-from student_train.operator.head_chunks import Head, HeadGradients, check_positions
+from student_train.operator.head_chunks import Head, HeadGradients, check_positions, chunks
 from student_train.operator.loss_terms import Targets, TermGroup, group_terms, term_keys
 from student_train.operator.position_scores import PositionScores, evaluate_positions
 from student_train.operator.softmax_group import group_values_and_gradient
@@ -163,7 +163,7 @@ def _run_chunks(call: _Call, hidden: Tensor, sums: Tensor, gradients: HeadGradie
     num_buffers = 1 + num_copies + with_slope
     size = head.chunk_size(len(hidden), num_buffers, call.chunk_positions, call.chunk_bytes)
     buffers = [head.buffer(size) for _ in range(num_buffers)]
-    for where in head.chunks(len(hidden), num_buffers, size):
+    for where in chunks(len(hidden), size):
         logits, *spare = (buffer[: where.stop - where.start] for buffer in buffers)
         slope = spare.pop() if with_slope else None
         inputs = head.input_of(hidden[where])

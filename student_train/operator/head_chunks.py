@@ -117,12 +117,6 @@ class Head:
         """Return [C, W] uninitialised memory for a chunk's logits."""
         return torch.empty(num_positions, self.buffer_width, dtype=self.dtype, device=self.weight.device)
 
-    def chunks(self, num_positions: int, num_buffers: int, chunk_positions: int | None) -> Iterator[slice]:
-        """Yield slices of the positions, each small enough that `num_buffers` buffers stay within the budget."""
-        size = self.chunk_size(num_positions, num_buffers, chunk_positions)
-        for start in range(0, num_positions, size):
-            yield slice(start, min(start + size, num_positions))
-
     def chunk_size(
         self, num_positions: int, num_buffers: int, chunk_positions: int | None, chunk_bytes: int | None = None
     ) -> int:
@@ -202,6 +196,12 @@ def check_positions(head: Head, hidden: Tensor, labels: Tensor, targets: TargetB
             f"token id {lowest if lowest < 0 else highest} was found where the student's head has tokens 0 to "
             f"{head.vocab_size - 1}; use a cache made with the student's tokenizer"
         )
+
+
+def chunks(num_positions: int, size: int) -> Iterator[slice]:
+    """Yield slices of the positions, `size` of them each but the last."""
+    for start in range(0, num_positions, size):
+        yield slice(start, min(start + size, num_positions))
 
 
 @dataclass(slots=True, eq=False)

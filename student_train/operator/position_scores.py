@@ -24,7 +24,7 @@ from torch import Tensor
 from student_train.batch.target_batch import Members, TargetBatch
 from student_train.losses.forward_kl import forward_kl
 from student_train.losses.head_kl import head_kl
-from student_train.operator.head_chunks import Head, check_positions
+from student_train.operator.head_chunks import Head, check_positions, chunks
 from student_train.operator.softmax_group import finite, student_masses
 
 
@@ -75,9 +75,10 @@ def evaluate_positions(
     kl, nll, top1, least, most = (torch.empty(num_positions, device=hidden.device) for _ in range(5))
     equal, in_top5, is_label = (torch.empty(num_positions, dtype=torch.bool, device=hidden.device) for _ in range(3))
     scores = PositionScores(kl, equal, nll, in_top5, is_label, top1, least, most)
-    buffer = head.buffer(head.chunk_size(num_positions, 1, chunk_positions))
+    size = head.chunk_size(num_positions, 1, chunk_positions)
+    buffer = head.buffer(size)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for where in head.chunks(num_positions, 1, chunk_positions):
+        for where in chunks(num_positions, size):
             logits = buffer[: where.stop - where.start]
             head.logits_into(logits, head.input_of(hidden[where]))
             _score_chunk(logits, labels[where], targets, where, head, scores)

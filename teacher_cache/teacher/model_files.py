@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import EngineError, ModelError, reason_of
-from shared.models import files as text_files
 from shared.models.config_file import read_config
 from shared.remote.hub import ask_hub
 from shared.special_files import refuse_special_files
@@ -105,18 +104,6 @@ def resolve_model(model: str, revision: str | None = None) -> ModelFiles:
         directory, commit = _download(model, revision)
     refuse_special_files(directory)
     return ModelFiles(model, directory, commit, read_config(directory / "config.json"))
-
-
-def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> Any:
-    """Load a model's tokenizer through transformers.
-
-    Raises:
-        EngineError: there is none, or it is not a fast one (spans and identity need `tokenizer.json`).
-    """
-    tokenizer = text_files.load_tokenizer(files.directory, trust_remote_code=trust_remote_code)
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{files.directory}: the tokenizer has no tokenizer.json form; expected a fast tokenizer")
-    return tokenizer
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

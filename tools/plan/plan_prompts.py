@@ -322,12 +322,13 @@ def _templates(recipe: Recipe) -> tuple[Any, list[Any]]:
         EngineError: the tokenizer cannot be loaded.
         PromptError: it has no template that renders.
     """
+    from shared.models.files import load_fast_tokenizer
     from teacher_cache.prompts.templates.spans import Template
-    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
+    from teacher_cache.teacher.model_files import resolve_model
 
     assert recipe.teacher is not None
     files = resolve_model(recipe.teacher.model, recipe.teacher.revision)
-    tokenizer = load_tokenizer(files, trust_remote_code=recipe.teacher.trust_remote_code)
+    tokenizer = load_fast_tokenizer(files.directory, trust_remote_code=recipe.teacher.trust_remote_code)
     return tokenizer, [Template(tokenizer, source) for source in recipe.prompts]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tools.report.numbers import NONE, Table, data_size, number, percent, times
+from tools.report.numbers import NONE, Table, data_size, kl_spread, number, percent, times
 from tools.report.teacher_tables import teachers_apart_table, teachers_table
 
 SIDE_LEGEND = (
@@ -36,18 +36,16 @@ QUESTIONS_LEGEND = (
     "says little about others; held-out prompts were not trained on."
 )
 COST_HEADER = (
-    *(
-        "model",
-        "parameters",
-        "smaller",
-        "weights",
-        "peak memory",
-        "first token",
-        "tokens/s",
-        "faster",
-        "tokens/s, batch",
-        "faster, batch",
-    ),
+    "model",
+    "parameters",
+    "smaller",
+    "weights",
+    "peak memory",
+    "first token",
+    "tokens/s",
+    "faster",
+    "tokens/s, batch",
+    "faster, batch",
 )
 COST_LEGEND = (
     "Measured on this machine in one run, three rounds by turns, medians. First token: a request for one token. "
@@ -110,9 +108,12 @@ def own_table(report: Mapping[str, Any]) -> Table:
     for name, model in report["models"].items():
         own = (model["heldout"] or {}).get("own")
         if own:
-            low, high = own.get("kl_low"), own.get("kl_high")
-            interval = "" if low is None or high is None else f"{low:.4f}\N{EN DASH}{high:.4f}"
-            cells = [number(own["kl_nats"], 4), interval, percent(own.get("top1_agreement")), *_alike(own["answers"])]
+            cells = [
+                number(own["kl_nats"], 4),
+                kl_spread(own),
+                percent(own.get("top1_agreement")),
+                *_alike(own["answers"]),
+            ]
             rows.append([name, *cells])
     return Table("On each model's own answers to held-out prompts", OWN_HEADER, rows, OWN_LEGEND, 1)
 

@@ -34,6 +34,12 @@ def kl_interval(heldout: Mapping[str, Any]) -> tuple[float, float] | None:
     return None if low is None or high is None or heldout.get("rows") == 1 else (low, high)
 
 
+def kl_spread(heldout: Mapping[str, Any]) -> str:
+    """Write the 95 % interval of a held-out KL; nothing where there is none."""
+    interval = kl_interval(heldout)
+    return f"{interval[0]:.4f}–{interval[1]:.4f}" if interval else ""
+
+
 def number(value: float | None, digits: int) -> str:
     """Return a number with so many decimals; a dash where there is none."""
     return NONE if value is None else f"{value:,.{digits}f}"

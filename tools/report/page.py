@@ -15,7 +15,7 @@ from typing import Any
 from tools.report import tables
 from tools.report.answer_filter import SCRIPT, script_source
 from tools.report.more_tables import more_tables
-from tools.report.numbers import NONE, Table, kl_interval, number, percent
+from tools.report.numbers import NONE, Table, kl_interval, kl_spread, number, percent
 from tools.report.run_files import RunFiles
 from tools.report.samples import Sample
 from tools.report.style import CSS
@@ -170,8 +170,7 @@ def _interval(model: Mapping[str, Any], title: str) -> tuple[float, float] | Non
 def _spread(model: Mapping[str, Any], title: str) -> str:
     heldout = model["heldout"] or {}
     if title == "held-out KL" and heldout:
-        interval = kl_interval(heldout)
-        return f"{interval[0]:.4f}–{interval[1]:.4f}" if interval else "one row" if heldout.get("rows") == 1 else ""
+        return kl_spread(heldout) or ("one row" if heldout.get("rows") == 1 else "")
     task = model["tasks"].get(title)
     return f"{100 * task['low']:.0f}–{100 * task['high']:.0f}" if task else ""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.capture import server_problems
 from shared.recipe.sections.teacher import ServedTeacher
 from teacher_cache.engines.protocol import Engine
-from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
 
 
 def refusal(teacher: ServedTeacher, capture: Capture | None) -> str | None:
@@ -29,5 +29,5 @@ def open_engine(
     """Open a client of the recipe's servers."""
     from teacher_cache.engines.server.server_engine import ServerEngine
 
-    tokenizer = load_tokenizer(resolve_model(str(model_dir)), trust_remote_code=teacher.trust_remote_code)
+    tokenizer = load_fast_tokenizer(model_dir, trust_remote_code=teacher.trust_remote_code)
     return ServerEngine(teacher, capture, model_dir, tokenizer=tokenizer, should_stop=should_stop)

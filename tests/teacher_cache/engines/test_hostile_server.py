@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from shared.errors import EngineError
+from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import Generate
 from shared.recipe.sections.capture import TopCapture
 from shared.recipe.sections.teacher import ServedTeacher
@@ -172,9 +173,7 @@ def model_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(model_dir):
-    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model
-
-    return load_tokenizer(resolve_model(str(model_dir)))
+    return load_fast_tokenizer(model_dir, trust_remote_code=False)
 
 
 @pytest.fixture

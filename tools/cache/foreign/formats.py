@@ -88,12 +88,10 @@ def _told(args: argparse.Namespace, form: str) -> Told:
             f"the format {form} does not hold its tokenizer; name the directory of the one that made its ids with "
             "--tokenizer"
         )
-    from shared.models.files import load_tokenizer
+    from shared.models.files import load_fast_tokenizer
     from teacher_cache.teacher.model_files import tokenizer_files
 
-    tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=False)
-    if not getattr(tokenizer, "is_fast", False):
-        raise UsageError(f"{args.tokenizer}: the tokenizer has no tokenizer.json form; expected a fast tokenizer")
+    tokenizer = load_fast_tokenizer(args.tokenizer, trust_remote_code=False)
     return Told(
         tokenizer,
         tokenizer_files(tokenizer),

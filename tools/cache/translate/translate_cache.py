@@ -26,7 +26,7 @@ from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
-from shared.models.files import load_tokenizer
+from shared.models.files import load_fast_tokenizer
 from shared.parts.part_stats import add_figures
 from shared.parts.records import list_records, read_record
 from shared.parts.sequences import SequenceRow
@@ -80,9 +80,7 @@ def translate_cache(
     """
     cache = Cache.open(source, targets)
     _refuse_derived(cache)
-    loaded = load_tokenizer(tokenizer, trust_remote_code=False)
-    if not getattr(loaded, "is_fast", False):
-        raise CacheError(f"{tokenizer}: the tokenizer has no tokenizer.json form; expected a fast tokenizer")
+    loaded = load_fast_tokenizer(tokenizer, trust_remote_code=False)
     files = tokenizer_files(loaded)
     before = cache.sequences_identity
     landing = Landing(tokenizer_without_code(source)["tokenizer.json"], files["tokenizer.json"])

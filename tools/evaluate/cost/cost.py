@@ -32,8 +32,6 @@ MEASURES = (
     *("parameters", "weights_bytes", "memory_bytes", "memory_above_start_bytes"),
     *("seconds_to_first_token", "tokens_per_second", "tokens_per_second_batched"),
 )
-COST_NUMBERS = (*MEASURES, "compression", "speed_up", "speed_up_batched")
-"""Numbers (or nulls) of a model's figures."""
 
 
 def cost_path(recipe: Recipe) -> Path:

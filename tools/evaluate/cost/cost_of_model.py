@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import Generate, Recipe
 from teacher_cache.engines.protocol import GenerateRequest
-from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.cost.cost import cost_prompts
 from tools.evaluate.models.generate_answers import Ask, open_for
 from tools.evaluate.models.model_ends import taught_end_ids
@@ -40,7 +40,7 @@ def measure_model(recipe: Recipe, name: str) -> dict[str, Any]:
         EngineError: its engine cannot start.
     """
     model = model_under_test(recipe, name)
-    tokenizer = load_tokenizer(model.files, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_fast_tokenizer(model.files.directory, trust_remote_code=model.trust_remote_code)
     prompts = cost_prompts(recipe)
     ids = prompt_ids(recipe, prompts, model, tokenizer)
     length = min(LONGEST_ANSWER, recipe.evaluate.max_new_tokens)

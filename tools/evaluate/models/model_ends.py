@@ -14,8 +14,8 @@ from typing import Any
 from shared.cache.cache import Cache
 from shared.cache.trained_ends import trained_ends
 from shared.models.end_tokens import declared_end_ids, end_token_ids, special_ids
+from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import PromptSource, Recipe
-from teacher_cache.teacher.model_files import load_tokenizer
 from tools.evaluate.models.models import ModelUnderTest
 from tools.evaluate.models.rendering import template_end
 
@@ -41,7 +41,7 @@ def foreign_end_ids(recipe: Recipe, model: ModelUnderTest, sources: Sequence[Pro
         PromptError: as for `taught_end_ids`.
         CacheError: as for `taught_end_ids`.
     """
-    tokenizer = load_tokenizer(model.files, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_fast_tokenizer(model.files.directory, trust_remote_code=model.trust_remote_code)
     own = end_token_ids(tokenizer, declared_end_ids(model.files.directory))
     return [token for token in taught_end_ids(recipe, tokenizer, sources) if token not in own]
 

@@ -43,9 +43,10 @@ def files_of_tokenizer(model: str, *, trusts: bool) -> dict[str, bytes]:
     Raises:
         ModelError: it cannot be loaded.
     """
-    from teacher_cache.teacher.model_files import load_tokenizer, resolve_model, tokenizer_files
+    from shared.models.files import load_fast_tokenizer
+    from teacher_cache.teacher.model_files import resolve_model, tokenizer_files
 
-    return tokenizer_files(load_tokenizer(resolve_model(model), trust_remote_code=trusts))
+    return tokenizer_files(load_fast_tokenizer(resolve_model(model).directory, trust_remote_code=trusts))
 
 
 def _fetched(name: str, revision: str | None) -> str | None:

@@ -41,11 +41,8 @@ def stage_problems(asked: Asked) -> Iterator[Problem]:
                     raise DecantError(f"'{stage.init_from}' holds no config.json; name the directory of a model")
 
             yield from said(("stages", i, "init_from"), there)
-        unknown = [name for name in stage.mixture or {} if sources is not None and name not in sources]
-        for name in unknown:
-            near = closest(name, sorted(sources or ()))
-            known = quoted(sorted(sources or ()))
-            yield ("stages", i, "mixture", name), f"no row has the source '{name}'; expected {known}{near}"
+        for name in stage.mixture or {}:
+            yield from _unknown_source(("stages", i, "mixture", name), name, sources)
         yield from _refused_rows(asked, i, stage)
         yield from ((("stages", i, *place), said) for place, said in _taught_sources(stage, sources))
         yield from ((("stages", i, *place), said) for place, said in _layers(asked, stage))
@@ -76,6 +73,13 @@ def _sources(asked: Asked) -> set[str] | None:
     return found or None
 
 
+def _unknown_source(place: Place, name: str, sources: set[str] | None) -> Iterator[Problem]:
+    """Name a source that no row has or will have, where that can be said."""
+    if sources is not None and name not in sources:
+        near = closest(name, sorted(sources))
+        yield place, f"no row has the source '{name}'; expected {quoted(sorted(sources))}{near}"
+
+
 def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
     """Check that the layers that a stage names are there or will be, with its temperatures."""
     recipe = asked.recipe
@@ -101,10 +105,7 @@ def _taught_sources(stage: Stage, sources: set[str] | None) -> Iterator[Problem]
     for i, entry in enumerate(stage.targets):
         taught |= sources if entry.sources is None else set(entry.sources)
         for j, name in enumerate(entry.sources or ()):
-            if name not in sources:
-                near = closest(name, sorted(sources))
-                sentence = f"no row has the source '{name}'; expected {quoted(sorted(sources))}{near}"
-                yield ("targets", i, "sources", j), sentence
+            yield from _unknown_source(("targets", i, "sources", j), name, sources)
     untaught = sorted((sources if stage.mixture is None else set(stage.mixture)) - taught)
     if untaught and not any(loss.name in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy") for loss in stage.losses):
         sentence = (
