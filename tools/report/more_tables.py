@@ -49,8 +49,8 @@ COST_HEADER = (
 )
 COST_LEGEND = (
     "Measured on this machine in one run, three rounds by turns, medians. First token: a request for one token. "
-    "Tokens/s: greedy "
-    "answers one after another, and ten prompts at once. Smaller, faster: against the teacher. Peak memory: {memory}."
+    "Tokens/s: greedy answers one after another, and ten prompts at once. Smaller, faster: against the teacher. "
+    "Peak memory: {memory}."
 )
 _ALIKE = ("answers", "tokens each", "over teacher's", "cut", "repeat themselves")
 OWN_HEADER = ("model", "KL", "95 % interval", "top-1", *_ALIKE)

@@ -174,8 +174,8 @@ class ServerCheck:
         if variation > MOST_VARIATION:
             raise EngineError(
                 f"{server.name}: gives a probe probabilities that differ by {variation:.2f} (total variation) from "
-                "those of "
-                f"{self._probe[0]}; start every server with the same weights and settings, and again after a change"
+                f"those of {self._probe[0]}; start every server with the same weights and settings, and again after "
+                "a change"
             )
 
 
@@ -189,8 +189,7 @@ def scores_problem(ids: NDArray[np.int32], values: NDArray[np.float32], *, decla
     if declared_float32 and ties > MOST_TIES:
         return (
             f"{ties:.0%} of neighbouring log-probabilities tie, so its head runs in 16 bits where teacher.head_dtype "
-            "is float32; "
-            """start it with --hf-overrides '{"head_dtype": "float32"}', or write head_dtype: auto"""
+            """is float32; start it with --hf-overrides '{"head_dtype": "float32"}', or write head_dtype: auto"""
         )
     return None
 
