@@ -16,6 +16,8 @@ from student_train.losses.forward_kl import forward_kl
 
 def decoupled_kl(log_p: Tensor, log_q: Tensor, head_temperature: float = 2.0) -> Tensor:
     """Return [C] the divergence in nats of log-masses [C, M] at T = 1, the bucket's last."""
+    if log_p.shape[1] == 1:  # no position has a head: nothing but the bucket
+        return forward_kl(log_p, log_q)
     log_p, log_q = without_padding(log_p, log_q)
     halves = [torch.stack([torch.logsumexp(log[:, :-1], 1), log[:, -1]], 1) for log in (log_p, log_q)]
     sharp_p, sharp_q = ((log[:, :-1] / head_temperature).log_softmax(1) for log in (log_p, log_q))

@@ -66,6 +66,14 @@ def test_value_and_gradients_equal_dense_autograd(name, shape, temperature):
     assert_equal_to_dense(case, terms, 1e-4, chunk_positions=4, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("by_entropy", [False, True])
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if "ragged" not in REFUSED.get(name, ())])
+def test_chunk_of_positions_without_a_head_equals_dense_autograd(name, by_entropy):
+    case = make_case("ragged", seed=3)
+    assert case.supports[0] == []
+    assert_equal_to_dense(case, [replace(TERMS[1.0](name)[0], by_entropy=by_entropy)], 1e-9, chunk_positions=1)
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
