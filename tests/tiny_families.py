@@ -121,6 +121,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ministral": ("ministral", _SIZES | _WINDOW | {"head_dim": 16}),
     "mistral": ("mistral", _SIZES | _WINDOW),
     "mixtral": ("mixtral", _SIZES | _EXPERTS | _WINDOW),
+    "moshi": ("moshi", _SIZES | _WINDOW | {"head_dim": 16, "ffn_dim": 96, "audio_vocab_size": 8, "num_codebooks": 2}),
     "mpt": ("mpt", {"vocab_size": VOCAB_SIZE, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
     "nemotron": ("nemotron", _SIZES),
     "olmo2": ("olmo2", _SIZES),

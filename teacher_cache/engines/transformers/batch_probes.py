@@ -1,12 +1,15 @@
 """What a model does with rows in a batch, asked of the model itself: is padding seen, do cached states continue a row?
 
 Recurrent models read padding as text; some keep no states under the name that transformers' attention layers do, and
-see each further token alone. Both are compared with whole rows in float32, where only rounding may differ.
+see each further token alone; one drops keys from its cache beyond a window that its attention does not have. Both are
+compared with whole rows in float32, where only rounding may differ.
 Cost: a few forward passes of two short rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +20,9 @@ from shared.models.forward.wide_weights import in_float32
 _SHORT_ROW = 7
 _UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What models with a cache of their own raise when they meet another."""
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Names in a config by which transformers' masks and caches learn how many tokens a layer looks back."""
+_SHORT_WINDOW = 4
 
 
 class Asked(Protocol):
@@ -69,7 +75,7 @@ def empty_cache(model: Asked) -> Any:
 
 
 def cache_is_whole(model: Asked, *, pads: bool) -> bool:
-    """Say whether states that follow a cache are those of the whole rows, token by token.
+    """Say whether states that follow a cache are those of the whole rows, token by token, also beyond a window.
 
     Args:
         model: what is asked.
@@ -79,7 +85,7 @@ def cache_is_whole(model: Asked, *, pads: bool) -> bool:
     tokens, mask = _two_rows(model, length)
     if pads:
         mask[1, :3] = 0
-    with in_float32(model.model):
+    with in_float32(model.model), _short_windows(model.config):
         whole = model.hidden(tokens, mask)[:, _SHORT_ROW - 1 :]
         cache, start, found = empty_cache(model), 0, []
         try:
@@ -91,6 +97,20 @@ def cache_is_whole(model: Asked, *, pads: bool) -> bool:
         except _UNFIT:
             return False
     return _are_equal(torch.stack(found, 1), whole)
+
+
+@contextmanager
+def _short_windows(config: Any) -> Iterator[None]:
+    """Shorten the windows of masks and caches alike, so that the probe's rows are longer than any."""
+    found = {name: getattr(config, name, None) for name in _WINDOWS}
+    wide = {name: value for name, value in found.items() if isinstance(value, int) and value > _SHORT_WINDOW}
+    try:
+        for name in wide:
+            setattr(config, name, _SHORT_WINDOW)
+        yield
+    finally:
+        for name, value in wide.items():
+            setattr(config, name, value)
 
 
 def _two_rows(model: Asked, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,11 +69,11 @@ def test_scores_of_a_batch_are_those_of_each_row_alone(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_dynamic", "phi3_longrope", "gemma2", "lfm2", "llama4", "mamba", "rwkv", "whisper"]
+    "name", ["llama_dynamic", "phi3_longrope", "gemma2", "lfm2", "llama4", "mamba", "moshi", "rwkv", "whisper"]
 )
 def test_greedy_answers_are_those_of_the_whole_prefix_each_time(name):
-    """Also across the length where the rotation changes, where cached keys are of no use, and where states are cached
-    under another name or in another way.
+    """Also across the length where the rotation changes, where cached keys are of no use, where states are cached under
+    another name or in another way, and where a cache drops keys that the whole row's attention sees.
     """
     own = make_family(name, spread=0.3)
     stock = make_family(name, spread=0.3, attention="sdpa" if own._supports_sdpa else "eager")
