@@ -101,17 +101,26 @@ class Gaps:
         self.reshaped = sorted(reshaped, key=lambda one: _natural(one[0]))
 
     @classmethod
-    def of(cls, report: Any, *, quantised: bool) -> Gaps:
+    def of(cls, report: Any, *, quantised: bool, modules: Collection[str] = ()) -> Gaps:
         """Read a loading report of transformers.
 
         A checkpoint that is stored quantised holds other tensors in place of a weight (`qweight`, `scales`), and packed
-        ones: there a weight is missing where its module has nothing at all.
+        ones: there a weight is missing where its module has nothing at all, a bias as ever, and a tensor is unexpected
+        in a block (`layers.2`) that the class does not have.
+
+        Args:
+            report: as `output_loading_info` gives it.
+            quantised: whether it is of such a checkpoint.
+            modules: names of the class's modules.
         """
         missing, unexpected = report["missing_keys"], report["unexpected_keys"]
         if not quantised:
             return cls(missing, unexpected, report["mismatched_keys"])
         places = {_place(name) for name in unexpected}
-        return cls([name for name in missing if _place(name) not in places])
+        return cls(
+            [name for name in missing if name.endswith("bias") or _place(name) not in places],
+            [name for name in unexpected if _is_beyond(name, modules)],
+        )
 
     def refuse(self, name: str, class_name: str) -> None:
         """Raise where anything differs.
@@ -142,6 +151,14 @@ class Gaps:
 def _place(name: str) -> str:
     """Return the module that a tensor is of; the experts of a layer count as one."""
     return re.sub(r"\.[\w-]*experts\..*|\.[^.]*$", "", name)
+
+
+def _is_beyond(name: str, modules: Collection[str]) -> bool:
+    """Tell whether a tensor is of a numbered block that its list lacks, as `model.layers.2.mlp.up.scales` where there
+    are two.
+    """
+    found = re.match(r"(.*?)\.\d+(?=\.)", name)
+    return found is not None and found[1] in modules and found[0] not in modules
 
 
 def _natural(name: str) -> list[Any]:

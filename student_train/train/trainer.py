@@ -19,7 +19,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from shared.errors import TrainingError
-from shared.models.weights.checkpoint import weight_names
+from shared.models.weights.weight_headers import stored_tensors
 from shared.process.failpoints import failpoint
 from shared.progress import Progress
 from student_train.batch.collate import collate
@@ -377,7 +377,7 @@ class DistilTrainer(ShardedTrainer):
         """
         checkpoint, own = Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model)
         if isinstance(own, PreTrainedModel):
-            unknown = weight_names(checkpoint) - set(own.state_dict())
+            unknown = stored_tensors(checkpoint).keys() - set(own.state_dict())
             if unknown:
                 raise TrainingError(
                     f"{checkpoint} holds weights by other names than the student ({min(unknown)}), as earlier versions "

@@ -33,7 +33,30 @@ def merge_adapter(model: Any, directory: str | Path) -> Any:
         ModelError: as `add_saved_adapter`, or it is of a kind that cannot be merged.
     """
     with loading(f"the adapter '{directory}'", ADAPTER):
-        return add_saved_adapter(model, directory).merge_and_unload(safe_merge=True)
+        wrapped = add_saved_adapter(model, directory)
+        _untie_adapted(wrapped.get_base_model())
+        return wrapped.merge_and_unload(safe_merge=True)
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give the head a tensor of its own where it shares that of the embeddings and an adapter is on either.
+
+    The adapter adds to what one of them computes; merged into a shared tensor it would change both.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [model.get_output_embeddings(), model.get_input_embeddings()]
+    if not any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        return
+    plain = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+    weights: list[Any] = [getattr(layer, "weight", None) for layer in plain]
+    if weights[0] is None or weights[0] is not weights[1]:
+        return
+    plain[0].weight = torch.nn.Parameter(weights[0].detach().clone(), requires_grad=False)
+    model.all_tied_weights_keys = {}
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def add_saved_adapter(model: Any, directory: str | Path) -> Any:

@@ -10,22 +10,19 @@ Cost: the headers of the files and the modules of the class, a second or two for
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from shared.errors import ModelError, reason_of
+from shared.errors import ModelError
 from shared.models.files import load_config
 from shared.models.load_report import Gaps, loading, without_bars
 from shared.models.weights.adapters import add_saved_adapter, refuse_adapter_inside
+from shared.models.weights.quantised_parts import missing_parts
+from shared.models.weights.weight_headers import stored_tensors
 from shared.special_files import refuse_special_files
 
 logger = logging.getLogger(__name__)
-
-MAX_INDEX_BYTES = 2**26
 
 
 def check_checkpoint(directory: Path, *, what: str, trust_remote_code: bool, adapter: str | Path | None = None) -> None:
@@ -126,7 +123,10 @@ def _class_of(config: Any, trust_remote_code: bool, name: str) -> Any:
 
 def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tuple[Any, Gaps]:
     """Return an empty model and where the checkpoint differs from it."""
-    tensors = dict(_meta_tensors(directory))
+    import torch
+
+    stored = stored_tensors(directory)
+    tensors = {name: torch.empty(one.shape, device="meta") for name, one in stored.items()}
     quantised = getattr(config, "quantization_config", None) is not None
     for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
@@ -140,66 +140,7 @@ def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tu
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    return model, Gaps.of(report, quantised=quantised)
-
-
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, EOFError, UnpicklingError)
-"""What reading raises for weights that are none, or hold code."""
-
-
-def _meta_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (name, empty tensor of that shape and dtype) of a checkpoint."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    for path in weight_files(directory):
-        try:
-            if path.suffix == ".bin":
-                yield from torch.load(path, map_location="meta", weights_only=True, mmap=True).items()
-                continue
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - no mapping
-                    yield name, torch.empty(opened.get_slice(name).get_shape(), device="meta")
-        except (*_UNREADABLE, SafetensorError) as error:
-            raise ModelError(
-                f"{path}: cannot be read as weights ({reason_of(error, 200)}); copy or download the file again"
-            ) from error
-
-
-def weight_names(directory: Path) -> set[str]:
-    """Return the names of a checkpoint's tensors; errors as for `weight_files`."""
-    return {name for name, _ in _meta_tensors(directory)}
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Return the files that hold a model's weights, as transformers chooses them, and vLLM after it.
-
-    Raises:
-        ModelError: there are none, or the index names one that is not there.
-    """
-    for ending, stem in ((".safetensors", "model"), (".bin", "pytorch_model")):
-        whole, index = directory / f"{stem}{ending}", directory / f"{stem}{ending}.index.json"
-        if whole.is_file():
-            return [whole]
-        if index.is_file():
-            return _indexed(index)
-    if found := sorted(directory.glob("*.safetensors")):
-        return found
-    raise ModelError(
-        f"{directory}: holds no weights; expected model.safetensors, or model.safetensors.index.json with its files"
-    )
-
-
-def _indexed(index: Path) -> list[Path]:
-    try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise ValueError(f"larger than {MAX_INDEX_BYTES:,} bytes")
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"{index}: cannot be read as an index of weights ({error}); copy or download it again"
-        ) from error
-    for name in names:
-        if Path(str(name)).name != name or not (index.parent / name).is_file():
-            raise ModelError(f"{index} names the file {name!r}, which is not beside it; copy or download it again")
-    return [index.parent / name for name in names]
+    gaps = Gaps.of(report, quantised=quantised, modules={name for name, _ in model.named_modules()})
+    if quantised and not gaps.missing:
+        gaps = Gaps(missing_parts(stored), gaps.unexpected)
+    return model, gaps

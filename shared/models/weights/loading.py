@@ -56,7 +56,8 @@ def load_causal_lm(
             **settings,
         )
     quantizer = getattr(model, "hf_quantizer", None)
-    gaps = Gaps.of(report, quantised=quantizer is not None and quantizer.pre_quantized)
+    quantised = quantizer is not None and quantizer.pre_quantized
+    gaps = Gaps.of(report, quantised=quantised, modules={name for name, _ in model.named_modules()})
     is_only_more = gaps.unexpected and not gaps.missing and not gaps.reshaped
     if is_only_more and fits_named_class(source, revision, type(model), trust_remote_code=trust_remote_code):
         gaps = Gaps()  # the text model of a larger one, whose other parts are the rest

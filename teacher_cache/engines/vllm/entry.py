@@ -7,6 +7,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
+from shared.errors import ModelError
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.engines.protocol import Engine
@@ -31,6 +32,20 @@ def refusal(teacher: VllmTeacher, capture: Capture | None) -> str | None:
             "so tails at other temperatures and draws cannot be captured; "
             f"expected below {'.'.join(map(str, NEWEST_VLLM))}"
         )
+    return _head_problem(teacher)
+
+
+def _head_problem(teacher: VllmTeacher) -> str | None:
+    """Say why vLLM would read a directory's head and embeddings otherwise than transformers, or None."""
+    directory = Path(teacher.model).expanduser()
+    if teacher.adapter is not None or not any(directory.glob("*.safetensors")):
+        return None
+    from teacher_cache.engines.vllm.vllm_weights import refuse_head_alone
+
+    try:
+        refuse_head_alone(directory)
+    except ModelError as error:
+        return str(error)
     return None
 
 

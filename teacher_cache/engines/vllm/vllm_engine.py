@@ -37,6 +37,7 @@ from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
 from teacher_cache.engines.vllm.vllm_self_test import choose_capture_path, scoring_parameters
 from teacher_cache.engines.vllm.vllm_settings import VllmSettings, plan_settings
 from teacher_cache.engines.vllm.vllm_version import installed_vllm
+from teacher_cache.engines.vllm.vllm_weights import only_chosen, refuse_head_alone
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class VllmEngine:
                 raise EngineError(f"vLLM would run on the CPU: {problem}")
             if teacher.adapter is None:
                 check_checkpoint(model_dir, what="the teacher", trust_remote_code=teacher.trust_remote_code)
+                refuse_head_alone(model_dir)
+                model_dir = only_chosen(model_dir, self._new_scratch())
             else:
                 model_dir = self._folded(teacher, model_dir)
             self._declared_ends = declared_end_ids(model_dir)
@@ -102,11 +105,13 @@ class VllmEngine:
             raise EngineError(
                 "teacher.adapter cannot be folded into weights that teacher.quantization changes; merge it beforehand"
             )
-        self._scratch = tempfile.TemporaryDirectory(prefix="decant-teacher-")
-        destination = Path(self._scratch.name)
         return fold_adapter(
-            model_dir, Path(str(teacher.adapter)), destination, trust_remote_code=teacher.trust_remote_code
+            model_dir, Path(str(teacher.adapter)), self._new_scratch(), trust_remote_code=teacher.trust_remote_code
         )
+
+    def _new_scratch(self) -> Path:
+        self._scratch = tempfile.TemporaryDirectory(prefix="decant-teacher-")
+        return Path(self._scratch.name)
 
     def generate(self, requests: Iterable[GenerateRequest], settings: Generate) -> Iterator[Generated]:
         """Answer each request once, as it finishes.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 
 from shared.models.gpus import list_gpus
-from shared.models.weights.checkpoint import weight_files
+from shared.models.weights.weight_headers import weight_files
 from shared.process.machine import memory_bytes, num_cores
 from shared.recipe.recipe import Recipe
 from tools.evaluate.models.model_process import end_running
