@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from shared.errors import DamagedError
+from shared.parts.flat_tables import INT32, INT64, OUTSIDE, FlatTables
 
 _MAGIC = b"ARROW1"
 _CONTINUATION = b"\xff\xff\xff\xff"
 _END_OF_STREAM = _CONTINUATION + bytes(4)
 _RECORD_BATCH = 3
-_INT32, _UINT16, _INT64 = struct.Struct("<i"), struct.Struct("<H"), struct.Struct("<q")
 _BLOCK = struct.Struct("<qi4xq")
 _PAIR = struct.Struct("<qq")
 
@@ -36,7 +36,7 @@ class _Block:
     body_bytes: int
 
 
-class ArrowLayout:
+class ArrowLayout(FlatTables):
     """Blocks of one Arrow IPC file."""
 
     def __init__(self, data: memoryview) -> None:
@@ -48,10 +48,10 @@ class ArrowLayout:
         Raises:
             DamagedError: it is no Arrow IPC file, has dictionaries, or its blocks do not fill it from schema to footer.
         """
-        self._data = data.cast("B")
+        super().__init__(data)
         try:
             self.blocks = list(self._read_footer())
-        except (struct.error, IndexError, OverflowError):
+        except OUTSIDE:
             raise DamagedError("its footer points outside the file") from None
 
     def check_batch(self, number: int, schema: pa.Schema) -> int:
@@ -62,26 +62,26 @@ class ArrowLayout:
         """
         try:
             return self._check_batch(self.blocks[number], schema)
-        except (struct.error, IndexError, OverflowError):
+        except OUTSIDE:
             raise DamagedError(f"the header of record batch {number} points outside the file") from None
 
     def _read_footer(self) -> Iterator[_Block]:
-        data = self._data
+        data = self.data
         if len(data) < 32 or data[:6] != _MAGIC or data[-6:] != _MAGIC:
             raise DamagedError("it does not begin and end as an Arrow file")
-        size = self._at(_INT32, len(data) - 10)
+        size = self.at(INT32, len(data) - 10)
         start = len(data) - 10 - size
         if not 0 < size <= len(data) - 24:
             raise DamagedError(f"its footer claims {size} bytes of {len(data)}")
-        root = start + self._at(_INT32, start)
-        if self._vector(root, 2)[1]:
+        root = start + self.at(INT32, start)
+        if self.vector(root, 2)[1]:
             raise DamagedError("it has dictionaries where a cache has none")
-        first, count = self._vector(root, 3)
+        first, count = self.vector(root, 3)
         if count > (len(data) - first) // _BLOCK.size:
             raise DamagedError(f"its footer claims {count} record batches")
-        end = 16 + self._at(_INT32, 12)
+        end = 16 + self.at(INT32, 12)
         for i in range(count):
-            block = _Block(*self._unpack(_BLOCK, first + i * _BLOCK.size))
+            block = _Block(*self.unpack(_BLOCK, first + i * _BLOCK.size))
             if block.offset != end or block.header_bytes < 16 or block.body_bytes < 0:
                 raise DamagedError(f"record batch {i} lies at {block.offset} where {end} is expected")
             end += block.header_bytes + block.body_bytes
@@ -91,18 +91,18 @@ class ArrowLayout:
 
     def _check_batch(self, block: _Block, schema: pa.Schema) -> int:
         start = block.offset
-        if self._data[start : start + 4] != _CONTINUATION or self._at(_INT32, start + 4) != block.header_bytes - 8:
+        if self.data[start : start + 4] != _CONTINUATION or self.at(INT32, start + 4) != block.header_bytes - 8:
             raise DamagedError(f"no message of {block.header_bytes} bytes starts at {start}")
-        message = start + 8 + self._at(_INT32, start + 8)
-        kind, header, body = (self._field(message, i) for i in (1, 2, 3))
-        body_bytes = self._at(_INT64, body) if body else 0
-        if not kind or not header or self._data[kind] != _RECORD_BATCH or body_bytes != block.body_bytes:
+        message = start + 8 + self.at(INT32, start + 8)
+        kind, header, body = (self.field(message, i) for i in (1, 2, 3))
+        body_bytes = self.at(INT64, body) if body else 0
+        if not kind or not header or self.data[kind] != _RECORD_BATCH or body_bytes != block.body_bytes:
             raise DamagedError(f"the message at {start} is no record batch of {block.body_bytes} bytes")
-        batch = header + self._at(_INT32, header)
-        if self._field(batch, 3):
+        batch = header + self.at(INT32, header)
+        if self.field(batch, 3):
             raise DamagedError("it is compressed inside where a part is stored plain")
-        length = self._field(batch, 0)
-        rows = self._at(_INT64, length) if length else 0
+        length = self.field(batch, 0)
+        rows = self.at(INT64, length) if length else 0
         self._check_nodes(batch, rows, schema)
         self._check_buffers(batch, body_bytes)
         return rows
@@ -110,48 +110,24 @@ class ArrowLayout:
     def _check_nodes(self, batch: int, rows: int, schema: pa.Schema) -> None:
         """Compare lengths and null counts with the schema's fields, children included."""
         names = [entry for field in schema for entry in _flattened(field, field.name, 0)]
-        first, count = self._vector(batch, 1)
+        first, count = self.vector(batch, 1)
         if count != len(names):
             raise DamagedError(f"it has {count} columns and children where its schema has {len(names)}")
         for i, (name, nullable, depth) in enumerate(names):
-            length, nulls = self._unpack(_PAIR, first + i * _PAIR.size)
+            length, nulls = self.unpack(_PAIR, first + i * _PAIR.size)
             if length < 0 or (depth == 0 and length != rows):
                 raise DamagedError(f"its column {name} has {length} values in {rows} rows")
             if nulls and not nullable:
                 raise DamagedError(f"its column {name} has {nulls} nulls where the format allows none")
 
     def _check_buffers(self, batch: int, body_bytes: int) -> None:
-        first, count = self._vector(batch, 2)
+        first, count = self.vector(batch, 2)
         end = 0
         for i in range(min(count, 1024)):
-            offset, length = self._unpack(_PAIR, first + i * _PAIR.size)
+            offset, length = self.unpack(_PAIR, first + i * _PAIR.size)
             if offset < end or length < 0 or offset + length > body_bytes:
                 raise DamagedError(f"its buffer {i} lies at [{offset}, {offset + length}) of {body_bytes} bytes")
             end = offset + length
-
-    def _at(self, kind: struct.Struct, place: int) -> int:
-        return int(self._unpack(kind, place)[0])
-
-    def _unpack(self, kind: struct.Struct, place: int) -> tuple[int, ...]:
-        if place < 0:  # counts from the end for struct
-            raise struct.error
-        return kind.unpack_from(self._data, place)
-
-    def _field(self, table: int, index: int) -> int | None:
-        """Return where a table's field lies; None where it has its default."""
-        vtable = table - self._at(_INT32, table)
-        if 4 + 2 * index >= self._at(_UINT16, vtable):
-            return None
-        offset = self._at(_UINT16, vtable + 4 + 2 * index)
-        return table + offset if offset else None
-
-    def _vector(self, table: int, index: int) -> tuple[int, int]:
-        """Return where a vector's first item lies, and how many it has."""
-        field = self._field(table, index)
-        if field is None:
-            return 0, 0
-        start = field + self._at(_INT32, field)
-        return start + 4, max(0, self._at(_INT32, start))
 
 
 def _flattened(field: pa.Field, name: str, depth: int) -> Iterator[tuple[str, bool, int]]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,6 +30,7 @@ from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import KEY_BYTES
 from shared.parts.cache_files import open_regular, parse_json, read_bounded, read_json
+from shared.parts.parquet_pages import unpacked_bytes
 from shared.parts.part_stats import TargetsFigures, targets_stats, targets_stats_problem
 from shared.parts.parts import commit_part
 from shared.parts.records import checked_model, list_records, read_record
@@ -162,7 +163,7 @@ def _import_file(file: Path, export: Export, writer: CacheWriter, target: Path, 
             if opened.metadata.num_rows > MAX_ROWS_PER_PART:
                 found = opened.metadata.num_rows
                 raise DamagedError(f"{file} has {found} rows where a part has at most {MAX_ROWS_PER_PART}")
-            check_unpacked(file, opened, file_bytes)
+            check_unpacked(file, source, opened)
             about = _about(file, opened.schema_arrow.metadata)
             for table in _plain_batches(opened, schema, _most_bytes(file_bytes)):
                 _read_batch(file, table, codec, rows, scores)
@@ -195,19 +196,18 @@ def _about(file: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]
     return about
 
 
-def check_unpacked(file: Path, opened: pq.ParquetFile, file_bytes: int) -> int:
-    """Return the bytes that a file says it unpacks to.
+def check_unpacked(file: Path, source: BinaryIO, opened: pq.ParquetFile) -> int:
+    """Return the bytes that a file says it unpacks to, page by page; `source` is the file that is `opened`.
 
     Raises:
         DamagedError: they are out of proportion to its own.
+        ValueError: a page contradicts the format.
     """
-    metadata = opened.metadata
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    unpacked = sum(max(column.total_uncompressed_size, 4 * column.num_values) for column in columns)
+    file_bytes = os.fstat(source.fileno()).st_size
+    unpacked = unpacked_bytes(source, opened.metadata)
     if unpacked > _most_bytes(file_bytes):
         raise DamagedError(f"{file} claims {unpacked:,} bytes in {file_bytes:,}; it was altered")
-    return int(unpacked)
+    return unpacked
 
 
 def _check_kinds(file: Path, found: pa.Schema, wanted: pa.Schema) -> None:

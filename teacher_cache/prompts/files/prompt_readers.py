@@ -1,7 +1,7 @@
 """From a file to rows, one at a time: JSON lines, JSON lists, tables of text, plain texts, parquet and arrow.
 
 JSON lines are handed on as text, because only then does an error know its line. JSON lists are read entry by entry, csv
-by the standard library (every value stays the text that it is), parquet and arrow by `datasets`. Of text, no row longer
+by the standard library (every value stays the text that it is), parquet and arrow by tables.py. Of text, no row longer
 than MAX_LINE_BYTES is read.
 Cost: one pass, memory for one row (one row group of parquet).
 """
@@ -19,13 +19,11 @@ from typing import Any
 from shared.errors import PromptError, reason_of
 from shared.text.text_encoding import other_encoding
 from teacher_cache.prompts.files.json_lists import read_list
-from teacher_cache.prompts.files.packed_files import BLOCK_BYTES, FREE_BYTES, open_bytes
+from teacher_cache.prompts.files.packed_files import BLOCK_BYTES, open_bytes
 from teacher_cache.prompts.files.prompt_directories import kind_of
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line, or plain text, that is read."""
-_MAX_PARQUET_RATIO = 256
-"""A table may unpack to so many bytes for each of its own beyond the free ones; real ones make 2 to 20."""
 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What stands for bytes that are not UTF-8."""
@@ -195,26 +193,11 @@ def _text(path: Path) -> Iterator[Numbered]:
 
 
 def _table(path: Path, kind: str) -> Iterator[Numbered]:
-    import datasets
+    from teacher_cache.prompts.files.tables import arrow_rows, parquet_rows
 
-    if kind == "parquet":
-        _refuse_out_of_proportion(path)
-    name = str(path).replace("[", "[[]")
-    rows = datasets.load_dataset(kind, split="train", streaming=True, data_files=name)
+    rows = parquet_rows(path) if kind == "parquet" else arrow_rows(path)
     for number, row in enumerate(rows, start=1):
-        yield number, without_nulls(row)
-
-
-def _refuse_out_of_proportion(path: Path) -> None:
-    """Refuse a table by what it says that it unpacks to, before anything of it is unpacked."""
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(path)
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    unpacked = sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
-    most = FREE_BYTES + _MAX_PARQUET_RATIO * path.stat().st_size
-    if unpacked > most:
-        raise ValueError(f"it claims to unpack to {unpacked:,} bytes, and at most {most:,} are taken of its size")
+        yield number, row if isinstance(row, ValueError) else without_nulls(row)
 
 
 def read_hub(path: str, revision: str, split: str, config: str | None) -> Iterator[Numbered]:

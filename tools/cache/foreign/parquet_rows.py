@@ -5,7 +5,6 @@ Sizes are looked at before anything is unpacked; columns that are not asked for 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +92,7 @@ def parquet_rows(files: Sequence[Path], columns: Mapping[str, Kind]) -> Iterator
 
 def _rows_of(file: Path, columns: Mapping[str, Kind]) -> Iterator[tuple[str, Mapping[str, Lists], int]]:
     with open_regular(file) as source, pq.ParquetFile(source) as opened:
-        size = check_unpacked(file, opened, os.fstat(source.fileno()).st_size)
+        size = check_unpacked(file, source, opened)
         for name, kind in columns.items():
             _check_kind(file, opened.schema_arrow, name, kind)
         at_once = max(1, min(_MOST_ROWS, _BATCH_BYTES * max(opened.metadata.num_rows, 1) // max(size, 1)))
