@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,14 @@ def test_tasks_are_names_and_files_with_hashes_of_all_that_they_name(tmp_path: P
     ):
         with pytest.raises(EvaluationError, match=says):
             parse_tasks(text)
+
+
+def test_a_task_file_of_one_endless_word_is_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("task: a\n# " + "o" * 2**20 + " " + ".json" * 2**18 + f" {'n' * 300}.csv\n")
+    started = time.monotonic()
+    assert list(parse_tasks(str(path)).files) == [str(path)]
+    assert time.monotonic() - started < 20
 
 
 def test_results_are_folded_with_their_errors_and_filters() -> None:

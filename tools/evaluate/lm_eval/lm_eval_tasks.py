@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,10 @@ from tools.evaluate.results.run_shapes import is_finite
 LM_EVAL_FORMAT = 1
 """Raised whenever figures would come out differently for the same inputs."""
 _LARGEST_TASK_FILE = 1 << 22
-_FILES = re.compile(r"[\w./~-]+\.(?:jsonl?|csv|parquet|arrow|py|ya?ml|txt)(?:\.gz)?")
+_WORD = re.compile(r"[\w./~-]+")
+_ENDING = re.compile(r"(?<=.)\.(?:jsonl?|csv|parquet|arrow|py|ya?ml|txt)(?:\.gz)?")
+_LONGEST_NAME = 4096
+"""Longer ones are no paths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +193,24 @@ def _run(
 
 def _hashes(path: Path, content: str) -> dict[str, str]:
     """Return hashes of a task file and of the local files that it names, relative to it or to the current directory."""
-    named: Sequence[str] = sorted(set(_FILES.findall(content)))
-    places = [place for name in named for place in (Path(name), path.parent / name) if place.is_file()]
+    places = [
+        place
+        for name in _named(content)
+        for place in (Path(name), path.parent / name)
+        if os.path.isfile(place)  # noqa: PTH113 - Path.is_file raises where a name is too long
+    ]
     found = {str(path): xxhash.xxh3_128_hexdigest(content.encode())}
     for place in places:
         with place.open("rb") as stream:
             found[str(place)] = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
     return found
+
+
+def _named(content: str) -> list[str]:
+    """Return what looks like a file's name, sorted. Cost: linear, whatever a text holds."""
+    found = set()
+    for word in _WORD.finditer(content):
+        ends = [ending.end() for ending in _ENDING.finditer(word[0])]
+        if ends and ends[-1] <= _LONGEST_NAME:
+            found.add(word[0][: ends[-1]])
+    return sorted(found)
