@@ -17,6 +17,7 @@ from shared.cache.cache import Row as StoredRow
 from shared.errors import CacheError
 from shared.identity.identity import LayerIdentity
 from shared.places import named, place_of
+from shared.text.printable import printable
 from tools.cache.cache_show import row_document, row_text
 
 
@@ -49,7 +50,7 @@ class Row:
 
     def show(self, alternatives: int = 5) -> None:
         """Print `text(alternatives)`."""
-        print(self.text(alternatives))
+        print(printable(self.text(alternatives)))
 
 
 class Cache(Sequence[Row]):

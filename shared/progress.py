@@ -66,7 +66,7 @@ class Progress:
         self.tokens += tokens
         if self._bar is not None:
             postfix = ", ".join(filter(None, (f"{self.tokens_per_second():,.0f} tokens/s", detail)))
-            self._bar.set_postfix_str(postfix, refresh=False)
+            self._bar.set_postfix_str(printable(postfix), refresh=False)
             self._bar.update(units)
         elif self._clock() - self._last >= INTERVAL_SECONDS:
             self._print()
@@ -111,7 +111,7 @@ class Progress:
 
     def _print(self) -> None:
         self._last = self._clock()
-        print(self.line(), file=self._stream, flush=True)
+        print(printable(self.line()), file=self._stream, flush=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -177,4 +177,12 @@ def duration(seconds: float) -> str:
 def _bar(phase: str, total: int | None, unit: str, done: int, stream: TextIO) -> Any:
     from tqdm import tqdm
 
-    return tqdm(desc=phase, total=total, unit=f" {unit}", initial=done, file=stream, dynamic_ncols=True, smoothing=0.05)
+    return tqdm(
+        desc=printable(phase),
+        total=total,
+        unit=f" {unit}",
+        initial=done,
+        file=stream,
+        dynamic_ncols=True,
+        smoothing=0.05,
+    )

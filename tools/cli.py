@@ -13,6 +13,7 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.errors import DecantError
 from shared.places import with_urls
-from shared.text.printable import printable
+from shared.text.printable import PrintableFormatter, printable, say
 from tools.cli_cache_parser import CACHE_COMMANDS
 from tools.cli_parser import build_parser
 from tools.cli_values import EXIT_USAGE
@@ -287,6 +288,8 @@ def _prepare(verbose: bool) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGALRM, _send_deferred)
     sys.unraisablehook = _unraisable
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
@@ -316,7 +319,7 @@ def _report_bug(error: Exception, args: argparse.Namespace) -> None:
 
 
 def _complain(sentence: str) -> None:
-    print(f"decant: error: {printable(sentence)}", file=sys.stderr, flush=True)
+    say(f"decant: error: {sentence}")
 
 
 def _open_streams() -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 from collections.abc import Sequence
 from typing import ClassVar
 
 from shared.errors import DecantError
 from shared.process.parent_watch import announced
-from shared.text.printable import printable
+from shared.text.printable import say
 from tools.own_process import own_environment
 
 
@@ -42,7 +41,7 @@ def run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
     Raises:
         PhaseFailedError: it failed.
     """
-    print(printable(f"{phase}: begins"), file=sys.stderr, flush=True)
+    say(f"{phase}: begins")
     with announced():  # a phase ends with the run, also after kill -9
         process = subprocess.Popen(command, env=own_environment(), stdout=output)  # noqa: S603 - our own interpreter
     try:

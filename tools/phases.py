@@ -17,6 +17,7 @@ from shared.cache.sync.push import pushed_as_committed
 from shared.errors import UsageError
 from shared.progress import BuildProgress
 from shared.recipe.recipe import Recipe
+from shared.text.printable import printable, say
 from tools.rounds.chain import rounds_in_processes, stage_of, stages_with_rounds, train_in_processes
 
 Result = tuple[Any, str]
@@ -36,7 +37,7 @@ def teach(
 
     other = answers_line(recipe)
     if other:
-        print(f"teach: {other}", file=sys.stderr, flush=True)
+        say(f"teach: {other}")
     settings: dict[str, Any] = {} if max_set_aside is None else {"max_set_aside": max_set_aside}
     try:
         with BuildProgress() as progress, pushed_as_committed(recipe.cache[0], progress.note):
@@ -49,7 +50,7 @@ def teach(
                 **settings,
             )
     except SetAsideError as error:
-        print("\n".join(error.summary.lines()))
+        print(printable("\n".join(error.summary.lines())))
         raise
     figures = {name: _build_figures(summary) for name, summary in found.items()}
     lines = [f"{name}: {line}" if recipe.teachers else line for name, one in found.items() for line in one.lines()]
@@ -178,7 +179,7 @@ def evaluate(recipe: Recipe, allow_unsafe_code: bool, lm_eval: str | None = None
         tasks = parse_tasks(lm_eval)
     results = evaluate_all(recipe, allow_unsafe_code)
     if tasks is not None:
-        for name, figures in run_lm_eval(recipe, tasks, lambda line: print(line, file=sys.stderr, flush=True)).items():
+        for name, figures in run_lm_eval(recipe, tasks, say).items():
             results[name] = {**results[name], "lm_eval": figures}
     return results, table_text(report_figures([read_run(recipe.output_dir)]))
 

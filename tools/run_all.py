@@ -13,7 +13,7 @@ import sys
 
 from shared.errors import UsageError
 from shared.recipe.recipe import Recipe
-from shared.text.printable import printable
+from shared.text.printable import say
 from tools.cli_parser import PHASES
 from tools.own_phase import recipe_words, run_phase
 from tools.own_process import own_command
@@ -30,7 +30,7 @@ def run_all(recipe: Recipe, args: argparse.Namespace) -> None:
     for phase in chosen:
         reason = None if args.only else nothing_to_do(recipe, phase)
         if reason is not None:
-            print(printable(f"{phase}: left out, {reason}"), file=sys.stderr, flush=True)
+            say(f"{phase}: left out, {reason}")
             continue
         superseded = phase == "eval" and "report" in chosen  # its table is the report's
         output = subprocess.DEVNULL if superseded else sys.stderr.fileno() if args.json and phase != "report" else None

@@ -10,7 +10,9 @@ written as its escape. Cost: one test of the whole text; texts without such char
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 import unicodedata
 
 _SHOWN = "\n\t"
@@ -37,3 +39,16 @@ def printable(text: str) -> str:
 def _escaped(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def say(line: str) -> None:
+    """Print a line for people on standard error."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Writes what libraries log, which quotes files of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as a line."""
+        return printable(super().format(record))

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 
 from shared.errors import TrainingError, reason_of
+from shared.text.printable import say
 
 OPERATORS = ("torch", "triton")
 WARM_UPS, COUNTED = 2, 3
@@ -57,10 +58,7 @@ def faster_operator(
             if operator == "torch":
                 raise
             reason = reason_of(error, 120)
-            print(
-                f"the loss's Triton kernels cannot run here ({type(error).__name__}: {reason}), so torch's are used",
-                flush=True,
-            )
+            say(f"the loss's Triton kernels cannot run here ({type(error).__name__}: {reason}), so torch's are used")
     return min(medians, key=lambda operator: medians[operator])
 
 

@@ -50,10 +50,10 @@ def _facts(identity: Mapping[str, Any], licence: str) -> list[tuple[str, str]]:
 
 
 def plain(text: str) -> str:
-    """Return text that stays within its line, cell and code span, whatever it holds.
+    """Return text that stays within its line, cell and code span, whatever it holds, and makes no link or image.
 
-    >>> plain("a|b <img>")
-    'a/b &lt;img>'
+    >>> plain("a|b <img> ![x](https://host)")
+    'a/b &lt;img> ! [x] (https://host)'
     """
     printable = "".join(letter if letter.isprintable() else " " for letter in text)
-    return printable.replace("|", "/").replace("`", "'").replace("<", "&lt;")
+    return printable.replace("|", "/").replace("`", "'").replace("<", "&lt;").replace("](", "] (").replace("![", "! [")

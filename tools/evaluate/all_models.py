@@ -7,7 +7,6 @@ machine. What is stale of one model is done in one start of its engine.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,6 +16,7 @@ from shared.cache.cache import Cache
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
+from shared.text.printable import say as say_on_stderr
 from tools.evaluate.cost.cost import measure_cost
 from tools.evaluate.models.at_once import num_at_once, run_jobs
 from tools.evaluate.models.forked_process import Forks
@@ -45,7 +45,7 @@ def evaluate_all(
         EvaluationError: a model does not exist, a task cannot be asked, or a model's process failed.
         CacheError: the cache cannot be read.
     """
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    say = say or say_on_stderr
     if not recipe.evaluate.models:
         raise EvaluationError("evaluate.models names no model; list some of teacher, base and the stages' names")
     for task in (

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from tools.report import tables
 from tools.report.answer_filter import SCRIPT, script_source
+from tools.report.escaped import escape
 from tools.report.more_tables import more_tables
 from tools.report.numbers import NONE, Table, kl_interval, kl_spread, number, percent
 from tools.report.run_files import RunFiles

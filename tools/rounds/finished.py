@@ -7,11 +7,9 @@ over the round's answers.
 
 from __future__ import annotations
 
-import sys
-
 from shared.errors import DecantError
 from shared.recipe.recipe import Recipe, Stage
-from shared.text.printable import printable
+from shared.text.printable import say
 from tools.rounds.guards import beyond, round_figures
 from tools.rounds.one_round import Round
 from tools.rounds.publish import published_rounds
@@ -27,7 +25,7 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
     if done:
         model = recipe.stage_dir(stage.name) / "model"
         said = f"train {stage.name}: finished before with the same settings, {model} is reused"
-        print(printable(said), file=sys.stderr, flush=True)
+        say(said)
     return done
 
 

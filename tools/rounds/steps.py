@@ -7,12 +7,11 @@ Cost: that of a build, and of a stage.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from shared.errors import DecantError
 from shared.progress import BuildProgress
-from shared.text.printable import printable
+from shared.text.printable import say
 from tools.rounds.guards import AnswerFigures, beyond, round_figures
 from tools.rounds.one_round import Round, as_answering
 from tools.rounds.publish import publish, require_of_rounds
@@ -81,7 +80,7 @@ def train(one: Round) -> Result:
     require_of_rounds(one)
     require_sound(one)
     if is_trained(one):
-        print(printable(f"{_name(one)}: trained before, {one.directory / 'model'} is reused"), file=sys.stderr)
+        say(f"{_name(one)}: trained before, {one.directory / 'model'} is reused")
     else:
         name = one.training_name
         run_stages(one.training(shares_of(one)), name, name)

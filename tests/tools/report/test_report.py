@@ -142,7 +142,7 @@ def test_a_models_answer_is_shown_as_text_whatever_it_contains(run: Path) -> Non
 
 def test_hostile_names_and_answers_stay_text_in_the_page(tmp_path: Path) -> None:
     root = make_run(tmp_path / "run", name="demo")
-    write_evaluation(root, "base", {"<b>math</b>": 0.5, "code|x": 0.25, "aiops": 0.5}, 1.0)
+    write_evaluation(root, "base", {"<b>math</b>": 0.5, "code|x": 0.25, "ai\u202eops": 0.5}, 1.0)
     for model in SCORES:
         lines = (root / "evaluate" / f"{model}.answers.jsonl").read_text().splitlines()
         (root / "evaluate" / f"{model}.answers.jsonl").write_text("\n".join([*lines[:1], "{torn", *lines[1:]]))
@@ -150,6 +150,7 @@ def test_hostile_names_and_answers_stay_text_in_the_page(tmp_path: Path) -> None
     page = Page((root / "report.html").read_text())
     assert "<script>document.title='owned'</script>" in page.text
     assert "<b>math</b>" in page.text
+    assert "ai\\u202eops" in page.text and not any(mark in page.text for mark in "\u202e\u2066\x1b")
     assert [tag for tag, _ in page.tags if tag in ("script", "img")] == ["script"]
     assert r"code\|x" in (root / "report.md").read_text()
 

@@ -6,8 +6,8 @@ The first few of each domain are open, the rest folded. Every text is escaped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
+from tools.report.escaped import escape
 from tools.report.numbers import percent
 from tools.report.samples import Sample, SampleAnswer
 from tools.report.views import plots

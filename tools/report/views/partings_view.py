@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from tools.evaluate.results.run_shapes import Parting, fault_of
+from tools.report.escaped import escape
 from tools.report.numbers import percent
 from tools.report.samples import cut
 
