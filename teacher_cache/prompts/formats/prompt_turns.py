@@ -18,7 +18,7 @@ from shared.text import strict_json
 
 Message = dict[str, Any]
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",

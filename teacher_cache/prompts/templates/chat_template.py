@@ -14,7 +14,7 @@ import datetime
 import inspect
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shared.cache.rendering import template_text
@@ -48,12 +48,20 @@ class ChatTemplate:
         self._text_with_tools = None if source.chat_template else _own_text(tokenizer, source, "tool_use")
         self._special = special_ids(tokenizer)
         self._special_texts = tuple(sorted(tokenizer.convert_ids_to_tokens(sorted(self._special))))
-        self._special_starts = {text[0] for text in self._special_texts if text}
         self.origin = "`chat_template` of the recipe" if source.chat_template else "the tokenizer's chat template"
         self.reads_clock = False
         """Whether a rendering asked for the date so far."""
         self._refuse(texts_in(source.chat_template_kwargs), f"source {source.source!r}", "`chat_template_kwargs`")
-        self.end_token_id = self._derive_end_token()
+        probe = self._probe()
+        self.end_token_id = self._derive_end_token(probe)
+        self._special_texts += self._marks_of_turns(probe)
+        written = set(self.tokenize(probe))
+        self.other_end_ids = frozenset(
+            token
+            for token in self._special - written
+            if tokenizer.convert_ids_to_tokens(token) in f"{self._text}{self._text_with_tools or ''}"
+        )
+        """Special tokens that the template writes, and not around plain turns: such as end a call of a tool."""
 
     @property
     def unread_settings(self) -> list[str]:
@@ -120,13 +128,27 @@ class ChatTemplate:
         if CLOCK in template:
             settings.setdefault(CLOCK, self._now)
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=prompt, **settings
-            )
+            text = self._apply(template, turns, prompt, settings)
         except Exception as error:  # a template raises what it likes
             reason = reason_of(error, 200)
             raise UnrenderableError(f"{place}: the chat template cannot render the conversation ({reason})") from error
         return str(text)
+
+    def _apply(self, template: str, turns: list[Message], prompt: bool, settings: Mapping[str, Any]) -> Any:
+        """Render turns, with the arguments of tool calls as objects, or as JSON text where the template wants text."""
+
+        def applied(some: list[Message]) -> Any:
+            return self._tokenizer.apply_chat_template(
+                some, chat_template=template, tokenize=False, add_generation_prompt=prompt, **settings
+            )
+
+        try:
+            return applied(turns)
+        except TypeError:
+            spelled = [_with_arguments_as_text(turn) for turn in turns]
+            if spelled == turns:
+                raise
+            return applied(spelled)
 
     def _now(self, pattern: str) -> str:
         """Stand in for the clock of templates (`strftime_now`)."""
@@ -135,8 +157,9 @@ class ChatTemplate:
         return datetime.datetime.combine(date, datetime.time()).strftime(pattern)
 
     def _refuse(self, texts: Iterable[str], place: str, where: str) -> None:
+        starts = {text[0] for text in self._special_texts if text}
         for text in texts:
-            if self._special_starts.isdisjoint(text):
+            if starts.isdisjoint(text):
                 continue
             special = next((one for one in self._special_texts if one in text), None)
             if special is not None:
@@ -149,10 +172,22 @@ class ChatTemplate:
         """Return the ids of a text; nothing is added."""
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _derive_end_token(self) -> int:
-        name = f"source {self._source.source!r}"
+    def _probe(self) -> str:
+        """Return the rendering of a question and its answer."""
         turns = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
-        text = self._render(turns, name, prompt=False)
+        return self._render(turns, f"source {self._source.source!r}", prompt=False)
+
+    def _marks_of_turns(self, probe: str) -> tuple[str, ...]:
+        """Return added tokens that are not marked as special and that the template writes around turns.
+
+        Those that come in pairs, as `<think>` and `</think>`, are what an answer may say.
+        """
+        added = {token.content for token in self._tokenizer.added_tokens_decoder.values() if not token.special}
+        pairs = {text for text in added if f"{text[:1]}/{text[1:]}" in added or text[1:2] == "/"}
+        return tuple(sorted(text for text in added - pairs if text in self._text or text in probe))
+
+    def _derive_end_token(self, text: str) -> int:
+        name = f"source {self._source.source!r}"
         _, found, after = text.rpartition(PROBE_ANSWER)
         if not found:
             raise PromptError(
@@ -170,6 +205,22 @@ class ChatTemplate:
             f"{name}: {self.origin} puts {after[:40]!r} after an answer; expected a special token directly after it, "
             "so that a student learns to stop; change `chat_template`"
         )
+
+
+def _with_arguments_as_text(turn: Message) -> Message:
+    """Return a turn whose tool calls spell their arguments as JSON.
+
+    >>> _with_arguments_as_text({"tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]})
+    {'tool_calls': [{'function': {'name': 'f', 'arguments': '{"a": 1}'}}]}
+    """
+    if "tool_calls" not in turn:
+        return turn
+    functions = [(call, call["function"]) for call in turn["tool_calls"]]
+    spelled = [
+        {**call, "function": {**one, "arguments": json.dumps(one["arguments"], ensure_ascii=False)}}
+        for call, one in functions
+    ]
+    return {**turn, "tool_calls": spelled}
 
 
 def _own_text(tokenizer: Any, source: PromptSource, name: str = "default") -> str | None:

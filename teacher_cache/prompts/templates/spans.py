@@ -175,20 +175,26 @@ class Template:
     def with_answer(self, prompt_ids: list[int], answer_ids: list[int], finish_reason: str) -> Tokens:
         """Return token ids [T] and the answer's span [1, 2] for a generated answer.
 
-        An answer that stopped ends with the template's end token: another special token that the model stopped with is
-        replaced by it, a missing one added. An answer cut by length has none.
+        An answer that stopped ends with the template's end token, or with one that it writes at other ends, such as
+        that of a tool call: another special token that the model stopped with is replaced by the end token, a missing
+        one added. An answer cut by length has none.
 
         Raises:
             ValueError: the answer is empty.
         """
         answer = list(answer_ids)
-        if finish_reason == "stop" and (not answer or answer[-1] != self.end_token_id):
+        if finish_reason == "stop" and (not answer or answer[-1] not in self._own_ends):
             if answer and answer[-1] in self._special:
                 answer.pop()
             answer.append(self.end_token_id)
-        if answer in ([], [self.end_token_id]):
+        if not answer or (len(answer) == 1 and answer[0] in self._own_ends):
             raise ValueError("the answer is empty")
         return _tokens([*prompt_ids, *answer], [(len(prompt_ids), len(prompt_ids) + len(answer))])
+
+    @property
+    def _own_ends(self) -> frozenset[int]:
+        others = frozenset[int]() if self._chat is None else self._chat.other_end_ids
+        return others | {self.end_token_id}
 
     def answer_text(self, token_ids: NDArray[np.int32], spans: NDArray[np.int32]) -> str:
         """Return the text of the last supervised span, special tokens left out."""

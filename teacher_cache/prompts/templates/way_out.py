@@ -69,6 +69,9 @@ def _changes(conversation: Conversation, source: PromptSource) -> Iterator[Chang
             source.model_copy(update={"system": None}),
             _merged(messages, system),
         )
+    if any(message["role"] == "developer" for message in messages):
+        renamed = [{**one, "role": "system"} if one["role"] == "developer" else one for one in messages]
+        yield "call the developer's turn 'system'", source, renamed
     tools = ["tools"] if any(message["role"] == "tools" for message in messages) else []
     names = ["name"] if any("name" in message for message in messages) else []
     kinds = [kind for kind in (tools, thoughts, names) if kind]
