@@ -29,10 +29,8 @@ from shared.cache.layout import Layer, choose_layer, list_layers, read_header, s
 from shared.cache.reading.cache_stats import summed_stats
 from shared.cache.reading.hidden_reader import HiddenReader
 from shared.cache.reading.part_columns import part_columns
-from shared.cache.reading.verify import verify_cache
 from shared.cache.reading.visible_rows import hidden_rows
 from shared.cache.sync.mirror import bring_if_remote
-from shared.cache.writing.garbage import collect_garbage
 from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity
@@ -48,8 +46,6 @@ from shared.payload.narrowing import LayerView, Narrowing, narrow
 from shared.payload.targets import SparseTargets
 from shared.places import origin_of, place_of
 from shared.schema import MAX_JSON_BYTES
-
-__all__ = ["Cache", "Row", "collect_garbage", "verify_cache"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,12 +16,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import DamagedError
 from shared.identity.grown import grown
-from shared.identity.weights_hash import tokenizer_hash, weights_hash
 from shared.keys import canonical_json
 from shared.payload.codec import CODEC_NAME, Codec
-
-__all__ = ["LayerIdentity", "SequencesIdentity", "difference", "tokenizer_hash", "weights_hash"]
-
 
 Size = Annotated[int, Field(ge=0, lt=2**31)]
 """A number of entries, layers or components; no real one comes near the end."""

@@ -29,6 +29,7 @@ from student_train.batch.dataset import CacheList, build_pack
 from student_train.evaluate.heldout_rows import heldout_rows_per_source
 from student_train.order.packing import pack_rows
 from student_train.student.forward_patch import Objective
+from student_train.student.student_head import evaluating
 
 _KL, _EQUAL, _NLL, _ACCEPTANCE, _COMPARED, _POSITIONS = range(6)
 
@@ -151,20 +152,14 @@ def _by_layer(heldout: HeldoutSet, sums: NDArray[np.float64]) -> dict[str, Any]:
 
 @contextmanager
 def scoring(model: Any, objective: Objective) -> Iterator[None]:
-    """Let forward passes score positions, without dropout or gradient; restore what was before, random
-    state included.
-    """
-    was_training = model.training
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        model.eval()
+    """Let forward passes score positions, without dropout or gradient; restore what was before."""
+    with evaluating(model):
         objective.is_scoring = True
         try:
             yield
         finally:
             objective.is_scoring = False
             objective.take_scores()
-            model.train(was_training)
 
 
 def _figures(sums: np.ndarray, num_rows: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from shared.models.forward.attention_choice import faithful_attention
 from shared.models.forward.row_length import known_positions, reset_rotations
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.student.row_attention import switch_attention
+from student_train.student.student_head import evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,23 +97,20 @@ def _plain(model: Any, base: Any, attention: str) -> Iterator[None]:
     """Give the model its own forward and attention, evaluating and not compiled; restore all of it, random state
     included.
     """
-    was_training, training_attention = model.training, base.config._attn_implementation
+    training_attention = base.config._attn_implementation
     patched = {name: base.__dict__.pop(name) for name in ("forward", "_original_forward") if name in base.__dict__}
     compiled = [
         (module, module._compiled_call_impl) for module in base.modules() if module._compiled_call_impl is not None
     ]
     for module, _ in compiled:
         module._compiled_call_impl = None
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            model.eval()
+        with evaluating(model):
             switch_attention(base, attention)
             probe = torch.zeros(1, 2, dtype=torch.int64, device=base.get_input_embeddings().weight.device)
             switch_attention(base, faithful_attention(base, lambda: base(input_ids=probe, use_cache=False)))
             yield
     finally:
-        model.train(was_training)
         switch_attention(base, training_attention)
         reset_rotations(base)
         for module, call in compiled:

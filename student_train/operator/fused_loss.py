@@ -25,10 +25,7 @@ from student_train.losses import LossTerm, likelihoods
 from student_train.operator.chunk_likelihood import chunk_value, label_logprobs
 from student_train.operator.head_chunks import Head, HeadGradients, check_positions, chunks
 from student_train.operator.loss_terms import Targets, TermGroup, group_terms, term_keys
-from student_train.operator.position_scores import PositionScores, evaluate_positions
 from student_train.operator.softmax_group import group_values_and_gradient
-
-__all__ = ["FusedLoss", "LossTerm", "PositionScores", "evaluate_positions", "fused_sparse_loss", "term_keys"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,24 @@ class EpochPlan:
     hash: str
     """xxh3-128 of rows and offsets, in hex."""
 
+    @classmethod
+    def of(
+        cls,
+        rows: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        num_tokens: NDArray[np.integer],
+        limit: int,
+        pack_tokens: int,
+        num_dropped: int,
+    ) -> EpochPlan:
+        """Count what packs of rows hold, which are of `num_tokens` [R] tokens and cut at `limit`."""
+        lengths = num_tokens[rows]
+        total = int(np.minimum(lengths, limit).sum(dtype=np.int64))
+        digest = xxhash.xxh3_128(rows.astype("<i4").tobytes())
+        digest.update(offsets.astype("<i8").tobytes())
+        fill, num_cut = total / ((len(offsets) - 1) * pack_tokens), int(np.count_nonzero(lengths > limit))
+        return cls(rows, offsets, total, fill, num_cut, num_dropped, digest.hexdigest())
+
     @property
     def num_packs(self) -> int:
         """P, the number of packs."""
@@ -145,11 +163,7 @@ def plan_epoch(
     np.cumsum(sizes, out=offsets[1:])
     within = np.arange(len(drawn), dtype=np.int64) - np.repeat(offsets[:-1], sizes)
     rows = drawn[packs.members[np.repeat(packs.offsets[:-1][order], sizes) + within]]
-    total = int(lengths[drawn].sum(dtype=np.int64))
-    num_cut = int(np.count_nonzero(num_tokens[drawn] > limit))
-    digest = xxhash.xxh3_128(rows.astype("<i4").tobytes())
-    digest.update(offsets.astype("<i8").tobytes())
-    return EpochPlan(rows, offsets, total, total / (num_packs * pack_tokens), num_cut, num_dropped, digest.hexdigest())
+    return EpochPlan.of(rows, offsets, num_tokens, limit, pack_tokens, num_dropped)
 
 
 def _packed(

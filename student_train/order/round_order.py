@@ -152,13 +152,8 @@ class RoundPlanner:
             mine = codes[used] == code
             self._streams[code].remove(places[used[mine]])
             self._credit[code] += wanted[code] * kept_tokens - int(kept[mine].sum(dtype=np.int64))
-        rows = drawn[used]
-        digest = xxhash.xxh3_128(rows.astype("<i4").tobytes())
-        digest.update(offsets.astype("<i8").tobytes())
-        num_cut = int(np.count_nonzero(self._num_tokens[rows] > self._limit))
         num_dropped, self._num_dropped = self._num_dropped, 0  # said once
-        fill = kept_tokens / (num_packs * self._pack_tokens)
-        return EpochPlan(rows, offsets, kept_tokens, fill, num_cut, num_dropped, digest.hexdigest())
+        return EpochPlan.of(drawn[used], offsets, self._num_tokens, self._limit, self._pack_tokens, num_dropped)
 
     def _in_time_order(
         self, wanted: Mapping[int, float], budget: int

@@ -15,7 +15,7 @@ import xxhash
 from shared.atomic import write_atomic
 from shared.errors import TrainingError
 from shared.identity.grown import first_difference
-from shared.identity.identity import weights_hash
+from shared.identity.weights_hash import weights_hash
 from shared.keys import canonical_json
 from shared.models.files import load_config
 from shared.models.load_report import loading

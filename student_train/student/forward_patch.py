@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from student_train.batch.target_batch import TargetBatch, targets_in
 from student_train.layers.layer_losses import LayerLosses
 from student_train.losses import LossTerm, representations
-from student_train.operator.fused_loss import FusedLoss, evaluate_positions, fused_sparse_loss
+from student_train.operator.fused_loss import FusedLoss, fused_sparse_loss
 from student_train.operator.gradient_norms import brought_down, head_squares, value_squares
 from student_train.operator.loss_terms import Targets
 from student_train.operator.operator_choice import faster_operator
@@ -147,17 +147,7 @@ class Objective:
 
     def _scored(self, hidden: Tensor, labels: Tensor, targets: TargetBatch) -> Tensor:
         """Return [S, 6] as `take_scores` does, of one teacher."""
-        head = self.head
-        scores = evaluate_positions(
-            hidden,
-            head.weight,
-            labels,
-            targets,
-            head_bias=head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            vocab_size=head.vocab_size,
-        )
+        scores = self.head.scores(hidden, labels, targets)
         ones = torch.ones_like(scores.kl_nats)
         compared = targets.has_member.to(ones.device)
         columns = (scores.kl_nats, scores.top1_equal, scores.label_nll_nats, scores.acceptance, compared, ones)

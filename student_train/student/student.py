@@ -16,7 +16,7 @@ import torch
 
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import IdentityError, ModelError, TrainingError, reason_of
-from shared.identity.identity import tokenizer_hash
+from shared.identity.weights_hash import tokenizer_hash
 from shared.models.files import load_config, load_tokenizer
 from shared.models.load_report import loading
 from shared.models.type_tokenizer import require_unchanged

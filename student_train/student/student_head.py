@@ -22,6 +22,8 @@ from shared.models.forward.body import find_body
 from shared.models.forward.logit_transform import enlarged_input, logit_transform
 from shared.models.forward.row_length import known_positions
 from shared.models.forward.wide_weights import widest
+from student_train.batch.target_batch import TargetBatch
+from student_train.operator.position_scores import PositionScores, evaluate_positions
 from student_train.student.row_attention import NAME as ROW_ATTENTION
 from student_train.student.row_attention import layout_of
 from student_train.student.rows_alone import are_rows_alone, run_rows_alone
@@ -64,6 +66,19 @@ class StudentHead:
         logits = nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias)[..., : self.vocab_size].float()
         logits *= self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def scores(self, hidden: Tensor, labels: Tensor, targets: TargetBatch) -> PositionScores:
+        """Return the scores of positions; arguments and errors as for `evaluate_positions`."""
+        return evaluate_positions(
+            hidden,
+            self.weight,
+            labels,
+            targets,
+            head_bias=self.bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            vocab_size=self.vocab_size,
+        )
 
 
 def head_of(model: Any, vocab_size: int) -> StudentHead:
@@ -118,14 +133,15 @@ def run_body(body: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Leave out dropout and gradients."""
+    """Leave out dropout and gradients; restore what was before, random state included."""
     was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
             yield
-    finally:
-        model.train(was_training)
+        finally:
+            model.train(was_training)
 
 
 def check_head(model: Any, head: StudentHead) -> None:

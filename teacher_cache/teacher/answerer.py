@@ -17,7 +17,7 @@ from typing import Any
 
 from shared.cache.layout import read_header
 from shared.errors import EngineError, IdentityError
-from shared.identity.identity import weights_hash
+from shared.identity.weights_hash import weights_hash
 from shared.parts.jobs import list_jobs
 from shared.recipe.recipe import Generate, Teacher
 from shared.recipe.sections.teacher import on_engine

@@ -16,7 +16,8 @@ from typing import Any
 import xxhash
 
 from shared.errors import EngineError, ModelError
-from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.identity.weights_hash import tokenizer_hash, weights_hash
 from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.teacher.model_files import ModelFiles, resolve_model, tokenizer_files

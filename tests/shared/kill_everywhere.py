@@ -13,7 +13,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
+from shared.cache.writing.garbage import collect_garbage
 from tests.failpoints import failpoint_names
 from tests.shared.small_cache import build, tree
 

@@ -78,7 +78,7 @@ def test_file_size_limit_stops_a_build_with_one_sentence_and_it_continues_afterw
     assert len(child.stdout.strip().splitlines()) == 1
     assert not [path for path in cache.rglob("*") if ".tmp-" in path.name]
 
-    from shared.cache.cache import verify_cache
+    from shared.cache.reading.verify import verify_cache
     from tests.shared.small_cache import build
 
     build(cache)

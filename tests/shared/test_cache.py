@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache import Cache
 from shared.cache.layout import sequences_dir
+from shared.cache.reading.verify import verify_cache
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.garbage import collect_garbage
 from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError, DamagedError, IdentityError
 from shared.parts.jobs import committed_keys

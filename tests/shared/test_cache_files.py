@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
 from shared.cache.tokenizer_files import checked_tokenizer, read_tokenizer_files
 from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.garbage import collect_garbage
 from shared.errors import DamagedError
 from shared.identity.weights_hash import tokenizer_hash
 from shared.parts.cache_files import list_folder, parse_json, read_bounded

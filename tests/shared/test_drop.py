@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
 from shared.cache.writing.drop import Drop, carry_out, drop_job, drop_layer, drop_source, dropping
 from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError, DamagedError

@@ -14,8 +14,8 @@ import pytest
 import xxhash
 import zstandard
 
-from shared.cache.cache import Cache, verify_cache
-from shared.cache.reading.verify import parts_without_layer
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import parts_without_layer, verify_cache
 from tests.shared.make_golden import GOLDENS, ROOT, arrays_of, texts_of
 from tests.shared.small_cache import HYBRID, TOP
 

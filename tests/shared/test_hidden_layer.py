@@ -19,7 +19,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
+from shared.cache.writing.garbage import collect_garbage
 from shared.cache.writing.layer_writer import HiddenWriter
 from shared.errors import CacheError, DamagedError, IdentityError, UsageError
 from shared.identity.hidden_identity import FINAL, HiddenIdentity

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import CacheError
 from tests.shared import hostile

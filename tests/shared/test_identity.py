@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from shared.errors import CacheError, DamagedError, ModelError
-from shared.identity.identity import LayerIdentity, SequencesIdentity, difference, tokenizer_hash, weights_hash
+from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
+from shared.identity.weights_hash import tokenizer_hash, weights_hash
 from tests.shared.small_cache import HYBRID, SEQUENCES, TOP
 
 CHANGES: dict[str, Any] = {

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import DamagedError

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shared.cache.cache import Cache, Row, verify_cache
+from shared.cache.cache import Cache, Row
+from shared.cache.reading.verify import verify_cache
 from shared.errors import CacheError, DamagedError
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.part_stats import sequences_stats

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.operator.fused_loss import LossTerm, fused_sparse_loss
+from student_train.losses import LossTerm
+from student_train.operator.fused_loss import fused_sparse_loss
 from student_train.operator.gradient_norms import head_squares
 from student_train.train.balance import GradNorm, Uncertainty
 from tests.student_train.dense_loss import dense_loss, make_case

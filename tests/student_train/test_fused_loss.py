@@ -10,7 +10,8 @@ import torch
 from student_train.batch.target_batch import TargetBatch
 from student_train.losses import LossTerm, divergences, registry
 from student_train.operator import head_chunks
-from student_train.operator.fused_loss import fused_sparse_loss, term_keys
+from student_train.operator.fused_loss import fused_sparse_loss
+from student_train.operator.loss_terms import term_keys
 from tests.student_train.dense_loss import SHAPES, Case, dense_loss, make_case, outside, relative_error
 
 DIVERGENCES = [name for name in divergences if name != "cross_entropy"]

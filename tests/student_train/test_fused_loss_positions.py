@@ -10,7 +10,7 @@ from shared.errors import TrainingError
 from shared.payload.targets import Draws, SparseTargets
 from student_train.batch.target_batch import TargetBatch, pack_targets
 from student_train.losses import LossTerm
-from student_train.operator.fused_loss import evaluate_positions
+from student_train.operator.position_scores import evaluate_positions
 from tests.student_train.dense_loss import SHAPES, divergence_of_masses, make_case, masses
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from student_train.operator.fused_loss import LossTerm, fused_sparse_loss
+from student_train.losses import LossTerm
+from student_train.operator.fused_loss import fused_sparse_loss
 from tests.student_train.dense_loss import dense_loss, make_case, relative_error
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from pydantic import create_model
 
-from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
 from shared.keys import group_key
 from shared.parts.jobs import list_jobs
 from shared.recipe.file import load_recipe

@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from shared.errors import EngineError
-from shared.identity.identity import difference, tokenizer_hash
+from shared.identity.identity import difference
+from shared.identity.weights_hash import tokenizer_hash
 from shared.models.files import load_fast_tokenizer
 from shared.recipe.sections.capture import TopCapture
 from shared.recipe.sections.teacher import ServedTeacher, VllmTeacher

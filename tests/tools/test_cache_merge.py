@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache import Cache
 from shared.cache.layout import sequences_dir
+from shared.cache.reading.verify import verify_cache
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError, DamagedError, IdentityError

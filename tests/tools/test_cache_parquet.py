@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared.cache.cache import Cache, Row, verify_cache
+from shared.cache.cache import Cache, Row
+from shared.cache.reading.verify import verify_cache
 from shared.errors import CacheError, DamagedError
 from tests.shared.altered import edit
 from tests.shared.dense_targets import equal_targets

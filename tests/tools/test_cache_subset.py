@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
 from shared.errors import CacheError, UsageError
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import HYBRID, TOP, build

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from shared.errors import IdentityError
-from shared.identity.identity import LayerIdentity, weights_hash
+from shared.identity.identity import LayerIdentity
+from shared.identity.weights_hash import weights_hash
 from shared.parts.sequences import SequenceRow
 from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines.columns.sparse_columns import predicting_rows

@@ -12,11 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shared.cache.cache import Cache, collect_garbage, verify_cache
+from shared.cache.cache import Cache
 from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header, sequences_dir
-from shared.cache.reading.verify import parts_without_layer
+from shared.cache.reading.verify import parts_without_layer, verify_cache
 from shared.cache.sync.mirror import bring_if_remote
 from shared.cache.writing.drop import carry_out, drop_job, drop_layer, drop_source
+from shared.cache.writing.garbage import collect_garbage
 from shared.identity.hidden_layers import layer_name
 from shared.parts.jobs import list_jobs
 from shared.parts.part_stats import ENTROPY_BIN_NATS

@@ -11,11 +11,9 @@ from pathlib import Path
 
 from shared.errors import UsageError
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def convert_weights(model_dir: Path, dtype: str) -> None:
-    """Convert a model directory's weights to one of `DTYPES` in place and let its config say so.
+    """Convert a model directory's weights to float32, bfloat16 or float16 in place and let its config say so.
 
     Raises:
         UsageError: the weights are quantised, or a value does not fit the type.

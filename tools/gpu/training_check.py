@@ -108,7 +108,8 @@ def _make_student(directory: Path) -> None:
 def _make_cache(path: Path, tokenizer: dict[str, bytes], vocab: int) -> None:
     from shared.cache.writing.cache_writer import CacheWriter
     from shared.cache.writing.layer_writer import LayerWriter
-    from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
+    from shared.identity.identity import LayerIdentity, SequencesIdentity
+    from shared.identity.weights_hash import tokenizer_hash
     from shared.keys import group_key, row_key
     from shared.parts.sequences import make_row
     from shared.payload.targets import SparseTargets

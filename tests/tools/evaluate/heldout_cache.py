@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import LayerWriter
-from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash, weights_hash
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.identity.weights_hash import tokenizer_hash, weights_hash
 from shared.keys import group_key, row_key
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.targets import SparseTargets

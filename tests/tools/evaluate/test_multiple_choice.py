@@ -140,7 +140,8 @@ def test_likelihoods_equal_dense_float64_maths(
     chosen = recipe(root, shots=shots, prompt_template="{prompt}\nAnswer:")
     if plain:
         monkeypatch.setattr(
-            "tools.evaluate.asking.load_tokenizer", lambda *_, **__: make_tokenizer(root / "plain", chat_template=None)
+            "tools.evaluate.asking.load_fast_tokenizer",
+            lambda *_, **__: make_tokenizer(root / "plain", chat_template=None),
         )
     found = evaluated(chosen)
     answers = list(read_answers(root / "out" / "evaluate" / "teacher.answers.jsonl"))

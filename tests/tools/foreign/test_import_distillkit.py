@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
 from tests.tools.foreign.importing import EXACT, assert_holds, assert_near_float32, run
 from tests.tools.foreign.peers import (
     VOCAB,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared.cache.cache import Cache
-from shared.identity.identity import weights_hash
+from shared.identity.weights_hash import weights_hash
 from shared.keys import is_heldout
 from shared.parts.records import list_records
 from student_train.stage.stages import run_stages

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from shared.cache.cache import Cache
 from shared.cache.reading.verify import verify_cache
 from shared.errors import IdentityError, PromptError, TrainingError
-from shared.identity.identity import weights_hash
+from shared.identity.weights_hash import weights_hash
 from shared.keys import is_heldout
 from shared.parts.records import list_records
 from shared.recipe.recipe import Guards

@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer
 
 import teacher_cache.engines as engines
-from shared.cache.cache import Cache, verify_cache
+from shared.cache.cache import Cache
+from shared.cache.reading.verify import verify_cache
 from shared.errors import CacheError
 from shared.recipe.recipe import Recipe
 from shared.tokens.token_bytes import read_vocabulary

@@ -24,7 +24,8 @@ from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.growing_key_set import GrowingKeySet
 from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError, DamagedError, first_line
-from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.identity.weights_hash import tokenizer_hash
 from shared.keys import content_key
 from shared.parts.records import list_records
 from shared.parts.sequences import SequenceRow, make_row

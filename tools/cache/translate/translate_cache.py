@@ -25,7 +25,8 @@ from shared.cache.tokenizer_files import tokenizer_without_code
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import LayerWriter
 from shared.errors import CacheError
-from shared.identity.identity import LayerIdentity, SequencesIdentity, tokenizer_hash
+from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.identity.weights_hash import tokenizer_hash
 from shared.models.files import load_fast_tokenizer
 from shared.parts.part_stats import add_figures
 from shared.parts.records import list_records, read_record

@@ -38,7 +38,7 @@ from shared.recipe.recipe import Recipe
 from shared.tokens.token_bytes import Vocabulary, read_vocabulary
 from student_train.batch.target_batch import TargetBatch
 from student_train.evaluate.heldout_rows import heldout_rows
-from student_train.operator.fused_loss import PositionScores, evaluate_positions
+from student_train.operator.position_scores import PositionScores
 from student_train.student.rows_alone import run_rows_alone
 from student_train.student.student_head import body_of, check_head, head_of, probe_tokens
 from tools.evaluate.heldout.confidence_bins import ConfidenceBins
@@ -232,16 +232,7 @@ def measure_batch(
     hidden = states[torch.from_numpy(predictors.astype(np.int64)).to(device)]
     labels = torch.from_numpy(np.concatenate([row.labels() for row in rows]).astype(np.int64)).to(device)
     batch = TargetBatch.from_rows([row.targets for row in rows]).to(device)
-    scores = evaluate_positions(
-        hidden,
-        head.weight,
-        labels,
-        batch,
-        head_bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        vocab_size=head.vocab_size,
-    )
+    scores = head.scores(hidden, labels, batch)
     ends = np.cumsum([row.num_positions for row in rows])
     starts = ends - [row.num_positions for row in rows]
     compared = batch.has_member.cpu().numpy()

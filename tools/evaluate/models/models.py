@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from shared.errors import EvaluationError
-from shared.identity.identity import weights_hash
+from shared.identity.weights_hash import weights_hash
 from shared.recipe.recipe import Recipe, Teacher
 from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.teacher.model_files import ModelFiles, resolve_model

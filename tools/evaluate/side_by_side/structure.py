@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-KINDS = ("steps", "items", "code", "headings")
 _FENCE = re.compile(r"^\s*```")
 _LINES = {
     "steps": re.compile(r"^\s*(?:\d{1,3}[.)]\s|step\s+\d)", re.IGNORECASE),
@@ -21,7 +20,7 @@ _LINES = {
 
 
 def structure_of(text: str) -> Counter[str]:
-    r"""Return how many of each of `KINDS` a text has.
+    r"""Return how many steps, items, blocks of code and headings a text has.
 
     >>> sorted(structure_of("# A\n1. first\n2. second").items())
     [('headings', 1), ('steps', 2)]

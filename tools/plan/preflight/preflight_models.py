@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from shared.errors import reason_of
-from shared.identity.identity import tokenizer_hash
+from shared.identity.weights_hash import tokenizer_hash
 from shared.recipe.base import closest
 from shared.remote.hub import SECONDS, ask_hub
 from tools.plan.preflight.preflight_asked import said

@@ -9,7 +9,7 @@ from pathlib import Path
 from shared.cache.layout import read_header
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import DecantError
-from shared.identity.identity import tokenizer_hash
+from shared.identity.weights_hash import tokenizer_hash
 from shared.models.config_file import read_config
 from shared.models.type_tokenizer import require_unchanged
 from shared.recipe.base import Problem

@@ -9,7 +9,7 @@ from pathlib import Path
 from shared.cache.layout import read_header
 from shared.cache.rendering import template_text
 from shared.errors import IdentityError, ModelError
-from shared.identity.identity import weights_hash
+from shared.identity.weights_hash import weights_hash
 from shared.recipe.base import Problem
 from shared.recipe.sections.teacher import Teacher
 from tools.plan.preflight.preflight_asked import Asked, said
