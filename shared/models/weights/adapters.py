@@ -1,4 +1,9 @@
-"""An adapter from disk, put on a model or merged into it, only where all of it fits. Cost: the adapter's size."""
+"""An adapter from disk, put on a model or merged into it, only where all of it fits.
+
+A merged model is compared with the one under its adapter on a few tokens: where a weight serves two layers and only
+one of them is adapted, merging changes both. That of tied embeddings is given to the head as its own first.
+Cost: the adapter's size, and two passes of a few tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,10 @@ from shared.models.load_report import Gaps, loading
 from shared.special_files import refuse_special_files
 
 ADAPTER = "a directory with adapter_config.json and adapter_model.safetensors"
+_PROBE_TOKENS = 8
+_ROUNDING = {"float32": 1e-2, "float64": 1e-2}
+"""Largest distance of merged from adapted logits that counts as rounding, over their spread, by the weights' type."""
+_NARROW_ROUNDING = 0.1
 
 
 def refuse_adapter_inside(directory: str | Path, name: str) -> None:
@@ -32,10 +41,22 @@ def merge_adapter(model: Any, directory: str | Path) -> Any:
     Raises:
         ModelError: as `add_saved_adapter`, or it is of a kind that cannot be merged.
     """
-    with loading(f"the adapter '{directory}'", ADAPTER):
+    name = f"the adapter '{directory}'"
+    with loading(name, ADAPTER), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what goes wrong with tied weights is mended or refused here
         wrapped = add_saved_adapter(model, directory)
         _untie_adapted(wrapped.get_base_model())
-        return wrapped.merge_and_unload(safe_merge=True)
+        expected = _probe_logits(wrapped)
+        merged = wrapped.merge_and_unload(safe_merge=True)
+        is_quantised = getattr(merged, "hf_quantizer", None) is not None
+        distance = float((_probe_logits(merged) - expected).abs().mean() / expected.std().clamp_min(1e-30))
+    if not is_quantised and not distance <= _ROUNDING.get(str(merged.dtype).rpartition(".")[2], _NARROW_ROUNDING):
+        raise ModelError(
+            f"{name} says something else merged into {type(merged).__name__} than on top of it (logits of a probe "
+            f"differ by {distance:.1%}); expected one whose layers have weights of their own: merge it yourself, and "
+            "name the merged model"
+        )
+    return merged
 
 
 def _untie_adapted(model: Any) -> None:
@@ -57,6 +78,19 @@ def _untie_adapted(model: Any) -> None:
     model.all_tied_weights_keys = {}
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
+
+
+def _probe_logits(model: Any) -> Any:
+    """Return float32 logits [1, _PROBE_TOKENS, V] of a few tokens."""
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=weight.device)[None] * 97 % weight.shape[0]
+    was_training = model.training
+    with torch.no_grad():
+        logits = model.eval()(input_ids=tokens, use_cache=False).logits.float()
+    model.train(was_training)
+    return logits
 
 
 def add_saved_adapter(model: Any, directory: str | Path) -> Any:
