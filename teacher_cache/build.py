@@ -8,6 +8,8 @@ Cost: two engine passes over the tokens; memory for a few units.
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +22,7 @@ from shared.cache.writing.layer_writer import LayerWriter, write_layer
 from shared.errors import PromptError, UsageError
 from shared.parts.jobs import Job
 from shared.parts.records import PartRecord
+from shared.places import origin_of
 from shared.progress import NOWHERE, BuildProgress
 from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.recipe.sections.teacher import Workers
@@ -303,6 +306,13 @@ def _own_stems(build: _Build, job: Job | None) -> frozenset[str]:
     return frozenset(job.part_stem(unit) for unit in range(job.num_units) if build.mine(unit)) if job else frozenset()
 
 
+def _way_out(build: _Build, id8: str, share: float) -> str:
+    """Say how to go on without the rows of a job that were set aside, and how to make it anew with them."""
+    path, accepted = build.cache.path, math.ceil(share * 1000) / 1000
+    again = f"; once mended, `decant cache drop {shlex.quote(str(path))} --job {id8} --yes` lets them be made again"
+    return f"--max-set-aside {accepted:g} goes on without them{again if origin_of(path) is None else ''}"
+
+
 def _finish(build: _Build, job: Job | None) -> BuildSummary:
     """Fill in the state of the cache and judge what the job set aside, in this run or before."""
     summary = build.summary
@@ -317,7 +327,8 @@ def _finish(build: _Build, job: Job | None) -> BuildSummary:
         first = Problem(str(unusable[0]["path"]), int(unusable[0]["line"]), str(unusable[0]["reason"]))
         raise SetAsideError(
             f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the "
-            f"{build.max_set_aside:.0%} that are set aside; the other {summary.rows:,} rows are in the cache)",
+            f"{build.max_set_aside:.0%} that are set aside; the other {summary.rows:,} rows are in the cache); "
+            f"{_way_out(build, own[0].id8, len(unusable) / total)}",
             summary,
         )
     if summary.units_set_aside:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import signal
 from pathlib import Path
 
@@ -158,6 +159,11 @@ def test_student_of_another_tokenizer_is_refused_with_both(built, capsys, tmp_pa
     tokenizer.save_pretrained(other)
     code, _, error = run(capsys, "train", "recipe.yaml", "--set", f"student.model={other}")
     assert code == 2 and "student.model" in error and "has tokenizer" in error
+    words = shlex.split(error.split("in the student's tokens: ")[1].split(" (docs/")[0])
+    assert words[:3] == ["decant", "cache", "translate"]
+    assert run(capsys, *("tr" if word == "OUT" else word for word in words[1:]))[0] == 0
+    _, _, error = run(capsys, "plan", "recipe.yaml", "--set", f"student.model={other}", "--set", "cache=tr")
+    assert "513 tokens" in error  # its head has a row too few; the tokenizer is right
 
 
 def test_temperature_that_was_not_captured_is_refused_before_and_after_the_build(built, capsys):

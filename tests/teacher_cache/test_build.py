@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from teacher_cache.build import SetAsideError, teach
 from teacher_cache.passes.answering import BuildStoppedError
 from tests.teacher_cache.fake_engine import END_ID, FakeEngine, fake_targets
 from tests.tiny_models import make_qwen3
+from tools import cli
 
 
 @pytest.fixture(scope="module")
@@ -188,14 +191,20 @@ def test_rows_that_cannot_be_scored_are_set_aside_before_sequences_are_committed
     ) as caught:
         teach(recipe(tmp_path, model))
     assert (caught.value.summary.rows, caught.value.summary.num_set_aside) == (20, 2)
-    with pytest.raises(SetAsideError):  # the state of the job, not of the run
+    with pytest.raises(SetAsideError) as caught:  # the state of the job, not of the run
         teach(recipe(tmp_path, model))
     assert len(opened) == 1
-    summary = teach(recipe(tmp_path, model), max_set_aside=0.2)
+    said = re.search(r"--max-set-aside (\S+) goes on .* `decant (cache drop .* --yes)`", str(caught.value))
+    share, drop = said.groups()
+    assert 2 / 22 < float(share) < 0.1
+    summary = teach(recipe(tmp_path, model), max_set_aside=float(share))
     records = [json.loads(p.read_text()) for p in sorted((tmp_path / "cache/sequences").glob("*.json"))]
     reasons = [entry["reason"] for record in records for entry in record["set_aside"]]
     assert [summary.rows, len(reasons)] == [20, 2]
     assert "special token" in reasons[1]
+    assert cli.main(shlex.split(drop)) == 0
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    assert teach(recipe(tmp_path, model)).generated.rows == 20
 
 
 def test_answers_that_are_empty_or_outside_the_vocabulary_are_set_aside(tmp_path, model, opened, monkeypatch):

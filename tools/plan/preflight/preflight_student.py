@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from shared.errors import DecantError
 from shared.identity.weights_hash import tokenizer_hash
 from shared.models.config_file import read_config
 from shared.models.type_tokenizer import require_unchanged
+from shared.places import named
 from shared.recipe.base import Problem
 from tools.plan.preflight.preflight_asked import Asked, said
 from tools.plan.preflight.preflight_models import files_of_tokenizer, hash_of_tokenizer, model_problem
@@ -63,9 +65,12 @@ def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Pro
             theirs = hash_of_tokenizer(teacher.model, trusts=teacher.trust_remote_code)
         mine = hash_of_tokenizer(str(directory), trusts=student.trust_remote_code)
         if theirs not in (mine, found):
+            cache = shlex.quote(named(asked.caches[0])) if asked.caches else "CACHE"
+            after = "" if asked.caches else "build the cache (`decant teach`) and "
             raise DecantError(
                 f"'{directory}' has tokenizer {mine[:8]} and {whose} has {theirs[:8]}; choose a student with the same "
-                "tokenizer, or build a cache for this one"
+                f"tokenizer, or {after}train from one in the student's tokens: decant cache translate "
+                f"{cache} OUT --tokenizer {shlex.quote(str(directory))} (docs/tokenizers.md)"
             )
 
     yield from said(("student", "model"), compare)
