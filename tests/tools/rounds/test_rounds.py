@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.cache.cache import Cache
 from shared.cache.reading.verify import verify_cache
-from shared.errors import IdentityError, PromptError, TrainingError
+from shared.errors import IdentityError, PromptError, TrainingError, UsageError
 from shared.identity.weights_hash import weights_hash
 from shared.keys import is_heldout
 from shared.parts.records import list_records
@@ -22,6 +22,8 @@ from teacher_cache.build import teach
 from tests.tiny_models import make_qwen3
 from tests.tools.rounds.tiny_run import contents, make_models, rounds_recipe
 from tools.plan.planner import plan, plan_text
+from tools.plan.preflight.preflight_asked import Asked
+from tools.plan.preflight.preflight_rounds import answer_problems
 from tools.rounds.chain import rounds_in_processes, train_in_processes
 from tools.rounds.guards import repeated_share
 from tools.rounds.one_round import Round
@@ -178,6 +180,22 @@ def test_another_teacher_is_refused_unless_the_stage_says_so(done, tmp_path):
     shutil.copytree(recipe.output_dir / "own", tmp_path / "run" / "own")
     elsewhere = changed.model_copy(update={"output_dir": tmp_path / "run"})
     assert score(Round(elsewhere, stage, 1))[0]["scored"] > 0
+
+
+def test_rows_that_are_labelled_as_own_answers_are_not_mixed_up_with_them(done, tmp_path):
+    recipe, rounds, _ = done
+    prompts = [source.model_copy(update={"source": "own 1: math"}) for source in recipe.prompts]
+    labelled = recipe.model_copy(update={"prompts": tuple(prompts), "cache": (tmp_path / "labelled",)})
+    teach(labelled)
+    mixed = recipe.model_copy(update={"cache": labelled.cache})
+    with pytest.raises(UsageError, match=r"labelled has rows of the source 'own 1: math', .* another label"):
+        shares_of(Round(mixed, rounds[0].stage, 1))
+    (problem,) = answer_problems(Asked(mixed, frozenset({"answer"}), False))
+    assert "another label" in problem[1]
+    own = tuple(source.model_copy(update={"source": "asked"}) for source in recipe.prompts)
+    settings = rounds[0].settings.model_copy(update={"sources": own})
+    stage = rounds[0].stage.model_copy(update={"rounds": settings})
+    assert not list(answer_problems(Asked(mixed.model_copy(update={"stages": (stage,)}), frozenset({"answer"}), False)))
 
 
 def test_keep_all_trains_on_earlier_rounds_too(done):

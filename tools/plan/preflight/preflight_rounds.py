@@ -10,6 +10,7 @@ from tools.plan.plan_prompts import require_prompts
 from tools.plan.preflight.preflight_asked import Asked, said
 from tools.plan.preflight.preflight_teach import teacher_problems
 from tools.rounds.one_round import Round
+from tools.rounds.shares import require_labels_of_its_own
 
 
 def answer_problems(asked: Asked) -> Iterator[Problem]:
@@ -22,6 +23,7 @@ def answer_problems(asked: Asked) -> Iterator[Problem]:
         own = stage.rounds.sources
         if not own and not any(source.of_turns for source in asked.recipe.prompts):
             yield ("stages", i, "rounds"), "no entry of `prompts` asks anything; name some in `sources` here"
+        yield from said(("stages", i, "rounds"), partial(require_labels_of_its_own, Round(asked.recipe, stage, 1)))
         missing: list[Problem] = []
         for j, source in enumerate(own or asked.recipe.prompts):
             place = ("stages", i, "rounds", "sources", j, "path") if own else ("prompts", j, "path")
