@@ -43,6 +43,7 @@ _PACKAGES = {
 _WAIT_AND_TRY = (408, 425, 429)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, DecantError)
 _FINAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "OfflineModeIsEnabled")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/")
 _QUERY = re.compile(r"\?[^\s'\")>]*")
 
 Result = TypeVar("Result")
@@ -118,9 +119,12 @@ class Remote:
         found = bytearray()
         with self._files().open(self._path(name), block_size=0, size=1, headers=headers) as stream:
             before = 0 if stream.r.status == 206 else start  # a server that knows no ranges sends all of it
+            first, last = _said_range(stream.r) or (start, start - 1)
             while len(found) < end - start and (piece := stream.read(min(BLOCK_BYTES, end - start))):
                 found += piece[before:]
                 before -= min(before, len(piece))
+        if first != start or len(found) < min(last + 1, end) - start:
+            raise ConnectionError(f"{len(found):,} bytes from {first:,} came of {start:,} to {last:,}")
         return bytes(found[: end - start])
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
@@ -229,8 +233,22 @@ def _filesystem(scheme: str, pid: int) -> Any:
         ) from None
 
 
+def _said_range(response: Any) -> tuple[int, int] | None:
+    """Return the first and last byte that a web server says to send, of bytes that are not compressed; None where it
+    says neither.
+    """
+    found = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    if response.status != 206 or found is None or response.headers.get("Content-Encoding", "identity") != "identity":
+        return None
+    return int(found[1]), int(found[2])
+
+
 def _let_connections_break(loop: Any, context: dict[str, Any]) -> None:
-    """Say nothing of a connection that broke under a task that nobody waits for: its request failed and is repeated."""
+    """Say nothing of a connection that broke under a task that nobody waits for, or was left after a refusal: its
+    request failed and is repeated, or told.
+    """
+    if "client_connection" in context:
+        return
     if not isinstance(context.get("exception"), OSError):
         loop.default_exception_handler(context)
 

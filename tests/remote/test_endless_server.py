@@ -16,13 +16,28 @@ pytest.importorskip("aiohttp")
 
 
 class Handler(BaseHTTPRequestHandler):
+    attempts = 0
+
     def do_GET(self) -> None:
+        if self.path.endswith("cut"):
+            self.cut(*map(int, self.headers["Range"].removeprefix("bytes=").split("-")))
+            return
         self.send_response(404 if self.path.endswith("gone") else 200)  # and knows no ranges
         self.end_headers()
         if self.path.endswith("whole"):
             self.wfile.write(BODY)
         while self.path.endswith("endless"):
             self.wfile.write(BODY)
+
+    def cut(self, first: int, last: int) -> None:
+        """Send half of a range the first time, other bytes the second time, and all of it the third time."""
+        said = (first, last, last + 1) if Handler.attempts != 1 else (first + 1, last + 1, last + 2)
+        Handler.attempts += 1
+        data = BODY[said[0] : said[2]]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {said[0]}-{min(said[1], len(BODY) - 1)}/{len(BODY)}")
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if Handler.attempts == 1 else data)
 
     def log_message(self, *args) -> None:
         """Say nothing."""
@@ -60,6 +75,16 @@ def test_a_range_of_a_server_that_knows_none_is_cut_from_what_it_sends(remote):
     for start, end in ((0, 10), (1000, 70_001), (len(BODY) - 3, len(BODY))):
         assert remote.read_range("whole", start, end) == BODY[start:end]
     assert remote.read_range("endless", 300_000, 300_100) == (BODY * 2)[300_000:300_100]
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, len(BODY) + 1), (70_000, 80_000)])
+def test_a_range_that_ends_before_what_its_server_said_or_begins_elsewhere_is_asked_for_again(remote, start, end):
+    Handler.attempts = 0
+    if start:
+        assert remote.read_range("cut", start, end) == BODY[start:end]
+    else:
+        assert remote.read("cut", len(BODY)) == BODY
+    assert Handler.attempts == 3
 
 
 def test_a_file_that_is_not_there_is_told_apart(remote, monkeypatch):
