@@ -32,6 +32,8 @@ HUB_BATCH = 64
 PARALLEL = 16
 """Transfers at the same time."""
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 20.0
+_SILENT_SECONDS = 60.0
+"""How long a web server may send nothing before it is asked again; the other libraries have bounds of their own."""
 _PACKAGES = {
     "s3": "s3fs",
     "gs": "gcsfs",
@@ -220,7 +222,11 @@ def _filesystem(scheme: str, pid: int) -> Any:
         import fsspec
         import tenacity  # noqa: F401 - said together with the others
 
-        options = {"client_kwargs": {"trust_env": True}} if scheme in ("http", "https") else {}
+        options: dict[str, Any] = {}
+        if scheme in ("http", "https"):
+            from aiohttp import ClientTimeout
+
+            options = {"client_kwargs": {"trust_env": True, "timeout": ClientTimeout(sock_read=_SILENT_SECONDS)}}
         files = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
         if getattr(files, "async_impl", False):
             files.loop.set_exception_handler(_let_connections_break)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from shared.errors import CacheError, DamagedError
+from shared.remote import transfer
 from shared.remote.transfer import Remote
 
 BODY = bytes(range(256)) * 4096
@@ -22,12 +24,29 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.endswith("cut"):
             self.cut(*map(int, self.headers["Range"].removeprefix("bytes=").split("-")))
             return
+        if self.path.endswith("silent"):
+            self.silent()
+            return
         self.send_response(404 if self.path.endswith("gone") else 200)  # and knows no ranges
         self.end_headers()
         if self.path.endswith("whole"):
             self.wfile.write(BODY)
         while self.path.endswith("endless"):
             self.wfile.write(BODY)
+
+    def silent(self) -> None:
+        """Send nothing the first time, half the second time, and all of it the third time."""
+        Handler.attempts += 1
+        if Handler.attempts == 1:
+            time.sleep(5)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(BODY)))
+        self.end_headers()
+        self.wfile.write(BODY[: len(BODY) // 2])
+        self.wfile.flush()
+        if Handler.attempts == 2:
+            time.sleep(5)
+        self.wfile.write(BODY[len(BODY) // 2 :])
 
     def cut(self, first: int, last: int) -> None:
         """Send half of a range the first time, other bytes the second time, and all of it the third time."""
@@ -85,6 +104,17 @@ def test_a_range_that_ends_before_what_its_server_said_or_begins_elsewhere_is_as
     else:
         assert remote.read("cut", len(BODY)) == BODY
     assert Handler.attempts == 3
+
+
+def test_a_server_that_says_nothing_for_long_is_asked_again(remote, monkeypatch):
+    monkeypatch.setattr(transfer, "_SILENT_SECONDS", 0.5)
+    transfer._filesystem.cache_clear()
+    Handler.attempts = 0
+    started = time.monotonic()
+    assert remote.read("silent", len(BODY)) == BODY
+    assert Handler.attempts == 3
+    assert time.monotonic() - started < 4
+    transfer._filesystem.cache_clear()
 
 
 def test_a_file_that_is_not_there_is_told_apart(remote, monkeypatch):
