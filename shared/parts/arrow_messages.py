@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from shared.parts.flat_tables import INT32, INT64, OUTSIDE, FlatTables
 
 _MAGIC = b"ARROW1\0\0"
+_FILE_END = b"ARROW1"
 _CONTINUATION = -1
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 _PAIR = struct.Struct("<qq")
@@ -28,15 +29,17 @@ def unpacked_messages(data: memoryview) -> Iterator[tuple[int, int]]:
     """Yield (its bytes, bytes that its body claims to unpack to) of every message.
 
     Raises:
-        ValueError: a message points outside the data.
+        ValueError: a message points outside the data, or the end is missing: what was cut between two messages reads as
+            whole to Arrow.
     """
-    tables, place = FlatTables(data), stream_start(data)
+    tables, place, ended = FlatTables(data), stream_start(data), False
     try:
-        while place + 8 <= len(data):
+        while place + 4 <= len(data):
             words = 8 if tables.at(INT32, place) == _CONTINUATION else 4  # older writers have no continuation
             size = tables.at(INT32, place + words - 4)
-            if size == 0:
-                return
+            ended = size == 0
+            if ended:
+                break
             body = place + words + size
             message = place + words + tables.at(INT32, place + words)
             length = tables.field(message, 3)
@@ -47,6 +50,8 @@ def unpacked_messages(data: memoryview) -> Iterator[tuple[int, int]]:
             place = body + body_bytes
     except OUTSIDE:
         raise ValueError("one of its messages points outside the file") from None
+    if not ended or (stream_start(data) and bytes(data[-len(_FILE_END) :]) != _FILE_END):
+        raise ValueError("it ends in the middle; get it again")
 
 
 def _unpacked(tables: FlatTables, message: int, body: int, body_bytes: int) -> int:

@@ -41,13 +41,30 @@ def test_compressed_members_are_read_one_after_another(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", PACK)
-@pytest.mark.parametrize("share", [0.3, 0.7, 0.999])
+@pytest.mark.parametrize("share", [0, 0.3, 0.7, 0.999])
 def test_a_compressed_file_that_ends_in_the_middle_is_refused_with_its_place(tmp_path, suffix, share):
     path = tmp_path / f"a.jsonl{suffix}"
     whole = PACK[suffix]("".join(line + "\n" for line in LINES).encode())
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(PromptError, match=rf"a\.jsonl\{suffix}:\d+: cannot be read as json from here on"):
         list(read_file(path))
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_an_arrow_file_that_is_cut_anywhere_is_refused(tmp_path, kind):
+    """Between two batches what is left reads as a whole stream."""
+    table = pa.table({"text": LINES[:40]})
+    made = pa.BufferOutputStream()
+    with getattr(pa.ipc, f"new_{kind}")(made, table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+    whole = made.getvalue().to_pybytes()
+    path = tmp_path / "a.arrow"
+    path.write_bytes(whole)
+    assert [row["text"] for _, row in read_file(path)] == LINES[:40]
+    for cut in range(0, len(whole), 4):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(PromptError, match=r"a\.arrow:1: cannot be read as arrow from here on"):
+            list(read_file(path))
 
 
 def test_a_zst_file_cut_within_its_second_frame_is_refused_and_skippable_frames_are_skipped(tmp_path):

@@ -80,7 +80,7 @@ class _Members(io.RawIOBase):
             if not self._packed:
                 if self._file.peek(1):
                     continue
-                if self._member is not None:
+                if self._member is not None or not self._members:
                     raise EOFError("the compressed file ends in the middle; get it again")
                 return 0
             self._unpack()
