@@ -106,7 +106,7 @@ def teach(
     require_tokenizer(recipe.prompts, known.tokenizer_hash, teacher.model)
     answerer = know_answerer(recipe.generate, teacher, known)
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answerer.max_model_len)
-    ends = foreign_ends(maker.template_ends, answerer.known.tokenizer, answerer.known.files.directory, recipe.generate)
+    ends = foreign_ends(maker.templates.ends, answerer.known.tokenizer, answerer.known.files.directory, recipe.generate)
     request = _request(recipe, known, answerer, ends)
     cache = _open_cache(recipe, known, teacher, renders=request is not None)
     if answerer.is_teacher and request is not None and recipe.generate is not None:
@@ -116,7 +116,7 @@ def teach(
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
     hidden = _hidden_pass(recipe, known, teacher, cache, summary)
     progress = progress or BuildProgress(NOWHERE)
-    for sentence in maker.unread_settings:
+    for sentence in maker.templates.unread_settings:
         progress.note(sentence)
     opener = told(open_engine or engines.open_engine, progress)
     with StopSignal() as stop:
@@ -192,7 +192,7 @@ def _run_passes(
         with engine, answering:
             job = plan(build, request, partial(listed, build, ends)) if request is not None else None
             if job is not None and build.units_without_part(job):
-                maker.require_date()
+                maker.templates.require_date()
             if build.teacher.workers is not None:
                 _use_many_engines(build, job, build.teacher.workers)
             else:

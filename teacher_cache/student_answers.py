@@ -116,7 +116,7 @@ def answer_prompts(
             with engine:
                 job = plan(work, request, partial(_rows_of_round, work, ends, asking))
                 if work.units_without_part(job):
-                    maker.require_date()
+                    maker.templates.require_date()
                 make_sequences(work, job, maker, weights=known.weights_hash, round=asking.number)
         finally:
             work.keep_seconds([engine])
@@ -142,7 +142,7 @@ def _request(
     answerer = _know_student(recipe.teacher, teacher_cache)
     known = answerer.known
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, known.max_model_len)
-    ends = foreign_ends(maker.template_ends, known.tokenizer, known.files.directory, recipe.generate)
+    ends = foreign_ends(maker.templates.ends, known.tokenizer, known.files.directory, recipe.generate)
     request = request_of(recipe, known.generator, known.tokenizer_hash, known.max_model_len, ends)
     return answerer, maker, ends, {**request, "round": asking.document}
 

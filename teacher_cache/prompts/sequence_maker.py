@@ -19,7 +19,7 @@ from shared.parts.jobs import PlanRow
 from shared.parts.sequences import SequenceRow, make_row
 from shared.recipe.recipe import PromptSource
 from shared.schema import MAX_TOKENS_PER_ROW
-from teacher_cache.prompts.templates.spans import Template
+from teacher_cache.prompts.templates.spans import Template, Templates
 from teacher_cache.prompts.work_list import conversation_of
 
 TOKENIZED_AT_ONCE = 64
@@ -56,23 +56,13 @@ class SequenceMaker:
             PromptError: a template that cannot be used at all.
         """
         self._tokenizer = tokenizer
-        self._templates = [Template(tokenizer, source) for source in sources]
+        self.templates = Templates(Template(tokenizer, source) for source in sources)
         self._vocab_size = vocab_size
         self._max_model_len = min(max_model_len, MAX_TOKENS_PER_ROW)
 
     def end_token_ids(self, row: PlanRow) -> tuple[int, ...]:
         """Return the token that ends an answer to this row in its source's template."""
-        return (self._templates[conversation_of(row).origin].end_token_id,)
-
-    @property
-    def template_ends(self) -> list[int]:
-        """End token of each source's template; -1 where nothing is rendered."""
-        return [template.end_token_id for template in self._templates]
-
-    @property
-    def unread_settings(self) -> list[str]:
-        """Return a sentence for each setting of a source that its chat template does not read."""
-        return [sentence for template in self._templates for sentence in template.unread_settings]
+        return (self.templates[conversation_of(row).origin].end_token_id,)
 
     def prompts(self, rows: Sequence[PlanRow]) -> Iterator[list[int] | UnusableRowError]:
         """Yield for each row the tokens after which an answer is asked for.
@@ -87,7 +77,7 @@ class SequenceMaker:
         for row in rows:
             conversation = conversation_of(row)
             try:
-                rendered.append(self._templates[conversation.origin].prompt_text(conversation))
+                rendered.append(self.templates[conversation.origin].prompt_text(conversation))
             except PromptError as error:
                 rendered.append(UnusableRowError(str(error).removeprefix(f"{conversation.place}: ")))
         texts = [one[1] for one in rendered if not isinstance(one, UnusableRowError)]
@@ -112,12 +102,12 @@ class SequenceMaker:
         """
         conversation = conversation_of(row)
         try:
-            token_ids, spans = self._templates[conversation.origin].complete(conversation)
+            token_ids, spans = self.templates[conversation.origin].complete(conversation)
         except PromptError as error:
             raise UnusableRowError(str(error).removeprefix(f"{conversation.place}: ")) from error
         if conversation.sequence is not None:
             return self._row(row, token_ids, spans, conversation.sequence.response, conversation.sequence.finish_reason)
-        template = self._templates[conversation.origin]
+        template = self.templates[conversation.origin]
         answer = conversation.messages[-1] if conversation.messages else None
         said = {} if answer is None else answer.keys() - {"role"}
         response = (
@@ -128,15 +118,6 @@ class SequenceMaker:
             else template.answer_text(token_ids, spans)
         )
         return self._row(row, token_ids, spans, response, "given")
-
-    def require_date(self) -> None:
-        """Refuse a template that reads the clock where the recipe names no date.
-
-        Raises:
-            PromptError: with the source and the setting.
-        """
-        for template in self._templates:
-            template.require_date()
 
     def answered(
         self,
@@ -152,7 +133,7 @@ class SequenceMaker:
         Raises:
             UnusableRowError: the answer is empty or cannot be scored.
         """
-        template = self._templates[conversation_of(row).origin]
+        template = self.templates[conversation_of(row).origin]
         try:
             token_ids, spans = template.with_answer(prompt_ids, answer_ids, "length" if cut_at_stop else finish_reason)
         except ValueError as error:

@@ -19,6 +19,7 @@ from shared.keys import is_heldout
 from shared.parts.jobs import committed_keys
 from shared.parts.records import list_records
 from shared.recipe.recipe import Recipe
+from teacher_cache.prompts.templates.spans import Template, Templates
 from teacher_cache.student_answers import Asking
 
 ROWS_COUNTED = 2000
@@ -106,7 +107,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
             except PromptError as error:
                 if row.row_key in committed:
                     continue  # it was rendered when it was built
-                counter.require_date()
+                counter.templates.require_date()
                 problems.add(current.item.path, current.item.line, str(error))
                 source.rows -= 1
                 source.rows_heldout -= is_held
@@ -124,7 +125,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
             source.longest_tokens = max(source.longest_tokens, prompt + answer)
     for name, count in problems.duplicates.items():
         result.sources.setdefault(name, SourceCount()).duplicates = count
-    result.assumed += problems.notes() + counter.unread_settings
+    result.assumed += problems.notes() + counter.templates.unread_settings
     result.set_aside = problems.total + sum(_too_long_of_the_rest(source) for source in result.sources.values())
     result.first_problem = problems.listed[0].sentence() if problems.listed else None
     return result
@@ -203,12 +204,12 @@ def _foreign_ends(recipe: Recipe, counter: _TokenCounter) -> list[int | None]:
     from teacher_cache.engines.answer_ends import foreign_ends
     from teacher_cache.teacher.model_files import resolve_model
 
-    if recipe.generate is None or recipe.teacher is None or not counter.template_ends:
+    if recipe.generate is None or recipe.teacher is None or not counter.templates:
         return []
     try:
         other = recipe.generate.model
         files = resolve_model(other) if other else resolve_model(recipe.teacher.model, recipe.teacher.revision)
-        return foreign_ends(counter.template_ends, counter.tokenizer, files.directory, recipe.generate)
+        return foreign_ends(counter.templates.ends, counter.tokenizer, files.directory, recipe.generate)
     except EngineError:
         return []
 
@@ -263,33 +264,14 @@ class _TokenCounter:
 
     def __init__(self, recipe: Recipe, result: PromptCount) -> None:
         self._given = recipe.generate is None
-        self._templates: list[Any] = []
+        self.templates = Templates()
         self._last: tuple[Any, tuple[int, int]] | None = None
         self.tokenizer: Any = None
         """The teacher's; None where it is out of reach."""
         try:
-            self.tokenizer, self._templates = _templates(recipe)
+            self.tokenizer, self.templates = _templates(recipe)
         except DecantError as error:
             result.tokenizer_note = str(error)
-
-    @property
-    def template_ends(self) -> list[int]:
-        """End token of each source's template."""
-        return [template.end_token_id for template in self._templates]
-
-    @property
-    def unread_settings(self) -> list[str]:
-        """Return a sentence for each setting of a source that its chat template does not read."""
-        return [sentence for template in self._templates for sentence in template.unread_settings]
-
-    def require_date(self) -> None:
-        """Refuse, as a build would, templates that read the clock where the recipe names no date.
-
-        Raises:
-            PromptError: with the source and the setting.
-        """
-        for template in self._templates:
-            template.require_date()
 
     def count(self, conversation: Any) -> tuple[int, int]:
         """Return tokens of the prompt and of the given answer (0 where it is to be generated).
@@ -305,9 +287,9 @@ class _TokenCounter:
         if conversation.sequence is not None:
             supervised = sum(end - start for start, end in conversation.sequence.spans)
             return len(conversation.sequence.token_ids) - supervised, supervised
-        if not self._templates:
+        if not self.templates:
             return _estimate(conversation, self._given)
-        template = self._templates[conversation.origin]
+        template = self.templates[conversation.origin]
         if not self._given:
             return len(template.prompt_ids(conversation)), 0
         token_ids, spans = template.complete(conversation)
@@ -315,7 +297,7 @@ class _TokenCounter:
         return len(token_ids) - supervised, supervised
 
 
-def _templates(recipe: Recipe) -> tuple[Any, list[Any]]:
+def _templates(recipe: Recipe) -> tuple[Any, Templates]:
     """Load the teacher's tokenizer; return it and a template per source.
 
     Raises:
@@ -323,13 +305,12 @@ def _templates(recipe: Recipe) -> tuple[Any, list[Any]]:
         PromptError: it has no template that renders.
     """
     from shared.models.files import load_fast_tokenizer
-    from teacher_cache.prompts.templates.spans import Template
     from teacher_cache.teacher.model_files import resolve_model
 
     assert recipe.teacher is not None
     files = resolve_model(recipe.teacher.model, recipe.teacher.revision)
     tokenizer = load_fast_tokenizer(files.directory, trust_remote_code=recipe.teacher.trust_remote_code)
-    return tokenizer, [Template(tokenizer, source) for source in recipe.prompts]
+    return tokenizer, Templates(Template(tokenizer, source) for source in recipe.prompts)
 
 
 def _estimate(conversation: Any, given: bool) -> tuple[int, int]:

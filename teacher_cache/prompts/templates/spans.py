@@ -338,6 +338,27 @@ class Template:
         return [bos] if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
+class Templates(tuple[Template, ...]):
+    """The templates of some sources, in their order."""
+
+    __slots__ = ()
+
+    @property
+    def ends(self) -> list[int]:
+        """End token of each; -1 where nothing is rendered."""
+        return [template.end_token_id for template in self]
+
+    @property
+    def unread_settings(self) -> list[str]:
+        """Return a sentence for each setting of a source that its chat template does not read."""
+        return [sentence for template in self for sentence in template.unread_settings]
+
+    def require_date(self) -> None:
+        """Refuse a template that reads the clock where the recipe names no date; errors as for one of them."""
+        for template in self:
+            template.require_date()
+
+
 def _turns(conversation: Conversation) -> list[Message]:
     try:
         return prompt_turns(conversation.messages)
