@@ -28,8 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from shared.atomic import fill_exclusive, make_dir
 from shared.errors import CacheError, DamagedError, first_line
 from shared.keys import KEY_BYTES, KeySet, canonical_json, stack_keys
-from shared.parts.arrow_layout import ArrowLayout
 from shared.parts.cache_files import list_folder, open_regular, parse_json
+from shared.parts.headers.arrow_layout import ArrowLayout
 from shared.parts.parts import check_whole, open_part
 from shared.parts.records import PartRecord, checked_model, list_records
 from shared.schema import JOB_PATTERN, MAX_ROWS_PER_PART, PLAN

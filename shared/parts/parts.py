@@ -25,8 +25,8 @@ import xxhash
 
 from shared.atomic import fill_exclusive, write_atomic
 from shared.errors import CacheError, DamagedError, first_line
-from shared.parts.arrow_layout import ArrowLayout
 from shared.parts.cache_files import hash_file, open_regular, parse_json
+from shared.parts.headers.arrow_layout import ArrowLayout
 from shared.parts.part_file import with_part_file
 from shared.parts.records import PartRecord, check_layer, kind_of, layer_of, read_record, sealed_json
 from shared.places import origin_of

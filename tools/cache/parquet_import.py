@@ -30,7 +30,7 @@ from shared.errors import CacheError, DamagedError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import KEY_BYTES
 from shared.parts.cache_files import open_regular, parse_json, read_bounded, read_json
-from shared.parts.parquet_pages import unpacked_bytes
+from shared.parts.headers.parquet_pages import unpacked_bytes
 from shared.parts.part_stats import TargetsFigures, targets_stats, targets_stats_problem
 from shared.parts.parts import commit_part
 from shared.parts.records import checked_model, list_records, read_record

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shared.parts.arrow_messages import stream_start, unpacked_messages
-from shared.parts.parquet_pages import unpacked_bytes
+from shared.parts.headers.arrow_messages import stream_start, unpacked_messages
+from shared.parts.headers.parquet_pages import unpacked_bytes
 from teacher_cache.prompts.files.packed_files import FREE_BYTES, MAX_RATIO
 
 ROW_BYTES = 2**26

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from shared.errors import DamagedError
-from shared.parts.flat_tables import INT32, INT64, OUTSIDE, FlatTables
+from shared.parts.headers.flat_tables import INT32, INT64, OUTSIDE, FlatTables
 
 _MAGIC = b"ARROW1"
 _CONTINUATION = b"\xff\xff\xff\xff"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from shared.parts.flat_tables import INT32, INT64, OUTSIDE, FlatTables
+from shared.parts.headers.flat_tables import INT32, INT64, OUTSIDE, FlatTables
 
 _MAGIC = b"ARROW1\0\0"
 _FILE_END = b"ARROW1"
