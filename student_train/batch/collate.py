@@ -53,8 +53,8 @@ def _joined_targets(packs: Sequence[Mapping[str, np.ndarray]], prefix: str) -> d
         if f"{prefix}temperatures" in pack
     ]
     arrays = {"temperatures": own[0]["temperatures"]}
-    names = ("support_counts", "support_ids", "support_logprobs", "label_logprobs", "tail_logmass", "positions")
-    for name in (name for name in names if name in own[0]):
+    names = ("support_counts", "support_ids", "support_logprobs", "label_logprobs", "row_begins", "tail_logmass")
+    for name in (name for name in (*names, "positions") if name in own[0]):
         arrays[name] = np.concatenate([pack[name] for pack in own])
     if "draw_counts" in own[0]:
         arrays["draw_counts"] = np.concatenate([pack["draw_counts"] for pack in own], axis=1)

@@ -30,8 +30,8 @@ def pack_targets(rows: Sequence[SparseTargets]) -> dict[str, np.ndarray]:
     """Concatenate rows' targets into the arrays of one pack, ready to become tensors.
 
     Returns `support_counts` int32 [S], `support_ids` int64 [N], `support_logprobs` f32 [N], `label_logprobs` f32 [S],
-    `tail_logmass` f32 [S, J], `temperatures` f64 [J]; where draws were made also `draw_counts` int32 [J, S], `draw_ids`
-    int64 and `draw_multiplicities` int32, both flat by temperature, then position.
+    `row_begins` bool [S], `tail_logmass` f32 [S, J], `temperatures` f64 [J]; where draws were made also `draw_counts`
+    int32 [J, S], `draw_ids` int64 and `draw_multiplicities` int32, both flat by temperature, then position.
 
     Raises:
         TrainingError: the rows were captured at different temperatures, or only some with draws.
@@ -51,6 +51,7 @@ def pack_targets(rows: Sequence[SparseTargets]) -> dict[str, np.ndarray]:
         "support_ids": np.concatenate([row.ids for row in rows]).astype(np.int64),
         "support_logprobs": np.concatenate([row.logprobs for row in rows]).astype(np.float32, copy=False),
         "label_logprobs": np.concatenate([row.label_logprobs for row in rows]).astype(np.float32, copy=False),
+        "row_begins": np.concatenate([np.arange(row.num_positions) == 0 for row in rows]),
         "tail_logmass": np.concatenate([row.tail_logmass for row in rows]).astype(np.float32, copy=False),
         "temperatures": np.asarray(temperatures, dtype=np.float64),
     }
@@ -163,6 +164,8 @@ class TargetBatch:
     """The same on the CPU, where it is decided which of them a chunk holds."""
     label_logprobs: Tensor | None = None
     """[S] of the tokens of the text."""
+    row_begins: Tensor | None = None
+    """[S] bool: the first position of its row; None: they are one row's."""
     tail_is_known: bool = True
     """Whether the mass outside the head is; in the arrays, NaN stands for a mass that is not."""
 
@@ -192,6 +195,7 @@ class TargetBatch:
             positions=positions,
             positions_host=None if positions is None else positions.to("cpu", torch.int64),
             label_logprobs=batch.get("label_logprobs"),
+            row_begins=batch.get("row_begins"),
             tail_is_known=not bool(batch["tail_logmass"].isnan().any()),
         )
 
@@ -214,6 +218,7 @@ class TargetBatch:
             draws=tuple(drawn.to(device) for drawn in self.draws),
             positions=None if self.positions is None else self.positions.to(device),
             label_logprobs=None if self.label_logprobs is None else self.label_logprobs.to(device),
+            row_begins=None if self.row_begins is None else self.row_begins.to(device),
         )
 
     def within(self, where: slice) -> tuple[slice, Tensor]:
@@ -244,6 +249,11 @@ class TargetBatch:
         for drawn in self.draws:
             found = found | (drawn.counts > 0)
         return found
+
+    @property
+    def begins_chunk(self) -> Tensor:
+        """[S] bool: a chunk of the text begins there, since the teacher has a member, or a row does."""
+        return self.has_member if self.row_begins is None else self.has_member | self.row_begins
 
     @property
     def has_only_draws(self) -> bool:

@@ -1,9 +1,10 @@
 """Losses on the likelihood of chunks of text: the student's log-likelihood of each, and its gradient through the head.
 
-A chunk begins at each position where the teacher has a member (its head, or drawn tokens) and goes on over those where
-it has none; the teacher's log-likelihood is the sum of its labels, and a chunk with one that is not known (-inf) does
-not count. On a layer in the teacher's own tokens every position is a chunk. The student's is the sum of its label
-log-probabilities, computed in chunks of positions and once more in the backward pass, so that logits are never held.
+A chunk begins at each position where the teacher has a member (its head, or drawn tokens), and where a row does, and
+goes on over those where it has none; the teacher's log-likelihood is the sum of its labels, and a chunk with one that
+is not known (-inf) does not count. On a layer in the teacher's own tokens every position is a chunk. The student's is
+the sum of its label log-probabilities, computed in chunks of positions and once more in the backward pass, so that
+logits are never held.
 Cost: two products with the head beside those of the gradients, and a few passes over each buffer.
 
 Shape letters: S positions, H hidden width, V vocabulary, A chunks of text.
@@ -41,7 +42,7 @@ def chunk_value(term: LossTerm, label_logprobs: Tensor, targets: Targets) -> Ten
     if batch.label_logprobs is None:
         raise TrainingError(f"loss '{term.name}' needs `label_logprobs` among the teacher's targets; add them")
     ours = label_logprobs if batch.positions is None else label_logprobs[batch.positions]
-    chunk = (batch.has_member.long().cumsum(0) - 1).clamp_min(0)
+    chunk = (batch.begins_chunk.long().cumsum(0) - 1).clamp_min(0)
     sums = torch.zeros_like(ours).index_add(0, chunk, ours)
     told = torch.zeros_like(sums).index_add(0, chunk, batch.label_logprobs.to(sums.dtype))
     counts = torch.isfinite(told) & (torch.bincount(chunk, minlength=len(sums)) > 0)

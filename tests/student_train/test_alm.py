@@ -103,6 +103,38 @@ def test_a_chunk_that_a_row_loses_its_end_of_is_left_out() -> None:
     assert first_positions(targets, 2).label_logprobs.tolist() == [-1.0, 0.0]
 
 
+def row_whose_first_position_has_no_head(labels: list[float]) -> SparseTargets:
+    return SparseTargets(
+        np.array([0, 1, 0], np.int32),
+        np.array([5], np.int32),
+        np.log(np.array([0.5], np.float32)),
+        np.array(labels, np.float32),
+        np.array([[0.0], [np.log(0.5)], [0.0]], np.float32),
+    )
+
+
+@pytest.mark.parametrize("first", [-1.5, -np.inf])
+def test_rows_of_a_pack_have_chunks_of_their_own(first: float) -> None:
+    """A row may begin where nothing of the teacher's head could be placed among the student's tokens."""
+    rows = [row_whose_first_position_has_no_head([first, label, 0.0]) for label in (-0.7, -3.0)]
+    case = make_case("fixed")
+    together, alone = (
+        [
+            fused_sparse_loss(
+                case.hidden[where],
+                case.weight,
+                case.labels[where],
+                TargetBatch.from_rows(chosen),
+                [LossTerm("alm")],
+                1.0,
+            ).loss
+            for where, chosen in parts
+        ]
+        for parts in ([(slice(0, 6), rows)], [(slice(0, 3), rows[:1]), (slice(3, 6), rows[1:])])
+    )
+    torch.testing.assert_close(together[0], alone[0] + alone[1])
+
+
 def test_likelihoods_need_targets() -> None:
     case, _ = case_with_chunks()
     with pytest.raises(TrainingError, match="needs the teacher's targets"):
