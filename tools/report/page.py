@@ -13,7 +13,7 @@ from typing import Any
 
 from tools.report import tables
 from tools.report.answer_filter import SCRIPT, script_source
-from tools.report.escaped import escape
+from tools.report.escaped import escape, name_of
 from tools.report.more_tables import more_tables
 from tools.report.numbers import NONE, Table, kl_interval, kl_spread, number, percent
 from tools.report.run_files import RunFiles
@@ -120,11 +120,11 @@ def _models(report: Mapping[str, Any]) -> str:
     if not models:
         return '<p class="card">No model was evaluated yet.</p>'
     rows, best = tables.model_rows(report), _best_cells(report)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    head = "".join(f"<th>{name_of(cell)}</th>" for cell in header)
     body = ""
     for row in rows:
         colour = plots.colour_of(list(models), row[0])
-        cells = f'<th scope="row"><i class="dot" style="background:{colour}"></i>{escape(row[0])}</th>'
+        cells = f'<th scope="row"><i class="dot" style="background:{colour}"></i>{name_of(row[0])}</th>'
         for column, cell in enumerate(row[1:], start=1):
             spread = _spread(models[row[0]], header[column])
             mark = ' class="best"' if (row[0], column) in best else ""
@@ -236,12 +236,12 @@ def _table(table: Table) -> str:
 def _element(header: Sequence[str], rows: Sequence[Sequence[str]], num_labels: int = 1) -> str:
     """Return a table, one card per row on a narrow screen; the first `num_labels` columns hold words."""
     side = ["" if column >= num_labels else ' class="w"' for column in range(len(header))]
-    head = "".join(f"<th{of}>{escape(title)}</th>" for of, title in zip(side, header, strict=True))
+    head = "".join(f"<th{of}>{name_of(title)}</th>" for of, title in zip(side, header, strict=True))
     body = ""
     for row in rows:
         cells = zip(side[1:], header[1:], row[1:], strict=True)
-        figures = "".join(f'<td{of} data-label="{escape(title)}">{escape(cell)}</td>' for of, title, cell in cells)
-        body += f'<tr><th scope="row">{escape(row[0])}</th>{figures}</tr>'
+        figures = "".join(f'<td{of} data-label="{escape(title)}">{name_of(cell)}</td>' for of, title, cell in cells)
+        body += f'<tr><th scope="row">{name_of(row[0])}</th>{figures}</tr>'
     inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="card scroll"><table class="stack">{inside}</table></div>'
 

@@ -13,7 +13,7 @@ CSS = """
   #2d3642;
   --good: #5ccf9b; --bad: #f0907c; --mark: #202b39; --note: #332b15; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--font);
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--font); overflow-wrap: break-word;
   -webkit-text-size-adjust: 100%; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 10px; overflow-wrap: anywhere; }
@@ -30,6 +30,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: 8px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap;
   vertical-align: baseline; }
 th.w, td.w { text-align: left; }
+.long { display: inline-block; width: 22ch; max-width: 100%; white-space: normal; overflow-wrap: anywhere; }
 th { font-weight: 600; color: var(--soft); font-size: .85rem; vertical-align: bottom; }
 tbody tr:last-child th, tbody tr:last-child td { border-bottom: 0; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }

@@ -59,6 +59,29 @@ def test_nothing_sticks_out_and_nothing_runs(tmp_path: Path, width: int) -> None
     assert "owned" not in figures["title"]
 
 
+WIDEST = """<script>addEventListener('load', () => { const wide = [...document.querySelectorAll('th, td')].map(
+  e => e.getBoundingClientRect().width), places = [...document.querySelectorAll('main *')].filter(e =>
+  !e.closest('.scroll') && !e.closest('svg') && e.getBoundingClientRect().right > innerWidth + 1);
+  document.documentElement.setAttribute('data-probe', Math.max(...wide) + ' ' + places.length); }); </script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [500, 1400])
+def test_long_names_push_nothing_away(tmp_path: Path, width: int) -> None:
+    root = make_run(tmp_path / "run")
+    for file in (root / "evaluate").glob("*.json*"):
+        file.write_text(file.read_text().replace('"math"', json.dumps("ein_name_ohne_ende" * 12)))
+    build_report([root])
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", (root / "report.html").read_text())
+    assert text.count("ein_name_ohne_ende") > 40
+    (tmp_path / "probed.html").write_text(text.replace("</body>", WIDEST))
+    found = re.search(r"data-probe=\"([^\"]+)\"", dump(tmp_path / "probed.html", tmp_path / "profile", width))
+    assert found
+    widest, outside = map(float, found.group(1).split())
+    assert widest < 450 or width == 500  # a phone has a card per row
+    assert outside == 0
+
+
 SEARCH = """<script>addEventListener('load', () => {
   const box = document.getElementById('filter'), shown = () => [...document.querySelectorAll('.sample')].filter(
     card => card.checkVisibility()).length, figures = {all: document.querySelectorAll('.sample').length, open: shown()};
