@@ -19,16 +19,9 @@ from shared.parts.jobs import Job, list_jobs
 from shared.recipe.recipe import PromptSource, Recipe
 
 MAX_TEMPLATE_BYTES = 2**20
-_KEPT = (
-    "source",
-    "format",
-    "system",
-    "template",
-    "chat_template",
-    "chat_template_kwargs",
-    "supervise",
-    "date",
-)
+SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs", "supervise", "date")
+"""What of a source decides how its turns become tokens."""
+_KEPT = ("source", "format", *SETTINGS)
 
 
 def rendered_sources(recipe: Recipe) -> tuple[PromptSource, ...]:
@@ -73,6 +66,18 @@ def template_text(setting: str | None) -> str | None:
             "`chat_template`"
         )
     return path.read_text(encoding="utf-8")
+
+
+def rendering_of(source: PromptSource) -> dict[str, Any]:
+    """Return the settings that decide how a source's turns become tokens, those at their default left out.
+
+    Raises:
+        PromptError: it names a template file that is not there.
+    """
+    settings = source.model_dump(mode="json", include=set(SETTINGS), exclude_defaults=True)
+    if source.chat_template is not None:
+        settings["chat_template"] = template_text(source.chat_template)
+    return settings
 
 
 def _sources_of(cache_dir: Path, prompts: Sequence[PromptSource]) -> list[PromptSource]:

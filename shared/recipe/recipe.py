@@ -99,7 +99,7 @@ class Recipe(Section):
     generate: Generate | None = None
     """How the teacher answers; left out: the data's answers are scored."""
     answers: Literal["matching", "all"] = "matching"
-    """Answers to train on and to measure: those drawn as `generate` says, or also those drawn otherwise."""
+    """Rows to train on and to measure: those drawn and rendered as the recipe says, or also those made otherwise."""
     capture: Capture = TopCapture()
     """What is kept of the teacher's distributions, by its `mode` (left out: top)."""
     cache: Annotated[

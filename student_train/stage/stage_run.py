@@ -184,8 +184,10 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
     parts += [f"{dropped:,} rows above {plan.limit} tokens{reason} dropped"] if dropped else []
     repeats, others = int(work.caches.repeats.sum()), int(work.caches.other_answers.sum())
     parts += [f"{repeats:,} rows left out that an earlier cache holds"] if repeats else []
-    parts += [f"{others:,} rows left out whose answers were drawn otherwise (`answers: all` keeps them)"] * bool(others)
-    parts += ["on answers that were drawn otherwise than `generate` says"] if work.caches.all_are_other else []
+    parts += [f"{others:,} rows left out that were drawn or rendered otherwise (`answers: all` keeps them)"] * bool(
+        others
+    )
+    parts += ["on rows that were drawn or rendered otherwise than the recipe says"] if work.caches.all_are_other else []
     untaught = untaught_sources(work.stage, work.caches)
     parts += [f"no teacher for {quoted(untaught)}, whose rows train the other losses alone"] if untaught else []
     parts += [f"started from {work.start}"] if work.start else []

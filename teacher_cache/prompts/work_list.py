@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from shared.cache.groups import GroupRule
-from shared.cache.rendering import template_text
+from shared.cache.rendering import rendering_of
 from shared.cache.writing.growing_key_set import GrowingKeySet
 from shared.errors import PromptError
 from shared.identity.grown import unmoved
@@ -41,7 +41,6 @@ from teacher_cache.prompts.formats.prompt_formats import (
 from teacher_cache.prompts.formats.prompt_turns import Message
 from teacher_cache.prompts.problems import Problems
 
-RENDERING_SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs", "supervise", "date")
 READING_SETTINGS = ("config", "columns", "ignore")
 """Settings that decide which rows a source has; a request says them where they are not at their default."""
 SEED_BITS = 63
@@ -72,7 +71,7 @@ def list_rows(
         is_held: whether the cache holds a row_key; asked of rows with thoughts in trained earlier answers alone.
     """
     seen = GrowingKeySet()
-    renderings = [_rendering(source) for source in sources]
+    renderings = [rendering_of(source) for source in sources]
     ends = [_end(foreign_ends, origin) for origin in range(len(sources))]
     for conversation in conversations:
         try:
@@ -151,7 +150,7 @@ def request_of(
                 "split": source.split,
                 "limit": source.limit,
                 **source.model_dump(mode="json", include=set(READING_SETTINGS), exclude_defaults=True),
-                **_rendering(source),
+                **rendering_of(source),
                 **(_end(foreign_ends, origin) if generate else {}),
             }
             for origin, source in enumerate(recipe.prompts)
@@ -278,14 +277,6 @@ def _trained_thoughts(answered: list[Message] | None) -> list[list[Any]]:
     turns = prompt_turns(answered) if answered else []
     said = [(index, turn.get("reasoning_content")) for index, turn in enumerate(turns) if turn.get("train", True)]
     return [[index, thoughts] for index, thoughts in said if thoughts]
-
-
-def _rendering(source: PromptSource) -> dict[str, Any]:
-    """Return the settings that decide how a source's turns become tokens, those at their default left out."""
-    settings = source.model_dump(mode="json", include=set(RENDERING_SETTINGS), exclude_defaults=True)
-    if source.chat_template is not None:
-        settings["chat_template"] = template_text(source.chat_template)
-    return settings
 
 
 def _end(foreign_ends: Sequence[int | None], origin: int) -> dict[str, int]:

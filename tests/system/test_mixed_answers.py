@@ -140,9 +140,45 @@ def test_an_evaluation_is_another_one_only_where_a_held_out_row_is_left_out():
     assert {**of("answers=all"), "left_out": of()["left_out"]} == of()
 
 
+def remade(place: Path, name: str, change: str) -> str:
+    """Copy the first cache, make its rows again with a changed recipe, and return its path."""
+    shutil.copytree(place / "first", place / name)
+    assert cli.main(["teach", "recipe.yaml", "--set", f"cache={name}", "--set", change]) == 0
+    return f"cache={name}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ['prompts.0.system="Be brief."', "prompts.0.date=2026-01-31", 'prompts.0.chat_template_kwargs={"a": 1}'],
+)
+def test_rows_that_were_rendered_otherwise_are_left_out(place, tmp_path, change):
+    cache = remade(place, f"rendered-{tmp_path.name}", change)
+    path = cache.removeprefix("cache=")
+    assert len(keys(path)) == 12
+    assert trained(cache)[0] == keys("first")
+    assert trained(cache, change)[0] == keys(path, but=set(keys("first")))
+    assert trained(cache, change, "answers=all")[0] == keys(path)
+    assert trained(cache, 'prompts.0.system="Neither."')[0] == keys(path)  # none was rendered so
+
+
+def test_answers_of_another_model_are_left_out(place, tmp_path):
+    """Where the teacher is not at hand, the cache's layer says what its weights are."""
+    make_qwen3(place / "other", seed=1, num_layers=1)
+    cache = remade(place, "answered", "generate.model=other")
+    assert trained(cache)[0] == keys("first")
+    others = keys("answered", but=set(keys("first")))
+    assert len(others) == 6
+    assert trained(cache, "generate.model=other")[0] == others
+    (place / "teacher").rename(tmp_path / "teacher")
+    try:
+        assert trained(cache)[0] == keys("first")
+    finally:
+        (tmp_path / "teacher").rename(place / "teacher")
+
+
 @pytest.mark.slow
 def test_plan_and_training_say_what_is_left_out(capfd):
     assert cli.main(["plan", "recipe.yaml"]) == 0
-    assert "holds 6 rows whose answers were drawn otherwise" in capfd.readouterr().out
+    assert "holds 6 rows that were drawn or rendered otherwise" in capfd.readouterr().out
     assert cli.main(["train", "recipe.yaml"]) == 0
-    assert "6 rows left out whose answers were drawn otherwise" in capfd.readouterr().err
+    assert "6 rows left out that were drawn or rendered otherwise" in capfd.readouterr().err
