@@ -16,12 +16,12 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _CUT_BITS = 16
 """Of float32, below those that bfloat16 keeps."""
-_SEEDS = 1 << 32
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,7 +64,8 @@ class StochasticRounding(torch.optim.Optimizer):  # type: ignore[misc]  # torch 
         if not narrow:
             return
         generator = torch.Generator(narrow[0].device)
-        generator.manual_seed((self._seed * _SEEDS + self._step_of()) % (1 << 63))
+        # a CPU generator sees the low 32 bits of its seed alone, so both numbers are mixed into them
+        generator.manual_seed(int(np.random.SeedSequence([self._seed, self._step_of()]).generate_state(1)[0]))
         for weight in narrow:
             kept = weight.data
             weight.data = kept.float()

@@ -77,6 +77,21 @@ def test_weights_in_float32_beside_narrow_ones_are_updated_as_ever():
     assert optimizer.state[narrow]["exp_avg"].dtype == torch.float32
 
 
+def _rounded(seed: int, step: int) -> torch.Tensor:
+    """Return 4,096 weights of 1 after a step of a third of their last bit."""
+    weight = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    weight.grad = torch.full_like(weight, 2**-8 / 3)
+    StochasticRounding(torch.optim.SGD([weight], lr=1.0), seed, lambda: step).step()
+    return weight.detach() != 1
+
+
+def test_chance_depends_on_seed_and_step():
+    assert torch.equal(_rounded(3, 5), _rounded(3, 5))
+    for seed, step in ((3, 6), (4, 5), (2**31, 5), (5, 3)):
+        equal = (_rounded(3, 5) == _rounded(seed, step)).double().mean()
+        assert float(equal) == pytest.approx(5 / 9, abs=0.05), "as much as two throws of one chance in three agree"
+
+
 NARROW = {"dtype": "bfloat16"}
 
 
