@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError
+from shared.models.config_file import check_config, refuse_endless
 from shared.models.large_imports import import_transformers
 from shared.models.load_report import loading
 from shared.remote.hub import ask_hub
@@ -22,11 +23,13 @@ def load_config(source: str | Path, *, what: str, trust_remote_code: bool, revis
         ModelError: there is none, or it is of a type that transformers does not know.
     """
     import_transformers()
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     ask_hub(source)
     refuse_special_files(source)
     with loading(f"the config of {what} '{source}'", CONFIG):
+        found, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        refuse_endless(found, f"the config of {what} '{source}'")
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
@@ -54,5 +57,6 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool, revision: str
 
     ask_hub(source)
     refuse_special_files(source)
+    check_config(source)  # which transformers reads, too
     with loading(f"{source}: the tokenizer", expected="tokenizer.json there"):
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from shared.models.config_file import check_config
 from shared.models.large_imports import import_transformers
 from shared.models.load_report import Gaps, loading
 from shared.models.weights.adapters import merge_adapter, refuse_adapter_inside
@@ -46,6 +47,7 @@ def load_causal_lm(
     refuse_special_files(source)
     refuse_adapter_inside(source, name)
     ask_hub(source)
+    check_config(source)
     with loading(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
