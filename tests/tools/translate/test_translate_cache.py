@@ -18,7 +18,7 @@ from shared.recipe.recipe import Recipe
 from shared.tokens.token_bytes import read_vocabulary
 from teacher_cache.build import teach
 from tests.shared.dense_targets import equal_targets
-from tests.teacher_cache.fake_engine import FakeEngine
+from tests.teacher_cache.fake_engine import END_ID, FakeEngine
 from tests.tiny_models import TURN_END, make_qwen3
 from tests.tools.foreign.peers import samples, write_axolotl
 from tests.tools.translate.odd_texts import odd_text
@@ -151,6 +151,50 @@ def test_what_cannot_be_translated_is_refused_before_anything_is_written(taught,
     assert not list(tmp_path.glob(".no*")) and "12 rows" in capsys.readouterr().out
 
 
+def test_a_control_token_within_an_answer_is_that_of_the_student_and_no_text(tmp_path, monkeypatch) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"number {i}?"}) + "\n" for i in range(8)))
+    said = [[70, 71, 1, 72, END_ID], [70, 71, 1], [70, 71, END_ID]]  # begins a turn, is cut after that, ends
+
+    def opened(teacher, capture, **_):
+        engine = FakeEngine(teacher, capture)
+        engine.answer = lambda rng: (lambda ids: (ids, "stop" if ids[-1] == END_ID else "length"))(
+            said[int(rng.integers(3))]
+        )
+        return engine
+
+    monkeypatch.setattr(engines, "open_engine", opened)
+    monkeypatch.setattr(engines, "refusal", lambda teacher, capture: None)
+    model = make_qwen3(tmp_path / "teacher")
+    teacher = {"model": str(model), "engine": "transformers", "dtype": "float32", "max_model_len": 128}
+    prompts = [{"source": "a", "path": str(tmp_path / "a.jsonl"), "format": "prompt_completion"}]
+    settings = {"name": "t", "output_dir": str(tmp_path / "run"), "teacher": teacher, "prompts": prompts}
+    settings |= {"generate": {"max_new_tokens": 9, "samples_per_prompt": 3}, "capture": {"k": 4}}
+    teach(Recipe.model_validate({**settings, "cache": str(tmp_path / "cache")}))
+    inner = student_tokenizer("joined digits")
+    plain = save(inner, tmp_path / "plain")
+    inner.add_special_tokens(["<|im_start|>"])
+    named = save(inner, tmp_path / "named")
+    before = rows_of(tmp_path / "cache")
+    kinds = {key: said.index(row.labels().tolist()) for key, row in before.items()}
+    assert set(kinds.values()) == {0, 1, 2}
+    translate_cache(tmp_path / "cache", tmp_path / "out", str(named))
+    after = rows_of(tmp_path / "out")
+    assert after.keys() == before.keys()
+    for key, row in after.items():
+        spelled = [inner.id_to_token(i) for i in row.labels().tolist() if i in named_controls(inner)]
+        assert spelled == [["<|im_start|>", "</s>"], ["<|im_start|>"], ["</s>"]][kinds[key]]
+        assert text_of(named, row.labels()) == text_of(tmp_path / "teacher", before[key].labels())
+        sums = [one.targets.label_logprobs.sum() for one in (row, before[key])]
+        np.testing.assert_allclose(*sums, atol=1e-3)
+    without = translate_cache(tmp_path / "cache", tmp_path / "less", str(plain))
+    reason = "the student has no control token '<|im_start|>'"
+    assert without["set_aside"] == {reason: sum(kind < 2 for kind in kinds.values())}
+
+
+def named_controls(inner: Tokenizer) -> set[int]:
+    return {inner.token_to_id(name) for name in ("<|im_start|>", "</s>")}
+
+
 def test_rows_without_a_conversation_are_cut_at_control_tokens(taught, tmp_path) -> None:
     from tools.cache.parquet_export import export_cache
     from tools.cache.parquet_import import import_parquet
@@ -158,7 +202,7 @@ def test_rows_without_a_conversation_are_cut_at_control_tokens(taught, tmp_path)
     export_cache(taught / "given", tmp_path / "parquet", None, lambda rows: None)
     import_parquet(tmp_path / "parquet", tmp_path / "plain")
     student = save(student_tokenizer("joined digits"), tmp_path / "student")
-    with pytest.raises(CacheError, match="has no token '<|im_start|>'".replace("|", r"\|")):
+    with pytest.raises(CacheError, match="has no control token '<|im_start|>'".replace("|", r"\|")):
         translate_cache(tmp_path / "plain", tmp_path / "no", str(student))
     chatml = student_tokenizer("joined digits")
     chatml.add_special_tokens(["<|im_start|>", "<|im_end|>"])

@@ -2,9 +2,9 @@
 
 A job's plan keeps the conversation of each row and how it was rendered; it is rendered with the student's own chat
 template, and a generated answer, as its tokens spell it, ends with the student's own end token where the teacher's
-ended itself. Rows without a plan (merged or imported caches, rows of `format: cache`) are cut at the teacher's control
-tokens: text between them is tokenized, and each of them must be a control token of the student, but for the one that
-ends an answer. Cost: one tokenization per row.
+ended itself; a control token within it is the student's of the same name. Rows without a plan (merged or imported
+caches, rows of `format: cache`) are cut at the teacher's control tokens: text between them is tokenized, and each of
+them must be a control token of the student, but for the one that ends an answer. Cost: one tokenization per row.
 
 Shape letters: T tokens of the row, n supervised spans.
 """
@@ -129,8 +129,8 @@ class StudentRows:
             raise UntranslatableError(" ".join(str(error).split())) from None
         start, stop = row.spans[-1].tolist()
         answer = row.token_ids[start:stop].tolist()
-        ends = answer[-1] in self._teacher.special
-        ids = [*self._text_ids(answer[: len(answer) - ends]), *([template.end_token_id] if ends else [])]
+        ends = answer[-1] in self._teacher.special and row.finish_reason != "length"
+        ids = [*self._answer_ids(answer[: len(answer) - ends]), *([template.end_token_id] if ends else [])]
         return [*prompt, *ids], [(len(prompt), len(prompt) + len(ids))]
 
     def _template(self, job: Job, origin: int) -> Template:
@@ -147,6 +147,20 @@ class StudentRows:
                     f"{error}; for `decant cache translate` name a template with --chat-template"
                 ) from None
         return self._templates[key]
+
+    def _answer_ids(self, teacher_ids: list[int]) -> list[int]:
+        """Tokenize what the teacher said: text, and control tokens within it as those of the same name.
+
+        Raises:
+            UntranslatableError: the student lacks one, or the text spells one of its own.
+        """
+        if self._other_ids is not None:
+            return self._text_ids(teacher_ids)
+        ids: list[int] = []
+        for is_control, group in itertools.groupby(teacher_ids, self._teacher.special.__contains__):
+            run = list(group)
+            ids += map(self._control, run) if is_control else self._text_ids(run)
+        return ids
 
     def _text_ids(self, teacher_ids: list[int]) -> list[int]:
         """Tokenize the text that teacher tokens spell; nothing is added.
@@ -196,14 +210,11 @@ class StudentRows:
         for start, stop in itertools.pairwise(edges):
             yield start, stop, bool(control[start])
 
-    def _control(self, token: int, *, ends: bool) -> int:
+    def _control(self, token: int, *, ends: bool = False) -> int:
         """Return the student's control token for one of the teacher's."""
         if ends and self._tokenizer.eos_token_id is not None:
             return int(self._tokenizer.eos_token_id)
         found = int(self._landing.ids[token])
         if found < 0:
-            raise UntranslatableError(
-                "the cache keeps no conversation of the row to render, and the student has no token "
-                f"{self._teacher.pieces[token]!r}"
-            )
+            raise UntranslatableError(f"the student has no control token {self._teacher.pieces[token]!r}")
         return found
