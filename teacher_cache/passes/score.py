@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import xxhash
+from numpy.typing import NDArray
 
 from shared.cache.layout import sequences_dir
 from shared.cache.writing.layer_writer import LayerWriter, RowsWriter
@@ -22,7 +24,7 @@ from shared.keys import row_salt
 from shared.parts.parts import open_part
 from shared.parts.records import PartRecord
 from shared.parts.sequences import SequenceRow
-from teacher_cache.engines.protocol import Captured, Scored, ScoreRequest
+from teacher_cache.engines.protocol import NO_NUMBERS, Captured, Scored, ScoreRequest
 from teacher_cache.passes.feeding import Desk, feed_units
 from teacher_cache.passes.summary import PassFigures
 
@@ -59,7 +61,7 @@ class ScoreUnit:
         """Keep one row's targets or hidden states and return the row's tokens.
 
         Raises:
-            EngineError: they do not cover the row's positions.
+            EngineError: they do not cover the row's positions, or are no numbers.
         """
         row = self._rows[index]
         kept = result.targets if isinstance(result, Scored) else result.hidden
@@ -68,6 +70,8 @@ class ScoreUnit:
                 f"{self._record.stem}:{index}: the engine returned {kept.num_positions:,} positions for a row of "
                 f"{row.num_positions:,}; report this as a defect of the engine"
             )
+        if any(np.isnan(values).any() for values in _values_of(result)):
+            raise EngineError(f"{self._record.stem}:{index}: {NO_NUMBERS}")
         self._kept[index] = kept
         self._figures.rows += 1
         self._figures.positions += row.num_positions
@@ -78,6 +82,14 @@ class ScoreUnit:
         keys = [row.key for row in self._rows]
         kept: list[Any] = [self._kept[index] for index in range(len(self._rows))]
         return partial(self._layer.write, self._record.stem, keys, kept, self._software())
+
+
+def _values_of(result: Scored | Captured) -> tuple[NDArray[Any], ...]:
+    """Return what a model computed for a row."""
+    if isinstance(result, Captured):
+        return (result.hidden.states.scales,)
+    targets = result.targets
+    return targets.logprobs, targets.label_logprobs, targets.tail_logmass
 
 
 def parts_to_score(

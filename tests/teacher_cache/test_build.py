@@ -302,6 +302,21 @@ def test_an_engine_that_loses_rows_is_reported(tmp_path, model, opened, monkeypa
         teach(recipe(tmp_path, model))
 
 
+@pytest.mark.parametrize("name", ["logprobs", "label_logprobs", "tail_logmass"])
+def test_a_teacher_that_computes_no_numbers_is_told_with_the_row(tmp_path, model, opened, monkeypatch, name):
+    """It was told as a bug of Decant, by the writer."""
+    stock = FakeEngine.score
+
+    def score(self, requests):
+        for result in stock(self, requests):
+            getattr(result.targets, name)[-1] = np.nan
+            yield result
+
+    monkeypatch.setattr(FakeEngine, "score", score)
+    with pytest.raises(EngineError, match=r"part-\w+-000000:\d+: the teacher computes NaN .* set teacher\.dtype to"):
+        teach(recipe(tmp_path, model))
+
+
 def test_an_engine_that_does_not_start_leaves_no_layer_behind(tmp_path, model, opened, monkeypatch):
     def fail(*_, **__):
         raise EngineError("no memory")

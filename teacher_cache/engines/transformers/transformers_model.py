@@ -31,6 +31,7 @@ from shared.models.gpus import unused_gpu
 from shared.models.load_report import without_bars
 from shared.models.weights.loading import load_causal_lm
 from shared.recipe.recipe import Teacher
+from teacher_cache.engines.protocol import NO_NUMBERS
 from teacher_cache.engines.transformers.batch_probes import (
     cache_is_whole,
     empty_cache,
@@ -84,6 +85,7 @@ class CausalModel:
         with torch.inference_mode():
             probe = probe_tokens(self, 8)
             ones = torch.ones_like(probe)
+            self._require_numbers(probe)
             self.model.set_attn_implementation(faithful_attention(model, lambda: self.hidden(probe, ones)))
             self._check(probe)
             self.rotation_of = length_class_of(self.config)
@@ -185,6 +187,25 @@ class CausalModel:
             if found:
                 return found
         return ()
+
+    def _require_numbers(self, probe: torch.Tensor) -> None:
+        """Run the model once.
+
+        Raises:
+            EngineError: it cannot run, as some quantised ones on a CPU, or computes no numbers.
+        """
+        try:
+            hidden = self.hidden(probe, torch.ones_like(probe))
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, ImportError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            name, device = type(self.model).__name__, self.device.type
+            raise EngineError(
+                f"{name} cannot run on this machine's {device} ({reason_of(error, 200)}); "
+                "set teacher.engine to vllm, or choose another dtype or copy of it"
+            ) from error
+        if not bool(hidden.isfinite().all()):
+            raise EngineError(NO_NUMBERS)
 
     def _check(self, probe: torch.Tensor) -> None:
         """Compare with the model's own logits, as they are and where they are large enough for any cap to show.

@@ -236,3 +236,26 @@ def test_closed_engine_says_so(exact):
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         list(engine.score(sequences(1)))
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype"), [(float("nan"), torch.float32), (1e7, torch.float16)], ids=["of weights", "of 16 bits"]
+)
+def test_a_model_that_computes_no_numbers_is_refused_at_its_start(model_dir, factor, dtype):
+    """It was told as one whose logits are made in a way that is not known, with an advice that led on to a bug."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    model.model.norm.weight.data *= factor
+    with pytest.raises(EngineError, match=r"computes NaN instead of numbers: .* set teacher\.dtype to float32"):
+        CausalModel(model, AutoTokenizer.from_pretrained(model_dir))
+
+
+def test_a_model_that_cannot_run_here_is_refused_with_the_reason(model_dir):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    layer = model.model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
+    with pytest.raises(EngineError, match=r"Qwen3ForCausalLM cannot run on this machine's cpu \(.*dtype.*\); set"):
+        CausalModel(model, AutoTokenizer.from_pretrained(model_dir))
