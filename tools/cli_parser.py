@@ -12,6 +12,7 @@ PHASES = ("teach", "train", "eval", "report")
 SAMPLE_ROWS = 384
 """Rows of `plan --calibrate`: more than an engine answers at once on a CPU, so that its full speed shows."""
 _UNSAFE = "run code that models wrote without a sandbox, on a machine that has nothing to lose"
+_RUN = "directory of a run (output_dir of its recipe)"
 _COMMANDS = Commands()
 
 
@@ -105,14 +106,13 @@ def _run(run: Parser) -> None:
 
 @_COMMANDS.command("report", "write report.html, report.md, models.csv and report.json for one run or several")
 def _report(report: Parser) -> None:
-    runs = "directory of a run (output_dir of its recipe)"
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=runs)
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=_RUN)
     report.add_argument("--output", type=Path, metavar="DIR", help="where to write it (of one run: into the run)")
 
 
 @_COMMANDS.command("export", "write a trained student as a plain model directory with a model card")
 def _export(export: Parser) -> None:
-    export.add_argument("run", type=Path, metavar="RUN", help="directory of a run (output_dir of its recipe)")
+    export.add_argument("run", type=Path, metavar="RUN", help=_RUN)
     export.add_argument("--stage", metavar="NAME", help="whose model (default: the last stage that is finished)")
     export.add_argument("--output", type=Path, metavar="DIR", help="the new directory (default: RUN/export/NAME)")
     push = "also write it to this model repository of the Hugging Face hub"

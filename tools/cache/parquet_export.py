@@ -29,7 +29,7 @@ from shared.cache.layout import (
     tokenizer_path,
 )
 from shared.cache.tokenizer_files import read_tokenizer_file
-from shared.errors import CacheError, DamagedError, first_line
+from shared.errors import CacheError, first_line
 from shared.parts.cache_files import read_json
 from shared.parts.mapped_part import MappedSequences, MappedTargets
 from shared.parts.records import PartRecord, json_bytes
@@ -148,8 +148,6 @@ def _write_part(
     about: dict[str, Any] = {"software": dict(record.software), "set_aside": [dict(item) for item in record.set_aside]}
     if layer is not None and scores is not None:
         scored = MappedTargets(layer.directory, scores, verify=True)
-        if len(scored) != len(part):
-            raise DamagedError(f"{scored.path} has {len(scored)} rows where its sequences have {len(part)}")
         about |= {"targets_software": dict(scores.software), "targets_stats": dict(scores.stats)}
         about["blobs_xxh3"] = _blobs_digest(part, scored) if shown is None else ""
     identity = layer.identity if layer else None
