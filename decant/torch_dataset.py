@@ -17,9 +17,10 @@ import torch
 
 from decant.reading import Cache
 from shared.errors import TrainingError
-from shared.recipe.recipe import Stage, StageTrainer
+from shared.recipe.recipe import StageTrainer
 from student_train.batch.collate import collate
 from student_train.batch.dataset import CacheList, PackDataset
+from student_train.order.order import StageRows
 from student_train.order.stage_plan import plan_stage
 
 
@@ -73,10 +74,9 @@ class TorchDataset(torch.utils.data.Dataset):  # type: ignore[misc]  # torch has
                 f"temperature {missing[0]:g} was not captured, only {', '.join(f'{t:g}' for t in captured)}"
             )
         trainer = StageTrainer(pack_tokens=pack_tokens, num_train_epochs=epochs)
-        stage = Stage.model_validate({"name": "dataset", "losses": [{"name": "cross_entropy"}], "trainer": trainer})
         eligible = np.intersect1d(caches.training_rows(heldout_fraction), np.asarray(cache.row_numbers))
-        shares = caches.mixture_codes(mixture)
-        plan = plan_stage(stage, seed, caches.num_tokens, caches.sources, shares, eligible.astype(np.int32))
+        rows = StageRows(seed, caches.num_tokens, caches.sources, pack_tokens, eligible=eligible)
+        plan = plan_stage(trainer, rows, caches.mixture_codes(mixture))
         self._packs = PackDataset(caches, plan, wanted if captured else None)
 
     def __len__(self) -> int:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import xxhash
@@ -53,22 +54,14 @@ class EpochPlan:
     """xxh3-128 of rows and offsets, in hex."""
 
     @classmethod
-    def of(
-        cls,
-        rows: NDArray[np.int32],
-        offsets: NDArray[np.int64],
-        num_tokens: NDArray[np.integer],
-        limit: int,
-        pack_tokens: int,
-        num_dropped: int,
-    ) -> EpochPlan:
-        """Count what packs of rows hold, which are of `num_tokens` [R] tokens and cut at `limit`."""
-        lengths = num_tokens[rows]
-        total = int(np.minimum(lengths, limit).sum(dtype=np.int64))
-        digest = xxhash.xxh3_128(rows.astype("<i4").tobytes())
+    def of(cls, drawn: NDArray[np.int32], offsets: NDArray[np.int64], rows: StageRows, num_dropped: int) -> EpochPlan:
+        """Count what packs of drawn rows hold."""
+        total = int(rows.lengths[drawn].sum(dtype=np.int64))
+        fill = total / ((len(offsets) - 1) * rows.pack_tokens)
+        num_cut = int(np.count_nonzero(rows.num_tokens[drawn] > rows.limit))
+        digest = xxhash.xxh3_128(drawn.astype("<i4").tobytes())
         digest.update(offsets.astype("<i8").tobytes())
-        fill, num_cut = total / ((len(offsets) - 1) * pack_tokens), int(np.count_nonzero(lengths > limit))
-        return cls(rows, offsets, total, fill, num_cut, num_dropped, digest.hexdigest())
+        return cls(drawn, offsets, total, fill, num_cut, num_dropped, digest.hexdigest())
 
     @property
     def num_packs(self) -> int:
@@ -110,60 +103,87 @@ class Windows:
         return window_of_part[self.parts[rows]]
 
 
-def plan_epoch(
-    seed: int,
-    epoch: int,
-    num_tokens: NDArray[np.integer],
-    sources: NDArray[np.integer] | None,
-    mixture: Mapping[int, float] | None,
-    pack_tokens: int,
-    max_length: int | None = None,
-    too_long: str = "cut",
-    *,
-    eligible: NDArray[np.integer] | None = None,
-    windows: Windows | None = None,
-) -> EpochPlan:
+@dataclass(frozen=True, eq=False)
+class StageRows:
+    """The rows that a stage draws from, and all that their order depends on beside the mixture."""
+
+    seed: int
+    num_tokens: NDArray[np.integer]
+    """[R] tokens per row."""
+    sources: NDArray[np.integer] | None
+    """[R] source code per row; needed with a mixture only."""
+    pack_tokens: int
+    """Room of a pack."""
+    max_length: int | None = None
+    """Longest row in tokens, if shorter than a pack."""
+    too_long: str = "cut"
+    """`cut` keeps a longer row's beginning, `drop` leaves it out, `refuse` raises."""
+    eligible: NDArray[np.integer] | None = None
+    """Indices of the rows that may be drawn, ascending; None for all."""
+    windows: Windows | None = None
+    """Windows of parts that the rows are taken from one after another; None shuffles all rows together."""
+
+    @property
+    def limit(self) -> int:
+        """Longest row, in tokens, that is trained on whole."""
+        return length_limit(self.pack_tokens, self.max_length)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.integer]:
+        """[R] tokens per row that are trained on."""
+        lengths: NDArray[np.integer] = np.minimum(self.num_tokens, self.limit)
+        return lengths
+
+    def usable(self) -> tuple[NDArray[np.int32], int]:
+        """Return the rows that may be drawn, ascending, and how many are left out because they are too long.
+
+        Raises:
+            TrainingError: a row is too long and `too_long` is `refuse`.
+        """
+        everything = np.arange(len(self.num_tokens), dtype=np.int32)
+        candidates = everything if self.eligible is None else self.eligible.astype(np.int32)
+        too_many = self.num_tokens[candidates] > self.limit
+        if self.too_long == "refuse" and too_many.any():
+            row = int(candidates[np.argmax(too_many)])
+            raise TrainingError(
+                f"row {row} has {int(self.num_tokens[row])} tokens where max_length and pack_tokens allow {self.limit} "
+                f"({int(too_many.sum())} such rows); raise them, or set too_long to cut or drop"
+            )
+        if self.too_long == "drop":
+            return candidates[~too_many], int(too_many.sum())
+        return candidates, 0
+
+
+def plan_epoch(rows: StageRows, epoch: int, mixture: Mapping[int, float] | None) -> EpochPlan:
     """Plan the packs of one epoch.
 
     Args:
-        seed: what the order depends on beside the data.
+        rows: what is drawn from.
         epoch: from 0.
-        num_tokens: [R] tokens per row.
-        sources: [R] source code per row; needed with a mixture only.
         mixture: share per source code, scaled to sum to 1; None draws every row once.
-        pack_tokens: room of a pack.
-        max_length: longest row in tokens, if shorter than a pack.
-        too_long: `cut` keeps a longer row's beginning, `drop` leaves it out, `refuse` raises.
-        eligible: indices of the rows that may be drawn, ascending; None for all.
-        windows: windows of parts that the rows are taken from one after another; None shuffles all rows together.
 
     Raises:
-        TrainingError: nothing is left to train on, or a row is too long and `too_long` is `refuse`.
+        TrainingError: nothing is left to train on, or a row is too long and must not be.
     """
-    limit = length_limit(pack_tokens, max_length)
-    candidates, num_dropped = usable_rows(num_tokens, limit, too_long, eligible)
-    lengths = np.minimum(num_tokens, limit)
-    drawn = (
-        _shuffled(seed, epoch, candidates)
-        if mixture is None
-        else _mixed(seed, epoch, candidates, lengths, sources, mixture)
-    )
+    candidates, num_dropped = rows.usable()
+    drawn = _shuffled(rows.seed, epoch, candidates) if mixture is None else _mixed(rows, candidates, epoch, mixture)
     if len(drawn) == 0:
         raise TrainingError(
-            f"no row is left to train on: {num_dropped} are longer than {limit} tokens, and the rest are held out or "
-            "not in the mixture; raise max_length, lower heldout.fraction or name another source"
+            f"no row is left to train on: {num_dropped} are longer than {rows.limit} tokens, and the rest are held out "
+            "or not in the mixture; raise max_length, lower heldout.fraction or name another source"
         )
-    of_rows = np.zeros(len(drawn), np.int64) if windows is None else windows.of_rows(seed, epoch, drawn)
+    windows = rows.windows
+    of_rows = np.zeros(len(drawn), np.int64) if windows is None else windows.of_rows(rows.seed, epoch, drawn)
     drawn = drawn[np.argsort(of_rows, kind="stable")]
-    packs, of_packs = _packed(lengths[drawn], np.bincount(of_rows), pack_tokens)
+    packs, of_packs = _packed(rows.lengths[drawn], np.bincount(of_rows), rows.pack_tokens)
     num_packs = len(packs.offsets) - 1
-    order = np.lexsort((random_keys(seed, _PACKS, epoch, num_packs), of_packs))
+    order = np.lexsort((random_keys(rows.seed, _PACKS, epoch, num_packs), of_packs))
     sizes = np.diff(packs.offsets)[order]
     offsets = np.zeros(num_packs + 1, np.int64)
     np.cumsum(sizes, out=offsets[1:])
     within = np.arange(len(drawn), dtype=np.int64) - np.repeat(offsets[:-1], sizes)
-    rows = drawn[packs.members[np.repeat(packs.offsets[:-1][order], sizes) + within]]
-    return EpochPlan.of(rows, offsets, num_tokens, limit, pack_tokens, num_dropped)
+    drawn = drawn[packs.members[np.repeat(packs.offsets[:-1][order], sizes) + within]]
+    return EpochPlan.of(drawn, offsets, rows, num_dropped)
 
 
 def _packed(
@@ -176,27 +196,6 @@ def _packed(
     ends = np.concatenate([packs.offsets[1:] + start for packs, start in zip(each, starts, strict=True)])
     counts = [len(packs.offsets) - 1 for packs in each]
     return Packs(members, np.concatenate([[0], ends])), np.repeat(np.arange(len(each)), counts)
-
-
-def usable_rows(
-    num_tokens: NDArray[np.integer], limit: int, too_long: str, eligible: NDArray[np.integer] | None
-) -> tuple[NDArray[np.int32], int]:
-    """Return the rows that may be drawn, ascending, and how many are left out because they are too long.
-
-    Raises:
-        TrainingError: a row is too long and `too_long` is `refuse`.
-    """
-    candidates = np.arange(len(num_tokens), dtype=np.int32) if eligible is None else eligible.astype(np.int32)
-    too_many = num_tokens[candidates] > limit
-    if too_long == "refuse" and too_many.any():
-        row = int(candidates[np.argmax(too_many)])
-        raise TrainingError(
-            f"row {row} has {int(num_tokens[row])} tokens where max_length and pack_tokens allow {limit} "
-            f"({int(too_many.sum())} such rows); raise them, or set too_long to cut or drop"
-        )
-    if too_long == "drop":
-        return candidates[~too_many], int(too_many.sum())
-    return candidates, 0
 
 
 def source_pass(
@@ -215,29 +214,25 @@ def _shuffled(seed: int, epoch: int, candidates: NDArray[np.int32]) -> NDArray[n
 
 
 def _mixed(
-    seed: int,
-    epoch: int,
-    candidates: NDArray[np.int32],
-    lengths: NDArray[np.integer],
-    sources: NDArray[np.integer] | None,
-    mixture: Mapping[int, float],
+    rows: StageRows, candidates: NDArray[np.int32], epoch: int, mixture: Mapping[int, float]
 ) -> NDArray[np.int32]:
     """Return the epoch's draws of all sources in the mixture, in random order."""
-    assert sources is not None
-    members = {code: candidates[sources[candidates] == code] for code, share in sorted(mixture.items()) if share > 0}
-    empty = [code for code, rows in members.items() if len(rows) == 0]
+    assert rows.sources is not None
+    of_rows = rows.sources[candidates]
+    members = {code: candidates[of_rows == code] for code, share in sorted(mixture.items()) if share > 0}
+    empty = [code for code, own in members.items() if len(own) == 0]
     if empty:
         raise TrainingError(
             f"the mixture asks for source number {empty[0]}, which has no row to train on; leave it out of the "
             "mixture or add rows"
         )
-    total = sum(int(lengths[rows].sum(dtype=np.int64)) for rows in members.values())
+    total = sum(int(rows.lengths[own].sum(dtype=np.int64)) for own in members.values())
     scale = total / sum(mixture[code] for code in members)
     streams = [
-        _slice_of_source(seed, epoch, code, rows, lengths, round(mixture[code] * scale))
-        for code, rows in members.items()
+        _slice_of_source(rows.seed, epoch, code, own, rows.lengths, round(mixture[code] * scale))
+        for code, own in members.items()
     ]
-    return _shuffled(seed, epoch, np.concatenate([np.empty(0, np.int32), *streams]))
+    return _shuffled(rows.seed, epoch, np.concatenate([np.empty(0, np.int32), *streams]))
 
 
 def _slice_of_source(

@@ -14,13 +14,14 @@ Shape letters: R rows in the caches, P packs of a round.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from shared.errors import TrainingError
-from student_train.order.order import EpochPlan, Windows, length_limit, random_keys, source_pass, usable_rows
+from student_train.order.order import EpochPlan, StageRows, Windows, random_keys, source_pass
 from student_train.order.packing import pack_rows
 
 _SPARE = 8
@@ -84,46 +85,35 @@ class RowStream:
 class RoundPlanner:
     """Plans one round after another."""
 
-    def __init__(
-        self,
-        seed: int,
-        num_tokens: NDArray[np.integer],
-        sources: NDArray[np.integer],
-        codes: tuple[int, ...],
-        pack_tokens: int,
-        max_length: int | None,
-        too_long: str,
-        eligible: NDArray[np.integer] | None,
-        windows: Windows | None = None,
-    ) -> None:
-        """Prepare the streams of the sources `codes`; the other arguments as in `order.plan_epoch`.
+    def __init__(self, rows: StageRows, codes: tuple[int, ...]) -> None:
+        """Prepare the streams of the sources `codes`.
 
         Raises:
-            TrainingError: a source has no row to train on, or a row is too long and `too_long` is `refuse`.
+            TrainingError: a source has no row to train on, or a row is too long and must not be.
         """
-        self._limit = length_limit(pack_tokens, max_length)
-        rows, self._num_dropped = usable_rows(num_tokens, self._limit, too_long, eligible)
-        self._num_tokens, self._pack_tokens = num_tokens, pack_tokens
-        self._lengths = np.minimum(num_tokens, self._limit)
-        members = {code: rows[sources[rows] == code] for code in sorted(codes)}
+        assert rows.sources is not None
+        candidates, self._num_dropped = rows.usable()
+        self.rows = replace(rows, eligible=None)
+        """What is drawn from; which of them may be is known by now."""
+        members = {code: candidates[rows.sources[candidates] == code] for code in sorted(codes)}
         for code, own in members.items():
             if len(own) == 0:
                 raise TrainingError(
                     f"the mixture asks for source number {code}, which has no row to train on; leave it out or add rows"
                 )
-        self._streams = {code: RowStream(seed, code, own, self._lengths, windows) for code, own in members.items()}
+        seed, lengths, windows = rows.seed, self.rows.lengths, rows.windows
+        self._streams = {code: RowStream(seed, code, own, lengths, windows) for code, own in members.items()}
         self._credit = dict.fromkeys(members, 0.0)
-        self.tokens_per_source = {code: int(self._lengths[own].sum(dtype=np.int64)) for code, own in members.items()}
+        self.tokens_per_source = {code: int(lengths[own].sum(dtype=np.int64)) for code, own in members.items()}
         """Tokens of one pass over each source."""
         together = np.concatenate(list(members.values()))
-        epoch = pack_rows(
-            self._lengths[together[np.argsort(random_keys(seed, 0, 0, len(together)), kind="stable")]], pack_tokens
-        )
+        shuffled = together[np.argsort(random_keys(seed, 0, 0, len(together)), kind="stable")]
+        epoch = pack_rows(lengths[shuffled], rows.pack_tokens)
         self.packs_per_epoch = len(epoch.offsets) - 1
         """Packs that hold every row of the sources once."""
-        digest = xxhash.xxh3_128(f"{seed} {pack_tokens} {self._limit} {sorted(codes)}".encode())
+        digest = xxhash.xxh3_128(f"{seed} {rows.pack_tokens} {rows.limit} {sorted(codes)}".encode())
         digest.update(together.astype("<i4").tobytes())
-        digest.update(self._lengths[together].astype("<i4").tobytes())
+        digest.update(lengths[together].astype("<i4").tobytes())
         if windows is not None:
             digest.update(f" windows {windows.size}".encode() + windows.parts[together].astype("<i4").tobytes())
         self.hash = digest.hexdigest()
@@ -141,19 +131,20 @@ class RoundPlanner:
                 "every share of the mixture is 0 at some step, so there is nothing to draw then; raise one of them"
             )
         wanted = {code: share / total for code, share in sorted(shares.items()) if share > _SMALLEST * total}
-        budget = (num_packs + max(1, num_packs // _SPARE)) * self._pack_tokens
+        lengths, pack_tokens = self.rows.lengths, self.rows.pack_tokens
+        budget = (num_packs + max(1, num_packs // _SPARE)) * pack_tokens
         drawn, codes, places = self._in_time_order(wanted, budget)
-        packs = pack_rows(self._lengths[drawn], self._pack_tokens)
+        packs = pack_rows(lengths[drawn], pack_tokens)
         offsets = packs.offsets[: num_packs + 1]
         used = packs.members[: offsets[-1]]
-        kept = self._lengths[drawn[used]]
+        kept = lengths[drawn[used]]
         kept_tokens = int(kept.sum(dtype=np.int64))
         for code in wanted:
             mine = codes[used] == code
             self._streams[code].remove(places[used[mine]])
             self._credit[code] += wanted[code] * kept_tokens - int(kept[mine].sum(dtype=np.int64))
         num_dropped, self._num_dropped = self._num_dropped, 0  # said once
-        return EpochPlan.of(drawn[used], offsets, self._num_tokens, self._limit, self._pack_tokens, num_dropped)
+        return EpochPlan.of(drawn[used], offsets, self.rows, num_dropped)
 
     def _in_time_order(
         self, wanted: Mapping[int, float], budget: int
@@ -163,8 +154,8 @@ class RoundPlanner:
         """
         rows, times, codes, places = [], [], [], []
         for code, share in wanted.items():
-            own = self._streams[code].peek(max(share * budget + self._credit[code], 0.0) + 2 * self._limit)
-            lengths = self._lengths[own].astype(np.int64)
+            own = self._streams[code].peek(max(share * budget + self._credit[code], 0.0) + 2 * self.rows.limit)
+            lengths = self.rows.lengths[own].astype(np.int64)
             due = (np.cumsum(lengths) - 0.5 * lengths - self._credit[code]) / share
             rows.append(own)
             times.append(due)
@@ -172,6 +163,6 @@ class RoundPlanner:
             places.append(np.arange(len(own), dtype=np.int64))
         order = np.argsort(np.concatenate(times), kind="stable")
         drawn = np.concatenate(rows)[order]
-        ends = np.cumsum(self._lengths[drawn], dtype=np.int64)
+        ends = np.cumsum(self.rows.lengths[drawn], dtype=np.int64)
         order = order[: int(np.searchsorted(ends, budget)) + 1]
         return np.concatenate(rows)[order], np.concatenate(codes)[order], np.concatenate(places)[order]

@@ -64,7 +64,7 @@ def shares_at(mixture: Mapping[int, Schedule], step: int, num_steps: int, run: R
 
 
 def plan_scheduled(
-    planner: RoundPlanner, size: StageSize, mixture: Mapping[int, Schedule], run: RunSteps | None, limit: int, seed: int
+    planner: RoundPlanner, size: StageSize, mixture: Mapping[int, Schedule], run: RunSteps | None
 ) -> StagePlan:
     """Plan all rounds of a stage whose shares follow schedules.
 
@@ -82,8 +82,8 @@ def plan_scheduled(
         size.num_packs,
         size.num_steps,
         size.packs_per_step,
-        limit,
-        seed,
+        planner.rows.limit,
+        planner.rows.seed,
         packs_per_epoch=planner.packs_per_epoch,
     )
 

@@ -20,8 +20,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.recipe.recipe import Stage, StageTrainer
-from student_train.order.order import EpochPlan, Windows, length_limit, plan_epoch
+from shared.recipe.recipe import StageTrainer
+from student_train.order.order import EpochPlan, StageRows, plan_epoch
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,51 +104,27 @@ def packs_in_step(trainer: StageTrainer, num_devices: int) -> int:
 
 
 def plan_stage(
-    stage: Stage,
-    seed: int,
-    num_tokens: NDArray[np.integer],
-    sources: NDArray[np.integer],
-    mixture: Mapping[int, float] | None,
-    eligible: NDArray[np.integer] | None,
-    num_devices: int = 1,
-    windows: Windows | None = None,
+    trainer: StageTrainer, rows: StageRows, mixture: Mapping[int, float] | None, num_devices: int = 1
 ) -> StagePlan:
     """Plan as many epochs as `max_steps` or `num_train_epochs` of the stage needs.
 
     Args:
-        stage: its trainer arguments, `max_length` and `too_long` count.
-        seed: seed of the order.
-        num_tokens: [R] tokens per row.
-        sources: [R] source code per row.
+        trainer: the stage's arguments.
+        rows: what is drawn from.
         mixture: share per source code, or None.
-        eligible: rows that are not held out, or None for all.
         num_devices: processes that train together.
-        windows: windows of parts that rows are taken from, or None.
 
     Raises:
         TrainingError: nothing is left to train on, or a row is too long and must not be.
     """
-    trainer = stage.trainer
     per_step = packs_in_step(trainer, num_devices)
     wanted_packs = None if trainer.max_steps is None else trainer.max_steps * per_step
     epochs: list[EpochPlan] = []
     num_packs = 0
     while num_packs < wanted_packs if wanted_packs is not None else len(epochs) < trainer.num_train_epochs:
-        epoch = plan_epoch(
-            seed,
-            len(epochs),
-            num_tokens,
-            sources,
-            mixture,
-            trainer.pack_tokens,
-            stage.max_length,
-            stage.too_long,
-            eligible=eligible,
-            windows=windows,
-        )
+        epoch = plan_epoch(rows, len(epochs), mixture)
         part = 1.0 if wanted_packs is not None else min(1.0, trainer.num_train_epochs - len(epochs))
         num_packs += math.ceil(part * epoch.num_packs)
         epochs.append(epoch)
     num_packs = num_packs if wanted_packs is None else wanted_packs
-    limit = length_limit(trainer.pack_tokens, stage.max_length)
-    return StagePlan(tuple(epochs), num_packs, math.ceil(num_packs / per_step), per_step, limit, seed)
+    return StagePlan(tuple(epochs), num_packs, math.ceil(num_packs / per_step), per_step, rows.limit, rows.seed)

@@ -23,7 +23,7 @@ from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import hidden_reads, needs_teacher
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.order.evaluation_sampling import EvaluationSampling
-from student_train.order.order import Windows, length_limit
+from student_train.order.order import StageRows, Windows
 from student_train.order.round_order import RoundPlanner
 from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled
 from student_train.order.schedules import RunSteps
@@ -119,34 +119,22 @@ def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | 
         TrainingError: a source is unknown or empty, or nothing is left to train on.
     """
     stage = _readable(recipe, stage, caches)
-    seed, trainer = stage_seed(recipe, stage), stage.trainer
     mixture = caches.mixture_codes(stage.mixture)
     if not _moves(stage):
         shares = None if mixture is None else {code: share.value(0.0) for code, share in mixture.items()}
-        eligible = caches.training_rows(recipe.heldout.fraction)
-        return plan_stage(
-            stage,
-            seed,
-            caches.num_tokens,
-            caches.sources,
-            shares,
-            eligible,
-            num_devices=num_processes(),
-            windows=windows_of(stage, caches),
-        )
+        return plan_stage(stage.trainer, _rows_of(recipe, stage, caches), shares, num_processes())
     planner = _planner(recipe, stage, caches)
     size = StageSize.of(stage, planner.packs_per_epoch, num_processes())
-    limit = length_limit(trainer.pack_tokens, stage.max_length)
     if stage.sampling is None:
         assert mixture is not None
-        return plan_scheduled(planner, size, mixture, run, limit, seed)
+        return plan_scheduled(planner, size, mixture, run)
     return GrowingPlan(
         [],
         size.num_packs,
         size.num_steps,
         size.packs_per_step,
-        limit,
-        seed,
+        planner.rows.limit,
+        planner.rows.seed,
         packs_per_epoch=planner.packs_per_epoch,
         planner=planner,
         every_steps=_every_steps(stage, stage.sampling),
@@ -212,17 +200,20 @@ def _every_steps(stage: Stage, rule: Sampling) -> int:
 
 def _planner(recipe: Recipe, stage: Stage, caches: CacheList) -> RoundPlanner:
     """Return what plans a stage's rounds, over the sources that it names, or all that have rows to train on."""
-    eligible = caches.training_rows(recipe.heldout.fraction)
+    rows = _rows_of(recipe, stage, caches)
     named: Mapping[int, object] | None = caches.mixture_codes(stage.mixture)
-    codes = tuple(np.unique(caches.sources[eligible]).tolist()) if named is None else tuple(named)
-    return RoundPlanner(
+    codes = tuple(np.unique(caches.sources[rows.eligible]).tolist()) if named is None else tuple(named)
+    return RoundPlanner(rows, codes)
+
+
+def _rows_of(recipe: Recipe, stage: Stage, caches: CacheList) -> StageRows:
+    return StageRows(
         stage_seed(recipe, stage),
         caches.num_tokens,
         caches.sources,
-        codes,
         stage.trainer.pack_tokens,
         stage.max_length,
         stage.too_long,
-        eligible,
+        caches.training_rows(recipe.heldout.fraction),
         windows_of(stage, caches),
     )

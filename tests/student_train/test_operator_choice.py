@@ -36,7 +36,7 @@ def test_auto_falls_back_aloud_where_triton_cannot_compile(capsys):
         return 1.0
 
     assert faster_operator(loss, lambda call: call()) == "torch"
-    assert "no C compiler" in capsys.readouterr().out
+    assert "no C compiler" in capsys.readouterr().err
 
 
 @pytest.mark.slow

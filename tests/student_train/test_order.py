@@ -10,10 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import TrainingError
-from student_train.order.order import EpochPlan, plan_epoch
+from student_train.order import order
+from student_train.order.order import EpochPlan, StageRows
 from student_train.order.packing import pack_rows
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=400).map(lambda x: np.array(x, np.int32))
+
+
+def plan_epoch(seed, epoch, num_tokens, sources, mixture, pack_tokens, *others, **named):
+    return order.plan_epoch(StageRows(seed, num_tokens, sources, pack_tokens, *others, **named), epoch, mixture)
 
 
 def packs_of(plan: EpochPlan) -> list[list[int]]:

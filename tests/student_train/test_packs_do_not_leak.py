@@ -10,9 +10,11 @@ import torch
 
 from shared.errors import TrainingError
 from shared.payload.targets_at import head_logprobs_at
+from shared.recipe.recipe import StageTrainer
 from student_train.batch.collate import collate
 from student_train.batch.dataset import CacheList, PackDataset, build_pack
 from student_train.batch.row_targets import at_temperatures, first_positions, within_vocabulary
+from student_train.order.order import StageRows
 from student_train.order.stage_plan import plan_stage
 from student_train.student.row_separation import separate_rows
 from student_train.student.student_head import body_of, run_body
@@ -103,16 +105,10 @@ def test_cut_row_loses_its_end_and_the_targets_of_what_is_lost(tiny):
 
 def test_labels_follow_their_predictor_within_one_row(tiny):
     caches = CacheList.open([tiny.cache, tiny.drawn], None, with_targets=False)
-    plan = plan_stage(_stage(), 0, caches.num_tokens, caches.sources, None, None)
+    plan = plan_stage(StageTrainer(pack_tokens=128), StageRows(0, caches.num_tokens, caches.sources, 128), None)
     for pack in (PackDataset(caches, plan, None)[i] for i in range(plan.num_packs)):
         np.testing.assert_array_equal(pack["input_ids"][pack["predictor_index"] + 1], pack["labels"])
         assert (pack["position_ids"][pack["predictor_index"] + 1] > 0).all()
-
-
-def _stage():
-    from shared.recipe.recipe import Stage
-
-    return Stage.model_validate({"name": "s", "losses": [{"name": "cross_entropy"}], "trainer": {"pack_tokens": 128}})
 
 
 def test_padding_in_the_teachers_top_k_moves_into_the_tail(tiny):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shared.errors import TrainingError
 from shared.recipe.recipe import Sampling, Schedule, Stage
 from student_train.order.evaluation_sampling import next_shares, within_bounds
-from student_train.order.order import source_pass
+from student_train.order.order import StageRows, source_pass
 from student_train.order.round_order import RoundPlanner, RowStream
 from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled, shares_at
 from student_train.order.schedules import RunSteps
@@ -33,14 +33,14 @@ def rows_of(seed, num_rows=600):
 
 
 def planner_of(seed, lengths, sources, codes=(0, 1), too_long="cut"):
-    return RoundPlanner(seed, lengths, sources, codes, PACK, None, too_long, None)
+    return RoundPlanner(StageRows(seed, lengths, sources, PACK, too_long=too_long), codes)
 
 
 def plan_of(mixture, num_steps, packs_per_step, seed=0, run=None):
     lengths, sources = rows_of(seed)
     planner = planner_of(seed, lengths, sources, tuple(mixture))
     size = StageSize(num_steps * packs_per_step, num_steps, packs_per_step)
-    return plan_scheduled(planner, size, mixture, run, PACK, seed), lengths, sources
+    return plan_scheduled(planner, size, mixture, run), lengths, sources
 
 
 def tokens_by_step(plan, lengths, sources, code):

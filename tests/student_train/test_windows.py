@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from student_train.batch.part_prefetch import PartPrefetch
-from student_train.order.order import Windows, plan_epoch
+from student_train.order.order import StageRows, Windows, plan_epoch
 from student_train.order.round_order import RoundPlanner
 from student_train.order.stage_plan import StagePlan
 
@@ -19,7 +19,7 @@ SOURCES = (np.arange(len(PARTS)) % 3).astype(np.int32)
 
 def plan(epoch=0, size=4, seed=3, mixture=None, windows=True):
     chosen = Windows(PARTS, size) if windows else None
-    return plan_epoch(seed, epoch, LENGTHS, SOURCES, mixture, 128, windows=chosen)
+    return plan_epoch(StageRows(seed, LENGTHS, SOURCES, 128, windows=chosen), epoch, mixture)
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 100])
@@ -51,7 +51,7 @@ def test_rows_are_shuffled_within_a_window_and_one_window_is_no_window_but_for_t
 
 def test_scheduled_rounds_take_each_source_window_after_window():
     def rows(windows):
-        planner = RoundPlanner(3, LENGTHS, SOURCES, (0, 1, 2), 128, None, "cut", None, windows)
+        planner = RoundPlanner(StageRows(3, LENGTHS, SOURCES, 128, windows=windows), (0, 1, 2))
         return planner.next_round({0: 1.0, 1: 1.0, 2: 1.0}, planner.packs_per_epoch // 4).rows, planner.hash
 
     drawn, name = rows(Windows(PARTS, 3))

@@ -132,7 +132,7 @@ def test_a_cache_among_the_sources_is_calibrated_by_its_rows(tmp_path, models, l
 @pytest.mark.parametrize("positions, max_length, limit", [(40, None, 40), (256, 44, 44), (30, 50, 30)])
 def test_rows_that_training_cuts_are_those_that_the_plan_says(tmp_path, models, positions, max_length, limit):
     from shared.cache.cache import Cache
-    from student_train.order.order import plan_epoch
+    from student_train.order.order import StageRows, plan_epoch
 
     student = Path(shutil.copytree(models[1], tmp_path / "student"))
     config = json.loads((student / "config.json").read_text())
@@ -144,7 +144,7 @@ def test_rows_that_training_cuts_are_those_that_the_plan_says(tmp_path, models, 
     teach(changed)
     planned = plan(changed)
     found, lengths = planned["stages"]["kd"]["lengths"], Cache.open(tmp_path / "cache").num_tokens
-    cut = plan_epoch(0, 0, lengths, None, None, 128, limit).num_cut
+    cut = plan_epoch(StageRows(0, lengths, None, 128, limit), 0, None).num_cut
     assert (found["limit"], found["rows_above"], found["longest_to_come"]) == (limit, cut, 0) and 0 < cut < 24
     assert before["longest_to_come"] == lengths.max()
     assert f"{cut} rows of the cache above {limit} tokens" in plan_text(planned)
