@@ -17,9 +17,10 @@ from typing import Any
 
 from shared.cache.layer_choice import serving_layer
 from shared.cache.layout import Layer, list_layers, read_header
-from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.cache_writer import CacheWriter, require_same
 from shared.cache.writing.layer_writer import LayerWriter, write_layer
 from shared.errors import PromptError, UsageError
+from shared.identity.identity import SequencesIdentity
 from shared.parts.jobs import Job
 from shared.parts.records import PartRecord
 from shared.places import origin_of
@@ -144,12 +145,28 @@ def teach(
     return _finish(build, job)
 
 
+def refuse_other_cache(recipe: Recipe) -> None:
+    """Refuse to extend a cache that is there by a teacher with another tokenizer or template; before any work.
+
+    Raises:
+        IdentityError: it has another.
+        DecantError: the teacher cannot be read.
+    """
+    if recipe.teacher is not None and (recipe.cache[0] / "cache.json").is_file():
+        known = know_teacher(recipe.teacher)
+        require_same(recipe.cache[0], _identity(recipe, known, recipe.teacher, renders=bool(recipe.prompts)))
+
+
 def _open_cache(recipe: Recipe, known: KnownTeacher, teacher: Teacher, *, renders: bool) -> CacheWriter:
+    identity = _identity(recipe, known, teacher, renders=renders)
+    return CacheWriter.create_or_open(recipe.cache[0], identity, known.tokenizer_files)
+
+
+def _identity(recipe: Recipe, known: KnownTeacher, teacher: Teacher, *, renders: bool) -> SequencesIdentity:
     path = recipe.cache[0]
     identity = replace(sequences_identity(known, teacher, recipe.generate), groups=group_rule(path, recipe.prompts))
-    if not renders:  # so the teacher's own template does not matter
-        identity = replace(identity, template=read_header(path).identity.template)
-    return CacheWriter.create_or_open(path, identity, known.tokenizer_files)
+    # where nothing is rendered the teacher's own template does not matter
+    return identity if renders else replace(identity, template=read_header(path).identity.template)
 
 
 def _begin_layer(

@@ -173,6 +173,28 @@ def test_a_wrong_input_is_refused_by_plan_with_its_place(capsys, place, change, 
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("kind", "part"), [("other", "tokenizer_hash is "), ("retold", "template is ")])
+@pytest.mark.parametrize("command", ["plan", "teach"])
+def test_a_cache_of_another_tokenizer_or_template_is_refused_before_any_work(
+    capsys, place, tmp_path, command, kind, part
+):
+    """It was found by `teach` alone, once it had begun, and `plan` said nothing."""
+    words = ["recipe.yaml", "--set", f"cache={tmp_path / 'cache'}", "--set", "generate=null"]
+    words += ["--set", f"output_dir={tmp_path / 'run'}"]
+    words += ["--set", "prompts.a.path=sums.jsonl", "--set", "prompts.a.format=prompt_completion"]
+    words += ["--set", "prompts.a.columns={prompt: question, completion: answer}"]
+    assert cli.main(["teach", *words]) == 0
+    capsys.readouterr()
+    if kind == "retold":
+        shutil.copytree(place / "teacher", tmp_path / "retold")
+        with (tmp_path / "retold" / "chat_template.jinja").open("a") as file:
+            file.write("{# another #}")
+    model = tmp_path / "retold" if kind == "retold" else "other"
+    assert cli.main([command, *words, "--set", f"teacher.model={model}"]) == 2
+    error = capsys.readouterr().err
+    assert "cache.0: " in error and "cannot be extended: " + part in error and "use another cache directory" in error
+
+
 def test_a_temperature_that_the_engine_of_the_recipe_samples_at_is_planned(capsys):
     assert cli.main(["plan", "recipe.yaml", "--set", "generate.temperature=2.5"]) == 0, capsys.readouterr().err
 

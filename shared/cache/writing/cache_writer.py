@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from shared.atomic import link_exclusive, make_dir, write_atomic
-from shared.cache.layout import read_header, sequences_dir, tokenizer_path
+from shared.cache.layout import CacheHeader, read_header, sequences_dir, tokenizer_path
 from shared.errors import DamagedError, IdentityError
 from shared.identity.identity import SequencesIdentity, difference
 from shared.parts.cache_files import hash_file
@@ -23,6 +23,19 @@ from shared.parts.parts import commit_part
 from shared.parts.records import PartRecord, list_records, sealed_json
 from shared.parts.sequences import SequenceRow, row_problem, rows_to_table
 from shared.schema import FORMAT_VERSION
+
+
+def require_same(path: Path, sequences: SequencesIdentity) -> CacheHeader:
+    """Return the header of a cache that holds sequences of an identity.
+
+    Raises:
+        IdentityError: it holds those of another.
+    """
+    header = read_header(path)
+    differing = difference(header.identity, sequences)
+    if differing:
+        raise IdentityError(f"{path} cannot be extended: {differing}; use another cache directory or the same setting")
+    return header
 
 
 class CacheWriter:
@@ -58,12 +71,7 @@ class CacheWriter:
         document = {"format": FORMAT_VERSION, "identity": sequences.to_json(), "tokenizer_files": described}
         if not (path / "cache.json").exists():
             link_exclusive(path / "cache.json", sealed_json(document), "cache_json")
-        header = read_header(path)
-        differing = difference(header.identity, sequences)
-        if differing:
-            raise IdentityError(
-                f"{path} cannot be extended: {differing}; use another cache directory or the same setting"
-            )
+        header = require_same(path, sequences)
         for name, entry in header.tokenizer_files.items():
             _restore_tokenizer_file(path, name, entry, tokenizer_files.get(name))
         for directory in (path / "jobs", sequences_dir(path), path / "targets"):

@@ -96,5 +96,10 @@ def prompt_problems(asked: Asked) -> Iterator[Problem]:
         elif not (asked.plans_only and prompt.source in asked.recipe.assume.sources):
             yield from said(("prompts", i, "path"), partial(locate, prompt))
         yield from said(("prompts", i, "chat_template"), partial(template_text, prompt.chat_template))
+    teacher = asked.recipe.teacher
+    if teacher is not None and len(asked.caches) == 1 and (Path(teacher.model).expanduser() / "config.json").is_file():
+        from teacher_cache.build import refuse_other_cache
+
+        yield from said(("cache", 0), partial(refuse_other_cache, asked.recipe))
     if not asked.recipe.prompts and asked.recipe.teacher is not None and not asked.caches:
         yield ("cache",), f"there is no cache at '{asked.recipe.cache[0]}' to score; add `prompts`, or name a cache"
