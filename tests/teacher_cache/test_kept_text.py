@@ -258,6 +258,31 @@ def test_a_clock_that_a_setting_replaces_is_not_read(tokenizer):
         template(tokenizer, guarded).require_date()
 
 
+@pytest.mark.parametrize(
+    ("answer", "rendered", "lost"),
+    [
+        ({"content": "4", "reasoning_content": "2 + 2 = 4"}, "4", "the answer's thoughts in 'reasoning_content'"),
+        ({"content": "It is 4.", "thinking": "4"}, "It is 4.", "the answer's thoughts in 'thinking'"),
+        ({"content": "4", "thinking": "4"}, "4", "the answer's thoughts in 'thinking'"),
+        ({"content": "<think>Seven.</think>Seven."}, "Seven.", "the answer's text"),
+        ({"content": "<think>Seven.</think>Seven."}, "Seven. Seven.", None),
+        ({"content": "4", "thinking": "It is 4."}, "It is 4. | 4", None),
+    ],
+)
+def test_a_text_that_stands_in_another_needs_a_place_of_its_own(answer, rendered, lost):
+    found = missing_of_answer({"role": "assistant", **answer}, rendered)
+    assert (found and found[0]) == lost
+
+
+def test_a_system_text_that_a_question_repeats_is_missed_where_it_is_dropped(tokenizer):
+    system = {"role": "system", "content": "How many?"}
+    for said in (ASK, {"role": "user", "content": "Answer this: How many?"}):
+        asked = talk(system, said, {"role": "assistant", "content": "Seven."})
+        with pytest.raises(PromptError, match=r"drops the system turn's text \('How many\?'\)"):
+            template(tokenizer, DROPS_SYSTEM).complete(asked)
+        template(tokenizer).complete(asked)
+
+
 def test_texts_are_found_as_json_or_python_spell_them():
     call = {"function": {"name": "f", "arguments": {"path": 'a "b"\nc', "deep": {"on": True, "n": [1.5, None]}}}}
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}

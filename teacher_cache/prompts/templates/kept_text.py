@@ -4,7 +4,7 @@ A template may put a text anywhere and write around it; it may escape it as JSON
 tags. What it leaves out would be lost without a trace, so the first text that is missing is named. Of earlier answers
 only the text after their thoughts, who speaks and the names of tools called are looked for, since templates drop
 earlier thoughts on purpose.
-Cost: linear in the texts.
+Cost: a search of the rendering per text.
 """
 
 from __future__ import annotations
@@ -25,6 +25,25 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
+class _Rendering:
+    """A rendering without white space, from which texts are taken, so that one within another needs its own place."""
+
+    def __init__(self, rendered: str) -> None:
+        self._rest = squeezed(rendered)
+
+    def takes(self, text: str) -> bool:
+        """Take one occurrence of a text; tell whether there was one."""
+        for spelling in _spellings(text):
+            if spelling in self._rest:
+                self._rest = self._rest.replace(spelling, "\0", 1) if spelling else self._rest
+                return True
+        return False
+
+    def has(self, text: str) -> bool:
+        """Tell whether a text stands in what is left."""
+        return any(spelling in self._rest for spelling in _spellings(text))
+
+
 def missing_of_answer(message: Message, rendered: str, tokenized: Callable[[str], str] = str) -> Missing | None:
     """Return what of an answer (text, thoughts, tool calls) is not in its rendering, or None.
 
@@ -33,23 +52,38 @@ def missing_of_answer(message: Message, rendered: str, tokenized: Callable[[str]
         rendered: its rendering, with or without white space.
         tokenized: what a tokenizer's normalisation makes of a text, for tokenizers that change letters.
     """
-    place = squeezed(rendered)
-    for what, text in _of_answer(message):
-        parts = [text] if not what.startswith("the answer") else [text, *re.split(r"</?think>", text)]
-        found = [_is_in(part, place) or _is_in(tokenized(part), place) for part in parts]
-        if not (found[0] or (len(found) > 2 and all(found[1:]))):
-            return what, text
+    rendering = _Rendering(rendered)
+
+    def is_taken(text: str) -> bool:
+        return rendering.takes(text) or rendering.takes(tokenized(text))
+
+    lost = list[Missing]()
+    texts = [one for one in _of_answer(message) if one[0].startswith("the answer")]
+    for what, text in sorted(texts, key=lambda one: len(one[1]), reverse=True):
+        parts = re.split(r"</?think>", text) if what.endswith("text") else [text]
+        if not (is_taken(text) or (len(parts) > 1 and all(map(is_taken, parts)))):
+            lost.append((what, text))
+    for one in _of_answer(message):
+        if one in lost or not (one in texts or rendering.has(one[1]) or rendering.has(tokenized(one[1]))):
+            return one
     return None
 
 
 def missing_of_prompt(messages: list[Message], rendered: str) -> Missing | None:
-    """Return what of the turns before an answer, tools included, is not in their rendering, or None."""
-    place = squeezed(rendered)
-    for message in messages:
-        for what, text in _of_context(message):
-            if not _is_in(text, place):
-                return what, text
-    return None
+    """Return what of the turns before an answer, tools included, is not in their rendering, or None.
+
+    A turn's text needs a place of its own: of "Be brief." and "Say: be brief. Be brief." the first may be missing.
+    """
+    said = [(one, _is_turn(one[0])) for message in messages for one in _of_context(message)]
+    rendering = _Rendering(rendered)
+    turns = sorted((text for (_, text), is_turn in said if is_turn), key=len, reverse=True)
+    lost = [text for text in turns if not rendering.takes(text)]
+    whole = _Rendering(rendered)
+    return next((one for one, is_turn in said if (one[1] in lost if is_turn else not whole.has(one[1]))), None)
+
+
+def _is_turn(what: str) -> bool:
+    return what.endswith("text")
 
 
 def _of_answer(message: Message) -> Iterator[Missing]:
@@ -94,10 +128,11 @@ def _leaves(value: Any) -> Iterator[str]:
         yield value if isinstance(value, str) else json.dumps(value)
 
 
-def _is_in(text: str, place: str) -> bool:
-    """Tell whether a text stands in a place without white space: as it is, or as JSON or Python spell it."""
-    if squeezed(text) in place:
-        return True
-    spelled = (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text))
+def _spellings(text: str) -> Iterator[str]:
+    """Yield a text without white space: as it is, and as JSON or Python spell it."""
+    yield squeezed(text)
+    for one in (json.dumps(text, ensure_ascii=False), json.dumps(text), repr(text)):
+        yield squeezed(one[1:-1])
     words = {"true": "True", "false": "False", "null": "None"}
-    return any(squeezed(one[1:-1]) in place for one in spelled) or words.get(text, "\0") in place
+    if text in words:
+        yield words[text]
