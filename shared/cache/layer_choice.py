@@ -19,7 +19,7 @@ from shared.identity.hidden_layers import keeps
 from shared.identity.identity import LayerIdentity, difference
 from shared.payload.narrowing import LayerView, Narrowing
 from shared.recipe.recipe import Capture, Recipe
-from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER, LOSSES_WITHIN_HEAD, Loss, OnTargets
+from shared.recipe.sections.losses import LOSSES_WITHIN_HEAD, Loss, OnTargets
 
 
 def serving_layer(layers: Mapping[str, Layer], wanted: LayerIdentity) -> Layer | None:
@@ -83,7 +83,7 @@ def _narrowing_to(found: LayerIdentity, wanted: Capture | LayerIdentity) -> Narr
 def loss_problem(identity: LayerIdentity, loss: Loss) -> str | None:
     """Say why a loss cannot be taken with the tail of a layer; None where it can, or does not look at it."""
     by_entropy = isinstance(loss, OnTargets) and loss.weigh == "entropy"
-    within_head = loss.name in (*LOSSES_ON_HIDDEN_LAYER, *LOSSES_WITHIN_HEAD, "cross_entropy")
+    within_head = loss.learns_from != "targets" or loss.name in LOSSES_WITHIN_HEAD
     if identity.tail != "unknown" or (within_head and not by_entropy):
         return None
     what = f"'{loss.name}' with weigh: entropy" if within_head else f"'{loss.name}'"

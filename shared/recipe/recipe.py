@@ -36,7 +36,7 @@ from shared.recipe.sections.curriculum import Balance, EarlyStopping, Sampling, 
 from shared.recipe.sections.evaluation import Evaluate, Heldout, SideBySide, Task
 from shared.recipe.sections.generate import Generate
 from shared.recipe.sections.hidden import AttentionCapture, HiddenCapture
-from shared.recipe.sections.losses import LABEL_LOSSES, LOSSES_ON_HIDDEN_LAYER, Loss
+from shared.recipe.sections.losses import LABEL_LOSSES, Loss
 from shared.recipe.sections.optimizers import OPTIMIZERS
 from shared.recipe.sections.prompts import PromptSource
 from shared.recipe.sections.rounds import Guards, Rounds
@@ -344,7 +344,7 @@ def _temperature_problems(recipe: Recipe) -> Iterator[Problem]:
         if stage.targets is not None and not captured_now:
             continue
         for j, loss in enumerate(stage.losses):
-            if loss.name in LOSSES_ON_HIDDEN_LAYER:
+            if loss.learns_from == "hidden":
                 continue
             missing = sorted({value for value in loss.temperature.extremes() if value not in captured})
             if missing:

@@ -11,15 +11,10 @@ from dataclasses import replace
 from shared.recipe.recipe import Stage
 from shared.recipe.sections.losses import OnTargets
 from shared.recipe.sections.target_layers import TargetLayer, layer_keys
-from student_train.losses import LossTerm, divergences, likelihoods, registry, representations
+from student_train.losses import LossTerm, registry, representations
 from student_train.losses.hidden_layers.representation import Reads
 from student_train.order import schedules
 from student_train.order.schedules import RunSteps
-
-
-def needs_teacher(stage: Stage) -> bool:
-    """Return whether any loss of a stage looks at the teacher's targets."""
-    return any(_reads_targets(loss.name) for loss in stage.losses)
 
 
 def hidden_reads(stage: Stage) -> frozenset[Reads]:
@@ -27,13 +22,9 @@ def hidden_reads(stage: Stage) -> frozenset[Reads]:
     return frozenset(representations[loss.name].reads for loss in stage.losses if loss.name in representations)
 
 
-def _reads_targets(name: str) -> bool:
-    return name in likelihoods or (name in divergences and not divergences[name].on_labels)
-
-
 def training_temperatures(stage: Stage) -> tuple[float, ...]:
     """Return every temperature that a stage's divergences take, and 1, ascending."""
-    on_targets = [loss for loss in stage.losses if _reads_targets(loss.name)]
+    on_targets = [loss for loss in stage.losses if loss.learns_from == "targets"]
     return tuple(sorted({1.0, *(value for loss in on_targets for value in loss.temperature.extremes())}))
 
 
@@ -46,7 +37,7 @@ def terms_at(stage: Stage, step: int, num_steps: int, run: RunSteps | None = Non
         temperature = schedules.value(loss.temperature, step, num_steps, run)
         by_entropy = isinstance(loss, OnTargets) and loss.weigh == "entropy"
         term = LossTerm(loss.name, weight, temperature, options, by_entropy=by_entropy)
-        if isinstance(stage.targets, tuple) and _reads_targets(loss.name):
+        if isinstance(stage.targets, tuple) and loss.learns_from == "targets":
             terms += _of_each_teacher(stage.targets, term, step, num_steps, run)
         else:
             terms.append(term)

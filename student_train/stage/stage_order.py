@@ -20,7 +20,7 @@ from shared.places import named, origin_of
 from shared.recipe.recipe import Recipe, Sampling, Stage
 from shared.remote.part_store import BOUND_VARIABLE, bound_bytes
 from student_train.batch.dataset import CacheList
-from student_train.batch.stage_terms import hidden_reads, needs_teacher
+from student_train.batch.stage_terms import hidden_reads
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.order.evaluation_sampling import EvaluationSampling
 from student_train.order.order import StageRows, Windows
@@ -54,7 +54,7 @@ def open_caches(recipe: Recipe, stage: Stage) -> CacheList:
         caches.layers = teacher_layers(recipe, stage, caches)
     else:
         layers = [named_layer(recipe, stage.targets, path) for path in recipe.cache]
-        caches = CacheList.open(recipe.cache, layers, with_targets=needs_teacher(stage), hidden=hidden, recipe=recipe)
+        caches = CacheList.open(recipe.cache, layers, with_targets=stage.needs_teacher, hidden=hidden, recipe=recipe)
     _check_windows(stage, caches)
     return caches
 

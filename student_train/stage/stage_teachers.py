@@ -13,7 +13,6 @@ from shared.errors import TrainingError
 from shared.recipe.recipe import Recipe, Stage
 from shared.recipe.sections.target_layers import layer_keys
 from student_train.batch.dataset import CacheList
-from student_train.batch.stage_terms import needs_teacher
 from student_train.batch.teacher_layers import TeacherLayer
 
 
@@ -44,7 +43,7 @@ def untaught_sources(stage: Stage, caches: CacheList) -> list[str]:
     """
     untaught = [caches.source_names[code] for code in caches.untaught_codes]
     found = untaught if stage.mixture is None else [name for name in stage.mixture if name in untaught]
-    if found and all(needs_teacher(stage.model_copy(update={"losses": (loss,)})) for loss in stage.losses):
+    if found and all(loss.learns_from == "targets" for loss in stage.losses):
         raise TrainingError(
             f"stage '{stage.name}' trains on source '{found[0]}', which no layer of its `targets` teaches, and has no "
             "other loss; name it under the `sources` of one, or leave it out of `mixture`"

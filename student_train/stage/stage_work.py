@@ -18,7 +18,7 @@ from shared.recipe.recipe import Recipe, Stage, Student
 from student_train.batch.dataset import CacheList
 from student_train.batch.hidden_batch import HiddenReading
 from student_train.batch.row_targets import temperature_column
-from student_train.batch.stage_terms import hidden_reads, needs_teacher, training_temperatures
+from student_train.batch.stage_terms import hidden_reads, training_temperatures
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.order.evaluation_sampling import EvaluationSampling
 from student_train.order.schedules import RunSteps
@@ -81,7 +81,7 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
     assert recipe.student is not None
     start = start_directory(recipe, stage)
     caches = open_caches(recipe, stage)
-    temperatures = training_temperatures(stage) if needs_teacher(stage) else None
+    temperatures = training_temperatures(stage) if stage.needs_teacher else None
     scored = [cache for layer in caches.layers for cache in layer.caches] or caches.caches
     for cache in scored:
         for temperature in temperatures or ():
@@ -142,7 +142,7 @@ def _heldout(recipe: Recipe, stage: Stage, caches: CacheList) -> HeldoutSet | No
     if stage.evaluate is None:
         return None
     scored = caches
-    if not needs_teacher(stage):
+    if not stage.needs_teacher:
         assert not isinstance(stage.targets, tuple), "a recipe with several teachers has a divergence from them"
         layers = [named_layer(recipe, stage.targets, path) for path in recipe.cache]
         scored = CacheList.open(recipe.cache, layers, recipe=recipe)

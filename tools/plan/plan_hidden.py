@@ -18,7 +18,6 @@ from shared.identity.hidden_layers import keeps, kept
 from shared.parts.records import list_records
 from shared.payload.hidden_codec import HiddenCodec
 from shared.recipe.recipe import HiddenCapture, Recipe, Stage
-from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER
 from tools.cache.cache_commands import size
 from tools.plan.plan_bounds import Bounds, sizes
 
@@ -74,7 +73,7 @@ def hidden_layer_to_train(recipe: Recipe, stage: Stage) -> HiddenIdentity | None
         TrainingError: neither is known.
         UsageError: the teacher has no such layer.
     """
-    if not any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in stage.losses):
+    if not any(loss.learns_from == "hidden" for loss in stage.losses):
         return None
     for path in recipe.cache:
         layers = list_hidden_layers(path) if (path / "cache.json").is_file() else {}

@@ -20,6 +20,8 @@ StudentLayer = Annotated[int, Field(ge=1)] | Literal["final"]
 class LossTerm(Section):
     """One term of the training loss, in nats per supervised position."""
 
+    learns_from: ClassVar[Literal["text", "targets", "hidden"]] = "targets"
+    """The tokens of the text, a targets layer of the cache, or a hidden layer."""
     weight: Schedule = constant(1.0)
     """What the term is multiplied by: a number or a schedule."""
 
@@ -27,6 +29,7 @@ class LossTerm(Section):
 class CrossEntropy(LossTerm):
     """Cross-entropy with the tokens of the text, at temperature 1."""
 
+    learns_from = "text"
     temperature: ClassVar[Schedule] = constant(1.0)
     name: Literal["cross_entropy"]
     """Against the tokens of the text; needs no teacher."""
@@ -120,6 +123,7 @@ LayerMap = Annotated[dict[str, StudentLayer] | None, BeforeValidator(_layer_name
 class OnHiddenLayer(LossTerm):
     """A loss that reads a hidden layer of the cache instead of a targets layer."""
 
+    learns_from = "hidden"
     temperature: ClassVar[Schedule] = constant(1.0)
 
 

@@ -242,13 +242,13 @@ class Stage(Section):
             yield ("name",), f"'{self.name}' is reserved; call the stage something else"
         if all(max(loss.weight.extremes()) == 0 for loss in self.losses):
             yield ("losses",), "every weight is 0, so there is nothing to minimise"
-        apart = [set() if loss.name in LOSSES_ON_HIDDEN_LAYER else _TELL_TERMS_APART for loss in self.losses]
+        apart = [set() if loss.learns_from == "hidden" else _TELL_TERMS_APART for loss in self.losses]
         for i in repeated(
             loss.model_dump_json(include={"name", *names}) for loss, names in zip(self.losses, apart, strict=True)
         ):
             said = f"'{self.losses[i].name}' is listed twice; add up its weights in one entry"
             yield ("losses", i, "name"), said
-        if self.hidden is not None and not any(loss.name in LOSSES_ON_HIDDEN_LAYER for loss in self.losses):
+        if self.hidden is not None and not any(loss.learns_from == "hidden" for loss in self.losses):
             listed = ", ".join(LOSSES_ON_HIDDEN_LAYER)
             yield ("hidden",), f"no loss of the stage reads a hidden layer ({listed} do), so leave it out"
         num_teachers = len(self.targets) if isinstance(self.targets, tuple) else 1
@@ -264,6 +264,11 @@ class Stage(Section):
         if self.max_length is not None and self.max_length > pack:
             said = f"a row of {self.max_length} tokens does not fit a pack of {pack}; raise trainer.pack_tokens"
             yield ("max_length",), said
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Return whether any of its losses looks at the teacher's targets."""
+        return any(loss.learns_from == "targets" for loss in self.losses)
 
     @property
     def goes_over_run(self) -> bool:
@@ -289,16 +294,16 @@ class Stage(Section):
             )
             yield ("targets",), f"{why}; leave it out, and let these two mean the layer that you want"
         for i, loss in enumerate(self.losses):
-            if loss.name in LOSSES_ON_HIDDEN_LAYER:
+            if loss.learns_from == "hidden":
                 why = f"own answers have no hidden layer, which '{loss.name}' reads; leave it out"
                 yield ("losses", i, "name"), why
-        if {loss.name for loss in self.losses} == {"cross_entropy"}:
+        if all(loss.learns_from == "text" for loss in self.losses):
             yield ("rounds",), "no loss of the stage asks the teacher about the student's answers; add forward_kl"
 
     def _teacher_problems(self) -> Iterable[Problem]:
         if not isinstance(self.targets, tuple):
             return []
-        if all(loss.name in ("cross_entropy", *LOSSES_ON_HIDDEN_LAYER) for loss in self.losses):
+        if not self.needs_teacher:
             return [(("targets",), "no loss of the stage is a divergence from a teacher, so name one layer at most")]
         return target_problems(self.targets)
 

@@ -103,11 +103,8 @@ def heldout_layer(recipe: Recipe, model: str | None = None) -> str | LayerView |
     """
     named = next((found for stage in recipe.stages if (found := _named(recipe, stage)) is not None), None)
     stage = next((stage for stage in recipe.stages if stage.name == model), None)
-    if stage is not None and named is not None:
-        from student_train.batch.stage_terms import needs_teacher
-
-        if stage.targets is not None or needs_teacher(stage):
-            return _named(recipe, stage) or layer_of_capture(recipe) or named
+    if stage is not None and named is not None and (stage.targets is not None or stage.needs_teacher):
+        return _named(recipe, stage) or layer_of_capture(recipe) or named
     return named or layer_of_capture(recipe)
 
 

@@ -14,7 +14,7 @@ from shared.identity.identity import layer_short_name
 from shared.parts.records import list_records
 from shared.payload.narrowing import LayerView
 from shared.recipe.base import Problem, closest, quoted
-from shared.recipe.sections.losses import LOSSES_ON_HIDDEN_LAYER, OnTargets, unfit
+from shared.recipe.sections.losses import OnTargets, unfit
 from shared.recipe.sections.optimizers import OPTIMIZERS
 from shared.recipe.sections.training import Stage, StageTrainer
 from tools.plan.plan_lengths import row_lengths
@@ -83,8 +83,7 @@ def _unknown_source(place: Place, name: str, sources: set[str] | None) -> Iterat
 def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
     """Check that the layers that a stage names are there or will be, with its temperatures."""
     recipe = asked.recipe
-    reads = [loss.name for loss in stage.losses]
-    on_hidden = [(j, name) for j, name in enumerate(reads) if name in LOSSES_ON_HIDDEN_LAYER]
+    on_hidden = [(j, loss.name) for j, loss in enumerate(stage.losses) if loss.learns_from == "hidden"]
     if on_hidden and not (asked.builds and recipe.capture.hidden):
         for path in asked.caches or recipe.cache:
             if not list_hidden_layers(path):
@@ -93,7 +92,7 @@ def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
     if isinstance(stage.targets, tuple):
         for i, entry in enumerate(stage.targets):
             yield from _layer(asked, stage, entry.layer, ("targets", i, "layer"))
-    elif stage.targets is not None or any(name not in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy") for name in reads):
+    elif stage.targets is not None or stage.needs_teacher:
         yield from _layer(asked, stage, stage.targets, ("targets",))
 
 
@@ -107,7 +106,7 @@ def _taught_sources(stage: Stage, sources: set[str] | None) -> Iterator[Problem]
         for j, name in enumerate(entry.sources or ()):
             yield from _unknown_source(("targets", i, "sources", j), name, sources)
     untaught = sorted((sources if stage.mixture is None else set(stage.mixture)) - taught)
-    if untaught and not any(loss.name in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy") for loss in stage.losses):
+    if untaught and all(loss.learns_from == "targets" for loss in stage.losses):
         sentence = (
             f"no layer teaches the source '{untaught[0]}' and no loss goes without a teacher; name it under the "
             "`sources` of one, or leave it out of `mixture`"
@@ -143,7 +142,7 @@ def _layer(asked: Asked, stage: Stage, wanted: str | None, place: Place) -> Iter
             if problem is not None:
                 yield ("losses", j, "name"), f"{path}: {problem}"
             missing = sorted(set(loss.temperature.extremes()) - set(layer.identity.temperatures))
-            if missing and loss.name not in (*LOSSES_ON_HIDDEN_LAYER, "cross_entropy"):
+            if missing and loss.learns_from == "targets":
                 have = ", ".join(f"{value:g}" for value in layer.identity.temperatures)
                 sentence = f"temperature {missing[0]:g} is not in layer {layer.full_name}, only {have}; capture it"
                 yield ("losses", j, "temperature"), sentence
