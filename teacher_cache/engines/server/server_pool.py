@@ -30,6 +30,10 @@ MAX_FAILURES = 6
 """Of one request that was handed to a server, before it ends the job."""
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
+FREE_VALUES = 2**20
+"""Values that any answer may hold; they take some 60 MB."""
+BYTES_PER_VALUE = 32
+"""Beyond them, an answer that may have so many bytes more may hold one value more."""
 BUSY = (408, 425, 429)
 """Statuses of a server that is well but will not take this request now."""
 
@@ -138,7 +142,7 @@ class ServerPool:
             try:
                 answer = state.server.post(path, body(state.server.name), max_bytes)
                 if answer.status == 200:
-                    parsed = parse(_json(answer.body))
+                    parsed = parse(read_json(answer.body, max_bytes))
                     self._well(state)
                     return parsed
                 reason = f"status {answer.status}: {error_text(state.server, answer)}"
@@ -274,7 +278,19 @@ def error_text(server: Server, answer: Answer) -> str:
     return server.shown(text)
 
 
-def _json(body: bytes) -> Any:
+def read_json(body: bytes, max_bytes: int) -> Any:
+    """Return an answer's JSON, which may take no more memory than one that was asked for.
+
+    Args:
+        body: at most `max_bytes`.
+        max_bytes: what the answer may have; a log-probability counts for a kilobyte of them and has eight values.
+
+    Raises:
+        MalformedError: it is none, or holds so many values that they would take far more memory than its text.
+    """
+    values = sum(map(body.count, (b",", b"[", b"{", b":")))
+    if values > max(FREE_VALUES, max_bytes // BYTES_PER_VALUE):
+        raise MalformedError(f"{values:,} values in an answer of {len(body):,} bytes")
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,10 @@ from shared.recipe.sections.capture import TopCapture
 from shared.recipe.sections.teacher import ServedTeacher
 from teacher_cache.engines.protocol import GenerateRequest, ScoreRequest
 from teacher_cache.engines.server import server_http, server_stream
-from teacher_cache.engines.server.server_answers import read_columns
+from teacher_cache.engines.server.server_answers import generate_bytes, read_columns, score_bytes
 from teacher_cache.engines.server.server_engine import ServerEngine
 from teacher_cache.engines.server.server_http import Server, TooLargeError
-from teacher_cache.engines.server.server_pool import MalformedError
+from teacher_cache.engines.server.server_pool import MalformedError, read_json
 from teacher_cache.engines.server.server_stream import ServerDownError
 from tests.teacher_cache.engines.fake_vllm_server import FakeVllmServer, respond
 from tests.tiny_models import make_tokenizer
@@ -256,6 +257,28 @@ def test_handshake_that_never_ends_is_given_up(monkeypatch, certificate):
 def test_position_that_holds_no_log_probabilities_is_malformed(row):
     with pytest.raises(MalformedError):
         read_columns({"choices": [{"prompt_token_ids": [9, 3], "prompt_logprobs": [None, row]}]}, [9, 3], 2)
+
+
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b'"",', b"[[[]]],", b'{"":0},'])
+def test_an_answer_of_values_alone_is_refused_unread(piece):
+    """A kilobyte per log-probability is for texts; as values it would be fifty times that in memory."""
+    most = score_bytes(2048, 64)
+    body = b"[" + piece * (most // len(piece) - 1) + b"0]"
+    tracemalloc.start()
+    with pytest.raises(MalformedError, match=r"[\d,]+ values in an answer of"):
+        read_json(body, most)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_an_answer_of_punctuation_alone_passes():
+    token = {"logprob": -1.25, "rank": 3, "decoded_token": "::::[[[[,,,,{{{{"}
+    rows = [None, *({str(i): token for i in range(65)} for _ in range(999))]
+    body = json.dumps({"choices": [{"prompt_token_ids": list(range(1000)), "prompt_logprobs": rows}]}).encode()
+    assert len(body) < score_bytes(1000, 64)
+    assert read_json(body, score_bytes(1000, 64))["choices"][0]["prompt_logprobs"] == rows
+    answer = json.dumps({"choices": [{"text": "[{:," * 20_000, "token_ids": [123_456] * 20_000}]}).encode()
+    assert len(read_json(answer, generate_bytes(100, 20_000))["choices"][0]["token_ids"]) == 20_000
 
 
 def test_key_that_a_server_echoes_is_kept_nowhere(fake, model_dir, tokenizer, monkeypatch):
