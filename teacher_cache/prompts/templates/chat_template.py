@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shared.cache.rendering import template_text
-from shared.errors import PromptError, reason_of
+from shared.errors import ModelError, PromptError, reason_of
+from shared.models.bounded_templates import render
 from shared.models.end_tokens import special_ids
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.formats.prompt_turns import Message, texts_in
@@ -129,6 +130,8 @@ class ChatTemplate:
             settings.setdefault(CLOCK, self._now)
         try:
             text = self._apply(template, turns, prompt, settings)
+        except ModelError as error:  # of its bounds, which no other row would keep
+            raise ModelError(f"{place}: {error}") from None
         except Exception as error:  # a template raises what it likes
             reason = reason_of(error, 200)
             raise UnrenderableError(f"{place}: the chat template cannot render the conversation ({reason})") from error
@@ -138,8 +141,8 @@ class ChatTemplate:
         """Render turns, with the arguments of tool calls as objects, or as JSON text where the template wants text."""
 
         def applied(some: list[Message]) -> Any:
-            return self._tokenizer.apply_chat_template(
-                some, chat_template=template, tokenize=False, add_generation_prompt=prompt, **settings
+            return render(
+                self._tokenizer, some, self.origin, chat_template=template, add_generation_prompt=prompt, **settings
             )
 
         try:

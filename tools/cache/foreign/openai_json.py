@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import CacheError, DamagedError, reason_of
+from shared.errors import CacheError, DamagedError, ModelError, reason_of
+from shared.models.bounded_templates import render
 from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.schema import MAX_TOKENS_PER_ROW
 from shared.tokens.token_bytes import read_vocabulary
@@ -152,7 +153,9 @@ class OpenAIReader:
 
     def _rendered(self, where: str, messages: list[dict[str, Any]]) -> list[int]:
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = render(self._tokenizer, messages, "the tokenizer's chat template", add_generation_prompt=True)
+        except ModelError:
+            raise
         except Exception as error:  # noqa: BLE001 - a template raises what it likes
             raise CacheError(
                 f"{where}: the tokenizer's chat template cannot render its messages ({reason_of(error, 200)})"
