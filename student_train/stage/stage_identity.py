@@ -23,6 +23,7 @@ from shared.recipe.base import Section
 from shared.recipe.recipe import Student
 from shared.recipe.sections.losses import LOSS_KINDS
 from student_train.records.kept_json import read_kept
+from student_train.records.processes import num_processes
 from student_train.stage.stage_order import windows_of
 from student_train.stage.stage_work import StageWork
 
@@ -120,14 +121,12 @@ def claim_stage(work: StageWork) -> bool:
     wanted = json.loads(json.dumps(stage_identity(work)))
     if path.exists():
         moved = json.loads(json.dumps(stage_identity(work, only_moved=True)))
-        other = first_difference(_recorded(path), wanted, moved)
+        recorded = _recorded(path)
+        other = first_difference(_without_plan(recorded), _without_plan(wanted), _without_plan(moved))
+        other = other or first_difference(recorded, wanted, moved)
         if other is not None:
-            name, old, new = other
             state = "a finished stage" if (stage_dir / DONE_FILE).exists() else "a begun stage"
-            raise TrainingError(
-                f"{stage_dir} holds {state} with {name} {_short(old)} where the recipe now has {_short(new)}; "
-                "remove or rename the directory to train it again, or change the recipe back"
-            )
+            raise TrainingError(f"{stage_dir} holds {state} {_told(*other)}")
         return _is_finished(stage_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(wanted, indent=1).encode(), what="identity")
@@ -162,6 +161,23 @@ def _recorded(path: Path) -> dict[str, Any]:
     if not isinstance(losses, list) or not all(isinstance(loss, dict) for loss in losses):
         raise TrainingError(f"{path} names no losses of a stage; put it back from a copy, or rename {path.parent}")
     return {**found, "stage": {**stage, "losses": [LOSS_KINDS.without_foreign_defaults(loss) for loss in losses]}}
+
+
+def _without_plan(identity: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the plan, which any other difference may move and which names none."""
+    return {name: value for name, value in identity.items() if name != "plan"}
+
+
+def _told(name: str, old: Any, new: Any) -> str:
+    """Say what a stage has and what the recipe has, and what to do."""
+    again = "remove or rename the directory to train it again"
+    if name == "plan":
+        now = f"{num_processes()} process{'es' if num_processes() > 1 else ''}"
+        return (
+            "of the same settings whose steps were planned otherwise, as for another number of processes (now "
+            f"{now}); start as many as before (`decant eval` takes a finished stage as it is), or {again}"
+        )
+    return f"with {name} {_short(old)} where the recipe now has {_short(new)}; {again}, or change the recipe back"
 
 
 def _short(value: Any) -> str:

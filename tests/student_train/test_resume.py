@@ -12,6 +12,7 @@ import signal
 import pytest
 
 from shared.errors import TrainingError
+from shared.recipe.recipe import Recipe
 from student_train.records.checkpoints import MARKER, list_checkpoints, newest_checkpoint, remove_incomplete
 from student_train.records.metrics_log import StepLog, read_steps
 from student_train.stage.stages import run_stages
@@ -106,7 +107,14 @@ def test_finished_stage_is_reused_and_a_changed_one_refused(recipe_of, capfd):
     hotter = [{"name": "forward_kl", "weight": 0.9, "temperature": 2.0}, {"name": "cross_entropy", "weight": 0.1}]
     with pytest.raises(TrainingError, match=r"stage\.losses\.0\.temperature"):
         run_stages(recipe_of(trainer={"max_steps": 2}, losses=hotter))
+    for name, value in (("seed", 7), ("heldout", {"fraction": 0.3})):  # each moves the plan, too, and is what is told
+        with pytest.raises(TrainingError, match=f"a finished stage with {name}"):
+            run_stages(Recipe.model_validate(recipe.model_dump() | {name: value}))
     assert outcome(recipe) == before
+    identity = recipe.output_dir / "train/kd/identity.json"
+    identity.write_text(json.dumps(json.loads(identity.read_text()) | {"plan": "of two processes"}))
+    with pytest.raises(TrainingError, match=r"another number of processes \(now 1 process\); start as many as before"):
+        run_stages(recipe)
 
 
 @pytest.mark.slow
