@@ -27,6 +27,8 @@ BLOCK_BYTES = 2**23
 """Bytes of one ranged request: large beside its latency, small beside memory."""
 LIST_FILE = "files.json"
 """What is below a URL, where a server cannot tell."""
+CARD_FILE = "README.md"
+"""What people read there."""
 MOST_ATTEMPTS = 8
 HUB_BATCH = 64
 PARALLEL = 16

@@ -119,6 +119,36 @@ def test_a_place_that_holds_something_else_gets_no_cache(hub, local, tmp_path):
     assert hub.repositories["datasets/org/demo"]["README.md"] == b"mine"
 
 
+def test_a_cache_of_other_rows_joins_none_by_being_pushed_or_pulled(new_store, web, local, tmp_path):
+    build(tmp_path / "other", 40, 48)  # the same identity, so the same cache.json
+    place = tmp_path / "place"
+    push_cache(local, Remote(str(place)))
+    before = tree(place)
+    with pytest.raises(CacheError, match=r"holds sequences/part-\w+-000000.arrow and no part of this cache: another"):
+        push_cache(tmp_path / "other", Remote(str(place)))
+    assert tree(place) == before
+    for killed in (False, True):
+        if killed:
+            shutil.rmtree(tmp_path / "other" / "sequences")
+            (tmp_path / "other" / "cache.json").unlink()
+        before = tree(tmp_path / "other")
+        with pytest.raises(CacheError, match=f"and no part of {web.url}: another cache; name another directory"):
+            pull_cache(Remote(web.url), tmp_path / "other")
+        assert tree(tmp_path / "other") == before
+    build(tmp_path / "grown", 0, 40)
+    build(tmp_path / "grown", 40, 48)
+    assert pull_cache(Remote(web.url), tmp_path / "grown") == 0
+    assert push_cache(tmp_path / "grown", Remote(str(place))).files > 0
+
+
+def test_a_pull_puts_nothing_beside_files_of_something_else(web, local, tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "main.py").write_text("print()")
+    with pytest.raises(CacheError, match=r"project holds main\.py and no cache; name another directory"):
+        pull_cache(Remote(web.url), tmp_path / "project")
+    assert tree(tmp_path / "project") == {"main.py": b"print()"}
+
+
 @pytest.mark.slow
 def test_a_grown_cache_sends_what_is_new_and_another_cache_is_refused(hub, local, tmp_path):
     build(tmp_path / "grows", 0, 8)

@@ -7,6 +7,7 @@ sees no row without its targets, and no cache before it is whole. Cost: one matc
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from shared.schema import (
     JOB_PATTERN,
@@ -31,6 +32,8 @@ _IN_ORDER = tuple(
     )
 )
 
+_RANKS_OF_PARTS = (3, 4)
+
 
 def rank_of(name: str) -> int | None:
     """Return a file's place in that order, by its path within the cache; None for what is no file of one.
@@ -44,6 +47,15 @@ def rank_of(name: str) -> int | None:
 def is_part(name: str) -> bool:
     """Tell whether a file of a cache is a part's Arrow file, which its record describes."""
     return name.endswith(".arrow") and not name.startswith("jobs/")
+
+
+def parts_in(names: Iterable[str]) -> set[str]:
+    """Return those among files of a cache that are parts or their records.
+
+    >>> sorted(parts_in(["cache.json", "sequences/part-0123abcd-000000.json"]))
+    ['sequences/part-0123abcd-000000.json']
+    """
+    return {name for name in names if rank_of(name) in _RANKS_OF_PARTS}
 
 
 def most_bytes(name: str) -> int:

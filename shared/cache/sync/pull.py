@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from shared.atomic import TEMPORARY_MARK, make_dir, write_atomic
-from shared.cache.sync.cache_names import is_part, rank_of
+from shared.cache.sync.cache_names import is_part, parts_in, rank_of
 from shared.cache.sync.mirror import fetch_small, list_remote, read_small, with_checksums
 from shared.cache.within import refuse_within_cache
 from shared.errors import CacheError, DamagedError
@@ -21,8 +21,11 @@ from shared.parts.cache_files import read_bounded
 from shared.parts.records import parse_record
 from shared.process.failpoints import failpoint
 from shared.remote.part_store import fill_checked
-from shared.remote.transfer import PARALLEL, Remote, RemoteFile
+from shared.remote.transfer import CARD_FILE, LIST_FILE, PARALLEL, Remote, RemoteFile
 from shared.schema import MAX_JSON_BYTES
+
+_ENTRIES = ("cache.json", "tokenizer", "jobs", "targets", "hidden", "sequences", LIST_FILE, CARD_FILE)
+"""At the top of a cache's directory."""
 
 
 def pull_cache(remote: Remote, path: Path, advance: Callable[[int], object] = lambda files: None) -> int:
@@ -45,6 +48,7 @@ def pull_cache(remote: Remote, path: Path, advance: Callable[[int], object] = la
     header = read_small(remote, "cache.json", listed["cache.json"])
     if (path / "cache.json").exists() and read_bounded(path / "cache.json", MAX_JSON_BYTES) != header:
         raise CacheError(f"{path} holds another cache than {remote.url}; name another directory")
+    _refuse_another(remote, path, parts_in(listed))
     listed = with_checksums(remote, listed)
     names = sorted((name for name in listed if not is_part(name)), key=lambda name: (rank_of(name), name))
     for folder in {(path / name).parent for name in names}:
@@ -56,6 +60,19 @@ def pull_cache(remote: Remote, path: Path, advance: Callable[[int], object] = la
                 came += new
                 advance(1)
     return came
+
+
+def _refuse_another(remote: Remote, path: Path, theirs: set[str]) -> None:
+    """Refuse a directory of other files, and one with parts of which the URL has none: two would become one."""
+    if not path.is_dir():
+        return
+    others = sorted(each.name for each in path.iterdir() if each.name not in _ENTRIES and each.name[0] != ".")
+    if others and not (path / "cache.json").exists():
+        raise CacheError(f"{path} holds {others[0]} and no cache; name another directory")
+    files = [file.relative_to(path).as_posix() for pattern in ("*/*.json", "*/*/*.json") for file in path.glob(pattern)]
+    ours = parts_in(files)
+    if ours and theirs and not ours & theirs:
+        raise CacheError(f"{path} holds {min(ours)} and no part of {remote.url}: another cache; name another directory")
 
 
 def _pull(remote: Remote, path: Path, name: str, listed: dict[str, RemoteFile]) -> int:

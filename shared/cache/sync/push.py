@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shared.cache.layout import list_hidden_layers, list_layers, read_header, sequences_dir
-from shared.cache.sync.cache_names import most_bytes, rank_of
+from shared.cache.sync.cache_names import most_bytes, parts_in, rank_of
 from shared.cache.sync.listing import listing_of, read_listing
 from shared.cache.sync.mirror import list_remote
 from shared.cache.within import refuse_within_cache
@@ -29,11 +29,10 @@ from shared.parts.parts import check_file
 from shared.parts.records import PartRecord, list_records
 from shared.places import origin_of
 from shared.process.failpoints import failpoint
-from shared.remote.transfer import LIST_FILE, PARALLEL, Remote, RemoteFile
+from shared.remote.transfer import CARD_FILE, LIST_FILE, PARALLEL, Remote, RemoteFile
 
 INTERVAL_SECONDS = 2.0
 """Between two looks for parts that a build has committed."""
-CARD_FILE = "README.md"
 
 
 class PushSummary(NamedTuple):
@@ -73,7 +72,12 @@ def files_of(path: Path) -> list[_Item]:
 
 
 def push_cache(
-    path: Path, remote: Remote, card: bytes | None = None, advance: Callable[[int], object] = lambda files: None
+    path: Path,
+    remote: Remote,
+    card: bytes | None = None,
+    advance: Callable[[int], object] = lambda files: None,
+    *,
+    is_mirror: bool = False,
 ) -> PushSummary:
     """Push a cache.
 
@@ -82,6 +86,7 @@ def push_cache(
         remote: where to.
         card: README.md of the place; None leaves the one that is there.
         advance: told the files that are done.
+        is_mirror: the path mirrors that place, so parts of others there are of the same cache.
 
     Raises:
         UsageError: it is a directory in another cache.
@@ -96,6 +101,8 @@ def push_cache(
         refuse_within_cache(Path(remote.url))
     there = _cache_at(remote)
     items = files_of(path)
+    if not is_mirror:
+        _refuse_another(remote, parts_in(_sizes(path, items)), parts_in(there))
     written: list[int] = []
     with ThreadPoolExecutor(1 if remote.files_per_write > 1 else PARALLEL) as pool:
         for _, group in groupby(items, key=lambda item: rank_of(item.name)):
@@ -127,6 +134,15 @@ def _cache_at(remote: Remote) -> dict[str, RemoteFile]:
     if others and not there:
         raise CacheError(f"{remote.url} holds {others[0]} and no cache; push to a place of the cache's own")
     return there
+
+
+def _refuse_another(remote: Remote, ours: set[str], theirs: set[str]) -> None:
+    """Refuse a place with parts of which this cache has none: its rows would join those of another cache."""
+    if ours and theirs and not ours & theirs:
+        raise CacheError(
+            f"{remote.url} holds {min(theirs)} and no part of this cache: another cache is there; push to another "
+            "place, or join both with `decant cache merge` and push the result to a place of its own"
+        )
 
 
 def _batches(items: Sequence[_Item], size: int) -> list[list[_Item]]:
@@ -231,7 +247,7 @@ def _end(stop: threading.Event, thread: threading.Thread) -> None:
 
 def _push_rest(path: Path, remote: Remote) -> None:
     if (path / "cache.json").is_file():
-        push_cache(path, remote)
+        push_cache(path, remote, is_mirror=True)
 
 
 def push_new(path: Path, remote: Remote, done: set[str]) -> set[str]:
