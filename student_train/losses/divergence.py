@@ -52,12 +52,6 @@ class Divergence:
     """Names of its keyword options."""
     on_labels: bool = False
     """Taken against the token that follows instead of the teacher's masses, always at temperature 1."""
-    linear_in_teacher: bool = False
-    """Its gradient is linear in p, so that drawn tokens, whose weights are right on average, give the right gradient on
-    average.
-    """
-    splits_tail: bool = False
-    """It also takes `num_head`, how many of the masses are the head's, and needs drawn tokens behind them."""
 
 
 @dataclass(frozen=True, slots=True)

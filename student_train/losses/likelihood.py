@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,4 +22,3 @@ class Likelihood:
     """`function(log_p [A], log_q [A], **options) -> [A]` in nats; differentiable in log_q."""
     options: tuple[str, ...] = ()
     """Names of its keyword options."""
-    on_labels: ClassVar[bool] = False

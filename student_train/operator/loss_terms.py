@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shared.errors import TrainingError
-from shared.recipe.sections.losses import LOSSES_WITHIN_HEAD, unfit
+from shared.recipe.sections.losses import LOSSES_WITHIN_HEAD, NEEDS_DRAWS, TAKES_DRAWS_ALONE, unfit
 from student_train.batch.target_batch import TargetBatch
 from student_train.losses import Divergence, Likelihood, LossTerm, divergences
 from student_train.losses.entropy_weight import entropy_weights
@@ -101,13 +101,13 @@ def group_terms(terms: Sequence[LossTerm], targets: Targets, num_positions: floa
             if batch is None:
                 continue
             _check_fits(term, batch)
-            key = (term.layer, term.temperature, divergence.linear_in_teacher and bool(batch.draws))
+            key = (term.layer, term.temperature, term.name in TAKES_DRAWS_ALONE and bool(batch.draws))
         coefficient = term.weight * term.temperature**2 / num_positions
         function = functools.partial(divergence.function, **term.options)
         group = groups.setdefault(key, TermGroup(batch, *key[1:], []))
         group.terms.append(
             WeightedDivergence(
-                index, function, coefficient, divergence.on_labels, divergence.splits_tail, term.by_entropy
+                index, function, coefficient, divergence.on_labels, term.name in NEEDS_DRAWS, term.by_entropy
             )
         )
     return list(groups.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -46,7 +48,7 @@ def test_mass_that_both_sides_lack_counts_for_nothing(name):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_padding_counts_for_nothing_beside_masses_that_are_smaller_than_it(name):
     """A student sure of another token gives all of the teacher's head, or all of its tail, less than exp(-100)."""
-    splits = registry[name].splits_tail
+    splits = name in NEEDS_DRAWS
     p, q = masses(0).log(), masses(1).log()
     q[:, 3:] -= 200 if splits else 0
     q[:, :4] -= 0 if splits else 200
@@ -74,9 +76,21 @@ def test_skewed_divergences_are_bounded_where_plain_ones_are_not():
     assert float(registry["jsd"].function(p, q)) == pytest.approx(0.6931, abs=1e-4)
 
 
-def test_draws_alone_do_for_divergences_that_are_linear_in_the_teacher():
-    assert set(TAKES_DRAWS_ALONE) == {name for name in DIVERGENCES if registry[name].linear_in_teacher}
-    assert set(NEEDS_DRAWS) == {name for name in DIVERGENCES if registry[name].splits_tail}
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_draws_alone_do_for_divergences_that_are_linear_in_the_teacher(name):
+    def slopes(p):
+        log_q = masses(1).log().requires_grad_()
+        (found,) = torch.autograd.grad(registry[name].function(p.log(), log_q).sum(), log_q)
+        return found
+
+    p, other = masses(0), masses(2)
+    difference = slopes(0.3 * p + 0.7 * other) - (0.3 * slopes(p) + 0.7 * slopes(other))
+    assert (float(difference.abs().max()) < 1e-12) == (name in TAKES_DRAWS_ALONE)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_draws_are_needed_by_what_tells_the_tail_from_the_head(name):
+    assert ("num_head" in inspect.signature(registry[name].function).parameters) == (name in NEEDS_DRAWS)
 
 
 def test_registry_has_every_loss_that_a_recipe_may_name():

@@ -174,9 +174,11 @@ def names_of(kind: type[LossTerm]) -> tuple[str, ...]:
 
 
 TAKES_DRAWS_ALONE = ("forward_kl", "tail_weighted_kl")
-"""Divergences that are right on a layer of mode `sample`, which has no head."""
+"""Divergences that are right on a layer of mode `sample`, which has no head: their gradient is linear in the teacher's
+masses, so that drawn tokens, whose weights are right on average, give the right gradient on average."""
 NEEDS_DRAWS = ("tail_weighted_kl",)
-"""Divergences that look into the tail, which mode `top` does not tell."""
+"""Divergences that look into the tail, which mode `top` does not tell: they take `num_head`, how many of the masses are
+the head's, and drawn tokens behind them."""
 LOSSES_WITHIN_HEAD = ("head_kl",)
 """Divergences that need no mass outside the teacher's head, so a layer whose tail is `unknown` does."""
 LABEL_LOSSES = ("reverse_kl", "skew_reverse_kl", "jsd")

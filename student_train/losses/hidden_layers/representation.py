@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -30,4 +30,3 @@ class Representation:
     """What of the hidden layer it needs."""
     options: tuple[str, ...] = ()
     """Names of its keyword options."""
-    on_labels: ClassVar[bool] = False
