@@ -32,7 +32,7 @@ MOST_CHARACTERS = 2**26
 _MOST_TURNS = 6
 """Conversations of so many turns or more are one kind."""
 _WALL_SECONDS = 6 * SECONDS
-"""Of the forked process, on a machine that others share."""
+"""Of the forked process; one that has not ended by then waits for the machine or for a lock, not for the template."""
 _ENDED, _NO_MEMORY = 0, 3
 
 _tried: set[tuple[str, int, bool]] = set()
@@ -82,10 +82,13 @@ def _sentence(origin: str, broken: str) -> str:
 
 
 def _tried_apart(rendered: Callable[[], str]) -> str:
-    """Render in a process of its own; return which bound it broke, empty where none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other threads, whose locks the child never takes
-        pid = os.fork()
+    """Render in a process of its own; return which bound it broke, empty where none or where there was no trial."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other threads: a lock of theirs makes the child wait, and is no fault
+            pid = os.fork()
+    except OSError:  # no room for another process
+        return ""
     if pid == 0:
         _be_tried(rendered)
     deadline, pause = time.monotonic() + _WALL_SECONDS, 0.0005
@@ -100,9 +103,9 @@ def _tried_apart(rendered: Callable[[], str]) -> str:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    if not found or code == -signal.SIGXCPU:
+    if code == -signal.SIGXCPU:
         return f"{SECONDS} seconds"
-    return "" if code == _ENDED else f"{MEMORY_BYTES // 2**20} MiB"
+    return "" if not found or code == _ENDED else f"{MEMORY_BYTES // 2**20} MiB"
 
 
 def _be_tried(rendered: Callable[[], str]) -> None:

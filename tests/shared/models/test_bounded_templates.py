@@ -82,3 +82,20 @@ def test_what_a_template_renders_and_raises_stays_what_it_was(tokenizer):
     assert kinds == [1, 2, 3, 3]
     with pytest.raises(Exception, match="only cats"):
         render(tokenizer, ONE, "it", chat_template="{{ raise_exception('only cats') }}")
+
+
+def no_process():
+    """Fail as a system does that has no memory for another process."""
+    raise OSError(12, "Cannot allocate memory")
+
+
+@pytest.mark.parametrize("hindrance", ["no process", "a lock"])
+def test_a_trial_that_cannot_be_made_is_no_fault_of_the_template(tokenizer, monkeypatch, hindrance):
+    """As of a lock that another thread held when the process was forked, which the child waits for without end."""
+    if hindrance == "no process":
+        monkeypatch.setattr(bounded_templates.os, "fork", no_process)
+    else:
+        monkeypatch.setattr(bounded_templates, "_WALL_SECONDS", 0.2)
+        monkeypatch.setattr(bounded_templates, "_be_tried", lambda rendered: time.sleep(60))
+    expected = tokenizer.apply_chat_template(ONE, tokenize=False)
+    assert render(tokenizer, ONE, "it", chat_template=CHATML) == expected
