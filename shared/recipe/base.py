@@ -254,9 +254,26 @@ def unused_sampling(section: Section) -> list[Problem]:
     return problems + unused(section, ("top_p", "top_k"), why)
 
 
+_USUAL = {
+    "lr": "learning_rate", "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size", "micro_batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps", "scheduler": "lr_scheduler_type", "optimizer": "optim",
+    "kl": "forward_kl", "kd": "forward_kl", "ce": "cross_entropy", "sft": "cross_entropy", "rkl": "reverse_kl",
+    "half": "float16", "fp16": "float16", "fp32": "float32", "hf": "transformers", "chat": "messages",
+    "openai": "messages", "top_k": "k", "max_tokens": "max_new_tokens", "tp": "tensor_parallel_size",
+}  # fmt: skip
+"""What other programs call a name."""
+
+
 def closest(found: str, choices: Sequence[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest of the first choices, or nothing where none is near."""
-    near = difflib.get_close_matches(found, choices[: 4 * _LISTED], n=1, cutoff=0.6)
+    """Return `; did you mean 'x'?` for the nearest of the first choices, or nothing where none is near.
+
+    >>> closest("LoRA", ["none", "lora"]), closest("lr", ["lr_scheduler_type", "learning_rate"])
+    ("; did you mean 'lora'?", "; did you mean 'learning_rate'?")
+    """
+    first, folded = choices[: 4 * _LISTED], found.casefold()
+    near = [choice for choice in first if choice == _USUAL.get(folded) or choice.casefold() == folded]
+    near = near or difflib.get_close_matches(found, first, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 

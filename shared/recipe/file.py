@@ -7,6 +7,7 @@ says what ran.
 
 from __future__ import annotations
 
+import errno
 import re
 import typing
 from collections.abc import Iterable, Sequence
@@ -56,6 +57,8 @@ def load_recipe_and_places(path: FilePath | str, overrides: Sequence[str] = ()) 
         for below in [known for known in where if known[: len(place)] == place]:
             del where[below]
         where[place] = (0, f"--set {override}")
+        for made in range(1, len(place)):  # sections that the file does not have
+            where.setdefault(place[:made], where[place])
     return _validate(document.data, where), where
 
 
@@ -90,7 +93,9 @@ def _read(path: FilePath) -> str:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); expected a recipe, see `decant init`") from error
+        beside = sorted(near.name for near in path.parent.glob("*.y*ml")) if error.errno == errno.ENOENT else []
+        hint = closest(path.name, beside) or "; expected a recipe, see `decant init`"
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}){hint}") from error
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"{path}: longer than {MAX_BYTES} bytes, so this is no recipe; name a YAML file")
     try:

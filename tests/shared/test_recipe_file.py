@@ -299,10 +299,22 @@ def test_overrides_choose_a_kind_and_its_options_in_any_order(write, override):
         ("seed=x", "--set seed=x: seed: expected a number, found 'x'"),
         ("sede=1", "--set sede=1: sede: unknown key; did you mean 'seed'?"),
         ("capture.q=1", "--set capture.q=1: capture.q: unknown key"),
+        ("stage.kd.weight=1", "--set stage.kd.weight=1: stage: unknown key; did you mean 'stages'?"),
+        ("prompts.0.colums.prompt=q", "--set prompts.0.colums.prompt=q: prompts.0.colums: unknown key; did you mean"),
+        ("stages.kd.trainer.lr=1e-3", "trainer.lr: unknown key; did you mean 'learning_rate'?"),
+        ("student.adapter=LoRA", "'LoRA' is not one of 'none', 'lora' or 'qlora'; did you mean 'lora'?"),
     ],
 )
 def test_override_that_leads_nowhere_is_refused(write, override, part):
     assert part in complaint(write(GOOD), [override])[0]
+
+
+def test_a_recipe_that_is_not_there_is_told_with_the_name_that_is(write):
+    path = write(GOOD)
+    with pytest.raises(RecipeError, match=rf"{path.stem}.yml: cannot be read .*; did you mean '{path.name}'"):
+        load_recipe(path.with_suffix(".yml"))
+    with pytest.raises(RecipeError, match=r"No such file or directory\); expected a recipe, see `decant init`"):
+        load_recipe(path.parent / "none" / "other.yaml")
 
 
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "cluster")
