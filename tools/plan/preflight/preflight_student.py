@@ -67,10 +67,12 @@ def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Pro
         if theirs not in (mine, found):
             cache = shlex.quote(named(asked.caches[0])) if asked.caches else "CACHE"
             after = "" if asked.caches else "build the cache (`decant teach`) and "
+            words = shlex.quote(str(directory))
             raise DecantError(
                 f"'{directory}' has tokenizer {mine[:8]} and {whose} has {theirs[:8]}; choose a student with the same "
-                f"tokenizer, or {after}train from one in the student's tokens: decant cache translate "
-                f"{cache} OUT --tokenizer {shlex.quote(str(directory))} (docs/tokenizers.md)"
+                f"tokenizer, or {after}train from one in the student's tokens (docs/tokenizers.md): "
+                f"`decant cache translate {cache} OUT --tokenizer {words}`, then "
+                f"`decant init NAME --cache OUT --student {words}`"
             )
 
     yield from said(("student", "model"), compare)
