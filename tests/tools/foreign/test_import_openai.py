@@ -79,6 +79,28 @@ def test_completions_are_told_by_text_and_torn_ones_are_set_aside(tmp_path, toke
             assert named == ({j for j in ids[s].tolist() if j in whole} | {label})
 
 
+@pytest.mark.parametrize("echoes", [False, True])
+def test_no_token_of_a_completion_is_left_out_or_comes_twice(tmp_path, tokenizer, tokenizer_dir, capsys, echoes):
+    whole = [i for i in range(VOCAB) if "\ufffd" not in spelled(tokenizer, i, 0.0)["token"]]
+    (sample,) = samples(1, seed=5)
+    sample.token_ids[1:] = [whole[t % len(whole)] for t in sample.token_ids[1:]]
+    line = completion_line(tokenizer, "Sort 3 numbers", sample, 5)
+    logprobs, prompt = line["choices"][0]["logprobs"], tokenizer("Sort 3 numbers")["input_ids"]
+    logprobs["top_logprobs"][2] = None  # a token without alternatives
+    if echoes:
+        words = [spelled(tokenizer, i, 0.0)["token"] for i in prompt]
+        line["echo"], values = True, [None, *(-1.0 for _ in words[1:])]
+        logprobs["tokens"] = words + logprobs["tokens"]
+        logprobs["token_logprobs"] = values + logprobs["token_logprobs"]
+        logprobs["top_logprobs"] = [None, *({word: -1.0} for word in words[1:]), *logprobs["top_logprobs"]]
+    run(capsys, write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    row = Cache.open(tmp_path / "cache")[0]
+    assert row.token_ids.tolist() == [*prompt, *sample.token_ids[1:]]
+    first = 1 if echoes else len(prompt)
+    assert row.spans.tolist() == [[first, len(row.token_ids)]]
+    assert row.targets.counts[len(prompt) - first + 2] == 1
+
+
 def test_prompt_logprobs_score_a_whole_text_by_id(tmp_path, tokenizer_dir, tokenizer, capsys):
     made = samples(2, seed=7)
     file = write_lines(tmp_path / "scored.jsonl", [prompt_logprobs_line(sample, 5) for sample in made])

@@ -4,7 +4,8 @@ A line is a response body with its request beside it: `{"messages": [...], "choi
 `{"request": {...}, "response": {...}}` (a batch's `body` inside either is looked into). Each choice is a row:
 
 - chat: `logprobs.content[]` with `token`, `bytes`, `logprob` and `top_logprobs[]` of the same three;
-- completions: `logprobs.tokens`, `token_logprobs` and `top_logprobs`, a map from text to log-probability per token;
+- completions: `logprobs.tokens`, `token_logprobs` and `top_logprobs`, a map from text to log-probability per token
+  (with `echo` those of the prompt come first, and are supervised, too);
 - `prompt_logprobs`: per prompt token null (the first) or a map from id to `logprob`, the token's own among them.
 
 Tokens are told by id where the server says it (`token_id:123`, keys of `prompt_logprobs`, `prompt_token_ids`), else by
@@ -107,7 +108,10 @@ class OpenAIReader:
             tokens = [self._of_chat(entry) for entry in logprobs["content"]]
         elif logprobs and logprobs.get("top_logprobs"):
             columns = (logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"])
-            tokens = [self._of_completion(*each) for each in zip(*columns, strict=True) if each[2]]
+            written = list(zip(*columns, strict=True))
+            if written[0][1] is None:  # `echo`: the prompt comes again, its first token without a log-probability
+                prompt_ids, written = [self._told(self._id(written[0][0], None))], written[1:]
+            tokens = [self._of_completion(*each) for each in written]
         first = len(prompt_ids)
         if prompt_logprobs:
             inside = _of_prompt(where, prompt_ids, prompt_logprobs)
@@ -170,15 +174,17 @@ class OpenAIReader:
             token_id, own, [(o["token"], o.get("bytes"), o["logprob"]) for o in entry["top_logprobs"]]
         )
 
-    def _of_completion(self, token: str, own: Any, named: Mapping[str, Any]) -> tuple[int, float, dict[int, float]]:
-        """Return id, log-probability and alternatives of a token of a completion."""
-        return self._with_own(self._id(token, None), _logprob(own), [(text, None, p) for text, p in named.items()])
+    def _of_completion(
+        self, token: str, own: Any, named: Mapping[str, Any] | None
+    ) -> tuple[int, float, dict[int, float]]:
+        """Return id, log-probability and alternatives of a token of a completion; it may have none."""
+        others = [(text, None, p) for text, p in (named or {}).items()]
+        return self._with_own(self._id(token, None), _logprob(own), others)
 
     def _with_own(
         self, token_id: int | None, own: float, others: Sequence[tuple[str, Any, Any]]
     ) -> tuple[int, float, dict[int, float]]:
-        if token_id is None:
-            raise UnreadableAnswerError("a token of the answer is none of the tokenizer's")
+        token_id = self._told(token_id)
         named: dict[int, float] = {}
         for text, spelled, logprob in others:
             other = self._id(text, spelled)
@@ -191,6 +197,13 @@ class OpenAIReader:
         if abs(named.setdefault(token_id, own) - own) > _SAME:
             raise UnreadableAnswerError("a token of the answer has two log-probabilities")
         return token_id, own, named
+
+    @staticmethod
+    def _told(token_id: int | None) -> int:
+        """Return an id that could be told."""
+        if token_id is None:
+            raise UnreadableAnswerError("a token of the answer is none of the tokenizer's")
+        return token_id
 
     def _id(self, text: str, spelled: Any) -> int | None:
         """Return the id of a token by its own word, its bytes or its text; None where it is no token."""
