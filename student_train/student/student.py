@@ -22,6 +22,7 @@ from shared.models.load_report import loading
 from shared.models.type_tokenizer import require_unchanged
 from shared.models.weights.loading import load_causal_lm
 from shared.recipe.recipe import Adapter, Student
+from student_train.student.stored_weights import refuse_quantised
 
 _OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Files that older tokenizers come as."""
@@ -44,9 +45,12 @@ def load_student(student: Student, start: Path | None, cache: Any, *, seed: int 
     """
     check_packages(student)
     quantization = _quantization(student)
+    source, revision = (str(start), None) if start is not None else (student.model, student.revision)
+    trust = student.trust_remote_code
+    config = load_config(source, what="the student", revision=revision, trust_remote_code=trust)
+    refuse_quantised(source, config.to_dict())
     if student.init == "random" and start is None:
         return _fresh(student, cache, seed)
-    source, revision = (str(start), None) if start is not None else (student.model, student.revision)
     check_tokenizer(student, source, revision, cache, required=True)
     settings: dict[str, Any] = {"dtype": DTYPES[student.dtype], "attn_implementation": student.attention}
     if quantization is not None:
@@ -54,11 +58,11 @@ def load_student(student: Student, start: Path | None, cache: Any, *, seed: int 
             "quantization_config": quantization,
             "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         }
-    model = load_causal_lm(
-        source, what="the student", revision=revision, trust_remote_code=student.trust_remote_code, **settings
-    )
+    model = load_causal_lm(source, what="the student", revision=revision, trust_remote_code=trust, **settings)
     if quantization is not None:
         _keep_gradients(model)
+    elif getattr(model, "hf_quantizer", None) is not None:
+        refuse_quantised(source, {"quantization_config": {"quant_method": "still packed once loaded"}})
     return model.train()
 
 

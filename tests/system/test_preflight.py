@@ -44,6 +44,9 @@ WRONG = [
     ("student.model=narrow", "student.model", "500 rows in its output layer"),
     ("student={model: narrow, init: random}", "student.model", "the teacher's tokenizer has 512 tokens"),
     ("student.model=reshaped", "student.model", "model.norm.weight"),
+    ("student.model=quantised", "student.model", "is stored quantised (gptq), and such weights cannot be trained"),
+    ("student={model: quantised, adapter: lora}", "student.model", "take the model that it was made from"),
+    ("student={model: quantised, init: random}", "student.model", "is stored quantised (gptq)"),
     ("student.model=cut-short", "student.model", "cannot be read as weights"),
     ("teacher.model=missing-tensor", "teacher.model", "model.norm.weight"),
     ("generate.model=missing-tensor", "generate.model", "model.norm.weight"),
@@ -133,6 +136,10 @@ def place(tmp_path_factory) -> Path:
         make_qwen3(path / name, seed=seed, num_layers=1)
     make_qwen2(path / "of-qwen2", num_layers=1)
     make_qwen3(path / "narrow", seed=4, num_layers=1, vocab_size=500)
+    shutil.copytree(path / "student", path / "quantised")
+    config = json.loads((path / "student" / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (path / "quantised" / "config.json").write_text(json.dumps(quantised))
     for file in path.glob("without-tokenizer/*token*"):
         file.unlink()
     document = json.loads((path / "other" / "tokenizer.json").read_text())

@@ -32,7 +32,7 @@ def student_problems(asked: Asked) -> Iterator[Problem]:
         yield ("student", "model"), problem
     elif Path(student.model).is_dir():
         found = list(_tokenizer(asked, Path(student.model), required=not random))
-        for check in () if found else (_check_type, _check_rows):
+        for check in () if found else (_check_stored, _check_type, _check_rows):
             yield from said(("student", "model"), partial(check, asked, Path(student.model)))
         yield from found
     if random and student.adapter.kind == "qlora":
@@ -76,6 +76,13 @@ def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Pro
             )
 
     yield from said(("student", "model"), compare)
+
+
+def _check_stored(asked: Asked, directory: Path) -> None:
+    """Refuse a student whose weights are stored in a form that cannot be trained."""
+    from student_train.student.stored_weights import refuse_quantised
+
+    refuse_quantised(directory, read_config(directory / "config.json"))
 
 
 def _check_type(asked: Asked, directory: Path) -> None:
