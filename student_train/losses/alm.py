@@ -26,4 +26,4 @@ def alm(log_p: Tensor, log_q: Tensor, tau: float = 100.0) -> Tensor:
     return tau * (log_p.exp() * (log_p - log_q) + other_p.exp() * (other_p - other_q))
 
 
-LOSS = Likelihood("alm", alm, options=("tau",))
+LOSS = Likelihood(alm, options=("tau",))

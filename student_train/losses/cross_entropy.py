@@ -15,4 +15,4 @@ def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     return -(log_p.exp() * log_q).sum(-1)
 
 
-LOSS = Divergence("cross_entropy", cross_entropy, on_labels=True)
+LOSS = Divergence(cross_entropy, on_labels=True)

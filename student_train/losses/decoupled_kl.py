@@ -25,4 +25,4 @@ def decoupled_kl(log_p: Tensor, log_q: Tensor, head_temperature: float = 2.0) ->
     return forward_kl(*halves) + halves[0][:, 0].exp() * head_temperature**2 * within
 
 
-LOSS = Divergence("decoupled_kl", decoupled_kl, options=("head_temperature",))
+LOSS = Divergence(decoupled_kl, options=("head_temperature",))

@@ -42,8 +42,6 @@ def without_padding(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 class Divergence:
     """A divergence between two distributions over the same masses."""
 
-    name: str
-    """As the recipe spells it."""
     function: Callable[..., Tensor]
     """`function(log_p [C, M], log_q [C, M], **options) -> [C]` in nats; p the teacher, q the student; differentiable in
     log_q.

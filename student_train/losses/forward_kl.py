@@ -15,4 +15,4 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-LOSS = Divergence("forward_kl", forward_kl)
+LOSS = Divergence(forward_kl)

@@ -18,4 +18,4 @@ def head_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-LOSS = Divergence("head_kl", head_kl)
+LOSS = Divergence(head_kl)

@@ -23,4 +23,4 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     return beta * teacher_part + (1.0 - beta) * student_part
 
 
-LOSS = Divergence("jsd", jsd, options=("beta",))
+LOSS = Divergence(jsd, options=("beta",))

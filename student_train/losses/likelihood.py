@@ -16,8 +16,6 @@ from torch import Tensor
 class Likelihood:
     """A loss between the likelihoods that teacher and student give to chunks of the text."""
 
-    name: str
-    """As the recipe spells it."""
     function: Callable[..., Tensor]
     """`function(log_p [A], log_q [A], **options) -> [A]` in nats; differentiable in log_q."""
     options: tuple[str, ...] = ()

@@ -14,4 +14,4 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-LOSS = Divergence("reverse_kl", reverse_kl)
+LOSS = Divergence(reverse_kl)

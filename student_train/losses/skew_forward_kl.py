@@ -22,4 +22,4 @@ def skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
     return (log_p.exp() * (log_p - log_m)).sum(-1)
 
 
-LOSS = Divergence("skew_forward_kl", skew_forward_kl, options=("skew",))
+LOSS = Divergence(skew_forward_kl, options=("skew",))

@@ -22,4 +22,4 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
     return (log_q.exp() * (log_q - log_m)).sum(-1)
 
 
-LOSS = Divergence("skew_reverse_kl", skew_reverse_kl, options=("skew",))
+LOSS = Divergence(skew_reverse_kl, options=("skew",))

@@ -27,4 +27,4 @@ def tail_weighted_kl(log_p: Tensor, log_q: Tensor, tail_weight: float = 2.0, num
     return forward_kl(log_p, log_q) + (tail_weight - 1.0) * tail
 
 
-LOSS = Divergence("tail_weighted_kl", tail_weighted_kl, options=("tail_weight",))
+LOSS = Divergence(tail_weighted_kl, options=("tail_weight",))

@@ -95,4 +95,3 @@ def test_draws_are_needed_by_what_tells_the_tail_from_the_head(name):
 
 def test_registry_has_every_loss_that_a_recipe_may_name():
     assert set(registry) == {name for kind in LOSSES for name in names_of(kind)}
-    assert all(name == divergence.name for name, divergence in registry.items())

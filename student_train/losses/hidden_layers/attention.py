@@ -26,4 +26,4 @@ def attention_kl(student: Tensor, student_rest: Tensor, teacher: Tensor, teacher
     return (torch.xlogy(p, p) - p * q.clamp_min(_LEAST_MASS).log()).sum(-1)
 
 
-LOSS = Representation("attention", attention_kl, reads="attention")
+LOSS = Representation(attention_kl, reads="attention")

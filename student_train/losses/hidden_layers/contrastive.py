@@ -25,4 +25,4 @@ def info_nce(student: Tensor, teacher: Tensor, *, tau: float = 0.07) -> Tensor:
     return -(student @ teacher.T / tau).log_softmax(-1).diagonal()
 
 
-LOSS = Representation("contrastive", info_nce, reads="pooled", options=("tau",))
+LOSS = Representation(info_nce, reads="pooled", options=("tau",))

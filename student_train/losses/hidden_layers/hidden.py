@@ -27,4 +27,4 @@ def hidden_distance(student: Tensor, teacher: Tensor, *, metric: str = "mse", no
     return (student - teacher).square().mean(-1)
 
 
-LOSS = Representation("hidden", hidden_distance, reads="states", options=("metric", "normalise"))
+LOSS = Representation(hidden_distance, reads="states", options=("metric", "normalise"))

@@ -21,8 +21,6 @@ Reads = Literal["states", "attention", "pooled"]
 class Representation:
     """A loss between what student and teacher have inside."""
 
-    name: str
-    """As the recipe spells it."""
     function: Callable[..., Tensor]
     """Student tensors, teacher tensors and options to one value per position or row; differentiable in the student's.
     """

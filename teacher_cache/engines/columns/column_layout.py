@@ -25,6 +25,9 @@ NOTHING = -1
 """Id of an empty head or draw column."""
 FIRST_SENTINEL = -1000
 """Id of the first tail column; the j-th has this minus j."""
+CHUNK_ENTRIES = {"cpu": 2**21, "cuda": 2**26}
+"""Entries of rows x vocabulary that columns are computed from at once: 8 MiB in float32 on a CPU, so that memory is
+reused warm, 256 MiB on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

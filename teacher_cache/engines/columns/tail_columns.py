@@ -17,11 +17,8 @@ import math
 
 import torch
 
-from teacher_cache.engines.columns.column_layout import NOTHING, ColumnLayout
+from teacher_cache.engines.columns.column_layout import CHUNK_ENTRIES, NOTHING, ColumnLayout
 from teacher_cache.engines.columns.draw_keys import uniforms
-
-CHUNK_ENTRIES = {"cpu": 2**21, "cuda": 2**26}
-"""Entries of rows x V worked on at once: 8 MiB in float32 on a CPU, so that memory is reused warm, 256 MiB on a GPU."""
 
 
 def chunk_rows(num_entries: int, device: torch.device) -> int:

@@ -28,6 +28,7 @@ from shared.models.forward.row_length import known_positions, rope_switches
 from shared.process.machine import num_cores
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import VllmTeacher
+from teacher_cache.engines.columns.column_layout import CHUNK_ENTRIES
 from teacher_cache.teacher.model_files import resolve_model
 
 MIN_CACHE_BYTES = 2**28
@@ -37,8 +38,8 @@ SEQUENCES_IN_CACHE = 64
 
 ROWS_AT_ONCE = 1024
 """`CHUNK_SIZE` of vllm.v1.worker.gpu.sample.prompt_logprob."""
-PLUGIN_ENTRIES, PLUGIN_BUFFERS = 2**26, 3
-"""Entries that the plug-in works on at once on a GPU (`tail_columns.CHUNK_ENTRIES`): scores, masses, one of work."""
+PLUGIN_BUFFERS = 3
+"""Of the plug-in's `CHUNK_ENTRIES`: scores, masses, one of work."""
 
 NARROW = 768
 """Hidden width below which one matrix product is not worth all cores."""
@@ -152,7 +153,7 @@ def logprob_bytes(vocab_size: int, max_num_batched_tokens: int) -> int:
     float32 buffers of a piece of them. `logprob_bytes(151_936, 8192)` -> 1_427_636_224.
     """
     entries = min(max_num_batched_tokens, ROWS_AT_ONCE) * vocab_size
-    return 4 * (entries + PLUGIN_BUFFERS * min(entries, PLUGIN_ENTRIES))
+    return 4 * (entries + PLUGIN_BUFFERS * min(entries, CHUNK_ENTRIES["cuda"]))
 
 
 def _num_threads(text_config: dict[str, Any]) -> int | None:

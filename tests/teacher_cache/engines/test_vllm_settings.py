@@ -173,9 +173,6 @@ def test_other_shapes_are_refused(found):
 
 
 def test_memory_of_log_probabilities_is_that_of_the_rows_that_the_runner_scores_at_once():
-    from teacher_cache.engines.columns.tail_columns import CHUNK_ENTRIES
-
-    assert CHUNK_ENTRIES["cuda"] == vllm_settings.PLUGIN_ENTRIES
     assert 1.3e9 < logprob_bytes(151_936, 8192) == logprob_bytes(151_936, 65_536) < 1.6e9
     assert logprob_bytes(1_000, 256) == 4 * 4 * 256 * 1_000
 
