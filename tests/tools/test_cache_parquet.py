@@ -22,9 +22,9 @@ from tests.shared.altered import edit
 from tests.shared.dense_targets import equal_targets
 from tests.shared.small_cache import HYBRID, TOP, build, tree
 from tools import cli
-from tools.cache.parquet_export import export_cache, make_dir
+from tools.cache.parquet_export import export_cache
 from tools.cache.parquet_import import import_parquet
-from tools.cache.staged_directory import publish
+from tools.cache.staged_directory import claim, publish
 
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden" / "format-1" / "cache"
 
@@ -287,12 +287,11 @@ def test_export_is_of_the_rows_that_its_id_names_also_while_the_cache_grows(
     path = Path(shutil.copytree(cache, tmp_path / "growing"))
     before = Cache.open(path, HYBRID.name)
 
-    def grow_then_make(directory: Path) -> None:
-        if directory.name.startswith(".out.exporting"):
-            build(path, 20, 26, layers=(TOP, HYBRID))
-        make_dir(directory)
+    def grow_then_claim(directory: Path) -> None:
+        build(path, 20, 26, layers=(TOP, HYBRID))
+        claim(directory)
 
-    monkeypatch.setattr("tools.cache.parquet_export.make_dir", grow_then_make)
+    monkeypatch.setattr("tools.cache.parquet_export.claim", grow_then_claim)
     result = export_cache(path, tmp_path / "out", HYBRID.name)
     assert result["rows"] == len(before) < len(Cache.open(path, HYBRID.name))
     assert sum(pq.read_metadata(file).num_rows for file in (tmp_path / "out").glob("*.parquet")) == len(before)

@@ -218,6 +218,7 @@ def carry_out(
     """
     out, take_over = merge.out, merge.take_over
     if not out.existed:
+        out.claim()
         make_dir(sequences_dir(out.path))
         out.plan()
         _write_layers(merge)

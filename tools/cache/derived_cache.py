@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.parts.jobs import create_job, job_id
-from tools.cache.staged_directory import publish, refuse_existing, staging_path
+from tools.cache.staged_directory import claim, publish, refuse_existing, staging_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,14 @@ class DerivedCache:
     def stem(self, number: int) -> str:
         """Return the name of its part `number`."""
         return f"part-{self.job[:8]}-{number:06d}"
+
+    def claim(self) -> None:
+        """Take the directory that is written for this process alone.
+
+        Raises:
+            CacheError: another process of the same command writes it.
+        """
+        claim(self.path)
 
     def plan(self) -> None:
         """Write the job with its empty plan."""

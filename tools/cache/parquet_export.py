@@ -43,7 +43,7 @@ from tools.cache.parquet_columns import (
     flat,
     targets_columns,
 )
-from tools.cache.staged_directory import publish, refuse_existing, staging_path
+from tools.cache.staged_directory import claim, publish, refuse_existing, staging_path
 
 MOST_POSITIONS_PER_BATCH = 2**15
 MOST_ROWS_PER_BATCH = 256
@@ -74,7 +74,7 @@ def export_cache(
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
         staging = staging_path(out, "exporting", cache_id)
-        make_dir(staging)
+        claim(staging)
         for record, scores, shown in cache.parts():
             file = staging / f"{record.stem}.parquet"
             if not file.exists():

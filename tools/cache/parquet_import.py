@@ -96,6 +96,7 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
     request = {"import": digest.hexdigest()}
     derived = DerivedCache.of(out, "importing", "an import of these files as they are now", request)
     if not derived.existed:
+        derived.claim()
         writer = CacheWriter.create_or_open(derived.path, export.identity, export.tokenizer_files)
         layer = (
             LayerWriter.create_or_open(writer, export.layer_name, export.layer, export.provenance)

@@ -1,15 +1,19 @@
 """A directory that is whole or not there: written beside its place, named after what it will hold, then renamed.
 
-The name ends in the id of the content, so the same command continues after a kill and no other does.
+The name ends in the id of the content, so the same command continues after a kill and no other does. Two of the same
+command at once would write, link and rename each other's files: whoever writes holds a lock on the directory, which
+ends with its process.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
-from shared.atomic import TEMPORARY_MARK, fsync_dir
+from shared.atomic import TEMPORARY_MARK, fsync_dir, make_dir
 from shared.cache.within import refuse_within_cache
 from shared.errors import CacheError
 
@@ -38,6 +42,52 @@ def refuse_existing(out: Path, wanted: str) -> None:
         raise CacheError(f"{out} exists and is not {wanted}; name a directory that does not exist")
 
 
+_held: dict[Path, int] = {}
+"""Directories that this process writes -> their descriptors, which hold the lock."""
+
+
+def claim(staging: Path) -> None:
+    """Create a directory beside its place, or take one that a killed command left, for this process alone.
+
+    Raises:
+        CacheError: another process writes it, or it cannot be created.
+    """
+    make_dir(staging)
+    try:
+        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        raise _busy(staging) from None  # it was renamed meanwhile
+    held = _held.get(staging)
+    if held is not None and os.path.samestat(os.fstat(held), os.fstat(descriptor)):
+        os.close(descriptor)
+        return
+    _release(staging)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_same = staging.exists() and os.path.samestat(staging.stat(), os.fstat(descriptor))
+    except BlockingIOError:
+        is_same = False
+    except OSError:  # a file system without locks: whoever publishes first wins
+        is_same = True
+    if not is_same:
+        os.close(descriptor)
+        raise _busy(staging)
+    _held[staging] = descriptor
+
+
+def _busy(staging: Path) -> CacheError:
+    return CacheError(
+        f"{staging} is written by another process that does the same; let it end, then run this command again, which "
+        "takes what it made or goes on from there"
+    )
+
+
+def _release(staging: Path) -> None:
+    descriptor = _held.pop(staging, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
 def publish(staging: Path, out: Path, proof: Path) -> None:
     """Give the finished directory its name, without what killed commands left in it.
 
@@ -62,4 +112,6 @@ def publish(staging: Path, out: Path, proof: Path) -> None:
         raise CacheError(
             f"{staging} is finished but cannot be renamed to {out}: {error.strerror}; move it there"
         ) from None
+    finally:
+        _release(staging)
     fsync_dir(out.absolute().parent)

@@ -25,7 +25,7 @@ from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe, Stage
 from shared.text import strict_json
 from teacher_cache.engines.vllm.vllm_version import serving_command
-from tools.cache.staged_directory import publish, refuse_existing, staging_path
+from tools.cache.staged_directory import claim, publish, refuse_existing, staging_path
 from tools.export.card_use import Talk
 from tools.export.export_dtype import convert_weights
 from tools.export.model_card import model_card
@@ -203,8 +203,9 @@ def _write(
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     staging = staging_path(out, "export", weights)
-    if staging.exists():
-        shutil.rmtree(staging)  # what a killed export left
+    claim(staging)
+    for left in staging.iterdir():  # of a killed export
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     _copied(model, staging)
     if told.leaving is not None:
         settle(staging, told.leaving, told.tokenizer)
@@ -241,7 +242,7 @@ def _copied(source: Path, target: Path) -> None:
         EvaluationError: a file cannot be read or written.
     """
     try:
-        shutil.copytree(source, target, symlinks=False)
+        shutil.copytree(source, target, symlinks=False, dirs_exist_ok=True)
     except shutil.Error as error:
         _, place, reason = error.args[0][0]
         raise EvaluationError(

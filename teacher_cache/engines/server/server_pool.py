@@ -219,6 +219,8 @@ class ServerPool:
         except ServerDownError as error:
             self._failed(state, str(error))
             return
+        except TooLargeError as error:
+            raise EngineError(f"{state.server.name}: sent {error}; expected the address of a vLLM server") from error
         finally:
             with self._changed:
                 state.checking = False

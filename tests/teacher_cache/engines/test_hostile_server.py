@@ -259,6 +259,20 @@ def test_position_that_holds_no_log_probabilities_is_malformed(row):
         read_columns({"choices": [{"prompt_token_ids": [9, 3], "prompt_logprobs": [None, row]}]}, [9, 3], 2)
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/version"])
+def test_a_server_whose_description_never_ends_is_refused_by_name(fake, model_dir, tokenizer, path):
+    usual = fake.get
+
+    def get(handler) -> None:
+        if handler.path == path:
+            return respond(200, b"[" * 2**23)(handler, b"")
+        return usual(handler)
+
+    fake.get = get
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1.*: sent an answer of .* expected the address of a"):
+        engine(model_dir, tokenizer, fake)
+
+
 @pytest.mark.parametrize("piece", [b"[],", b"{},", b'"",', b"[[[]]],", b'{"":0},'])
 def test_an_answer_of_values_alone_is_refused_unread(piece):
     """A kilobyte per log-probability is for texts; as values it would be fifty times that in memory."""

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shared.atomic import make_dir, write_atomic
+from shared.atomic import write_atomic
 from shared.cache.cache import Cache, Row
 from shared.errors import UsageError
 from shared.identity.identity import LayerIdentity
@@ -33,7 +33,7 @@ from tools.cache.foreign.bit_packing import pack
 from tools.cache.foreign.distillkit import SETTINGS_FILE, Compression, index_bits
 from tools.cache.parquet_columns import flat, nested
 from tools.cache.parquet_export import exported, write_parquet
-from tools.cache.staged_directory import publish, refuse_existing, staging_path
+from tools.cache.staged_directory import claim, publish, refuse_existing, staging_path
 
 SOURCE_FILE = "source.json"
 NO_MASS = -10_000.0
@@ -84,7 +84,7 @@ def export_foreign(
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
         staging = staging_path(out, f"exporting-{form}", cache.cache_id)
-        make_dir(staging)
+        claim(staging)
         first = 0
         for number, (record, _, shown) in enumerate(cache.parts()):
             rows = record.rows if shown is None else int(shown.sum())

@@ -110,6 +110,7 @@ def import_foreign(
     derived = DerivedCache.of(out, "importing", "an import of these files as they are now", request)
     counts: Counter[str] = Counter()
     if not derived.existed:
+        derived.claim()
         vocab_size = min(len(told.tokenizer), reader.vocab_size or len(told.tokenizer))
         writer = CacheWriter.create_or_open(
             derived.path, _sequences_identity(told, reader, vocab_size), told.tokenizer_files

@@ -106,6 +106,7 @@ def translate_cache(
             template=said["template"] if template else "",
             tokenizer=tokenizer,
         )
+        derived.claim()
         writer = CacheWriter.create_or_open(derived.path, identity, files)
         derived.plan()
         _write(cache, rows, landing, counted, writer, identity, derived, advance)
