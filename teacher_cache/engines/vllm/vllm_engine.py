@@ -276,7 +276,8 @@ def _hold_torch(num_threads: int | None) -> Callable[[], None]:
     meanwhile.
 
     Execution is eager there, but ranking a label is decorated for compilation, which would start a C++ compiler at the
-    first scored row. Use `num_threads` threads where given.
+    first scored row; and vLLM decorates the classes of models that it runs by transformers' own code, which then make
+    no model outside of vLLM any more. Use `num_threads` threads where given.
     """
     import torch
     import torch._dynamo
@@ -284,6 +285,7 @@ def _hold_torch(num_threads: int | None) -> Callable[[], None]:
     set_num_threads, threads_before = torch.set_num_threads, torch.get_num_threads()
     disabled = torch._dynamo.config.disable
     torch._dynamo.config.disable = True
+    put_back = _leave_classes_alone()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 
@@ -291,5 +293,20 @@ def _hold_torch(num_threads: int | None) -> Callable[[], None]:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads_before)
         torch._dynamo.config.disable = disabled
+        put_back()
 
     return restore
+
+
+def _leave_classes_alone() -> Callable[[], None]:
+    """Let vLLM decorate no class of transformers for compilation; return what undoes that."""
+    try:
+        from vllm.model_executor.models.transformers.base import Base
+    except ImportError:  # named otherwise in another version
+        return lambda: None
+    name = "_decorate_cls_for_torch_compile"
+    plain = getattr(Base, name, None)
+    if plain is None:
+        return lambda: None
+    setattr(Base, name, lambda self, *arguments, **settings: None)
+    return lambda: setattr(Base, name, plain)

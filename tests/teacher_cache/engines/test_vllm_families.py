@@ -45,6 +45,8 @@ HONOURED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "mistral-window": ("mistral", {"sliding_window": 32}),
     "gemma2-softcap": ("gemma2", {"sliding_window": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0}),
+    "gemma2-final-softcap": ("gemma2", {"query_pre_attn_scalar": 32, "final_logit_softcapping": 4.0}),
+    "olmo3-by-transformers": ("olmo3", {"sliding_window": 32}),
     "qwen3-moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True}),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -96,6 +98,19 @@ def test_vllm_scores_as_the_models_own_forward(name: str, tmp_path: Path) -> Non
         kl = (np.exp(head) * (head - said)).sum(1) + np.exp(tail) * (tail - targets.tail_logmass[:, 0])
         divergences.append(kl)
     assert np.concatenate(divergences).max() < 1e-5
+
+
+def test_class_that_vllm_runs_by_transformers_own_code_makes_models_afterwards(tmp_path: Path) -> None:
+    """The hidden pass of a build comes after the scores, in the same process."""
+    own = make(tmp_path / "m", "olmo3", {"sliding_window": 32})
+    row = torch.from_numpy(requests()[4].token_ids.astype(np.int64))[None]
+    with torch.no_grad():
+        before = own(input_ids=row, use_cache=False).logits
+    teacher = VllmTeacher(model="m", dtype="float32", max_model_len=256)
+    open_engine(teacher, TopCapture(k=8), for_generation=None, model_dir=tmp_path / "m").close()
+    again = type(own).from_pretrained(tmp_path / "m", attn_implementation="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=row, use_cache=False).logits, before)
 
 
 @pytest.mark.parametrize("name", REFUSED)
