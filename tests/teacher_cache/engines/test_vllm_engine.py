@@ -420,6 +420,9 @@ def test_one_missing_tensor_is_refused_before_vllm_starts(model_dir, tmp_path):
 
 def test_model_that_cannot_start_is_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such"}')
+    with pytest.raises(ModelError, match=f"^{tmp_path}: holds no weights"):
+        open_engine(VllmTeacher(model="m"), None, for_generation=None, model_dir=tmp_path)
+    save_file({"head": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EngineError, match="vLLM cannot start with"):
         open_engine(VllmTeacher(model="m"), None, for_generation=None, model_dir=tmp_path)
 
