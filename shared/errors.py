@@ -79,3 +79,8 @@ def reason_of(error: BaseException, most: int = 300) -> str:
     ('no space', 'MemoryError')
     """
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def is_panic(error: BaseException) -> bool:
+    """Tell whether a library written in Rust gave up: what it raises then is no `Exception`."""
+    return type(error).__name__ == "PanicException"

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import DecantError
+from shared.errors import DecantError, is_panic, reason_of
 from shared.places import with_urls
 from shared.text.printable import PrintableFormatter, printable, say
 from tools.cli_cache_parser import CACHE_COMMANDS
@@ -384,6 +384,11 @@ def _guarded(args: argparse.Namespace) -> int:
         return EXIT_FAILED
     except Exception as error:  # noqa: BLE001 - the last resort: a bug is reported in one line, its traceback kept
         _report_bug(error, args)
+        return EXIT_FAILED
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        _complain(f"a library gave up on a file or a text ({reason_of(error)}); take the tokenizer's files from a copy")
         return EXIT_FAILED
 
 

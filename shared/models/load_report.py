@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shared.errors import ModelError, reason_of
+from shared.errors import ModelError, is_panic, reason_of
 
 _REPORTS = "transformers.modeling_utils"
 """Logger that transformers writes its table of missing and unexpected tensors to."""
@@ -34,7 +34,9 @@ def loading(name: str, expected: str = MODEL) -> Iterator[None]:
     logger.addHandler(lines)
     try:
         yield
-    except Exception as error:  # the libraries raise whatever a broken file makes them raise
+    except BaseException as error:  # the libraries raise whatever a broken file makes them raise
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if isinstance(error, ModelError | MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
         if "does not support an attention implementation through torch" in str(error):  # only a student asks for one
