@@ -78,7 +78,7 @@ def _init(args: argparse.Namespace) -> Answer:
 def _plan(args: argparse.Namespace) -> Answer:
     from tools.plan.planner import plan, plan_text, require_disk
     from tools.rounds.chain import with_rounds
-    from tools.run_all import phases_of
+    from tools.run_all import and_next, phases_of
 
     if args.card is not None and (args.calibrate is not None or args.price_per_hour is not None):
         args.parser.error("--card is about training and --calibrate about the teacher; ask one at a time")
@@ -93,7 +93,7 @@ def _plan(args: argparse.Namespace) -> Answer:
     if args.card is None:
         result = plan(recipe)
         require_disk(recipe, result)
-        return result, plan_text(result)
+        return result, and_next(plan_text(result), "plan", recipe, args)
     from tools.plan.plan_card import card_text, plan_card, read_cards
 
     fit = plan_card(recipe, read_cards(args.card))
@@ -102,21 +102,26 @@ def _plan(args: argparse.Namespace) -> Answer:
 
 def _teach(args: argparse.Namespace) -> Answer:
     from tools.phases import teach
+    from tools.run_all import and_next
 
     recipe = _load(args, lambda *_: ("teach",), save=True)
-    return teach(recipe, args.partition, args.max_set_aside, args.layer)
+    result, text = teach(recipe, args.partition, args.max_set_aside, args.layer)
+    return result, and_next(text, "teach", recipe, args)
 
 
 def _train(args: argparse.Namespace) -> Answer:
     from tools.own_phase import recipe_words
     from tools.phases import train
     from tools.rounds.chain import with_rounds
+    from tools.run_all import and_next
 
     def phases(args: argparse.Namespace, recipe: Any) -> Collection[str]:
         recipe.stages_between(args.from_stage, args.to_stage)
         return with_rounds(recipe, ("train",))
 
-    return train(_load(args, phases, save=True), args.from_stage, args.to_stage, recipe_words(args))
+    recipe = _load(args, phases, save=True)
+    result, text = train(recipe, args.from_stage, args.to_stage, recipe_words(args))
+    return result, and_next(text, "train", recipe, args)
 
 
 def _rounds(args: argparse.Namespace) -> Answer:
@@ -130,8 +135,11 @@ def _rounds(args: argparse.Namespace) -> Answer:
 
 def _eval(args: argparse.Namespace) -> Answer:
     from tools.phases import evaluate
+    from tools.run_all import and_next
 
-    return evaluate(_load(args, lambda *_: ("eval",), save=True), args.allow_unsafe_code, args.lm_eval)
+    recipe = _load(args, lambda *_: ("eval",), save=True)
+    result, text = evaluate(recipe, args.allow_unsafe_code, args.lm_eval)
+    return result, and_next(text, "eval", recipe, args)
 
 
 def _run(args: argparse.Namespace) -> int:

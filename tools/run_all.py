@@ -8,6 +8,7 @@ changes no figure.
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 
@@ -71,6 +72,18 @@ def nothing_to_do(recipe: Recipe, phase: str) -> str | None:
     if phase == "eval" and not recipe.evaluate.models:
         return "`evaluate.models` is empty"
     return None
+
+
+def and_next(text: str, done: str, recipe: Recipe, args: argparse.Namespace) -> str:
+    """Return what a command says with the command that comes after it; `run` goes on by itself, a part has others."""
+    parts = ("partition", "layer", "from_stage", "to_stage", "lm_eval")
+    if args.checked or any(getattr(args, part, None) for part in parts):
+        return text
+    words = [str(args.recipe), *(part for override in args.overrides for part in ("--set", override))]
+    rest = PHASES[PHASES.index(done) + 1 :] if done in PHASES else ("run",)
+    following = next((phase for phase in rest if nothing_to_do(recipe, phase) is None), "report")
+    words = [str(recipe.output_dir)] if following == "report" else words
+    return f"{text}\nnext: decant {following} {shlex.join(words)}"
 
 
 def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from shared.process.parent_watch import started_at
 from shared.recipe.recipe import Recipe
 from tools import run_all
 from tools.own_phase import PhaseFailedError
-from tools.run_all import chosen_phases, nothing_to_do, phase_command
+from tools.run_all import and_next, chosen_phases, nothing_to_do, phase_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +55,7 @@ def arguments(**changes) -> argparse.Namespace:
 
 
 def smallest(**changes) -> Recipe:
-    return Recipe.model_validate({"name": "x", "output_dir": "runs/x", "cache": "c", **changes})
+    return Recipe.model_validate({"name": "x", "output_dir": "runs/x", "cache": "c"} | changes)
 
 
 def test_phases_that_the_recipe_has_nothing_for_are_left_out(monkeypatch):
@@ -87,6 +88,29 @@ def test_phase_gets_recipe_overrides_and_options():
         "--json",
         "--verbose",
     ]
+
+
+def test_a_command_names_the_one_that_comes_after_it():
+    recipe = Recipe.model_validate(
+        {
+            "name": "x",
+            "output_dir": "runs/my x",
+            "cache": "c",
+            "student": {"model": "s"},
+            "evaluate": {"models": ["base"]},
+        }
+    )
+    args = arguments(overrides=["seed=3"])
+    args.recipe, args.checked = Path("my r.yaml"), False
+    said = {done: and_next("done", done, recipe, args).splitlines() for done in ("plan", "teach", "train", "eval")}
+    after = {done: shlex.split(line.removeprefix("next: ")) for done, (_, line) in said.items()}
+    assert after["plan"] == ["decant", "run", "my r.yaml", "--set", "seed=3"]
+    assert after["teach"] == after["train"] == ["decant", "eval", "my r.yaml", "--set", "seed=3"]  # no stage to train
+    assert after["eval"] == ["decant", "report", "runs/my x"]
+    args.checked = True
+    assert and_next("done", "teach", recipe, args) == "done"
+    args.checked, args.partition = False, (0, 2)
+    assert and_next("done", "teach", recipe, args) == "done"
 
 
 @pytest.mark.parametrize("code, part", [

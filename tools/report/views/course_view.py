@@ -72,7 +72,7 @@ def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, st
         "temperatures": ("Temperatures", "temperature"),
         "shares": ("Shares of the sources", "share of the tokens, %"),
         "heldout_kl_nats": ("Held-out KL while training", "nats per position"),
-        "answers": ("The student's answers over the rounds", "% of the answers, or of the teacher's length"),
+        "answers": ("The student's answers over the rounds", "answers, or teacher's length, %"),
     }
     figures = []
     for name, (title, axis) in titles.items():
