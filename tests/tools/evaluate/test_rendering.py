@@ -65,3 +65,16 @@ def test_template_arguments_of_the_source_reach_the_template(tmp_path: Path) -> 
         taught = recipe(source("math", chat_template_kwargs={"enable_thinking": thinking}))
         text = tokenizer.decode(render(tokenizer, source_of(taught, taught.evaluate.tasks[0]), [bare])[0])
         assert text.endswith("assistant: think " if thinking else "assistant: ")
+
+
+def test_a_question_has_the_same_tokens_every_day_and_those_of_the_source_s_date(tmp_path: Path) -> None:
+    """A template that writes the date wrote the day of the evaluation, which no result said."""
+    template = (
+        "{{- strftime_now('%d %b %Y') }}{%- for message in messages %}{{- message['content'] + '<|im_end|>' }}"
+        "{%- endfor %}"
+    )
+    dated = make_tokenizer(tmp_path, chat_template=template)
+    for settings, written in (({}, "26 Jul 2024"), ({"date": "2026-01-31"}, "31 Jan 2026")):
+        taught = recipe(source("math", **settings))
+        found = dated.decode(render(dated, source_of(taught, taught.evaluate.tasks[0]), [QUESTION])[0])
+        assert found.startswith(written)

@@ -17,6 +17,10 @@ from teacher_cache.prompts.formats.prompt_formats import Conversation
 from teacher_cache.prompts.templates.spans import Template
 from tools.evaluate.tasks.questions import Question
 
+UNTOLD_DATE = datetime.date(2024, 7, 26)
+"""What a template that writes the current date writes where no source names one, so that a question has the same tokens
+every day: Llama 3's own for lack of a clock."""
+
 
 def source_of(recipe: Recipe, task: Task) -> PromptSource:
     """Return the prompt source whose template settings a task takes over: of its domain, else the first.
@@ -71,8 +75,7 @@ def joints(tokenizer: Any, source: PromptSource, questions: Sequence[Question]) 
 
 def _settings(tokenizer: Any, source: PromptSource) -> PromptSource:
     """Return the source's settings as this tokenizer can follow them: plain text where there is no template."""
-    today = datetime.date.today()
-    update: dict[str, Any] = {"format": "messages", "date": source.date or today}
+    update: dict[str, Any] = {"format": "messages", "date": source.date or UNTOLD_DATE}
     if source.template == "none" or not (tokenizer.chat_template or source.chat_template):
         update |= {"template": "none", "chat_template": None, "chat_template_kwargs": {}}
     return source.model_copy(update=update)
