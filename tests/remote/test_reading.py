@@ -27,7 +27,10 @@ from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe
 from shared.remote import part_store, transfer
 from tests.remote.loopback import flipped
+from tests.shared.small_cache import tree
 from tools.bench.loopback_s3 import KEYS
+from tools.cache.cache_merge import merge_caches
+from tools.cache.cache_subset import Choice, subset_cache
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -220,3 +223,17 @@ def test_a_connection_that_broke_under_a_forgotten_task_is_not_printed(error, is
     asyncio.run_coroutine_threadsafe(forgets(), files.loop).result()
     gc.collect()
     assert ("never retrieved" in caplog.text) == is_said
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_parts_behind_a_url_are_taken_over_as_those_of_a_directory(web, local, tmp_path, monkeypatch, copy):
+    most = max(file.stat().st_size for file in local.rglob("part-*.arrow"))
+    monkeypatch.setenv("DECANT_STORE_GB", str(1.5 * most / 1e9))  # each part takes the place of the one before
+    url, choice = place_of(web.url), Choice(query='not "prompt 3" in prompt')
+    mirror.bring_if_remote(url)
+    for made, path in {"far": url, "near": local}.items():
+        subset = subset_cache(path, tmp_path / f"{made}-subset", choice, copy=copy)
+        assert (subset["copied"] if copy else subset["linked"]) > 0 < subset["rewritten"]
+        merge_caches(tmp_path / f"{made}-merge", [path, tmp_path / f"{made}-subset"], copy=copy)
+    for name in ("subset", "merge"):
+        assert tree(tmp_path / f"far-{name}") == tree(tmp_path / f"near-{name}")

@@ -24,6 +24,7 @@ from shared.cache.writing.layer_writer import part_table
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import hash_file, open_regular, read_json
 from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.part_file import with_part_file
 from shared.parts.part_stats import sequences_stats, targets_stats
 from shared.parts.parts import check_file, commit_part
 from shared.parts.records import PartRecord, kind_of, read_record, sealed_json
@@ -68,37 +69,47 @@ class TakeOver:
     def _link(self, directory: Path, record: PartRecord, final: Path) -> bool:
         """Link a part after comparing it with its checksum; False where the file system cannot."""
         check_file(directory, record)
-        try:
-            os.link(directory / f"{record.stem}.arrow", final)
-        except FileExistsError:
-            _check_left_over(final, record)
-        except OSError as error:
-            if error.errno in _CANNOT_LINK:
-                return False
-            raise CacheError(
-                f"{final} cannot be created: {error.strerror}; check the path and its permissions"
-            ) from None
+
+        def link(file: Path) -> bool:
+            try:
+                os.link(file, final)
+            except FileExistsError:
+                _check_left_over(final, record)
+            except OSError as error:
+                if error.errno in _CANNOT_LINK:
+                    return False
+                if error.errno == errno.ENOENT and not file.exists():
+                    raise DamagedError(f"{file} is not there and its record is; restore it from a copy") from None
+                raise CacheError(
+                    f"{final} cannot be created: {error.strerror}; check the path and its permissions"
+                ) from None
+            return True
+
+        if not with_part_file(directory, record, link):
+            return False
         fsync_dir(final.parent)
         self.linked += 1
         return True
 
     def _copy(self, directory: Path, record: PartRecord, final: Path, what: str) -> None:
         """Copy a part; the copy gets its name once its bytes have the record's checksum."""
-        path = directory / f"{record.stem}.arrow"
 
-        def fill(target: BinaryIO) -> None:
-            """Copy the part's bytes, compared with its record once all are there."""
-            digest = xxhash.xxh3_128()
-            with open_regular(path) as source:
-                while piece := source.read(_COPY_BYTES):
-                    digest.update(piece)
-                    target.write(piece)
-            if (digest.hexdigest(), target.tell()) != (record.xxh3, record.bytes):
-                raise DamagedError(
-                    f"{path} is not what its record says; it was truncated or altered: restore it from a copy"
-                )
+        def copy(file: Path) -> bool:
+            def fill(target: BinaryIO) -> None:
+                """Copy the part's bytes, compared with its record once all are there."""
+                digest = xxhash.xxh3_128()
+                with open_regular(file) as source:
+                    while piece := source.read(_COPY_BYTES):
+                        digest.update(piece)
+                        target.write(piece)
+                if (digest.hexdigest(), target.tell()) != (record.xxh3, record.bytes):
+                    raise DamagedError(
+                        f"{file} is not what its record says; it was truncated or altered: restore it from a copy"
+                    )
 
-        if not fill_exclusive(final, fill, what, record.bytes):
+            return fill_exclusive(final, fill, what, record.bytes)
+
+        if not with_part_file(directory, record, copy):
             _check_left_over(final, record)
         self.copied += 1
 
