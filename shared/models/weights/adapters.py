@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError
+from shared.models.config_file import MOST_PARTS, read_config
 from shared.models.load_report import Gaps, loading
+from shared.models.weights.weight_headers import tensors_of
 from shared.special_files import refuse_special_files
 
 ADAPTER = "a directory with adapter_config.json and adapter_model.safetensors"
+FREE_RANK = 256
+"""A rank up to here is small, whoever claims it."""
 _PROBE_TOKENS = 8
 _ROUNDING = {"float32": 1e-2, "float64": 1e-2}
 """Largest distance of merged from adapted logits that counts as rounding, over their spread, by the weights' type."""
@@ -108,7 +112,34 @@ def add_saved_adapter(model: Any, directory: str | Path) -> Any:
         warnings.simplefilter("ignore")  # what does not fit is refused below
         if not (Path(directory) / "adapter_config.json").is_file():
             raise FileNotFoundError("no adapter_config.json there")
+        _refuse_claims(Path(directory), name)
         wrapped = PeftModel.from_pretrained(model, str(directory))
         report = wrapped.load_adapter(str(directory), "default")  # again, since only this returns what fitted
     Gaps(missing=report.missing_keys, unexpected=report.unexpected_keys).refuse(name, type(model).__name__)
     return wrapped
+
+
+def _refuse_claims(directory: Path, name: str) -> None:
+    """Refuse an adapter whose config says a rank that none of its tensors has, or layers without end: peft makes all of
+    it before it reads a tensor.
+
+    Raises:
+        ModelError: the rank, or the number of layers, is named.
+    """
+    config = read_config(directory / "adapter_config.json")
+    pattern, copies = config.get("rank_pattern"), config.get("layer_replication")
+    claimed = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    ranks = sorted(rank for rank in claimed if type(rank) is int and rank > FREE_RANK)
+    files = [directory / f"adapter_model{ending}" for ending in (".safetensors", ".bin")]
+    stored = [tensor for path in files if ranks and path.is_file() for _, tensor in tensors_of(path)]
+    sizes = {size for tensor in stored for size in tensor.shape if size}
+    for rank in ranks:
+        if not any(size % rank == 0 for size in sizes):  # experts in one tensor have a multiple
+            raise ModelError(
+                f"{name} says a rank of {str(rank)[:20]} that none of its tensors has; take adapter_config.json and "
+                "weights from one copy"
+            )
+    spans = [span for span in copies if isinstance(span, list)] if isinstance(copies, list) else []
+    layers = sum(span[1] - span[0] for span in spans if [type(end) for end in span] == [int, int])
+    if layers > MOST_PARTS:
+        raise ModelError(f"{name} says {str(layers)[:20]} layers, and a model has at most {MOST_PARTS:,}")

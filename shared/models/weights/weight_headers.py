@@ -36,7 +36,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     places: dict[str, Path] = {}
     for path in weight_files(directory):
-        for name, stored in _tensors_of(path):
+        for name, stored in tensors_of(path):
             if name in found:
                 raise ModelError(
                     f"{path.name} and {places[name].name} of {directory} both hold the tensor {name}, of which engines "
@@ -46,7 +46,12 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     return found
 
 
-def _tensors_of(path: Path) -> Iterator[tuple[str, Stored]]:
+def tensors_of(path: Path) -> Iterator[tuple[str, Stored]]:
+    """Yield the tensors of one file by name.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     import torch
     from safetensors import SafetensorError, safe_open
 
