@@ -22,7 +22,7 @@ from student_train.losses import LossTerm
 from student_train.operator.fused_loss import fused_sparse_loss
 from student_train.operator.loss_terms import group_terms
 from student_train.operator.softmax_group import finite
-from student_train.student.student_head import StudentHead, check_head, head_of
+from student_train.student.student_head import StudentHead, check_head, head_of, refuse_adapted_head
 
 
 def cross_entropy(weight: float = 1.0) -> LossTerm:
@@ -85,9 +85,9 @@ def sparse_loss(
 
     Args:
         hidden: [1, B, H] last hidden states of the body, or [S, H] those that predict (`batch["predictor_index"]`).
-        head: the causal language model that `hidden` comes from, whose output layer, scale and soft cap are read from
-            it and compared with its own logits at the first call; or its Linear, or the weight [V, H], which say
-            nothing of what the model does to its logits.
+        head: the causal language model that `hidden` comes from, with or without an adapter of peft, whose output
+            layer, scale and soft cap are read from it and compared with its own logits at the first call; or its
+            Linear, or the weight [V, H], which say nothing of what the model does to its logits.
         batch: as `TorchDataset.collate` returns it, on the device of `hidden`.
         terms: such as `[forward_kl(0.9), cross_entropy(0.1)]`.
         num_positions: supervised positions of the global batch, where it is made of several; default: this batch's.
@@ -96,8 +96,8 @@ def sparse_loss(
         softcap: c where the model makes c tanh(logits / c) of them then (Gemma 2), likewise.
 
     Raises:
-        TrainingError: a temperature was not captured, a term cannot be had from these targets, or the model makes its
-            logits in a way that its config does not say.
+        TrainingError: a temperature was not captured, a term cannot be had from these targets, the output layer has an
+            adapter on it, or the model makes its logits in a way that its config does not say.
 
     >>> import torch, decant
     >>> data = decant.TorchDataset(decant.open_cache("data/golden/run-1/cache"), pack_tokens=128)
@@ -108,11 +108,14 @@ def sparse_loss(
     6.2383
     """
     predicting = hidden[0][batch["predictor_index"]] if hidden.ndim == 3 else hidden
+    if hasattr(head, "get_base_model"):  # adapters of peft are below it already
+        head = head.get_base_model()
     if hasattr(head, "get_output_embeddings"):
         if (logit_scale, softcap) != (1.0, None):
             raise TrainingError("the model says its logit_scale and softcap itself; leave them out, or give its Linear")
         known = _checked_head(head, vocab_size)
         head, vocab_size, logit_scale, softcap = known.module, known.vocab_size, known.logit_scale, known.softcap
+    refuse_adapted_head(head)
     weight, bias = (head, None) if isinstance(head, Tensor) else (head.weight, getattr(head, "bias", None))
     labels = batch["labels"]
     found = fused_sparse_loss(

@@ -85,7 +85,7 @@ def head_of(model: Any, vocab_size: int) -> StudentHead:
     """Return a causal language model's head, sliced to a tokenizer's vocabulary.
 
     Raises:
-        TrainingError: it has none, or fewer rows than the vocabulary.
+        TrainingError: it has none, fewer rows than the vocabulary, or an adapter on it.
     """
     module = model.get_output_embeddings()
     name = type(model).__name__
@@ -93,6 +93,7 @@ def head_of(model: Any, vocab_size: int) -> StudentHead:
         raise TrainingError(
             f"{name} has no output layer to train a language model with; choose a causal language model as student"
         )
+    refuse_adapted_head(module)
     rows = module.weight.shape[0]
     if rows < vocab_size:
         raise TrainingError(
@@ -102,6 +103,19 @@ def head_of(model: Any, vocab_size: int) -> StudentHead:
     config = model.config.get_text_config()
     scale, softcap = logit_transform(config)
     return StudentHead(module, vocab_size, scale, softcap)
+
+
+def refuse_adapted_head(module: Any) -> None:
+    """Refuse a layer that adds something of an adapter's to what its weight gives: losses read the weight alone.
+
+    Raises:
+        TrainingError: it does.
+    """
+    if any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__):
+        raise TrainingError(
+            "the output layer has an adapter on it, which a loss fused with the head would neither see nor train; "
+            "leave it out of target_modules (modules_to_save trains it whole), or take sparse_loss_from_logits"
+        )
 
 
 def body_of(model: Any) -> nn.Module:

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,6 +142,47 @@ def test_a_model_as_head_gives_the_loss_of_its_own_logits(family: str, changes: 
         assert abs(float((decant.sparse_loss(hidden, linear, batch, terms) - expected).detach())) > 0.1
         with pytest.raises(decant.DecantError, match="says its logit_scale and softcap itself"):
             decant.sparse_loss(hidden, model, batch, terms, softcap=1.0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}])
+def test_a_model_under_an_adapter_gives_the_loss_and_gradients_of_its_own_logits(settings: dict[str, Any]) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    import decant
+    from tests.tiny_families import make_family
+
+    plain = make_family("llama", spread=0.3)
+    plain.resize_token_embeddings(512)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False, **settings)
+    model, batch = get_peft_model(plain, config), _batch()
+    terms = [decant.forward_kl(0.9, temperature=2.0), decant.cross_entropy(0.1)]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    hidden = plain.model(**inputs, use_cache=False).last_hidden_state
+    fused = decant.sparse_loss(hidden, model, batch, terms)
+    expected = decant.sparse_loss_from_logits(model(**inputs, use_cache=False).logits, batch, terms)
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-5)
+    found, wanted = torch.autograd.grad(fused, trained), torch.autograd.grad(expected, trained)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_on_the_output_layer_is_refused_as_it_would_not_be_trained(use_dora: bool) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    import decant
+    from tests.tiny_families import make_family
+
+    plain = make_family("llama", spread=0.3)
+    plain.resize_token_embeddings(512)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], use_dora=use_dora)
+    model, batch = get_peft_model(plain, config), _batch()
+    hidden = torch.zeros(1, batch["input_ids"].shape[1], 64)
+    for head in (model, plain, plain.get_output_embeddings()):
+        with pytest.raises(decant.DecantError, match=r"adapter on it.*leave it out of target_modules"):
+            decant.sparse_loss(hidden, head, batch, [decant.cross_entropy()])
 
 
 def test_a_model_with_a_twist_of_its_own_is_refused_as_head() -> None:
