@@ -318,7 +318,9 @@ def _report_bug(error: Exception, args: argparse.Namespace) -> None:
             directory = getattr(args, "run_dir", None)
             directory = directory if directory is not None and directory.is_dir() else Path(tempfile.gettempdir())
             path = directory / f"decant-crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            own = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # no link that somebody laid there
+            with os.fdopen(own, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write("".join(traceback.format_exception(error)))
             where = f"in {path}"
         except OSError:
             where = "shown with --verbose"

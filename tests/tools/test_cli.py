@@ -331,3 +331,21 @@ def test_sigterm_during_an_import_comes_after_it(tmp_path: Path) -> None:
 def test_escape_sequences_of_an_error_are_shown(capsys) -> None:
     assert cli.main(["cache", "ls", "no\x1b[31mcache"]) == 1
     assert "no\\x1b[31mcache is not a cache" in capsys.readouterr().err
+
+
+def test_traceback_of_a_bug_follows_no_link_that_somebody_laid_in_its_place(tmp_path, monkeypatch, capsys):
+    def fail(args):
+        raise ZeroDivisionError("first line")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", fail)
+    monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(cli.time, "strftime", lambda form: "now")
+    place = tmp_path / f"decant-crash-now-{os.getpid()}.txt"
+    (tmp_path / "mine").write_text("mine")
+    place.symlink_to(tmp_path / "mine")
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err.endswith("ZeroDivisionError: first line; the traceback is shown with --verbose\n")
+    assert (tmp_path / "mine").read_text() == "mine"
+    place.unlink()
+    assert cli.main(["doctor"]) == 1
+    assert "ZeroDivisionError: first line" in place.read_text() and place.stat().st_mode & 0o077 == 0
