@@ -46,6 +46,20 @@ def test_smallest_recipe_only_needs_name_output_and_cache():
     assert (small.cache, small.teacher, small.stages, small.rows_per_part) == ((Path("c"),), None, (), 1024)
 
 
+@pytest.mark.parametrize(
+    ("source", "advice"),
+    [
+        ({"path": "s3://bucket/demo", "format": "cache"}, "decant cache pull URL DIRECTORY"),
+        ({"path": "https://host/a.jsonl?key=secret", "format": "messages", "source": "a"}, "download it"),
+    ],
+)
+def test_prompts_behind_a_url_are_refused_with_a_way_to_them(source, advice):
+    changes = {"generate": None} if source["format"] == "cache" else {}
+    said = refused(Recipe, recipe(prompts=[source], **changes))
+    assert "this is a URL" in said
+    assert advice in said
+
+
 def test_recipe_cannot_be_changed_after_validation():
     whole = Recipe.model_validate(recipe())
     with pytest.raises(ValidationError):

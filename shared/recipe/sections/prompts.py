@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from shared.places import is_url
 from shared.recipe.base import Count, Problem, Section, Text, closest, moved, quoted, unused
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -84,8 +85,17 @@ class PromptSource(Section):
     def _problems(self) -> list[Problem]:
         if self.of_cache:
             kept = {"source", "path", "format", "limit"}
-            return unused(self, moved(self) - kept, "rows of a cache are taken as they are, so leave it out")
-        return sorted((*_unread_columns(self), *_without_label(self), *_without_template(self)), key=str)
+            left_out = unused(self, moved(self) - kept, "rows of a cache are taken as they are, so leave it out")
+            return [*_at_url(self), *left_out]
+        return sorted(
+            (*_at_url(self), *_unread_columns(self), *_without_label(self), *_without_template(self)), key=str
+        )
+
+
+def _at_url(source: PromptSource) -> Iterator[Problem]:
+    if is_url(source.path):
+        way = "fetch it with `decant cache pull URL DIRECTORY`" if source.of_cache else "download it"
+        yield ("path",), f"prompts are files of this machine or a hub id, and this is a URL; {way}, and name that place"
 
 
 def _without_label(source: PromptSource) -> Iterator[Problem]:
