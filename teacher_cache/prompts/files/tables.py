@@ -31,6 +31,8 @@ _BATCH_ROWS = 64
 _VALUE_BYTES = 8
 """A value counts at least so much, which is what it takes in a list."""
 
+_WAY_OUT = "write its rows as JSON lines if they are meant"
+
 Row = dict[str, Any] | ValueError
 
 
@@ -46,7 +48,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         most = _most_bytes(path)
         unpacked = unpacked_bytes(file, metadata)
         if unpacked > most:
-            raise ValueError(f"it claims to unpack to {unpacked:,} bytes, and at most {most:,} are taken of its size")
+            raise ValueError(_sentence(unpacked, most))
         columns = [metadata.schema.column(i) for i in range(metadata.num_columns)]
         texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
         schema = pq.read_schema(path)
@@ -62,11 +64,13 @@ def arrow_rows(path: Path) -> Iterator[Row]:
         for own, claimed in unpacked_messages(memoryview(data)):
             unpacked += claimed
             if claimed > FREE_BYTES + MAX_TABLE_RATIO * own or unpacked > most:
-                raise ValueError(
-                    f"it claims to unpack to {unpacked:,} bytes, and at most {most:,} are taken of its size"
-                )
+                raise ValueError(_sentence(unpacked, most))
         with pa.ipc.open_stream(data.slice(stream_start(memoryview(data)))) as batches:
             yield from _rows(_validated(batches), batches.schema, path)
+
+
+def _sentence(unpacked: int, most: int) -> str:
+    return f"it claims to unpack to {unpacked:,} bytes, and at most {most:,} are taken of its size; {_WAY_OUT}"
 
 
 def _most_bytes(path: Path) -> int:
@@ -95,7 +99,9 @@ def _rows(batches: Iterator[pa.RecordBatch], schema: pa.Schema, path: Path) -> I
                 continue
             total += size
             if total > most:
-                raise ValueError(f"its rows unpack to more than {MAX_RATIO:,} times its size, as no rows do")
+                raise ValueError(
+                    f"its rows unpack to more than {MAX_RATIO:,} times its size, as no rows do; {_WAY_OUT}"
+                )
             arrays = [column.cast(field.type) for column, field in zip(piece.columns, plain, strict=True)]
             table = table_cast(pa.Table.from_arrays(arrays, schema=plain), features.arrow_schema)
             yield from map(features.decode_example, table.to_pylist())
