@@ -56,10 +56,10 @@ class Problems:
         return sum(self.counts.values())
 
     def add(self, path: str, line: int, reason: str) -> None:
-        """Set one row aside."""
+        """Set one row aside; a reason that begins with the row's place is kept without it."""
         self.counts[path] += 1
         if len(self.listed) < MAX_LISTED:
-            self.listed.append(Problem(path, line, reason))
+            self.listed.append(Problem(path, line, reason.removeprefix(f"{path}:{line}: ")))
 
     def notes(self) -> list[str]:
         """Return a sentence for everything that lies in the sources and was not read."""

@@ -152,6 +152,10 @@ def test_a_malformed_row_is_set_aside_with_its_line_and_reason(tmp_path, row_for
     ("prompt_completion", {"instruction": "a", "input": "b", "output": "c"}, "`format: alpaca` reads it"),
     ("messages", {"question": "a", "context": "b"}, "`columns` names what it reads: {prompt: question"),
     ("sharegpt", {"frage": "a"}, "`columns` names what it reads: {prompt: question"),
+    ("sharegpt", {"conversations": TURNS}, "(found 'role', 'content'); is `format` right? `format: messages` with"),
+    ("messages", {"dialogue": TURNS}, "`format: messages` with `columns: {messages: dialogue}` reads it"),
+    ("messages", {"Query": "a", "system_prompt": "b"}, "`columns: {prompt: Query, system: system_prompt}` reads it"),
+    ("messages", {"messages": [{"from": "human", "value": "c"}]}, "`columns: {conversations: messages}` reads it"),
     ("text", {}, "(found nothing); is `format` right? `columns` names"),
 ])  # fmt: skip
 def test_a_row_of_another_format_is_told_what_reads_it(tmp_path, row_format, row, advice):

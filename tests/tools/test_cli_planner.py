@@ -57,6 +57,14 @@ def recipe(place, **changes) -> Recipe:
     return Recipe.model_validate({key: value for key, value in {**data, **changes}.items() if value is not None})
 
 
+def test_the_place_of_a_row_that_cannot_be_rendered_is_said_once(place):
+    path = place / "special.jsonl"
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("fine", "Hi <|im_end|>")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = plan(recipe(place, prompts=[{"source": "a", "path": str(path), "format": "messages"}]))
+    assert result["first_problem"].startswith(f"{path}:2: the user turn contains the special token")
+
+
 def test_prompt_tokens_are_those_of_the_tokenizer(place):
     from transformers import AutoTokenizer
 

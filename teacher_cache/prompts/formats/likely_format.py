@@ -18,13 +18,43 @@ _ANSWER_OF = {"prompt_completion": "completion", "alpaca": "output"}
 
 
 def likely_format(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
-    """Return a format that reads a row and the `columns` that it needs; None where no column's name tells.
+    """Return a format that reads a row and the `columns` that it needs; None where no column's name or turns tell.
 
-    >>> likely_format({"Question ": "1 + 1?", "answer": "2"})
-    ('prompt_completion', {'prompt': 'Question ', 'response': 'answer'})
-    >>> likely_format({"instruction": "Add.", "response": "2"})
-    ('alpaca', {'response': 'response'})
+    >>> likely_format({"Question ": "1 + 1?", "answer": "2", "system_prompt": "Add."})
+    ('prompt_completion', {'prompt': 'Question ', 'response': 'answer', 'system': 'system_prompt'})
+    >>> likely_format({"instruction": "Add.", "context": "1, 1", "response": "2"})
+    ('alpaca', {'response': 'response', 'input': 'context'})
+    >>> likely_format({"conversations": [{"role": "user", "content": "Hi"}]})
+    ('messages', {'messages': 'conversations'})
     """
+    found = _by_turns(row) or _by_names(row)
+    if found is None or found[0] == "text":
+        return found
+    name, columns = found
+    if name == "alpaca" and "input" not in row and isinstance(row.get("context"), str):
+        columns |= {"input": "context"}
+    if "system" not in row and isinstance(row.get("system_prompt"), str):
+        columns |= {"system": "system_prompt"}
+    return name, columns
+
+
+def _by_turns(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
+    """Tell by the keys of the turns in the only column that holds some; names tell what several columns are."""
+    formats = {("role", "content"): "messages", ("from", "value"): "sharegpt"}
+    found = [
+        (format_name, str(column))
+        for column, value in row.items()
+        if isinstance(value, list) and value and isinstance(value[0], Mapping)
+        for keys, format_name in formats.items()
+        if all(key in value[0] for key in keys)
+    ]
+    if len(found) != 1 or found[0][1] in ("prompt", "completion", "chosen", "rejected", "output"):
+        return None
+    name, column = found[0]
+    return name, {} if column == COLUMNS[name][0] else {COLUMNS[name][0]: column}
+
+
+def _by_names(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
     for name, columns in COLUMNS.items():
         if columns and (columns[0] in row or (name == "messages" and "chosen" in row and "prompt" not in row)):
             answer = _answer_of(row, name)

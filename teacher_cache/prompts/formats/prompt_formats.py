@@ -21,7 +21,15 @@ from shared.cache.groups import normalised
 from shared.recipe.sections.prompts import COLUMNS
 from shared.recipe.yaml_text import columns_text
 from teacher_cache.prompts.formats.likely_format import likely_format, renamed
-from teacher_cache.prompts.formats.prompt_turns import MARKS, Message, is_empty, kind_name, missing, texts_in
+from teacher_cache.prompts.formats.prompt_turns import (
+    IS_IT_RIGHT,
+    MARKS,
+    Message,
+    is_empty,
+    kind_name,
+    missing,
+    texts_in,
+)
 from teacher_cache.prompts.formats.row_parts import RowFormat
 
 REFERENCE_KEYS = ("reference", "answer")
@@ -97,9 +105,19 @@ def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | N
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"the row is {kind_name(row)} but must be an object with named fields")
+    try:
+        return _parsed(row, format_name)
+    except ValueError as error:
+        if str(error).endswith(IS_IT_RIGHT):
+            raise ValueError(f"{error} {_advice(row)}") from error
+        raise
+
+
+def _parsed(row: Mapping[str, Any], format_name: str) -> tuple[list[Message] | None, str | None, str | None]:
+    """Turn a row into what `parse_row` returns."""
     reads, row_format = COLUMNS[format_name], _row_format(format_name)
     if reads[0] not in row and not (format_name == "messages" and "chosen" in row):
-        raise ValueError(f"{missing(row, reads[0])} {_advice(row)}")
+        raise ValueError(missing(row, reads[0]))
     for name in PART_OF_THE_PROMPT if row_format.is_conversation else ():
         if name not in reads and not is_empty(row.get(name)):
             raise ValueError(
@@ -129,7 +147,7 @@ def _advice(row: Mapping[str, Any]) -> str:
     if found is not None:
         name, columns = found
         with contextlib.suppress(ValueError):
-            parse_row(renamed(row, name, columns), name)
+            _parsed(renamed(row, name, columns), name)
             return f"`format: {name}`{f' with `columns: {columns_text(columns)}`' if columns else ''} reads it"
     return (
         "`columns` names what it reads: {prompt: question, response: answer} for prompt_completion, say (docs/data.md)"

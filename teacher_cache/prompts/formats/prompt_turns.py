@@ -224,10 +224,14 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
+IS_IT_RIGHT = "is `format` right?"
+"""How a refusal ends that may have another format as its cause."""
+
+
 def missing(row: Mapping[str, Any], key: str, where: str = "the row") -> str:
     """Say that a field is not there, and which are."""
     found = ", ".join(repr(name) for name in list(row)[:8]) or "nothing"
-    return f"{where} has no {key!r} (found {found}); is `format` right?"
+    return f"{where} has no {key!r} (found {found}); {IS_IT_RIGHT}"
 
 
 def field_of(row: Mapping[str, Any], key: str, kind: type, where: str = "the row") -> Any:
