@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tools.cli_values import (
     Commands,
     Parser,
     directory,
+    file_or_directory,
     place,
     positive,
     row_number,
@@ -124,7 +123,7 @@ def _export(export: Parser) -> None:
 @CACHE_COMMANDS.command("import", "make a cache of what export wrote, or of what others made")
 def _import(imports: Parser) -> None:
     files = "a directory of files, or one: Parquet, JSON lines or shards"
-    imports.add_argument("source_path", type=Path, metavar="FILES", help=files)
+    imports.add_argument("source_path", type=file_or_directory, metavar="FILES", help=files)
     imports.add_argument("out", type=directory, metavar="OUT_CACHE", help=_NEW_CACHE)
     formats = ["decant", "distillkit", "axolotl", "openai", "megatron"]
     imports.add_argument("--format", choices=formats, help="whose files (default: told by endings and columns)")
@@ -135,14 +134,14 @@ def _import(imports: Parser) -> None:
     tails = "the values are raw log-probabilities, so that 1 minus their sum is the tail (derived), or not (unknown)"
     imports.add_argument("--tail", choices=["derived", "unknown"], help=tails)
     settings = "DistillKit: its compression_config.yaml or recipe (default: the one beside the files)"
-    imports.add_argument("--compression", type=Path, metavar="FILE", help=settings)
+    imports.add_argument("--compression", type=file_or_directory, metavar="FILE", help=settings)
     ends = "DistillKit: a token that ends the documents of packed rows, may be repeated"
     imports.add_argument("--split-at", action="append", default=[], metavar="TOKEN", help=ends)
     imports.add_argument("--temperature", type=temperature, metavar="T", help="Axolotl: kd_temperature of the values")
     shift = "Axolotl: row i is about token i + this (default: measured)"
     imports.add_argument("--shift", type=int, choices=[0, 1], help=shift)
     order = "Megatron-LM: Parquet with input_ids, a sequence a row in the order of training"
-    imports.add_argument("--token-ids", type=Path, metavar="FILE", help=order)
+    imports.add_argument("--token-ids", type=file_or_directory, metavar="FILE", help=order)
 
 
 @CACHE_COMMANDS.command("translate", "derive a cache in the student's tokenizer; no teacher is loaded")
@@ -162,7 +161,7 @@ def _translate(translate: Parser) -> None:
 def _audit(audit: Parser) -> None:
     _from_cache(audit)
     recipe = "take teacher, adapter and student from a recipe, and keep audit.json in its run"
-    audit.add_argument("--recipe", type=Path, help=recipe)
+    audit.add_argument("--recipe", type=file_or_directory, help=recipe)
     audit.add_argument("--targets", metavar="NAME", help=_ONE_LAYER)
     audit.add_argument("--teacher", metavar="DIR", help="where the teacher lies (default: where the layer says)")
     audit.add_argument("--adapter", metavar="DIR", help="the adapter that the teacher had")

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS
-from pathlib import Path
 
 from tools.cli_cache_parser import CACHE_COMMANDS
-from tools.cli_values import Commands, Parser, partition, place, positive, price, sample, share
+from tools.cli_values import (
+    Commands,
+    Parser,
+    directory,
+    file_or_directory,
+    partition,
+    place,
+    positive,
+    price,
+    sample,
+    share,
+)
 
 PHASES = ("teach", "train", "eval", "report")
 SAMPLE_ROWS = 384
@@ -38,7 +48,7 @@ def _init(init: Parser) -> None:
     init.add_argument("--student", help="student: a directory or hub id")
     init.add_argument("--prompts", help="prompts: a file, directory or hub id, see docs/data.md")
     init.add_argument("--cache", type=place, metavar="CACHE", help="train from this cache; no teacher, no prompts")
-    init.add_argument("--output", type=Path, help="where to write it (default: recipes/NAME.yaml)")
+    init.add_argument("--output", type=file_or_directory, help="where to write it (default: recipes/NAME.yaml)")
 
 
 @_COMMANDS.command("plan", "count rows, tokens and gigabytes before anything runs")
@@ -106,15 +116,15 @@ def _run(run: Parser) -> None:
 
 @_COMMANDS.command("report", "write report.html, report.md, models.csv and report.json for one run or several")
 def _report(report: Parser) -> None:
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=_RUN)
-    report.add_argument("--output", type=Path, metavar="DIR", help="where to write it (of one run: into the run)")
+    report.add_argument("runs", nargs="+", type=directory, metavar="RUN", help=_RUN)
+    report.add_argument("--output", type=directory, metavar="DIR", help="where to write it (of one run: into the run)")
 
 
 @_COMMANDS.command("export", "write a trained student as a plain model directory with a model card")
 def _export(export: Parser) -> None:
-    export.add_argument("run", type=Path, metavar="RUN", help=_RUN)
+    export.add_argument("run", type=directory, metavar="RUN", help=_RUN)
     export.add_argument("--stage", metavar="NAME", help="whose model (default: the last stage that is finished)")
-    export.add_argument("--output", type=Path, metavar="DIR", help="the new directory (default: RUN/export/NAME)")
+    export.add_argument("--output", type=directory, metavar="DIR", help="the new directory (default: RUN/export/NAME)")
     push = "also write it to this model repository of the Hugging Face hub"
     export.add_argument("--push", metavar="ORG/NAME", help=push)
     export.add_argument("--keep-adapter", action="store_true", help="put the adapter by itself into adapter/, too")
@@ -148,7 +158,7 @@ def _max_set_aside(parser: Parser) -> None:
 
 
 def _recipe(parser: Parser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    parser.add_argument("recipe", type=file_or_directory, metavar="RECIPE", help="a YAML file")
     change = "change a value: stages.kd.trainer.max_steps=10"
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="PATH=VALUE", help=change)
     # For commands that another one starts: it has checked the recipe, for seconds of which all import transformers.

@@ -70,10 +70,19 @@ def place(text: str) -> Path:
 
 def directory(text: str) -> Path:
     """Read a directory of this machine."""
+    return _here(text, "directory")
+
+
+def file_or_directory(text: str) -> Path:
+    """Read a path of this machine."""
+    return _here(text, "path")
+
+
+def _here(text: str, what: str) -> Path:
     from shared.places import is_url
 
     if is_url(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is a URL where a directory of this machine is expected")
+        raise argparse.ArgumentTypeError(f"'{text}' is a URL where a {what} of this machine is expected")
     return Path(text)
 
 

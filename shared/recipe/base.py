@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, to_jsonable_python
 
-from shared.places import named, place_of
+from shared.places import is_url, named, place_of
 
 Problem = tuple[tuple[str | int, ...], str]
 """Path below the section that raises, and the sentence."""
@@ -104,6 +104,16 @@ def _place(value: Any) -> Any:
 
 CachePlace = Annotated[Path, BeforeValidator(_place), PlainSerializer(named, return_type=str, when_used="json")]
 """A cache's directory, or the mirror of its URL; written as what it was given as."""
+
+
+def _of_this_machine(value: Any) -> Any:
+    if is_url(value):
+        raise PydanticCustomError("url", "a run is written on this machine, and this is a URL; name a directory")
+    return value
+
+
+RunPlace = Annotated[Path, BeforeValidator(_of_this_machine)]
+"""A run's directory."""
 
 MOST = 2**31 - 1
 """Largest count: rows, tokens and steps are held in 32 bits."""

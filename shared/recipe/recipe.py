@@ -24,6 +24,7 @@ from shared.recipe.base import (
     Integer,
     Name,
     Problem,
+    RunPlace,
     Section,
     closest,
     one_or_many,
@@ -85,7 +86,7 @@ class Recipe(Section):
 
     name: Name
     """Name of the experiment in reports."""
-    output_dir: Path
+    output_dir: RunPlace
     """Where the run writes everything except the cache."""
     seed: Integer = 0
     """Seed of everything that has none of its own."""

@@ -60,6 +60,10 @@ def test_prompts_behind_a_url_are_refused_with_a_way_to_them(source, advice):
     assert advice in said
 
 
+def test_a_run_is_not_written_to_a_url():
+    assert "name a directory" in refused(Recipe, recipe(output_dir="s3://bucket/run"))
+
+
 def test_recipe_cannot_be_changed_after_validation():
     whole = Recipe.model_validate(recipe())
     with pytest.raises(ValidationError):

@@ -349,3 +349,23 @@ def test_traceback_of_a_bug_follows_no_link_that_somebody_laid_in_its_place(tmp_
     place.unlink()
     assert cli.main(["doctor"]) == 1
     assert "ZeroDivisionError: first line" in place.read_text() and place.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report", "run", "--output", "URL"],
+        ["report", "URL"],
+        ["export", "run", "--output", "URL"],
+        ["init", "name", "--output", "URL"],
+        ["plan", "URL"],
+        ["cache", "import", "URL", "out", "--tokenizer", "t"],
+    ],
+)
+def test_what_is_written_or_read_here_is_no_url(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["s3://bucket/demo" if word == "URL" else word for word in words])
+    assert left.value.code == 2
+    assert "'s3://bucket/demo' is a URL where a" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
