@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
@@ -48,6 +49,12 @@ def test_ls_counts_what_the_reader_reads(both, capsys):
     assert found["layers_bytes"] == sum(file.stat().st_size for file in (both / "targets").glob("*/*.arrow"))
     text = run(capsys, "ls", both)
     assert all(part in text for part in (f"{len(cache)} rows", TOP.name, HYBRID.name, "draws 4", "3 of 3 units"))
+
+
+def test_ls_says_that_labels_are_in_the_head(both, tmp_path, capsys):
+    assert "labels in the head" not in run(capsys, "ls", both)
+    build(tmp_path / "cache", layers=(replace(TOP, label="head"),))
+    assert "labels in the head" in run(capsys, "ls", tmp_path / "cache")
 
 
 def test_ls_says_how_the_answers_of_each_job_were_drawn(tmp_path, capsys):

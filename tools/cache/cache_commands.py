@@ -159,6 +159,7 @@ def _layer_text(identity: Mapping[str, Any]) -> str:
     parts += [f"mass {identity['mass']:g}", f"temperatures {temperatures}", f"weights {identity['weights_hash'][:8]}"]
     parts += [f"{name} {identity[name]}" for name in ("revision", "quantization", "adapter") if identity[name]]
     parts += [f"tail {identity['tail']}"] if "tail" in identity else []
+    parts += ["labels in the head"] if identity.get("label") == "head" else []
     parts += ["labels known in the head"] if "labels" in identity else []
     parts += [f"derived from {identity['derived_from']} ({identity['method']})"] if identity.get("derived_from") else []
     return ", ".join(parts)
