@@ -19,7 +19,7 @@ SECONDS = 5.0
 """How long the hub is waited for; its library tries for a minute before it says that none is there."""
 _silent: dict[str, bool] = {}
 """Whether a hub that was asked gave no answer."""
-_PLACE = re.compile(r"hf://(datasets/|models/)?([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
+_PLACE = re.compile(r"hf://(datasets/|models/)?((?!datasets/|models/|spaces/)[^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 
 
 class HubPlace(NamedTuple):

@@ -67,9 +67,17 @@ class Remote:
     """Files below one URL, or in a directory of this machine; threads may share it."""
 
     def __init__(self, url: str) -> None:
-        """Name a place; nothing is asked yet."""
+        """Name a place; nothing is asked yet.
+
+        Raises:
+            CacheError: the URL is the hub's and names no repository.
+        """
         self.url = url.rstrip("/")
         self.scheme = urlsplit(url).scheme if is_url(url) else "file"
+        if self.scheme == "hf":
+            from shared.remote.hub import hub_place
+
+            hub_place(self.url)
         self.lists_in_file = self.scheme in ("http", "https")
         self.files_per_write = HUB_BATCH if self.scheme == "hf" else 1
         """Files that go in one call: a hub keeps each call as a commit."""

@@ -10,9 +10,10 @@ import threading
 import pytest
 from huggingface_hub import constants
 
-from shared.errors import ModelError
+from shared.errors import CacheError, ModelError
 from shared.models.files import load_config
 from shared.remote import hub
+from shared.remote.transfer import Remote
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -61,3 +62,9 @@ def test_a_hub_that_answers_is_asked_once_and_stays_in_use(online, monkeypatch):
 def test_a_directory_asks_nobody(online, tmp_path):
     assert hub.ask_hub(tmp_path) is None
     assert not hub._silent
+
+
+@pytest.mark.parametrize("url", ["hf://datasets/name", "hf://datasets", "hf://name"])
+def test_a_place_without_a_repository_is_refused_before_anything_is_asked(url):
+    with pytest.raises(CacheError, match="names no repository; expected hf://datasets/ORG/NAME"):
+        Remote(url)
