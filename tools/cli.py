@@ -398,7 +398,10 @@ def _guarded(args: argparse.Namespace) -> int:
     except BaseException as error:
         if not is_panic(error):
             raise
-        _complain(f"a library gave up on a file or a text ({reason_of(error)}); take the tokenizer's files from a copy")
+        _complain(
+            f"a tokenizer's library gave up on a text ({reason_of(error)}); correct the pattern in its tokenizer.json "
+            "that never ends on it, or take the text out"
+        )
         return EXIT_FAILED
 
 

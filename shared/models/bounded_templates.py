@@ -135,6 +135,8 @@ def _end_where_constants_fill_memory() -> None:
     from jinja2 import nodes
 
     def minding(as_const: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap how a node computes its constant."""
+
         def minded(*args: Any, **named: Any) -> Any:
             try:
                 return as_const(*args, **named)

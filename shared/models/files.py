@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ModelError, is_panic, reason_of
+from shared.errors import ModelError
 from shared.models.config_file import check_config, refuse_endless
 from shared.models.large_imports import import_transformers
 from shared.models.load_report import loading
@@ -61,29 +59,4 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool, revision: str
     refuse_special_files(source)
     check_config(source)  # which transformers reads, too
     with loading(f"{source}: the tokenizer", expected="tokenizer.json there"):
-        found = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    _name_panics(type(found))
-    return found
-
-
-def _name_panics(kind: type) -> None:
-    """Let a tokenizer class say in a sentence what its library gives up on: a pattern may never end on a text."""
-    owner: Any = next((base for base in kind.__mro__ if "_encode_plus" in vars(base)), None)
-    if owner is None or hasattr(owner._encode_plus, "names_panics"):
-        return
-    encode: Callable[..., Any] = owner._encode_plus
-
-    @functools.wraps(encode)
-    def encode_or_say(self: Any, *args: Any, **named: Any) -> Any:
-        try:
-            return encode(self, *args, **named)
-        except BaseException as error:
-            if not is_panic(error):
-                raise
-            raise ModelError(
-                f"{self.name_or_path or 'a tokenizer'}: its tokenizer.json cannot split one of the texts "
-                f"({reason_of(error)}); correct the pattern that never ends on it, or take the text out"
-            ) from None
-
-    encode_or_say.names_panics = True  # type: ignore[attr-defined]
-    owner._encode_plus = encode_or_say
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

@@ -53,4 +53,8 @@ def test_claims_are_refused_before_anything_is_made(models, tmp_path, change, sa
 
 @pytest.mark.parametrize("name", ["small", "wide"])
 def test_a_rank_that_its_tensors_have_passes(models, name):
-    load_causal_lm(models / "student", what="the student", trust_remote_code=False, adapter=models / name)
+    plain, adapted = (
+        load_causal_lm(models / "student", what="the student", trust_remote_code=False, adapter=adapter).state_dict()
+        for adapter in (None, models / name)
+    )
+    assert all(weight.equal(adapted[at]) for at, weight in plain.items())  # a new adapter adds nothing yet
