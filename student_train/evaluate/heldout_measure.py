@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import TrainingError
+from shared.models.forward.evaluating import evaluating
 from student_train.batch.collate import collate
 from student_train.batch.dataset import CacheList, build_pack
 from student_train.evaluate.heldout_rows import heldout_rows_per_source
 from student_train.order.packing import pack_rows
 from student_train.student.forward_patch import Objective
-from student_train.student.student_head import evaluating
 
 _KL, _EQUAL, _NLL, _ACCEPTANCE, _COMPARED, _POSITIONS = range(6)
 

@@ -18,10 +18,10 @@ import torch
 
 from shared.models.end_tokens import checked_ids, end_token_ids
 from shared.models.forward.attention_choice import faithful_attention
+from shared.models.forward.evaluating import evaluating
 from shared.models.forward.row_length import known_positions, reset_rotations
 from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.student.row_attention import switch_attention
-from student_train.student.student_head import evaluating
 
 
 @dataclass(frozen=True, slots=True)

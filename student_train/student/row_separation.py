@@ -22,12 +22,13 @@ from torch import Tensor
 
 from shared.errors import TrainingError
 from shared.models.forward.attention_choice import faithful_attention
+from shared.models.forward.evaluating import evaluating
 from shared.models.forward.row_length import rope_switches
 from shared.models.forward.wide_weights import widest
 from student_train.student.row_attention import NAME as ROW_ATTENTION
 from student_train.student.row_attention import switch_attention
 from student_train.student.rows_alone import run_rows_alone, set_rows_alone
-from student_train.student.student_head import PROBE_TOKENS, body_of, evaluating, probe_tokens, run_body
+from student_train.student.student_head import PROBE_TOKENS, body_of, probe_tokens, run_body
 
 ROUNDING = 1e-4
 """Largest difference of a token's state that counts as rounding in float32, over the states' standard deviation: 36

@@ -9,8 +9,6 @@ Shape letters: B tokens of a pack, V rows of the head, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from shared.errors import TrainingError
 from shared.models.forward.body import find_body
+from shared.models.forward.evaluating import evaluating
 from shared.models.forward.logit_transform import enlarged_input, logit_transform
 from shared.models.forward.row_length import known_positions
 from shared.models.forward.wide_weights import widest
@@ -143,19 +142,6 @@ def run_body(body: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor
     layout = {"row_layout": layout_of(position_ids)} if body.config._attn_implementation == ROW_ATTENTION else {}
     output = body(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False, **layout)
     return output[0]
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Leave out dropout and gradients; restore what was before, random state included."""
-    was_training = model.training
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(was_training)
 
 
 def check_head(model: Any, head: StudentHead) -> None:

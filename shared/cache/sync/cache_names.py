@@ -58,6 +58,11 @@ def parts_in(names: Iterable[str]) -> set[str]:
     return {name for name in names if rank_of(name) in _RANKS_OF_PARTS}
 
 
+def have_no_part_in_common(ours: set[str], theirs: set[str]) -> bool:
+    """Tell whether two places hold parts, none of them the same: two caches, whose rows one place would join."""
+    return bool(ours and theirs) and not ours & theirs
+
+
 def most_bytes(name: str) -> int:
     """Return the most bytes of a small file: of the tokenizer, or JSON."""
     return MAX_TOKENIZER_FILE_BYTES if name.startswith("tokenizer/") else MAX_JSON_BYTES

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from shared.atomic import TEMPORARY_MARK, make_dir, write_atomic
-from shared.cache.sync.cache_names import is_part, parts_in, rank_of
+from shared.cache.sync.cache_names import have_no_part_in_common, is_part, parts_in, rank_of
 from shared.cache.sync.mirror import fetch_small, list_remote, read_small, with_checksums
 from shared.cache.within import refuse_within_cache
 from shared.errors import CacheError, DamagedError
@@ -71,7 +71,7 @@ def _refuse_another(remote: Remote, path: Path, theirs: set[str]) -> None:
         raise CacheError(f"{path} holds {others[0]} and no cache; name another directory")
     files = [file.relative_to(path).as_posix() for pattern in ("*/*.json", "*/*/*.json") for file in path.glob(pattern)]
     ours = parts_in(files)
-    if ours and theirs and not ours & theirs:
+    if have_no_part_in_common(ours, theirs):
         raise CacheError(f"{path} holds {min(ours)} and no part of {remote.url}: another cache; name another directory")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shared.cache.layout import list_hidden_layers, list_layers, read_header, sequences_dir
-from shared.cache.sync.cache_names import most_bytes, parts_in, rank_of
+from shared.cache.sync.cache_names import have_no_part_in_common, most_bytes, parts_in, rank_of
 from shared.cache.sync.listing import listing_of, read_listing
 from shared.cache.sync.mirror import list_remote
 from shared.cache.within import refuse_within_cache
@@ -138,7 +138,7 @@ def _cache_at(remote: Remote) -> dict[str, RemoteFile]:
 
 def _refuse_another(remote: Remote, ours: set[str], theirs: set[str]) -> None:
     """Refuse a place with parts of which this cache has none: its rows would join those of another cache."""
-    if ours and theirs and not ours & theirs:
+    if have_no_part_in_common(ours, theirs):
         raise CacheError(
             f"{remote.url} holds {min(theirs)} and no part of this cache: another cache is there; push to another "
             "place, or join both with `decant cache merge` and push the result to a place of its own"

@@ -13,6 +13,7 @@ from typing import Any
 
 from shared.errors import ModelError
 from shared.models.config_file import MOST_PARTS, read_config
+from shared.models.forward.evaluating import evaluating
 from shared.models.load_report import Gaps, loading
 from shared.models.weights.weight_headers import tensors_of
 from shared.special_files import refuse_special_files
@@ -90,11 +91,8 @@ def _probe_logits(model: Any) -> Any:
 
     weight = model.get_input_embeddings().weight
     tokens = torch.arange(1, _PROBE_TOKENS + 1, device=weight.device)[None] * 97 % weight.shape[0]
-    was_training = model.training
-    with torch.no_grad():
-        logits = model.eval()(input_ids=tokens, use_cache=False).logits.float()
-    model.train(was_training)
-    return logits
+    with evaluating(model):
+        return model(input_ids=tokens, use_cache=False).logits.float()
 
 
 def add_saved_adapter(model: Any, directory: str | Path) -> Any:
