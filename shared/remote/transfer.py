@@ -270,9 +270,10 @@ def _let_connections_break(loop: Any, context: dict[str, Any]) -> None:
 
 
 def _listing(files: Any, path: str) -> dict[str, Any]:
+    """Return the files below a path; the path itself is none, which s3fs lists where its first file comes meanwhile."""
     files.invalidate_cache()
     found: dict[str, Any] = files.find(path, detail=True)
-    return found
+    return {name: entry for name, entry in found.items() if entry.get("type") != "directory"}
 
 
 def _version(entry: Mapping[str, Any]) -> str:

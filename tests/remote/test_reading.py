@@ -237,3 +237,17 @@ def test_parts_behind_a_url_are_taken_over_as_those_of_a_directory(web, local, t
         merge_caches(tmp_path / f"{made}-merge", [path, tmp_path / f"{made}-subset"], copy=copy)
     for name in ("subset", "merge"):
         assert tree(tmp_path / f"far-{name}") == tree(tmp_path / f"near-{name}")
+
+
+def test_a_place_whose_first_file_comes_while_it_is_listed_holds_none_yet():
+    """s3fs finds nothing below the path, asks what the path is, and is told of a directory by then."""
+
+    class Meanwhile:
+        def invalidate_cache(self) -> None:
+            pass
+
+        def find(self, path: str, *, detail: bool) -> dict:
+            assert detail
+            return {path: {"name": path, "type": "directory", "size": 0, "StorageClass": "DIRECTORY"}}
+
+    assert transfer._listing(Meanwhile(), "trials/5") == {}
