@@ -18,11 +18,11 @@ from typing import Any
 from shared.cache.layer_choice import serving_layer
 from shared.cache.layout import Layer, list_layers, read_header
 from shared.cache.writing.cache_writer import CacheWriter, require_same
-from shared.cache.writing.layer_writer import LayerWriter, write_layer
+from shared.cache.writing.layer_writer import HiddenWriter, LayerWriter, RowsWriter, write_layer
 from shared.errors import PromptError, UsageError
 from shared.identity.identity import SequencesIdentity
 from shared.parts.jobs import Job
-from shared.parts.records import PartRecord
+from shared.parts.records import PartRecord, list_records
 from shared.places import origin_of
 from shared.progress import NOWHERE, BuildProgress
 from shared.recipe.recipe import Capture, Recipe, Teacher
@@ -31,25 +31,24 @@ from shared.seconds import read_seconds
 from teacher_cache import engines
 from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.engines.protocol import Engine
-from teacher_cache.passes.answering import Answering, listed, make_sequences, open_answering, plan, ran, told
-from teacher_cache.passes.feeding import Desk
+from teacher_cache.passes.answering import Answering, listed, make_sequences, plan, told
 from teacher_cache.passes.generate import PROBLEM
-from teacher_cache.passes.hidden_pass import HiddenPass
+from teacher_cache.passes.hidden_pass import capture_parts, open_hidden_layer
 from teacher_cache.passes.lazy_engine import LazyEngine
-from teacher_cache.passes.score import parts_to_score, require_length, score_parts
+from teacher_cache.passes.score import parts_to_score, score_parts
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
-from teacher_cache.passes.unit_writer import UnitWriter
 from teacher_cache.prompts.cache_source import group_rule, require_tokenizer
 from teacher_cache.prompts.problems import THRESHOLD, Problem
 from teacher_cache.prompts.sequence_maker import SequenceMaker
 from teacher_cache.prompts.work_list import request_of
-from teacher_cache.teacher.answerer import Answerer, key_beside, know_answerer
+from teacher_cache.teacher.answerer import key_beside, know_answerer
 from teacher_cache.teacher.layer_reuse import capture_of, reuse_line
 from teacher_cache.teacher.teacher_identity import (
     KnownTeacher,
     know_teacher,
     layer_identity,
+    ran,
     sequences_identity,
     software,
 )
@@ -71,7 +70,13 @@ class _Build(Answering):
     teacher: Teacher
     known: KnownTeacher
     layer: LayerWriter
+    hidden: HiddenWriter | None
+    """The hidden layer; None where the recipe wants none."""
     engine: LazyEngine
+
+    def parts_without(self, layer: RowsWriter[Any], job: Job | None) -> list[PartRecord]:
+        """Return this partition's parts that are there and that a layer lacks; errors as for `parts_to_score`."""
+        return parts_to_score(layer, job, self.partition, self.known.max_model_len)
 
 
 def teach(
@@ -106,25 +111,34 @@ def teach(
     known = know_teacher(teacher)
     require_tokenizer(recipe.prompts, known.tokenizer_hash, teacher.model)
     answerer = know_answerer(recipe.generate, teacher, known)
-    maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answerer.max_model_len)
-    ends = foreign_ends(maker.templates.ends, answerer.known.tokenizer, answerer.known.files.directory, recipe.generate)
-    request = _request(recipe, known, answerer, ends)
+    answering = answerer.known
+    maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answering.max_model_len)
+    ends = foreign_ends(maker.templates.ends, answering.tokenizer, answering.files.directory, recipe.generate)
+    request = None
+    if recipe.prompts:  # every file of them is found before anything is written
+        generator = answering.generator if recipe.generate else None
+        request = request_of(recipe, generator, known.tokenizer_hash, answering.max_model_len, ends)
     cache = _open_cache(recipe, known, teacher, renders=request is not None)
     if answerer.is_teacher and request is not None and recipe.generate is not None:
         answerer = replace(answerer, key=key_beside(known.answerer, cache.path))
         request |= {} if answerer.key is None else {"answerer": answerer.key}
     layer, summary = _begin_layer(cache, known, teacher, recipe.capture, layer_name)
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
-    hidden = _hidden_pass(recipe, known, teacher, cache, summary)
+    hidden = None
+    if recipe.capture.hidden is not None:
+        hidden = open_hidden_layer(cache, known, teacher, recipe.capture.hidden)
+        summary.hidden_layer = hidden.name
+        summary.hidden_reused_rows = sum(record.rows for record in list_records(hidden.directory))
     progress = progress or BuildProgress(NOWHERE)
     for sentence in maker.templates.unread_settings:
         progress.note(sentence)
-    opener = told(open_engine or engines.open_engine, progress)
     with StopSignal() as stop:
-        engine = LazyEngine(lambda: _open_engine(recipe, teacher, known, stop, opener), known.max_model_len)
-        answering = engine
-        if not answerer.is_teacher:
-            answering = LazyEngine(lambda: open_answering(recipe, answerer, stop, opener), answerer.max_model_len)
+        opener = told(open_engine or engines.open_engine, progress, stop)
+        # the same settings whether or not pass 1 is done, so that a continued build scores alike
+        scoring = teacher.model_copy(update={"max_model_len": known.max_model_len})
+        answers_itself = recipe.generate if answerer.is_teacher else None
+        engine = LazyEngine(opener, scoring, recipe.capture, answers_itself, known.files.directory)
+        other = LazyEngine(opener, answerer.section, None, recipe.generate, answering.files.directory)
         build = _Build(
             recipe,
             own_share,
@@ -132,16 +146,17 @@ def teach(
             max_set_aside,
             cache,
             answerer,
-            answering,
+            engine if answerer.is_teacher else other,
             stop,
             summary,
             seconds_under,
             teacher,
             known,
             layer,
+            hidden,
             engine,
         )
-        job = _run_passes(build, request, ends, maker, hidden)
+        job = _run_passes(build, request, ends, maker)
     return _finish(build, job)
 
 
@@ -185,23 +200,8 @@ def _begin_layer(
     return layer, summary
 
 
-def _hidden_pass(
-    recipe: Recipe, known: KnownTeacher, teacher: Teacher, cache: CacheWriter, summary: BuildSummary
-) -> HiddenPass | None:
-    """Return the pass over hidden layers, where the recipe wants one, and put it into the summary."""
-    if recipe.capture.hidden is None:
-        return None
-    hidden = HiddenPass.prepare(cache, known, teacher, recipe.capture.hidden)
-    hidden.describe(summary)
-    return hidden
-
-
 def _run_passes(
-    build: _Build,
-    request: dict[str, Any] | None,
-    ends: list[int | None],
-    maker: SequenceMaker,
-    hidden: HiddenPass | None,
+    build: _Build, request: dict[str, Any] | None, ends: list[int | None], maker: SequenceMaker
 ) -> Job | None:
     """Plan the job, make what is missing of it in up to three passes, and keep the seconds whatever happens."""
     engine, answering = build.engine, build.answering
@@ -216,8 +216,8 @@ def _run_passes(
                 if job is not None:
                     make_sequences(build, job, maker)
                 _make_targets(build, job)
-        if hidden is not None:
-            _make_hidden(build, job, hidden)
+        if build.hidden is not None:
+            _make_hidden(build, job, build.hidden)
     finally:
         build.keep_seconds({engine, answering})
     return job
@@ -249,38 +249,6 @@ def _checked(recipe: Recipe, partition: tuple[int, int] | None) -> tuple[Teacher
     return recipe.teacher, (index, count)
 
 
-def _open_engine(
-    recipe: Recipe, teacher: Teacher, known: KnownTeacher, stop: StopSignal, opener: Callable[..., Engine]
-) -> Engine:
-    """Start the engine, with the same settings whether or not pass 1 is done, so that a continued
-    build scores alike.
-    """
-    settings = teacher.model_copy(update={"max_model_len": known.max_model_len})
-    return opener(
-        settings,
-        recipe.capture,
-        for_generation=recipe.generate if recipe.generate is None or recipe.generate.model is None else None,
-        model_dir=known.files.directory,
-        should_stop=lambda: stop.requested,
-    )
-
-
-def _request(recipe: Recipe, known: KnownTeacher, answerer: Answerer, ends: list[int | None]) -> dict[str, Any] | None:
-    """Return what names the job, or None without prompts; finds every prompt file before anything is written."""
-    if not recipe.prompts:
-        return None
-    generator = answerer.generator if recipe.generate else None
-    return request_of(recipe, generator, known.tokenizer_hash, answerer.max_model_len, ends)
-
-
-def _parts_without_targets(build: _Build, job: Job | None) -> list[PartRecord]:
-    """Return this partition's parts of pass 2 that are there, none of them longer than the teacher takes."""
-    own = _own_stems(build, job)
-    records = parts_to_score(build.layer, own, job.id8 if job else None, build.partition)
-    require_length(build.layer, records, build.known.max_model_len)
-    return records
-
-
 def _use_many_engines(build: _Build, job: Job | None, workers: Workers) -> None:
     """Both passes over this partition's units, on the engines of `teacher.workers`."""
     from teacher_cache.cluster.ray_workers import run_units, sequences_tasks, targets_tasks, work_order
@@ -289,38 +257,28 @@ def _use_many_engines(build: _Build, job: Job | None, workers: Workers) -> None:
     write_layer(build.layer.layer)  # the workers open it
     units = build.units_without_part(job) if job else []
     first = sequences_tasks(job, units, build.recipe) if job else []
-    second = targets_tasks(_parts_without_targets(build, job), job)
+    second = targets_tasks(build.parts_without(build.layer, job), job)
     run_units(order, workers, first, second, build.stop, build.progress, build.summary)
     build.stop_if_asked()
 
 
 def _make_targets(build: _Build, job: Job | None) -> None:
     """Pass 2 over this partition's parts that the layer lacks."""
-    records = _parts_without_targets(build, job)
+    records, figures = build.parts_without(build.layer, job), build.summary.scored
     if not records:
         return
-    build.stop_if_asked()
-    with UnitWriter() as writer:
-        desk = Desk(writer, build.stop, build.progress)
-        score_parts(
-            build.layer, records, build.engine.get().score, partial(ran, build.engine), desk, build.summary.scored
-        )
-    build.summary.scored.count_writer(writer)
-    build.stop_if_asked()
+    with build.at_desk(figures) as desk:
+        engine = build.engine.get()
+        score_parts(build.layer, records, engine.score, lambda: ran(engine.provenance()), desk, figures)
 
 
-def _make_hidden(build: _Build, job: Job | None, hidden: HiddenPass) -> None:
+def _make_hidden(build: _Build, job: Job | None, layer: HiddenWriter) -> None:
     """Pass 3 over this partition's parts that the hidden layer lacks; the scoring engine is closed by now."""
-    build.stop_if_asked()
-    with UnitWriter() as writer:
-        desk = Desk(writer, build.stop, build.progress)
-        hidden.run(_own_stems(build, job), job.id8 if job else None, build.partition, desk, build.summary)
-    build.summary.hidden.count_writer(writer)
-    build.stop_if_asked()
-
-
-def _own_stems(build: _Build, job: Job | None) -> frozenset[str]:
-    return frozenset(job.part_stem(unit) for unit in range(job.num_units) if build.mine(unit)) if job else frozenset()
+    records, figures = build.parts_without(layer, job), build.summary.hidden
+    if not records:
+        return
+    with build.at_desk(figures) as desk:
+        capture_parts(layer, records, build.teacher, build.known, desk, figures)
 
 
 def _way_out(build: _Build, id8: str, share: float) -> str:

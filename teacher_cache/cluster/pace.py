@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from shared.progress import BuildProgress
-from teacher_cache.cluster.unit_board import GENERATE, IMPORT, SCORE, UnitBoard, UnitTask
+from teacher_cache.cluster.unit_board import SCORE, UnitBoard, UnitTask
 from teacher_cache.passes.summary import BuildSummary
 
 
@@ -69,7 +69,6 @@ class Pace:
         if self._since is None or not self._phase:
             return
         now = time.monotonic()
-        passes = {GENERATE: self._summary.generated, IMPORT: self._summary.imported, SCORE: self._summary.scored}
-        passes[self._phase].seconds += now - self._since
+        self._summary.passes[self._phase].seconds += now - self._since
         self._since = now
         self._progress.finish()

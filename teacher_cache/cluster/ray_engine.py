@@ -37,7 +37,7 @@ from teacher_cache.passes.summary import BuildSummary, PassFigures
 from teacher_cache.passes.unit_writer import UnitWriter
 from teacher_cache.prompts.cache_source import answers_of
 from teacher_cache.prompts.work_list import answer_seed
-from teacher_cache.teacher.teacher_identity import software
+from teacher_cache.teacher.teacher_identity import ran, software
 
 LIFE = secrets.token_hex(8)
 """Names this process among all that an actor has had."""
@@ -82,7 +82,7 @@ class _Tracked:
 
     def take(self, index: int, result: Any) -> int:
         tokens = self._unit.take(index, result)
-        _of(self._figures, self._waiting.task.kind).tokens += tokens
+        self._figures.passes[self._waiting.task.kind].tokens += tokens
         return tokens
 
     def commit(self) -> Callable[[], object]:
@@ -99,7 +99,7 @@ def _commit(write: Callable[[], object], waiting: _Waiting, figures: BuildSummar
     except Exception as error:
         waiting.reply.set_exception(error)
         raise
-    _of(figures, waiting.task.kind).seconds_writing = time.monotonic() - started
+    figures.passes[waiting.task.kind].seconds_writing = time.monotonic() - started
     reply(waiting, figures)
 
 
@@ -197,8 +197,8 @@ class EngineWorker:
 
         def reply(waiting: _Waiting, own: BuildSummary) -> None:
             nonlocal told
-            now = figures.seconds_in_engine, desk.writer.seconds_full
-            _of(own, kind).seconds_in_engine, _of(own, kind).seconds_waiting = now[0] - told[0], now[1] - told[1]
+            now, its = (figures.seconds_in_engine, desk.writer.seconds_full), own.passes[kind]
+            its.seconds_in_engine, its.seconds_waiting = now[0] - told[0], now[1] - told[1]
             told = now
             self._reply(waiting, own)
 
@@ -214,14 +214,14 @@ class EngineWorker:
     def _generate_unit(self, loaded: Loaded, waiting: _Waiting, reply: Reply) -> _Tracked:
         generate = loaded.recipe.generate
         assert generate is not None
-        work = _pass1(loaded, lambda: {**loaded.ran(), "answers": loaded.teacher.model})
+        work = _pass1(loaded, lambda: ran(loaded.engine.provenance(), answers=loaded.teacher.model))
         unit = GenerateUnit(work, waiting.task.unit, generate, answer_seed(generate, loaded.recipe.seed))
         return _Tracked(unit, waiting, work.summary, reply)
 
     def _score_unit(self, loaded: Loaded, waiting: _Waiting, reply: Reply) -> _Tracked:
         own = _figures(loaded)
         record = read_record(sequences_dir(loaded.cache.path) / f"{waiting.task.stem}.json")
-        unit = ScoreUnit(next(self._numbers), record, loaded.layer, loaded.ran, own.scored)
+        unit = ScoreUnit(next(self._numbers), record, loaded.layer, lambda: ran(loaded.engine.provenance()), own.scored)
         return _Tracked(unit, waiting, own, reply)
 
     def _import(self, loaded: Loaded, waiting: _Waiting, desk: Desk) -> None:
@@ -249,13 +249,9 @@ class EngineWorker:
                 return
 
 
-def _of(figures: BuildSummary, kind: str) -> PassFigures:
-    return figures.generated if kind == GENERATE else figures.scored
-
-
-def _pass1(loaded: Loaded, ran: Callable[[], Mapping[str, Any]]) -> Pass1:
+def _pass1(loaded: Loaded, what_ran: Callable[[], Mapping[str, Any]]) -> Pass1:
     assert loaded.job is not None
-    return Pass1(loaded.cache, loaded.job, loaded.maker, ran, _figures(loaded))
+    return Pass1(loaded.cache, loaded.job, loaded.maker, what_ran, _figures(loaded))
 
 
 def _figures(loaded: Loaded) -> BuildSummary:

@@ -23,7 +23,7 @@ from teacher_cache import engines
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.passes.lazy_engine import require_planned_length
 from teacher_cache.prompts.sequence_maker import SequenceMaker
-from teacher_cache.teacher.teacher_identity import KnownTeacher, know_teacher, layer_identity, software
+from teacher_cache.teacher.teacher_identity import KnownTeacher, know_teacher, layer_identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,6 @@ class Loaded:
     maker: SequenceMaker
     engine: Engine
     teacher: Teacher
-
-    def ran(self) -> dict[str, Any]:
-        """Return what ran, for records."""
-        return {**software(), "engine": dict(self.engine.provenance())}
 
 
 def load_order(order: WorkOrder, should_stop: Callable[[], bool]) -> Loaded:

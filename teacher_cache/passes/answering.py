@@ -7,8 +7,9 @@ Cost: that of the prompts and of the answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from teacher_cache.passes.feeding import Desk
 from teacher_cache.passes.generate import Pass1, generate_units, import_units
 from teacher_cache.passes.lazy_engine import LazyEngine
 from teacher_cache.passes.stop_signal import StopSignal
-from teacher_cache.passes.summary import BuildSummary
+from teacher_cache.passes.summary import BuildSummary, PassFigures
 from teacher_cache.passes.unit_writer import UnitWriter
 from teacher_cache.prompts.cache_source import answers_of
 from teacher_cache.prompts.problems import Problems
@@ -33,7 +34,7 @@ from teacher_cache.prompts.prompts import read_prompts
 from teacher_cache.prompts.sequence_maker import SequenceMaker
 from teacher_cache.prompts.work_list import answer_seed, list_rows
 from teacher_cache.teacher.answerer import Answerer
-from teacher_cache.teacher.teacher_identity import software
+from teacher_cache.teacher.teacher_identity import ran, software
 
 
 class BuildStoppedError(DecantError):
@@ -57,15 +58,10 @@ class Answering:
     seconds_under: str | None
     """Phase in seconds.json that the time is added to; None: to none."""
 
-    def mine(self, unit: int) -> bool:
-        """Tell whether a unit belongs to this partition."""
-        index, count = self.partition
-        return unit % count == index
-
     def units_without_part(self, job: Job) -> list[int]:
         """Return this partition's units of pass 1."""
-        committed = {record.stem for record in self.cache.sequence_records()}
-        return [unit for unit in range(job.num_units) if self.mine(unit) and job.part_stem(unit) not in committed]
+        (index, count), committed = self.partition, {record.stem for record in self.cache.sequence_records()}
+        return [unit for unit in range(index, job.num_units, count) if job.part_stem(unit) not in committed]
 
     def stop_if_asked(self) -> None:
         """End where SIGTERM arrived.
@@ -77,6 +73,19 @@ class Answering:
             where = f"{self.cache.path}: stopped by SIGTERM"
             raise BuildStoppedError(f"{where}; what was committed stays, and the same command again continues")
 
+    @contextmanager
+    def at_desk(self, figures: PassFigures) -> Iterator[Desk]:
+        """Yield what a pass works with, and count what its writer took.
+
+        Raises:
+            BuildStoppedError: SIGTERM arrived before it or meanwhile.
+        """
+        self.stop_if_asked()
+        with UnitWriter() as writer:
+            yield Desk(writer, self.stop, self.progress)
+        figures.count_writer(writer)
+        self.stop_if_asked()
+
     def keep_seconds(self, opened: Iterable[LazyEngine]) -> None:
         """Add what was computed, and the start of the engines, to the seconds of the phase."""
         self.summary.seconds_starting += sum(engine.seconds_starting for engine in opened)
@@ -84,7 +93,7 @@ class Answering:
             add_seconds(self.recipe.output_dir, self.seconds_under, self.summary.seconds)
 
 
-def told(opener: Callable[..., Engine], progress: BuildProgress) -> Callable[..., Engine]:
+def told(opener: Callable[..., Engine], progress: BuildProgress, stop: StopSignal) -> Callable[..., Engine]:
     """Return an opener that first says what it opens: minutes may pass before the first row."""
 
     def open_it(settings: Teacher, capture: Capture | None, **how: Any) -> Engine:
@@ -94,17 +103,9 @@ def told(opener: Callable[..., Engine], progress: BuildProgress) -> Callable[...
             test = ", then a self-test of what it captures" if settings.engine == "vllm" and capture is not None else ""
             doing = f"loading the weights of {settings.model}{test}"
         progress.note(f"starting engine {settings.engine}: {doing}")
-        return opener(settings, capture, **how)
+        return opener(settings, capture, should_stop=lambda: stop.requested, **how)
 
     return open_it
-
-
-def open_answering(recipe: Recipe, answerer: Answerer, stop: StopSignal, opener: Callable[..., Engine]) -> Engine:
-    """Start the engine of another model than the teacher, which only answers."""
-    directory = answerer.known.files.directory
-    return opener(
-        answerer.section, None, for_generation=recipe.generate, model_dir=directory, should_stop=lambda: stop.requested
-    )
 
 
 def listed(work: Answering, ends: list[int | None], problems: Problems) -> Iterator[PlanRow]:
@@ -161,25 +162,16 @@ def make_sequences(work: Answering, job: Job, maker: SequenceMaker, **said: Any)
     recipe, units = work.recipe, work.units_without_part(job)
     if not units:
         return
-    work.stop_if_asked()
-    with UnitWriter() as writer:
-        desk = Desk(writer, work.stop, work.progress)
-        if recipe.generate is None:
-            given = {**software(), **answers_of(recipe.prompts)}
+    if recipe.generate is None:
+        given = {**software(), **answers_of(recipe.prompts)}
+        with work.at_desk(work.summary.imported) as desk:
             import_units(Pass1(work.cache, job, maker, lambda: given, work.summary), units, desk)
-        else:
-            engine = work.answering.get()
-            who = partial(ran, work.answering, answers=work.answerer.name, **said)
-            pass1 = Pass1(work.cache, job, maker, who, work.summary)
-            generate_units(
-                pass1, units, recipe.generate, answer_seed(recipe.generate, recipe.seed), engine.generate, desk
-            )
-            if not work.answerer.is_teacher:
-                work.answering.close()  # the teacher gets the machine to itself
-    (work.summary.imported if recipe.generate is None else work.summary.generated).count_writer(writer)
-    work.stop_if_asked()
-
-
-def ran(engine: LazyEngine, **more: Any) -> dict[str, Any]:
-    """Return what ran, for records."""
-    return {**software(), "engine": dict(engine.provenance()), **more}
+        return
+    with work.at_desk(work.summary.generated) as desk:
+        engine = work.answering.get()
+        made = {"answers": work.answerer.section.model, **said}
+        pass1 = Pass1(work.cache, job, maker, lambda: ran(engine.provenance(), **made), work.summary)
+        seed = answer_seed(recipe.generate, recipe.seed)
+        generate_units(pass1, units, recipe.generate, seed, engine.generate, desk)
+        if not work.answerer.is_teacher:
+            work.answering.close()  # the teacher gets the machine to itself

@@ -7,20 +7,18 @@ Cost: one prefill of every sequence, and the bytes of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import HiddenWriter
 from shared.identity.hidden_identity import PROJECTION_NAME, HiddenIdentity
 from shared.identity.hidden_layers import kept
-from shared.parts.records import list_records
+from shared.parts.records import PartRecord
 from shared.recipe.recipe import HiddenCapture, Teacher
 from teacher_cache.passes.feeding import Desk
-from teacher_cache.passes.score import parts_to_score, require_length, score_parts
-from teacher_cache.passes.summary import BuildSummary
-from teacher_cache.teacher.teacher_identity import KnownTeacher, software
+from teacher_cache.passes.score import score_parts
+from teacher_cache.passes.summary import PassFigures
+from teacher_cache.teacher.teacher_identity import KnownTeacher, ran, software
 
 
 def hidden_identity(known: KnownTeacher, teacher: Teacher, capture: HiddenCapture) -> HiddenIdentity:
@@ -45,43 +43,32 @@ def hidden_identity(known: KnownTeacher, teacher: Teacher, capture: HiddenCaptur
     )
 
 
-@dataclass(slots=True)
-class HiddenPass:
-    """The hidden layer of a build."""
+def open_hidden_layer(
+    cache: CacheWriter, known: KnownTeacher, teacher: Teacher, capture: HiddenCapture
+) -> HiddenWriter:
+    """Create or open the layer; errors as for `hidden_identity` and `HiddenWriter.create_or_open`."""
+    identity = hidden_identity(known, teacher, capture)
+    provenance = {"engine": "transformers", "targets_engine": teacher.engine, **software()}
+    return HiddenWriter.create_or_open(cache, None, identity, provenance, make=False)
 
-    teacher: Teacher
-    known: KnownTeacher
-    writer: HiddenWriter
 
-    @classmethod
-    def prepare(cls, cache: CacheWriter, known: KnownTeacher, teacher: Teacher, capture: HiddenCapture) -> HiddenPass:
-        """Create or open the layer; errors as for `hidden_identity` and `HiddenWriter.create_or_open`."""
-        identity = hidden_identity(known, teacher, capture)
-        provenance = {"engine": "transformers", "targets_engine": teacher.engine, **software()}
-        return cls(teacher, known, HiddenWriter.create_or_open(cache, None, identity, provenance, make=False))
+def capture_parts(
+    layer: HiddenWriter,
+    records: Sequence[PartRecord],
+    teacher: Teacher,
+    known: KnownTeacher,
+    desk: Desk,
+    figures: PassFigures,
+) -> None:
+    """Capture these parts and commit each.
 
-    def describe(self, summary: BuildSummary) -> None:
-        """Tell the summary what is there before anything runs."""
-        summary.hidden_layer = self.writer.name
-        summary.hidden_reused_rows = sum(record.rows for record in list_records(self.writer.directory))
+    Raises:
+        EngineError: the teacher cannot be loaded, or its layers cannot be watched.
+    """
+    from teacher_cache.engines.transformers.hidden_engine import HiddenEngine
 
-    def run(
-        self, own_stems: frozenset[str], id8: str | None, partition: tuple[int, int], desk: Desk, summary: BuildSummary
-    ) -> None:
-        """Capture this process's share of the missing parts; arguments as for `parts_to_score`.
-
-        Raises:
-            EngineError: the teacher cannot be loaded, or its layers cannot be watched.
-        """
-        records = parts_to_score(self.writer, own_stems, id8, partition)
-        if not records:
-            return
-        require_length(self.writer, records, self.known.max_model_len)
-        from teacher_cache.engines.transformers.hidden_engine import HiddenEngine
-
-        engine = HiddenEngine.open(self.teacher, self.writer.identity, self.known.files.directory)
-        ran: Mapping[str, Any] = {**software(), "engine": dict(engine.provenance())}
-        try:
-            score_parts(self.writer, records, engine.capture, lambda: ran, desk, summary.hidden, "capture")
-        finally:
-            engine.close()
+    engine = HiddenEngine.open(teacher, layer.identity, known.files.directory)
+    try:
+        score_parts(layer, records, engine.capture, lambda: ran(engine.provenance()), desk, figures, "capture")
+    finally:
+        engine.close()

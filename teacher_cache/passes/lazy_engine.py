@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 from shared.errors import EngineError
+from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.protocol import Engine
 
 
 class LazyEngine:
     """Opens an engine once and closes it at the end; a context manager."""
 
-    def __init__(self, open_engine: Callable[[], Engine], max_model_len: int) -> None:
-        """Remember how to open it and the longest sequence that the build may ask for."""
-        self._open = open_engine
-        self._max_model_len = max_model_len
+    def __init__(
+        self,
+        opener: Callable[..., Engine],
+        teacher: Teacher,
+        capture: Capture | None,
+        generate: Generate | None,
+        model_dir: Path,
+    ) -> None:
+        """Remember what to open, as for `teacher_cache.engines.open_engine`.
+
+        Args:
+            opener: opens it.
+            teacher: with `max_model_len`, the longest sequence that the build may ask for.
+            capture: what will be scored.
+            generate: how it will answer.
+            model_dir: its files.
+        """
+        self._open, self._teacher, self._capture = opener, teacher, capture
+        self._generate, self._model_dir = generate, model_dir
         self._engine: Engine | None = None
-        self._provenance: Mapping[str, Any] | None = None
         self.seconds_starting = 0.0
         """Wall time of the start."""
 
@@ -30,17 +45,12 @@ class LazyEngine:
         """
         if self._engine is None:
             started = time.monotonic()
-            self._engine = self._open()
+            self._engine = self._open(
+                self._teacher, self._capture, for_generation=self._generate, model_dir=self._model_dir
+            )
             self.seconds_starting += time.monotonic() - started
-            require_planned_length(self._engine, self._max_model_len)
+            require_planned_length(self._engine, self._teacher.max_model_len or 0)
         return self._engine
-
-    def provenance(self) -> Mapping[str, Any]:
-        """Return what the engine says about itself."""
-        engine = self.get()
-        if self._provenance is None:
-            self._provenance = dict(engine.provenance())
-        return self._provenance
 
     def close(self) -> None:
         """Close the engine; the next use would open another."""

@@ -21,6 +21,7 @@ from shared.cache.layout import sequences_dir
 from shared.cache.writing.layer_writer import LayerWriter, RowsWriter
 from shared.errors import EngineError
 from shared.keys import row_salt
+from shared.parts.jobs import Job
 from shared.parts.parts import open_part
 from shared.parts.records import PartRecord
 from shared.parts.sequences import SequenceRow
@@ -93,35 +94,31 @@ def _values_of(result: Scored | Captured) -> tuple[NDArray[Any], ...]:
 
 
 def parts_to_score(
-    layer: RowsWriter[Any], own_stems: frozenset[str], id8: str | None, partition: tuple[int, int]
+    layer: RowsWriter[Any], job: Job | None, partition: tuple[int, int], max_model_len: int
 ) -> list[PartRecord]:
     """Return the parts that this process scores: of its own job by unit, of older jobs by a hash of the name.
 
     Args:
-        layer: the targets or hidden layer.
-        own_stems: parts of this job's units that belong to this partition.
-        id8: first 8 digits of this job; None where there is none.
+        layer: the targets or hidden layer, which lacks them.
+        job: this build's; None where there is none.
         partition: (index, count).
-    """
-    index, count = partition
-
-    def is_mine(record: PartRecord) -> bool:
-        if record.id8 == id8:
-            return record.stem in own_stems
-        return xxhash.xxh3_64_intdigest(record.stem.encode()) % count == index
-
-    return [record for record in layer.missing() if is_mine(record)]
-
-
-def require_length(layer: RowsWriter[Any], records: Sequence[PartRecord], max_model_len: int) -> None:
-    """Refuse parts with a row that is longer than the teacher takes; reads offsets only.
+        max_model_len: longest row in tokens that the teacher takes.
 
     Raises:
-        EngineError: with part and row.
+        EngineError: a row is longer, with part and row.
     """
-    directory = sequences_dir(layer.directory.parents[1])
+    index, count = partition
+    own = frozenset(job.part_stem(unit) for unit in range(index, job.num_units, count)) if job else frozenset[str]()
+
+    def is_mine(record: PartRecord) -> bool:
+        if job is not None and record.id8 == job.id8:
+            return record.stem in own
+        return xxhash.xxh3_64_intdigest(record.stem.encode()) % count == index
+
+    records = [record for record in layer.missing() if is_mine(record)]
     for record in records:
-        lengths = pc.list_value_length(open_part(directory, record, verify=False).column("token_ids"))
+        part = open_part(sequences_dir(layer.cache.path), record, verify=False)
+        lengths = pc.list_value_length(part.column("token_ids"))  # reads offsets only
         longest = pc.max(lengths).as_py() or 0
         if longest > max_model_len:
             row = pc.index(lengths, longest).as_py()
@@ -129,6 +126,7 @@ def require_length(layer: RowsWriter[Any], records: Sequence[PartRecord], max_mo
                 f"{record.stem}:{row}: the row has {longest:,} tokens and the teacher takes {max_model_len:,}; raise "
                 "`teacher.max_model_len`, or score this cache with a teacher that takes longer sequences"
             )
+    return records
 
 
 def score_parts(

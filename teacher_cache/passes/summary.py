@@ -108,11 +108,8 @@ class BuildSummary:
 
     def absorb(self, other: BuildSummary, num_engines: int) -> None:
         """Add what one of several engines did; time in it counts as its share, wall time is the caller's to measure."""
-        for mine, its in (
-            (self.generated, other.generated),
-            (self.imported, other.imported),
-            (self.scored, other.scored),
-        ):
+        for name, mine in self.passes.items():
+            its = other.passes[name]
             mine.rows += its.rows
             mine.positions += its.positions
             mine.tokens += its.tokens
@@ -126,31 +123,29 @@ class BuildSummary:
             self.add_problem(problem)
 
     @property
+    def passes(self) -> dict[str, PassFigures]:
+        """The figures of each pass, by the name under which its progress is shown."""
+        return {"generate": self.generated, "import": self.imported, "score": self.scored, "capture": self.hidden}
+
+    @property
     def tokens(self) -> int:
         """Tokens of all passes."""
-        return self.generated.tokens + self.imported.tokens + self.scored.tokens
+        return sum(figures.tokens for figures in self.passes.values())
 
     @property
     def computed(self) -> bool:
         """Whether anything was computed."""
-        return bool(self.generated.rows or self.imported.rows or self.scored.rows or self.hidden.rows)
+        return any(figures.rows for figures in self.passes.values())
 
     @property
     def seconds(self) -> float:
-        """Wall time of both passes and the engine's start."""
-        return (
-            self.seconds_starting
-            + self.generated.seconds
-            + self.imported.seconds
-            + self.scored.seconds
-            + self.hidden.seconds
-        )
+        """Wall time of all passes and the engine's start."""
+        return self.seconds_starting + sum(figures.seconds for figures in self.passes.values())
 
     @property
     def seconds_writing(self) -> float:
         """Encoding and writing of all passes, beside the engine."""
-        passes = (self.generated, self.imported, self.scored, self.hidden)
-        return sum(figures.seconds_writing for figures in passes)
+        return sum(figures.seconds_writing for figures in self.passes.values())
 
     @property
     def seconds_waiting(self) -> float:
@@ -177,8 +172,8 @@ class BuildSummary:
                 f"hidden layer {self.hidden_layer}: reused {self.hidden_reused_rows:,} rows, captured "
                 f"{self.hidden.rows:,} with transformers on the same weights"
             )
-        for name, figures in (("generate", self.generated), ("score", self.scored), ("capture", self.hidden)):
-            if figures.rows:
+        for name, figures in self.passes.items():
+            if figures.rows and name != "import":
                 lines.append(
                     f"{name}: {figures.tokens:,} tokens in {figures.seconds:,.1f} s, {figures.tokens_per_second:,.0f} "
                     f"tokens/s, engine idle at most {figures.idle_share:.0%} of it"

@@ -11,9 +11,8 @@ Cost: the other model's tokenizer is loaded once; its weights are sampled, not r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from shared.cache.layout import read_header
 from shared.errors import EngineError, IdentityError
@@ -32,21 +31,15 @@ class Answerer:
     section: Teacher
     """How its engine is opened."""
     known: KnownTeacher
+    """Its files, and the longest sequence that both models take."""
     key: str | None
     """What of it enters a row_key; None where the cache began with its answers."""
     is_teacher: bool
-    max_model_len: int
-    """Longest sequence in tokens that both models take."""
 
-    @property
-    def generator(self) -> dict[str, Any]:
-        """What of the model decides its answers, as a request records it."""
-        return self.known.generator
-
-    @property
-    def name(self) -> str:
-        """The model as the recipe spells it."""
-        return self.section.model
+    @classmethod
+    def beside(cls, section: Teacher, known: KnownTeacher) -> Answerer:
+        """Return a model that answers beside the teacher, with sequences as long as `known` says."""
+        return cls(section.model_copy(update={"max_model_len": known.max_model_len}), known, known.weights_hash, False)
 
 
 def know_answerer(generate: Generate | None, teacher: Teacher, known: KnownTeacher) -> Answerer:
@@ -62,7 +55,7 @@ def know_answerer(generate: Generate | None, teacher: Teacher, known: KnownTeach
         EngineError: its files are missing or broken.
     """
     if generate is None or generate.model is None:
-        return Answerer(teacher, known, None, True, known.max_model_len)
+        return Answerer(teacher.model_copy(update={"max_model_len": known.max_model_len}), known, None, True)
     alone = {"model": generate.model, "revision": None, "adapter": None, "quantization": None, "max_model_len": None}
     section = on_engine(teacher.engine, teacher, **alone)
     try:
@@ -80,8 +73,7 @@ def know_answerer(generate: Generate | None, teacher: Teacher, known: KnownTeach
             f"generate.model {generate.model} can answer with {other.vocab_size:,} tokens and the teacher "
             f"{teacher.model} knows {known.vocab_size:,}; expected a model of the same family"
         )
-    length = min(other.max_model_len, known.max_model_len)
-    return Answerer(section.model_copy(update={"max_model_len": length}), other, other.weights_hash, False, length)
+    return Answerer.beside(section, replace(other, max_model_len=min(other.max_model_len, known.max_model_len)))
 
 
 def answerer_key(generate: Generate | None, teacher: Teacher | None, cache: Path) -> str | None:

@@ -139,3 +139,8 @@ def software() -> Mapping[str, Any]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def ran(provenance: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return what a record says of how its part was made: versions, what the engine says of itself, and more."""
+    return {**software(), "engine": dict(provenance), **more}
