@@ -291,7 +291,7 @@ def test_export_is_of_the_rows_that_its_id_names_also_while_the_cache_grows(
         build(path, 20, 26, layers=(TOP, HYBRID))
         claim(directory)
 
-    monkeypatch.setattr("tools.cache.parquet_export.claim", grow_then_claim)
+    monkeypatch.setattr("tools.cache.staged_directory.claim", grow_then_claim)
     result = export_cache(path, tmp_path / "out", HYBRID.name)
     assert result["rows"] == len(before) < len(Cache.open(path, HYBRID.name))
     assert sum(pq.read_metadata(file).num_rows for file in (tmp_path / "out").glob("*.parquet")) == len(before)

@@ -43,8 +43,7 @@ from shared.parts.cache_files import read_bounded
 from shared.parts.records import PartRecord, check_counts, list_records
 from shared.parts.repeated_rows import repeated_rows
 from shared.schema import MAX_JSON_BYTES
-from tools.cache.derived_cache import DerivedCache
-from tools.cache.staged_directory import unfinished
+from tools.cache.staged_directory import DerivedCache, unfinished
 
 
 @dataclass(slots=True)
@@ -217,15 +216,14 @@ def carry_out(
         cache, job, existed, rows, parts, linked, copied, rewritten, layers and hidden_left_out.
     """
     out, take_over = merge.out, merge.take_over
-    if not out.existed:
-        out.claim()
-        make_dir(sequences_dir(out.path))
-        out.plan()
-        _write_layers(merge)
-    _write_parts(merge, dropped_rows, advance)
-    if not out.existed:
-        _write_header(merge)
-        out.publish()
+    if out.existed:
+        _write_parts(merge, dropped_rows, advance)
+    else:
+        with out.written():
+            make_dir(sequences_dir(out.path))
+            _write_layers(merge)
+            _write_parts(merge, dropped_rows, advance)
+            _write_header(merge)
     return {
         "cache": str(out.out),
         "job": out.job,

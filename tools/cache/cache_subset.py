@@ -22,8 +22,8 @@ from shared.cache.writing.part_takeover import TakeOver
 from shared.errors import CacheError, UsageError
 from shared.recipe.base import closest
 from tools.cache.cache_merge import Merge, carry_out, common_layers, fingerprint, how_made, open_source
-from tools.cache.derived_cache import DerivedCache
 from tools.cache.row_query import Condition
+from tools.cache.staged_directory import DerivedCache
 
 _HASHES = 2.0**64
 

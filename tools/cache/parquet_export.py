@@ -43,7 +43,7 @@ from tools.cache.parquet_columns import (
     flat,
     targets_columns,
 )
-from tools.cache.staged_directory import claim, publish, refuse_existing, staging_path
+from tools.cache.staged_directory import refuse_existing, staged
 
 MOST_POSITIONS_PER_BATCH = 2**15
 MOST_ROWS_PER_BATCH = 256
@@ -73,26 +73,25 @@ def export_cache(
     layer = choose_layer(list_layers(path), cache.layer_name, path) if cache.layer_name else None
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
-        staging = staging_path(out, "exporting", cache_id)
-        claim(staging)
-        for record, scores, shown in cache.parts():
-            file = staging / f"{record.stem}.parquet"
-            if not file.exists():
-                _write_part(cache, layer, record, scores, shown, file)
-            advance(record.rows)
-        _write_metadata(path, layer, staging, cache_id)
-        publish(staging, out, metadata)
+        with staged(out, "exporting", cache_id, metadata) as staging:
+            for record, scores, shown in cache.parts():
+                file = staging / f"{record.stem}.parquet"
+                if not file.exists():
+                    _write_part(cache, layer, record, scores, shown, file)
+                advance(record.rows)
+            _write_metadata(path, layer, staging, cache_id)
     return exported(cache, out, existed=existed)
 
 
 def exported(cache: Cache, out: Path, *, existed: bool) -> dict[str, Any]:
     """Return directory, files, rows, layer, bytes, existed and hidden_left_out of an export."""
+    sizes = [file.stat().st_size for file in out.glob("*.parquet")]
     return {
         "directory": str(out),
-        "files": len(cache.parts()),
+        "files": len(sizes),
         "rows": len(cache),
         "layer": cache.layer_name,
-        "bytes": sum(file.stat().st_size for file in out.glob("*.parquet")),
+        "bytes": sum(sizes),
         "existed": existed,
         "hidden_left_out": sorted(list_hidden_layers(cache.path)),
     }

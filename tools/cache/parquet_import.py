@@ -38,7 +38,6 @@ from shared.parts.repeated_rows import repeated_rows
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.codec import Codec
 from shared.schema import MAX_FRAME_RATIO, MAX_JSON_BYTES, MAX_ROWS_PER_PART, STEM_PATTERN, TARGETS
-from tools.cache.derived_cache import DerivedCache
 from tools.cache.parquet_columns import (
     EXPORT_FORMAT,
     METADATA_FILE,
@@ -49,6 +48,7 @@ from tools.cache.parquet_columns import (
     lists_in,
     read_targets,
 )
+from tools.cache.staged_directory import DerivedCache
 
 ROWS_PER_BATCH = 64
 FREE_BYTES = 2**26
@@ -96,23 +96,18 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
     request = {"import": digest.hexdigest()}
     derived = DerivedCache.of(out, "importing", "an import of these files as they are now", request)
     if not derived.existed:
-        derived.claim()
-        writer = CacheWriter.create_or_open(derived.path, export.identity, export.tokenizer_files)
-        layer = (
-            LayerWriter.create_or_open(writer, export.layer_name, export.layer, export.provenance)
-            if export.layer
-            else None
-        )
-        derived.plan()
-        sequences = sequences_dir(derived.path)
-        for number, file in enumerate(files):
-            stem = derived.stem(number)
-            target = layer.directory if layer else sequences
-            if not (target / f"{stem}.json").exists():
-                _import_file(file, export, writer, target, stem)
-            advance(read_record(sequences / f"{stem}.json").rows)
-        _refuse_repeats(derived.path, files)
-        derived.publish()
+        with derived.written():
+            writer = CacheWriter.create_or_open(derived.path, export.identity, export.tokenizer_files)
+            target = sequences = sequences_dir(derived.path)
+            if export.layer:
+                layer = LayerWriter.create_or_open(writer, export.layer_name, export.layer, export.provenance)
+                target = layer.directory
+            for number, file in enumerate(files):
+                stem = derived.stem(number)
+                if not (target / f"{stem}.json").exists():
+                    _import_file(file, export, writer, target, stem)
+                advance(read_record(sequences / f"{stem}.json").rows)
+            _refuse_repeats(derived.path, files)
     records = list_records(sequences_dir(out))
     name = f"{export.layer_name}-{export.layer.hash8}" if export.layer else None
     rows = sum(record.rows for record in records)

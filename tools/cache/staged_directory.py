@@ -1,8 +1,10 @@
-"""A directory that is whole or not there: written beside its place, named after what it will hold, then renamed.
+"""A directory, or a cache, that is whole or not there: written beside its place, named after what it will hold, then
+renamed.
 
 The name ends in the id of the content, so the same command continues after a kill and no other does. Two of the same
 command at once would write, link and rename each other's files: whoever writes holds a lock on the directory, which
-ends with its process.
+ends with its process. A cache that is made of something else has one job, whose plan is empty because nothing is left
+to do; its id hashes what was asked and of what.
 """
 
 from __future__ import annotations
@@ -11,11 +13,16 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shared.atomic import TEMPORARY_MARK, fsync_dir, make_dir
 from shared.cache.within import refuse_within_cache
 from shared.errors import CacheError
+from shared.parts.jobs import create_job, job_id
 
 
 def staging_path(out: Path, doing: str, content_id: str) -> Path:
@@ -115,3 +122,70 @@ def publish(staging: Path, out: Path, proof: Path) -> None:
     finally:
         _release(staging)
     fsync_dir(out.absolute().parent)
+
+
+@contextmanager
+def staged(out: Path, doing: str, content_id: str, proof: Path) -> Iterator[Path]:
+    """Yield the directory where `out` is written, of this process alone, and give it its name once all is in it.
+
+    Raises:
+        CacheError: as for `claim` and `publish`.
+    """
+    staging = staging_path(out, doing, content_id)
+    claim(staging)
+    yield staging
+    publish(staging, out, proof)
+
+
+@dataclass(frozen=True, slots=True)
+class DerivedCache:
+    """Where a cache that a command makes of something else is, or is written."""
+
+    out: Path
+    doing: str
+    request: Mapping[str, Any]
+    job: str
+    proof: Path
+    """A file of `out` that only this cache has."""
+    existed: bool
+    """Whether `out` holds it already."""
+
+    @classmethod
+    def of(cls, out: Path, doing: str, wanted: str, request: Mapping[str, Any]) -> DerivedCache:
+        """Look for a cache.
+
+        Args:
+            out: where it is to be.
+            doing: the word of the directory beside it, such as `merging`.
+            wanted: what it is, for the message.
+            request: equal ones are the same cache.
+
+        Raises:
+            CacheError: `out` is something else.
+        """
+        job = job_id(request)
+        proof = out / "jobs" / job / "plan.arrow"
+        existed = (out / "cache.json").is_file() and proof.is_file()
+        if not existed:
+            refuse_existing(out, wanted)
+        return cls(out, doing, request, job, proof, existed)
+
+    @property
+    def path(self) -> Path:
+        """`out` where it existed, else the directory beside it that will be renamed."""
+        return self.out if self.existed else staging_path(self.out, self.doing, self.job)
+
+    def stem(self, number: int) -> str:
+        """Return the name of its part `number`."""
+        return f"part-{self.job[:8]}-{number:06d}"
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Write `path`, with its empty plan, for this process alone; it becomes `out` once all is in it.
+
+        Raises:
+            CacheError: another process of the same command writes it, or it cannot be written.
+        """
+        with staged(self.out, self.doing, self.job, self.proof) as path:
+            create_job(path, self.request, (), 1)
+            yield

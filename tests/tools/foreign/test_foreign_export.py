@@ -122,13 +122,25 @@ def test_heads_right_up_to_a_factor_are_not_exported_as_log_probabilities(tmp_pa
 
 
 def test_what_a_killed_export_left_is_not_taken_for_another_format(cache, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tools.cache.foreign.export_foreign.publish", lambda *a: (_ for _ in ()).throw(CacheError("x")))
+    monkeypatch.setattr("tools.cache.staged_directory.publish", lambda *a: (_ for _ in ()).throw(CacheError("x")))
     words = ["cache", "export", str(cache), str(tmp_path / "out"), "--targets", TOP.name, "--format"]
     assert cli.main([*words, "axolotl"]) == 1
     monkeypatch.undo()
     capsys.readouterr()
     export(capsys, cache, tmp_path / "out", "distillkit", TOP.name)
     assert all("bytepacked_indices" in pq.read_schema(file).names for file in (tmp_path / "out").glob("*.parquet"))
+
+
+@pytest.mark.parametrize("form", ["axolotl", "distillkit"])
+def test_parts_without_rows_make_no_file(tmp_path, capsys, form):
+    build(tmp_path / "cache", 6, 10, 1)  # all of the first part's rows were set aside
+    result = export(capsys, tmp_path / "cache", tmp_path / "out", form, TOP.name)
+    files = sorted((tmp_path / "out").glob("*.parquet"))
+    assert (result["rows"], result["files"]) == (3, 3) == (sum(pq.read_table(f).num_rows for f in files), len(files))
+    build(tmp_path / "empty", 6, 7, 1)
+    words = ["cache", "export", str(tmp_path / "empty"), str(tmp_path / "none"), "--format", form]
+    assert cli.main(words) == 1 and "has no rows" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_exported_distillkit_is_imported_by_the_command(tmp_path, tokenizer_dir, capsys):

@@ -78,7 +78,7 @@ def test_a_killed_import_is_continued_and_repeated_rows_are_named(tmp_path, toke
     write_distillkit(tmp_path / "set", [*made, made[0]], EXACT)
     words = (tmp_path / "set", tmp_path / "cache", "--tokenizer", tokenizer_dir)
     monkeypatch.setattr("tools.cache.foreign.import_cache._MOST_ROWS", 2)
-    monkeypatch.setattr("tools.cache.derived_cache.publish", lambda *a: (_ for _ in ()).throw(CacheError("cut")))
+    monkeypatch.setattr("tools.cache.staged_directory.publish", lambda *a: (_ for _ in ()).throw(CacheError("cut")))
     assert "cut" in run(capsys, *words, code=1)
     monkeypatch.undo()
     monkeypatch.setattr("tools.cache.foreign.import_cache._MOST_ROWS", 2)

@@ -8,12 +8,13 @@
   -100, and the row, which DistillKit needs, names the token of the text alone; heads shorter than k are filled with
   entries of no mass.
 
-Draws, hidden layers and tails at other temperatures have no place there and are left out. One file per part, written
-beside OUT_DIR and renamed; memory: one row.
+Draws, hidden layers and tails at other temperatures have no place there and are left out. One file per part with rows,
+written beside OUT_DIR and renamed; memory: one row.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from shared.atomic import write_atomic
 from shared.cache.cache import Cache, Row
-from shared.errors import UsageError
+from shared.errors import CacheError, UsageError
 from shared.identity.identity import LayerIdentity
 from shared.parts.cache_files import read_json
 from shared.parts.records import json_bytes
@@ -33,7 +34,7 @@ from tools.cache.foreign.bit_packing import pack
 from tools.cache.foreign.distillkit import SETTINGS_FILE, Compression, index_bits
 from tools.cache.parquet_columns import flat, nested
 from tools.cache.parquet_export import exported, write_parquet
-from tools.cache.staged_directory import claim, publish, refuse_existing, staging_path
+from tools.cache.staged_directory import refuse_existing, staged
 
 SOURCE_FILE = "source.json"
 NO_MASS = -10_000.0
@@ -65,9 +66,11 @@ def export_foreign(
 
     Raises:
         UsageError: the layer has no heads, or none that the format could hold.
-        CacheError: rows are not scored, something is damaged, or `out` is something else.
+        CacheError: there is no row, rows are not scored, something is damaged, or `out` is something else.
     """
     cache = Cache.open(path, targets)
+    if not len(cache):
+        raise CacheError(f"{path} has no rows, and {form} has no place for what else it says; export as parquet")
     layer = cache.layer
     if layer is None or layer.k == 0:
         raise UsageError(
@@ -83,20 +86,18 @@ def export_foreign(
     existed = proof.is_file() and read_json(proof) == said
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
-        staging = staging_path(out, f"exporting-{form}", cache.cache_id)
-        claim(staging)
-        first = 0
-        for number, (record, _, shown) in enumerate(cache.parts()):
-            rows = record.rows if shown is None else int(shown.sum())
-            file = staging / f"data_{number}.parquet"
-            if not file.exists():
-                _write_part(cache, range(first, first + rows), layer, form, file)
-            first += rows
-            advance(rows)
-        if form == "distillkit":
-            write_atomic(staging / SETTINGS_FILE, json_bytes(_settings(layer).model_dump(mode="json")), "sequences")
-        write_atomic(staging / SOURCE_FILE, json_bytes(said), "cache_json")
-        publish(staging, out, proof)
+        with staged(out, f"exporting-{form}", cache.cache_id, proof) as staging:
+            first = 0
+            for number, (record, _, shown) in enumerate(cache.parts()):
+                rows = record.rows if shown is None else int(shown.sum())
+                file = staging / f"data_{number}.parquet"
+                if rows and not file.exists():
+                    _write_part(cache, range(first, first + rows), layer, form, file)
+                first += rows
+                advance(rows)
+            if form == "distillkit":
+                write_atomic(staging / SETTINGS_FILE, json_bytes(_settings(layer).model_dump(mode="json")), "sequences")
+            write_atomic(staging / SOURCE_FILE, json_bytes(said), "cache_json")
     return exported(cache, out, existed=existed)
 
 
@@ -114,19 +115,16 @@ def _settings(layer: LayerIdentity) -> Compression:
 
 
 def _write_part(cache: Cache, rows: range, layer: LayerIdentity, form: str, file: Path) -> None:
-    """Write rows of a cache as one Parquet file."""
+    """Write rows of a cache, one at least, as one Parquet file."""
     columns_of = _axolotl if form == "axolotl" else _distillkit
 
     def fill(target: BinaryIO) -> None:
         """Write row after row."""
-        writer: pq.ParquetWriter | None = None
-        for index in rows:
-            columns = columns_of(cache[index], layer)
-            batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
-            writer = writer or pq.ParquetWriter(target, batch.schema, compression="zstd")
-            writer.write_batch(batch, row_group_size=len(batch))
-        if writer is not None:
-            writer.close()
+        batches = (pa.RecordBatch.from_pydict(columns_of(cache[index], layer)) for index in rows)
+        first = next(batches)
+        with pq.ParquetWriter(target, first.schema, compression="zstd") as writer:
+            for batch in itertools.chain((first,), batches):
+                writer.write_batch(batch, row_group_size=len(batch))
 
     write_parquet(file, fill, 0)
 

@@ -31,9 +31,9 @@ from shared.parts.records import list_records
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.targets import SparseTargets
 from tools.cache.cache_page import TAIL_MEANS
-from tools.cache.derived_cache import DerivedCache
 from tools.cache.foreign.foreign_row import ForeignReader, ForeignRow, check_row
 from tools.cache.foreign.heads import to_targets
+from tools.cache.staged_directory import DerivedCache
 
 _MOST_ROWS, _MOST_ENTRIES, _MOST_TOKENS = 512, 2**23, 2**24
 """Of a part; entries and tokens bound the memory."""
@@ -110,24 +110,19 @@ def import_foreign(
     derived = DerivedCache.of(out, "importing", "an import of these files as they are now", request)
     counts: Counter[str] = Counter()
     if not derived.existed:
-        derived.claim()
         vocab_size = min(len(told.tokenizer), reader.vocab_size or len(told.tokenizer))
-        writer = CacheWriter.create_or_open(
-            derived.path, _sequences_identity(told, reader, vocab_size), told.tokenizer_files
-        )
-        layer = LayerWriter.create_or_open(
-            writer, None, _layer_identity(told, reader, vocab_size), _provenance(told, reader), make=False
-        )
-        derived.plan()
-        tail = layer.identity.tail
-        for number, part in enumerate(_parts(reader, told, vocab_size, tail, counts)):
-            _commit(writer, layer, derived.stem(number), part, software)
-            advance(len(part.rows))
-        if not counts["rows"]:
-            shutil.rmtree(derived.path)
-            reasons = "; ".join(f"{rows:,} {reason}" for reason, rows in counts.items() if reason.startswith(_ASIDE))
-            raise CacheError(f"{out}: no row can be used ({reasons or 'the files hold none'}); nothing was made")
-        derived.publish()
+        sequences, targets = _sequences_identity(told, reader, vocab_size), _layer_identity(told, reader, vocab_size)
+        with derived.written():
+            writer = CacheWriter.create_or_open(derived.path, sequences, told.tokenizer_files)
+            layer = LayerWriter.create_or_open(writer, None, targets, _provenance(told, reader), make=False)
+            for number, part in enumerate(_parts(reader, told, vocab_size, targets.tail, counts)):
+                _commit(writer, layer, derived.stem(number), part, software)
+                advance(len(part.rows))
+            if not counts["rows"]:
+                shutil.rmtree(derived.path)
+                listed = (f"{rows:,} {reason}" for reason, rows in counts.items() if reason.startswith(_ASIDE))
+                reasons = "; ".join(listed) or "the files hold none"
+                raise CacheError(f"{out}: no row can be used ({reasons}); nothing was made")
     return _summary(derived, reader, counts)
 
 

@@ -34,7 +34,7 @@ from shared.parts.sequences import SequenceRow
 from shared.payload.targets import SparseTargets
 from teacher_cache.teacher.model_files import tokenizer_files
 from teacher_cache.teacher.teacher_identity import software
-from tools.cache.derived_cache import DerivedCache
+from tools.cache.staged_directory import DerivedCache
 from tools.cache.translate.landing import Landing, Stays
 from tools.cache.translate.projection import Projection, RowPair, renamed
 from tools.cache.translate.student_rows import StudentRows, UntranslatableError
@@ -106,11 +106,9 @@ def translate_cache(
             template=said["template"] if template else "",
             tokenizer=tokenizer,
         )
-        derived.claim()
-        writer = CacheWriter.create_or_open(derived.path, identity, files)
-        derived.plan()
-        _write(cache, rows, landing, counted, writer, identity, derived, advance)
-        derived.publish()
+        with derived.written():
+            writer = CacheWriter.create_or_open(derived.path, identity, files)
+            _write(cache, rows, landing, counted, writer, identity, derived, advance)
     return {"cache": str(out), "job": derived.job, "existed": derived.existed, **_summary(out)}
 
 
