@@ -17,6 +17,7 @@ from shared.models.gpus import list_gpus
 from shared.recipe.base import SLUG
 from shared.recipe.sections.prompts import COLUMNS, PromptSource
 from shared.recipe.yaml_text import columns_text, yaml_text
+from shared.text.file_endings import endings
 
 _HEAD = """\
 # {name}: {teacher} into {student}.
@@ -209,7 +210,7 @@ def guess_format(prompts: str) -> tuple[str, dict[str, str], str]:
         return "messages", {}, ""
     found = likely_format(row)
     if found is not None:
-        return *found, _WHOLE_FILE if isinstance(place, LocalFiles) and ".txt" in place.paths[0].suffixes else ""
+        return *found, _WHOLE_FILE if isinstance(place, LocalFiles) and ".txt" in endings(place.paths[0]) else ""
     names = plain_text(", ".join(map(str, row)))[:80]
     note = f"a guess: the first row has the columns {names}; docs/data.md says how `columns` names them"
     return "messages", {}, note

@@ -55,6 +55,10 @@ def note(path: Path | str, **settings) -> str:
         (["default/train/0.jsonl", "default/test/0.jsonl"], {}, ["default/train/0.jsonl"]),
         (["deep/er/a.jsonl"], {}, ["deep/er/a.jsonl"]),
         (["a.jsonl", "dataset_info.json", "notes.txt", "README.md"], {}, ["a.jsonl"]),
+        (["Train.JSONL", "Test.JSONL"], {}, ["Train.JSONL"]),
+        (["Train.jsonl", "Test.jsonl"], {"split": "test"}, ["Test.jsonl"]),
+        (["TRAIN/a.jsonl", "VAL/a.jsonl"], {"split": "validation"}, ["VAL/a.jsonl"]),
+        (["A.JSONL", "NOTES.TXT"], {}, ["A.JSONL"]),
     ],
 )
 def test_the_files_of_one_split_and_configuration_are_read(tmp_path, files, settings, read):

@@ -41,6 +41,18 @@ def test_compressed_members_are_read_one_after_another(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", PACK)
+def test_endings_in_capitals_are_read_as_those_in_small_letters(tmp_path, suffix):
+    rows = {"a.JSONL": LINES[0], "a.JSON": f"[{LINES[0]}]", "a.TSV": "text\trow\nx, y\t1\n", "a.Txt": "one text"}
+    for name, content in rows.items():
+        small = tmp_path / name.lower()
+        small.write_text(content)
+        (tmp_path / f"{name}{suffix.upper()}").write_bytes(PACK[suffix](content.encode()))
+        assert list(read_file(tmp_path / f"{name}{suffix.upper()}")) == list(read_file(small)) != []
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.Parquet")
+    assert list(read_file(tmp_path / "a.Parquet")) == [(1, {"text": "a"})]
+
+
+@pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("share", [0, 0.3, 0.7, 0.999])
 def test_a_compressed_file_that_ends_in_the_middle_is_refused_with_its_place(tmp_path, suffix, share):
     path = tmp_path / f"a.jsonl{suffix}"

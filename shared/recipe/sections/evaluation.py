@@ -24,6 +24,7 @@ from shared.recipe.base import (
     unused,
     unused_sampling,
 )
+from shared.text.file_endings import ends_in
 
 COLUMN = re.compile(r"\{(\w+)\}")
 """A column of the file within a `prompt_template`."""
@@ -107,7 +108,7 @@ class SideBySide(Section):
             for i in repeated(values):
                 yield (name, i), f"{values[i]} is listed twice"
         for i, place in enumerate(self.prompts):
-            if place not in ("heldout", "tasks") and not place.endswith((".jsonl", ".jsonl.gz")):
+            if place not in ("heldout", "tasks") and not ends_in(place, ".jsonl", ".jsonl.gz"):
                 yield ("prompts", i), f"'{place}' is neither 'heldout' nor 'tasks' nor a .jsonl file"
 
 

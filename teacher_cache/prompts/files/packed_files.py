@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from shared.text.file_endings import ends_in
+
 PIECE_BYTES = 2**11
 """Goes in at once; the densest format makes 64 MiB of it."""
 BLOCK_BYTES = 2**18
@@ -33,9 +35,10 @@ def open_bytes(path: Path) -> BinaryIO:
     Reading raises EOFError where a compressed file ends in the middle, ValueError where it unpacks out of proportion,
     and what the decompressor raises where it holds something else.
     """
-    if path.suffix not in _NEW:
+    packed = next((new for ending, new in _NEW.items() if ends_in(path, ending)), None)
+    if packed is None:
         return path.open("rb")
-    return cast("BinaryIO", io.BufferedReader(_Members(path, _NEW[path.suffix]), BLOCK_BYTES))
+    return cast("BinaryIO", io.BufferedReader(_Members(path, packed), BLOCK_BYTES))
 
 
 def _zstandard() -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 from shared.errors import PromptError, first_line
 from shared.recipe.recipe import PromptSource
 from shared.text import strict_json
+from shared.text.file_endings import endings
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 KINDS = {
@@ -58,11 +59,11 @@ def kind_of(path: Path) -> str | None:
     """Return the kind of a file by its name: json (lines or a list), csv, txt, parquet, arrow; None where it is not
     read.
     """
-    suffixes = path.suffixes
+    suffixes = endings(path)
     if suffixes and suffixes[-1] in COMPRESSIONS:
         inner = KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
         return inner if inner in ("json", "csv", "txt") else None
-    return KINDS.get(path.suffix)
+    return KINDS.get(suffixes[-1]) if suffixes else None
 
 
 def of_file(path: Path, source: PromptSource) -> Chosen:
@@ -139,7 +140,7 @@ def _data_files(directory: Path) -> tuple[list[Path], list[Path]]:
     ]
     found = [path for path in seen if kind_of(path) is not None]
     for suffix in (".json", ".txt"):  # descriptions lie beside data of another kind
-        others = [path for path in found if suffix not in path.suffixes]
+        others = [path for path in found if suffix not in endings(path)]
         found = others or found
     return found, sorted(set(seen) - set(found))
 
@@ -188,7 +189,19 @@ def _splits(directory: Path, there: Sequence[Path], source: PromptSource, card: 
     known = {path for files in splits.values() for path in files}
     if not card and not splits.get("train"):
         splits["train"] = [path for path in there if path not in known]
+    if not card:
+        _move_told_in_capitals(splits, directory)
     return {split: files for split, files in splits.items() if files}
+
+
+def _move_told_in_capitals(splits: dict[str, list[Path]], directory: Path) -> None:
+    """Take files out of `train` whose names tell another split in capitals alone, which the library does not read."""
+    for path in list(splits.get("train", ())):
+        names = path.relative_to(directory).parts[::-1]
+        told = next((split for name in names if (split := _split_in(name))), "train")
+        if told != "train" and not any(word in SPLIT_WORDS for name in names for word in _words(name)):
+            splits["train"].remove(path)
+            splits.setdefault(told, []).append(path)
 
 
 def _of_config(directory: Path, splits: Mapping[str, list[Path]], source: PromptSource) -> dict[str, list[Path]]:
@@ -260,8 +273,11 @@ def _note(source: PromptSource, what: str) -> str:
 
 def _split_in(name: str) -> str | None:
     """Return the split that a file's or folder's name tells: test-00000-of-00001.parquet -> test."""
-    words = re.split(r"[-._ 0-9]+", name)
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+    return next((SPLIT_WORDS[word] for word in _words(name.lower()) if word in SPLIT_WORDS), None)
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[-._ 0-9]+", name)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -87,7 +87,7 @@ def _of_one_kind(chosen: Chosen, source: PromptSource) -> LocalFiles:
     if None in kinds:
         raise PromptError(
             f"{kinds[None]}: unknown kind of file; expected one of .jsonl, .json, .csv, .tsv, .txt (each may end in "
-            ".gz, .bz2, .xz or .zst), .parquet, .arrow, in lower case"
+            ".gz, .bz2, .xz or .zst), .parquet, .arrow"
         )
     if len(kinds) > 1:
         named = ", ".join(sorted(str(kind) for kind in kinds))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import PromptError, reason_of
+from shared.text.file_endings import endings
 from shared.text.text_encoding import other_encoding
 from teacher_cache.prompts.files.json_lists import read_list
 from teacher_cache.prompts.files.packed_files import BLOCK_BYTES, open_bytes
@@ -71,7 +72,7 @@ def _require_utf8(path: Path) -> None:
 
 
 def _json(path: Path) -> Iterator[Numbered]:
-    if path.suffixes and ".json" in path.suffixes and _starts_list(path):
+    if ".json" in endings(path) and _starts_list(path):
         with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
             yield from enumerate(read_list(file, MAX_LINE_BYTES), start=1)
     else:
@@ -137,7 +138,7 @@ def _csv(path: Path) -> Iterator[Numbered]:
 
 def _separator(path: Path) -> str:
     """Return what stands between the columns that the first line names: by that line, where it has no comma."""
-    if ".tsv" in path.suffixes:
+    if ".tsv" in endings(path):
         return "\t"
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="replace", newline="") as file:
         first = file.readline(MAX_LINE_BYTES)

@@ -20,6 +20,13 @@ def test_a_pipe_a_device_or_a_directory_is_refused_at_once(tmp_path):
             list(read_rows(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["a.JSON", "a.Json.GZ", "a.JSONL.gz"])
+def test_endings_in_capitals_are_read_as_those_in_small_letters(tmp_path, name):
+    content = b'{"a": "b"}' if "JSONL" in name else b'[{"a": "b"}]'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    assert [row for _, row in read_rows(tmp_path / name)] == [{"a": "b"}]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
 def test_a_compressed_file_that_was_altered_anywhere_is_refused(tmp_path, name):
     whole = gzip.compress(b'{"a": "b"}\n' * 2000, mtime=0)

@@ -57,6 +57,14 @@ def test_rows_of_another_tokenizer_are_refused(tmp_path, tokenizer_dir, capsys):
     assert f"token id {VOCAB + 3} and the tokenizer {VOCAB} entries" in error
 
 
+@pytest.mark.parametrize("is_named", [False, True])
+def test_files_whose_endings_are_in_capitals_are_found(tmp_path, tokenizer_dir, capsys, is_named):
+    write_distillkit(tmp_path / "set", samples(2), EXACT)
+    file = (tmp_path / "set" / "data_0.parquet").rename(tmp_path / "set" / "DATA_0.PARQUET")
+    result = run(capsys, file if is_named else tmp_path / "set", tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    assert (result["format"], result["rows"]) == ("DistillKit", 1 if is_named else 2)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,6 +13,7 @@ from typing import Any
 
 from shared.errors import CacheError, UsageError
 from shared.parts.cache_files import list_folder
+from shared.text.file_endings import ends_in
 from tools.cache.foreign.axolotl import COLUMNS, AxolotlReader
 from tools.cache.foreign.distillkit import DistillKitReader
 from tools.cache.foreign.foreign_row import ForeignReader
@@ -70,11 +71,11 @@ def _guessed(path: Path) -> str:
     names = list_folder(path) if path.is_dir() else [path.name]
     if METADATA_FILE in names:
         return "decant"
-    if any(name.endswith(".tar") for name in names):
+    if any(ends_in(name, ".tar") for name in names):
         return "megatron"
-    if any(name.endswith(".jsonl") for name in names):
+    if any(ends_in(name, ".jsonl") for name in names):
         return "openai"
-    if any(name.endswith(".parquet") for name in names):
+    if any(ends_in(name, ".parquet") for name in names):
         return "axolotl" if set(COLUMNS) <= set(parquet_columns(parquet_files(path))) else "distillkit"
     raise CacheError(
         f"{path} holds no {METADATA_FILE}, *.parquet, *.jsonl or *.tar, so its format cannot be told; name it with "

@@ -28,6 +28,7 @@ from shared.errors import CacheError, DamagedError, ModelError, reason_of
 from shared.models.bounded_templates import render
 from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.schema import MAX_TOKENS_PER_ROW
+from shared.text.file_endings import ends_in
 from shared.tokens.token_bytes import read_vocabulary
 from tools.cache.foreign.foreign_row import ForeignRow, check_entries
 
@@ -61,7 +62,7 @@ class OpenAIReader:
             DamagedError: a line is no JSON.
         """
         self.tail = "unknown"
-        self._files = [path] if path.is_file() else [path / n for n in list_folder(path) if n.endswith(".jsonl")]
+        self._files = [path] if path.is_file() else [path / n for n in list_folder(path) if ends_in(n, ".jsonl")]
         if not self._files:
             raise CacheError(f"{path} holds no *.jsonl files; expected answers as JSON lines")
         self._tokenizer = tokenizer

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from shared.errors import CacheError, DamagedError, first_line
 from shared.parts.cache_files import list_folder, open_regular
+from shared.text.file_endings import ends_in
 from tools.cache.foreign.foreign_row import check_entries
 from tools.cache.parquet_columns import Lists, lists_in
 from tools.cache.parquet_import import check_unpacked
@@ -56,8 +57,8 @@ def parquet_files(path: Path) -> list[Path]:
     """
     files = (
         [path]
-        if path.suffix == ".parquet"
-        else [path / name for name in list_folder(path) if name.endswith(".parquet")]
+        if ends_in(path, ".parquet")
+        else [path / name for name in list_folder(path) if ends_in(name, ".parquet")]
     )
     if not files:
         raise CacheError(

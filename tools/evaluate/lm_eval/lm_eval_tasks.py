@@ -25,6 +25,7 @@ import xxhash
 from shared.errors import EvaluationError
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
+from shared.text.file_endings import ends_in
 from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
@@ -69,7 +70,7 @@ def parse_tasks(text: str) -> LmEvalTasks:
     files: dict[str, str] = {}
     paths = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        if not part.endswith((".yaml", ".yml")):
+        if not ends_in(part, ".yaml", ".yml"):
             names.append(part)
             continue
         path = Path(part)

@@ -17,6 +17,7 @@ from typing import Any
 
 from shared.errors import EvaluationError
 from shared.text import strict_json
+from shared.text.file_endings import ends_in
 from shared.text.text_encoding import other_encoding
 
 MAX_FILE_BYTES = 1 << 30
@@ -33,9 +34,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise EvaluationError(f"{path}: is no regular file; name a jsonl or json file (or one ending in .gz)")
-    whole = Path(path.name.removesuffix(".gz")).suffix == ".json"
+    whole = ends_in(path, ".json", ".json.gz")
     try:
-        opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
+        opened = gzip.open(path, "rb") if ends_in(path, ".gz") else path.open("rb")  # noqa: SIM115
         with opened as stream:
             yield from _entries(stream, path) if whole else _lines(stream, path)
     except (OSError, EOFError, zlib.error) as error:
