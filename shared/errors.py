@@ -1,7 +1,8 @@
 """What can go wrong, in one tree, so that a caller catches as much or as little as it wants.
 
 Every message is one sentence: what was found, where (path:line or part:row), what was expected, what to do. The command
-line prints it without a traceback and leaves with `exit_code`: 1 the work failed, 2 the request was wrong.
+line prints it without a traceback and leaves with `exit_code`: 1 the work failed, 2 the request was wrong. Paths and
+names of strangers in it may hold line breaks, which are shown as escapes: no second line can be forged.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ class DecantError(Exception):
     """Base of every error that a user can meet."""
 
     exit_code: ClassVar[int] = 1
+    has_lines: ClassVar[bool] = False
+    """Whether the message may be a list of sentences, each on its line."""
 
     def __str__(self) -> str:
         """Return the message, caches that mirror a URL called by it."""
-        return with_urls(super().__str__())
+        text = with_urls(super().__str__())
+        return text if self.has_lines else on_one_line(text)
 
 
 class UsageError(DecantError):
@@ -28,7 +32,9 @@ class UsageError(DecantError):
 
 
 class RecipeError(UsageError):
-    """The recipe does not say something that Decant can do; the message names file and line."""
+    """The recipe does not say something that Decant can do; the message names file and line, of every problem."""
+
+    has_lines: ClassVar[bool] = True
 
 
 class PromptError(DecantError):
@@ -65,6 +71,15 @@ class ModelError(EngineError, TrainingError, EvaluationError):
     """
 
     exit_code: ClassVar[int] = 2
+
+
+def on_one_line(text: str) -> str:
+    r"""Return a text with its line breaks written as escapes.
+
+    >>> on_one_line("no cache: a\nb")
+    'no cache: a\\nb'
+    """
+    return text.replace("\n", "\\n")
 
 
 def first_line(error: BaseException) -> str:

@@ -20,7 +20,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2 and a sentence."""
-        self.exit(EXIT_USAGE, f"decant: error: {message}; see `{self.prog} --help`\n")
+        from shared.errors import on_one_line
+        from shared.text.printable import printable
+
+        self.exit(EXIT_USAGE, f"decant: error: {printable(on_one_line(message))}; see `{self.prog} --help`\n")
 
 
 Options = Callable[[Parser], None]

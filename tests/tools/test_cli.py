@@ -333,6 +333,15 @@ def test_escape_sequences_of_an_error_are_shown(capsys) -> None:
     assert "no\\x1b[31mcache is not a cache" in capsys.readouterr().err
 
 
+def test_line_breaks_of_paths_and_options_forge_no_second_line(capsys) -> None:
+    assert cli.main(["cache", "ls", "no\ndecant: error: cache"]) == 1
+    with pytest.raises(SystemExit):
+        cli.main(["cache", "subset", "a", "b", "--share", "\x1b[31m2\ndecant: done"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert "no\\ndecant: error: cache is not a cache" in first
+    assert "'\\x1b[31m2\\ndecant: done' is no share" in second
+
+
 def test_traceback_of_a_bug_follows_no_link_that_somebody_laid_in_its_place(tmp_path, monkeypatch, capsys):
     def fail(args):
         raise ZeroDivisionError("first line")
