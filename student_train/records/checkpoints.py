@@ -5,8 +5,8 @@ written after everything else is on disk, and it is removed first when the check
 checkpoint, is removed on resume, and the one before is taken. The marker also says which plan and caches the checkpoint
 belongs to,
 and holds size and checksum of every file and a checksum of itself. Before a stage goes on, they are compared: a
-checkpoint that was altered is put aside by name and an older one is taken. Markers of earlier versions hold no
-checksums; of their files is told what their own formats tell.
+checkpoint that was altered, got files or was given another step's name is put aside by name and an older one is taken.
+Markers of earlier versions hold no checksums; of their files is told what their own formats tell.
 Cost: one fsync per file and one reading of the checkpoint, when it is written and when it is continued; about a second
     per GB.
 """
@@ -33,8 +33,12 @@ from shared.errors import TrainingError, reason_of
 from shared.keys import canonical_json
 from shared.process.failpoints import failpoint
 from shared.text import strict_json
+from student_train.records.kept_json import MAX_BYTES
 
 MARKER = "complete.json"
+STATE_FILE = "trainer_state.json"
+SETTINGS = "settings"
+"""What a marker calls the identity of its stage; earlier versions did not write it."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ASIDE = "damaged-"
 _FILES, _CHECKSUM = "files", "xxh3_128"
@@ -141,18 +145,47 @@ def damage(checkpoint: Checkpoint) -> str | None:
     if checkpoint.marker_problem is not None:
         return f"{checkpoint.path / MARKER} {checkpoint.marker_problem}"
     if checkpoint.files is None:
-        return _told_by_formats(checkpoint.path)
+        return _told_by_formats(checkpoint.path) or _of_another_step(checkpoint)
     for name, wanted in checkpoint.files.items():
         path = checkpoint.path / name
         try:
+            if not path.is_file():  # of a pipe or a device no reading would come to an end
+                path.stat()
+                return f"{path} is no file"
+            if path.stat().st_size != wanted["bytes"]:
+                return f"{path} has {path.stat().st_size:,} bytes where {wanted['bytes']:,} were written"
             found = _summed(path)
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
-        if found["bytes"] != wanted["bytes"]:
-            return f"{path} has {found['bytes']:,} bytes where {wanted['bytes']:,} were written"
         if found != wanted:
             return f"{path} was altered after it was written (its checksum differs)"
+    return _added(checkpoint) or _of_another_step(checkpoint)
+
+
+def _added(checkpoint: Checkpoint) -> str | None:
+    """Say what lies in a checkpoint that was not written with it, or None: a library that finds it might load it.
+
+    Hidden files are no library's.
+    """
+    written = {Path(name) for name in (MARKER, *(checkpoint.files or ()))}
+    written |= {parent for name in written for parent in name.parents}
+    for path in sorted(checkpoint.path.rglob("*")):
+        name = path.relative_to(checkpoint.path)
+        if name not in written and not any(part.startswith(".") for part in name.parts):
+            return f"{path} was not written with the checkpoint"
     return None
+
+
+def _of_another_step(checkpoint: Checkpoint) -> str | None:
+    """Say that a checkpoint is named after a step that it is not of, or None."""
+    path = checkpoint.path / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        step = strict_json.loads(path.read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} does not say its step ({reason_of(error, 100)})"
+    return None if step == checkpoint.step else f"{path} is of step {step}, not of step {checkpoint.step}"
 
 
 def rotate_checkpoints(stage_dir: Path, keep: int | None, also: int | None = None) -> None:
@@ -170,14 +203,20 @@ def newest_checkpoint(stage_dir: Path, belongs_to: Mapping[str, str]) -> Checkpo
     """Return the newest complete checkpoint, or None.
 
     Raises:
-        TrainingError: it was made with another plan or other caches.
+        TrainingError: it was made with another plan, other caches or other settings.
     """
     checkpoints = list_checkpoints(stage_dir)
     if not checkpoints:
         return None
     newest = checkpoints[-1]
-    for name, wanted in belongs_to.items():
-        found = newest.belongs_to.get(name)
+    for checkpoint in checkpoints:  # the best of them may not be the newest
+        if checkpoint.belongs_to.get(SETTINGS, belongs_to.get(SETTINGS)) != belongs_to.get(SETTINGS):
+            raise TrainingError(
+                f"{checkpoint.path} was made by a stage of other settings than those in {stage_dir}, so it cannot be "
+                "continued; remove it, or put back the one that was written there"
+            )
+    for name in sorted(belongs_to.keys() - {SETTINGS}):
+        found, wanted = newest.belongs_to.get(name), belongs_to[name]
         if found != wanted:
             raise TrainingError(
                 f"{newest.path} was made with {name} {found} where this run has {name} {wanted}, so it cannot be "
@@ -189,6 +228,8 @@ def newest_checkpoint(stage_dir: Path, belongs_to: Mapping[str, str]) -> Checkpo
 def _read_marker(path: Path, step: int) -> Checkpoint:
     """Read the marker of a checkpoint; one that cannot be trusted is told by `marker_problem`."""
     try:
+        if (path / MARKER).stat().st_size > MAX_BYTES:
+            raise ValueError("no marker is that large")
         marker = strict_json.loads((path / MARKER).read_text(encoding="utf-8"))
         summed = {name: value for name, value in marker.items() if name != _CHECKSUM}
         files = summed.pop(_FILES, None)
@@ -211,6 +252,8 @@ def _told_by_formats(path: Path) -> str | None:
     """Say which file of a checkpoint without checksums its own format finds damaged, or None."""
     for file in sorted(path.iterdir()):
         try:
+            if not file.is_file() and not file.is_dir():  # of a pipe no reading would come to an end
+                return f"{file} is no file"
             if file.suffix == ".json":
                 strict_json.loads(file.read_text(encoding="utf-8"))
             elif file.suffix in (".pt", ".pth"):

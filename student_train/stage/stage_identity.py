@@ -22,6 +22,7 @@ from shared.models.load_report import loading
 from shared.recipe.base import Section
 from shared.recipe.recipe import Student
 from shared.recipe.sections.losses import LOSS_KINDS
+from student_train.records.checkpoints import SETTINGS
 from student_train.records.kept_json import read_kept
 from student_train.records.processes import num_processes
 from student_train.stage.stage_order import windows_of
@@ -131,6 +132,14 @@ def claim_stage(work: StageWork) -> bool:
     stage_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(wanted, indent=1).encode(), what="identity")
     return False
+
+
+def checkpoint_of(work: StageWork) -> dict[str, str]:
+    """Return what a checkpoint of a claimed stage records: another recipe's may have the same plan and caches."""
+    path = work.directory / IDENTITY_FILE
+    if not path.is_file():  # trained outside of its run, such as by a bench
+        return work.belongs_to
+    return {**work.belongs_to, SETTINGS: xxhash.xxh3_128_hexdigest(canonical_json(read_kept(path)))}
 
 
 def finished_before_it_grew(work: StageWork) -> bool:

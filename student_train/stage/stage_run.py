@@ -51,7 +51,7 @@ from student_train.records.metrics_log import read_steps
 from student_train.records.processes import first_then_others, is_first, wait_for_all
 from student_train.records.run_seconds import SecondsLog
 from student_train.stage.export import export_student, make_savable
-from student_train.stage.stage_identity import claim_stage, mark_done
+from student_train.stage.stage_identity import checkpoint_of, claim_stage, mark_done
 from student_train.stage.stage_teachers import untaught_sources
 from student_train.stage.stage_work import StageWork, resolve_stage
 from student_train.student.decoder_layers import compile_layers
@@ -97,7 +97,7 @@ def run_stage(recipe: Recipe, stage: Stage, patch: Callable[[Any, Objective], No
         write_atomic(work.directory / "recipe.yaml", dump_recipe(recipe).encode(), what="recipe")
         remove_incomplete(work.directory)
     damaged = first_then_others(lambda: _tidy(work))
-    checkpoint = newest_checkpoint(work.directory, work.belongs_to)
+    checkpoint = newest_checkpoint(work.directory, checkpoint_of(work))
     seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
     progress = display(done=checkpoint.step if checkpoint else 0)
     if damaged is not None:
@@ -275,7 +275,7 @@ def assemble(
         PackDataset(work.caches, work.plan, work.temperatures, work.hidden),
         objective,
         Course(work.stage, work.plan.num_steps, work.run, _evaluation(work, base, objective), work.sampling),
-        belongs_to=work.belongs_to,
+        belongs_to=checkpoint_of(work),
         keep_checkpoints=work.stage.trainer.save_total_limit,
         watch=GradientWatch(work.stage.trainer.max_grad_norm_factor, scales_loss=work.stage.trainer.fp16),
         progress=progress,

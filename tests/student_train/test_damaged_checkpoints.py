@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,20 @@ def grow(path: Path) -> None:
 
 def wrong_json(path: Path) -> None:
     path.write_text("[1, 2]")
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def huge(path: Path) -> None:
+    os.truncate(path, 2**42)
 
 
 DAMAGES = [flip, cut, empty, grow, wrong_json, Path.unlink]
@@ -102,6 +117,62 @@ def test_every_damage_to_every_file_is_named_and_the_checkpoint_before_is_taken(
     )
     assert [checkpoint.step for checkpoint in list_checkpoints(stage)] == [2, 4]
     assert (stage / "damaged-checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize("how", [pipe, device, huge])
+@pytest.mark.parametrize("name", ["optimizer.pt", MARKER])
+def test_what_has_no_end_is_not_read(killed, name, how):
+    stage = killed.output_dir / "train/kd"
+    how(stage / "checkpoint-6" / name)
+    if name != MARKER or how is huge:
+        assert str(stage / "checkpoint-6" / name) in put_damaged_aside(stage)
+    assert [checkpoint.step for checkpoint in list_checkpoints(stage)] == [2, 4]
+
+
+@pytest.mark.parametrize("how", [pipe, device])
+def test_what_has_no_end_is_not_read_of_a_checkpoint_without_checksums(killed, how):
+    stage = killed.output_dir / "train/kd"
+    for checkpoint in list_checkpoints(stage):
+        (checkpoint.path / MARKER).write_text(json.dumps(dict(checkpoint.belongs_to)))
+    how(stage / "checkpoint-6" / "optimizer.pt")
+    assert f"{stage}/checkpoint-6/optimizer.pt is no file" in put_damaged_aside(stage)
+
+
+@pytest.mark.parametrize("name", ["scaler.pt", "pytorch_model.bin", "default/adapter_model.safetensors"])
+def test_file_that_was_not_written_with_a_checkpoint_is_named(killed, name):
+    stage = killed.output_dir / "train/kd"
+    (stage / "checkpoint-6" / ".DS_Store").write_bytes(b"of a file manager")
+    assert put_damaged_aside(stage) is None
+    (stage / "checkpoint-6" / name).parent.mkdir(exist_ok=True)
+    shutil.copy(stage / "checkpoint-4" / "model.safetensors", stage / "checkpoint-6" / name)
+    told = put_damaged_aside(stage)
+    assert told.startswith(f"{stage / 'checkpoint-6' / name.split('/')[0]} was not written with the checkpoint; so")
+
+
+@pytest.mark.parametrize("with_checksums", [True, False])
+def test_checkpoint_under_the_name_of_another_step_is_left_and_the_model_is_the_same(trained, killed, with_checksums):
+    stage = killed.output_dir / "train/kd"
+    if not with_checksums:
+        for checkpoint in list_checkpoints(stage):
+            (checkpoint.path / MARKER).write_text(json.dumps(dict(checkpoint.belongs_to)))
+    shutil.rmtree(stage / "checkpoint-6")
+    shutil.copytree(stage / "checkpoint-2", stage / "checkpoint-6")
+    run_stages(killed)
+    assert (stage / "damaged-checkpoint-6").is_dir()
+    assert weights(killed) == weights(trained)
+
+
+def test_checkpoint_of_another_recipe_with_the_same_plan_is_refused(killed, tmp_path):
+    (stage,) = killed.stages
+    faster = stage.model_copy(update={"trainer": stage.trainer.model_copy(update={"learning_rate": 1e-2})})
+    run_stages(killed.model_copy(update={"output_dir": tmp_path / "faster", "stages": (faster,)}))
+    newest = tmp_path / "run/train/kd/checkpoint-6"
+    for ours in (newest.with_name("checkpoint-4"), newest):
+        shutil.rmtree(ours)
+        shutil.copytree(tmp_path / "faster/train/kd" / ours.name, ours)
+        with pytest.raises(TrainingError, match=f"{ours.name} was made by a stage of other settings than those in"):
+            run_stages(killed)
+        shutil.rmtree(ours)
 
 
 @pytest.mark.parametrize(
