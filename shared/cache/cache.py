@@ -14,7 +14,7 @@ Shape letters: R rows shown, T tokens of a row, S its supervised positions.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from operator import attrgetter
@@ -25,9 +25,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.cache.layout import Layer, choose_layer, list_layers, read_header, sequences_dir
+from shared.cache.layout import HiddenLayer, Layer, choose_layer, list_layers, read_header, sequences_dir
 from shared.cache.reading.cache_stats import summed_stats
-from shared.cache.reading.hidden_reader import HiddenReader
+from shared.cache.reading.layer_reader import LayerReader, hidden_reader, records_by_stem
 from shared.cache.reading.part_columns import part_columns
 from shared.cache.reading.visible_rows import hidden_rows
 from shared.cache.sync.mirror import bring_if_remote
@@ -35,11 +35,11 @@ from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import read_bounded
-from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.mapped_part import MappedSequences
 from shared.parts.open_parts import OpenParts
 from shared.parts.part_file import part_file
 from shared.parts.parts import check_file
-from shared.parts.records import PartRecord, check_counts, list_records
+from shared.parts.records import PartRecord, list_records
 from shared.parts.sequences import SequenceRow
 from shared.payload.hidden import HiddenStates
 from shared.payload.narrowing import LayerView, Narrowing, narrow
@@ -67,35 +67,29 @@ class Cache:
     def __init__(
         self,
         path: Path,
-        layer: Layer | None,
-        records: Sequence[PartRecord],
-        target_records: Sequence[PartRecord],
-        narrowing: Narrowing | None = None,
-        hidden: HiddenReader | None = None,
+        records: list[PartRecord],
+        targets: LayerReader[Layer] | None,
+        hidden: LayerReader[HiddenLayer] | None,
+        narrowing: Narrowing | None,
     ) -> None:
         """Use `Cache.open`."""
         self.path = path
         self.sequences_identity: SequencesIdentity = read_header(path).identity
-        for other in (layer, hidden.layer if hidden else None):
-            if other is not None and other.identity.tokenizer_hash != self.sequences_identity.tokenizer_hash:
+        self._layers = [reader for reader in (targets, hidden) if reader is not None]
+        for other in (reader.layer for reader in self._layers):
+            if other.identity.tokenizer_hash != self.sequences_identity.tokenizer_hash:
                 raise DamagedError(
                     f"{other.directory / 'layer.json'} says tokenizer {other.identity.tokenizer_hash} where "
                     f"{path / 'cache.json'} says {self.sequences_identity.tokenizer_hash}; one of them was altered: "
                     "restore it from a copy"
                 )
-        self._layer = layer
-        self._narrowing = narrowing
-        self._hidden = hidden
-        self._records = list(records)
-        self._target_records = list(target_records)
+        self._records, self._targets, self._hidden, self._narrowing = records, targets, hidden, narrowing
         self._masks = hidden_rows(path, self._records)
         self._shown = [self._masks[r.stem].nonzero()[0] if r.stem in self._masks else None for r in self._records]
         rows = [r.rows if shown is None else len(shown) for r, shown in zip(self._records, self._shown, strict=True)]
         self._ends = np.cumsum(rows, dtype=np.int64).tolist()
-        self._codec = layer.identity.make_codec() if layer else None
         self._checked = bytearray(len(self._records))
         self._sequences: OpenParts[MappedSequences] = OpenParts(path, self._open_sequences)
-        self._targets: OpenParts[MappedTargets] = OpenParts(path, self._open_targets)
 
     @classmethod
     def open(
@@ -130,9 +124,9 @@ class Cache:
                 f"{path}: layer {layer.full_name} does not hold what is asked for ({targets}); score another layer"
             )
         records = list_records(sequences_dir(path))
-        chosen: list[PartRecord] = []
+        scored: dict[str, PartRecord] = {}
         if layer is not None:
-            scored = {record.stem: record for record in list_records(layer.directory)}
+            scored = records_by_stem(layer.directory)
             missing = [record for record in records if record.stem not in scored]
             if missing and not allow_partial:
                 raise CacheError(
@@ -140,8 +134,7 @@ class Cache:
                     f"{layer.full_name} has not scored; finish it with 'decant teach' or choose another layer"
                 )
             records = [record for record in records if record.stem in scored]
-            chosen = [scored[record.stem] for record in records]
-        return cls._assemble(path, layer, records, chosen, verify, narrowing, hidden)
+        return cls._of(path, records, layer, scored, verify, narrowing, hidden)
 
     @classmethod
     def open_sequences(cls, path: Path | str, verify: bool = False, hidden: str | bool = False) -> Cache:
@@ -149,32 +142,28 @@ class Cache:
         path = place_of(path)
         bring_if_remote(path)
         read_header(path)
-        return cls._assemble(path, None, list_records(sequences_dir(path)), [], verify, hidden=hidden)
+        return cls._of(path, list_records(sequences_dir(path)), None, {}, verify, None, hidden)
 
     @classmethod
-    def _assemble(
+    def _of(
         cls,
         path: Path,
-        layer: Layer | None,
         records: list[PartRecord],
-        targets: list[PartRecord],
+        layer: Layer | None,
+        scored: Mapping[str, PartRecord],
         verify: bool,
-        narrowing: Narrowing | None = None,
-        hidden: str | bool = False,
+        narrowing: Narrowing | None,
+        hidden: str | bool,
     ) -> Cache:
-        for record, scored in zip(records, targets, strict=False):
-            check_counts(layer.directory if layer else path, scored, record)
-        if verify:
-            for directory, listed in ((sequences_dir(path), records), (layer.directory if layer else path, targets)):
-                for record in listed:
-                    check_file(directory, record)
-        return cls(path, layer, records, targets, narrowing, HiddenReader.of(path, hidden, records, verify))
+        for record in records if verify else ():
+            check_file(sequences_dir(path), record)
+        targets = None if layer is None else LayerReader(layer, scored, records, verify)
+        return cls(path, records, targets, hidden_reader(path, hidden, records, verify), narrowing)
 
     def __reduce__(self) -> tuple[Callable[..., Cache], tuple[Any, ...]]:
         """Pickle as path, layers, parts and narrowing."""
         stems = tuple(record.stem for record in self._records)
-        name = self._layer.full_name if self._layer else None
-        return _reopen, (str(self.path), name, stems, self.cache_id, self._narrowing, self.hidden_name)
+        return _reopen, (str(self.path), self.layer_name, stems, self.cache_id, self._narrowing, self.hidden_name)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends else 0
@@ -188,7 +177,7 @@ class Cache:
         """
         number, local = self._locate(index)
         row = self._sequences.get(number).row(local)
-        targets = None if self._codec is None else self.targets_of(index, row)
+        targets = None if self._targets is None else self.targets_of(index, row)
         hidden = None if self._hidden is None else self._hidden.read(number, local, row)
         values = (*_columns_of(row), targets, hidden)
         return Row(*values)
@@ -199,12 +188,11 @@ class Cache:
         Raises:
             DamagedError: they are not of that row, or not what was committed.
         """
-        assert self._codec is not None
-        number, local = self._locate(index)
-        targets = self._targets.get(number).content(local, row, self._codec.decode)
+        assert self._targets is not None
+        targets: SparseTargets = self._targets.read(*self._locate(index), row)
         if self._narrowing is not None:
             targets = narrow(targets, self._narrowing)
-        if self._layer is not None and self._layer.identity.tail == "unknown":
+        if self._targets.layer.identity.tail == "unknown":
             targets = replace(targets, tail_logmass=np.full_like(targets.tail_logmass, np.nan))
         return targets
 
@@ -215,7 +203,7 @@ class Cache:
 
     def parts(self) -> list[tuple[PartRecord, PartRecord | None, NDArray[np.bool_] | None]]:
         """Return record, record of the targets and mask of the rows to show (None: all) of each part that is read."""
-        targets: Sequence[PartRecord | None] = self._target_records or [None] * len(self._records)
+        targets: Sequence[PartRecord | None] = self._targets.records if self._targets else [None] * self.num_parts
         return [(one, other, self._masks.get(one.stem)) for one, other in zip(self._records, targets, strict=True)]
 
     @property
@@ -241,12 +229,8 @@ class Cache:
 
     def _files_of(self, number: int) -> list[tuple[Path, PartRecord]]:
         """Return folder and record of each file that is read of part `number`."""
-        files = [(sequences_dir(self.path), self._records[number])]
-        if self._layer is not None:
-            files.append((self._layer.directory, self._target_records[number]))
-        if self._hidden is not None:
-            files.append((self._hidden.layer.directory, self._hidden.records[number]))
-        return files
+        layers = ((reader.layer.directory, reader.records[number]) for reader in self._layers)
+        return [(sequences_dir(self.path), self._records[number]), *layers]
 
     def where(self, index: int) -> str:
         """Return part:row of a row, for messages."""
@@ -256,14 +240,15 @@ class Cache:
     @property
     def layer(self) -> LayerIdentity | None:
         """Identity of the targets as they are read, narrowed where they are; None where no layer was opened."""
-        if self._layer is None or self._narrowing is None:
-            return self._layer.identity if self._layer else None
-        return replace(self._layer.identity, k=self._narrowing.k, mass=self._narrowing.mass)
+        if self._targets is None:
+            return None
+        identity = self._targets.layer.identity
+        return replace(identity, k=self._narrowing.k, mass=self._narrowing.mass) if self._narrowing else identity
 
     @property
     def layer_name(self) -> str | None:
         """NAME-HASH8 of the targets layer."""
-        return self._layer.full_name if self._layer else None
+        return self._targets.layer.full_name if self._targets else None
 
     @property
     def hidden_layer(self) -> HiddenIdentity | None:
@@ -278,7 +263,7 @@ class Cache:
     @property
     def layer_provenance(self) -> dict[str, Any]:
         """What made the layer: versions and machine; empty without one."""
-        return dict(self._layer.provenance) if self._layer else {}
+        return dict(self._targets.layer.provenance) if self._targets else {}
 
     def layers(self) -> dict[str, LayerIdentity]:
         """Return the identity of every targets layer on disk by NAME-HASH8."""
@@ -288,9 +273,9 @@ class Cache:
     def cache_id(self) -> str:
         """32 hexadecimal digits that name exactly these rows and targets."""
         digest = xxhash.xxh3_128(read_bounded(self.path / "cache.json", MAX_JSON_BYTES))
-        digest.update(b"" if self._layer is None else self._layer.identity.hash8.encode())
+        digest.update(b"" if self._targets is None else self._targets.layer.identity.hash8.encode())
         digest.update(b"" if self._narrowing is None else str(self._narrowing).encode())
-        for record in (*self._records, *self._target_records):
+        for record in (*self._records, *(self._targets.records if self._targets else ())):
             digest.update(f"{record.stem} {record.xxh3}\n".encode())
         if self._hidden is not None:
             digest.update(self._hidden.layer.identity.hash8.encode())
@@ -363,8 +348,9 @@ class Cache:
                 part, unseen = self._sequences.get(number), (~self._masks[record.stem]).nonzero()[0]
                 hidden_positions += sum(part.row(int(i)).num_positions for i in unseen)
         hidden = sum(record.rows for record in self._records) - len(self)
-        stats = summed_stats(self._records, self._target_records, hidden, hidden_positions)
-        return stats if self._hidden is None else stats | self._hidden.stats()
+        targets = self._targets.records if self._targets else []
+        states = self._hidden.records if self._hidden else None
+        return summed_stats(self._records, targets, states, hidden, hidden_positions)
 
     def _locate(self, index: int) -> tuple[int, int]:
         size = len(self)
@@ -383,10 +369,6 @@ class Cache:
         self._checked[number] = 1
         return part
 
-    def _open_targets(self, number: int) -> MappedTargets:
-        assert self._layer is not None
-        return MappedTargets(self._layer.directory, self._target_records[number], verify=False)
-
 
 def _reopen(
     path: str,
@@ -403,12 +385,12 @@ def _reopen(
     """
     root = Path(path)
     layer = list_layers(root).get(layer_name) if layer_name else None
-    sequences = {record.stem: record for record in list_records(sequences_dir(root))}
-    targets = {record.stem: record for record in list_records(layer.directory)} if layer else {}
+    sequences = records_by_stem(sequences_dir(root))
+    targets = records_by_stem(layer.directory) if layer else {}
     if any(stem not in sequences or (layer_name and stem not in targets) for stem in stems):
         raise CacheError(f"{path} lost parts while it was in use; restore them and start again")
-    records, chosen = [sequences[stem] for stem in stems], [targets[stem] for stem in stems] if layer else []
-    cache = Cache._assemble(root, layer, records, chosen, False, narrowing, hidden_name or False)
+    records = [sequences[stem] for stem in stems]
+    cache = Cache._of(root, records, layer, targets, False, narrowing, hidden_name or False)
     if cache.cache_id != cache_id:
         raise CacheError(
             f"{path} was altered while it was in use (it is {cache.cache_id} and was {cache_id}); start again"

@@ -192,13 +192,15 @@ class MappedBlobs:
         table = open_part(directory, record, verify)
         self.path = directory / f"{record.stem}.arrow"
         self._num_bytes = record.bytes
-        self._table = table
         with _damage_named(self.path):
             self.keys = key_column(table, "key")
             filled = table.num_rows > 0
             blob = table.column("blob").chunk(0) if filled else None
             self._blobs = _Ragged(blob, f"{self.path}:blob", 1, 2**40)
             self.num_positions = table.column("num_positions").to_numpy() if filled else np.zeros(0, np.int32)
+            scored = filled and "teacher_nll_nats" in table.column_names
+            self.teacher_nll_nats = table.column("teacher_nll_nats").to_numpy() if scored else np.zeros(0, np.float64)
+            """[R] of a targets layer; else empty."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -235,16 +237,3 @@ class MappedBlobs:
         except DamagedError as error:
             message = str(error)
             raise DamagedError(message if str(self.path) in message else f"{self.path}:{i}: {message}") from None
-
-
-class MappedTargets(MappedBlobs):
-    """One mapped part of a targets layer."""
-
-    def __init__(self, directory: Path, record: PartRecord, verify: bool) -> None:
-        """Map a committed part; arguments and errors as for `MappedSequences`."""
-        super().__init__(directory, record, verify)
-        with _damage_named(self.path):
-            filled = self._table.num_rows > 0
-            self.teacher_nll_nats = (
-                self._table.column("teacher_nll_nats").to_numpy() if filled else np.zeros(0, np.float64)
-            )

@@ -14,7 +14,7 @@ import pytest
 from shared.cache.cache import Cache, Row
 from shared.cache.reading.verify import verify_cache
 from shared.errors import CacheError, DamagedError
-from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.mapped_part import MappedBlobs, MappedSequences
 from shared.parts.part_stats import sequences_stats
 from shared.parts.parts import commit_part, open_part
 from shared.parts.records import list_records
@@ -238,7 +238,7 @@ def test_compressed_part_is_refused(tmp_path: Path) -> None:
 def test_targets_of_another_part_are_refused(whole: Path) -> None:
     layer = whole / "targets" / f"{TOP.name}-{TOP.hash8}"
     first, second = list_records(layer)[:2]
-    targets = MappedTargets(layer, first, verify=True)
+    targets = MappedBlobs(layer, first, verify=True)
     other = MappedSequences(whole / "sequences", list_records(whole / "sequences")[1], verify=True).row(0)
     assert second.stem != first.stem
     with pytest.raises(DamagedError, match=r"scores content .* where the sequence has"):

@@ -31,7 +31,7 @@ from shared.cache.layout import (
 from shared.cache.tokenizer_files import read_tokenizer_file
 from shared.errors import CacheError, first_line
 from shared.parts.cache_files import read_json
-from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.mapped_part import MappedBlobs, MappedSequences
 from shared.parts.records import PartRecord, json_bytes
 from shared.schema import SEQUENCES
 from tools.cache.parquet_columns import (
@@ -146,7 +146,7 @@ def _write_part(
     scored = None
     about: dict[str, Any] = {"software": dict(record.software), "set_aside": [dict(item) for item in record.set_aside]}
     if layer is not None and scores is not None:
-        scored = MappedTargets(layer.directory, scores, verify=True)
+        scored = MappedBlobs(layer.directory, scores, verify=True)
         about |= {"targets_software": dict(scores.software), "targets_stats": dict(scores.stats)}
         about["blobs_xxh3"] = _blobs_digest(part, scored) if shown is None else ""
     identity = layer.identity if layer else None
@@ -164,7 +164,7 @@ def _write_part(
     write_parquet(file, fill, record.bytes)
 
 
-def _blobs_digest(part: MappedSequences, scored: MappedTargets) -> str:
+def _blobs_digest(part: MappedSequences, scored: MappedBlobs) -> str:
     """Return 32 hexadecimal digits of a part's keys and blobs, by which an import knows altered targets."""
     digest = xxhash.xxh3_128()
     for i in range(len(part)):
@@ -174,7 +174,7 @@ def _blobs_digest(part: MappedSequences, scored: MappedTargets) -> str:
 
 
 def _batches(
-    part: MappedSequences, scored: MappedTargets | None, layer: Layer | None, chosen: list[int]
+    part: MappedSequences, scored: MappedBlobs | None, layer: Layer | None, chosen: list[int]
 ) -> Iterator[dict[str, pa.Array]]:
     """Yield columns of a few rows at a time."""
     codec = layer.identity.make_codec() if layer else None

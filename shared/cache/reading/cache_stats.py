@@ -13,20 +13,26 @@ from shared.parts.records import PartRecord
 
 
 def summed_stats(
-    sequences: Sequence[PartRecord], targets: Sequence[PartRecord], hidden_rows: int, hidden_positions: int
+    sequences: Sequence[PartRecord],
+    targets: Sequence[PartRecord],
+    states: Sequence[PartRecord] | None,
+    hidden_rows: int,
+    hidden_positions: int,
 ) -> dict[str, Any]:
     """Return figures of a cache and, where `targets` is not empty, of one layer.
 
     Args:
         sequences: records of the parts that are read.
         targets: records of the same parts in the layer.
+        states: records of the same parts in the hidden layer; None without one.
         hidden_rows: rows that a second build repeated and a reader does not show; the sums over positions include them.
         hidden_positions: their positions.
 
     Returns:
         rows, positions, tokens, bytes, sources, set_aside (count by reason); with a layer also bytes_per_position,
         mean_support, mean_entropy_nats, mean_tail_mass, mean_label_nll_nats and both histograms; of a layer in another
-        tokenizer share_with_head, and placed_mass and teacher_mass, the mean mass of heads now and before.
+        tokenizer share_with_head, and placed_mass and teacher_mass, the mean mass of heads now and before; with a
+        hidden layer hidden_bytes and hidden_bytes_per_position.
     """
     total: dict[str, Any] = {"rows": 0, "positions": 0, "tokens": 0, "sources": {}, "finish_reasons": {}}
     reasons: dict[str, int] = {}
@@ -49,6 +55,10 @@ def summed_stats(
     }
     if targets:
         result |= _layer_stats(targets)
+    if states is not None:
+        result["hidden_bytes"] = sum(record.bytes for record in states)
+        positions = sum(record.positions for record in states)
+        result["hidden_bytes_per_position"] = result["hidden_bytes"] / max(positions, 1)
     return result
 
 

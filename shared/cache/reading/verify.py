@@ -37,7 +37,7 @@ from shared.errors import CacheError, DamagedError
 from shared.keys import KeySet, stack_keys
 from shared.parts.cache_files import list_folder
 from shared.parts.jobs import Job, list_jobs
-from shared.parts.mapped_part import MappedBlobs, MappedSequences, MappedTargets
+from shared.parts.mapped_part import MappedBlobs, MappedSequences
 from shared.parts.part_stats import sequences_stats, targets_stats, targets_stats_problem
 from shared.parts.records import PartRecord, check_counts, list_records
 from shared.parts.repeated_rows import repeated_rows
@@ -207,8 +207,7 @@ def _layer_problems(
 def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, sequences: PartRecord) -> Iterator[str]:
     check_counts(layer.directory, record, sequences)
     codec = layer.identity.make_codec()
-    kind = MappedTargets if isinstance(layer, Layer) else MappedBlobs
-    blobs = kind(layer.directory, record, verify=True)
+    blobs = MappedBlobs(layer.directory, record, verify=True)
     part = MappedSequences(sequences_dir(path), sequences, verify=False)
     counted: list[str] = []
 
@@ -218,7 +217,7 @@ def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, s
             try:
                 row = part.row(i)
                 content = codec.decode(blobs.blob(i, row), row.num_positions)
-                if isinstance(content, SparseTargets) and isinstance(blobs, MappedTargets):
+                if isinstance(content, SparseTargets):
                     problem = nll_problem(float(blobs.teacher_nll_nats[i]), content)
                     if problem:
                         raise DamagedError(problem)

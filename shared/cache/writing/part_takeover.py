@@ -23,7 +23,7 @@ from shared.cache.layout import Layer
 from shared.cache.writing.layer_writer import part_table
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import hash_file, open_regular, read_json
-from shared.parts.mapped_part import MappedSequences, MappedTargets
+from shared.parts.mapped_part import MappedBlobs, MappedSequences
 from shared.parts.part_file import with_part_file
 from shared.parts.part_stats import sequences_stats, targets_stats
 from shared.parts.parts import check_file, commit_part
@@ -155,7 +155,7 @@ def rewrite_part(
 def _rewrite_targets(
     layer: Layer, record: PartRecord, chosen: Sequence[int], rows: Sequence[SequenceRow], target_dir: Path, stem: str
 ) -> None:
-    part = MappedTargets(layer.directory, record, verify=True)
+    part = MappedBlobs(layer.directory, record, verify=True)
     codec = layer.identity.make_codec()
     blobs = [part.blob(i, row) for i, row in zip(chosen, rows, strict=True)]
     nll = [float(part.teacher_nll_nats[i]) for i in chosen]

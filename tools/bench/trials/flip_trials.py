@@ -39,7 +39,7 @@ from shared.cache.sync.mirror import bring
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import CacheError
 from shared.parts.jobs import list_jobs
-from shared.parts.mapped_part import MappedTargets
+from shared.parts.mapped_part import MappedBlobs
 from shared.parts.records import list_records
 from shared.places import STORE_VARIABLE, place_of, with_urls
 from shared.remote.transfer import LIST_FILE
@@ -68,7 +68,7 @@ def observed(path: Path) -> bytes:
         seen += [column.tobytes() for column in (cache.num_tokens, cache.group_keys, cache.sources)]
         seen += [_row(cache, i) for i in range(len(cache))]
         for record in list_records(layer.directory):
-            seen.append(MappedTargets(layer.directory, record, verify=True).teacher_nll_nats.tobytes())
+            seen.append(MappedBlobs(layer.directory, record, verify=True).teacher_nll_nats.tobytes())
     folders = [
         sequences_dir(path),
         *(layer.directory for layer in (*list_layers(path).values(), *list_hidden_layers(path).values())),

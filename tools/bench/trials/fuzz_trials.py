@@ -25,7 +25,7 @@ import zstandard
 from shared.cache.layout import HiddenLayer, Layer, list_hidden_layers, list_layers, read_header
 from shared.errors import CacheError
 from shared.parts.jobs import Job
-from shared.parts.mapped_part import MappedBlobs, MappedSequences, MappedTargets
+from shared.parts.mapped_part import MappedBlobs, MappedSequences
 from shared.parts.parts import map_table
 from shared.parts.records import list_records, read_record, sealed_json
 from shared.schema import HIDDEN, SEQUENCES, TARGETS
@@ -107,7 +107,7 @@ class Fuzzer:
             for i in range(len(sequences)):
                 sequences.row(i)
         else:
-            blobs = (MappedTargets if schema is TARGETS else MappedBlobs)(directory, record, verify=False)
+            blobs = MappedBlobs(directory, record, verify=False)
             rows = MappedSequences(self._cache / "sequences", list_records(self._cache / "sequences")[0], verify=False)
             for i in range(min(len(blobs), len(rows))):
                 blobs.blob(i, rows.row(i))
