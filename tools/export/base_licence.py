@@ -5,7 +5,6 @@ Cost: three small files; nothing is downloaded.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from shared.text import strict_json
@@ -19,14 +18,16 @@ def base_facts(model: str, revision: str | None = None) -> dict[str, str]:
     A card that begins with `license: apache-2.0` between two lines `---` gives {"licence": "apache-2.0"}.
     """
     found: dict[str, str] = {}
-    head = re.match(r"---\s*\n(.*?)\n---", _text(model, revision, "README.md"), re.DOTALL)
+    first, *lines = _text(model, revision, "README.md").splitlines() or [""]
+    ends = (number for number, line in enumerate(lines) if line.startswith("---"))
+    head = lines[: next(ends, 0)] if first.rstrip() == "---" else []
     names = {
         "license": "licence",
         "license_name": "licence_name",
         "license_link": "licence_link",
         "base_model": "origin",
     }
-    for line in head[1].splitlines() if head else ():
+    for line in head:
         key, colon, value = line.partition(":")
         if colon and key in names and value.strip():
             found[names[key]] = value.strip().strip("'\"")
