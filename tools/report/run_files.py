@@ -43,6 +43,9 @@ from tools.evaluate.results.run_shapes import (
 from tools.evaluate.side_by_side.side_figures import Answers, read_side_answers
 from tools.evaluate.tasks.contamination import among_caches, by_task
 
+MEANS = ("bytes_per_position", "entropy_bin_nats", "share_with_head", "placed_mass", "teacher_mass")
+"""Figures of a cache that are means over its positions, besides those that are called so."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageFiles:
@@ -224,14 +227,14 @@ def _layer(cache: Cache) -> dict[str, Any]:
 
 
 def _sum_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add the figures of several caches; means are weighted by positions."""
+    """Add the figures of several caches; means are over the positions of those that have them."""
     total: dict[str, Any] = {}
     for figures in stats:
         add_figures(total, figures)
-    for key in total:
-        if key.startswith("mean_") or key in ("bytes_per_position", "entropy_bin_nats"):
-            weighted = [figures.get(key, 0) * figures["positions"] for figures in stats]
-            total[key] = math.fsum(weighted) / max(total["positions"], 1)
+    for key in (name for name in total if name.startswith("mean_") or name in MEANS):
+        known = [(figures[key], figures["positions"]) for figures in stats if key in figures]
+        weighted = math.fsum(value * positions for value, positions in known)
+        total[key] = weighted / max(sum(positions for _, positions in known), 1)
     return total
 
 

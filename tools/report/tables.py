@@ -140,7 +140,8 @@ def _made_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     peaks = [one for one in made if one.get("peak_memory_bytes") is not None]
     if peaks:
         largest = max(peaks, key=lambda one: one["peak_memory_bytes"])
-        rows.append(("peak memory of evaluation", f"{data_size(largest['peak_memory_bytes'])} {largest['memory_of']}"))
+        most, of = data_size(largest["peak_memory_bytes"]), largest.get("memory_of") or ""
+        rows.append(("peak memory of evaluation", f"{most} {of}".rstrip()))
     for name, stage in report["stages"].items():
         if stage.get("tokens_per_second"):
             rows.append((f"train.{name}", f"{stage['tokens_per_second']:,.0f} tokens/s"))
@@ -149,7 +150,7 @@ def _made_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _entropy(report: Mapping[str, Any]) -> str:
     """Return the bounds of the teacher's mean entropy: a cache has the head and one bucket, not the bucket's shape."""
-    layers, cache = report["layers"], report["cache"]
+    layers, cache = [layer for layer in report["layers"] if "vocab_size" in layer], report["cache"]
     least = cache.get("mean_entropy_nats")
     unknown = any(layer.get("mode") == "sample" or layer.get("tail") == "unknown" for layer in layers)
     if least is None or not layers or unknown:

@@ -121,7 +121,7 @@ def write_stage(directory: Path, terms: list[str], steps: int = 400) -> None:
     )
 
 
-def write_cache(path: Path, num_rows: int = 30) -> None:
+def write_cache(path: Path, num_rows: int = 30, *, scored: bool = True) -> None:
     identity = SequencesIdentity(tokenizer_hash="t" * 32, vocab_size=1000)
     writer = CacheWriter.create_or_open(path, identity, {})
     rng = np.random.default_rng(1)
@@ -147,6 +147,8 @@ def write_cache(path: Path, num_rows: int = 30) -> None:
                           np.full(30, -2.0, np.float32), np.array(tails, np.float32)[:, None])
         )  # fmt: skip
     writer.write_sequences("part-00000000-000000", rows, {})
+    if not scored:
+        return
     layer = LayerIdentity(
         teacher="teacher", weights_hash="w", tokenizer_hash="t" * 32, vocab_size=1000, mode="top", k=16
     )

@@ -16,10 +16,11 @@ from shared.cache.cache import Cache
 from shared.cache.groups import question_key
 from shared.keys import is_heldout
 from shared.recipe.file import load_recipe
-from tests.tools.report.fake_run import make_run, write_json
+from tests.tools.report.fake_run import make_run, write_cache, write_json
 from tools.evaluate.tasks.contamination import among_caches, among_groups, sentence
 from tools.report.build import build_report
-from tools.report.run_files import read_run
+from tools.report.figures import report_figures
+from tools.report.run_files import _sum_stats, read_run
 from tools.report.tables import run_rows, table_text
 from tools.report.views.course_view import course_plots, course_series
 
@@ -245,3 +246,28 @@ def run_of_scores(tmp_path: Path) -> Path:
         path = run / "evaluate" / f"{model}.answers.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
+
+
+def test_a_cache_without_a_teacher_beside_one_that_was_scored_takes_nothing_off_its_means(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    alone = read_run(run).cache
+    write_cache(tmp_path / "given", scored=False)
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace(f"cache: {run}/cache", f"cache: [{run}/cache, {tmp_path}/given]"))
+    both = read_run(run)
+    assert both.cache["positions"] == 2 * alone["positions"]
+    for name in ("mean_entropy_nats", "mean_support", "bytes_per_position", "entropy_bin_nats"):
+        assert both.cache[name] == pytest.approx(alone[name])
+    assert dict(run_rows(report_figures([both])))["teacher's entropy"].endswith(" nats")
+
+
+def test_shares_of_translated_caches_are_averaged() -> None:
+    parts = [{"positions": 10, "share_with_head": 0.5, "rows": 1}, {"positions": 30, "share_with_head": 0.9, "rows": 2}]
+    assert _sum_stats(parts) == {"positions": 40, "share_with_head": pytest.approx(0.8), "rows": 3}
+
+
+def test_peak_memory_of_what_is_not_said_is_shown_all_the_same(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    result = json.loads((run / "evaluate" / "kd.json").read_text())
+    write_json(run / "evaluate" / "kd.json", {**result, "made": {"peak_memory_bytes": 3 * 10**8}})
+    assert ("peak memory of evaluation", "300.0 MB") in run_rows(report_figures([read_run(run)]))

@@ -47,6 +47,22 @@ def full_run(root: Path) -> Path:
         row = {"prompt": "p", "answer": "a 5 ms", "reference": "r", "tokens": 3, "truncated": False}
         rows = [{"temperature": at, "number": i, **row} for at in (0.1, 1.0) for i in range(3)]
         write_lines(run / "evaluate" / "side_by_side" / f"{name}.answers.jsonl", rows)
+    alike = {"answers": 3, "cut": 0.1, "repeating": 0.1, "repeated": 0.1, "mean_tokens": 4.0, "beside_teacher": 1.1}
+    health = json.loads((run / "train" / "kd" / "health.json").read_text())
+    write_json(run / "train" / "kd" / "health.json", {**health, "rounds": [{"round": i, **alike} for i in (1, 2)]})
+    write_lines(run / "train" / "kd" / "timing.jsonl", [{"step": i, "tokens_per_second": 9.5} for i in (1, 2)])
+    made = {"date": "2026-01-02T03:04+00:00", "decant": "0.1", "machine": "x", "peak_memory_bytes": 5, "memory_of": "y"}
+    for path in run.glob("evaluate/*.json"):
+        found = json.loads(path.read_text())
+        found["heldout"] |= {
+            "own": {"kl_nats": 0.5, "kl_low": 0.4, "kl_high": 0.6, "rows": 3, "answers": alike},
+            "by_layer": {"teacher": {"kl_nats": 0.1}, "other": {"kl_nats": 0.2}},
+            "row_kl": {f"{i:032x}": [10, 0.5 * i] for i in range(3)},
+            "layer": "top8-00000000",
+        }
+        write_json(path, {**found, "made": made})
+    pairs = [{"of": of, "to": to, "kl_nats": 0.3} for of, to in (("teacher", "other"), ("other", "teacher"))]
+    write_json(run / "evaluate" / "teachers" / "distances.json", {"pairs": pairs, "without_head": ["third"]})
     part = dict.fromkeys(("mean_kl", "worst_kl", "worst_label", "worst_tail", "top1_agreement"), 0.1)
     faithfulness = {"rows": 3, "unfaithful": [], "stored": part, "control": part, "codec": part}
     lost = dict.fromkeys(("mass", "temperature", "kl_lost", "gradient_error", "mean_gradient_error"), 0.5)
