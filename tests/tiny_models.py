@@ -163,3 +163,13 @@ def _make(
     )
     model.save_pretrained(directory, safe_serialization=True)
     return directory
+
+
+def spoil(directory: Path, token_id: int) -> None:
+    """Make the embedding of one token NaN in a saved model."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(directory / "model.safetensors")
+    weights["model.embed_tokens.weight"][token_id] = torch.nan
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

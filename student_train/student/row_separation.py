@@ -25,6 +25,7 @@ from shared.models.forward.attention_choice import faithful_attention
 from shared.models.forward.evaluating import evaluating
 from shared.models.forward.row_length import rope_switches
 from shared.models.forward.wide_weights import widest
+from shared.models.no_numbers import NO_NUMBERS
 from student_train.student.row_attention import NAME as ROW_ATTENTION
 from student_train.student.row_attention import switch_attention
 from student_train.student.rows_alone import run_rows_alone, set_rows_alone
@@ -47,7 +48,7 @@ def separate_rows(model: Any, vocab_size: int, *, longest: int | None = None) ->
         of the longest row that it will see; None: beyond every length that its config names, up to 2,048.
 
     Raises:
-        TrainingError: no way keeps them apart.
+        TrainingError: no way keeps them apart, or the model computes NaN.
     """
     body, wanted = body_of(model), model.config._attn_implementation
     set_rows_alone(body, on=False)
@@ -60,6 +61,8 @@ def separate_rows(model: Any, vocab_size: int, *, longest: int | None = None) ->
         plain = faithful_attention(model, lambda: _alone(body, short[:1]))
         switch_attention(model, plain)
         expected = _alone(body, pack)
+        if bool(expected.isnan().any()):
+            raise TrainingError(NO_NUMBERS)
         is_free = wanted == "sdpa" or not getattr(model, "_supports_sdpa", True)  # of eager where eager is asked for
         ways = [("rows", ROW_ATTENTION), ("stock", plain)] if is_free else [("stock", plain)]
         for way, attention in ways:

@@ -22,10 +22,6 @@ from shared.payload.hidden import HiddenStates
 from shared.payload.targets import SparseTargets
 from shared.recipe.recipe import Generate
 
-NO_NUMBERS = (
-    "the teacher computes NaN instead of numbers: its weights hold such, or are too large for 16 bits; set "
-    "teacher.dtype to float32 (bfloat16 holds large ones too), or load another copy of it"
-)
 FINISHED = ("stop", "length")
 """Ends of an answer that is one; engines know others (abort, error, repetition)."""
 

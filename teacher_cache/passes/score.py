@@ -21,11 +21,12 @@ from shared.cache.layout import sequences_dir
 from shared.cache.writing.layer_writer import LayerWriter, RowsWriter
 from shared.errors import EngineError
 from shared.keys import row_salt
+from shared.models.no_numbers import NO_NUMBERS
 from shared.parts.jobs import Job
 from shared.parts.parts import open_part
 from shared.parts.records import PartRecord
 from shared.parts.sequences import SequenceRow
-from teacher_cache.engines.protocol import NO_NUMBERS, Captured, Scored, ScoreRequest
+from teacher_cache.engines.protocol import Captured, Scored, ScoreRequest
 from teacher_cache.passes.feeding import Desk, feed_units
 from teacher_cache.passes.summary import PassFigures
 

@@ -213,3 +213,10 @@ def test_student_that_cannot_recompute_activations_is_refused():
     check_recomputes(make_family("llama"))
     with pytest.raises(TrainingError, match="set gradient_checkpointing to false"):
         check_recomputes(make_family("ctrl"))
+
+
+def test_student_that_computes_nan_is_not_called_one_that_sees_what_follows():
+    model = make_family("llama")
+    model.get_input_embeddings().weight.data[:] = torch.nan
+    with pytest.raises(TrainingError, match=r"computes NaN instead of numbers: .*student\.dtype"):
+        separate_rows(model, VOCAB_SIZE)

@@ -313,7 +313,7 @@ def test_a_teacher_that_computes_no_numbers_is_told_with_the_row(tmp_path, model
             yield result
 
     monkeypatch.setattr(FakeEngine, "score", score)
-    with pytest.raises(EngineError, match=r"part-\w+-000000:\d+: the teacher computes NaN .* set teacher\.dtype to"):
+    with pytest.raises(EngineError, match=r"part-\w+-000000:\d+: the model computes NaN .* set teacher\.dtype to"):
         teach(recipe(tmp_path, model))
 
 

@@ -25,13 +25,21 @@ import torch
 
 from shared.errors import EngineError
 from shared.models.forward.row_length import known_positions
+from shared.models.no_numbers import NO_NUMBERS
 from shared.recipe.recipe import Capture, Generate, Teacher
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout, required
 from teacher_cache.engines.columns.draw_keys import prefix_keys_of, salted
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin
 from teacher_cache.engines.columns.tail_columns import chunk_rows, extend_columns
-from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest, require_scorable, room_of
+from teacher_cache.engines.protocol import (
+    Generated,
+    GenerateRequest,
+    Scored,
+    ScoreRequest,
+    require_scorable,
+    room_of,
+)
 from teacher_cache.engines.transformers.length_batches import length_batches
 from teacher_cache.engines.transformers.transformers_model import CausalModel, padded
 from teacher_cache.engines.transformers.transformers_sampling import next_tokens
@@ -89,7 +97,7 @@ class TransformersEngine:
         """Answer each request once, batch by batch.
 
         Raises:
-            EngineError: a prompt leaves no room for an answer, or the engine is closed.
+            EngineError: a prompt leaves no room for an answer, the model computes NaN, or the engine is closed.
         """
         model = self._loaded()
         ends = AnswerEnds.of(self.tokenizer, model.declared_end_ids(), settings)
@@ -124,7 +132,9 @@ class TransformersEngine:
             if rotation != model.rotation_of(whole.shape[1]):
                 rotation, cache, tokens = model.rotation_of(whole.shape[1]), model.new_cache(), whole
             hidden = model.hidden(whole if cache is None else tokens, mask, cache)[:, -1]
-            chosen = next_tokens(model.logits(hidden), seeds, step, settings, self.vocab_size)
+            logits = model.logits(hidden)
+            _require_numbers(logits, [reasons[row] is None for row in going])
+            chosen = next_tokens(logits, seeds, step, settings, self.vocab_size)
             for row, token in zip(going, chosen.tolist(), strict=True):
                 if reasons[row] is None:
                     answers[row].append(token)
@@ -216,6 +226,16 @@ class TransformersEngine:
         self._model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _require_numbers(logits: torch.Tensor, is_open: Sequence[bool]) -> None:
+    """Refuse [R, V] logits that are NaN in a row whose answer goes on.
+
+    Raises:
+        EngineError: they are.
+    """
+    if bool((logits.isnan().any(1).cpu() & torch.tensor(is_open)).any()):
+        raise EngineError(NO_NUMBERS)
 
 
 def _keeps_rows_apart(cache: Any) -> bool:

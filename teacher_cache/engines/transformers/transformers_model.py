@@ -29,9 +29,9 @@ from shared.models.forward.logit_transform import enlarged_input, logit_transfor
 from shared.models.forward.row_length import length_class_of, reset_rotations, rope_switches
 from shared.models.gpus import unused_gpu
 from shared.models.load_report import without_bars
+from shared.models.no_numbers import NO_NUMBERS
 from shared.models.weights.loading import load_causal_lm
 from shared.recipe.recipe import Teacher
-from teacher_cache.engines.protocol import NO_NUMBERS
 from teacher_cache.engines.transformers.batch_probes import (
     cache_is_whole,
     empty_cache,
@@ -206,6 +206,8 @@ class CausalModel:
             ) from error
         if not bool(hidden.isfinite().all()):
             raise EngineError(NO_NUMBERS)
+        if hidden.shape[-1] == self._weight.shape[1] and bool(self.logits(hidden[0]).isnan().any()):
+            raise EngineError(NO_NUMBERS)  # the head's own
 
     def _check(self, probe: torch.Tensor) -> None:
         """Compare with the model's own logits, as they are and where they are large enough for any cap to show.

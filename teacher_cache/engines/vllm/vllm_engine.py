@@ -34,6 +34,7 @@ from teacher_cache.engines.columns.sparse_columns import predicting_rows, target
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest, require_scorable, room_of
 from teacher_cache.engines.transformers.adapters import fold_adapter
 from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
+from teacher_cache.engines.vllm.vllm_numbers import refuse_no_numbers
 from teacher_cache.engines.vllm.vllm_self_test import choose_capture_path, scoring_parameters
 from teacher_cache.engines.vllm.vllm_settings import VllmSettings, plan_settings
 from teacher_cache.engines.vllm.vllm_version import installed_vllm
@@ -83,6 +84,7 @@ class VllmEngine:
             self._restore = _hold_torch(self._settings.num_threads) if on_cpu else None
             with parent_watch.announced():
                 self._llm = LLM(**self._settings.arguments)
+            refuse_no_numbers(self._llm)
             self.tokenizer: Any = self._llm.get_tokenizer()
             self.vocab_size: int = len(self.tokenizer)
             self.max_model_len: int = self._settings.max_model_len or int(self._llm.model_config.max_model_len) - 1
@@ -117,7 +119,7 @@ class VllmEngine:
         """Answer each request once, as it finishes.
 
         Raises:
-            EngineError: a prompt leaves no room for an answer, or the engine died.
+            EngineError: a prompt leaves no room for an answer, the model computes NaN, or the engine died.
         """
         ends = AnswerEnds.of(self.tokenizer, self._declared_ends, settings)
         for request, output in self._run(requests, lambda request: self.answer_parameters(request, settings, ends)):
@@ -249,6 +251,8 @@ def _translated(function: Callable[..., Any], *arguments: Any, **named: Any) -> 
     """Call vLLM and turn what it raises into one sentence."""
     try:
         return function(*arguments, **named)
+    except DecantError:
+        raise
     except Exception as error:
         raise EngineError(
             f"vLLM failed while at work ({type(error).__name__}: {reason_of(error)}); if it ran out of memory, lower "

@@ -52,9 +52,10 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "PYTHONSAFEPATH": "1",
+    "VLLM_COMPUTE_NANS_IN_LOGITS": "1",
 }
-"""Defaults; what the environment already says wins. The last keeps the directory that a user works in out of what
-vLLM's own processes import."""
+"""Defaults; what the environment already says wins. PYTHONSAFEPATH keeps the directory that a user works in out of what
+vLLM's own processes import; the last is what `vllm_numbers` looks at."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from teacher_cache.engines.transformers.length_batches import length_batches
 from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
 from teacher_cache.engines.transformers.transformers_model import CausalModel
 from teacher_cache.engines.transformers.transformers_sampling import next_tokens
-from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3
+from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3, spoil
 
 PADDED = VOCAB_SIZE + 32
 
@@ -251,6 +251,13 @@ def test_a_model_that_computes_no_numbers_is_refused_at_its_start(model_dir, fac
         CausalModel(model, AutoTokenizer.from_pretrained(model_dir))
 
 
+def test_a_head_that_computes_no_numbers_is_no_unknown_way_of_making_logits(tmp_path):
+    """Embeddings and head are one tensor, and one of its rows that the probe does not read is NaN."""
+    spoil(make_qwen3(tmp_path), 0)
+    with pytest.raises(EngineError, match="computes NaN instead of numbers"):
+        CausalModel.load(TransformersTeacher(model="m", engine="transformers"), tmp_path)
+
+
 def test_a_model_that_cannot_run_here_is_refused_with_the_reason(model_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -259,3 +266,15 @@ def test_a_model_that_cannot_run_here_is_refused_with_the_reason(model_dir):
     layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(EngineError, match=r"Qwen3ForCausalLM cannot run on this machine's cpu \(.*dtype.*\); set"):
         CausalModel(model, AutoTokenizer.from_pretrained(model_dir))
+
+
+def test_answers_are_refused_once_a_model_computes_nan(tmp_path):
+    """One token's embedding is NaN: the answer went on with the last token of the vocabulary and was committed."""
+    spoil(make_llama(tmp_path), VOCAB_SIZE // 2)
+    engine = open_engine(
+        TransformersTeacher(model="m", engine="transformers"), None, for_generation=None, model_dir=tmp_path
+    )
+    for settings in (Generate(max_new_tokens=8), Generate(max_new_tokens=8, temperature=0.0)):
+        assert len(list(engine.generate([GenerateRequest(0, 0, [5, 6, 7], 1)], settings))) == 1
+        with pytest.raises(EngineError, match="computes NaN instead of numbers"):
+            list(engine.generate([GenerateRequest(1, 0, [5, VOCAB_SIZE // 2, 7], 1)], settings))

@@ -25,7 +25,7 @@ from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
 from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
 from teacher_cache.engines.transformers.transformers_model import CausalModel
 from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
-from tests.tiny_models import VOCAB_SIZE, make_qwen3
+from tests.tiny_models import VOCAB_SIZE, make_qwen3, spoil
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -437,3 +437,17 @@ def test_core_process_of_its_own_gives_the_same_rows(model_dir, exact, monkeypat
     for tag, targets in oracle(exact, HYBRID, sequences(4)).items():
         assert np.array_equal(targets.ids, found[tag].ids)
         assert np.abs(targets.tail_logmass - found[tag].tail_logmass).max() < 0.01
+
+
+@pytest.mark.parametrize("own_process", ["0", "1"], ids=["in this process", "in a process of its own"])
+def test_answers_of_a_model_that_computes_nan_are_refused(model_dir, tmp_path, monkeypatch, own_process):
+    """vLLM goes on with token 0 there, in other rows of the batch too, and such answers were committed."""
+    broken = shutil.copytree(model_dir, tmp_path / "broken")
+    spoil(broken, VOCAB_SIZE // 2)  # unknown to the start where nothing is captured
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", own_process)
+    asked = [GenerateRequest(0, 0, [5, 6, 7], 1), GenerateRequest(1, 0, [5, VOCAB_SIZE // 2, 6], 2)]
+    with (
+        opened(broken, None, ANSWER, dtype="float32") as engine,
+        pytest.raises(EngineError, match=r"^the model computes NaN instead of numbers"),
+    ):
+        list(engine.generate(asked, ANSWER))

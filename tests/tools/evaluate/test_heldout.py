@@ -12,7 +12,7 @@ from shared.cache.cache import Cache
 from shared.errors import DecantError, EvaluationError
 from shared.keys import is_heldout
 from student_train.evaluate.heldout_rows import heldout_rows
-from tests.tiny_models import make_llama, make_qwen3, training_text
+from tests.tiny_models import make_llama, make_qwen3, spoil, training_text
 from tests.tools.evaluate.heldout_cache import build_cache, dense_logprobs
 from tools.evaluate.heldout.bootstrap import ratio_interval
 from tools.evaluate.heldout.confidence_bins import ConfidenceBins
@@ -258,3 +258,11 @@ def test_model_that_sees_what_follows_is_refused(world: dict[str, Path]) -> None
     BertGenerationDecoder(config).save_pretrained(directory)
     with pytest.raises(EvaluationError, match="see what comes after"):
         evaluate_heldout(directory, [world["cache"]], FRACTION)
+
+
+def test_model_that_computes_nan_is_refused_in_a_sentence(world: dict[str, Path]) -> None:
+    """It ended in json's complaint about figures that are NaN, or in perplexities that were left out in silence."""
+    directory = make_llama(world["root"] / "no-numbers")
+    spoil(directory, int(Cache.open(world["cache"])[0].token_ids[0]))
+    with pytest.raises(EvaluationError, match="computes NaN instead of numbers"):
+        evaluate_heldout(directory, [world["cache"]], 1.0)

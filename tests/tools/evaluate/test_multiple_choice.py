@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from shared.errors import EvaluationError
+from shared.errors import EngineError, EvaluationError
 from shared.recipe.recipe import Recipe, Task
 from shared.recipe.sections.evaluation import TaskName
 from teacher_cache.engines.vllm.vllm_version import installed_vllm
-from tests.tiny_models import make_qwen3, make_tokenizer
+from tests.tiny_models import make_llama, make_qwen3, make_tokenizer, spoil
 from tests.tools.evaluate.heldout_cache import dense_logprobs
 from tools.evaluate.all_models import evaluate_all
 from tools.evaluate.models.models import model_under_test
@@ -253,3 +253,12 @@ def test_vllm_weighs_choices_as_transformers_does_and_answers_in_the_same_start(
         result = json.loads((root / engine / "evaluate" / "teacher.json").read_text())
         assert result["provenance"]["engine"] == engine
     assert weighed["vllm"] == pytest.approx(weighed["transformers"], rel=1e-3, abs=1e-2)
+
+
+def test_choices_of_a_model_that_computes_nan_are_refused(tmp_path: Path) -> None:
+    """The first choice would win wherever NaN was compared."""
+    write(tmp_path / "choice.jsonl", ROWS)
+    tokenizer = AutoTokenizer.from_pretrained(make_llama(tmp_path / "model"))
+    spoil(tmp_path / "model", tokenizer("node 7")["input_ids"][-1])
+    with pytest.raises(EngineError, match="computes NaN instead of numbers"):
+        evaluated(recipe(tmp_path))

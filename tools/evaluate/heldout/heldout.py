@@ -32,6 +32,7 @@ from shared.models.forward.attention_choice import faithful_attention
 from shared.models.forward.causality import sees_what_follows
 from shared.models.forward.row_length import known_positions
 from shared.models.forward.wide_weights import widest
+from shared.models.no_numbers import NO_NUMBERS
 from shared.models.weights.loading import load_causal_lm
 from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe
@@ -90,7 +91,8 @@ def evaluate_heldout(
         largest KL in their context. With `several`, by_layer has the figures against each.
 
     Raises:
-        EvaluationError: no row is held out, or the model cannot be loaded or does not fit the cache's tokenizer.
+        EvaluationError: no row is held out, or the model cannot be loaded, does not fit the cache's tokenizer, or
+            computes NaN.
         CacheError: a cache cannot be read.
     """
     opened = [Cache.open(Path(cache), targets) for cache in caches]
@@ -220,7 +222,11 @@ def _vocabulary(cache_dir: Path) -> Vocabulary | None:
 def measure_batch(
     model: Any, vocab_size: int, rows: Sequence[Any], vocabulary: Vocabulary | None = None
 ) -> list[RowMeasure]:
-    """Measure rows of a cache in one forward pass; `vocabulary` counts the bytes of their text."""
+    """Measure rows of a cache in one forward pass; `vocabulary` counts the bytes of their text.
+
+    Raises:
+        EvaluationError: the model computes NaN.
+    """
     head, body = head_of(model, vocab_size), body_of(model)
     device = model.get_input_embeddings().weight.device
     token_ids = torch.from_numpy(np.concatenate([row.token_ids for row in rows]).astype(np.int64))[None].to(device)
@@ -233,6 +239,8 @@ def measure_batch(
     labels = torch.from_numpy(np.concatenate([row.labels() for row in rows]).astype(np.int64)).to(device)
     batch = TargetBatch.from_rows([row.targets for row in rows]).to(device)
     scores = head.scores(hidden, labels, batch)
+    if bool(scores.kl_nats.isnan().any()):
+        raise EvaluationError(NO_NUMBERS)
     ends = np.cumsum([row.num_positions for row in rows])
     starts = ends - [row.num_positions for row in rows]
     compared = batch.has_member.cpu().numpy()

@@ -6,12 +6,15 @@ them), so every choice of a question follows the same tokens. Cost: one prefill 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from shared.errors import EngineError
+from shared.models.no_numbers import NO_NUMBERS
 from teacher_cache.engines.protocol import ScoreRequest
 from tools.evaluate.models.generate_answers import Answer
 from tools.evaluate.tasks.questions import Choice
@@ -36,13 +39,16 @@ def choose_answers(
     """Return domain -> the choice that each question got, with all of them beside it.
 
     Raises:
-        EngineError: the engine died.
+        EngineError: the engine died, or the model computes NaN.
     """
     found: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
     total = sum(len(choices) for _, _, ids in asked.values() for choices in ids)
     for number, scored in enumerate(engine.score(_requests(asked)), start=1):
         domain, question, choice = scored.tag
-        found[domain][question, choice] = float(scored.targets.label_logprobs.sum(dtype=np.float64))
+        logprob_nats = float(scored.targets.label_logprobs.sum(dtype=np.float64))
+        if math.isnan(logprob_nats):
+            raise EngineError(NO_NUMBERS)
+        found[domain][question, choice] = logprob_nats
         if number % 500 == 0 or number == total:
             say(f"scored {number} of {total} choices")
     return {
