@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shared.errors import ModelError
 
-_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+SPECIAL_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
 def refuse_special_files(directory: str | Path) -> None:
@@ -24,7 +24,7 @@ def refuse_special_files(directory: str | Path) -> None:
     """
     for path in _entries(Path(directory)):
         try:
-            found = _KINDS.get(stat.S_IFMT(path.stat().st_mode))
+            found = SPECIAL_KINDS.get(stat.S_IFMT(path.stat().st_mode))
         except OSError:  # a link that leads nowhere
             continue
         if found is not None:

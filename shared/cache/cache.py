@@ -17,9 +17,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise, starmap
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -56,6 +57,18 @@ class Row(SequenceRow):
     """None where the cache was opened without a targets layer."""
     hidden: HiddenStates | None = None
     """None where the cache was opened without a hidden layer."""
+
+
+class ReadPart(NamedTuple):
+    """One part that a cache reads."""
+
+    record: PartRecord
+    targets: PartRecord | None
+    """Record of its targets; None without a targets layer."""
+    shown: NDArray[np.bool_] | None
+    """[record.rows] which of its rows are shown; None: all."""
+    rows: range
+    """Where they are in the cache."""
 
 
 _columns_of = attrgetter(*(column.name for column in fields(SequenceRow)))
@@ -201,10 +214,14 @@ class Cache:
         number, local = self._locate(index)
         return self._sequences.get(number).row(local)
 
-    def parts(self) -> list[tuple[PartRecord, PartRecord | None, NDArray[np.bool_] | None]]:
-        """Return record, record of the targets and mask of the rows to show (None: all) of each part that is read."""
+    def parts(self) -> list[ReadPart]:
+        """Return the parts that are read, in order."""
         targets: Sequence[PartRecord | None] = self._targets.records if self._targets else [None] * self.num_parts
-        return [(one, other, self._masks.get(one.stem)) for one, other in zip(self._records, targets, strict=True)]
+        masks, ranges = (
+            (self._masks.get(record.stem) for record in self._records),
+            starmap(range, pairwise([0, *self._ends])),
+        )
+        return list(map(ReadPart, self._records, targets, masks, ranges))
 
     @property
     def num_parts(self) -> int:
@@ -304,8 +321,7 @@ class Cache:
 
     def jobs_of_rows(self) -> list[tuple[str, int, int]]:
         """Return (first 8 digits of the job, first row, row after the last) of every part, in order."""
-        starts = [0, *self._ends[:-1]]
-        return [(record.id8, a, b) for record, a, b in zip(self._records, starts, self._ends, strict=True)]
+        return [(part.record.id8, part.rows.start, part.rows.stop) for part in self.parts()]
 
     @property
     def sources(self) -> NDArray[np.int32]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import Identity, LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import list_folder, read_bounded
+from shared.parts.part_stats import Strict
 from shared.parts.records import checked_model, parse_sealed, read_sealed
 from shared.schema import (
     LAYER_PATTERN,
@@ -68,8 +69,7 @@ class LayerDirectory(Generic[AnyIdentity]):
             DamagedError: it contradicts the format or its directory's name.
         """
         path = directory / "layer.json"
-        document = read_sealed(path, _LayerHeader.model_fields.keys())
-        checked_model(_LayerHeader, document, path)
+        document = read_sealed(path, _LayerHeader)
         identity = cls.identity_of.from_json(document["identity"], f"{path}: identity")
         if identity.hash8 != directory.name[-8:]:
             raise DamagedError(
@@ -122,29 +122,23 @@ def tokenizer_path(cache_dir: Path, name: str) -> Path:
     return cache_dir / "tokenizer" / name
 
 
-class _TokenizerFile(BaseModel):
+class _TokenizerFile(Strict):
     """What cache.json says of a tokenizer file."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     bytes: int = Field(ge=0, le=MAX_TOKENIZER_FILE_BYTES)
     xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
 
 
-class _Header(BaseModel):
+class _Header(Strict):
     """cache.json, its identity apart."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     format: int
     identity: dict[str, Any]
     tokenizer_files: dict[str, _TokenizerFile]
 
 
-class _LayerHeader(BaseModel):
+class _LayerHeader(Strict):
     """layer.json, its identity apart."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     format: int
     identity: dict[str, Any]
@@ -180,8 +174,7 @@ def read_header(cache_dir: Path) -> CacheHeader:
 
 def parse_header(data: bytes, path: object) -> CacheHeader:
     """Return what `read_header` does, of bytes that came from `path`."""
-    document = parse_sealed(data, path, _Header.model_fields.keys())
-    checked_model(_Header, document, path)
+    document = parse_sealed(data, path, _Header)
     files = tokenizer_entries(document["tokenizer_files"], path)
     identity = SequencesIdentity.from_json(document["identity"], f"{path}: identity")
     if not 0 < identity.vocab_size <= MAX_VOCAB_SIZE:

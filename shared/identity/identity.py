@@ -184,13 +184,15 @@ class SequencesIdentity(Identity):
     models' keys hold it. Empty: what the cache's jobs say, as for caches that were begun before the field."""
 
 
-def difference(found: Identity, wanted: Identity) -> str | None:
+def difference(found: Identity, wanted: Identity, here: object = None, there: object = "the request") -> str | None:
     """Return a clause that names the first field in which two identities differ, with both values; None where they
     agree.
 
     Args:
         found: what is on disk.
         wanted: what the request needs.
+        here: where the first is, for the clause; None: "this cache" or "this targets layer".
+        there: where the other is.
 
     Raises:
         TypeError: the identities are of two kinds.
@@ -200,5 +202,5 @@ def difference(found: Identity, wanted: Identity) -> str | None:
     for name in (f.name for f in fields(found) if f.name not in found.provenance):  # type: ignore[arg-type]
         a, b = getattr(found, name), getattr(wanted, name)
         if a != b:
-            return f"{name} is {a!r} in this {found.what} and {b!r} in the request"
+            return f"{name} is {a!r} in {here or f'this {found.what}'} and {b!r} in {there}"
     return None

@@ -19,17 +19,11 @@ import xxhash
 
 from shared.errors import DamagedError
 from shared.schema import MAX_JSON_BYTES, MAX_JSON_VALUES
+from shared.special_files import SPECIAL_KINDS
 from shared.text.strict_json import each_once
 
 _MOST_DIGITS = 19
-_KINDS = {
-    stat.S_IFLNK: "a link",
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
+_KINDS = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a directory", **SPECIAL_KINDS}
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import compress, islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -23,13 +24,14 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from shared.atomic import fill_exclusive, make_dir
 from shared.errors import CacheError, DamagedError, first_line
 from shared.keys import KEY_BYTES, KeySet, canonical_json, stack_keys
 from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.parts.headers.arrow_layout import ArrowLayout
+from shared.parts.part_stats import Strict
 from shared.parts.parts import check_whole, open_part
 from shared.parts.records import PartRecord, checked_model, list_records
 from shared.schema import JOB_PATTERN, MAX_ROWS_PER_PART, PLAN
@@ -56,10 +58,8 @@ class PlanRow:
     format: str
 
 
-class _Plan(BaseModel):
+class _Plan(Strict):
     """What a plan says about itself."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     request: dict[str, Any]
     rows_per_part: int = Field(ge=1, le=MAX_ROWS_PER_PART)
@@ -254,32 +254,16 @@ def key_column(table: pa.Table, name: str) -> NDArray[np.uint8]:
 
 def _units(rows: Iterable[PlanRow], rows_per_part: int, committed: KeySet) -> Iterator[list[PlanRow]]:
     """Cut rows that are not committed into units; the last one may be shorter."""
-    unit: list[PlanRow] = []
-    for row in _uncommitted(rows, committed):
-        unit.append(row)
-        if len(unit) == rows_per_part:
-            yield unit
-            unit = []
-    if unit:
+    left = _uncommitted(rows, committed)
+    while unit := list(islice(left, rows_per_part)):
         yield unit
 
 
 def _uncommitted(rows: Iterable[PlanRow], committed: KeySet) -> Iterator[PlanRow]:
     """Leave out committed rows, asking for a thousand at a time."""
-    pending: list[PlanRow] = []
-    for row in rows:
-        pending.append(row)
-        if len(pending) == 1000:
-            yield from _filtered(pending, committed)
-            pending = []
-    yield from _filtered(pending, committed)
-
-
-def _filtered(pending: list[PlanRow], committed: KeySet) -> list[PlanRow]:
-    if not pending or not len(committed):
-        return pending
-    known = committed.contains(stack_keys([row.row_key for row in pending]))
-    return [row for row, skip in zip(pending, known, strict=True) if not skip]
+    pending = iter(rows)
+    while asked := list(islice(pending, 1000)):
+        yield from compress(asked, ~committed.contains(stack_keys([row.row_key for row in asked])))
 
 
 def _checksum(rows: list[PlanRow]) -> bytes:

@@ -31,10 +31,14 @@ _Count = Annotated[int, Field(ge=0, le=2**53)]
 _Sum = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Figures(BaseModel):
-    """What the record of every part counts."""
+class Strict(BaseModel):
+    """Fields of a JSON document of a cache: no conversions, and no others."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Figures(Strict):
+    """What the record of every part counts."""
 
     rows: _Count
     positions: _Count

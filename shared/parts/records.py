@@ -14,17 +14,17 @@ import json
 import re
 import reprlib
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import list_folder, parse_json, read_bounded
-from shared.parts.part_stats import STATS_OF
+from shared.parts.part_stats import STATS_OF, Strict
 from shared.schema import (
     FORMAT_VERSION,
     MAX_JSON_BYTES,
@@ -61,25 +61,25 @@ class PartRecord:
     @property
     def stats(self) -> dict[str, Any]:
         """Figures of the part's rows."""
-        return dict(self._detail("stats", {}))
+        return dict(self._details.get("stats", {}))
 
     @property
     def software(self) -> dict[str, Any]:
         """Versions of what made the part."""
-        return dict(self._detail("software", {}))
+        return dict(self._details.get("software", {}))
 
     @property
     def set_aside(self) -> list[dict[str, Any]]:
         """Rows of the plan's unit that this part leaves out, each with a `reason`."""
-        return list(self._detail("set_aside", []))
+        return list(self._details.get("set_aside", []))
 
     def content(self) -> dict[str, Any]:
         """Return what the Arrow file repeats in its metadata."""
-        details = json.loads(zlib.decompress(self.details)) if self.details else {}
-        return {"rows": self.rows, "positions": self.positions, **details}
+        return {"rows": self.rows, "positions": self.positions, **self._details}
 
-    def _detail(self, name: str, missing: Any) -> Any:
-        return json.loads(zlib.decompress(self.details))[name] if self.details else missing
+    @property
+    def _details(self) -> dict[str, Any]:
+        return dict(json.loads(zlib.decompress(self.details))) if self.details else {}
 
     @property
     def id8(self) -> str:
@@ -87,10 +87,8 @@ class PartRecord:
         return self.stem[5:13]
 
 
-class _Document(BaseModel):
+class _Document(Strict):
     """A commit record's fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     format: int
     stem: str
@@ -100,7 +98,7 @@ class _Document(BaseModel):
     xxh3: _Hash
     stats: dict[str, Any]
     software: dict[str, Any]
-    set_aside: list[dict[str, Any]] = []
+    set_aside: list[dict[str, Any]] = Field([])
     layer: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")] | None = None
 
 
@@ -129,21 +127,21 @@ def sealed_json(document: Mapping[str, Any]) -> bytes:
     return data.replace(_UNSEALED, _UNSEALED.replace(b"0" * 32, digest), 1)
 
 
-def read_sealed(path: Path, fields: Collection[str]) -> dict[str, Any]:
+def read_sealed(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     """Read a JSON file of a cache; return its fields without the checksum, which is compared where there is one.
 
     Args:
         path: the file.
-        fields: names that it may have.
+        model: the fields that it has.
 
     Raises:
         CacheError: a file of another format version.
         DamagedError: it cannot be read, has other fields, or is not what was written.
     """
-    return parse_sealed(read_bounded(path, MAX_JSON_BYTES), path, fields)
+    return parse_sealed(read_bounded(path, MAX_JSON_BYTES), path, model)
 
 
-def parse_sealed(data: bytes, path: object, fields: Collection[str] | None = None) -> dict[str, Any]:
+def parse_sealed(data: bytes, path: object, model: type[BaseModel] | None = None) -> dict[str, Any]:
     """Return what `read_sealed` does, of bytes that came from `path`; None lets every field through."""
     document = parse_json(data, path)
     if document.get("format") != FORMAT_VERSION or isinstance(document.get("format"), bool):
@@ -151,7 +149,7 @@ def parse_sealed(data: bytes, path: object, fields: Collection[str] | None = Non
             f"{path} has format {document.get('format')!r} and this version of Decant reads format {FORMAT_VERSION}; "
             "use the version that wrote it"
         )
-    unknown = sorted(document.keys() - {*fields, "checksum"}) if fields is not None else []
+    unknown = sorted(document.keys() - {*model.model_fields, "checksum"}) if model is not None else []
     if unknown:
         raise DamagedError(
             f"{path} says {unknown[0][:60]!r}, which this version of Decant does not know; "
@@ -164,6 +162,8 @@ def parse_sealed(data: bytes, path: object, fields: Collection[str] | None = Non
             raise DamagedError(
                 f"{path} does not fit its own checksum; it was altered after it was written: restore it from a copy"
             )
+    if model is not None:
+        checked_model(model, document, path)
     return document
 
 
@@ -202,8 +202,7 @@ def read_record(path: Path) -> PartRecord:
 
 def parse_record(data: bytes, path: Path) -> PartRecord:
     """Return what `read_record` does, of bytes that are, or will be, the file `path`."""
-    document = parse_sealed(data, path, _Document.model_fields.keys())
-    checked_model(_Document, document, path)
+    document = parse_sealed(data, path, _Document)
     if document["stem"] != path.stem:
         raise DamagedError(f"{path} describes {document['stem'][:60]!r}; it is another part's record")
     stats = document["stats"]

@@ -134,15 +134,11 @@ def spans_problem(spans: NDArray[np.int32], num_tokens: int) -> str | None:
 
 
 def rows_to_table(rows: Sequence[SequenceRow]) -> pa.Table:
-    """Return rows as a table of the SEQUENCES schema.
+    """Return rows, which do not contradict the format, as a table of the SEQUENCES schema.
 
     Raises:
-        ValueError: a row contradicts the format, or the rows hold too many tokens for one part.
+        ValueError: the rows hold too many tokens for one part.
     """
-    for number, row in enumerate(rows):
-        problem = row_problem(row)
-        if problem:
-            raise ValueError(f"row {number}: {problem}")
     lengths = [len(row.token_ids) for row in rows]
     if sum(lengths) > MAX_TOKENS_PER_PART:
         raise ValueError(f"a part holds at most {MAX_TOKENS_PER_PART} tokens, got {sum(lengths)}; use smaller parts")

@@ -131,19 +131,12 @@ def open_source(path: Path) -> Source:
 def _check_sequences(sources: Sequence[Source]) -> None:
     first = sources[0]
     for other in sources[1:]:
-        problem = difference(first.header.identity, other.header.identity)
+        problem = difference(first.header.identity, other.header.identity, first.path, other.path)
         if problem:
             raise IdentityError(
-                f"{other.path} cannot be merged with {first.path}: {_named(problem, first, other)}; "
-                "only caches with the same tokenizer and template are one"
+                f"{other.path} cannot be merged with {first.path}: {problem}; only caches with the same tokenizer and "
+                "template are one"
             )
-
-
-def _named(problem: str, first: Source, other: Source) -> str:
-    """Say which cache has which value in what `difference` found."""
-    for what in ("cache", "targets layer"):
-        problem = problem.replace(f" in this {what} and ", f" in {first.path} and ")
-    return problem.replace(" in the request", f" in {other.path}")
 
 
 def common_layers(
@@ -187,10 +180,10 @@ def _check_names(sources: Sequence[Source], chosen: set[str]) -> None:
                     known = layer.identity.hash8 in other.layers or rival.identity.hash8 in source.layers
                     if known or layer.short_name != rival.short_name:
                         continue
-                    problem = difference(layer.identity, rival.identity) or "they differ"
+                    problem = difference(layer.identity, rival.identity, source.path, other.path) or "they differ"
                     raise IdentityError(
                         f"layer {layer.short_name} of {other.path} cannot be merged with that of {source.path}: "
-                        f"{_named(problem, source, other)}; score one of them again, or name the layers to merge "
+                        f"{problem}; score one of them again, or name the layers to merge "
                         "with --targets (or --no-targets)"
                     )
 

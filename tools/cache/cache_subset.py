@@ -113,13 +113,10 @@ def chosen_rows(cache: Cache, choice: Choice) -> NDArray[np.bool_]:
 
 def _dropped(cache: Cache, chosen: NDArray[np.bool_]) -> dict[int, NDArray[np.bool_]]:
     """Return by part that does not stay whole which of its rows are left out, those that are not shown among them."""
-    found, first = {}, 0
-    for number, (record, _, shown) in enumerate(cache.parts()):
-        visible = np.ones(record.rows, np.bool_) if shown is None else np.asarray(shown)
-        last = first + int(visible.sum())
-        kept = np.zeros(record.rows, np.bool_)
-        kept[visible] = chosen[first:last]
-        first = last
+    found = {}
+    for number, part in enumerate(cache.parts()):
+        kept = np.zeros(part.record.rows, np.bool_)
+        kept[slice(None) if part.shown is None else part.shown] = chosen[part.rows.start : part.rows.stop]
         if not kept.all():
             found[number] = ~kept
     return found

@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from numpy.typing import NDArray
 
 from shared.atomic import Fill, fill_exclusive, make_dir, write_atomic
-from shared.cache.cache import Cache
+from shared.cache.cache import Cache, ReadPart
 from shared.cache.layout import (
     Layer,
     choose_layer,
@@ -32,7 +31,7 @@ from shared.cache.tokenizer_files import read_tokenizer_file
 from shared.errors import CacheError, first_line
 from shared.parts.cache_files import read_json
 from shared.parts.mapped_part import MappedBlobs, MappedSequences
-from shared.parts.records import PartRecord, json_bytes
+from shared.parts.records import json_bytes
 from shared.schema import SEQUENCES
 from tools.cache.parquet_columns import (
     EXPORT_FORMAT,
@@ -74,11 +73,11 @@ def export_cache(
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
         with staged(out, "exporting", cache_id, metadata) as staging:
-            for record, scores, shown in cache.parts():
-                file = staging / f"{record.stem}.parquet"
+            for part in cache.parts():
+                file = staging / f"{part.record.stem}.parquet"
                 if not file.exists():
-                    _write_part(cache, layer, record, scores, shown, file)
-                advance(record.rows)
+                    _write_part(cache, layer, part, file)
+                advance(part.record.rows)
             _write_metadata(path, layer, staging, cache_id)
     return exported(cache, out, existed=existed)
 
@@ -132,15 +131,9 @@ def _write_metadata(path: Path, layer: Layer | None, staging: Path, cache_id: st
     write_atomic(staging / METADATA_FILE, json_bytes(document), "cache_json")
 
 
-def _write_part(
-    cache: Cache,
-    layer: Layer | None,
-    record: PartRecord,
-    scores: PartRecord | None,
-    shown: NDArray[np.bool_] | None,
-    file: Path,
-) -> None:
+def _write_part(cache: Cache, layer: Layer | None, read: ReadPart, file: Path) -> None:
     """Write the shown rows of one part."""
+    record, scores, shown = read.record, read.targets, read.shown
     vocab_size = cache.sequences_identity.vocab_size
     part = MappedSequences(sequences_dir(cache.path), record, verify=True, vocab_size=vocab_size)
     scored = None

@@ -10,29 +10,27 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from shared.cache.sync.cache_names import is_part, most_bytes, rank_of
 from shared.parts.cache_files import hash_file
-from shared.parts.records import checked_model, parse_record, parse_sealed, read_record, sealed_json
+from shared.parts.part_stats import Strict
+from shared.parts.records import parse_record, parse_sealed, read_record, sealed_json
 from shared.remote.transfer import Remote, RemoteFile
 from shared.schema import FORMAT_VERSION
 
 
-class _Listed(BaseModel):
+class _Listed(Strict):
     """What `files.json` says of a file."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     bytes: int = Field(ge=0)
     xxh3: str = Field(pattern=r"^[0-9a-f]{32}$")
 
 
-class _Listing(BaseModel):
+class _Listing(Strict):
     """What `files.json` says."""
 
-    model_config = ConfigDict(strict=True)
-
+    format: int
     files: dict[str, _Listed]
 
 
@@ -42,8 +40,7 @@ def read_listing(data: bytes, where: str) -> dict[str, RemoteFile]:
     Raises:
         DamagedError: it was altered.
     """
-    document = parse_sealed(data, where, ("format", "files"))
-    checked_model(_Listing, document, where)
+    document = parse_sealed(data, where, _Listing)
     return {name: RemoteFile(entry["bytes"], entry["xxh3"]) for name, entry in document["files"].items()}
 
 

@@ -16,16 +16,25 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from shared.atomic import TEMPORARY_MARK, fsync_dir, write_atomic
 from shared.cache.layout import read_header, sequences_dir
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import list_folder
+from shared.parts.part_stats import Strict
 from shared.parts.records import list_records, read_sealed, sealed_json
 from shared.process.failpoints import failpoint
 from shared.schema import FORMAT_VERSION, JOB_PATTERN, LAYER_PATTERN, STEM_PATTERN
 
 _MARK = "dropping.json"
+
+
+class _Mark(Strict):
+    """What it says."""
+
+    format: int
+    stems: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +177,7 @@ def dropping(path: Path) -> frozenset[str]:
     mark = path / _MARK
     if not mark.exists() and not mark.is_symlink():
         return frozenset()
-    stems = read_sealed(mark, ("format", "stems")).get("stems")
+    stems = read_sealed(mark, _Mark).get("stems")
     if not isinstance(stems, list) or not all(isinstance(s, str) and STEM_PATTERN.fullmatch(s) for s in stems):
         raise DamagedError(f"{mark} does not list parts; delete it and give the interrupted `cache drop` again")
     return frozenset(stems)

@@ -87,14 +87,11 @@ def export_foreign(
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
         with staged(out, f"exporting-{form}", cache.cache_id, proof) as staging:
-            first = 0
-            for number, (record, _, shown) in enumerate(cache.parts()):
-                rows = record.rows if shown is None else int(shown.sum())
+            for number, part in enumerate(cache.parts()):
                 file = staging / f"data_{number}.parquet"
-                if rows and not file.exists():
-                    _write_part(cache, range(first, first + rows), layer, form, file)
-                first += rows
-                advance(rows)
+                if part.rows and not file.exists():
+                    _write_part(cache, part.rows, layer, form, file)
+                advance(len(part.rows))
             if form == "distillkit":
                 write_atomic(staging / SETTINGS_FILE, json_bytes(_settings(layer).model_dump(mode="json")), "sequences")
             write_atomic(staging / SOURCE_FILE, json_bytes(said), "cache_json")

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.cache.cache import Cache, Row
+from shared.cache.cache import Cache, ReadPart, Row
 from shared.cache.layout import sequences_dir
 from shared.cache.tokenizer_files import tokenizer_without_code
 from shared.cache.writing.cache_writer import CacheWriter
@@ -138,24 +138,17 @@ def _refuse_without_mass(cache: Cache) -> None:
 
 
 def _pairs(
-    cache: Cache, rows: StudentRows, part: tuple[str, int, int]
+    cache: Cache, rows: StudentRows, part: ReadPart
 ) -> Iterator[tuple[int, SequenceRow, SequenceRow, RowPair] | str]:
     """Yield index, row, translated row and both aligned, of each row of a part; or why it cannot be translated."""
-    stem, start, stop = part
-    planned = rows.planned(stem)
-    for index in range(start, stop):
+    planned = rows.planned(part.record.stem)
+    for index in part.rows:
         row = cache.sequence(index)
         try:
             translated = rows.row(row, planned.get(row.row_key))
             yield index, row, translated, rows.pair(row, translated)
         except UntranslatableError as error:
             yield str(error)
-
-
-def _parts(cache: Cache) -> list[tuple[str, int, int]]:
-    """Return stem, first row and the one after the last of every part."""
-    records = [record for record, _, _ in cache.parts()]
-    return [(record.stem, a, b) for record, (_, a, b) in zip(records, cache.jobs_of_rows(), strict=True)]
 
 
 def _count(
@@ -172,7 +165,7 @@ def _count(
     """
     seen, kept = (np.zeros(len(landing.student), np.int64) for _ in range(2))
     reasons, done = Counter[str](), 0
-    for part in _parts(cache):
+    for part in cache.parts():
         for found in _pairs(cache, rows, part):
             advance(1)
             if isinstance(found, str):
@@ -225,9 +218,9 @@ def _write(
             writer, short, derived, {**cache.layer_provenance, "derived_by": dict(software())}
         )
         projection = Projection(landing, counted.stays, cache.layer.vocab_size, derived.k)
-    for number, part in enumerate(_parts(cache)):
+    for number, part in enumerate(cache.parts()):
         stem = out.stem(number)
-        advance(part[2] - part[1])
+        advance(len(part.rows))
         done = layer.directory if layer else sequences_dir(writer.path)
         if (done / f"{stem}.json").exists():
             read_record(done / f"{stem}.json")
