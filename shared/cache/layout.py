@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field
 
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, UsageError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import Identity, LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import list_folder, read_bounded
@@ -221,3 +221,15 @@ def choose_layer(
             f"{cache_dir} has {found} named {wanted!r} (there are: {listed}); give one of these names in full"
         )
     return fitting[0]
+
+
+def refuse_within_cache(out: Path) -> None:
+    """Refuse a place in the directory of a cache, where no export, report or other cache belongs; the cache's own
+    directory is not in it.
+
+    Raises:
+        UsageError: it is one.
+    """
+    for parent in out.resolve().parents:
+        if (parent / "cache.json").is_file() and (parent / "sequences").is_dir():
+            raise UsageError(f"{out} lies in the cache {parent}, where nothing else belongs; name another place")

@@ -24,12 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
-from shared.payload.frame import compress_planes, decompress_frame
-from shared.payload.planes import PlaneReader, split_planes
+from shared.payload.frame import PlaneReader, compress_planes, decompress_frame, split_planes
 from shared.payload.quantise import TAIL_ALL, label_codes, label_table, tail_codes, tail_tables
-from shared.payload.ragged import segment_sum, starts_of, uniform_count
+from shared.payload.ragged import has_repeated_id, is_ascending, segment_sum, starts_of, uniform_count
 from shared.payload.row_batches import join_rows, row_batches
-from shared.payload.supports import has_repeated_id, is_ascending
 from shared.payload.targets import Draws, SparseTargets
 from shared.schema import (
     MAX_DRAWS,

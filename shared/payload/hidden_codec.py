@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
-from shared.payload.frame import compress_planes, decompress_frame
+from shared.payload.frame import PlaneReader, compress_planes, decompress_frame, split_planes
 from shared.payload.hidden import MASS_UNIT, Attention, HiddenStates, Vectors
-from shared.payload.planes import PlaneReader, split_planes
 from shared.payload.ragged import segment_sum
 from shared.schema import MAX_HIDDEN_BYTES_PER_ROW, MAX_TOKENS_PER_ROW
 

@@ -25,7 +25,7 @@ from shared.parts.records import list_records
 from shared.places import is_url, named, with_urls
 from shared.progress import Progress
 from shared.text.printable import printable
-from tools.cache.cache_show import row_document, row_text
+from tools.cache.cache_show import page_document, page_lines, row_document, row_text
 
 Answer = tuple[Any, str] | tuple[Any, str, int]
 """What a command says: the document of --json, what people see, and the exit code where it may be another than 0."""
@@ -184,8 +184,6 @@ def _hidden_text(identity: Mapping[str, Any]) -> str:
 
 def _show(args: argparse.Namespace) -> Answer:
     if (args.row, args.top, args.targets) == (None, None, None):
-        from tools.cache.cache_page import page_document, page_lines
-
         document = page_document(listing(args.cache), args.cache)
         return document, "\n".join([*_listing_lines(document), *page_lines(document)])
     cache = Cache.open(args.cache, args.targets, allow_partial=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.atomic import TEMPORARY_MARK, fsync_dir, make_dir
-from shared.cache.within import refuse_within_cache
+from shared.cache.layout import refuse_within_cache
 from shared.errors import CacheError
 from shared.parts.jobs import create_job, job_id
 

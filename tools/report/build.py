@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.atomic import write_atomic
-from shared.cache.within import refuse_within_cache
+from shared.cache.layout import refuse_within_cache
 from shared.errors import EvaluationError
 from shared.seconds import add_seconds
 from tools.report.figures import report_figures

@@ -20,8 +20,7 @@ import xxhash
 
 from shared.atomic import fill_atomic, make_dir, write_atomic
 from shared.cache.layout import parse_header
-from shared.cache.sync.cache_names import is_part, most_bytes, rank_of
-from shared.cache.sync.listing import read_listing
+from shared.cache.sync.listing import is_part, most_bytes, rank_of, read_listing
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import read_bounded, read_json
 from shared.parts.jobs import Job

@@ -13,9 +13,9 @@ from itertools import groupby
 from pathlib import Path
 
 from shared.atomic import TEMPORARY_MARK, make_dir, write_atomic
-from shared.cache.sync.cache_names import have_no_part_in_common, is_part, parts_in, rank_of
+from shared.cache.layout import refuse_within_cache
+from shared.cache.sync.listing import have_no_part_in_common, is_part, parts_in, rank_of
 from shared.cache.sync.mirror import fetch_small, list_remote, read_small, with_checksums
-from shared.cache.within import refuse_within_cache
 from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import read_bounded
 from shared.parts.records import parse_record

@@ -16,11 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from shared.cache.layout import list_hidden_layers, list_layers, read_header, sequences_dir
-from shared.cache.sync.cache_names import have_no_part_in_common, most_bytes, parts_in, rank_of
-from shared.cache.sync.listing import listing_of, read_listing
+from shared.cache.layout import list_hidden_layers, list_layers, read_header, refuse_within_cache, sequences_dir
+from shared.cache.sync.listing import have_no_part_in_common, listing_of, most_bytes, parts_in, rank_of, read_listing
 from shared.cache.sync.mirror import list_remote
-from shared.cache.within import refuse_within_cache
 from shared.errors import CacheError, DecantError
 from shared.parts.cache_files import read_bounded
 from shared.parts.jobs import list_jobs

@@ -30,7 +30,7 @@ from shared.keys import content_key
 from shared.parts.records import list_records
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.targets import SparseTargets
-from tools.cache.cache_page import TAIL_MEANS
+from tools.cache.cache_show import TAIL_MEANS
 from tools.cache.foreign.foreign_row import ForeignReader, ForeignRow, check_row
 from tools.cache.foreign.heads import to_targets
 from tools.cache.staged_directory import DerivedCache

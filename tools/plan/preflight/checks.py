@@ -13,8 +13,8 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from shared.cache.layout import refuse_within_cache
 from shared.cache.sync.mirror import bring_if_remote
-from shared.cache.within import refuse_within_cache
 from shared.recipe.base import Problem
 from shared.recipe.file import Where, listed
 from shared.recipe.recipe import Recipe
