@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,16 @@ def test_plan_prices_a_teacher_out_of_reach_from_what_the_recipe_assumes(tmp_pat
     assumed = plan(Recipe.model_validate(away))
     assert assumed["hidden"]["bytes_per_position"] == 3 * (256 + 4)
     assert any("28 blocks of width 3,584, as the recipe assumes" in line for line in assumed["assumptions"])
+
+
+def test_plan_counts_the_states_of_another_teacher_of_the_same_shape_as_to_do(tmp_path: Path, teacher: Path) -> None:
+    teach(recipe(tmp_path, teacher, {"layers": ["final"]}))
+    moved, other = tmp_path / "moved", make_qwen3(tmp_path / "other", num_layers=3, seed=8)
+    shutil.copytree(teacher, moved)
+    planned = [plan(recipe(tmp_path, model, {"layers": ["final"]}))["hidden"] for model in (teacher, moved, other)]
+    every = Cache.open(tmp_path / "cache", "top4", allow_partial=True).stats()["positions"]
+    assert [figures["positions"]["expected"] for figures in planned] == [0, 0, every]
+    assert teach(recipe(tmp_path, other, {"layers": ["final"]})).hidden.positions == every
 
 
 def test_wrong_layer_is_refused_before_anything_is_written(tmp_path: Path, teacher: Path) -> None:

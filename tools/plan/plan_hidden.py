@@ -8,10 +8,11 @@ Cost: the teacher's config.json and the records of the cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from shared.cache.layer_choice import hidden_layer_of
-from shared.cache.layout import list_hidden_layers, sequences_dir
+from shared.cache.layout import HiddenLayer, list_hidden_layers, sequences_dir
 from shared.errors import EngineError, TrainingError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.hidden_layers import keeps, kept
@@ -20,6 +21,7 @@ from shared.payload.hidden_codec import HiddenCodec
 from shared.recipe.recipe import HiddenCapture, Recipe, Stage
 from tools.cache.cache_commands import size
 from tools.plan.plan_bounds import Bounds, sizes
+from tools.plan.plan_existing import as_made, caches_there, lacking, measured
 
 Figures = dict[str, Any]
 
@@ -44,13 +46,13 @@ def hidden_figures(recipe: Recipe, rows_to_do: int, positions_to_do: Bounds, ass
     codec = HiddenCodec(len(layers), capture.projection or width, False, len(attention_layers), asked["strongest"])
     most = codec.max_content_bytes(1)
     per_row = codec.width + 4 if capture.pooled != "none" else 0
-    rows, positions, measured = _existing(recipe, capture)
-    expected = most if measured is None else measured
+    rows, positions, found = _there(recipe, capture, assumptions)
+    expected = most if found is None else found
     total = {name: positions + count for name, count in positions_to_do.items()}
-    if measured is None:
+    if found is None:
         assumptions.append(f"{most:,} bytes of hidden states per position before compression, which takes a little off")
     else:
-        assumptions.append(f"{measured:,.1f} bytes of hidden states per position, measured in the cache's layer")
+        assumptions.append(f"{found:,.1f} bytes of hidden states per position, measured in the cache's layer")
     num_rows = rows + rows_to_do
     bytes_at_most = total["at_most"] * most + num_rows * per_row
     return {
@@ -75,9 +77,9 @@ def hidden_layer_to_train(recipe: Recipe, stage: Stage) -> HiddenIdentity | None
     """
     if not any(loss.learns_from == "hidden" for loss in stage.losses):
         return None
-    for path in recipe.cache:
-        layers = list_hidden_layers(path) if (path / "cache.json").is_file() else {}
-        named = stage.hidden or (hidden_layer_of(recipe, path) if layers else True)
+    for path in caches_there(recipe):
+        layers = list_hidden_layers(path)
+        named = stage.hidden or hidden_layer_of(recipe, path)
         if isinstance(named, str) and named in layers:
             return layers[named].identity
         if named is True and len(layers) == 1:
@@ -128,22 +130,30 @@ def _teacher_shape(recipe: Recipe, assumptions: list[str]) -> tuple[int, int] | 
     return shape
 
 
-def _existing(recipe: Recipe, capture: HiddenCapture) -> tuple[int, int, float | None]:
+def _there(recipe: Recipe, capture: HiddenCapture, assumptions: list[str]) -> tuple[int, int, float | None]:
     """Return rows and positions in the cache without hidden states, and what a position takes where some have them."""
-    rows = positions = 0
-    measured: float | None = None
-    for path in recipe.cache:
-        if not (path / "cache.json").is_file():
-            continue
-        found = [layer for layer in list_hidden_layers(path).values() if keeps(layer.identity, capture)]
-        records = list_records(found[0].directory) if found else []
-        covered = {record.stem for record in records}
-        for record in list_records(sequences_dir(path)):
-            rows += record.rows if record.stem not in covered else 0
-            positions += record.positions if record.stem not in covered else 0
-        if sum(record.positions for record in records):
-            measured = sum(record.bytes for record in records) / sum(record.positions for record in records)
-    return rows, positions, measured
+    from teacher_cache.passes.hidden_pass import hidden_identity
+
+    there = {path: list_hidden_layers(path) for path in caches_there(recipe)}
+    identity = (
+        as_made(recipe, lambda known, teacher: hidden_identity(known, teacher, capture), assumptions)
+        if any(there.values())
+        else None
+    )
+    layers = {path: _own(found.values(), recipe, capture, identity) for path, found in there.items()}
+    records = [record for path in there for record in lacking(list_records(sequences_dir(path)), layers[path])]
+    rows, positions = sum(record.rows for record in records), sum(record.positions for record in records)
+    return rows, positions, measured(layer for layer in layers.values() if layer is not None)
+
+
+def _own(
+    layers: Iterable[HiddenLayer], recipe: Recipe, capture: HiddenCapture, identity: HiddenIdentity | None
+) -> HiddenLayer | None:
+    """Return the layer that the recipe would write; of a teacher out of reach, one of its name that keeps as much."""
+    if identity is not None:
+        return next((layer for layer in layers if layer.identity.hash8 == identity.hash8), None)
+    name = recipe.teacher.model if recipe.teacher is not None else None
+    return next((one for one in layers if one.identity.teacher == name and keeps(one.identity, capture)), None)
 
 
 def hidden_lines(figures: Figures) -> list[str]:

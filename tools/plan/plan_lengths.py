@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from shared.cache.cache import Cache
 from shared.recipe.recipe import Recipe, Stage
+from tools.plan.plan_existing import caches_there
 
 
 def row_lengths(recipe: Recipe) -> NDArray[np.integer[Any]]:
@@ -21,8 +22,7 @@ def row_lengths(recipe: Recipe) -> NDArray[np.integer[Any]]:
     Raises:
         CacheError: a cache cannot be read.
     """
-    there = [path for path in recipe.cache if (path / "cache.json").is_file()]
-    lengths = [Cache.open_sequences(path).num_tokens for path in there]
+    lengths = [Cache.open_sequences(path).num_tokens for path in caches_there(recipe)]
     return np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from shared.errors import PromptError
 from shared.recipe.recipe import Recipe
-from tools.plan.plan_bounds import BOUNDS, BYTES_PER_TOKEN_OF_SEQUENCES, EXPECTED_SHARE_OF_MAX_NEW_TOKENS, sizes, span
-from tools.plan.plan_existing import bytes_per_position, existing
+from tools.plan.plan_bounds import BOUNDS, EXPECTED_SHARE_OF_MAX_NEW_TOKENS, sizes, span
+from tools.plan.plan_existing import existing, target_bytes
 from tools.plan.plan_prompts import PromptCount, count_prompts
 from tools.rounds.chain import stages_with_rounds
 from tools.rounds.one_round import Round
@@ -49,9 +49,9 @@ def _figures(one: Round) -> dict[str, Any]:
     most = to_do * answering.generate.max_new_tokens
     answers = {"expected": round(EXPECTED_SHARE_OF_MAX_NEW_TOKENS * most), "at_most": most}
     read = round(to_do * prompt_tokens / max(prompts, 1))
-    score = {bound: there["unscored_tokens"] + read + answers[bound] for bound in BOUNDS}
+    new = {bound: read + answers[bound] for bound in BOUNDS}
+    score = {bound: there["unscored_tokens"] + new[bound] for bound in BOUNDS}
     positions = {bound: there["unscored_positions"] + answers[bound] for bound in BOUNDS}
-    size = dict(zip(BOUNDS, bytes_per_position(one.recipe, there), strict=True))
     return {
         "rounds": one.settings.count,
         "rounds_answered": answered,
@@ -60,10 +60,7 @@ def _figures(one: Round) -> dict[str, Any]:
         "generate_tokens": answers,
         "score_tokens": score,
         "positions": positions,
-        "bytes": {
-            bound: round(positions[bound] * size[bound] + (read + answers[bound]) * BYTES_PER_TOKEN_OF_SEQUENCES)
-            for bound in BOUNDS
-        },
+        "bytes": target_bytes(one.recipe, there, positions, new),
         "row_tokens": there["tokens"] + read + answers["expected"],
     }
 

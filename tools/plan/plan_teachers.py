@@ -10,7 +10,7 @@ from typing import Any
 
 from shared.recipe.recipe import Recipe
 from tools.plan.plan_bounds import BOUNDS, NOTHING, sizes
-from tools.plan.plan_existing import bytes_per_position, existing
+from tools.plan.plan_existing import existing, target_bytes
 
 
 def teachers_figures(recipe: Recipe, planned: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,13 +23,11 @@ def teachers_figures(recipe: Recipe, planned: Mapping[str, Any]) -> dict[str, An
     for name in recipe.teachers:
         alone = recipe.of_teacher(name)
         there = existing(alone, [])
-        low, high = bytes_per_position(alone, there)
         tokens, positions = (
             {bound: there[f"unscored_{what}"] + coming[what][bound] for bound in BOUNDS}
             for what in ("tokens", "positions")
         )
-        size = {"expected": round(positions["expected"] * low), "at_most": round(positions["at_most"] * high)}
-        found[name] = {"tokens": tokens, "positions": positions, "bytes": size}
+        found[name] = {"tokens": tokens, "positions": positions, "bytes": target_bytes(alone, there, positions)}
     return found
 
 

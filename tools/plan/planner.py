@@ -20,13 +20,13 @@ from student_train.fit.precision import precision_notes
 from tools.cache.cache_commands import size
 from tools.evaluate.tasks.contamination import among_groups, by_task, sentence
 from tools.plan.plan_bounds import (
-    BYTES_PER_TOKEN_OF_SEQUENCES,
+    BOUNDS,
     EXPECTED_SHARE_OF_MAX_NEW_TOKENS,
     NOTHING,
     sizes,
     span,
 )
-from tools.plan.plan_existing import bytes_assumption, bytes_per_position, existing
+from tools.plan.plan_existing import bytes_assumption, existing, target_bytes
 from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_lengths import length_figures, length_line, row_lengths
 from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
@@ -52,9 +52,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         result["rescore"] = _rescore_figures(recipe, there)
     if "bytes" in result or "rescore" in result:
         assumptions.append(bytes_assumption(recipe, there))
-        asked = [result[part]["hours"] for part in ("rescore",) if part in result]
-        asked += [result["hours"]] if "hours" in result else []
-        if None in asked:
+        if None in (result.get("rescore", {}).get("hours", 0.0), result.get("hours", 0.0)):
             assumptions.append("hours are not given: no build of this run has measured a rate on this machine yet")
     there["other_answers"] = answers_line(recipe)
     hidden = hidden_figures(recipe, result.get("rows_to_do", 0), result.get("positions", NOTHING), assumptions)
@@ -96,8 +94,7 @@ def _build_figures(
     """Return rows, tokens, bytes and, where a rate is known, hours of phase 1."""
     sources = {name: _source_figures(recipe, source) for name, source in counted.sources.items()}
     prompt = sum(figures["prompt_tokens"] for figures in sources.values())
-    expected = sum(figures["answer_tokens"]["expected"] for figures in sources.values())
-    at_most = sum(figures["answer_tokens"]["at_most"] for figures in sources.values())
+    answers = {bound: sum(figures["answer_tokens"][bound] for figures in sources.values()) for bound in BOUNDS}
     assumptions += counted.assumed
     if recipe.generate is not None and any(source.answer_tokens_assumed is None for source in counted.sources.values()):
         half = f"{EXPECTED_SHARE_OF_MAX_NEW_TOKENS:.0%} of max_new_tokens ({recipe.generate.max_new_tokens})"
@@ -109,38 +106,31 @@ def _build_figures(
     counted_rows = [source for source in counted.sources.values() if source.answer_tokens_assumed is None]
     if any(source.rows > source.rows_counted for source in counted_rows):
         assumptions.append(f"tokens are counted for {ROWS_COUNTED:,} rows per source and scaled up for the rest")
-    per_position = bytes_per_position(recipe, there)
     rows = sum(figures["rows"] - figures["rows_in_cache"] for figures in sources.values())
     if counted.set_aside and not any(figures["rows"] for figures in sources.values()):
         raise UsageError(f"none of {counted.set_aside:,} prompts can be used, the first: {counted.first_problem}")
-    score = {"expected": prompt + expected, "at_most": prompt + at_most}
-    text = BYTES_PER_TOKEN_OF_SEQUENCES
-    figures: dict[str, Any] = {
+    score = {bound: prompt + answers[bound] for bound in BOUNDS}
+    return {
         "sources": sources,
         "set_aside": counted.set_aside,
         "first_problem": counted.first_problem,
         "rows_to_do": rows,
         "units": -(-rows // recipe.rows_per_part),
-        "generate_tokens": {"expected": expected, "at_most": at_most} if recipe.generate is not None else None,
+        "generate_tokens": answers if recipe.generate is not None else None,
         "score_tokens": score,
-        "positions": {"expected": expected, "at_most": at_most},
-        "bytes": {
-            "expected": round(expected * per_position[0] + score["expected"] * text),
-            "at_most": round(at_most * per_position[1] + score["at_most"] * text),
-        },
+        "positions": answers,
+        "bytes": target_bytes(recipe, there, answers, score),
         "hours": _hours(recipe, there, score["expected"]),
     }
-    return figures
 
 
 def _rescore_figures(recipe: Recipe, there: dict[str, Any]) -> dict[str, Any]:
     """Return tokens, bytes and, where a rate is known, hours of scoring rows that are there for a new layer."""
-    low, high = bytes_per_position(recipe, there)
     positions = there["unscored_positions"]
     return {
         "tokens": there["unscored_tokens"],
         "positions": positions,
-        "bytes": {"expected": round(positions * low), "at_most": round(positions * high)},
+        "bytes": target_bytes(recipe, there, dict.fromkeys(BOUNDS, positions)),
         "hours": _hours(recipe, there, there["unscored_tokens"]),
     }
 
@@ -148,10 +138,7 @@ def _rescore_figures(recipe: Recipe, there: dict[str, Any]) -> dict[str, Any]:
 def _source_figures(recipe: Recipe, source: SourceCount) -> dict[str, Any]:
     to_do = source.rows - source.rows_in_cache
     if recipe.generate is None:
-        answers = {
-            "expected": source.scaled(source.answer_tokens_counted),
-            "at_most": source.scaled(source.answer_tokens_counted),
-        }
+        answers = dict.fromkeys(BOUNDS, source.scaled(source.answer_tokens_counted))
     else:
         most = to_do * recipe.generate.max_new_tokens
         assumed = source.answer_tokens_assumed

@@ -9,6 +9,7 @@ from pathlib import Path
 from shared.errors import DecantError
 from shared.recipe.base import Problem
 from shared.recipe.recipe import Recipe
+from tools.plan.plan_existing import caches_there
 
 Place = tuple[str | int, ...]
 """Of a value in a recipe."""
@@ -26,7 +27,7 @@ class Asked:
     @property
     def caches(self) -> list[Path]:
         """Return the caches that are there."""
-        return [path for path in self.recipe.cache if (path / "cache.json").is_file()]
+        return caches_there(self.recipe)
 
     @property
     def elsewhere(self) -> bool:
