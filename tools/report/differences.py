@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tools.evaluate.heldout.bootstrap import ratio_interval
-from tools.evaluate.results.results import read_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class Measured:
     model: str
     """Its name in its run."""
     heldout: Mapping[str, Any] | None
-    answers: Path | None
+    answers: Sequence[Mapping[str, Any]]
 
 
 def differences(models: Mapping[str, Measured]) -> list[dict[str, Any]]:
@@ -77,10 +75,10 @@ def _interval(sums: Sequence[float], counts: Sequence[int]) -> dict[str, Any]:
     return {"difference": float(values.sum() / max(over.sum(), 1)), "low": low, "high": high, "rows": len(sums)}
 
 
-def _scores(path: Path | None) -> dict[tuple[str, str], float]:
+def _scores(answers: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
     """Return (domain, prompt) -> mean score over samples."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in read_answers(path) if path is not None else ():
+    for row in answers:
         if row.get("score") is not None:
             found[row["domain"], row["prompt"]].append(row["score"])
     return {key: sum(values) / len(values) for key, values in found.items()}

@@ -16,7 +16,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.evaluate.results.results import read_answers
 from tools.evaluate.side_by_side.side_figures import side_by_side_figures
 from tools.report.differences import Measured, differences
 from tools.report.run_files import RunFiles, StageFiles
@@ -49,7 +48,7 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
             ):
                 free = _free(prefix + name, models)
                 models[free] = figures
-                measured[free] = Measured(str(index), name, evaluation["heldout"], run.answers.get(name))
+                measured[free] = Measured(str(index), name, evaluation["heldout"], run.answers.get(name, ()))
         for name, stage in run.stages.items():
             free = _free(prefix + name, stages)
             stages[free] = _stage(stage)
@@ -108,23 +107,19 @@ def _basis(evaluation: Mapping[str, Any]) -> str | None:
 
 def _answers(run: RunFiles, name: str) -> dict[str, Any]:
     """Return lengths of a model's answers, how many were cut, and how many equal the untrained student's."""
-    if name not in run.answers:
-        return {}
-    own = [(row.get("answer"), row.get("tokens"), row.get("truncated")) for row in read_answers(run.answers[name])]
+    own = run.answers.get(name)
     if not own:
         return {}
     figures: dict[str, Any] = {
         "count": len(own),
-        "mean_tokens": sum(tokens or 0 for _, tokens, _ in own) / len(own),
-        "truncated": sum(bool(truncated) for _, _, truncated in own) / len(own),
+        "mean_tokens": sum(row.get("tokens") or 0 for row in own) / len(own),
+        "truncated": sum(bool(row.get("truncated")) for row in own) / len(own),
     }
     for other in ("base", "teacher"):
-        if other in run.answers and other != name:
-            texts = [row.get("answer") for row in read_answers(run.answers[other])]
-            if len(texts) == len(own):
-                figures[f"same_as_{other}"] = sum(
-                    text == mine for text, (mine, _, _) in zip(texts, own, strict=True)
-                ) / len(own)
+        theirs = run.answers.get(other, [])
+        if other != name and len(theirs) == len(own):
+            same = sum(mine["answer"] == row["answer"] for mine, row in zip(own, theirs, strict=True))
+            figures[f"same_as_{other}"] = same / len(own)
     return figures
 
 

@@ -40,7 +40,7 @@ from tools.evaluate.results.run_shapes import (
     read_lines,
     read_object,
 )
-from tools.evaluate.side_by_side.side_figures import Answers, read_side_answers
+from tools.evaluate.side_by_side.side_figures import Answers, by_temperature
 from tools.evaluate.tasks.contamination import among_caches, by_task
 
 MEANS = ("bytes_per_position", "entropy_bin_nats", "share_with_head", "placed_mass", "teacher_mass")
@@ -73,8 +73,8 @@ class RunFiles:
     stages: dict[str, StageFiles]
     evaluations: dict[str, dict[str, Any]]
     """Model -> its evaluation, in the recipe's order."""
-    answers: dict[str, Path]
-    """Model -> its answers file."""
+    answers: dict[str, list[dict[str, Any]]]
+    """Model -> its answers to the questions of tasks; only those that have some."""
     side_answers: dict[str, Answers]
     """Model -> its sampled answers, by temperature."""
     cost: dict[str, Any]
@@ -118,9 +118,12 @@ def read_run(directory: Path) -> RunFiles:
     }
     evaluations = _evaluations(directory / "evaluate", recipe, missing)
     caches = _caches(recipe, missing)
+    answers: dict[str, list[dict[str, Any]]] = {}
+    side_rows: dict[str, list[dict[str, Any]]] = {}
     for name in evaluations:
-        for folder, shape in ((directory / "evaluate", AnswerRow), (directory / "evaluate" / "side_by_side", SideRow)):
-            _sound_lines(folder / f"{name}.answers.jsonl", shape, f"'{name}'", missing)
+        for of, folder, shape in ((answers, "evaluate", AnswerRow), (side_rows, "evaluate/side_by_side", SideRow)):
+            if rows := _sound_lines(directory / folder / f"{name}.answers.jsonl", shape, f"'{name}'", missing):
+                of[name] = rows
     return RunFiles(
         directory=directory,
         name=recipe.name if recipe else directory.resolve().name,
@@ -128,10 +131,8 @@ def read_run(directory: Path) -> RunFiles:
         recipe_text=_text(directory / "recipe.yaml"),
         stages=stages,
         evaluations=evaluations,
-        answers={
-            name: path for name in evaluations if (path := directory / "evaluate" / f"{name}.answers.jsonl").is_file()
-        },
-        side_answers=read_side_answers(directory, list(evaluations)),
+        answers=answers,
+        side_answers={name: by_temperature(rows) for name, rows in side_rows.items()},
         cost=(_sound(directory / "evaluate" / "cost" / "figures.json", Cost, "the cost", missing) or {}).get(
             "models", {}
         ),

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from tools.evaluate.results.results import read_answers
 from tools.evaluate.side_by_side.side_figures import Answers
 
 PER_DOMAIN = 20
 MOST_ANSWERS = 20_000
-"""Read per model, at most."""
+"""Looked at per model, at most."""
 MOST_CHARACTERS = 1_200
 """Shown of any one text."""
 
@@ -47,11 +44,11 @@ class Sample:
     answers: dict[str, SampleAnswer]
 
 
-def choose_samples(files: Mapping[str, Path], per_domain: int = PER_DOMAIN) -> list[Sample]:
-    """Return samples of every domain, those that tell models apart first."""
+def choose_samples(answers: Mapping[str, Sequence[dict[str, Any]]], per_domain: int = PER_DOMAIN) -> list[Sample]:
+    """Return samples of every domain from models' answers, those that tell models apart first."""
     table: dict[tuple[str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
-    for name, path in files.items():
-        for row in islice(read_answers(path), MOST_ANSWERS):
+    for name, rows in answers.items():
+        for row in rows[:MOST_ANSWERS]:
             if row.get("score") is not None:
                 table[row["domain"], row["question"]].setdefault(name, row)
     found: list[Sample] = []

@@ -30,7 +30,8 @@ from tools.evaluate import all_models
 from tools.evaluate.models import generate_answers
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.one_model import evaluate_model
-from tools.evaluate.results.results import evaluation_identity, heldout_layer, read_answers, same_identity
+from tools.evaluate.results.results import evaluation_identity, heldout_layer, same_identity
+from tools.evaluate.results.run_shapes import AnswerRow, read_lines
 
 CODE = {
     "prompt": "def f(x):\n",
@@ -148,7 +149,7 @@ def test_answers_are_scored_beside_their_questions_and_kept(root: Path, canned: 
     scores = {domain: task["score"] for domain, task in result["tasks"].items()}
     assert scores == {"math": 0.2, "code": 0.0, "aiops": 0.5}
     assert result["heldout"]["kl_nats"] > 0
-    answers = list(read_answers(root / "out" / "evaluate" / "kd.answers.jsonl"))
+    answers = read_lines(root / "out" / "evaluate" / "kd.answers.jsonl", AnswerRow)[0]
     assert [row["score"] for row in answers if row["domain"] == "math"] == [0, 0, 1, 0, 0]
     assert answers[0]["answer"] == CannedEngine.text
     assert all(row["truncated"] for row in answers)

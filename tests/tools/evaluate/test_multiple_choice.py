@@ -22,7 +22,8 @@ from tools.evaluate.all_models import evaluate_all
 from tools.evaluate.models.models import model_under_test
 from tools.evaluate.models.rendering import render, source_of
 from tools.evaluate.one_model import evaluate_model
-from tools.evaluate.results.results import evaluation_identity, read_answers
+from tools.evaluate.results.results import evaluation_identity
+from tools.evaluate.results.run_shapes import AnswerRow, read_lines
 from tools.evaluate.tasks import multiple_choice
 from tools.evaluate.tasks.questions import Question, read_questions
 from tools.evaluate.tasks.registry import task_kind
@@ -144,7 +145,7 @@ def test_likelihoods_equal_dense_float64_maths(
             lambda *_, **__: make_tokenizer(root / "plain", chat_template=None),
         )
     found = evaluated(chosen)
-    answers = list(read_answers(root / "out" / "evaluate" / "teacher.answers.jsonl"))
+    answers = read_lines(root / "out" / "evaluate" / "teacher.answers.jsonl", AnswerRow)[0]
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     right = {"by_sum": 0, "by_token": 0, "by_byte": 0}
     for row, answer in zip(ROWS[shots:], answers, strict=True):
@@ -247,7 +248,7 @@ def test_vllm_weighs_choices_as_transformers_does_and_answers_in_the_same_start(
             {**plain.model_dump(mode="json"), "output_dir": str(root / engine), "evaluate": settings}
         )
         evaluate_all(chosen, say=lambda line: None)
-        rows = list(read_answers(root / engine / "evaluate" / "teacher.answers.jsonl"))
+        rows = read_lines(root / engine / "evaluate" / "teacher.answers.jsonl", AnswerRow)[0]
         assert [row["domain"] for row in rows] == ["choice"] * 4 + ["sums"] * 3
         weighed[engine] = [choice["logprob_nats"] for row in rows[:4] for choice in row["choices"]]
         result = json.loads((root / engine / "evaluate" / "teacher.json").read_text())

@@ -22,6 +22,7 @@ from tools.evaluate.results.run_shapes import Evaluation, fault_of
 from tools.phases import report as print_report
 from tools.report.answer_filter import SCRIPT
 from tools.report.build import REPORT_FILES, build_report
+from tools.report.run_files import read_run
 from tools.report.samples import Sample, SampleAnswer, choose_samples
 from tools.report.tables import table_text
 from tools.report.views.answers_view import outcomes
@@ -133,7 +134,7 @@ def test_the_page_is_one_file_that_runs_its_own_script_alone_and_fetches_nothing
 
 def test_a_models_answer_is_shown_as_text_whatever_it_contains(run: Path) -> None:
     write_json(run / "hostile-is-in-the-answers.json", HOSTILE)
-    samples = choose_samples({name: run / "evaluate" / f"{name}.answers.jsonl" for name in SCORES}, per_domain=12)
+    samples = choose_samples(read_run(run).answers, per_domain=12)
     assert any("<script>" in answer.text for sample in samples for answer in sample.answers.values())
     assert not any(
         "\x1b" in answer.text or "\u202e" in answer.text for sample in samples for answer in sample.answers.values()
@@ -156,9 +157,8 @@ def test_hostile_names_and_answers_stay_text_in_the_page(tmp_path: Path) -> None
 
 
 def test_samples_tell_models_apart_and_do_not_change(run: Path) -> None:
-    files = {name: run / "evaluate" / f"{name}.answers.jsonl" for name in SCORES}
-    samples = choose_samples(files)
-    assert samples == choose_samples(files)
+    samples = choose_samples(read_run(run).answers)
+    assert samples == choose_samples(read_run(run).answers)
     assert {sample.domain for sample in samples} == set(DOMAINS)
     first = samples[0].answers
     assert (first["base"].score, first["kd"].score) == (0.0, 1.0)

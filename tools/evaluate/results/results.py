@@ -13,12 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from pydantic import BaseModel
 
 from shared.atomic import write_atomic
 from shared.cache.cache import Cache
@@ -32,7 +31,6 @@ from shared.text import strict_json
 from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models.models import ModelUnderTest
 from tools.evaluate.models.rendering import rendering_settings, source_of
-from tools.evaluate.results.run_shapes import AnswerRow, read_lines
 
 RESULT_FORMAT = 3
 """Raised whenever figures would come out differently for the same inputs."""
@@ -153,11 +151,6 @@ def write_answers(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write the answers of a model, a JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def read_answers(path: Path, shape: type[BaseModel] = AnswerRow) -> Iterator[dict[str, Any]]:
-    """Yield the kept answers of a model; a torn or foreign line is left out."""
-    yield from read_lines(path, shape)[0]
 
 
 def same_identity(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -10,14 +10,11 @@ regular expressions over the kept answers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tools.evaluate.results.results import read_answers
-from tools.evaluate.results.run_shapes import SideRow
 from tools.evaluate.side_by_side.language import has_switched, languages_of
 from tools.evaluate.side_by_side.structure import num_kept as structure_kept
 from tools.evaluate.side_by_side.structure import structure_of
@@ -39,12 +36,11 @@ class Reference:
     """Of prompt and teacher's answer."""
 
 
-def read_side_answers(directory: Path, names: Sequence[str]) -> dict[str, Answers]:
-    """Return what each model answered, from `evaluate/side_by_side` of a run; models without answers are left out."""
-    found: dict[str, Answers] = {}
-    for name in names:
-        for row in read_answers(directory / "evaluate" / "side_by_side" / f"{name}.answers.jsonl", SideRow):
-            found.setdefault(name, {}).setdefault(f"{row['temperature']:g}", {}).setdefault(row["number"], row)
+def by_temperature(rows: Iterable[dict[str, Any]]) -> Answers:
+    """Return the kept rows of a model's sampled answers by their temperature and prompt, the first of equals."""
+    found: Answers = {}
+    for row in rows:
+        found.setdefault(f"{row['temperature']:g}", {}).setdefault(row["number"], row)
     return found
 
 
