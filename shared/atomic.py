@@ -54,12 +54,8 @@ def fill_atomic(path: Path, fill: Fill, what: str, expected_bytes: int) -> None:
 
 
 def link_exclusive(path: Path, data: bytes | memoryview, what: str) -> bool:
-    """Create `path` with `data` unless it exists, also against other machines on the same file system.
-
-    Args:
-        path: the file; its directory exists.
-        data: all of its bytes.
-        what: name of its fail-points.
+    """Create `path` with `data` unless it exists, also against other machines on the same file system; arguments as for
+    `write_atomic`.
 
     Returns:
         False where the file was there first; it is left as it is.

@@ -198,13 +198,7 @@ def choose_layer(
     layers: Mapping[str, AnyLayer], wanted: str | None, cache_dir: Path, kind: str = "targets"
 ) -> AnyLayer | None:
     """Return the layer that a name means: NAME or NAME-HASH8, or the only one; None where there is none and none is
-    wanted.
-
-    Args:
-        layers: by full name.
-        wanted: the name; None for the only one.
-        cache_dir: for messages.
-        kind: targets or hidden, for messages.
+    wanted. Messages name `cache_dir` and `kind`, targets or hidden.
 
     Raises:
         CacheError: no such layer, or several that fit.

@@ -25,12 +25,7 @@ _HASH_DIGITS = 32
 
 
 def read_tokenizer_file(cache_dir: Path, name: str, entry: Mapping[str, Any]) -> bytes:
-    """Return a tokenizer file's bytes.
-
-    Args:
-        cache_dir: the cache, or another directory with a `tokenizer/`.
-        name: as cache.json lists it.
-        entry: its `bytes` and `xxh3`.
+    """Return the bytes of a file of a directory's `tokenizer/`, of which cache.json lists name, `bytes` and `xxh3`.
 
     Raises:
         DamagedError: it is missing, no regular file, or not what was written.

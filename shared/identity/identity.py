@@ -185,14 +185,8 @@ class SequencesIdentity(Identity):
 
 
 def difference(found: Identity, wanted: Identity, here: object = None, there: object = "the request") -> str | None:
-    """Return a clause that names the first field in which two identities differ, with both values; None where they
-    agree.
-
-    Args:
-        found: what is on disk.
-        wanted: what the request needs.
-        here: where the first is, for the clause; None: "this cache" or "this targets layer".
-        there: where the other is.
+    """Return a clause that names the first field in which two identities differ, with both values and their places;
+    None where they agree. `here` left out is "this cache" or "this targets layer".
 
     Raises:
         TypeError: the identities are of two kinds.

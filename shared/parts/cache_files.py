@@ -102,11 +102,8 @@ def list_folder(directory: Path) -> list[str]:
 
 
 def parse_json(data: bytes, where: object) -> dict[str, Any]:
-    """Return a JSON object whose numbers are finite and fit 64 bits, and in which no key comes twice.
-
-    Args:
-        data: UTF-8; surrogates are let through.
-        where: for messages.
+    """Return a JSON object whose numbers are finite and fit 64 bits, and in which no key comes twice; surrogates are
+    let through.
 
     Raises:
         DamagedError: something else, or so many values that they would take more memory than the text by far.

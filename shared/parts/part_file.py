@@ -22,11 +22,7 @@ Result = TypeVar("Result")
 
 
 def part_file(directory: Path, record: PartRecord) -> Path:
-    """Return the Arrow file of a committed part, fetched where it has to be.
-
-    Args:
-        directory: `sequences/` or a layer.
-        record: the part's commit record.
+    """Return the Arrow file of a committed part of `sequences/` or of a layer, fetched where it has to be.
 
     Raises:
         DamagedError: what came from the URL is not what was committed, or nothing is there.

@@ -168,12 +168,7 @@ def check_file(directory: Path, record: PartRecord) -> None:
 
 
 def map_table(path: Path, schema: pa.Schema, directory: Path | None = None) -> pa.Table:
-    """Map an Arrow file into memory; nothing but its metadata is read.
-
-    Args:
-        path: the file.
-        schema: its columns.
-        directory: whose part it is, where it lies elsewhere.
+    """Map an Arrow file of a part into memory, that of `directory` where it lies elsewhere; only metadata is read.
 
     Raises:
         DamagedError: it cannot be read, is no regular file, is not an Arrow file of these columns, has more than one
@@ -213,12 +208,8 @@ def _lies_within(array: pa.Array, low: int, high: int) -> bool:
 
 
 def open_part(directory: Path, record: PartRecord, verify: bool) -> pa.Table:
-    """Map a committed part into memory.
-
-    Args:
-        directory: `sequences/` or a layer.
-        record: the part's commit record.
-        verify: compare the whole file with the record's checksum first, and with what the file repeats.
+    """Map a committed part of `sequences/` or of a layer into memory; with `verify`, compare the whole file with the
+    record's checksum first, and the record with what the file repeats.
 
     Raises:
         DamagedError: it is not what was committed.

@@ -130,10 +130,6 @@ def sealed_json(document: Mapping[str, Any]) -> bytes:
 def read_sealed(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     """Read a JSON file of a cache; return its fields without the checksum, which is compared where there is one.
 
-    Args:
-        path: the file.
-        model: the fields that it has.
-
     Raises:
         CacheError: a file of another format version.
         DamagedError: it cannot be read, has other fields, or is not what was written.

@@ -23,7 +23,13 @@ def dataset_card(cache: Mapping[str, Any], url: str) -> str:
     lines += ["# A cache of a teacher's answers and distributions", ""]
     lines += [f"{rows:,} rows, {cache['positions']:,} supervised positions, {size:,} bytes.", ""]
     lines += ["| | |", "|---|---|"]
-    lines += [f"| {name} | {plain(value)} |" for name, value in _facts(identity, licence)]
+    tokenizer = f"{identity.get('tokenizer') or 'unnamed'}, {identity['vocab_size']:,} entries"
+    facts = {
+        "licence": licence,
+        "answers": identity.get("answers") or "unknown",
+        "tokenizer": f"{tokenizer}, hash {identity['tokenizer_hash']}",
+    }
+    lines += [f"| {name} | {plain(value)} |" for name, value in facts.items()]
     lines += [f"| source {plain(name)} | {count:,} rows |" for name, count in cache["sources"].items()]
     for name, layer in (*cache["layers"].items(), *cache["hidden"].items()):
         said = layer["identity"]
@@ -38,15 +44,6 @@ def dataset_card(cache: Mapping[str, Any], url: str) -> str:
     lines += ["read and checks them against their records:", "", "```yaml", f"cache: {url}", "```", ""]
     lines += ["or bring all of it with `decant cache pull " + url + " DIRECTORY`.", ""]
     return "\n".join(lines)
-
-
-def _facts(identity: Mapping[str, Any], licence: str) -> list[tuple[str, str]]:
-    tokenizer = f"{identity.get('tokenizer') or 'unnamed'}, {identity['vocab_size']:,} entries"
-    return [
-        ("licence", licence),
-        ("answers", identity.get("answers") or "unknown"),
-        ("tokenizer", f"{tokenizer}, hash {identity['tokenizer_hash']}"),
-    ]
 
 
 def plain(text: str) -> str:

@@ -11,6 +11,7 @@ Shape letters: R rows of a batch, S positions of all of them, N head entries.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from shared.identity.identity import LayerIdentity
 from shared.payload.targets import Draws, SparseTargets
 from shared.schema import SEQUENCES
 
@@ -28,11 +30,11 @@ PLAIN = ("key", "row_key", "group_key", "source", "prompt", "response", "referen
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 
 
-def export_schema(temperatures: Sequence[float], *, targets: bool, draws: bool) -> pa.Schema:
-    """Return the columns of an export with these temperatures; without `targets` those of sequences alone."""
+def export_schema(layer: LayerIdentity | None) -> pa.Schema:
+    """Return the columns of an export of a layer; without one those of sequences alone."""
     columns = [SEQUENCES.field(name) for name in PLAIN]
     columns += [pa.field(name, _INTS, nullable=False) for name in ("token_ids", "span_starts", "span_ends")]
-    if targets:
+    if layer is not None:
         columns += [
             pa.field("num_positions", pa.int32(), nullable=False),
             pa.field("teacher_nll_nats", pa.float64(), nullable=False),
@@ -40,13 +42,9 @@ def export_schema(temperatures: Sequence[float], *, targets: bool, draws: bool) 
             pa.field("logprobs", pa.list_(_FLOATS), nullable=False),
             pa.field("label_logprobs", _FLOATS, nullable=False),
         ]
-        columns += [pa.field(f"tail_logmass_{t!r}", _FLOATS, nullable=False) for t in temperatures]
-        if draws:
-            for t in temperatures:
-                columns += [
-                    pa.field(f"{name}_{t!r}", pa.list_(_INTS), nullable=False)
-                    for name in ("draw_ids", "draw_multiplicities")
-                ]
+        columns += [pa.field(f"tail_logmass_{t!r}", _FLOATS, nullable=False) for t in layer.temperatures]
+        drawn = itertools.product(layer.temperatures if layer.draws else (), ("draw_ids", "draw_multiplicities"))
+        columns += [pa.field(f"{name}_{t!r}", pa.list_(_INTS), nullable=False) for t, name in drawn]
     return pa.schema(columns)
 
 

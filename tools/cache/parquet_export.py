@@ -137,16 +137,13 @@ def _write_part(cache: Cache, layer: Layer | None, read: ReadPart, file: Path) -
     vocab_size = cache.sequences_identity.vocab_size
     part = MappedSequences(sequences_dir(cache.path), record, verify=True, vocab_size=vocab_size)
     scored = None
-    about: dict[str, Any] = {"software": dict(record.software), "set_aside": [dict(item) for item in record.set_aside]}
+    about: dict[str, Any] = {"software": record.software, "set_aside": record.set_aside}
     if layer is not None and scores is not None:
         scored = MappedBlobs(layer.directory, scores, verify=True)
-        about |= {"targets_software": dict(scores.software), "targets_stats": dict(scores.stats)}
+        about |= {"targets_software": scores.software, "targets_stats": scores.stats}
         about["blobs_xxh3"] = _blobs_digest(part, scored) if shown is None else ""
-    identity = layer.identity if layer else None
-    temperatures = identity.temperatures if identity else ()
-    schema = export_schema(temperatures, targets=layer is not None, draws=bool(identity and identity.draws))
     text = json.dumps(about, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    schema = schema.with_metadata({RECORD_KEY: text})
+    schema = export_schema(layer.identity if layer else None).with_metadata({RECORD_KEY: text})
     chosen = np.arange(len(part)) if shown is None else np.flatnonzero(shown)
 
     def fill(target: BinaryIO) -> None:

@@ -145,9 +145,7 @@ def _read_export(directory: Path) -> Export:
 def _import_file(file: Path, export: Export, writer: CacheWriter, target: Path, stem: str) -> None:
     """Commit the rows of one Parquet file."""
     identity = export.layer
-    schema = export_schema(
-        identity.temperatures if identity else (), targets=identity is not None, draws=bool(identity and identity.draws)
-    )
+    schema = export_schema(identity)
     codec = identity.make_codec() if identity else None
     rows: list[SequenceRow] = []
     scores: list[tuple[float, bytes]] = []

@@ -96,12 +96,8 @@ def _release(staging: Path) -> None:
 
 
 def publish(staging: Path, out: Path, proof: Path) -> None:
-    """Give the finished directory its name, without what killed commands left in it.
-
-    Args:
-        staging: the finished directory.
-        out: its name.
-        proof: a file of `out` that only the same content has.
+    """Give the finished directory its name, without what killed commands left in it; `proof` is a file of `out` that
+    only the same content has.
 
     Raises:
         CacheError: `out` is taken by something else, or cannot be created.
@@ -152,13 +148,8 @@ class DerivedCache:
 
     @classmethod
     def of(cls, out: Path, doing: str, wanted: str, request: Mapping[str, Any]) -> DerivedCache:
-        """Look for a cache.
-
-        Args:
-            out: where it is to be.
-            doing: the word of the directory beside it, such as `merging`.
-            wanted: what it is, for the message.
-            request: equal ones are the same cache.
+        """Look for a cache, whose equal is of an equal request; `doing` is the word of the directory beside it, such as
+        `merging`, and `wanted` what the message calls it.
 
         Raises:
             CacheError: `out` is something else.

@@ -27,16 +27,10 @@ class LayerReader(Generic[AnyLayer]):
     def __init__(
         self, layer: AnyLayer, covered: Mapping[str, PartRecord], sequences: Sequence[PartRecord], verify: bool
     ) -> None:
-        """Find the part of each sequences part.
-
-        Args:
-            layer: the layer.
-            covered: its records by stem.
-            sequences: records of the sequences parts that are read, in order; the layer covers each.
-            verify: compare every part with its checksum first.
+        """Find the part of each sequences part, all of which the layer has `covered`.
 
         Raises:
-            DamagedError: a part is not what was committed.
+            DamagedError: a part has other rows than its record, or, with `verify`, another checksum.
         """
         self.layer: AnyLayer = layer
         self.records = [covered[record.stem] for record in sequences]

@@ -40,11 +40,8 @@ def overlapping_jobs(cache_dir: Path, records: Sequence[PartRecord]) -> set[str]
 
 
 def hidden_rows(cache_dir: Path, records: Sequence[PartRecord]) -> dict[str, NDArray[np.bool_]]:
-    """Return, for each part that has rows to hide, its stem and a mask [R] of the rows to show.
-
-    Args:
-        cache_dir: the cache.
-        records: the sequences parts that are to be read, by stem.
+    """Return, for each of the sequences parts, by stem, that has rows to hide, its stem and a mask [R] of the rows to
+    show.
 
     Raises:
         DamagedError: a part or plan contradicts the format.

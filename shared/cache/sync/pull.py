@@ -29,12 +29,7 @@ _ENTRIES = ("cache.json", "tokenizer", "jobs", "targets", "hidden", "sequences",
 
 
 def pull_cache(remote: Remote, path: Path, advance: Callable[[int], object] = lambda files: None) -> int:
-    """Pull a cache; return how many files came.
-
-    Args:
-        remote: where from.
-        path: the directory, new or of an earlier pull.
-        advance: told the files that are done.
+    """Pull a cache into a directory, new or of an earlier pull; return how many files came.
 
     Raises:
         UsageError: the directory lies in another cache.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Drop:
     """Parts, with what every layer says of them."""
     directories: tuple[Path, ...] = ()
     """A layer's directory or a job's, emptied last."""
-    jobs: tuple[str, ...] = field(default=())
+    jobs: tuple[str, ...] = ()
     """First 8 digits of jobs whose plans stay and list removed rows, so that the same recipe would build them again."""
 
     def files(self) -> list[Path]:
@@ -72,11 +72,8 @@ class Drop:
 
 
 def drop_job(path: Path, job: str) -> Drop:
-    """Describe the removal of a job: its plan, and its parts with their targets in every layer.
-
-    Args:
-        path: the cache.
-        job: its id, or the first 8 digits or more.
+    """Describe the removal of a job, named by 8 digits of its id or more: its plan, and its parts with their targets in
+    every layer.
 
     Raises:
         CacheError: no cache, no such job, or several that begin so.
@@ -120,11 +117,7 @@ def drop_source(path: Path, source: str) -> Drop:
 
 
 def drop_layer(path: Path, layer: str) -> Drop:
-    """Describe the removal of a targets layer or of a hidden layer, which leaves the rows.
-
-    Args:
-        path: the cache.
-        layer: NAME or NAME-HASH8.
+    """Describe the removal of a targets layer or a hidden layer by NAME or NAME-HASH8, which leaves the rows.
 
     Raises:
         CacheError: no cache, no such layer, or several of that name.

@@ -27,12 +27,8 @@ MIN_AGE_SECONDS = 3600.0
 
 
 def collect_garbage(path: Path | str, dry_run: bool, min_age_seconds: float = MIN_AGE_SECONDS) -> list[Path]:
-    """Remove old temporary files and orphaned parts of a cache; return their paths.
-
-    Args:
-        path: the cache.
-        dry_run: only list them.
-        min_age_seconds: leave what changed since.
+    """Remove temporary files and orphaned parts of a cache that did not change for so long; return their paths, which
+    `dry_run` only lists.
 
     Raises:
         CacheError: not a cache, one of its folders is a link, or a file cannot be removed.

@@ -130,15 +130,8 @@ def rewrite_part(
     stem: str,
     layers: Sequence[tuple[Layer, PartRecord, Path]],
 ) -> None:
-    """Commit some rows of a sequences part, and of its targets, as `stem`; blobs stay byte for byte what they were.
-
-    Args:
-        directory: `sequences/` of the cache that has the part.
-        record: the part.
-        kept: [rows] which rows to keep.
-        target_dir: `sequences/` of the other cache.
-        stem: name of the part there.
-        layers: layer, record of its part and directory in the other cache.
+    """Commit the rows `kept` of a sequences part, and of its targets, as `stem` of another cache; blobs stay byte for
+    byte what they were. `layers` are each layer, the record of its part and its directory there.
 
     Raises:
         DamagedError: the part is not what was committed.

@@ -40,10 +40,7 @@ class ArrowLayout(FlatTables):
     """Blocks of one Arrow IPC file."""
 
     def __init__(self, data: memoryview) -> None:
-        """Read the footer.
-
-        Args:
-            data: the whole file, mapped.
+        """Read the footer of a whole file, mapped.
 
         Raises:
             DamagedError: it is no Arrow IPC file, has dictionaries, or its blocks do not fill it from schema to footer.

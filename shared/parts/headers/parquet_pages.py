@@ -24,11 +24,7 @@ _DATA, _DICTIONARY, _DATA_2 = 5, 7, 8
 
 
 def unpacked_bytes(file: BinaryIO, metadata: pq.FileMetaData) -> int:
-    """Return the bytes that all columns of a file unpack to.
-
-    Args:
-        file: opened for reading.
-        metadata: of its footer.
+    """Return the bytes that all columns of a file unpack to; `metadata` is that of its footer.
 
     Raises:
         ValueError: a page's header is none, or lies outside its column.

@@ -52,17 +52,8 @@ def export_foreign(
     targets: str | None = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any]:
-    """Write a cache as others read it.
-
-    Args:
-        path: the cache.
-        out: the new directory; must not exist, or be the same export.
-        form: axolotl or distillkit.
-        targets: layer; None for the only one.
-        advance: called with the rows that are done.
-
-    Returns:
-        directory, files, rows, layer, bytes, existed, hidden_left_out.
+    """Write a cache as others read it, `form` being axolotl or distillkit; other arguments and result as for
+    `export_cache`.
 
     Raises:
         UsageError: the layer has no heads, or none that the format could hold.
@@ -100,14 +91,9 @@ def export_foreign(
 
 def _settings(layer: LayerIdentity) -> Compression:
     """Return DistillKit's settings for values as they are."""
+    k = layer.k
     return Compression(
-        d=layer.vocab_size,
-        k=layer.k,
-        exact_k=layer.k,
-        exact_dtype="float32",
-        polynomial_terms=None,
-        residual_bins=[],
-        delta_encoding=False,
+        d=layer.vocab_size, k=k, exact_k=k, polynomial_terms=None, residual_bins=[], delta_encoding=False
     )
 
 

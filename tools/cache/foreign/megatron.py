@@ -43,11 +43,8 @@ class MegatronReader:
     labels = "head"
 
     def __init__(self, path: Path, token_ids: Path) -> None:
-        """Look at the shards' names and settings.
-
-        Args:
-            path: directory of the shards.
-            token_ids: Parquet with a column `input_ids`, a sequence a row, in the order of training.
+        """Look at the names and settings of the shards; `token_ids` is Parquet with a column `input_ids`, a sequence a
+        row, in the order of training.
 
         Raises:
             CacheError: no shards, or those of a training with context parallelism.

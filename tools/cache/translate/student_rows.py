@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,8 @@ class UntranslatableError(Exception):
     """A row that is set aside; the message is the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """What a job knows of a row."""
-
-    job: Job
-    row: PlanRow
+_Planned = tuple[Job, PlanRow]
+"""What a job knows of a row."""
 
 
 class StudentRows:
@@ -79,7 +74,7 @@ class StudentRows:
         job = self._jobs.get(id8)
         if job is None or int(unit) >= job.num_units:
             return {}
-        return {row.row_key: _Planned(job, row) for row in job.unit(int(unit))}
+        return {row.row_key: (job, row) for row in job.unit(int(unit))}
 
     def row(self, row: SequenceRow, planned: _Planned | None) -> SequenceRow:
         """Return a row in the student's tokens.
@@ -88,7 +83,7 @@ class StudentRows:
             UntranslatableError: it cannot be rendered; with the reason.
             CacheError: the student has no template that can be used at all.
         """
-        is_text = planned is not None and '"sequence"' not in planned.row.messages[:20]
+        is_text = planned is not None and '"sequence"' not in planned[1].messages[:20]
         tokens, spans = self._rendered(row, planned) if planned is not None and is_text else self._by_pieces(row)
         kept = {n: getattr(row, n) for n in ("row_key", "group_key", "source", "prompt", "response", "reference")}
         try:
@@ -119,10 +114,11 @@ class StudentRows:
 
     def _rendered(self, row: SequenceRow, planned: _Planned) -> tuple[Any, Any]:
         """Render the conversation with the student's template."""
-        conversation = conversation_of(planned.row)
-        template = self._template(planned.job, conversation.origin)
+        job, plan_row = planned
+        conversation = conversation_of(plan_row)
+        template = self._template(job, conversation.origin)
         try:
-            if planned.job.request.get("generate") is None:
+            if job.request.get("generate") is None:
                 return template.complete(conversation)
             prompt = template.prompt_ids(conversation)
         except PromptError as error:

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.cache.cache import Cache, ReadPart, Row
+from shared.cache.cache import Cache, ReadPart
 from shared.cache.layout import sequences_dir
 from shared.cache.tokenizer_files import tokenizer_without_code
 from shared.cache.writing.cache_writer import CacheWriter
@@ -41,14 +41,6 @@ from tools.cache.translate.student_rows import StudentRows, UntranslatableError
 
 BY_BYTES, RENAMED = "bytes-1", "renamed-1"
 """How a derived layer was made, as its identity says; another rule gets another name."""
-
-
-class _Counted(NamedTuple):
-    """What the first pass found."""
-
-    stays: Stays
-    ids: NDArray[np.int32] | None
-    """Where tokens only have other ids: the student's id of each of the teacher's."""
 
 
 def translate_cache(
@@ -95,8 +87,8 @@ def translate_cache(
     request = {"translate": {**said, "method": BY_BYTES}}
     derived = DerivedCache.of(out, "translating", "a translation of this cache as it is now", request)
     if not derived.existed:
-        counted = _count(cache, rows, landing, other_ids, advance)
-        if counted.ids is None:
+        stays, ids = _count(cache, rows, landing, other_ids, advance)
+        if ids is None:
             _refuse_without_mass(cache)
         is_equal = hashed == before.tokenizer_hash
         identity = replace(
@@ -108,7 +100,7 @@ def translate_cache(
         )
         with derived.written():
             writer = CacheWriter.create_or_open(derived.path, identity, files)
-            _write(cache, rows, landing, counted, writer, identity, derived, advance)
+            _write(cache, rows, landing, stays, ids, writer, derived, advance)
     return {"cache": str(out), "job": derived.job, "existed": derived.existed, **_summary(out)}
 
 
@@ -157,8 +149,11 @@ def _count(
     landing: Landing,
     ids: NDArray[np.int32] | None,
     advance: Callable[[int], None],
-) -> _Counted:
+) -> tuple[Stays, NDArray[np.int32] | None]:
     """Go through all rows once; `ids` is what `Landing.other_ids` returned.
+
+    Returns:
+        How often tokens stay as they are, and `ids` where every row has only other ids.
 
     Raises:
         CacheError: no row can be translated.
@@ -177,7 +172,7 @@ def _count(
                 ids = None
     if not done and len(cache):
         raise CacheError(f"{cache.path}: no row can be translated; the first reason is: {next(iter(reasons))}")
-    return _Counted(Stays(seen, kept), ids)
+    return Stays(seen, kept), ids
 
 
 def _count_row(pair: RowPair, landing: Landing, seen: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
@@ -203,21 +198,21 @@ def _write(
     cache: Cache,
     rows: StudentRows,
     landing: Landing,
-    counted: _Counted,
+    stays: Stays,
+    ids: NDArray[np.int32] | None,
     writer: CacheWriter,
-    identity: SequencesIdentity,
     out: DerivedCache,
     advance: Callable[[int], None],
 ) -> None:
     """Commit a part for each part of the cache."""
     layer, projection = None, None
     if cache.layer is not None:
-        derived = _layer_identity(cache, identity, counted)
+        derived = _layer_identity(cache, writer.identity, is_renamed=ids is not None)
         short = str(cache.layer_name).rsplit("-", 1)[0]
         layer = LayerWriter.create_or_open(
             writer, short, derived, {**cache.layer_provenance, "derived_by": dict(software())}
         )
-        projection = Projection(landing, counted.stays, cache.layer.vocab_size, derived.k)
+        projection = Projection(landing, stays, cache.layer.vocab_size, derived.k)
     for number, part in enumerate(cache.parts()):
         stem = out.stem(number)
         advance(len(part.rows))
@@ -230,25 +225,19 @@ def _write(
         whole = [found for found in pairs if not isinstance(found, str)]
         writer.write_sequences(stem, [translated for _, _, translated, _ in whole], software(), aside)
         if layer is not None and projection is not None:
-            before = [_targets(cache[index]) for index, *_ in whole]
+            before = [cache.targets_of(index, row) for index, row, _, _ in whole]
             after = [
-                projection.row(targets, pair) if counted.ids is None else renamed(targets, counted.ids)
+                projection.row(targets, pair) if ids is None else renamed(targets, ids)
                 for targets, (_, _, _, pair) in zip(before, whole, strict=True)
             ]
             keys = [translated.key for _, _, translated, _ in whole]
             layer.write(stem, keys, after, software(), _placed(before, after, whole))
 
 
-def _targets(row: Row) -> SparseTargets:
-    assert row.targets is not None
-    return row.targets
-
-
-def _layer_identity(cache: Cache, identity: SequencesIdentity, counted: _Counted) -> LayerIdentity:
+def _layer_identity(cache: Cache, identity: SequencesIdentity, *, is_renamed: bool) -> LayerIdentity:
     """Return what the derived layer is."""
     layer = cache.layer
     assert layer is not None
-    is_renamed = counted.ids is not None
     derived = replace(
         layer,
         tokenizer_hash=identity.tokenizer_hash,
