@@ -122,9 +122,14 @@ def make_savable(model: Any) -> None:
 
 def copy_tokenizer(tokenizer_dir: Path, model_dir: Path) -> None:
     """Copy a tokenizer's files beside a model's."""
-    for name in TOKENIZER_FILES:
-        if (tokenizer_dir / name).is_file():
-            shutil.copyfile(tokenizer_dir / name, model_dir / name)
+    for path in (
+        *map(tokenizer_dir.joinpath, TOKENIZER_FILES),
+        *tokenizer_dir.glob("additional_chat_templates/*.jinja"),
+    ):
+        if path.is_file():
+            copied = model_dir / path.relative_to(tokenizer_dir)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copied)
     config = model_dir / "tokenizer_config.json"
     if not config.exists():
         config.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

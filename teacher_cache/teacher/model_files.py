@@ -107,7 +107,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelFiles:
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """Return the files that a tokenizer loads from again, by name; `tokenizer.json` is among them.
+    """Return the files that a tokenizer loads from again, by name: `tokenizer.json`, and templates in a folder, too.
 
     Raises:
         EngineError: a file is larger than 256 MiB, or the directory for temporary files is full.
@@ -120,14 +120,14 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
                 f"{scratch}: the tokenizer's files cannot be written there ({error}); free space, or set TMPDIR to a "
                 "larger disk"
             ) from error
-        found = sorted(path for path in Path(scratch).iterdir() if path.suffix in TOKENIZER_SUFFIXES)
+        found = sorted(path for path in Path(scratch).rglob("*") if path.suffix in TOKENIZER_SUFFIXES)
         for path in found:
             if path.stat().st_size > MAX_TOKENIZER_BYTES:
                 raise EngineError(
                     f"{path.name} of the tokenizer has {path.stat().st_size:,} bytes; at most "
                     f"{MAX_TOKENIZER_BYTES:,} fit"
                 )
-        files = {path.name: path.read_bytes() for path in found}
+        files = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
     if b'"auto_map"' in files.get("tokenizer_config.json", b""):  # tokenizer.json needs no code, whoever made it
         config = json.loads(files["tokenizer_config.json"])
         config.pop("auto_map", None)

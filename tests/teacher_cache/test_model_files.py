@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from shared.cache.tokenizer_files import checked_tokenizer
+from shared.cache.writing.cache_writer import CacheWriter
 from shared.errors import EngineError
 from shared.identity.identity import difference
 from shared.identity.weights_hash import tokenizer_hash
 from shared.models.files import load_fast_tokenizer
 from shared.recipe.sections.capture import TopCapture
 from shared.recipe.sections.teacher import ServedTeacher, VllmTeacher
+from student_train.stage.export import copy_tokenizer
 from teacher_cache.teacher.model_files import resolve_model, tokenizer_files
-from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity
+from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity, sequences_identity
 from tests.tiny_models import make_qwen3
 
 
@@ -47,6 +51,21 @@ def test_tokenizer_files_load_to_the_same_tokenizer(model, tmp_path):
     assert again.apply_chat_template(turns, tokenize=False) == tokenizer.apply_chat_template(turns, tokenize=False)
     assert tokenizer_files(again) == files
     assert tokenizer_hash(files["tokenizer.json"]) == tokenizer_hash((model / "tokenizer.json").read_bytes())
+
+
+def test_a_tokenizers_template_for_tools_stays_with_the_cache_and_leaves_with_the_student(model, tmp_path):
+    """transformers keeps every template but the first in a folder of its own; rows with tools are rendered with it."""
+    tokenizer = load_fast_tokenizer(model, trust_remote_code=False)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }} " + tokenizer.chat_template}
+    known = replace(know_teacher(VllmTeacher(model=str(model))), tokenizer_files=tokenizer_files(tokenizer))
+    identity = sequences_identity(known, VllmTeacher(model=str(model)), None)
+    CacheWriter.create_or_open(tmp_path / "cache", identity, known.tokenizer_files)
+    (tmp_path / "student").mkdir()
+    with checked_tokenizer(tmp_path / "cache") as directory:
+        copy_tokenizer(directory, tmp_path / "student")
+        for place in (directory, tmp_path / "student"):
+            again = load_fast_tokenizer(place, trust_remote_code=False)
+            assert again.chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize(
