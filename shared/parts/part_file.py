@@ -6,6 +6,7 @@ Cost: nothing beside a directory; of a mirror the transfer of the part the first
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,16 +34,7 @@ def part_file(directory: Path, record: PartRecord) -> Path:
     if where is None or origin is None or path.exists():
         return path
     remote = Remote(origin)
-
-    def read(start: int, end: int) -> bytes:
-        try:
-            return remote.read_range(path.name, start, end)
-        except FileNotFoundError:
-            raise DamagedError(
-                f"{where} is not there and its record is; restore it from a copy, or push the cache again"
-            ) from None
-
-    return fetch_part(where, record.bytes, record.xxh3, read)
+    return fetch_part(where, record.bytes, record.xxh3, partial(remote.read_range, path.name))
 
 
 def with_part_file(directory: Path, record: PartRecord, use: Callable[[Path], Result]) -> Result:

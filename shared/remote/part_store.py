@@ -84,25 +84,25 @@ def fetch_part(where: str, num_bytes: int, xxh3: str, read: Read) -> Path:
     partial = path.with_name(f"{xxh3}.{num_bytes}.partial")
     make_dir(path.parent)
     while not _is_here(path, num_bytes, xxh3):
-        with _only_one(path.parent.with_suffix(".lock")) as free:
+        with _locked(path.parent.with_suffix(".lock")) as lock:  # one reader after another looks for room
             while not _make_room(partial, num_bytes):
                 time.sleep(_WAIT_SECONDS)
-            fill_checked(path, partial, where, num_bytes, xxh3, read, free)
+            fill_checked(path, partial, where, num_bytes, xxh3, read, lambda: fcntl.flock(lock.fileno(), fcntl.LOCK_UN))
         _checked.add(path)
     return path
 
 
 @contextlib.contextmanager
-def _only_one(lock: Path) -> Iterator[Callable[[], None]]:
-    """Let one reader of this machine after another look for room; yield what lets the next one in, once the first has
-    its partial file.
-    """
+def _locked(path: Path) -> Iterator[BufferedRandom]:
+    """Yield a file, made where it is missing, once no other process holds it."""
     try:
-        with lock.open("ab") as file:
+        with path.open("a+b") as file:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-            yield lambda: fcntl.flock(file.fileno(), fcntl.LOCK_UN)
+            yield file
     except OSError as error:
-        raise _unwritable(lock, error) from None
+        raise CacheError(
+            f"{path} cannot be written: {error.strerror or error}; name a disk with space and locks in DECANT_STORE"
+        ) from None
 
 
 def fill_checked(
@@ -126,11 +126,12 @@ def fill_checked(
         before: called once `partial` is this process's.
 
     Raises:
-        DamagedError: what came has another checksum.
+        DamagedError: what came has another checksum, or nothing is there.
         CacheError: it cannot be fetched or written.
     """
-    with _claimed(partial) as file:
-        if file is None or path.exists():
+    with _locked(partial) as file:
+        is_same = partial.exists() and partial.stat().st_ino == os.fstat(file.fileno()).st_ino
+        if not is_same or path.exists():  # who held it before has made the part
             return
         before()
         try:
@@ -163,24 +164,6 @@ def _is_here(path: Path, num_bytes: int, xxh3: str) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _claimed(partial: Path) -> Iterator[BufferedRandom | None]:
-    """Yield the partial file once no other process writes it; None where it went meanwhile."""
-    try:
-        with partial.open("a+b") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-            same = partial.exists() and partial.stat().st_ino == os.fstat(file.fileno()).st_ino
-            yield file if same else None
-    except OSError as error:
-        raise _unwritable(partial, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> CacheError:
-    return CacheError(
-        f"{path} cannot be written: {error.strerror or error}; name a disk with space and locks in DECANT_STORE"
-    )
-
-
 def _fill(file: BufferedRandom, where: str, num_bytes: int, xxh3: str, read: Read) -> None:
     """Write what is missing of a part and compare the whole; what a killed writer left counts only if it fits."""
     for resumed in (True, False):
@@ -192,7 +175,12 @@ def _fill(file: BufferedRandom, where: str, num_bytes: int, xxh3: str, read: Rea
             digest, start = xxhash.xxh3_128(), 0
         begun = start
         while start < num_bytes:
-            data = read(start, min(start + BLOCK_BYTES, num_bytes))
+            try:
+                data = read(start, min(start + BLOCK_BYTES, num_bytes))
+            except FileNotFoundError:
+                raise DamagedError(
+                    f"{where} is not there and its record is; restore it from a copy, or push the cache again"
+                ) from None
             file.write(data)
             digest.update(data)
             start += len(data)

@@ -186,6 +186,18 @@ def test_a_damaged_part_is_neither_pushed_nor_pulled(hub, web, local, tmp_path):
         push_cache(local, Remote(web.url))
 
 
+@pytest.mark.parametrize("name", ["sequences/part-*.arrow", "targets/*/part-*.arrow", "jobs/*/plan.arrow"])
+def test_a_file_that_a_server_lists_and_does_not_have_is_named_as_missing_there(web, tmp_path, name):
+    """Not as a file of this machine that could not be written."""
+    gone = next(web.directory.glob(name))
+    gone.unlink()
+    said = f"^{web.url}/{gone.relative_to(web.directory)} is .*not there.* push the cache"
+    with pytest.raises(CacheError, match=said):
+        pull_cache(Remote(web.url), tmp_path / "pulled")
+    with pytest.raises(CacheError, match=said):
+        list(Cache.open(web.url))
+
+
 @pytest.mark.parametrize(
     "name", ["tokenizer/tokenizer.json", pytest.param("jobs/{job}/plan.arrow", marks=pytest.mark.slow)]
 )

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -110,14 +111,23 @@ def read_small(remote: Remote, name: str, listed: RemoteFile) -> bytes:
     where = f"{remote.url}/{name}"
     if listed.size > most_bytes(name):
         raise DamagedError(f"{where} has {listed.size:,} bytes where at most {most_bytes(name):,} are expected")
-    try:
+    with _listed_file(where):
         data = remote.read(name, most_bytes(name))
-    except FileNotFoundError:
-        raise CacheError(f"{where} went while it was fetched; run the same command again") from None
     if name.endswith(".json") and not name.startswith("tokenizer/"):
         parse_sealed(data, where)
     _compare(remote, name, listed, xxhash.xxh3_128_hexdigest(data))
     return data
+
+
+@contextmanager
+def _listed_file(where: str) -> Iterator[None]:
+    """Say that a file which was listed is not there."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CacheError(
+            f"{where} is listed and not there; run the same command again, or push the cache there again"
+        ) from None
 
 
 def _compare(remote: Remote, name: str, listed: RemoteFile, xxh3: str) -> None:
@@ -147,7 +157,8 @@ def _copy_plan(remote: Remote, name: str, listed: RemoteFile, file: BinaryIO) ->
     """Write a plan to a temporary file, and read all of it, which compares it with its checksums."""
     digest = xxhash.xxh3_128()
     for start in range(0, listed.size, BLOCK_BYTES):
-        piece = remote.read_range(name, start, min(start + BLOCK_BYTES, listed.size))
+        with _listed_file(f"{remote.url}/{name}"):
+            piece = remote.read_range(name, start, min(start + BLOCK_BYTES, listed.size))
         file.write(piece)
         digest.update(piece)
     file.flush()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -88,9 +89,9 @@ def _pull(remote: Remote, path: Path, name: str, listed: dict[str, RemoteFile]) 
     if arrow not in listed or listed[arrow].size != record.bytes:
         raise DamagedError(f"{remote.url}/{arrow} is not there as its record says; push the cache there again")
     file = path / arrow
-    partial = file.with_name(f".{file.name}{TEMPORARY_MARK}pull")
+    unfinished = file.with_name(f".{file.name}{TEMPORARY_MARK}pull")
     fill_checked(
-        file, partial, f"{remote.url}/{arrow}", record.bytes, record.xxh3, lambda a, b: remote.read_range(arrow, a, b)
+        file, unfinished, f"{remote.url}/{arrow}", record.bytes, record.xxh3, partial(remote.read_range, arrow)
     )
     failpoint("pull.before_record")
     write_atomic(target, data, "pull")
