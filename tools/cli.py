@@ -228,7 +228,7 @@ def _load(args: argparse.Namespace, phases: PhasesOf | None = None, *, save: boo
     A command that another one started leaves the checks to that one. A command saves what it runs; one that only plans
     may do without models whose sizes the recipe states.
     """
-    from shared.recipe.file import dump_recipe, load_recipe_and_places
+    from shared.recipe.file import load_recipe_and_places
 
     recipe, where = load_recipe_and_places(args.recipe, args.overrides)
     if phases is not None and not args.checked:
@@ -237,10 +237,9 @@ def _load(args: argparse.Namespace, phases: PhasesOf | None = None, *, save: boo
         preflight(recipe, where, phases(args, recipe), plans_only=not save)
     args.run_dir = recipe.output_dir
     if save:
-        from shared.atomic import write_atomic
+        from tools.own_phase import save_recipe
 
-        recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(recipe.output_dir / "recipe.yaml", dump_recipe(recipe).encode(), "recipe")
+        save_recipe(recipe)
     return recipe
 
 

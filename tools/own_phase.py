@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import subprocess
 from collections.abc import Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from shared.errors import DecantError
 from shared.process.parent_watch import announced
 from shared.text.printable import say
 from tools.own_process import own_environment
+
+if TYPE_CHECKING:
+    from shared.recipe.recipe import Recipe
 
 
 def recipe_words(args: argparse.Namespace) -> list[str]:
@@ -22,6 +26,17 @@ def recipe_words(args: argparse.Namespace) -> list[str]:
     """
     words = [str(args.recipe), *(part for override in args.overrides for part in ("--set", override)), "--checked"]
     return [*words, "--verbose"] if args.verbose else words
+
+
+def save_recipe(recipe: Recipe) -> Path:
+    """Write a recipe where its run is, for a report and for other processes to read; return the file."""
+    from shared.atomic import make_dir, write_atomic
+    from shared.recipe.file import dump_recipe
+
+    make_dir(recipe.output_dir)
+    path = recipe.output_dir / "recipe.yaml"
+    write_atomic(path, dump_recipe(recipe).encode(), "recipe")
+    return path
 
 
 class PhaseFailedError(DecantError):

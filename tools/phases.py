@@ -18,6 +18,7 @@ from shared.errors import UsageError
 from shared.progress import BuildProgress
 from shared.recipe.recipe import Recipe
 from shared.text.printable import printable, say
+from tools.own_phase import save_recipe
 from tools.rounds.chain import rounds_in_processes, stage_of, stages_with_rounds, train_in_processes
 
 Result = tuple[Any, str]
@@ -115,7 +116,7 @@ def train(recipe: Recipe, from_stage: str | None, to_stage: str | None, again: S
                 "the rounds of a stage start processes of their own, which torchrun cannot share out; run `decant "
                 "rounds RECIPE --only train --round N` under torchrun, and the other steps without"
             )
-        train_in_processes(recipe, chosen, again or _copy_of(recipe), sys.stderr.fileno())
+        train_in_processes(recipe, chosen, again or [str(save_recipe(recipe))], sys.stderr.fileno())
         directories = [recipe.stage_dir(stage.name) / "model" for stage in chosen]
     else:
         directories = [Path(path) for path in run_stages(recipe, from_stage, to_stage)]
@@ -148,17 +149,6 @@ def rounds(
     rounds_in_processes(recipe, stage, numbers, again, sys.stderr.fileno())
     model = recipe.stage_dir(stage.name) / "model"
     return {"models": {stage.name: str(model)}}, f"{stage.name}: {model}"
-
-
-def _copy_of(recipe: Recipe) -> list[str]:
-    """Write a recipe where its run is, for other processes to read."""
-    from shared.atomic import make_dir, write_atomic
-    from shared.recipe.file import dump_recipe
-
-    make_dir(recipe.output_dir)
-    path = recipe.output_dir / "recipe.yaml"
-    write_atomic(path, dump_recipe(recipe).encode(), "recipe")
-    return [str(path)]
 
 
 def evaluate(recipe: Recipe, allow_unsafe_code: bool, lm_eval: str | None = None) -> Result:

@@ -5,16 +5,20 @@ Cost: the recorded teacher in transformers, three forward passes per sampled row
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.atomic import write_atomic
 from shared.cache.cache import Cache
-from shared.errors import CacheError, IdentityError
+from shared.errors import CacheError, IdentityError, UsageError
 from shared.recipe.recipe import Recipe
 from shared.recipe.sections.teacher import TransformersTeacher
+from shared.schema import MAX_K, MAX_TEMPERATURES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,29 @@ def settings_of(recipe: Recipe | None, given: Mapping[str, Any]) -> AuditSetting
         if recipe.student is not None and recipe.student.init == "pretrained":
             values.setdefault("student", recipe.student.model)
     return AuditSettings(**values)
+
+
+def run_audit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Audit a cache as the options say; return the document and its text.
+
+    Raises:
+        UsageError: an option makes no sense.
+        DecantError: the cache cannot be audited.
+    """
+    from shared.recipe.file import load_recipe
+
+    recipe = load_recipe(args.recipe, []) if args.recipe is not None else None
+    given = {name: getattr(args, name) for name in ("targets", "teacher", "adapter", "student", "rows", "seed")}
+    given["ks"] = None if args.k is None else [int(k) for k in _numbers(args.k, "k", 1, MAX_K, whole=True)]
+    given["masses"] = None if args.mass is None else _numbers(args.mass, "mass", 1e-9, 1.0)
+    given["temperatures"] = (
+        None if args.temperatures is None else _numbers(args.temperatures, "temperatures", 1e-3, 1e3)
+    )
+    found = audit_cache(args.cache, settings_of(recipe, given))
+    if recipe is not None:
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(recipe.output_dir / "audit.json", (json.dumps(found, indent=1) + "\n").encode(), "audit")
+    return found, audit_text(found)
 
 
 def audit_cache(path: Path, settings: AuditSettings) -> dict[str, Any]:
@@ -151,6 +178,18 @@ def audit_text(found: Mapping[str, Any]) -> str:
         )
     lines.append("  * the layer's own capture; KL in nats per position; errors relative to the dense gradient")
     return "\n".join([*lines, *([f"  {found['smaller_capture']}"] if found["smaller_capture"] else [])])
+
+
+def _numbers(text: str, option: str, least: float, most: float, *, whole: bool = False) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    sound = [number for number in numbers if least <= number <= most and (not whole or number == int(number))]
+    if not numbers or len(sound) < len(numbers) or len(numbers) > MAX_TEMPERATURES:
+        kind = "whole numbers" if whole else "numbers"
+        raise UsageError(f"--{option} {text}: expected {kind} from {least:g} to {most:g} with commas between them")
+    return numbers
 
 
 def _student(settings: AuditSettings, cache: Cache) -> Any:

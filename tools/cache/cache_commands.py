@@ -384,7 +384,7 @@ def _pull(args: argparse.Namespace) -> Answer:
 
 
 def _audit(args: argparse.Namespace) -> Answer:
-    from tools.audit.command import run_audit
+    from tools.audit.audit_cache import run_audit
 
     found, text = run_audit(args)
     return found, text, 1 if found["faithfulness"]["unfaithful"] else 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from shared.recipe.recipe import Recipe
@@ -12,7 +17,6 @@ from tools.evaluate.asking import Asked, ask_model
 from tools.evaluate.models.generate_answers import Answer
 from tools.evaluate.models.model_process import serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
-from tools.evaluate.results.made import made
 from tools.evaluate.results.results import heldout_layer, result_path, taught_layers, write_answers, write_result
 from tools.evaluate.sandbox import sandbox
 from tools.evaluate.side_by_side.side_prompts import choose_prompts
@@ -130,6 +134,30 @@ def _row(domain: str, number: int, question: Question, answer: Answer, score: Sc
     if answer.choices:
         row["choices"] = [{"text": choice.text, "logprob_nats": choice.logprob_nats} for choice in answer.choices]
     return row
+
+
+def made() -> dict[str, Any]:
+    """Return date (UTC), decant, machine and peak_memory_bytes with memory_of, of this process and those it started.
+
+    It stands beside the figures and is never compared.
+    """
+    try:
+        number = version("decant-kd")
+    except PackageNotFoundError:
+        number = "not installed"
+    memory, of, machine = _memory()
+    date = datetime.now(UTC).isoformat(timespec="minutes")
+    return {"date": date, "decant": number, "machine": machine, "peak_memory_bytes": memory, "memory_of": of}
+
+
+def _memory() -> tuple[int, str, str]:
+    import torch
+
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated()), "CUDA tensors", f"{torch.cuda.get_device_name(0)}, {machine}"
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return most * 1024, "resident memory", machine
 
 
 def _work(job: dict[str, Any], say: Callable[[str], None]) -> None:

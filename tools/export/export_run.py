@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.cache import Cache
-from shared.cache.leaving import Leaving, leaving_of, settle, unsettled
+from shared.cache.leaving import leaving_of, settle, unsettled
 from shared.errors import DecantError, EvaluationError, UsageError
 from shared.identity.weights_hash import weights_hash
 from shared.models.end_tokens import declared_end_ids
@@ -76,37 +76,36 @@ def export_run(
     reused = _is_there(out, identity)
     if not reused:
         report = report_figures([files])
-        talk = Talk(told.leaving, declared_end_ids(source / "model"), told.note)
-        card = model_card(recipe, stage, report, cache_identities(recipe), weights, talk, dtype)
-        _write(out, source / "model", adapter, told, dtype, card, identity, weights)
+        card = model_card(recipe, stage, report, cache_identities(recipe), weights, told.talk, dtype)
+        _write(out, source / "model", adapter, told, dtype, card, identity)
     result = {"model": str(out), "stage": stage.name, "weights": weights, "reused": reused, **_commands(out)}
     words = "is there already, with the same weights" if reused else "written"
     usual = f"vllm serve {shlex.quote(str(out))}"
     elsewhere = "" if result["serve"] == usual else f" (with the GPU build: {usual})"
     text = f"{out}: {words}\n  serve it:    {result['serve']}{elsewhere}\n  convert it:  {result['gguf']}"
-    return {**result, "note": told.note}, text + (f"\n  note:        {told.note}" if told.note else "")
+    note = told.talk.note
+    return {**result, "note": note}, text + (f"\n  note:        {note}" if note else "")
 
 
 @dataclass(frozen=True, slots=True)
 class _Told:
     """What the recipe's caches tell of how the student was trained, for a stage's model."""
 
-    leaving: Leaving | None
-    """None where no cache can be read here."""
+    talk: Talk
     tokenizer: Any
     changes: dict[str, Any]
     """What of it the stage's model does not say itself, such as one that an older version trained."""
-    note: str | None
 
 
 def _told(recipe: Recipe, model_dir: Path) -> _Told:
     """Find out which template and end tokens belong to a stage's model."""
-    tokenizer = load_tokenizer(model_dir, trust_remote_code=False)
+    tokenizer, ends = load_tokenizer(model_dir, trust_remote_code=False), declared_end_ids(model_dir)
     try:
         leaving = leaving_of(recipe, [Cache.open_sequences(path) for path in recipe.cache], tokenizer)
     except DecantError as error:
-        return _Told(None, tokenizer, {}, f"template and end tokens are those of the stage's model, unchecked: {error}")
-    return _Told(leaving, tokenizer, unsettled(model_dir, leaving, tokenizer), leaving.note)
+        note = f"template and end tokens are those of the stage's model, unchecked: {error}"
+        return _Told(Talk(None, ends, note), tokenizer, {})
+    return _Told(Talk(leaving, ends, leaving.note), tokenizer, unsettled(model_dir, leaving, tokenizer))
 
 
 def _stage(run: Path, recipe: Recipe, name: str | None) -> Stage:
@@ -196,19 +195,18 @@ def _write(
     dtype: str | None,
     card: str,
     identity: dict[str, Any],
-    weights: str,
 ) -> None:
     """Copy a model to its place by way of a directory beside it, synced before it gets its name."""
     from student_train.records.checkpoints import fsync_tree
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    staging = staging_path(out, "export", weights)
+    staging = staging_path(out, "export", identity["weights"])
     claim(staging)
     for left in staging.iterdir():  # of a killed export
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     _copied(model, staging)
-    if told.leaving is not None:
-        settle(staging, told.leaving, told.tokenizer)
+    if told.talk.leaving is not None:
+        settle(staging, told.talk.leaving, told.tokenizer)
     if dtype is not None:
         try:
             convert_weights(staging, dtype)

@@ -100,7 +100,6 @@ def run_lm_eval(recipe: Recipe, tasks: LmEvalTasks, say: Callable[[str], None]) 
     Raises:
         EvaluationError: a model cannot be loaded, or the harness fails.
     """
-    require_lm_eval()
     found = {}
     for name in recipe.evaluate.models:
         model = model_under_test(recipe, name)
