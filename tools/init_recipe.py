@@ -196,7 +196,8 @@ def guess_format(prompts: str) -> tuple[str, dict[str, str], str]:
     >>> guess_format("no/such/file.jsonl")
     ('messages', {}, '')
     """
-    from teacher_cache.prompts.files.prompt_files import LocalFiles, locate
+    from teacher_cache.prompts.files.prompt_directories import LocalFiles
+    from teacher_cache.prompts.files.prompt_files import locate
     from teacher_cache.prompts.files.prompt_readers import read_file
     from teacher_cache.prompts.formats.likely_format import likely_format
 

@@ -287,7 +287,7 @@ def closest(found: str, choices: Sequence[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def quoted(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str], most: int = _LISTED) -> str:
     """List names for a sentence: `'a', 'b'`, the first of many."""
-    more = len(names) - _LISTED
-    return ", ".join(f"'{name}'" for name in names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - most
+    return ", ".join(f"'{name}'" for name in names[:most]) + (f" and {more:,} more" if more > 0 else "")

@@ -69,13 +69,13 @@ class Problems:
         ]
         return self.unread_files + [note for note, counts in zip(columns, self.unread.values(), strict=True) if counts]
 
-    def check(self, threshold: float = THRESHOLD, total: int | None = None) -> None:
-        """Fail when more than `threshold` of the rows (`total`, or all that were read) were set aside.
+    def check(self, threshold: float = THRESHOLD) -> None:
+        """Fail when more than `threshold` of the rows were set aside.
 
         Raises:
             PromptError: with the first problem and the count.
         """
-        rows = self.rows_read if total is None else total
-        if self.total and self.total > threshold * rows:
-            bad = f"{self.total:,} of {rows:,} rows cannot be used, more than the {threshold:.0%} that are set aside"
+        if self.total > threshold * self.rows_read:
+            found = f"{self.total:,} of {self.rows_read:,} rows cannot be used"
+            bad = f"{found}, more than the {threshold:.0%} that are set aside"
             raise PromptError(f"{self.listed[0].sentence()} ({bad})")

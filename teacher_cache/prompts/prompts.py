@@ -33,20 +33,21 @@ def read_prompts(sources: Sequence[PromptSource], problems: Problems) -> Iterato
     """
     for origin, source in enumerate(sources):
         rows_before = problems.rows_read
-        yield from islice(_read_source(source, origin, problems), source.limit)
+        columns = Columns(source, problems.unread.setdefault(source.source, Counter()))
+        yield from islice(_read_source(source, origin, columns, problems), source.limit)
         if problems.rows_read == rows_before:
             raise PromptError(
                 f"{source.path}: the data set has no row; expected at least one in the format `{source.format}`"
             )
+        columns.check()
 
 
-def _read_source(source: PromptSource, origin: int, problems: Problems) -> Iterator[Conversation]:
+def _read_source(source: PromptSource, origin: int, columns: Columns, problems: Problems) -> Iterator[Conversation]:
     if source.of_cache:
         for conversation in read_cache(source, origin):
             problems.rows_read += 1
             yield conversation
         return
-    columns = Columns(source, problems.unread.setdefault(source.source, Counter()))
     for path, line, row in _rows(source, problems):
         problems.rows_read += 1
         try:
@@ -59,7 +60,6 @@ def _read_source(source: PromptSource, origin: int, problems: Problems) -> Itera
             problems.add(path, line, str(error))
             continue
         yield Conversation(source.source, path, line, source.format, messages, text, reference, origin)
-    columns.check()
 
 
 def _rows(source: PromptSource, problems: Problems) -> Iterator[tuple[str, int, Any]]:

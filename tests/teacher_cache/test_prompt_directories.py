@@ -8,7 +8,8 @@ import pytest
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
-from teacher_cache.prompts.files.prompt_files import LocalFiles, content_hash, locate
+from teacher_cache.prompts.files.prompt_directories import LocalFiles
+from teacher_cache.prompts.files.prompt_files import content_hash, locate
 from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompts import read_prompts
 

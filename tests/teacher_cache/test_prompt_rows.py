@@ -255,6 +255,15 @@ def test_a_column_that_no_row_has_is_a_mistake_of_the_recipe_and_one_that_some_l
         read(tmp_path, rows, "prompt_completion", columns={"system": "sis"})
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_column_that_no_row_within_the_limit_has_is_a_mistake_too(tmp_path, limit):
+    rows = [{"prompt": "a", "expected": "4"}, {"prompt": "b", "expected": "5"}]
+    with pytest.raises(PromptError, match=f"no row within `limit: {limit}` has the column 'expectd' that `columns`"):
+        read(tmp_path, rows, "prompt_completion", columns={"reference": "expectd"}, limit=limit)
+    found, _ = read(tmp_path, rows, "prompt_completion", columns={"reference": "expected"}, limit=limit)
+    assert [talk.reference for talk in found] == ["4", "5"][:limit]
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

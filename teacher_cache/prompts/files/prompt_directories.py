@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import PromptError, first_line
+from shared.recipe.base import quoted
 from shared.recipe.recipe import PromptSource
 from shared.text import strict_json
 from shared.text.file_endings import endings
@@ -47,10 +48,10 @@ MAX_LISTED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """Files that a source means."""
+class LocalFiles:
+    """Files that a source means, in the order in which they are read."""
 
-    files: list[Path]
+    paths: Sequence[Path]
     note: str | None = None
     """What was left out, as a sentence."""
 
@@ -66,7 +67,7 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def of_file(path: Path, source: PromptSource) -> Chosen:
+def of_file(path: Path, source: PromptSource) -> LocalFiles:
     """Return the one file, which has neither splits nor configurations.
 
     Raises:
@@ -78,10 +79,10 @@ def of_file(path: Path, source: PromptSource) -> Chosen:
         raise PromptError(
             f"{path}: one file has no splits to choose from; leave `split` out, or name the file of '{source.split}'"
         )
-    return Chosen([path])
+    return LocalFiles([path])
 
 
-def of_glob(files: Sequence[Path], source: PromptSource) -> Chosen:
+def of_glob(files: Sequence[Path], source: PromptSource) -> LocalFiles:
     """Return the files of a glob, of one split where their names tell several.
 
     Raises:
@@ -97,11 +98,11 @@ def of_glob(files: Sequence[Path], source: PromptSource) -> Chosen:
         folder = file.parent.name if file.parent != Path(root) else ""
         told.setdefault(_split_in(file.name) or _split_in(folder) or "train", []).append(file)
     if len(told) == 1 and source.split == "train":
-        return Chosen(list(files))
+        return LocalFiles(files)
     return _of_split(told, source)
 
 
-def of_directory(directory: Path, source: PromptSource) -> Chosen:
+def of_directory(directory: Path, source: PromptSource) -> LocalFiles:
     """Return the files of one split and configuration of a directory.
 
     Raises:
@@ -116,7 +117,7 @@ def of_directory(directory: Path, source: PromptSource) -> Chosen:
             "there"
         )
     if len({kind_of(path) for path in there}) > 1:
-        return Chosen(there)  # which the caller refuses by the kinds
+        return LocalFiles(there)  # which the caller refuses by the kinds
     card = _card_configs(directory)
     splits = _splits(directory, there, source, card)
     if not card:
@@ -125,7 +126,7 @@ def of_directory(directory: Path, source: PromptSource) -> Chosen:
     told = {path for files in splits.values() for path in files}
     left = [str(path.relative_to(directory)) for path in (*there, *aside) if path not in told]
     note = _note(source, f"files that are not read: {_listed(left)}") if left else None
-    return Chosen(chosen.files, "; ".join(part for part in (chosen.note, note) if part) or None)
+    return LocalFiles(chosen.paths, "; ".join(part for part in (chosen.note, note) if part) or None)
 
 
 def _data_files(directory: Path) -> tuple[list[Path], list[Path]]:
@@ -226,7 +227,7 @@ def _of_config(directory: Path, splits: Mapping[str, list[Path]], source: Prompt
     return folders[wanted]
 
 
-def _of_saved(directory: Path, source: PromptSource) -> Chosen:
+def _of_saved(directory: Path, source: PromptSource) -> LocalFiles:
     """Return the files of what `save_to_disk` wrote, by its own lists: other .arrow files there are the library's
     cache.
     """
@@ -252,10 +253,12 @@ def _of_saved(directory: Path, source: PromptSource) -> Chosen:
             f"{directory}: is no data set as `save_to_disk` writes it ({first_line(error)}); save it again"
         ) from error
     others = [name for name in names if name != directory.name] if len(names) > 1 else []
-    return Chosen(files, _note(source, f"split '{directory.name}' is read, not {_listed(others)}") if others else None)
+    return LocalFiles(
+        files, _note(source, f"split '{directory.name}' is read, not {_listed(others)}") if others else None
+    )
 
 
-def _of_split(splits: Mapping[str, list[Path]], source: PromptSource) -> Chosen:
+def _of_split(splits: Mapping[str, list[Path]], source: PromptSource) -> LocalFiles:
     wanted = source.split if source.split in splits else SPLIT_WORDS.get(source.split, source.split)
     if wanted not in splits:
         raise PromptError(
@@ -264,7 +267,7 @@ def _of_split(splits: Mapping[str, list[Path]], source: PromptSource) -> Chosen:
         )
     others = [split for split in splits if split != wanted]
     note = _note(source, f"split '{wanted}' is read, not {_listed(others)}") if others else None
-    return Chosen(sorted(splits[wanted]), note)
+    return LocalFiles(sorted(splits[wanted]), note)
 
 
 def _note(source: PromptSource, what: str) -> str:
@@ -281,6 +284,4 @@ def _words(name: str) -> list[str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    found = list(names)
-    more = f" and {len(found) - MAX_LISTED:,} more" if len(found) > MAX_LISTED else ""
-    return ", ".join(f"'{name}'" for name in found[:MAX_LISTED]) + more
+    return quoted(list(names), MAX_LISTED)

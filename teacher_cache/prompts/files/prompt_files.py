@@ -8,6 +8,7 @@ Cost: `content_hash` reads local files once, at disk speed; nothing is parsed.
 from __future__ import annotations
 
 import glob
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,9 @@ import xxhash
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
 from shared.remote.hub import ask_hub
-from teacher_cache.prompts.files.prompt_directories import Chosen, kind_of, of_directory, of_file, of_glob
+from teacher_cache.prompts.files.prompt_directories import LocalFiles, kind_of, of_directory, of_file, of_glob
 
 _BLOCK_BYTES = 2**22
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFiles:
-    """Files of one kind, in the order in which they are read."""
-
-    paths: tuple[Path, ...]
-    note: str | None = None
-    """What lies beside them and is not read, as a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +51,8 @@ def locate(source: PromptSource) -> LocalFiles | HubDataset:
         if not found:
             raise PromptError(f"{path}: no such file; expected prompts of the source {source.source!r} there")
         chosen = of_glob(found, source)
-    return _of_one_kind(chosen, source)
+    _require_one_kind(chosen.paths, source)
+    return chosen
 
 
 def content_hash(source: PromptSource) -> str:
@@ -82,8 +75,8 @@ def content_hash(source: PromptSource) -> str:
     return f"xxh3:{digest.hexdigest()}"
 
 
-def _of_one_kind(chosen: Chosen, source: PromptSource) -> LocalFiles:
-    kinds = {kind_of(file): file for file in reversed(chosen.files)}
+def _require_one_kind(files: Sequence[Path], source: PromptSource) -> None:
+    kinds = {kind_of(file): file for file in reversed(files)}
     if None in kinds:
         raise PromptError(
             f"{kinds[None]}: unknown kind of file; expected one of .jsonl, .json, .csv, .tsv, .txt (each may end in "
@@ -96,10 +89,9 @@ def _of_one_kind(chosen: Chosen, source: PromptSource) -> LocalFiles:
         )
     if "txt" in kinds and not source.of_text:
         raise PromptError(
-            f"{chosen.files[0]}: a .txt file is one text, which `format: {source.format}` has no columns in; set "
+            f"{files[0]}: a .txt file is one text, which `format: {source.format}` has no columns in; set "
             "`format: text`"
         )
-    return LocalFiles(tuple(chosen.files), chosen.note)
 
 
 def _looks_like_hub_id(path: str) -> bool:

@@ -71,9 +71,10 @@ class Columns:
             PromptError: with the column.
         """
         if self._unseen:
-            names = ", ".join(repr(name) for name in sorted(self._unseen))
+            names, limit = ", ".join(repr(name) for name in sorted(self._unseen)), self._source.limit
+            within = "" if limit is None else f" within `limit: {limit}`"
             raise PromptError(
-                f"{self._source.path}: no row has the column {names} that `columns` names; correct or remove it"
+                f"{self._source.path}: no row{within} has the column {names} that `columns` names; correct or remove it"
             )
 
     def _turns(self, value: Any) -> Any:
