@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -20,3 +22,12 @@ def memory_bytes() -> int:
         except (OSError, ValueError):
             continue
     return min(limits)
+
+
+def available_bytes() -> int:
+    """Return the memory that this process can take without swapping, within its control group's limit."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):  # no Linux: count what the system calls free
+        if found := re.search(r"^MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.MULTILINE):
+            free = 1024 * int(found[1])
+    return min(free, memory_bytes())

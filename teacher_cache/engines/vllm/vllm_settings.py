@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from typing import Any
 
 from shared.errors import EngineError
 from shared.models.forward.row_length import known_positions, rope_switches
-from shared.process.machine import num_cores
+from shared.process.machine import available_bytes, num_cores
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import VllmTeacher
 from teacher_cache.engines.columns.column_layout import CHUNK_ENTRIES
@@ -176,7 +175,7 @@ def cache_bytes(text_config: dict[str, Any], max_model_len: int, dtype: str) -> 
         EngineError: one sequence does not fit.
     """
     sequence = cache_bytes_per_token(text_config, dtype) * (max_model_len + 256)  # whole blocks
-    free = _available_bytes()
+    free = available_bytes()
     if sequence > free // 2:
         raise EngineError(
             f"one sequence of {max_model_len:,} tokens needs {sequence / 2**30:.1f} GiB of key-value cache but "
@@ -198,15 +197,6 @@ def cache_bytes_per_token(text_config: Mapping[str, Any], dtype: str) -> int:
 def number_bytes(dtype: str) -> int:
     """Return bytes of one number of a type of weights."""
     return 4 if dtype in ("float32", "float") else 2
-
-
-def _available_bytes() -> int:
-    """Return bytes of memory that can be taken without swapping."""
-    with suppress(OSError):  # no Linux: count what the system calls free
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _refuse_other_rotation(text: Mapping[str, Any], length: int | None, model_dir: Path) -> None:

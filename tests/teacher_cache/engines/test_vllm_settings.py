@@ -7,6 +7,8 @@ import json
 import pytest
 
 from shared.errors import EngineError
+from shared.process import machine
+from shared.process.machine import available_bytes
 from shared.recipe.recipe import Generate
 from shared.recipe.sections.capture import TopCapture, TopSampleCapture
 from shared.recipe.sections.teacher import VllmTeacher
@@ -115,6 +117,16 @@ def test_key_value_cache_holds_many_sequences_within_bounds():
     assert one <= cache_bytes(large, 513, "bfloat16") <= 64 * one
     with pytest.raises(EngineError, match=r"lower teacher\.max_model_len"):
         cache_bytes(large, 2**30, "bfloat16")
+
+
+def test_key_value_cache_keeps_to_the_limit_of_a_container(monkeypatch):
+    """What the machine has free is not what a container may use; beyond its limit the kernel kills without a word."""
+    large = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    assert cache_bytes(large, 513, "bfloat16") > 2**29 or available_bytes() < 2**31
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 2**31)
+    assert cache_bytes(large, 513, "bfloat16") <= 2**29
+    with pytest.raises(EngineError, match=r"2\.0 GiB of memory are free; lower teacher\.max_model_len"):
+        cache_bytes(large, 10_000, "bfloat16")
 
 
 def test_threads_are_halved_for_narrow_models_unless_the_environment_says(model_dir, monkeypatch):
