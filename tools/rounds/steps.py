@@ -52,7 +52,7 @@ def score(one: Round) -> Result:
         DecantError: whatever stops a build.
     """
     from teacher_cache.build import teach
-    from teacher_cache.teacher.same_teacher import require_same_teacher
+    from teacher_cache.teacher.teacher_identity import require_same_teacher
 
     one.job()
     if one.settings.teacher == "same":

@@ -153,7 +153,8 @@ class ServerCheck:
 
     def _check_scores(self, server: Server, model: str, num_logprobs: int) -> None:
         probe = [int(token) for token in (np.arange(1, PROBE_TOKENS + 1, dtype=np.int64) * 7919) % self.vocab_size]
-        answer = _post_probe(server, score_body(model, probe, num_logprobs), score_bytes(len(probe), num_logprobs))
+        body, most_bytes = score_body(model, probe, num_logprobs), score_bytes(len(probe), num_logprobs)
+        answer = server.post("/v1/completions", body, most_bytes)
         if answer.status == 400:
             raise EngineError(
                 f"{server.name}: refuses {num_logprobs} log-probabilities per position ({error_text(server, answer)}); "
@@ -206,13 +207,6 @@ def total_variation(
         q = dict(zip(other_ids[row].tolist(), np.exp(other_values[row].astype(np.float64)).tolist(), strict=True))
         distances.append(sum(abs(p.get(token, 0.0) - q.get(token, 0.0)) for token in p.keys() | q.keys()) / 2)
     return float(np.mean(distances))
-
-
-def _post_probe(server: Server, body: bytes, max_bytes: int) -> Answer:
-    answer = server.post("/v1/completions", body, max_bytes)
-    if answer.status >= 500:
-        raise ServerDownError(f"status {answer.status}: {error_text(server, answer)}")
-    return answer
 
 
 def _document(server: Server, answer: Answer) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class ServerEngine:
         self._should_stop = should_stop
         key = api_key()
         servers = [Server.of(url, key) for url in teacher.servers]
+        self._servers = [server.name for server in servers]
         self._shown = servers[0].shown
         for server in servers:
             if server.sends_key_in_clear:
@@ -222,7 +223,7 @@ class ServerEngine:
         """Say what ran."""
         return {
             "engine": "server",
-            "servers": self._pool.names(),
+            "servers": self._servers,
             "served_models": sorted(set(self._check.shown_ids.values())),
             "vllm": sorted(set(self._check.versions.values())),
             "python": platform.python_version(),

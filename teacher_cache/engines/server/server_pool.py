@@ -89,20 +89,12 @@ class ServerPool:
         self._changed = threading.Condition()
         self._closed = False
         self._down_since: float | None = time.monotonic()
+        """Since when no server is up; None where one is."""
 
     @property
     def capacity(self) -> int:
         """Requests that all servers together take."""
         return self._most * len(self._states)
-
-    def names(self) -> list[str]:
-        """Return the servers' addresses."""
-        return [state.server.name for state in self._states]
-
-    def num_up(self) -> int:
-        """Return how many servers are at work."""
-        with self._changed:
-            return sum(state.up for state in self._states)
 
     def check_all(self, should_stop: Callable[[], bool]) -> None:
         """Check every server once and wait until one is up.
@@ -117,7 +109,7 @@ class ServerPool:
                     continue
                 state.checking = True
             self._try(state)
-        while self.num_up() == 0:
+        while self._down_since is not None:
             if should_stop():
                 raise ClosedError
             self._step(0.5)

@@ -78,6 +78,14 @@ def batch_problem(found: Columns, stock: Columns, prompt: list[int], layout: Col
     return None
 
 
+def head_entries(ids: NDArray[np.int32], shape: tuple[int, ...], layout: ColumnLayout) -> NDArray[np.bool_]:
+    """Mark the entries [P, V] that the heads of rows [P, 1 + layout.num_extra] hold."""
+    marked = np.zeros(shape, dtype=bool)
+    rows, columns = np.nonzero(ids[:, 1 : layout.tail_start] >= 0)
+    marked[rows, ids[rows, 1 + columns]] = True
+    return marked
+
+
 def draws_problem(ids: NDArray[np.int32], dense: NDArray[np.float64], layout: ColumnLayout) -> str | None:
     """Hold the draws of the probe's rows [P, 1 + layout.num_extra] against the rows' tails [P, V], or return None.
 
@@ -85,11 +93,8 @@ def draws_problem(ids: NDArray[np.int32], dense: NDArray[np.float64], layout: Co
     """
     if not layout.num_draws:
         return None
-    head = ids[:, 1 : layout.tail_start].astype(np.int64)
-    outside = np.ones(dense.shape, dtype=bool)
+    outside = ~head_entries(ids, dense.shape, layout)
     outside[:, layout.vocab_size :] = False
-    rows = np.broadcast_to(np.arange(len(dense))[:, None], head.shape)
-    outside[rows[head >= 0], head[head >= 0]] = False
     drawn = ids[:, layout.draw_start :].astype(np.int64).reshape(len(ids), len(layout.temperatures), layout.num_draws)
     for j, temperature in enumerate(layout.temperatures):
         scaled = np.where(outside, dense, -np.inf) / temperature

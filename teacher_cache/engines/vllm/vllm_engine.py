@@ -32,13 +32,12 @@ from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout, required
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
 from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest, require_scorable, room_of
-from teacher_cache.engines.transformers.adapters import fold_adapter
 from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
 from teacher_cache.engines.vllm.vllm_numbers import refuse_no_numbers
 from teacher_cache.engines.vllm.vllm_self_test import choose_capture_path, scoring_parameters
 from teacher_cache.engines.vllm.vllm_settings import VllmSettings, plan_settings
 from teacher_cache.engines.vllm.vllm_version import installed_vllm
-from teacher_cache.engines.vllm.vllm_weights import only_chosen, refuse_head_alone
+from teacher_cache.engines.vllm.vllm_weights import fold_adapter, only_chosen, refuse_head_alone
 
 logger = logging.getLogger(__name__)
 

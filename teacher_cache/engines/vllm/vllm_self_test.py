@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from shared.errors import EngineError
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.vllm import vllm_arrays
-from teacher_cache.engines.vllm.vllm_batch_test import Columns, batch_problem, draws_problem, long_prompts
+from teacher_cache.engines.vllm.vllm_batch_test import Columns, batch_problem, draws_problem, head_entries, long_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +138,7 @@ def plugin_problem(
         return "its rows do not carry the sentinels"
     head = ids[:, 1 : layout.tail_start].astype(np.int64)
     kept = head >= 0
-    in_head = np.zeros(dense.shape, dtype=bool)
-    rows = np.broadcast_to(np.arange(len(dense))[:, None], head.shape)
-    in_head[rows[kept], head[kept]] = True
+    in_head = head_entries(ids, dense.shape, layout)
     found = values[:, 1 : layout.tail_start].astype(np.float64)
     if not np.allclose(np.take_along_axis(dense, np.maximum(head, 0), 1)[kept], found[kept], atol=TOLERANCE_NATS):
         return "its head differs from the full rows"

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from shared.errors import ModelError
 from shared.models.weights.checkpoint import check_checkpoint
 from shared.models.weights.loading import load_causal_lm
-from teacher_cache.engines.transformers.adapters import fold_adapter
-from teacher_cache.engines.vllm.vllm_weights import only_chosen, refuse_head_alone
+from teacher_cache.engines.vllm.vllm_weights import fold_adapter, only_chosen, refuse_head_alone
 from tests.tiny_models import make_llama, make_qwen2, make_qwen3
 
 LAYER = "model.layers.1."

@@ -40,7 +40,7 @@ def answer_problems(asked: Asked) -> Iterator[Problem]:
 
 def score_problems(asked: Asked) -> Iterator[Problem]:
     """Check the teacher that scores own answers: its files, its engine, and that it scored the recipe's caches."""
-    from teacher_cache.teacher.same_teacher import require_same_teacher
+    from teacher_cache.teacher.teacher_identity import require_same_teacher
 
     with_rounds = [(i, stage.rounds) for i, stage in enumerate(asked.recipe.stages) if stage.rounds is not None]
     found = list(teacher_problems(asked)) if with_rounds and not asked.builds else []
