@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from shared.recipe.recipe import Recipe
 from shared.tokens.token_bytes import read_vocabulary
 from teacher_cache.build import teach
 from tests.shared.dense_targets import equal_targets
+from tests.student_train.hidden_caches import add_hidden
 from tests.teacher_cache.fake_engine import END_ID, FakeEngine
 from tests.tiny_models import TURN_END, make_qwen3
 from tests.tools.foreign.peers import samples, write_axolotl
@@ -122,6 +124,14 @@ def test_the_same_tokens_keep_their_targets_bit_for_bit(taught, tmp_path, permut
             assert row.targets.temperatures == tuple(TEMPERATURES)
             np.testing.assert_array_equal(row.token_ids, ids[old.token_ids])
             assert equal_targets(row.targets, replace(old.targets, ids=ids[old.targets.ids]))
+
+
+def test_a_hidden_layer_that_is_left_out_is_named(taught, tmp_path, capsys) -> None:
+    cache = add_hidden(Path(shutil.copytree(taught / "given", tmp_path / "cache")), taught / "teacher", layers=1)
+    words = ["cache", "translate", str(cache), str(tmp_path / "out"), "--tokenizer", str(taught / "teacher")]
+    for _ in range(2):
+        assert cli.main(words) == 0
+        assert "  hidden layers1-" in capsys.readouterr().out
 
 
 def test_what_cannot_be_translated_is_refused_before_anything_is_written(taught, tmp_path, capsys) -> None:

@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.cache.cache import Cache, ReadPart
-from shared.cache.layout import sequences_dir
+from shared.cache.layout import list_hidden_layers, sequences_dir
 from shared.cache.tokenizer_files import tokenizer_without_code
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import LayerWriter
@@ -63,9 +63,9 @@ def translate_cache(
         advance: called with the rows that are done; every row counts twice.
 
     Returns:
-        cache, job, existed, rows, parts, set_aside (count by reason), layer; with a layer also method, positions,
-        positions_with_head, placed_mass and teacher_mass (means over positions with a head), likelihood_unknown
-        (positions).
+        cache, job, existed, rows, parts, set_aside (count by reason), hidden_left_out, layer; with a layer also method,
+        positions, positions_with_head, placed_mass and teacher_mass (means over positions with a head),
+        likelihood_unknown (positions).
 
     Raises:
         CacheError: the cache, the tokenizer or its template is not of a kind that can be translated with, or `out` is
@@ -101,7 +101,8 @@ def translate_cache(
         with derived.written():
             writer = CacheWriter.create_or_open(derived.path, identity, files)
             _write(cache, rows, landing, stays, ids, writer, derived, advance)
-    return {"cache": str(out), "job": derived.job, "existed": derived.existed, **_summary(out)}
+    done = {"cache": str(out), "job": derived.job, "existed": derived.existed, **_summary(out)}
+    return done | {"hidden_left_out": sorted(list_hidden_layers(source))}
 
 
 def _refuse_derived(cache: Cache) -> None:
@@ -290,6 +291,7 @@ def translate_text(result: dict[str, Any]) -> str:
     there = "; it was there already" if result["existed"] else ""
     lines = [f"{result['cache']}: {result['rows']:,} rows in {result['parts']:,} parts{there}"]
     lines += [f"  set aside: {count:,} rows, {reason}" for reason, count in result["set_aside"].items()]
+    lines += [f"  hidden {name} left out: its states are of the teacher's tokens" for name in result["hidden_left_out"]]
     if result["layer"] is None:
         return "\n".join([*lines, "  no targets layer"])
     positions = max(result["positions"], 1)
