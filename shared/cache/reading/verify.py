@@ -13,10 +13,9 @@ rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import wraps
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import numpy as np
 
@@ -45,38 +44,34 @@ from shared.payload.quantise import LEAST_LABEL_LOGPROB, MOST_LABEL_ERROR
 from shared.payload.targets import SparseTargets
 
 _MOST_PER_PART = 10
-_Arguments = ParamSpec("_Arguments")
 
 
-def _ending_with_its_error(check: Callable[_Arguments, Iterator[str]]) -> Callable[_Arguments, Iterator[str]]:
-    """Let a check that cannot go on yield the reason as its last problem."""
-
-    @wraps(check)
-    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Iterator[str]:
-        try:
-            yield from check(*args, **kwargs)
-        except CacheError as error:
-            yield str(error)
-
-    return checked
-
-
-@_ending_with_its_error
 def verify_cache(path: Path | str) -> Iterator[str]:
     """Yield one sentence per problem; nothing where every byte that matters is as it was committed.
 
     At most 10 problems are listed for one part.
     """
-    path = Path(path)
+    yield from _with_its_end(_problems(Path(path)))
+
+
+def _with_its_end(problems: Iterator[str]) -> Iterator[str]:
+    """Yield what a check finds; the reason for which it cannot go on is its last problem."""
+    try:
+        yield from problems
+    except CacheError as error:
+        yield str(error)
+
+
+def _problems(path: Path) -> Iterator[str]:
     header = read_header(path)
     records = list_records(sequences_dir(path))
     layers: list[Layer | HiddenLayer] = [*list_layers(path).values(), *list_hidden_layers(path).values()]
     jobs = {job.id8: job for job in list_jobs(path)}
     masks = hidden_rows(path, records)
     begun = dropping(path)
-    yield from _tokenizer_problems(path, header)
+    yield from _with_its_end(_tokenizer_problems(path, header))
     for job in jobs.values():
-        yield from _said(lambda job=job: [job.unit(unit) for unit in range(job.num_units)])  # type: ignore[misc]
+        yield from _with_its_end(_plan_problems(job))
     sound = True
     for record in records:
         problems = list(_bounded(_sequences_problems(path, record, header.identity.vocab_size, jobs.get(record.id8))))
@@ -85,7 +80,8 @@ def verify_cache(path: Path | str) -> Iterator[str]:
     if sound:
         yield from _bounded(_repeats(path, records, masks))
     for layer in layers:
-        yield from _layer_problems(path, header, layer, {record.stem: record for record in records}, begun)
+        found = _layer_problems(path, header, layer, {record.stem: record for record in records}, begun)
+        yield from _with_its_end(found)
 
 
 def parts_without_layer(path: Path | str) -> dict[str, int]:
@@ -113,26 +109,21 @@ def nll_problem(teacher_nll_nats: float, targets: SparseTargets) -> str | None:
     return None if fits else f"teacher_nll_nats {teacher_nll_nats:.6g} is not that of its labels, {-labels.sum():.6g}"
 
 
-def _said(do: Callable[[], object]) -> Iterator[str]:
-    try:
-        do()
-    except CacheError as error:
-        yield str(error)
-
-
-def _bounded(problems: Iterable[str]) -> Iterator[str]:
-    for number, problem in enumerate(problems):
+def _bounded(problems: Iterator[str]) -> Iterator[str]:
+    for number, problem in enumerate(_with_its_end(problems)):
         if number == _MOST_PER_PART:
             yield f"{problem.split(':', 1)[0]} has more problems; they are not listed"
             return
         yield problem
 
 
-@_ending_with_its_error
 def _tokenizer_problems(path: Path, header: CacheHeader) -> Iterator[str]:
     listed = header.tokenizer_files
     for name, entry in listed.items():
-        yield from _said(lambda name=name, entry=entry: read_tokenizer_file(path, name, entry))  # type: ignore[misc]
+        try:
+            read_tokenizer_file(path, name, entry)
+        except CacheError as error:
+            yield str(error)
     names = list_folder(path / "tokenizer")
     folders = {name.split("/", 1)[0] for name in listed}
     for name in names:
@@ -141,7 +132,12 @@ def _tokenizer_problems(path: Path, header: CacheHeader) -> Iterator[str]:
     check_tokenizer_hash(path, header)
 
 
-@_ending_with_its_error
+def _plan_problems(job: Job) -> Iterator[str]:
+    for unit in range(job.num_units):
+        job.unit(unit)
+    yield from ()
+
+
 def _sequences_problems(path: Path, record: PartRecord, vocab_size: int, job: Job | None) -> Iterator[str]:
     part = MappedSequences(sequences_dir(path), record, verify=True, vocab_size=vocab_size)
     part.num_tokens()
@@ -166,7 +162,6 @@ def _sequences_problems(path: Path, record: PartRecord, vocab_size: int, job: Jo
         yield f"{part.path}:{i} is no row of unit {unit} of its plan; delete the part with its record and build again"
 
 
-@_ending_with_its_error
 def _repeats(path: Path, records: list[PartRecord], masks: Mapping[str, Any]) -> Iterator[str]:
     """Yield rows that are shown although an earlier row has their row_key."""
     repeats = repeated_rows([(sequences_dir(path), record) for record in records])
@@ -178,7 +173,6 @@ def _repeats(path: Path, records: list[PartRecord], masks: Mapping[str, Any]) ->
             yield f"{where} has the row_key of an earlier row; delete the part with its record"
 
 
-@_ending_with_its_error
 def _layer_problems(
     path: Path,
     header: CacheHeader,
@@ -203,7 +197,6 @@ def _layer_problems(
             yield from _bounded(_blob_problems(path, layer, record, found))
 
 
-@_ending_with_its_error
 def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, sequences: PartRecord) -> Iterator[str]:
     check_counts(layer.directory, record, sequences)
     codec = layer.identity.make_codec()
