@@ -8,7 +8,6 @@ Cost: two engine passes over the tokens; memory for a few units.
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from teacher_cache.passes.score import parts_to_score, score_parts
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
 from teacher_cache.prompts.cache_source import group_rule, require_tokenizer
-from teacher_cache.prompts.problems import THRESHOLD, Problem
+from teacher_cache.prompts.problems import THRESHOLD, Problem, accepting
 from teacher_cache.prompts.sequence_maker import SequenceMaker
 from teacher_cache.prompts.work_list import request_of
 from teacher_cache.teacher.answerer import key_beside, know_answerer
@@ -207,7 +206,8 @@ def _run_passes(
     engine, answering = build.engine, build.answering
     try:
         with engine, answering:
-            job = plan(build, request, partial(listed, build, ends)) if request is not None else None
+            rows = partial(listed, build, ends)
+            job = plan(build, request, rows, _GO_ON) if request is not None else None
             if job is not None and build.units_without_part(job):
                 maker.templates.require_date()
             if build.teacher.workers is not None:
@@ -281,9 +281,12 @@ def _make_hidden(build: _Build, job: Job | None, layer: HiddenWriter) -> None:
         capture_parts(layer, records, build.teacher, build.known, desk, figures)
 
 
-def _way_out(build: _Build, id8: str, share: float) -> str:
+_GO_ON = ", or let --max-set-aside accept a larger share (`decant plan` counts them)"
+
+
+def _way_out(build: _Build, id8: str, accepted: float) -> str:
     """Say how to go on without the rows of a job that were set aside, and how to make it anew with them."""
-    path, accepted = build.cache.path, math.ceil(share * 1000) / 1000
+    path = build.cache.path
     again = f"; once mended, `decant cache drop {shlex.quote(str(path))} --job {id8} --yes` lets them be made again"
     return f"--max-set-aside {accepted:g} goes on without them{again if origin_of(path) is None else ''}"
 
@@ -303,7 +306,7 @@ def _finish(build: _Build, job: Job | None) -> BuildSummary:
         raise SetAsideError(
             f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the "
             f"{build.max_set_aside:.0%} that are set aside; the other {summary.rows:,} rows are in the cache); "
-            f"{_way_out(build, own[0].id8, len(unusable) / total)}",
+            f"{_way_out(build, own[0].id8, accepting(len(unusable), total))}",
             summary,
         )
     if summary.units_set_aside:

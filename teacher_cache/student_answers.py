@@ -36,7 +36,7 @@ from teacher_cache.passes.answering import Answering, listed, make_sequences, pl
 from teacher_cache.passes.lazy_engine import LazyEngine
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
-from teacher_cache.prompts.problems import THRESHOLD, Problems
+from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.sequence_maker import SequenceMaker
 from teacher_cache.prompts.work_list import request_of
 from teacher_cache.teacher.answerer import Answerer
@@ -83,6 +83,7 @@ def answer_prompts(
     asking: Asking,
     progress: BuildProgress | None = None,
     seconds_under: str | None = None,
+    max_set_aside: float = 1.0,
 ) -> tuple[Job, BuildSummary]:
     """Let a student answer prompts, or continue; return the job and what was done.
 
@@ -93,6 +94,8 @@ def answer_prompts(
         asking: which prompts.
         progress: receives rows and tokens as they are done.
         seconds_under: phase in seconds.json that the time is added to; None: to none.
+        max_set_aside: largest share of prompts that cannot be used; left out: any, as of those of a build, which judged
+            them.
 
     Raises:
         IdentityError: the student has another tokenizer, or the cache holds this round of another student.
@@ -111,7 +114,7 @@ def answer_prompts(
     with StopSignal() as stop:
         opener = told(engines.open_engine, progress, stop)
         engine = LazyEngine(opener, answerer.section, None, recipe.generate, known.files.directory)
-        work = Answering(recipe, (0, 1), progress, THRESHOLD, cache, answerer, engine, stop, summary, seconds_under)
+        work = Answering(recipe, (0, 1), progress, max_set_aside, cache, answerer, engine, stop, summary, seconds_under)
         try:
             with engine:
                 job = plan(work, request, partial(_rows_of_round, work, ends, asking))

@@ -93,7 +93,9 @@ def _plan(args: argparse.Namespace) -> Answer:
     if args.card is None:
         result = plan(recipe)
         require_disk(recipe, result)
-        return result, and_next(plan_text(result), "plan", recipe, args)
+        share = result.get("max_set_aside")
+        accepting = ["--max-set-aside", f"{share:g}"] if share else []
+        return result, and_next(plan_text(result), "plan", recipe, args, accepting)
     from tools.plan.plan_card import card_text, plan_card, read_cards
 
     fit = plan_card(recipe, read_cards(args.card))

@@ -11,6 +11,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from shared.errors import UsageError
 from shared.recipe.recipe import Recipe
@@ -74,7 +75,7 @@ def nothing_to_do(recipe: Recipe, phase: str) -> str | None:
     return None
 
 
-def and_next(text: str, done: str, recipe: Recipe, args: argparse.Namespace) -> str:
+def and_next(text: str, done: str, recipe: Recipe, args: argparse.Namespace, more: Sequence[str] = ()) -> str:
     """Return what a command says with the command that comes after it; `run` goes on by itself, a part has others."""
     parts = ("partition", "layer", "from_stage", "to_stage", "lm_eval")
     if args.checked or any(getattr(args, part, None) for part in parts):
@@ -82,7 +83,7 @@ def and_next(text: str, done: str, recipe: Recipe, args: argparse.Namespace) -> 
     words = [str(args.recipe), *(part for override in args.overrides for part in ("--set", override))]
     rest = PHASES[PHASES.index(done) + 1 :] if done in PHASES else ("run",)
     following = next((phase for phase in rest if nothing_to_do(recipe, phase) is None), "report")
-    words = [str(recipe.output_dir)] if following == "report" else words
+    words = [str(recipe.output_dir)] if following == "report" else [*words, *more]
     return f"{text}\nnext: decant {following} {shlex.join(words)}"
 
 

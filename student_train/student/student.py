@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shared.models.files import load_config, load_tokenizer
 from shared.models.load_report import loading
 from shared.models.type_tokenizer import require_unchanged
 from shared.models.weights.loading import load_causal_lm
+from shared.recipe.base import quoted
 from shared.recipe.recipe import Adapter, Student
 from student_train.student.stored_weights import refuse_quantised
 
@@ -235,13 +237,26 @@ def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             wrapped = get_peft_model(model, config)
+        _refuse_unmet_names(modules, wrapped.targeted_module_names)
     except (ValueError, re.error) as error:
         raise TrainingError(
             f"student.adapter.target_modules {json.dumps(modules)} cannot be adapted: "
-            f"{reason_of(error, 200)}; set it to all-linear or to names of the student's linear layers"
+            f"{reason_of(error, 200).rstrip('.')}; set it to all-linear or to names of the student's linear layers"
         ) from None
     _refuse_adapted_head(wrapped, model)
     return wrapped
+
+
+def _refuse_unmet_names(names: str | list[str], adapted: Iterable[str]) -> None:
+    """Refuse names that no adapted layer has; peft passes over them where another name is met.
+
+    Raises:
+        ValueError: with these names.
+    """
+    layers = [f".{layer}" for layer in adapted]
+    unmet = [name for name in names if not any(layer.endswith(f".{name}") for layer in layers)]
+    if unmet and not isinstance(names, str):
+        raise ValueError(f"no layer is called {quoted(unmet)}")
 
 
 def _linear_in_name(model: Any) -> list[str] | None:

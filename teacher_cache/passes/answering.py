@@ -126,8 +126,10 @@ def _held_rows(directory: Path) -> Callable[[bytes], bool]:
     return lambda key: bool(known().contains(stack_keys([key]))[0])
 
 
-def plan(work: Answering, request: dict[str, Any], rows: Callable[[Problems], Iterable[PlanRow]]) -> Job:
-    """Return the job of a request, listing its rows only if it was never planned.
+def plan(
+    work: Answering, request: dict[str, Any], rows: Callable[[Problems], Iterable[PlanRow]], way_out: str = ""
+) -> Job:
+    """Return the job of a request, listing its rows only if it was never planned; `way_out` is for too many bad ones.
 
     Raises:
         BuildStoppedError: SIGTERM arrived.
@@ -142,7 +144,7 @@ def plan(work: Answering, request: dict[str, Any], rows: Callable[[Problems], It
             work.stop_if_asked()
             yield row
         work.progress.finish()
-        problems.check(work.max_set_aside)
+        problems.check(work.max_set_aside, way_out)
 
     job = create_job(work.cache.path, request, counted(), work.recipe.rows_per_part)
     summary.duplicates = problems.duplicates

@@ -8,6 +8,7 @@ Cost: the list is bounded; counts are exact.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -15,6 +16,12 @@ from shared.errors import PromptError
 
 THRESHOLD = 0.01
 """Largest share of unusable rows that a command accepts."""
+
+
+def accepting(unusable: int, rows: int) -> float:
+    """Return the smallest share, in thousandths, at which so many of the rows are accepted: 5 of 70 -> 0.072."""
+    return math.ceil(unusable / rows * 1000) / 1000
+
 
 MAX_LISTED = 1000
 """Problems that are kept in words; the rest are only counted."""
@@ -49,6 +56,8 @@ class Problems:
     """Columns that the format does not read, per source, with the rows that have them."""
     unread_files: list[str] = field(default_factory=list)
     """A sentence for each source beside whose files others lie."""
+    idle_names: list[str] = field(default_factory=list)
+    """A sentence for names of a source's `ignore` that nothing read has."""
 
     def add(self, path: str, line: int, reason: str) -> None:
         """Set one row aside; a reason that begins with the row's place is kept without it."""
@@ -57,21 +66,21 @@ class Problems:
             self.listed.append(Problem(path, line, reason.removeprefix(f"{path}:{line}: ")))
 
     def notes(self) -> list[str]:
-        """Return a sentence for everything that lies in the sources and was not read."""
+        """Return a sentence for everything that lies in the sources and was not read, or is read and lies in none."""
         columns = [
             f"source {source}: columns that are not read: {', '.join(sorted(counts))}"
             for source, counts in self.unread.items()
             if counts
         ]
-        return self.unread_files + columns
+        return self.unread_files + columns + self.idle_names
 
-    def check(self, threshold: float = THRESHOLD) -> None:
+    def check(self, threshold: float = THRESHOLD, way_out: str = "") -> None:
         """Fail when more than `threshold` of the rows were set aside.
 
         Raises:
-            PromptError: with the first problem and the count.
+            PromptError: with the first problem, the count and what to do, `way_out` besides mending the rows.
         """
         if self.total > threshold * self.rows_read:
             found = f"{self.total:,} of {self.rows_read:,} rows cannot be used"
             bad = f"{found}, more than the {threshold:.0%} that are set aside"
-            raise PromptError(f"{self.listed[0].sentence()} ({bad})")
+            raise PromptError(f"{self.listed[0].sentence()} ({bad}); correct or remove them{way_out}")

@@ -40,6 +40,7 @@ def read_prompts(sources: Sequence[PromptSource], problems: Problems) -> Iterato
                 f"{source.path}: the data set has no row; expected at least one in the format `{source.format}`"
             )
         columns.check()
+        problems.idle_names += columns.idle_names()
 
 
 def _read_source(source: PromptSource, origin: int, columns: Columns, problems: Problems) -> Iterator[Conversation]:

@@ -108,6 +108,16 @@ def test_stage_that_starts_from_an_untrained_one_is_refused(recipe_of):
         run_stages(Recipe.model_validate(document), from_stage="second")
 
 
+@pytest.mark.parametrize(
+    ("modules", "unmet"),
+    [(["q_proj", "kproj"], "'kproj'"), (["0.mlp.up_proj", "proj", "up"], "'proj', 'up'")],
+)
+def test_a_name_that_no_adapted_layer_has_is_refused_beside_names_that_are_met(caches, tiny, modules, unmet):
+    wanted = student(tiny.llama, adapter={"kind": "lora", "target_modules": modules})
+    with pytest.raises(TrainingError, match=f"no layer is called {unmet}.*; set it to all-linear or to names"):
+        add_adapter(load_student(wanted, None, caches), wanted.adapter)
+
+
 @pytest.mark.parametrize("modules", [["lm_head"], ["q_proj", "embed_tokens"], r".*(q_proj|lm_head)"])
 def test_adapter_on_head_or_embeddings_is_refused(caches, tiny, modules):
     wanted = student(tiny.llama, adapter={"kind": "lora", "target_modules": modules})

@@ -264,6 +264,16 @@ def test_a_column_that_no_row_within_the_limit_has_is_a_mistake_too(tmp_path, li
     assert [talk.reference for talk in found] == ["4", "5"][:limit]
 
 
+def test_names_of_ignore_that_leave_nothing_out_are_told(tmp_path):
+    rows = [{"messages": [ASK, {**SAY, "mood": "m"}], "id": 1}, {"messages": [ASK, SAY], "sys": "S"}]
+    _, problems = read(tmp_path, rows, "messages", ignore=["mood", "id", "content", "moood", "sys"])
+    assert problems.notes() == [
+        "source s: `ignore` leaves nothing out by 'content', 'moood': no row read has such a column, nor a turn such "
+        "a key besides its role and text",
+    ]
+    assert read(tmp_path, rows, "messages", ignore=["mood", "id", "sys"])[1].notes() == []
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

@@ -11,11 +11,13 @@ import pytest
 from shared.cache.cache import Cache
 from shared.errors import PromptError, UsageError
 from shared.payload.codec import Codec
+from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe
 from tests.shared.dense_targets import cut
 from tests.shared.small_cache import TOP, build
 from tests.tiny_models import make_tokenizer
 from tests.tools.rounds.tiny_run import rounds_recipe
+from tools import cli
 from tools.plan.plan_existing import assumed_bytes_per_position
 from tools.plan.planner import plan, plan_text
 from tools.plan.preflight.preflight_asked import Asked
@@ -159,6 +161,33 @@ def test_prompts_of_which_none_can_be_used_are_refused(place, tmp_path):
     source = {"source": "a", "path": str(tmp_path / "none.jsonl"), "format": "messages"}
     with pytest.raises(UsageError, match=r"none of 2 prompts can be used, the first: .*none\.jsonl:1"):
         plan(recipe(place, prompts=[source]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ({"chat_template": "{{ 1"}, "; correct it$"),
+        ({"chat_template_kwargs": {"add_generation_prompt": 1}}, "; correct `chat_template_kwargs`, or give another"),
+        ({"chat_template": "{{ messages[0].content }}"}, "does not render an answer's text as it is"),
+    ],
+)
+def test_a_template_that_renders_nothing_is_refused_not_estimated(place, settings, way):
+    source = {"source": "a", "path": str(place / "a.jsonl"), "format": "messages", **settings}
+    with pytest.raises(PromptError, match=f"^source 'a': .*{way}"):
+        plan(recipe(place, prompts=[source]))
+
+
+@pytest.mark.parametrize(("bad", "share"), [(1, 0.077), (5, 0.295), (0, None)])
+def test_a_plan_says_what_a_build_has_to_accept(place, tmp_path, capsys, bad, share):
+    lines = (place / "a.jsonl").read_text().splitlines()[:12] + ['{"messages": []}'] * bad
+    (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n")
+    source = {"source": "a", "path": str(tmp_path / "some.jsonl"), "format": "messages"}
+    planned = recipe(place, prompts=[source], cache=str(tmp_path / "cache"), output_dir=str(tmp_path / "run"))
+    assert plan(planned)["max_set_aside"] == share
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(planned))
+    assert cli.main(["plan", str(tmp_path / "recipe.yaml")]) == 0
+    words = ["run", str(tmp_path / "recipe.yaml"), *([] if share is None else ["--max-set-aside", f"{share}"])]
+    assert capsys.readouterr().out.splitlines()[-1].split()[2:] == words
 
 
 def test_rounds_over_plain_texts_are_refused_for_they_ask_nothing(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.layout import sequences_dir
-from shared.errors import DecantError, EngineError, PromptError
+from shared.errors import EngineError, PromptError
 from shared.keys import is_heldout
 from shared.parts.jobs import committed_keys
 from shared.parts.records import list_records
@@ -270,7 +270,7 @@ class _TokenCounter:
         """The teacher's; None where it is out of reach."""
         try:
             self.tokenizer, self.templates = _templates(recipe)
-        except DecantError as error:
+        except EngineError as error:
             result.tokenizer_note = str(error)
 
     def count(self, conversation: Any) -> tuple[int, int]:

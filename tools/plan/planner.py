@@ -17,6 +17,7 @@ from shared.models.gpus import offered_gpus
 from shared.recipe.recipe import Recipe, Stage
 from shared.seconds import read_seconds
 from student_train.fit.precision import precision_notes
+from teacher_cache.prompts.problems import THRESHOLD, accepting
 from tools.cache.cache_commands import size
 from tools.evaluate.tasks.contamination import among_groups, by_task, sentence
 from tools.plan.plan_bounds import (
@@ -88,6 +89,12 @@ def _longest_to_come(recipe: Recipe, result: dict[str, Any]) -> int:
     return longest if most is None else min(longest, most)
 
 
+def _max_set_aside(unusable: int, usable: int) -> float | None:
+    """Return the share of unusable rows that a build has to accept; None where it accepts them anyway."""
+    share = accepting(unusable, unusable + usable) if unusable else 0.0
+    return share if unusable > THRESHOLD * (unusable + usable) else None
+
+
 def _build_figures(
     recipe: Recipe, counted: PromptCount, there: dict[str, Any], assumptions: list[str]
 ) -> dict[str, Any]:
@@ -113,6 +120,7 @@ def _build_figures(
     return {
         "sources": sources,
         "set_aside": counted.set_aside,
+        "max_set_aside": _max_set_aside(counted.set_aside, sum(figures["rows"] for figures in sources.values())),
         "first_problem": counted.first_problem,
         "rows_to_do": rows,
         "units": -(-rows // recipe.rows_per_part),
@@ -232,6 +240,9 @@ def plan_text(result: dict[str, Any]) -> str:
     if "rows_to_do" in result:
         if result["set_aside"]:
             lines.append(f"  {result['set_aside']:,} rows cannot be used, the first: {result['first_problem']}")
+        if result["max_set_aside"]:
+            way = f"correct or remove them, or go on without them by --max-set-aside {result['max_set_aside']:g}"
+            lines.append(f"    more than the {THRESHOLD:.0%} that are set aside: {way}")
         lines.append(f"  teach: {result['rows_to_do']:,} rows to do in {result['units']:,} units")
         if result["generate_tokens"]:
             lines.append(f"    generate {span(result['generate_tokens'])} tokens")

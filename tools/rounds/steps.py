@@ -33,12 +33,13 @@ def answer(one: Round) -> Result:
         TrainingError: the stage was trained without rounds before.
         DecantError: whatever stops a build.
     """
+    from teacher_cache.prompts.problems import THRESHOLD
     from teacher_cache.student_answers import answer_prompts
 
     require_of_rounds(one)
-    phase = f"answer.{one.stage.name}"
+    phase, accepted = f"answer.{one.stage.name}", THRESHOLD if one.settings.sources else 1.0
     with BuildProgress() as progress:
-        _, summary = answer_prompts(one.answering(), one.recipe.cache[0], one.asking, progress, phase)
+        _, summary = answer_prompts(one.answering(), one.recipe.cache[0], one.asking, progress, phase, accepted)
     figures = require_sound(one)
     lines = [*summary.notes, *summary.set_aside_lines(), f"{_name(one)}: {figures.text()}"]
     return {"cache": str(one.own_cache), "generated": summary.generated.rows, **figures.document}, "\n".join(lines)

@@ -17,6 +17,8 @@ from shared.recipe.sections.prompts import ALIASES, COLUMNS
 from teacher_cache.prompts.formats.prompt_formats import REFERENCE_KEYS
 from teacher_cache.prompts.formats.prompt_turns import is_empty
 
+_OF_TURNS = frozenset(("role", "content", "from", "value"))
+"""Keys of a turn that are never left out."""
 TURN_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "output")
 
 
@@ -35,6 +37,7 @@ class Columns:
         self._renamed = {column: aliases.get(name, name) for name, column in source.columns.items()}
         self._unseen = set(self._renamed)
         self._ignored = frozenset(source.ignore)
+        self._left_nothing_out = set(source.ignore)
         self._read = {*COLUMNS[source.format], *REFERENCE_KEYS}
         self._unread = unread
 
@@ -43,6 +46,7 @@ class Columns:
         if not isinstance(row, Mapping):
             return row
         self._unseen -= row.keys()
+        self._left_nothing_out -= row.keys()
         kept = {name: value for name, value in row.items() if name not in self._ignored}
         found = {name: value for name, value in kept.items() if name not in self._renamed.values()}
         unread = kept.keys() - found.keys() - self._renamed.keys()
@@ -77,11 +81,19 @@ class Columns:
                 f"{self._source.path}: no row{within} has the column {names} that `columns` names; correct or remove it"
             )
 
+    def idle_names(self) -> list[str]:
+        """Return a sentence for names of `ignore` that no row had so far."""
+        left = ", ".join(repr(name) for name in sorted(self._left_nothing_out))
+        nothing = "no row read has such a column, nor a turn such a key besides its role and text"
+        return [f"source {self._source.source}: `ignore` leaves nothing out by {left}: {nothing}"] if left else []
+
     def _turns(self, value: Any) -> Any:
         """Leave ignored keys out of turns; a role or text is none of them."""
         if not isinstance(value, list):
             return value
-        ignored = self._ignored - {"role", "content", "from", "value"}
+        ignored = self._ignored - _OF_TURNS
+        for turn in value if self._left_nothing_out else ():
+            self._left_nothing_out -= turn.keys() - _OF_TURNS if isinstance(turn, Mapping) else set()
         return [
             {key: inner for key, inner in turn.items() if key not in ignored} if isinstance(turn, Mapping) else turn
             for turn in value

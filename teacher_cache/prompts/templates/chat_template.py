@@ -178,7 +178,12 @@ class ChatTemplate:
     def _probe(self) -> str:
         """Return the rendering of a question and its answer."""
         turns = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
-        return self._render(turns, f"source {self._source.source!r}", prompt=False)
+        try:
+            return self._render(turns, f"source {self._source.source!r}", prompt=False)
+        except UnrenderableError as error:
+            settings = "`chat_template_kwargs`, or " if self._source.chat_template_kwargs else ""
+            way = "correct it" if self._source.chat_template else "give another in `chat_template`"
+            raise UnrenderableError(f"{error}; {settings and 'correct '}{settings}{way}") from error
 
     def _marks_of_turns(self, probe: str) -> tuple[str, ...]:
         """Return added tokens that are not marked as special and that the template writes around turns.

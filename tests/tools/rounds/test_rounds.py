@@ -16,7 +16,7 @@ from shared.errors import IdentityError, PromptError, TrainingError, UsageError
 from shared.identity.weights_hash import weights_hash
 from shared.keys import is_heldout
 from shared.parts.records import list_records
-from shared.recipe.recipe import Guards
+from shared.recipe.recipe import Guards, PromptSource
 from student_train.stage.stages import run_stages
 from teacher_cache.build import teach
 from tests.tiny_models import make_qwen3
@@ -158,6 +158,21 @@ def test_several_answers_of_one_prompt_stay_in_one_round(done, tmp_path):
     cache = Cache.open_sequences(one.own_cache)
     prompts = [cache.sequence(i).prompt for i in range(len(cache))]
     assert sorted(prompts.count(prompt) for prompt in set(prompts)) == [3, 3]
+
+
+def test_a_round_goes_on_without_prompts_that_the_build_judged_and_not_without_many_of_its_own(done, tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    rows = [{"prompt": f"How many apples, number {i}?"} for i in range(20)] + [{"prompt": ""}] * 3
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixed = PromptSource.model_validate({"source": "math", "path": str(path), "format": "prompt_completion"})
+    one = other_rounds(done, tmp_path / "run", prompts=2)
+    judged = Round(one.recipe.model_copy(update={"prompts": (mixed,)}), one.stage, 1)
+    figures, text = answer(judged)
+    assert figures["generated"] == 2
+    assert "3 rows cannot be used and were set aside, the first:" in text
+    own = other_rounds(done, tmp_path / "other", prompts=2, sources=(mixed,))
+    with pytest.raises(PromptError, match=r"mixed\.jsonl:21: .*3 of 23 rows.*; correct or remove them$"):
+        answer(own)
 
 
 def test_round_of_other_settings_is_refused_not_mixed_in(done):
