@@ -104,8 +104,12 @@ def calibrate(recipe: Recipe, num_rows: int, progress: BuildProgress | None = No
         capture = recipe.capture.model_copy(update={"hidden": None})
         recipe = recipe.model_copy(update={"capture": capture, "output_dir": root / "run"})
         samples = _prompt_samples(recipe, root, num_rows) if recipe.prompts else _cache_samples(recipe, root, num_rows)
-        with _OpenEngines(keep=recipe.generate is None or recipe.generate.model is None) as opened:
-            summaries = [teach(one, progress=progress, max_set_aside=1.0, open_engine=opened.open) for one in samples]
+        kept = _KeptEngine()
+        opener = kept.open if recipe.generate is None or recipe.generate.model is None else None
+        try:
+            summaries = [teach(one, progress=progress, max_set_aside=1.0, open_engine=opener) for one in samples]
+        finally:
+            kept.end()
         caches = [sample.cache[0] for sample in samples]
         start_seconds = max(summary.seconds_starting for summary in summaries)
         return Calibration(
@@ -118,43 +122,29 @@ def calibrate(recipe: Recipe, num_rows: int, progress: BuildProgress | None = No
         )
 
 
-class _OpenEngines:
-    """Opens engines; keeps the one that a build closes for the next build, where `keep` says so."""
+class _KeptEngine:
+    """An engine that the first build opens and that outlives the builds that close it."""
 
-    def __init__(self, *, keep: bool) -> None:
-        self._keep = keep
+    max_model_len: int
+
+    def __init__(self) -> None:
         self._engine: Engine | None = None
 
     def open(self, *settings: Any, **named: Any) -> Engine:
-        """Open an engine, or return the one that is open."""
-        if not self._keep:
-            return engines.open_engine(*settings, **named)
+        """Open it, or return it as it is."""
         if self._engine is None:
             self._engine = engines.open_engine(*settings, **named)
-        return _Kept(self._engine)
-
-    def __enter__(self) -> _OpenEngines:
+            self.max_model_len, self.provenance = self._engine.max_model_len, self._engine.provenance
+            self.generate, self.score = self._engine.generate, self._engine.score
         return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._engine is not None:
-            self._engine.close()
-
-
-class _Kept:
-    """An engine that outlives the build that closes it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.tokenizer = engine.tokenizer
-        self.vocab_size = engine.vocab_size
-        self.max_model_len = engine.max_model_len
-        self.generate = engine.generate
-        self.score = engine.score
-        self.provenance = engine.provenance
 
     def close(self) -> None:
         """Leave it open."""
+
+    def end(self) -> None:
+        """Close it, if it was opened."""
+        if self._engine is not None:
+            self._engine.close()
 
 
 def line_through(figures: Sequence[PassFigures]) -> PassRate:

@@ -29,16 +29,11 @@ def loads(text: str | bytes) -> Any:
         raise ValueError("the JSON is nested too deeply") from None
 
 
-def said_of(key: str) -> str:
-    """Say what is wrong with a key that an object has twice."""
-    return f"an object has the key {key[:60]!r} twice; keep one of them"
-
-
 def each_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of these keys and values; ValueError where a key comes again."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(said_of(key))
+            raise ValueError(f"an object has the key {key[:60]!r} twice; keep one of them")
         found[key] = value
     return found

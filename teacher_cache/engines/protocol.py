@@ -115,10 +115,6 @@ def require_scorable(request: ScoreRequest, max_model_len: int) -> None:
 class Engine(Protocol):
     """A loaded teacher."""
 
-    tokenizer: Any
-    """The transformers tokenizer."""
-    vocab_size: int
-    """Entries that the tokenizer can produce; columns beyond it are padding and never captured."""
     max_model_len: int
     """Longest sequence, prompt and answer together, in tokens."""
 

@@ -9,6 +9,7 @@ Cost: bookkeeping only; at most the engine's rows in flight plus one unit are op
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -58,7 +59,7 @@ class _Feed:
     units: Iterable[Unit]
     stop: StopSignal
     open: dict[int, _Open] = field(default_factory=dict)
-    complete: list[_Open] = field(default_factory=list)
+    complete: deque[Unit] = field(default_factory=deque)
     seconds: float = 0.0
 
     def __iter__(self) -> Iterator[Any]:
@@ -82,19 +83,17 @@ class _Feed:
             entry.fed = True
             self._settle(entry)
 
-    def received(self, number: int) -> Unit:
-        """Count one result and return its unit."""
+    def take(self, number: int, index: int, result: Any) -> int:
+        """Hand a result to its unit, complete once nothing of it is missing; return the tokens that it cost."""
         entry = self.open[number]
         entry.waiting -= 1
-        return entry.unit
-
-    def settle(self, number: int) -> None:
-        """Move a unit to `complete` once nothing of it is missing."""
-        self._settle(self.open[number])
+        tokens = entry.unit.take(index, result)
+        self._settle(entry)
+        return tokens
 
     def _settle(self, entry: _Open) -> None:
         if entry.fed and entry.waiting == 0:
-            self.complete.append(self.open.pop(entry.unit.number))
+            self.complete.append(self.open.pop(entry.unit.number).unit)
 
 
 def feed_units(
@@ -122,12 +121,11 @@ def feed_units(
             figures.seconds_in_engine += time.monotonic() - before - (feed.seconds - feeding)
             if result is not None:
                 number, index = result.tag
-                tokens = feed.received(number).take(index, result)
+                tokens = feed.take(number, index, result)
                 figures.tokens += tokens
                 desk.progress.advance(1, tokens)
-                feed.settle(number)
             while feed.complete:
-                desk.writer.submit(feed.complete.pop(0).unit.commit())
+                desk.writer.submit(feed.complete.popleft().commit())
             desk.writer.check()
             if result is None:
                 break
