@@ -32,6 +32,7 @@ from student_train.records.metrics_log import StepLog, flattened, read_steps
 from student_train.records.processes import wait_for_all
 from student_train.student.forward_patch import GRADIENT_SQUARE, Objective
 from student_train.student.student import check_recomputes
+from student_train.train.averaged_weights import averaged, settle
 from student_train.train.course import Course
 from student_train.train.gradient_watch import DivergedError, GradientWatch
 from student_train.train.read_ahead import ReadAhead
@@ -126,6 +127,7 @@ class DistilTrainer(ShardedTrainer):
                 self.state.global_step = step
             else:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                settle(self.optimizer)
         finally:
             for log in self._logs:
                 log.close()
@@ -291,7 +293,8 @@ class DistilTrainer(ShardedTrainer):
         """Evaluate the student as it is now, in the log and wherever metrics go."""
         assert self._evaluation is not None
         share = Processes(self.args.process_index, self.args.world_size, self.args.device, self._summed)
-        figures, samples = self._evaluation.evaluate(self.state.global_step, self.model, share)
+        with averaged(self.optimizer):
+            figures, samples = self._evaluation.evaluate(self.state.global_step, self.model, share)
         self._progress.note(evaluation_line(figures))
         self._course.follow(figures)
         self.log(reported_figures(figures))
@@ -397,6 +400,7 @@ class DistilTrainer(ShardedTrainer):
             log.sync()
         if self._evaluation is not None:
             self._evaluation.sync()
+        settle(self.optimizer)
         with writing_explained(self.args.output_dir):
             super()._save_checkpoint(model, trial)
         wait_for_all()
