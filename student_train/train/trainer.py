@@ -38,7 +38,12 @@ from student_train.train.gradient_watch import DivergedError, GradientWatch
 from student_train.train.read_ahead import ReadAhead
 from student_train.train.sharded_trainer import ShardedTrainer
 from student_train.train.stochastic_rounding import StochasticRounding
-from student_train.train.training_problems import described_schedule, setting_explained, writing_explained
+from student_train.train.training_problems import (
+    check_dense_gradients,
+    described_schedule,
+    setting_explained,
+    writing_explained,
+)
 
 
 class DistilTrainer(ShardedTrainer):
@@ -178,9 +183,14 @@ class DistilTrainer(ShardedTrainer):
         self._objective.measures_gradients = self._course.wants_gradient_norms(0)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Create the optimizer that the recipe names."""
+        """Create the optimizer that the recipe names.
+
+        Raises:
+            TrainingError: it cannot be made, or cannot train these weights.
+        """
         if self.optimizer is not None:
             return self.optimizer
+        check_dense_gradients(self._course.stage.trainer, self.model)
         with setting_explained("optim", str(self.args.optim)):
             optimizer = super().create_optimizer(model)
         if self._course.stage.trainer.rounding == "stochastic":

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from shared.errors import TrainingError, reason_of
 from shared.recipe.recipe import StageTrainer
-from student_train.train.training_problems import check_installed, check_precision, check_schedule
+from student_train.train.training_problems import check_installed, check_optimizer, check_precision, check_schedule
 
 _AS_WRITTEN = (
     "learning_rate",
@@ -78,6 +78,7 @@ def training_arguments(
         raise TrainingError(
             f"the trainer section cannot be honoured here: {reason_of(error)}; correct or leave out the argument"
         ) from None
+    check_optimizer(trainer, args)
     args._n_gpu = min(
         args.n_gpu, 1
     )  # several GPUs in one process would mean replicas that split flat packs; use torchrun

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers import TrainingArguments
 
 from shared.errors import TrainingError, reason_of
 from shared.recipe.recipe import StageTrainer
@@ -33,6 +34,41 @@ def check_installed(trainer: StageTrainer) -> None:
     for name in trainer.report_to:
         if name != "none" and importlib.util.find_spec(name) is None:
             raise TrainingError(f"trainer.report_to names {name}, which is not installed; install it, or leave it out")
+
+
+def check_optimizer(trainer: StageTrainer, args: TrainingArguments) -> None:
+    """Let an optimizer of another package make a step on this machine.
+
+    Raises:
+        TrainingError: it cannot, as one whose kernels need a GPU.
+    """
+    if OPTIMIZERS[trainer.optim].package is None:
+        return
+    from transformers import Trainer
+
+    with setting_explained("optim", trainer.optim):
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        weight = torch.nn.Parameter(torch.zeros(64, 128, device=args.device))
+        weight.grad = torch.ones_like(weight)
+        optimizer = kind([weight], **options)
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()
+        optimizer.step()
+
+
+def check_dense_gradients(trainer: StageTrainer, model: torch.nn.Module) -> None:
+    """Refuse an optimizer that makes the weights of rare tokens explode, where such are trained.
+
+    Raises:
+        TrainingError: they are.
+    """
+    embeddings = [part.weight for part in model.modules() if isinstance(part, torch.nn.Embedding)]
+    if OPTIMIZERS[trainer.optim].loses_rare_tokens and any(weight.requires_grad for weight in embeddings):
+        raise TrainingError(
+            f"trainer.optim is {trainer.optim}, which keeps the mean squares of gradients of embeddings in 8 bits too: "
+            "those of rare tokens become 0 and their weights explode; use adamw_8bit, which keeps them in 32 bits, or "
+            "adamw_torch, or train an adapter"
+        )
 
 
 def check_schedule(trainer: StageTrainer) -> None:

@@ -135,7 +135,7 @@ class StageTrainer(Section):
     warmup_ratio: Annotated[Fraction, Field(lt=1)] = 0.0
     """The same as a share of all steps."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
+    """Weight decay, apart from the gradient; adagrad and the kinds of rmsprop add it to the gradient."""
     adam_beta1: Annotated[Fraction, Field(lt=1)] = 0.9
     """Decay of the mean of gradients."""
     adam_beta2: Annotated[Fraction, Field(lt=1)] = 0.999
