@@ -234,13 +234,20 @@ def test_plan_prices_a_teacher_out_of_reach_from_what_the_recipe_assumes(tmp_pat
 
 
 def test_plan_counts_the_states_of_another_teacher_of_the_same_shape_as_to_do(tmp_path: Path, teacher: Path) -> None:
-    teach(recipe(tmp_path, teacher, {"layers": ["final"]}))
     moved, other = tmp_path / "moved", make_qwen3(tmp_path / "other", num_layers=3, seed=8)
     shutil.copytree(teacher, moved)
+    teach(recipe(tmp_path, moved, {"layers": ["final"]}))
     planned = [plan(recipe(tmp_path, model, {"layers": ["final"]}))["hidden"] for model in (teacher, moved, other)]
     every = Cache.open(tmp_path / "cache", "top4", allow_partial=True).stats()["positions"]
     assert [figures["positions"]["expected"] for figures in planned] == [0, 0, every]
     assert teach(recipe(tmp_path, other, {"layers": ["final"]})).hidden.positions == every
+    away = recipe(tmp_path, teacher, {"layers": ["final"]}).model_dump(mode="json", exclude_none=True)
+    away["assume"] = {"teacher": {"config": {"model_type": "qwen3", "num_hidden_layers": 3, "hidden_size": 64}}}
+    shutil.rmtree(moved)
+    for name, to_do in (("gone", every), ("moved", 0)):
+        away["teacher"]["model"] = str(tmp_path / name)
+        found = plan(Recipe.model_validate(away))
+        assert found["hidden"]["positions"]["expected"] == to_do
 
 
 def test_wrong_layer_is_refused_before_anything_is_written(tmp_path: Path, teacher: Path) -> None:

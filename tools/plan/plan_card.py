@@ -12,7 +12,7 @@ Cost: building the student's shape without weights, then a few hundred multiplic
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,16 +199,11 @@ def _stage(case: Case) -> dict[str, Any]:
     }
     wrote = {name: getattr(stage.trainer, name) for name in settings}
     wrote["gradient_checkpointing"] = recomputation(student, stage.trainer) is True
-    overrides = [
-        f"stages.{stage.name}.trainer.{name}={str(value).lower()}"
-        for name, value in settings.items()
-        if value != wrote[name]
-    ]
     return {
         "as_written_bytes": as_written.total,
         "as_written_fits": case.fits(as_written),
         "settings": settings,
-        "set": overrides,
+        "set": _options(stage, {name: value for name, value in settings.items() if value != wrote[name]}),
         "fsdp": trainer.fsdp,
         "precision": [
             *precision_notes(stage, student, on_gpu=True),
@@ -220,6 +215,11 @@ def _stage(case: Case) -> dict[str, Any]:
         "allocated_bytes": estimate.allocated,
         "total_bytes": estimate.total,
     }
+
+
+def _options(stage: Stage, values: Mapping[str, Any]) -> list[str]:
+    """Return fields of a stage's trainer as `--set` takes them."""
+    return [f"stages.{stage.name}.trainer.{name}={str(value).lower()}" for name, value in values.items()]
 
 
 def _kept_updates(case: Case, chosen: StageTrainer, recomputes: bool) -> Iterator[str]:
@@ -240,10 +240,7 @@ def _kept_updates(case: Case, chosen: StageTrainer, recomputes: bool) -> Iterato
         estimate = changed.estimate(chosen.model_copy(update=of_trainer), recomputes)
         if changed.fits(estimate) and changed.is_accepted():
             options = [f"student.{name}={value}" for name, value in of_student.items()]
-            options += [
-                f"stages.{stage.name}.trainer.{name}={str(value).lower()}" for name, value in of_trainer.items()
-            ]
-            said = " ".join(f"--set {option}" for option in options)
+            said = " ".join(f"--set {option}" for option in [*options, *_options(stage, of_trainer)])
             yield f"{words} fit this card ({estimate.total / GIB:.1f} GiB): {said}"
             return
 
@@ -309,10 +306,8 @@ def _smallest_change(case: Case, least_bytes: int) -> str:
     if case.cards.count > 1 and case.stage.trainer.fsdp == "none":
         changes.insert(0, ("set fsdp: full_shard", {}, {"fsdp": "full_shard"}))
     for words, changed_student, changed_trainer in changes:
-        changed = case.changed(changed_student, changed_trainer, max_length=None)
-        fit = _first_fit(changed) if changed.is_accepted() else None
-        if fit is not None:
-            return f"{words} ({fit[2].total / GIB:.1f} GiB)"
+        if gib := _fitting_gib(case.changed(changed_student, changed_trainer, max_length=None)):
+            return f"{words} ({gib:.1f} GiB)"
     enough = next((size for size in CARDS_GIB if size * GIB >= least_bytes), None)
     larger = f"use a card of {enough} GiB" if enough else "choose a smaller student"
     shared = _more_cards(case)
@@ -322,11 +317,16 @@ def _smallest_change(case: Case, least_bytes: int) -> str:
 def _more_cards(case: Case) -> str | None:
     """Return how many more cards of the same size hold it in shards; None where none do, or training refuses."""
     for count in (number for number in CARD_COUNTS if number > case.cards.count):
-        changed = replace(case.changed({}, {"fsdp": "full_shard"}), cards=replace(case.cards, count=count))
-        fit = _first_fit(changed) if changed.is_accepted() else None
-        if fit is not None:
-            return f"train with fsdp: full_shard on {count} such cards ({fit[2].total / GIB:.1f} GiB on each)"
+        sharded = replace(case.changed({}, {"fsdp": "full_shard"}), cards=replace(case.cards, count=count))
+        if gib := _fitting_gib(sharded):
+            return f"train with fsdp: full_shard on {count} such cards ({gib:.1f} GiB on each)"
     return None
+
+
+def _fitting_gib(case: Case) -> float | None:
+    """Return the GiB of a case's fastest settings that fit; None where none do, or training refuses it."""
+    fit = _first_fit(case) if case.is_accepted() else None
+    return None if fit is None else float(fit[2].total / GIB)
 
 
 def _changes(student: Student, stage: Stage) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:

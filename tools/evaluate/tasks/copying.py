@@ -11,16 +11,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tools.evaluate.tasks.questions import Question, Score, TaskKind, one_by_one, text_column
+from tools.evaluate.tasks.questions import Question, Score, TaskKind, one_by_one, text_column, texts_column
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
     """Return prompt and reference answer."""
     prompt, reference = text_column(row, "prompt"), text_column(row, "reference")
-    value, others = text_column(row, "value"), row.get("others", [])
-    if not isinstance(others, list) or not all(isinstance(other, str) and other.strip() for other in others):
-        raise ValueError(f"the column 'others' is {others!r:.60}, expected a list of texts")
-    if value in others:
+    value = text_column(row, "value")
+    if value in (texts_column(row, "others", fewest=0) if "others" in row else ()):
         raise ValueError(f"the value {value!r:.60} is also one of 'others'")
     if not _names(prompt, value):
         raise ValueError(f"the prompt does not name the value {value!r:.60}")

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tools.evaluate.tasks.questions import Question, Score, TaskKind, one_by_one, text_column
+from tools.evaluate.tasks.questions import Question, Score, TaskKind, one_by_one, text_column, texts_column
 
 
 def read_row(row: Mapping[str, Any]) -> tuple[str, str]:
     """Return prompt and reference answer."""
     prompt, reference = text_column(row, "prompt"), text_column(row, "reference")
-    words = row.get("keywords")
-    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
-        raise ValueError(f"the column 'keywords' is {words!r:.60}, expected a list of texts")
+    texts_column(row, "keywords")
     return prompt, reference
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from tools.evaluate.tasks.questions import Asked, Question, Score, TaskKind, one_by_one, text_column
+from tools.evaluate.tasks.questions import Asked, Question, Score, TaskKind, one_by_one, text_column, texts_column
 
 PUBMEDQA_CHOICES = ("yes", "no", "maybe")
 
@@ -39,16 +39,10 @@ def choices_of(row: Mapping[str, Any]) -> list[str]:
     """Return the choices of a row; ValueError where it has none."""
     if "QUESTION" in row:
         return list(PUBMEDQA_CHOICES)
-    choices = row.get("choices")
-    if (
-        not isinstance(choices, list)
-        or len(choices) < 2
-        or not all(isinstance(text, str) and text.strip() for text in choices)
-    ):
-        raise ValueError(f"the column 'choices' is {choices!r:.60}, expected a list of at least two texts")
-    if len({choice.strip() for choice in choices}) < len(choices):
-        raise ValueError(f"the column 'choices' names one choice twice: {choices!r:.60}")
-    return [choice.strip() for choice in choices]
+    choices = [choice.strip() for choice in texts_column(row, "choices", fewest=2)]
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"the column 'choices' names one choice twice: {row['choices']!r:.60}")
+    return choices
 
 
 def _score(question: Question, answer: str) -> Score:

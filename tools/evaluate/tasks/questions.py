@@ -156,6 +156,15 @@ def one_by_one(score: Callable[[Question, str], Score]) -> Callable[..., list[Sc
     return score_answers
 
 
+def texts_column(row: Mapping[str, Any], name: str, fewest: int = 1) -> list[str]:
+    """Return a row's column of texts; ValueError where it is no list, has fewer, or one of them is no text or empty."""
+    value = row.get(name)
+    if not isinstance(value, list) or len(value) < fewest or not all(isinstance(v, str) and v.strip() for v in value):
+        many = "at least two texts" if fewest > 1 else "texts"
+        raise ValueError(f"the column '{name}' is {value!r:.60}, expected a list of {many}")
+    return value
+
+
 def text_column(row: Mapping[str, Any], name: str) -> str:
     """Return a row's text column; ValueError where it is missing, no text, or empty."""
     value = row.get(name)

@@ -20,7 +20,14 @@ Series = dict[str, list[tuple[float, float]]]
 
 _MOST_CURVES = len(COLOURS)
 
-
+_SERIES = {
+    "weights": ("Loss weights", "weight", 1.0, "step"),
+    "temperatures": ("Temperatures", "temperature", 1.0, "step"),
+    "shares": ("Shares of the sources", "share of the tokens, %", 100.0, "step"),
+    "heldout_kl_nats": ("Held-out KL while training", "nats per position", 1.0, "step"),
+    "answers": ("The student's answers over the rounds", "answers, or teacher's length, %", 100.0, "round"),
+}
+"""What is shown of a stage: title, axis, what its values are multiplied by, and over what."""
 _OF_ANSWERS = {
     "cut": "cut by length",
     "repeating": "repeat themselves",
@@ -34,58 +41,32 @@ def course_series(
     evaluations: Sequence[Mapping[str, Any]],
     rounds: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Series]:
-    """Return `weights`, `temperatures`, `shares`, `heldout_kl_nats` and `answers` of a stage, as series by name, the
-    last over its rounds; empty where not logged.
-    """
-    titles = ("weights", "temperatures", "shares", "heldout_kl_nats", "answers")
-    series: dict[str, Series] = {title: {} for title in titles}
+    """Return what `_SERIES` names of a stage, as series by name; empty where not logged."""
+    series: dict[str, Series] = {title: {} for title in _SERIES}
     for each in rounds:
         _add(series["answers"], each.get("round"), {said: each.get(name) for name, said in _OF_ANSWERS.items()})
     for row in steps:
         for title in ("weights", "temperatures"):
             _add(series[title], row["step"], row.get(title))
         tokens = row.get("tokens_by_source")
-        if isinstance(tokens, dict):
-            total = math.fsum(value for value in tokens.values() if is_finite(value))
-            if total > 0:
-                _add(
-                    series["shares"],
-                    row["step"],
-                    {name: value / total for name, value in tokens.items() if is_finite(value)},
-                )
+        counts = {name: value for name, value in tokens.items() if is_finite(value)} if isinstance(tokens, dict) else {}
+        if (total := math.fsum(counts.values())) > 0:
+            _add(series["shares"], row["step"], {name: value / total for name, value in counts.items()})
     for row in evaluations:
-        by_source = row.get("by_source")
-        parts = by_source if isinstance(by_source, dict) else {}
-        named = (
-            {name: part.get("kl_nats") for name, part in parts.items() if isinstance(part, dict)}
-            if len(parts) > 1
-            else {}
-        )
+        parts = row.get("by_source") or {}
+        named = {name: part.get("kl_nats") for name, part in parts.items()} if len(parts) > 1 else {}
         _add(series["heldout_kl_nats"], row["step"], {"all sources": row.get("kl_nats"), **named})
     return {title: {name: _thinned(title, points) for name, points in named.items()} for title, named in series.items()}
 
 
 def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, str]]:
     """Return (title, SVG) for each of a stage's series that moved."""
-    titles = {
-        "weights": ("Loss weights", "weight"),
-        "temperatures": ("Temperatures", "temperature"),
-        "shares": ("Shares of the sources", "share of the tokens, %"),
-        "heldout_kl_nats": ("Held-out KL while training", "nats per position"),
-        "answers": ("The student's answers over the rounds", "answers, or teacher's length, %"),
-    }
     figures = []
-    for name, (title, axis) in titles.items():
+    for name, (title, axis, scale, over) in _SERIES.items():
         drawn = [[value for _, value in points] for points in series[name].values()]
         if any(_drifts(values) if name == "shares" else len(set(values)) > 1 for values in drawn):
-            scale = 100.0 if name in ("shares", "answers") else 1.0
-            over = "round" if name == "answers" else "step"
-            figures.append(
-                (
-                    f"{title} of stage {label}",
-                    _plot(f"{name}-{label}", series[name], axis, scale, over, stepped=name == "temperatures"),
-                )
-            )
+            plot = _plot(f"{name}-{label}", series[name], axis, scale, over, stepped=name == "temperatures")
+            figures.append((f"{title} of stage {label}", plot))
     return figures
 
 
