@@ -76,6 +76,15 @@ def test_a_command_that_another_process_is_at_is_refused_until_that_ends(place, 
     assert not list(place.glob(".out*"))
 
 
+@pytest.mark.parametrize("command", ["merge", "subset", "export"])
+def test_a_damaged_tokenizer_is_refused_before_anything_is_written(place, command, capsys):
+    (place / "a" / "tokenizer" / "tokenizer.json").write_bytes(b"{}")
+    before = set(place.iterdir())
+    assert cli.main(["cache", *WORDS[command]]) == 1
+    assert "tokenizer.json was altered after it was written" in capsys.readouterr().err
+    assert set(place.iterdir()) == before
+
+
 def _staging_of_export(place: Path) -> Path:
     from shared.cache.cache import Cache
 

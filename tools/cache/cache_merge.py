@@ -212,11 +212,12 @@ def carry_out(
     if out.existed:
         _write_parts(merge, dropped_rows, advance)
     else:
+        tokenizer = read_tokenizer_files(merge.sources[0].path)  # a damaged one is refused before any work
         with out.written():
             make_dir(sequences_dir(out.path))
             _write_layers(merge)
             _write_parts(merge, dropped_rows, advance)
-            _write_header(merge)
+            _write_header(merge, tokenizer)
     return {
         "cache": str(out.out),
         "job": out.job,
@@ -291,7 +292,7 @@ def _write_part(
         merge.take_over.part(layer.directory, targets, directory, stem)
 
 
-def _write_header(merge: Merge) -> None:
+def _write_header(merge: Merge, tokenizer: Mapping[str, bytes]) -> None:
     """Write cache.json and tokenizer: from now on the directory is a cache."""
     first = merge.sources[0]
     headers = [source.header.identity for source in merge.sources]
@@ -301,7 +302,7 @@ def _write_header(merge: Merge) -> None:
         answers=_joined([header.answers for header in headers], "; "),
         answerer=first.header.identity.answerer if len({header.answerer for header in headers}) == 1 else "",
     )
-    CacheWriter.create_or_open(merge.out.path, identity, read_tokenizer_files(first.path))
+    CacheWriter.create_or_open(merge.out.path, identity, tokenizer)
 
 
 def _joined(values: Sequence[str | None], separator: str) -> str | None:

@@ -7,7 +7,7 @@ some 0.13 million positions of 64 entries per second and core (reading them back
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +27,7 @@ from shared.cache.layout import (
     sequences_dir,
     tokenizer_path,
 )
-from shared.cache.tokenizer_files import read_tokenizer_file
+from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import CacheError, first_line
 from shared.parts.cache_files import read_json
 from shared.parts.mapped_part import MappedBlobs, MappedSequences
@@ -72,13 +72,14 @@ def export_cache(
     layer = choose_layer(list_layers(path), cache.layer_name, path) if cache.layer_name else None
     if not existed:
         refuse_existing(out, "an export of this cache as it is now")
+        tokenizer = read_tokenizer_files(path)  # a damaged one is refused before any work
         with staged(out, "exporting", cache_id, metadata) as staging:
             for part in cache.parts():
                 file = staging / f"{part.record.stem}.parquet"
                 if not file.exists():
                     _write_part(cache, layer, part, file)
                 advance(part.record.rows)
-            _write_metadata(path, layer, staging, cache_id)
+            _write_metadata(path, layer, staging, cache_id, tokenizer)
     return exported(cache, out, existed=existed)
 
 
@@ -108,12 +109,14 @@ def write_parquet(file: Path, fill: Fill, expected_bytes: int) -> None:
         raise CacheError(f"{file} cannot be written: {first_line(error)}") from None
 
 
-def _write_metadata(path: Path, layer: Layer | None, staging: Path, cache_id: str) -> None:
+def _write_metadata(
+    path: Path, layer: Layer | None, staging: Path, cache_id: str, tokenizer: Mapping[str, bytes]
+) -> None:
     header = read_header(path)
-    for name, entry in header.tokenizer_files.items():
+    for name, data in tokenizer.items():
         target = tokenizer_path(staging, name)
         make_dir(target.parent)
-        write_atomic(target, read_tokenizer_file(path, name, entry), "tokenizer")
+        write_atomic(target, data, "tokenizer")
     described = None
     if layer is not None:
         described = {
