@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shared.cache.layout import HiddenLayer, Layer, choose_layer, list_layers, read_header, sequences_dir
+from shared.cache.layout import Layer, choose_layer, list_layers, read_header, sequences_dir
 from shared.cache.reading.cache_stats import summed_stats
 from shared.cache.reading.layer_reader import LayerReader, hidden_reader, records_by_stem
 from shared.cache.reading.part_columns import part_columns
@@ -81,14 +81,20 @@ class Cache:
         self,
         path: Path,
         records: list[PartRecord],
-        targets: LayerReader[Layer] | None,
-        hidden: LayerReader[HiddenLayer] | None,
+        layer: Layer | None,
+        scored: Mapping[str, PartRecord],
+        verify: bool,
         narrowing: Narrowing | None,
+        hidden: str | bool,
     ) -> None:
         """Use `Cache.open`."""
-        self.path = path
+        for record in records if verify else ():
+            check_file(sequences_dir(path), record)
+        self.path, self._records, self._narrowing = path, records, narrowing
+        self._targets = None if layer is None else LayerReader(layer, scored, records, verify)
+        self._hidden = hidden_reader(path, hidden, records, verify)
+        self._layers = [reader for reader in (self._targets, self._hidden) if reader is not None]
         self.sequences_identity: SequencesIdentity = read_header(path).identity
-        self._layers = [reader for reader in (targets, hidden) if reader is not None]
         for other in (reader.layer for reader in self._layers):
             if other.identity.tokenizer_hash != self.sequences_identity.tokenizer_hash:
                 raise DamagedError(
@@ -96,7 +102,6 @@ class Cache:
                     f"{path / 'cache.json'} says {self.sequences_identity.tokenizer_hash}; one of them was altered: "
                     "restore it from a copy"
                 )
-        self._records, self._targets, self._hidden, self._narrowing = records, targets, hidden, narrowing
         self._masks = hidden_rows(path, self._records)
         self._shown = [self._masks[r.stem].nonzero()[0] if r.stem in self._masks else None for r in self._records]
         rows = [r.rows if shown is None else len(shown) for r, shown in zip(self._records, self._shown, strict=True)]
@@ -147,7 +152,7 @@ class Cache:
                     f"{layer.full_name} has not scored; finish it with 'decant teach' or choose another layer"
                 )
             records = [record for record in records if record.stem in scored]
-        return cls._of(path, records, layer, scored, verify, narrowing, hidden)
+        return cls(path, records, layer, scored, verify, narrowing, hidden)
 
     @classmethod
     def open_sequences(cls, path: Path | str, verify: bool = False, hidden: str | bool = False) -> Cache:
@@ -155,23 +160,7 @@ class Cache:
         path = place_of(path)
         bring_if_remote(path)
         read_header(path)
-        return cls._of(path, list_records(sequences_dir(path)), None, {}, verify, None, hidden)
-
-    @classmethod
-    def _of(
-        cls,
-        path: Path,
-        records: list[PartRecord],
-        layer: Layer | None,
-        scored: Mapping[str, PartRecord],
-        verify: bool,
-        narrowing: Narrowing | None,
-        hidden: str | bool,
-    ) -> Cache:
-        for record in records if verify else ():
-            check_file(sequences_dir(path), record)
-        targets = None if layer is None else LayerReader(layer, scored, records, verify)
-        return cls(path, records, targets, hidden_reader(path, hidden, records, verify), narrowing)
+        return cls(path, list_records(sequences_dir(path)), None, {}, verify, None, hidden)
 
     def __reduce__(self) -> tuple[Callable[..., Cache], tuple[Any, ...]]:
         """Pickle as path, layers, parts and narrowing."""
@@ -406,7 +395,7 @@ def _reopen(
     if any(stem not in sequences or (layer_name and stem not in targets) for stem in stems):
         raise CacheError(f"{path} lost parts while it was in use; restore them and start again")
     records = [sequences[stem] for stem in stems]
-    cache = Cache._of(root, records, layer, targets, False, narrowing, hidden_name or False)
+    cache = Cache(root, records, layer, targets, False, narrowing, hidden_name or False)
     if cache.cache_id != cache_id:
         raise CacheError(
             f"{path} was altered while it was in use (it is {cache.cache_id} and was {cache_id}); start again"
