@@ -117,7 +117,7 @@ def fill_checked(
     """Create `path` from a URL through `partial`, going on where a killed process left that.
 
     Args:
-        path: the file; left as it is where it is there once no other process writes `partial`.
+        path: the file; left as it is where it is there, and whole, once no other process writes `partial`.
         partial: its unfinished form, in the same directory.
         where: URL, for messages.
         num_bytes: size.
@@ -129,10 +129,26 @@ def fill_checked(
         DamagedError: what came has another checksum, or nothing is there.
         CacheError: it cannot be fetched or written.
     """
+    while not _filled(path, partial, where, num_bytes, xxh3, read, before):
+        pass  # who held `partial` before made the part, or gave up: whoever holds a new one finds out
+
+
+def _filled(
+    path: Path,
+    partial: Path,
+    where: str,
+    num_bytes: int,
+    xxh3: str,
+    read: Read,
+    before: Callable[[], object],
+) -> bool:
+    """Do what `fill_checked` does once `partial` is this process's; False where it went before that."""
     with _locked(partial) as file:
-        is_same = partial.exists() and partial.stat().st_ino == os.fstat(file.fileno()).st_ino
-        if not is_same or path.exists():  # who held it before has made the part
-            return
+        if not partial.exists() or partial.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            return False
+        if _is_whole(path, num_bytes, xxh3):
+            partial.unlink(missing_ok=True)
+            return True
         before()
         try:
             _fill(file, where, num_bytes, xxh3, read)
@@ -143,6 +159,17 @@ def fill_checked(
         os.fsync(file.fileno())
         partial.replace(path)
         failpoint("fetch.after_rename")
+        return True
+
+
+def _is_whole(path: Path, num_bytes: int, xxh3: str) -> bool:
+    """Tell whether a file is there and has a part's size and checksum."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return size == num_bytes and hashlib.file_digest(file, xxhash.xxh3_128).hexdigest() == xxh3
+    except FileNotFoundError:
+        return False
 
 
 def _is_here(path: Path, num_bytes: int, xxh3: str) -> bool:

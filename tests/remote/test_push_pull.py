@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -240,3 +241,17 @@ def test_a_student_is_pushed_with_its_card(hub, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     push_model(tmp_path, "org/student")
     assert hub.repositories["models/org/student"]["README.md"].startswith(b"---\nlicense: mit")
+
+
+@pytest.mark.parametrize("how", [flipped, lambda file: file.read_bytes()[:-8], Path.read_bytes])
+def test_a_part_that_a_killed_pull_left_without_a_record_is_compared_before_it_gets_one(web, local, tmp_path, how):
+    pulled = tmp_path / "pulled"
+    pull_cache(Remote(web.url), pulled)
+    record = sorted(pulled.rglob("part-*.json"))[3]
+    part = record.with_suffix(".arrow")
+    (pulled / "cache.json").unlink()
+    record.unlink()
+    part.write_bytes(how(part))
+    pull_cache(Remote(web.url), pulled)
+    assert tree(pulled) == tree(local)
+    assert list(verify_cache(pulled)) == []
