@@ -26,6 +26,15 @@ _MOST_DIGITS = 19
 _KINDS = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a directory", **SPECIAL_KINDS}
 
 
+def arrow_name(path: Path) -> bytes:
+    r"""Return a path as Arrow takes it under any name: of a text it makes UTF-8, which `caf\xe9` is not.
+
+    >>> arrow_name(Path("part-1.arrow"))
+    b'part-1.arrow'
+    """
+    return os.fsencode(path)
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading.
 

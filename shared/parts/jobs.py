@@ -29,7 +29,7 @@ from pydantic import Field
 from shared.atomic import fill_exclusive, make_dir
 from shared.errors import CacheError, DamagedError, first_line
 from shared.keys import KEY_BYTES, KeySet, canonical_json, stack_keys
-from shared.parts.cache_files import list_folder, open_regular, parse_json
+from shared.parts.cache_files import arrow_name, list_folder, open_regular, parse_json
 from shared.parts.headers.arrow_layout import ArrowLayout
 from shared.parts.part_stats import Strict
 from shared.parts.parts import check_whole, open_part
@@ -80,7 +80,7 @@ class Job:
         if not JOB_PATTERN.fullmatch(self.id):
             raise DamagedError(f"{directory} is not the directory of a job")
         try:
-            with open_regular(self.path), pa.memory_map(str(self.path)) as source:
+            with open_regular(self.path), pa.memory_map(arrow_name(self.path)) as source:
                 layout = ArrowLayout(memoryview(source.read_buffer()))
             self._layout, self._num_bytes = layout, self.path.stat().st_size
             metadata = self._reader.schema.metadata or {}
@@ -109,7 +109,7 @@ class Job:
     @cached_property
     def _reader(self) -> pa.RecordBatchFileReader:
         return pa.ipc.open_file(
-            pa.OSFile(str(self.path))
+            pa.OSFile(arrow_name(self.path))
         )  # not mapped: pages of a long plan would stay resident, unit after unit
 
     @property

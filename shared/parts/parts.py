@@ -25,7 +25,7 @@ import xxhash
 
 from shared.atomic import fill_exclusive, write_atomic
 from shared.errors import CacheError, DamagedError, first_line
-from shared.parts.cache_files import hash_file, open_regular, parse_json
+from shared.parts.cache_files import arrow_name, hash_file, open_regular, parse_json
 from shared.parts.headers.arrow_layout import ArrowLayout
 from shared.parts.part_file import with_part_file
 from shared.parts.records import PartRecord, check_layer, kind_of, layer_of, read_record, sealed_json
@@ -175,7 +175,7 @@ def map_table(path: Path, schema: pa.Schema, directory: Path | None = None) -> p
             batch, is compressed inside, has nulls where the format has none, or is of another layer.
     """
     try:
-        with open_regular(path) as file, pa.memory_map(str(path)) as source:
+        with open_regular(path) as file, pa.memory_map(arrow_name(path)) as source:
             if source.size() != os.fstat(file.fileno()).st_size:
                 raise DamagedError(f"{path} changed while it was opened; open it again once nothing writes it")
             buffer = source.read_buffer()

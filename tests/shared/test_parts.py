@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from shared.cache.cache import Cache, Row
 from shared.cache.reading.verify import verify_cache
 from shared.errors import CacheError, DamagedError
+from shared.parts.jobs import list_jobs
 from shared.parts.mapped_part import MappedBlobs, MappedSequences
 from shared.parts.part_stats import sequences_stats
 from shared.parts.parts import commit_part, open_part
@@ -21,7 +23,7 @@ from shared.parts.records import list_records
 from shared.parts.sequences import rows_to_table
 from shared.schema import SEQUENCES
 from tests.shared.dense_targets import equal_targets
-from tests.shared.small_cache import TOP, build, plan_rows, sequence
+from tests.shared.small_cache import TOP, build, plan_rows, sequence, tree
 
 STEM = "part-0123abcd-000000"
 
@@ -50,6 +52,17 @@ def test_part_of_a_killed_writer_is_adopted_not_overwritten(tmp_path: Path) -> N
     (directory / f"{STEM}.json").unlink()
     assert list_records(directory) == []
     assert commit(directory, range(5, 9)) == first
+
+
+def test_cache_under_a_name_that_is_no_utf8_is_as_whole_as_under_another(tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    build(place, 0, 8)
+    build(tmp_path / "cafe", 0, 8)
+    assert tree(place) == tree(tmp_path / "cafe")
+    assert list(verify_cache(place)) == []
+    rows = [Cache.open(path, verify=True) for path in (place, tmp_path / "cafe")]
+    assert [row.key for row in rows[0]] == [row.key for row in rows[1]]
+    assert [unit for job in list_jobs(place) for unit in job.unit(0)]
 
 
 def test_empty_part_reads_back(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ worth.
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -83,6 +84,18 @@ def test_rows_are_those_that_datasets_reads(tmp_path, kind):
     files = str(tmp_path / "plain.parquet")
     expected = datasets.load_dataset("parquet", split="train", streaming=True, data_files=files)
     assert rows_of(path) == [without_nulls(row) for row in expected]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_under_a_name_that_is_no_utf8_is_read(tmp_path, kind):
+    table = pa.table({"prompt": ["2 + 2?"]})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        write_arrow(path, table, stream=True)
+    named = path.rename(tmp_path / os.fsdecode(b"caf\xe9." + kind.encode()))
+    assert rows_of(named) == [{"prompt": "2 + 2?"}]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shared.parts.cache_files import arrow_name
 from shared.parts.headers.arrow_messages import stream_start, unpacked_messages
 from shared.parts.headers.parquet_pages import unpacked_bytes
 from teacher_cache.prompts.files.packed_files import FREE_BYTES, MAX_RATIO
@@ -51,14 +52,14 @@ def parquet_rows(path: Path) -> Iterator[Row]:
             raise ValueError(_sentence(unpacked, most))
         columns = [metadata.schema.column(i) for i in range(metadata.num_columns)]
         texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-        schema = pq.read_schema(path)
-        with pq.ParquetFile(path, read_dictionary=texts) as opened:
+        schema = metadata.schema.to_arrow_schema()
+        with pa.OSFile(arrow_name(path)) as native, pq.ParquetFile(native, read_dictionary=texts) as opened:
             yield from _rows(opened.iter_batches(_BATCH_ROWS), schema, path)
 
 
 def arrow_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of an Arrow file or stream; errors as for `parquet_rows`."""
-    with pa.memory_map(str(path)) as source:
+    with pa.memory_map(arrow_name(path)) as source:
         data = source.read_buffer()
         most, unpacked = _most_bytes(path), 0
         for own, claimed in unpacked_messages(memoryview(data)):
