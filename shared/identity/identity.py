@@ -135,12 +135,17 @@ class LayerIdentity(Identity):
     those in the head, and -inf stands for not known."""
     label: Literal["apart", "head"] = grown("apart")
     """Not `labels`: whether the label, the token that follows, is an entry of the head also where it would be outside
-    of it (`head`; then a head has up to k + 1 entries), or has its log-probability beside the head alone (`apart`)."""
+    of it (`head`), or has its log-probability beside the head alone (`apart`)."""
 
     @property
     def name(self) -> str:
         """Short default name: top64, sample12 or top8-sample4."""
         return layer_short_name(self)
+
+    @property
+    def most_entries(self) -> int:
+        """Most head entries of a position: k, and the label where it belongs to the head."""
+        return self.k + (self.label == "head")
 
     def make_codec(self) -> Codec:
         """Return the codec of the layer's blobs.
@@ -153,8 +158,7 @@ class LayerIdentity(Identity):
         if self.mode not in ("top", "sample", "top+sample") or not 0 < self.mass <= 1:
             raise DamagedError(f"the layer's identity is impossible: mode {self.mode[:40]!r} with mass {self.mass}")
         try:
-            most = self.k + (self.label == "head")
-            return Codec(self.gap_step, self.temperatures, self.draws, self.vocab_size, most)
+            return Codec(self.gap_step, self.temperatures, self.draws, self.vocab_size, self.most_entries)
         except ValueError as error:
             raise DamagedError(f"the layer's identity is impossible: {error}") from None
 

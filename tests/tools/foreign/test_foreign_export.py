@@ -13,7 +13,8 @@ import pytest
 
 from shared.cache.cache import Cache
 from shared.errors import CacheError
-from tests.shared.small_cache import HYBRID, TOP, build
+from tests.shared.dense_targets import cut
+from tests.shared.small_cache import HYBRID, TOP, VOCAB, build
 from tests.tools.foreign.importing import run
 from tests.tools.foreign.peers import distillkit_reads, samples, write_axolotl
 from tools import cli
@@ -129,6 +130,30 @@ def test_what_a_killed_export_left_is_not_taken_for_another_format(cache, tmp_pa
     capsys.readouterr()
     export(capsys, cache, tmp_path / "out", "distillkit", TOP.name)
     assert all("bytepacked_indices" in pq.read_schema(file).names for file in (tmp_path / "out").glob("*.parquet"))
+
+
+@pytest.mark.parametrize("how", [{"label": "head"}, {"k": VOCAB}, {"k": VOCAB, "label": "head"}, {"k": VOCAB + 7}])
+def test_heads_of_every_width_go_to_others(tmp_path, capsys, monkeypatch, how):
+    """Also those with the label beside k others, and of a k that no vocabulary fills."""
+
+    def full(row, layer):
+        counts = np.full(row.num_positions, min(layer.most_entries, VOCAB))
+        return cut(np.random.default_rng(1), row.num_positions, VOCAB, counts, (1.0,), 0).targets
+
+    monkeypatch.setattr("tests.shared.small_cache.targets_of", full)
+    build(tmp_path / "cache", layers=(replace(TOP, temperatures=(1.0,), **how),))
+    rows = list(Cache.open(tmp_path / "cache"))
+    for form, reader in (("distillkit", lambda path: DistillKitReader(path, None, ())), ("axolotl", axolotl_reader)):
+        export(capsys, tmp_path / "cache", tmp_path / form, form, f"top{how.get('k', TOP.k)}")
+        for row, back in zip(rows, reader(tmp_path / form).rows(), strict=True):
+            assert back.predicted.tolist() == row.supervised_index().tolist()
+            assert [back.ids[s][back.logprobs[s] > -100].tolist() for s in range(len(back.ids))] == [
+                ids.tolist() for _, ids, _ in heads(row)
+            ]
+
+
+def axolotl_reader(path):
+    return AxolotlReader(path, 1.0, 1)
 
 
 @pytest.mark.parametrize("form", ["axolotl", "distillkit"])

@@ -91,10 +91,15 @@ def export_foreign(
 
 def _settings(layer: LayerIdentity) -> Compression:
     """Return DistillKit's settings for values as they are."""
-    k = layer.k
+    k = _width(layer)
     return Compression(
         d=layer.vocab_size, k=k, exact_k=k, polynomial_terms=None, residual_bins=[], delta_encoding=False
     )
+
+
+def _width(layer: LayerIdentity) -> int:
+    """Return how many entries every position has; each names another token."""
+    return min(layer.most_entries, layer.vocab_size)
 
 
 def _write_part(cache: Cache, rows: range, layer: LayerIdentity, form: str, file: Path) -> None:
@@ -135,7 +140,7 @@ def _axolotl(row: Row, layer: LayerIdentity) -> Mapping[str, pa.Array]:
 
 
 def _distillkit(row: Row, layer: LayerIdentity) -> Mapping[str, pa.Array]:
-    num_tokens, k = len(row.token_ids), layer.k
+    num_tokens, k = len(row.token_ids), _width(layer)
     following = np.append(row.token_ids[1:], row.token_ids[-1:])
     ids = np.repeat(following[:, None].astype(np.int64), k, axis=1)
     logprobs = np.full((num_tokens, k), NO_MASS, np.float32)

@@ -248,8 +248,7 @@ def _layer_identity(cache: Cache, identity: SequencesIdentity, *, is_renamed: bo
     if is_renamed:
         return derived
     plain = replace(derived, mode="top", draws=0, temperatures=(1.0,), draw_key="context")
-    most = layer.k + (layer.label == "head")
-    return replace(plain, vocab_size=identity.vocab_size, tail="derived", k=most, label="apart")
+    return replace(plain, vocab_size=identity.vocab_size, tail="derived", k=layer.most_entries, label="apart")
 
 
 def _placed(before: Sequence[SparseTargets], after: Sequence[SparseTargets], whole: Sequence[Any]) -> dict[str, float]:
