@@ -14,9 +14,10 @@ import pytest
 
 from shared.cache.cache import Cache
 from shared.parts.jobs import create_job
-from tests.shared.small_cache import HYBRID, TOP, build
+from tests.shared.small_cache import HYBRID, TOP, build, targets_of
 from tools import cli
-from tools.cache.cache_commands import size
+from tools.cache.cache_commands import listing, size
+from tools.cache.dataset_card import dataset_card
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,25 @@ def test_directory_that_is_no_cache_fails(tmp_path, capsys, command):
     captured = capsys.readouterr()
     assert "cache.json" in captured.err + captured.out
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("tail", ["exact", "derived", "unknown"])
+def test_what_others_did_not_store_is_not_shown_as_impossible_or_known(tmp_path, capsys, monkeypatch, tail):
+    def one_label_missing(row, layer):
+        targets = targets_of(row, layer)
+        targets.label_logprobs[0] = -np.inf
+        return targets
+
+    monkeypatch.setattr("tests.shared.small_cache.targets_of", one_label_missing)
+    build(tmp_path / "cache", layers=(replace(TOP, temperatures=(1.0,), tail=tail),))
+    line = run(capsys, "show", tmp_path / "cache", "--row", 0).split("the teacher would say")[1].splitlines()[1]
+    assert line.split()[2:4] == (["0.00", "-inf"] if tail == "exact" else ["?", "?"])
+    stats = run(capsys, "stats", tmp_path / "cache")
+    rows = len(Cache.open(tmp_path / "cache"))
+    assert f"  {'impossible labels' if tail == 'exact' else 'labels not known'}: {rows}\n" in stats
+    assert ("mean tail mass" in stats, "not known without the mass" in stats) == (tail != "unknown", tail == "unknown")
+    card = dataset_card(listing(tmp_path / "cache"), "https://host/cache")
+    assert (f"tail {tail}" in card) == (tail != "exact")
 
 
 def test_stats_are_those_of_the_reader(both, capsys):

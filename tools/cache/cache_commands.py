@@ -195,13 +195,13 @@ def _stats(args: argparse.Namespace) -> Answer:
     cache = Cache.open(args.cache, args.targets, allow_partial=True)
     stats = {"layer": cache.layer_name, **cache.stats(), "hidden": _hidden_sizes(args.cache)}
     lines = [f"{args.cache}, layer {cache.layer_name}" if cache.layer_name else f"{args.cache}, no targets layer"]
+    mode, tail = (cache.layer.mode, cache.layer.tail) if cache.layer else ("top", "exact")
+    unsaid = {"entropy_bin_nats", "mean_entropy_nats", *(["mean_tail_mass"] if tail == "unknown" else [])}
+    words = {} if tail == "exact" else {"impossible_labels": "labels not known"}
     for name, value in stats.items():
-        if isinstance(value, int | float) and name not in ("entropy_bin_nats", "mean_entropy_nats"):
-            lines.append(
-                f"  {name.replace('_', ' ')}: {value:,}"
-                if isinstance(value, int)
-                else f"  {name.replace('_', ' ')}: {value:,.4g}"
-            )
+        if isinstance(value, int | float) and name not in unsaid:
+            said = words.get(name, name.replace("_", " "))
+            lines.append(f"  {said}: {value:,}" if isinstance(value, int) else f"  {said}: {value:,.4g}")
     for source, figures in stats["sources"].items():
         lines.append(
             f"  source {source}: {figures['rows']:,} rows, {figures['tokens']:,} tokens, {figures['positions']:,} "
@@ -215,8 +215,10 @@ def _stats(args: argparse.Namespace) -> Answer:
     lines += [f"  finish reason {reason}: {count:,} rows" for reason, count in stats["finish_reasons"].items()]
     lines += [f"  set aside: {count:,} rows, {reason}" for reason, count in stats["set_aside"].items()]
     if "entropy_histogram" in stats:
-        if cache.layer is not None and cache.layer.mode == "sample":
+        if mode == "sample":
             lines.append("  entropy of the teacher: not known from draws alone")
+        elif tail == "unknown":
+            lines.append("  entropy of the teacher: not known without the mass outside its heads")
         else:
             lines += [
                 "  entropy of head and bucket, nats (the teacher's is at least that):",

@@ -56,6 +56,7 @@ def row_document(cache: Cache, index: int, top: int) -> dict[str, Any]:
         "rows": len(cache),
         "where": cache.where(index),
         "layer": cache.layer_name,
+        "tail": cache.layer.tail if cache.layer else None,
         "source": row.source,
         "finish_reason": row.finish_reason,
         "num_tokens": len(row.token_ids),
@@ -113,16 +114,18 @@ def row_text(document: dict[str, Any]) -> str:
     lines.append(
         f"{'at':>6}  {'token':{width}}  {'p %':>6}  {'log p':>8}  {'rest %':>6}  {'kept':>4}  the teacher would say"
     )
-    lines += [_token_line(token, width) for token in document["tokens"]]
+    lines += [_token_line(token, width, document["tail"]) for token in document["tokens"]]
     return "\n".join(lines)
 
 
-def _token_line(token: dict[str, Any], width: int) -> str:
+def _token_line(token: dict[str, Any], width: int, tail_kind: str | None) -> str:
+    """Lay a token out; a label without a log-probability is impossible to a teacher that knew all of its mass."""
     start = f"{token['at']:6d}  {token['text'][:width]:{width}}"
     if "kept" not in token:
         return start.rstrip()
     logprob = token["logprob"]
-    probability = f"{100 * math.exp(logprob):6.2f}  {logprob:8.3f}" if logprob is not None else f"{0:6.2f}  {'-inf':>8}"
+    probability = f"{0:6.2f}  {'-inf':>8}" if tail_kind == "exact" else f"{'?':>6}  {'?':>8}"
+    probability = probability if logprob is None else f"{100 * math.exp(logprob):6.2f}  {logprob:8.3f}"
     said = "  ".join(f"{entry['text']} {100 * math.exp(entry['logprob']):.1f}" for entry in token["alternatives"])
     said += "".join(f"  {draw['text']} x{draw['times']}" for draw in token.get("draws", []))
     tail = token["tail_mass"]["1"]

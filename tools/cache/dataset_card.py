@@ -34,7 +34,7 @@ def dataset_card(cache: Mapping[str, Any], url: str) -> str:
     for name, layer in (*cache["layers"].items(), *cache["hidden"].items()):
         said = layer["identity"]
         captured = ", ".join(
-            f"{key} {said[key]}" for key in ("mode", "k", "draws", "mass", "temperatures") if key in said
+            f"{key} {said[key]}" for key in ("mode", "k", "draws", "mass", "temperatures", "tail") if key in said
         )
         lines.append(
             f"| layer {plain(name)} | teacher {plain(said['teacher'])}, {plain(said['dtype'])}, "
