@@ -95,7 +95,13 @@ def _plain_number(value: Any) -> Any:
 _number = BeforeValidator(_plain_number)
 
 
+def _refuse_no_path(value: Any) -> None:
+    if value == "":  # which would be the directory in which the command runs
+        raise PydanticCustomError("path_type", "expected a path")
+
+
 def _place(value: Any) -> Any:
+    _refuse_no_path(value)
     try:
         return str(place_of(value)) if isinstance(value, str) else value  # JSON knows no path
     except ValueError as error:
@@ -107,6 +113,7 @@ CachePlace = Annotated[Path, BeforeValidator(_place), PlainSerializer(named, ret
 
 
 def _of_this_machine(value: Any) -> Any:
+    _refuse_no_path(value)
     if is_url(value):
         raise PydanticCustomError("url", "a run is written on this machine, and this is a URL; name a directory")
     return value
@@ -187,8 +194,8 @@ class Kinds:
         value = self.without_foreign_defaults(value if self.by in value else {self.by: self._default(value), **value})
         name, problems = value[self.by], []
         if not isinstance(name, str) or name not in self.named:
-            found, names = str(name)[:60], list(self.named)
-            inconsistent(((self.by,), f"'{found}' is not one of {quoted(names)}{closest(found, names)}"))
+            found, names = shown(name), list(self.named)
+            inconsistent(((self.by,), f"{found} is not one of {quoted(names)}{closest(str(name)[:60], names)}"))
         for key in value:
             owners = self._owners(key)
             if owners and name not in owners:
@@ -270,7 +277,8 @@ _USUAL = {
     "grad_accum": "gradient_accumulation_steps", "scheduler": "lr_scheduler_type", "optimizer": "optim",
     "kl": "forward_kl", "kd": "forward_kl", "ce": "cross_entropy", "sft": "cross_entropy", "rkl": "reverse_kl",
     "half": "float16", "fp16": "float16", "fp32": "float32", "hf": "transformers", "chat": "messages",
-    "openai": "messages", "top_k": "k", "max_tokens": "max_new_tokens", "tp": "tensor_parallel_size",
+    "openai": "messages", "adamw": "adamw_torch", "top_k": "k",
+    "max_tokens": "max_new_tokens", "tp": "tensor_parallel_size",
 }  # fmt: skip
 """What other programs call a name."""
 
@@ -291,3 +299,16 @@ def quoted(names: Sequence[str], most: int = _LISTED) -> str:
     """List names for a sentence: `'a', 'b'`, the first of many."""
     more = len(names) - most
     return ", ".join(f"'{name}'" for name in names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def shown(value: Any) -> str:
+    """Show a value in a sentence: `'x'`, `3`, `true`, `nothing`, `a list of 2`."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list | tuple):
+        what = "section" if isinstance(value, dict) else "list"
+        return f"a {what} of {len(value)}" if value else f"an empty {what}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -20,11 +20,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from shared.errors import RecipeError
-from shared.recipe.base import closest
+from shared.recipe.base import closest, shown
 from shared.recipe.override import apply_override
 from shared.recipe.recipe import Recipe
 from shared.recipe.yaml import MAX_BYTES, Path, YamlProblem, parse_yaml
 
+_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
+"""User and password of an address, which no message repeats."""
 MOST_PROBLEMS = 50
 """Problems of a recipe that are listed."""
 
@@ -49,14 +51,14 @@ def load_recipe_and_places(path: FilePath | str, overrides: Sequence[str] = ()) 
     except YamlProblem as problem:
         raise RecipeError(f"{path}:{problem.line}: {problem.sentence}") from problem
     if not isinstance(document.data, dict):
-        raise RecipeError(f"{path}:1: expected a mapping such as `name: demo`, found {_shown(document.data)}")
+        raise RecipeError(f"{path}:1: expected a mapping such as `name: demo`, found {shown(document.data)}")
     where: Where = {place: (line, f"{path}:{line}") for place, line in document.lines.items()}
     where[()] = (1, f"{path}:1")
     for override in overrides:
         place = apply_override(document.data, override)
         for below in [known for known in where if known[: len(place)] == place]:
             del where[below]
-        where[place] = (0, f"--set {override}")
+        where[place] = (0, f"--set {_USER_INFO.sub('', override)}")
         for made in range(1, len(place)):  # sections that the file does not have
             where.setdefault(place[:made], where[place])
     return _validate(document.data, where), where
@@ -141,6 +143,8 @@ def _without_consequences(errors: Sequence[Any], data: Any) -> tuple[dict[Path, 
     found: dict[Path, str] = {}
     kinds: dict[Path, str] = {}
     for details in errors[:MOST_PROBLEMS]:
+        if details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]:
+            continue  # for entries that are told by themselves
         for place, sentence in _problems(details, data):
             if place not in kinds or (kinds[place].endswith("_type") and not details["type"].endswith("_type")):
                 kinds[place], found[place] = details["type"], sentence
@@ -181,22 +185,45 @@ def _sentence(details: Any, context: dict[str, Any], data: Any) -> str:
         return "is missing, and has no default"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        return f"{_shown(found)} is not one of {context['expected']}{closest(str(found), choices)}"
+        return f"{shown(found)} is not one of {context['expected']}{closest(str(found), choices)}"
     if kind == "string_pattern_mismatch":
         return (
-            f"{_shown(found)} is no usable name; write letters, digits, '.', '_' and '-', and begin with a letter "
+            f"{shown(found)} is no usable name; write letters, digits, '.', '_' and '-', and begin with a letter "
             "or digit"
         )
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"expected a section with keys, found {_shown(found)}"
+        return f"expected a section with keys, found {shown(found)}{_as_section(details['loc'], found, data)}"
     if kind in ("tuple_type", "list_type"):
-        return f"expected a list, found {_shown(found)}"
+        return f"expected a list, found {shown(found)}"
+    if kind in ("url", "unknown_optimizer"):
+        return str(details["msg"])  # of an address without its password
     if kind == "too_short":
-        return f"expected at least {context['min_length']}, found {_shown(found)}"
-    if kind == "path_type":
-        return f"expected a path, found {_shown(found)}"
+        return f"expected at least {context['min_length']}, found {shown(found)}"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}, found {shown(found)}"
     message = details["msg"].replace("Input should be", "expected").replace("valid ", "").rstrip(".")
-    return f"{message[0].lower()}{message[1:]}, found {_shown(found)}"
+    return f"{message[0].lower()}{message[1:]}, found {shown(found)}"
+
+
+_EXPECTED = {
+    "path_type": "a path",
+    "string_type": "text",
+    "string_too_short": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "date_type": "a date such as 2026-01-31",
+    "date_parsing": "a date such as 2026-01-31",
+    "date_from_datetime_parsing": "a date such as 2026-01-31",
+}
+"""Kinds of problems of which what was expected says all."""
+
+
+def _as_section(location: Sequence[str | int], found: Any, data: Any) -> str:
+    """Return how the name of a kind is written as a section: `forward_kl` -> `{name: forward_kl}`."""
+    sections = _followed(location, data)[1] if isinstance(found, str) else []
+    fields = (item for section in sections for item in section.model_fields.items())
+    kinds = [name for name, field in fields if found in typing.get_args(field.annotation)]
+    return f"; write {{{kinds[0]}: {found}}}" if kinds else ""
 
 
 def _unknown_key(location: Sequence[str | int], data: Any) -> str:
@@ -263,14 +290,3 @@ def _followed(location: Sequence[str | int], data: Any) -> tuple[Path, list[type
         else:
             break
     return place, _sections_in(here)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict | list | tuple):
-        return f"a {'section' if isinstance(value, dict) else 'list'} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -80,6 +80,29 @@ def _check_measurable(*, fp16: bool, liger: bool) -> None:
         )
 
 
+def pairs_of(
+    losses: Sequence[Loss], identity: HiddenIdentity, num_student_layers: int
+) -> dict[str, tuple[LayerPair, ...]]:
+    """Return the pairs of layers that each loss on a hidden layer compares, by its name; none of pooled states.
+
+    Raises:
+        TrainingError: a loss needs what the layer does not keep, or what the student does not have.
+    """
+    found: dict[str, tuple[LayerPair, ...]] = {}
+    stored = {"states": identity.layers, "attention": identity.attention_layers}
+    for loss in losses:
+        reads = representations[loss.name].reads if loss.name in representations else None
+        if reads in stored:
+            given = getattr(loss, "layer_map", None)
+            found[loss.name] = pair_layers(loss.name, stored[reads], identity.num_layers, num_student_layers, given)
+        elif reads is not None and identity.pooled == "none":
+            raise TrainingError(
+                f"loss '{loss.name}' needs pooled teacher states and the hidden layer has none; set "
+                "capture.hidden.pooled to mean or last and run 'decant teach'"
+            )
+    return found
+
+
 class LayerLosses:
     """Losses on one hidden layer, for one student."""
 
@@ -99,18 +122,7 @@ class LayerLosses:
         self._identity = identity
         num_layers = base.config.get_text_config().num_hidden_layers
         by_name = {loss.name: loss for loss in losses if loss.name in representations}
-        self._pairs: dict[str, tuple[LayerPair, ...]] = {}
-        stored = {"states": identity.layers, "attention": identity.attention_layers}
-        for name, loss in by_name.items():
-            reads = representations[name].reads
-            if reads in stored:
-                given = getattr(loss, "layer_map", None)
-                self._pairs[name] = pair_layers(name, stored[reads], identity.num_layers, num_layers, given)
-            elif identity.pooled == "none":
-                raise TrainingError(
-                    f"loss '{name}' needs pooled teacher states and the hidden layer of the cache has none; set "
-                    "capture.hidden.pooled to mean or last and run 'decant teach'"
-                )
+        self._pairs = pairs_of(losses, identity, num_layers)
         states = [pair.student for pair in self._read("states") if pair.student != FINAL]
         attention = sorted({pair.student for pair in self._read("attention")})
         # queries and keys come from a layer's input

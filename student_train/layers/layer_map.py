@@ -12,6 +12,9 @@ from shared.errors import TrainingError
 from shared.identity.hidden_identity import FINAL
 from shared.identity.hidden_layers import layer_name
 
+_KEPT_FOR = {"hidden": "`layers`", "attention": "`attention`"}
+"""Loss to the key of capture.hidden that keeps what it reads."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerPair:
@@ -50,7 +53,8 @@ def pair_layers(
     """
     if not stored:
         raise TrainingError(
-            f"the hidden layer of the cache keeps nothing that loss '{loss}' needs; capture it with 'decant teach'"
+            f"the hidden layer keeps nothing that loss '{loss}' needs; add {_KEPT_FOR[loss]} to capture.hidden and run "
+            "'decant teach'"
         )
     if given is None:
         depths = [FINAL if t == FINAL else max(1, round(t * num_student_layers / num_teacher_layers)) for t in stored]
@@ -60,7 +64,7 @@ def pair_layers(
         teacher = FINAL if name == "final" else int(name)
         if teacher not in stored:
             raise TrainingError(
-                f"loss '{loss}' maps teacher layer {name}, which the cache does not keep (it keeps "
+                f"loss '{loss}' maps teacher layer {name}, which the hidden layer does not keep (it keeps "
                 f"{', '.join(map(layer_name, stored))}); name one of these or capture it"
             )
         number = FINAL if student == "final" else int(student)

@@ -79,6 +79,11 @@ def check_schedule(trainer: StageTrainer) -> None:
     """
     from transformers.optimization import get_scheduler
 
+    if trainer.lr_scheduler_kwargs and trainer.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        raise TrainingError(
+            f"trainer.lr_scheduler_type {trainer.lr_scheduler_type} has no options, and lr_scheduler_kwargs gives it "
+            f"{trainer.lr_scheduler_kwargs}; leave them out, or choose another schedule"
+        )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=trainer.learning_rate)
     with setting_explained("lr_scheduler_type", described_schedule(trainer.lr_scheduler_type, trainer)):
         get_scheduler(

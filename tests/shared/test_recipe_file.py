@@ -191,7 +191,7 @@ def test_aliases_are_copied_but_cannot_explode():
         ),
         (
             ("cache: runs", "capture: sample\ncache: runs"),
-            "FILE:7: capture: expected a section with keys, found 'sample'",
+            "FILE:7: capture: expected a section with keys, found 'sample'; write {mode: sample}",
         ),
         (("name: kd", "name: kd\n    init_from: stf"), "nor a directory (written with a '/'); did you mean 'sft'?"),
         (
@@ -201,6 +201,20 @@ def test_aliases_are_copied_but_cannot_explode():
         (("name: sft", "name: ../sft"), "FILE:10: stages.0.name: '../sft' is no usable name"),
         (("prompts:\n", "prompts: all\nx:\n"), "FILE:4: prompts: expected a list, found 'all'"),
         (("cache: runs/x/cache\n", ""), "FILE:1: cache: is missing, and has no default"),
+        (("cache: runs/x/cache", "cache:"), "FILE:7: cache: expected a path, found nothing"),
+        (("cache: runs/x/cache", "cache: ''"), "FILE:7: cache: expected a path, found ''"),
+        (("output_dir: runs/x", "output_dir: ''"), "FILE:2: output_dir: expected a path, found ''"),
+        (("- name: kd", "- name: kd\n    max_length: 1.5"), "stages.1.max_length: expected a whole number, found 1.5"),
+        (("- name: forward_kl", "- jsd\n      - name: forward_kl"), "found 'jsd'; write {name: jsd}"),
+        (
+            ("teacher: {model: t}", "teacher: {model: t, engine: null}"),
+            "engine: nothing is not one of 'vllm', 'transformers', 'server'",
+        ),
+        (("learning_rate: 1e-5", "optim: AdamW"), "no optimizer that a stage can use; did you mean 'adamw_torch'?"),
+        (
+            ("teacher: {model: t}", "teacher: {model: t, adapter: ''}"),
+            "FILE:3: teacher.adapter: expected text, found ''",
+        ),
     ],
 )
 def test_problem_names_file_line_path_and_the_nearest_word(write, change, expected):
@@ -216,13 +230,22 @@ def test_problem_names_file_line_path_and_the_nearest_word(write, change, expect
         ("[{lyer: math}]", ".0.lyer: unknown key; did you mean 'layer'?"),
         ("[{layer: math, sources: b}]", ".0.sources: expected a list, found 'b'"),
         ("[math]", ".0: expected a section with keys, found 'math'"),
-        ("[]", ": expected at least 1, found a list of 0"),
-        ("3", ": expected a string, found 3"),
+        ("[]", ": expected at least 1, found an empty list"),
+        ("3", ": expected text, found 3"),
     ],
 )
 def test_what_is_wrong_in_a_list_is_said_where_a_text_would_do_too(write, value, expected):
     override = f"stages.kd.targets={value}"
     assert complaint(write(GOOD), [override]) == [f"--set {override}: stages.1.targets{expected}"]
+
+
+@pytest.mark.parametrize("by_override", [False, True])
+def test_the_password_in_a_cache_address_is_not_repeated(write, by_override):
+    address = "https://me:hunter2@host/demo"
+    text = GOOD if by_override else GOOD.replace("cache: runs/x/cache", f"cache: {address}")
+    (line,) = complaint(write(text), [f"cache={address}"] if by_override else [])
+    assert "comes with a password" in line
+    assert "hunter2" not in line
 
 
 def test_a_name_with_a_line_break_is_refused_in_one_line(write):

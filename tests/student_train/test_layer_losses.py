@@ -157,7 +157,7 @@ def test_layers_are_paired_by_depth_or_as_given_and_wrong_ones_refused() -> None
     ]
     given = pair_layers("hidden", (6, FINAL), 32, 24, {"final": 3, "6": "final"})
     assert [(p.teacher, p.student, p.column) for p in given] == [(FINAL, 3, 1), (6, FINAL, 0)]
-    with pytest.raises(TrainingError, match="maps teacher layer 7, which the cache does not keep"):
+    with pytest.raises(TrainingError, match="maps teacher layer 7, which the hidden layer does not keep"):
         pair_layers("hidden", (6,), 32, 24, {"7": 1})
     with pytest.raises(TrainingError, match="layer 25 of a student that has 24"):
         pair_layers("attention", (6,), 32, 24, {"6": 25})

@@ -98,6 +98,37 @@ WRONG = [
     ("stages.kd.targets=tops9", "stages.0.targets", "no targets layer"),
     ("stages.kd.mixture={b: 1.0}", "stages.0.mixture.b", "no row has the source 'b'"),
     (f"{LOSS}.name=hidden", "stages.0.losses.0.name", "reads a hidden layer"),
+    (
+        f"capture.hidden={{layers: 1}} and {LOSS}.name=attention",
+        "stages.0.losses.0.name",
+        "add `attention` to capture.hidden",
+    ),
+    (f"capture.hidden={{layers: 1}} and {LOSS}.name=contrastive", "stages.0.losses.0.name", "pooled to mean or last"),
+    (
+        f"capture.hidden={{pooled: mean}} and {LOSS}.name=hidden",
+        "stages.0.losses.0.name",
+        "add `layers` to capture.hidden",
+    ),
+    (
+        f"capture.hidden={{layers: 1}} and {LOSS}={{name: hidden, layer_map: {{1: 7}}}}",
+        "stages.0.losses.0.name",
+        "maps to layer 7 of a student that has 1",
+    ),
+    (
+        f"capture.hidden={{attention: {{}}}} and {LOSS}.name=attention and student.attention=eager",
+        "stages.0.losses.0.name",
+        "set it to sdpa",
+    ),
+    (
+        f"capture.hidden={{layers: 1}} and {LOSS}.name=hidden and {TRAINER}.torch_compile=true",
+        "losses.0.name",
+        "torch_compile",
+    ),
+    (
+        f"{TRAINER}={{lr_scheduler_type: constant, lr_scheduler_kwargs: {{min_lr: 1}}}}",
+        "stages.0.trainer.lr_scheduler_type",
+        "has no options",
+    ),
     (f"{LOSS}.temperature=2.0", "stages.0.losses.0.temperature", "not captured"),
     ('output_dir="a\\0b"', "output_dir", "\\x00"),
     ("output_dir=prompts.jsonl/run", "output_dir", "is a file"),
@@ -173,7 +204,8 @@ def test_the_recipe_itself_is_planned(capsys):
 )
 def test_a_wrong_input_is_refused_by_plan_with_its_place(capsys, place, change, blamed, part):
     before = sorted(place.rglob("*"))
-    assert cli.main(["plan", "recipe.yaml", "--set", change]) == 2
+    changes = [word for one in change.split(" and ") for word in ("--set", one)]
+    assert cli.main(["plan", "recipe.yaml", *changes]) == 2
     error = capsys.readouterr().err
     assert error.startswith("decant: error: ") and "bug" not in error and "Traceback" not in error
     assert blamed in error and part in error

@@ -60,7 +60,7 @@ class PromptSource(Section):
     """Given answers that are trained: all of a row, or its last, with the turns before it as context."""
     template: Literal["chat", "none"] = "chat"
     """Render with the tokenizer's chat template, or join the plain texts."""
-    chat_template: str | None = None
+    chat_template: Text | None = None
     """A Jinja template (or the path of one) instead of the tokenizer's."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the template, such as enable_thinking."""

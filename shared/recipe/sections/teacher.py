@@ -73,13 +73,13 @@ class AnyTeacher(Section):
 
     model: Text
     """A directory or a hub id."""
-    revision: str | None = None
+    revision: Text | None = None
     """Revision of a hub id."""
     engine: str
     """Which kind it is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights at run time."""
-    adapter: str | None = None
+    adapter: Text | None = None
     """A LoRA directory applied to the teacher: folded into its weights before the engine starts, or served."""
     max_model_len: Count | None = None
     """Longest sequence in tokens, prompt and answer together; left out: the model's own limit."""
@@ -122,7 +122,7 @@ class VllmTeacher(InProcess):
 
     engine: Literal["vllm"] = "vllm"
     """vLLM, in process."""
-    quantization: str | None = None
+    quantization: Text | None = None
     """Quantisation scheme that the engine applies, such as fp8; a quantised checkpoint says its own."""
     tensor_parallel_size: Count = 1
     """GPUs that share one copy of the model."""

@@ -23,6 +23,7 @@ from shared.recipe.base import (
     Text,
     closest,
     one_or_many,
+    quoted,
     repeated,
     unused,
 )
@@ -39,10 +40,11 @@ RESERVED_STAGE_NAMES = ("base", "teacher", "previous")
 
 def _known_optimizer(name: str) -> str:
     if name not in OPTIMIZERS:
+        names, near = list(OPTIMIZERS), closest(name, list(OPTIMIZERS))
         raise PydanticCustomError(
             "unknown_optimizer",
             "{text}",
-            {"text": f"'{name}' is no optimizer that a stage can use{closest(name, list(OPTIMIZERS))}"},
+            {"text": f"'{name}' is no optimizer that a stage can use{near or f'; choose one of {quoted(names)}'}"},
         )
     return name
 
@@ -78,7 +80,7 @@ class Student(Section):
     """A directory or a hub id."""
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from its weights, or from fresh ones of its config."""
-    revision: str | None = None
+    revision: Text | None = None
     """Revision of a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which the weights are kept; float32 masters keep small updates."""
@@ -221,7 +223,7 @@ class Stage(Section):
     """Shares that follow the stage's evaluations, beginning with the mixture; left out: the mixture alone decides."""
     targets: str | Annotated[tuple[TargetLayer, ...], Field(min_length=1)] | None = None
     """Targets layer of the cache, where it has more than one; or several teachers, each with weight and sources."""
-    hidden: str | None = None
+    hidden: Text | None = None
     """Hidden layer of the cache, where it has more than one and losses read it."""
     max_length: Count | None = None
     """Longest row in tokens; left out: pack_tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from shared.cache.layer_choice import loss_problem, named_layer
@@ -14,7 +15,7 @@ from shared.identity.identity import layer_short_name
 from shared.parts.records import list_records
 from shared.payload.narrowing import LayerView
 from shared.recipe.base import Problem, closest, quoted
-from shared.recipe.sections.losses import OnTargets, unfit
+from shared.recipe.sections.losses import Loss, OnTargets, unfit
 from shared.recipe.sections.optimizers import OPTIMIZERS
 from shared.recipe.sections.training import Stage, StageTrainer
 from tools.plan.plan_lengths import row_lengths
@@ -89,11 +90,36 @@ def _layers(asked: Asked, stage: Stage) -> Iterator[Problem]:
             if not list_hidden_layers(path):
                 sentence = f"'{on_hidden[0][1]}' reads a hidden layer and {path} has none; add capture.hidden"
                 yield ("losses", on_hidden[0][0], "name"), sentence
+    for j, _ in on_hidden:
+        yield from said(("losses", j, "name"), partial(_require_hidden, asked, stage, stage.losses[j]))
     if isinstance(stage.targets, tuple):
         for i, entry in enumerate(stage.targets):
             yield from _layer(asked, stage, entry.layer, ("targets", i, "layer"))
     elif stage.targets is not None or stage.needs_teacher:
         yield from _layer(asked, stage, stage.targets, ("targets",))
+
+
+def _require_hidden(asked: Asked, stage: Stage, loss: Loss) -> None:
+    """Refuse a loss on a hidden layer that cannot be had: of what the layer will not keep, or beside these settings.
+
+    Raises:
+        TrainingError: with the setting to change.
+    """
+    from student_train.layers.layer_losses import check_layer_losses, pairs_of
+    from teacher_cache.teacher.model_files import resolve_model
+    from tools.plan.plan_hidden import hidden_layer_to_train
+
+    student = asked.recipe.student
+    if student is None:
+        return
+    check_layer_losses(stage.model_copy(update={"losses": (loss,)}), student)
+    try:
+        identity = hidden_layer_to_train(asked.recipe, stage)
+        num_layers = resolve_model(student.model, student.revision).num_hidden_layers
+    except DecantError:
+        return  # of a layer or student out of reach, or told elsewhere
+    assert identity is not None
+    pairs_of([loss], identity, num_layers)
 
 
 def _taught_sources(stage: Stage, sources: set[str] | None) -> Iterator[Problem]:
