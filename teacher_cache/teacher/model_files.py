@@ -15,7 +15,7 @@ from typing import Any
 from shared.errors import EngineError, ModelError, reason_of
 from shared.models.config_file import read_config
 from shared.remote.hub import ask_hub
-from shared.special_files import refuse_special_files
+from shared.special_files import refuse_links_outside, refuse_special_files
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 SMALL_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
@@ -111,7 +111,11 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 
     Raises:
         EngineError: a file is larger than 256 MiB, or the directory for temporary files is full.
+        ModelError: a file that the tokenizer was read from is a link that leads elsewhere.
     """
+    directory = Path(str(tokenizer.name_or_path))
+    if directory.is_dir():
+        refuse_links_outside(directory, [p for p in directory.iterdir() if p.suffix in TOKENIZER_SUFFIXES])
     with tempfile.TemporaryDirectory(prefix="decant-tokenizer-") as scratch:
         try:
             tokenizer.save_pretrained(scratch)

@@ -14,7 +14,8 @@ from shared.identity.weights_hash import weights_hash
 from shared.models.files import load_config, load_tokenizer
 from shared.models.weights.checkpoint import check_checkpoint
 from shared.models.weights.loading import load_causal_lm
-from teacher_cache.teacher.model_files import resolve_model
+from shared.special_files import refuse_links_outside
+from teacher_cache.teacher.model_files import resolve_model, tokenizer_files
 from tests.tiny_models import make_qwen3, make_tokenizer
 
 OPENERS = {
@@ -100,3 +101,39 @@ def test_weights_that_hold_code_are_refused_and_not_run(model, tmp_path):
     with pytest.raises(ModelError, match=r"pytorch_model\.bin: cannot be read as weights"):
         check_checkpoint(directory, what="the teacher", trust_remote_code=False)
     assert not (tmp_path / "was-run").exists()
+
+
+def linked(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["snapshot", "local directory", "inside"])
+def test_tokenizers_of_a_hubs_store_and_links_within_a_directory_are_copied(model, tmp_path, layout):
+    blobs = tmp_path / "hub" / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    directory = tmp_path / "mine" if layout != "snapshot" else blobs.parent / "snapshots" / ("c" * 40)
+    for number, path in enumerate(sorted(model.iterdir())):
+        blob = blobs / f"{number:040x}" if layout != "inside" else directory / "kept" / path.name
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, blob)
+        linked(directory / path.name, os.path.relpath(blob, directory))
+    tokenizer = load_tokenizer(directory, trust_remote_code=False)
+    assert tokenizer_files(tokenizer) == tokenizer_files(load_tokenizer(model, trust_remote_code=False))
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "../secret", "../blobs/" + "a" * 40, "chat_template.jinja"])
+def test_a_file_from_elsewhere_on_the_machine_is_no_part_of_a_tokenizer(model, tmp_path, target):
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    for other in (tmp_path / "secret", tmp_path / "blobs" / ("a" * 40)):
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("password")
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    link = linked(directory / "chat_template.jinja", target)
+    with pytest.raises(ModelError, match=rf"chat_template.jinja is a link to {target}, outside of"):
+        refuse_links_outside(directory, [link])
+    if link.exists():
+        with pytest.raises(ModelError, match="put the file itself there"):
+            tokenizer_files(load_tokenizer(directory, trust_remote_code=False))

@@ -148,11 +148,23 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(trained, tmp_path, cap
 
 @pytest.mark.slow
 def test_file_that_cannot_be_copied_is_named_with_what_to_do(trained, tmp_path, capsys):
-    (trained.stage_dir("kd") / "model" / "notes.txt").symlink_to(tmp_path / "gone")
+    (trained.stage_dir("kd") / "model" / "notes.txt").symlink_to("gone")
     assert main(["export", str(trained.output_dir), "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "bug" not in error and "notes.txt cannot be written (" in error and "run the same command again" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["model/notes.txt", "model/more", "adapter/adapter_config.json"])
+def test_no_file_from_elsewhere_on_the_machine_is_exported(trained, tmp_path, capsys, place):
+    (tmp_path / "secret").write_text("{}")
+    link = trained.stage_dir("kd") / place
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path if link.name == "more" else tmp_path / "secret")
+    out = tmp_path / "out"
+    assert main(["export", str(trained.output_dir), "--output", str(out), "--keep-adapter"]) == 2
+    assert f"{place} is a link to {tmp_path}" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_adapter_of_a_fully_trained_student_is_refused(recipe_of, capsys):

@@ -23,6 +23,7 @@ from shared.models.end_tokens import declared_end_ids
 from shared.models.files import load_tokenizer
 from shared.recipe.base import closest, quoted
 from shared.recipe.recipe import Recipe, Stage
+from shared.special_files import refuse_links_outside
 from shared.text import strict_json
 from teacher_cache.engines.vllm.vllm_version import serving_command
 from tools.cache.staged_directory import claim, publish, refuse_existing, staging_path
@@ -51,6 +52,7 @@ def export_run(
     Raises:
         EvaluationError: it is no run, or its recipe cannot be read.
         UsageError: there is no such stage, it has no adapter, or the output holds the same weights otherwise.
+        ModelError: a file of it is a link that leads elsewhere.
         DecantError: the model is not whole, or the output holds something else.
     """
     files = read_run(run)
@@ -62,12 +64,15 @@ def export_run(
     stage = _stage(run, recipe, stage_name)
     source = run / "train" / stage.name
     _check_whole(source)
+    refuse_links_outside(source / "model", (source / "model").rglob("*"))
     adapter = source / "adapter" if keep_adapter else None
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         why = "trained all of its weights, so there is no adapter"
         if stage.rounds is not None:
             why = "has rounds, each with an adapter over the model of the one before, so none leads to its model"
         raise UsageError(f"--keep-adapter: stage '{stage.name}' {why}; leave it out")
+    if adapter is not None:
+        refuse_links_outside(adapter, adapter.rglob("*"))
     out = output or run / "export" / stage.name
     weights = weights_hash(source / "model")
     told = _told(recipe, source / "model")
