@@ -13,12 +13,14 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field
 
-from shared.errors import CacheError, DamagedError, UsageError
+from shared.errors import CacheError, DamagedError, DecantError, UsageError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import Identity, LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import list_folder, read_bounded
 from shared.parts.part_stats import Strict
 from shared.parts.records import checked_model, parse_sealed, read_sealed
+from shared.places import is_url, origin_of
+from shared.remote.transfer import Remote
 from shared.schema import (
     LAYER_PATTERN,
     MAX_JSON_BYTES,
@@ -217,13 +219,40 @@ def choose_layer(
     return fitting[0]
 
 
-def refuse_within_cache(out: Path) -> None:
-    """Refuse a place in the directory of a cache, where no export, report or other cache belongs; the cache's own
-    directory is not in it.
+def refuse_within_cache(place: Path | str) -> None:
+    """Refuse a place in the directory of a cache, or below its URL, where no export, report or other cache belongs; the
+    cache's own place is not in it. Cost: two looks, or one small request, per folder above it.
+
+    Args:
+        place: a path, a mirror or a URL.
 
     Raises:
         UsageError: it is one.
     """
-    for parent in out.resolve().parents:
-        if (parent / "cache.json").is_file() and (parent / "sequences").is_dir():
-            raise UsageError(f"{out} lies in the cache {parent}, where nothing else belongs; name another place")
+    url = place if is_url(place) else origin_of(Path(place))
+    if url is None:
+        above = [str(parent) for parent in Path(place).resolve().parents if _is_cache(parent)]
+    else:
+        above = [parent for parent in _folders_above(str(url)) if _is_cache_at(parent)]
+    if above:
+        raise UsageError(f"{url or place} lies in the cache {above[0]}, where nothing else belongs; name another place")
+
+
+def _is_cache(path: Path) -> bool:
+    return (path / "cache.json").is_file() and (path / "sequences").is_dir()
+
+
+def _folders_above(url: str) -> list[str]:
+    """Return the URLs above one: of `s3://bucket/a/b` those of `a` and of the bucket."""
+    scheme, _, rest = url.partition("://")
+    parts = rest.rstrip("/").split("/")
+    return [f"{scheme}://{'/'.join(parts[:count])}" for count in range(len(parts) - 1, 0, -1)]
+
+
+def _is_cache_at(url: str) -> bool:
+    """Tell whether a cache is at a URL; a place that may not be asked, as one above one's own may be, holds none."""
+    try:
+        parse_header(Remote(url).read("cache.json"), f"{url}/cache.json")
+    except (FileNotFoundError, DecantError):
+        return False
+    return True

@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from shared.cache.cache import Cache
+from shared.cache.layout import refuse_within_cache
 from shared.cache.reading.verify import verify_cache
 from shared.cache.sync.mirror import _bring_once, bring_if_remote
 from shared.cache.sync.pull import pull_cache
 from shared.cache.sync.push import push_cache, pushed_as_committed
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, UsageError
 from shared.places import place_of
 from shared.remote.hub import push_model
 from shared.remote.transfer import Remote
@@ -71,6 +72,20 @@ def test_a_cache_goes_to_the_hub_and_comes_back_and_streams_from_there(hub, loca
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
 
 
+@pytest.mark.parametrize("below", ["/targets/mine", "/mine"])
+def test_nothing_is_pushed_to_a_place_below_the_url_of_another_cache(hub, local, tmp_path, below):
+    push_cache(local, Remote(URL))
+    before = dict(hub.repositories["datasets/org/demo"])
+    build(tmp_path / "other", 100, 8)
+    with pytest.raises(UsageError, match=f"{URL}{below} lies in the cache {URL}, where nothing else belongs"):
+        push_cache(tmp_path / "other", Remote(f"{URL}{below}"))
+    with pytest.raises(UsageError, match=f"{URL}{below} lies in the cache {URL}, where nothing else belongs"):
+        refuse_within_cache(place_of(f"{URL}{below}"))  # what a build asks before it starts
+    assert hub.repositories["datasets/org/demo"] == before
+    push_cache(tmp_path / "other", Remote("hf://datasets/org/all/mine"))
+    push_cache(local, Remote("hf://datasets/org/all/demo"))
+
+
 @pytest.mark.slow
 def test_a_cache_goes_to_s3_and_streams_from_there(new_store, local, monkeypatch):
     needs_s3_server()
@@ -79,6 +94,8 @@ def test_a_cache_goes_to_s3_and_streams_from_there(new_store, local, monkeypatch
         Remote("s3://bucket")._files().mkdir("bucket")
         assert push_cache(local, Remote("s3://bucket/demo")).files == len(tree(local))
         assert push_cache(local, Remote("s3://bucket/demo")).files == 0
+        with pytest.raises(UsageError, match="s3://bucket/demo/a/b lies in the cache s3://bucket/demo"):
+            push_cache(local, Remote("s3://bucket/demo/a/b"))
         same_rows(Cache.open("s3://bucket/demo"), Cache.open(local))
 
 

@@ -87,7 +87,7 @@ def push_cache(
         is_mirror: the path mirrors that place, so parts of others there are of the same cache.
 
     Raises:
-        UsageError: it is a directory in another cache.
+        UsageError: the place lies in another cache.
         CacheError: nothing can be written there, or another cache is, or other files.
         DamagedError: a part is not what was committed.
     """
@@ -95,9 +95,9 @@ def push_cache(
         raise CacheError(
             f"{remote.url} can be read only; push to the directory that is served, or to s3://, gs:// or hf://"
         )
-    if remote.scheme == "file":
-        refuse_within_cache(Path(remote.url))
     there = _cache_at(remote)
+    if not there or remote.scheme == "file":
+        refuse_within_cache(remote.url)
     items = files_of(path)
     if not is_mirror:
         _refuse_another(remote, parts_in(_sizes(path, items)), parts_in(there))
