@@ -152,6 +152,22 @@ def test_heads_of_every_width_go_to_others(tmp_path, capsys, monkeypatch, how):
             ]
 
 
+def test_positions_without_a_head_are_no_distribution_to_others(tmp_path, capsys, monkeypatch):
+    """As within a teacher's token of a translated cache: DistillKit needs a row there, which nothing may learn from."""
+
+    def every_third(row, layer):
+        counts = np.where(np.arange(row.num_positions) % 3 == 1, 0, 2)
+        return cut(np.random.default_rng(1), row.num_positions, VOCAB, counts, (1.0,), 0).targets
+
+    monkeypatch.setattr("tests.shared.small_cache.targets_of", every_third)
+    build(tmp_path / "cache", layers=(replace(TOP, temperatures=(1.0,)),))
+    rows = list(Cache.open(tmp_path / "cache"))
+    for form, reader in (("distillkit", lambda path: DistillKitReader(path, None, ())), ("axolotl", axolotl_reader)):
+        export(capsys, tmp_path / "cache", tmp_path / form, form, TOP.name)
+        for row, back in zip(rows, reader(tmp_path / form).rows(), strict=True):
+            assert back.predicted.tolist() == row.supervised_index()[row.targets.counts > 0].tolist()
+
+
 def axolotl_reader(path):
     return AxolotlReader(path, 1.0, 1)
 

@@ -4,9 +4,9 @@
   token i + 1, as Axolotl's loss now reads it; values are divided by their sum, at temperature 1 (kd_temperature: 1), so
   the tail is lost.
 - distillkit: `input_ids`, `labels`, `compressed_logprobs`, `bytepacked_indices` and `compression_config.yaml`: every
-  value as it is (float32). Row i is the distribution after token i. Where the cache supervises nothing its labels are
-  -100, and the row, which DistillKit needs, names the token of the text alone; heads shorter than k are filled with
-  entries of no mass.
+  value as it is (float32). Row i is the distribution after token i. Where the cache supervises nothing, or has no head
+  (within a teacher's token of a translated cache), its labels are -100, and the row, which DistillKit needs, names the
+  token of the text alone; heads shorter than k are filled with entries of no mass.
 
 Draws, hidden layers and tails at other temperatures have no place there and are left out. One file per part with rows,
 written beside OUT_DIR and renamed; memory: one row.
@@ -146,14 +146,16 @@ def _distillkit(row: Row, layer: LayerIdentity) -> Mapping[str, pa.Array]:
     logprobs = np.full((num_tokens, k), NO_MASS, np.float32)
     counts = np.ones(num_tokens, np.int64)
     logprobs[:, 0] = 0.0
+    labels, known = _labels(row), np.zeros(num_tokens + 1, np.bool_)
     for place, head_ids, head in _heads(row):
+        known[place + 1] = True
         ids[place, : len(head)], logprobs[place, : len(head)] = head_ids, head
         counts[place] = len(head)
     _fill_up(ids, counts, layer.vocab_size)
     values = logprobs.astype("<f4").view(np.uint8).reshape(num_tokens, -1)
     return {
         "input_ids": _one(row.token_ids.astype(np.uint64)),
-        "labels": _one(_labels(row)),
+        "labels": _one(np.where(known[:num_tokens], labels, _IGNORED)),
         "compressed_logprobs": _grid(values),
         "bytepacked_indices": _grid(pack(ids, index_bits(layer.vocab_size))),
     }
