@@ -9,9 +9,8 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ from student_train.records.checkpoints import (
 )
 from student_train.records.health import health_of
 from student_train.records.metrics_log import read_steps
+from student_train.records.one_training import only_training
 from student_train.records.processes import first_then_others, is_first, wait_for_all
 from student_train.records.run_seconds import SecondsLog
 from student_train.stage.export import export_student, make_savable
@@ -76,19 +76,37 @@ def run_stage(recipe: Recipe, stage: Stage, patch: Callable[[Any, Objective], No
 
     Raises:
         TrainingError: it cannot start, its directory holds another stage, the disk is too small, a GPU would not be
-            used, or it has diverged.
+            used, another process trains it, or it has diverged.
         CacheError: a cache cannot be opened, or is of another tokenizer than the student.
     """
     assert stage.rounds is None, f"stage '{stage.name}' is trained round by round, each a stage of its own"
     work = replace(resolve_stage(recipe, stage), patch=patch)
-    phase, total, model_dir = f"train {stage.name}", work.plan.num_steps, work.directory / "model"
     args = arguments_of(work)  # joins the other processes, where there are any
-    display = partial(Progress, phase, total, unit="steps", stream=None if is_first() else NOWHERE)
     if first_then_others(lambda: claim_stage(work)):
-        progress = display(done=total)
-        progress.note(f"{phase}: finished before with the same settings, {model_dir} is reused")
-        progress.close()
-        return model_dir
+        return _reused(work)
+    with only_training(work.directory) if is_first() else nullcontext():
+        if first_then_others(lambda: claim_stage(work)):  # by a process that trained it until now
+            return _reused(work)
+        return _run(work, args)
+
+
+def _reused(work: StageWork) -> Path:
+    """Say that a stage was finished before; return its model's directory."""
+    model_dir = work.directory / "model"
+    with _display(work, done=work.plan.num_steps) as progress:
+        progress.note(f"{progress.phase}: finished before with the same settings, {model_dir} is reused")
+    return model_dir
+
+
+def _display(work: StageWork, done: int) -> Progress:
+    stream = None if is_first() else NOWHERE
+    return Progress(f"train {work.stage.name}", work.plan.num_steps, done=done, unit="steps", stream=stream)
+
+
+def _run(work: StageWork, args: TrainingArguments) -> Path:
+    """Train a stage that this process has claimed, and holds, from its newest checkpoint."""
+    recipe, stage, total = work.recipe, work.stage, work.plan.num_steps
+    phase = f"train {stage.name}"
     problem = unused_gpu()
     if problem is not None:
         raise TrainingError(f"stage '{stage.name}' would train on the CPU: {problem}")
@@ -99,7 +117,7 @@ def run_stage(recipe: Recipe, stage: Stage, patch: Callable[[Any, Objective], No
     damaged = first_then_others(lambda: _tidy(work))
     checkpoint = newest_checkpoint(work.directory, checkpoint_of(work))
     seconds = SecondsLog(recipe.output_dir, f"train.{stage.name}")
-    progress = display(done=checkpoint.step if checkpoint else 0)
+    progress = _display(work, done=checkpoint.step if checkpoint else 0)
     if damaged is not None:
         progress.note(f"{phase}: {damaged}")
     progress.note(_description(work, checkpoint))
@@ -124,7 +142,7 @@ def run_stage(recipe: Recipe, stage: Stage, patch: Callable[[Any, Objective], No
     if is_first():
         mark_done(work, _verdict(work, total).stopped_at or total)
     wait_for_all()
-    return model_dir
+    return work.directory / "model"
 
 
 def _tidy(work: StageWork) -> str | None:

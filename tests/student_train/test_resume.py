@@ -5,17 +5,22 @@ refused.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import signal
+import time
 
 import pytest
 
 from shared.errors import TrainingError
 from shared.recipe.recipe import Recipe
+from student_train.records import one_training
 from student_train.records.checkpoints import MARKER, list_checkpoints, newest_checkpoint, remove_incomplete
 from student_train.records.metrics_log import StepLog, read_steps
 from student_train.stage.stages import run_stages
+from tests.student_train.conftest import _train
 
 PLAIN = {"trainer": {"gradient_accumulation_steps": 2, "max_steps": 8}, "mixture": {"math": 0.75, "ops": 0.25}}
 LORA = {
@@ -56,6 +61,33 @@ def test_resume_is_bitwise_equal_after_kill(recipe_of, run_apart, settings, plac
     assert outcome(recipe) == outcome(elsewhere(recipe, "whole"))
     steps = read_steps(recipe.output_dir / "train/kd/timing.jsonl")
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize("ends", ["by itself", "killed"])
+def test_a_second_training_of_a_stage_is_refused_while_the_first_lives_and_spoils_nothing(
+    recipe_of, run_apart, monkeypatch, ends
+):
+    recipe = recipe_of(trainer={"max_steps": 8})
+    assert run_apart(elsewhere(recipe, "whole"), None) == 0
+    first = multiprocessing.get_context("forkserver").Process(
+        target=_train, args=(recipe.model_dump(mode="json"), None)
+    )
+    first.start()
+    log = recipe.output_dir / "train/kd/metrics.jsonl"
+    while first.is_alive() and not (log.is_file() and log.read_bytes()):
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)
+    monkeypatch.setattr(one_training, "WAIT_SECONDS", 0.3)
+    with pytest.raises(TrainingError, match=r"train/kd is trained by another process; let it end or stop it, then run"):
+        run_stages(recipe)
+    if ends == "killed":
+        first.kill()
+    os.kill(first.pid, signal.SIGCONT)
+    first.join(timeout=240)
+    assert first.exitcode == (0 if ends == "by itself" else -signal.SIGKILL)
+    monkeypatch.undo()
+    run_stages(recipe)
+    assert outcome(recipe) == outcome(elsewhere(recipe, "whole"))
 
 
 def test_student_with_experts_resumes_with_its_experts(tiny, tmp_path, recipe_of, run_apart):
