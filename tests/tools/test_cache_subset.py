@@ -9,9 +9,13 @@ import pytest
 
 from shared.cache.cache import Cache
 from shared.cache.reading.verify import verify_cache
+from shared.cache.writing.layer_writer import LayerWriter, part_table
 from shared.errors import CacheError, UsageError
+from shared.parts.part_stats import targets_stats
+from shared.parts.parts import commit_part
+from shared.schema import TARGETS
 from tests.shared.dense_targets import equal_targets
-from tests.shared.small_cache import HYBRID, TOP, build
+from tests.shared.small_cache import HYBRID, TOP, build, targets_of
 from tools import cli
 from tools.cache.cache_subset import Choice, chosen_rows, subset_cache
 from tools.cache.row_query import Condition
@@ -148,3 +152,19 @@ def test_choices_of_nothing_are_refused(cache, tmp_path, capsys, words, code, me
     assert found == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [("subset", "cache", "out", "--count", "2"), ("export", "cache", "out")])
+def test_a_blob_that_is_none_is_named_by_its_part_and_row(tmp_path, monkeypatch, capsys, words):
+    """Checksums fit: whoever wrote the part wrote it so."""
+    writer = build(tmp_path / "cache", 0, 4, 4, layers=())
+    layer = LayerWriter.create_or_open(writer, None, TOP, {})
+    (record,) = writer.sequence_records()
+    rows = writer.read_sequences(record)
+    positions = [row.num_positions for row in rows]
+    table = part_table(TARGETS, [row.key for row in rows], positions, [0.0] * len(rows), [b"none"] * len(rows))
+    kept = targets_stats([targets_of(row, TOP) for row in rows], 4 * len(rows))
+    commit_part(layer.directory, record.stem, table, kept, {}, ())
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["cache", *words]) == 1
+    assert f"{record.stem}.arrow:" in capsys.readouterr().err.splitlines()[-1]

@@ -189,10 +189,8 @@ def _batches(
         columns["span_starts"] = flat([row.spans[:, 0] for row in rows], ints)
         columns["span_ends"] = flat([row.spans[:, 1] for row in rows], ints)
         if codec is not None and scored is not None:
-            blobs = [scored.blob(i, row) for i, row in zip(taken, rows, strict=True)]
-            columns |= targets_columns(
-                [codec.decode(blob, row.num_positions) for blob, row in zip(blobs, rows, strict=True)]
-            )
+            decoded = [scored.content(i, row, codec.decode) for i, row in zip(taken, rows, strict=True)]
+            columns |= targets_columns(decoded)
             columns["teacher_nll_nats"] = pa.array([float(scored.teacher_nll_nats[i]) for i in taken], pa.float64())
         yield columns
 

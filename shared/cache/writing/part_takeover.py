@@ -150,11 +150,9 @@ def _rewrite_targets(
 ) -> None:
     part = MappedBlobs(layer.directory, record, verify=True)
     codec = layer.identity.make_codec()
-    blobs = [part.blob(i, row) for i, row in zip(chosen, rows, strict=True)]
+    blobs = [bytes(part.blob(i, row)) for i, row in zip(chosen, rows, strict=True)]
     nll = [float(part.teacher_nll_nats[i]) for i in chosen]
-    table = part_table(
-        TARGETS, [row.key for row in rows], [row.num_positions for row in rows], nll, list(map(bytes, blobs))
-    )
-    decoded = (codec.decode(blob, row.num_positions) for blob, row in zip(blobs, rows, strict=True))
+    table = part_table(TARGETS, [row.key for row in rows], [row.num_positions for row in rows], nll, blobs)
+    decoded = (part.content(i, row, codec.decode) for i, row in zip(chosen, rows, strict=True))
     stats = targets_stats(decoded, sum(map(len, blobs)))
     commit_part(target_dir, stem, table, stats, record.software, ())
