@@ -24,7 +24,8 @@ HEAD = """# The recipe, key by key
 
 Made by `decant schema --page` from the program's own schema; do not edit it. One YAML 1.2 file per experiment. Unknown
 keys are refused with file, line and a suggestion; `--set path.to.key=value` overrides one, such as
-`--set stages.kd.trainer.max_steps=800`. Paths are relative to the directory in which the command runs.
+`--set stages.kd.trainer.max_steps=800`. Paths are relative to the directory in which the command runs;
+`~/` begins your home directory.
 
 A file whose first line is `# yaml-language-server: $schema=PATH/recipe.schema.json` is completed and checked by editors
 that know YAML schemas; the schema lies beside this page.

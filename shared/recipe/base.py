@@ -100,8 +100,17 @@ def _refuse_no_path(value: Any) -> None:
         raise PydanticCustomError("path_type", "expected a path")
 
 
+def _from_home(value: Any) -> Any:
+    """Let `~/` begin the user's home, as a shell does, unless a path is called so."""
+    try:
+        return str(Path(value).expanduser()) if value.startswith("~/") and not Path(value).exists() else value
+    except (AttributeError, OSError, RuntimeError, ValueError):  # no text, too long, a user without a home
+        return value
+
+
 def _place(value: Any) -> Any:
     _refuse_no_path(value)
+    value = _from_home(value)
     try:
         return str(place_of(value)) if isinstance(value, str) else value  # JSON knows no path
     except ValueError as error:
@@ -116,7 +125,7 @@ def _of_this_machine(value: Any) -> Any:
     _refuse_no_path(value)
     if is_url(value):
         raise PydanticCustomError("url", "a run is written on this machine, and this is a URL; name a directory")
-    return value
+    return _from_home(value)
 
 
 RunPlace = Annotated[Path, BeforeValidator(_of_this_machine)]
@@ -153,6 +162,8 @@ Name = Annotated[str, Field(min_length=1, max_length=100, pattern=SLUG)]
 """A name that becomes a directory."""
 Text = Annotated[str, Field(min_length=1)]
 """Text that is not empty."""
+HomePath = Annotated[Text, BeforeValidator(_from_home)]
+"""A path, or what else may stand in its place; `~/` begins the user's home."""
 
 
 def _share_or_number(value: Any) -> Any:

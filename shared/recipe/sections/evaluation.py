@@ -13,6 +13,7 @@ from shared.recipe.base import (
     Count,
     CountOrZero,
     Fraction,
+    HomePath,
     Integer,
     NonNegative,
     Probability,
@@ -50,7 +51,7 @@ class Task(Section):
     """How answers are scored: a value copied from the prompt, final number, unit tests, keywords, or the most probable
     choice.
     """
-    path: Text
+    path: HomePath
     """A jsonl or json file of questions, as the task is published."""
     domain: str = ""
     """Label in reports; left out: the file's name up to its first dot."""
@@ -97,7 +98,7 @@ class SideBySide(Section):
     """Seed of the choice of prompts and of the answers."""
     max_new_tokens: Count | None = None
     """Longest answer in tokens; left out: `evaluate.max_new_tokens`."""
-    prompts: Annotated[tuple[Text, ...], Field(min_length=1)] = ("heldout",)
+    prompts: Annotated[tuple[HomePath, ...], Field(min_length=1)] = ("heldout",)
     """Where prompts come from: heldout (the cache's held-out rows), tasks (the tasks' questions), jsonl files with a
     `prompt`.
     """

@@ -7,6 +7,7 @@ from typing import ClassVar
 from shared.recipe.base import (
     Count,
     CountOrZero,
+    HomePath,
     Integer,
     NonNegative,
     Probability,
@@ -51,7 +52,7 @@ class Generate(Section):
     """Longest answer in tokens."""
     keep_truncated: bool = True
     """Keep answers that were cut by length."""
-    model: Text | None = None
+    model: HomePath | None = None
     """Let another model than the teacher answer, such as a student: a directory or a hub id with the teacher's
     tokenizer.
     """

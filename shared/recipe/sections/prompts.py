@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from shared.places import is_url
-from shared.recipe.base import Count, Problem, Section, Text, closest, moved, quoted, unused
+from shared.recipe.base import Count, HomePath, Problem, Section, Text, closest, moved, quoted, unused
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "prompt", "chosen", "system", "tools", "reference"),
@@ -38,7 +38,7 @@ class PromptSource(Section):
     """Label of these rows in the cache, in mixtures and in reports; two entries may share it; format cache may leave it
     out.
     """
-    path: Text
+    path: HomePath
     """A jsonl, json, csv, txt, parquet or arrow file, a directory of them, or a hub id; for format cache, a cache's
     directory.
     """
@@ -60,7 +60,7 @@ class PromptSource(Section):
     """Given answers that are trained: all of a row, or its last, with the turns before it as context."""
     template: Literal["chat", "none"] = "chat"
     """Render with the tokenizer's chat template, or join the plain texts."""
-    chat_template: Text | None = None
+    chat_template: HomePath | None = None
     """A Jinja template (or the path of one) instead of the tokenizer's."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the template, such as enable_thinking."""

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field
 from shared.recipe.base import (
     Count,
     CountOrZero,
+    HomePath,
     Kinds,
     NonNegative,
     Probability,
@@ -71,7 +72,7 @@ class Workers(Section):
 class AnyTeacher(Section):
     """The model whose distributions are captured."""
 
-    model: Text
+    model: HomePath
     """A directory or a hub id."""
     revision: Text | None = None
     """Revision of a hub id."""
@@ -79,7 +80,7 @@ class AnyTeacher(Section):
     """Which kind it is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights at run time."""
-    adapter: Text | None = None
+    adapter: HomePath | None = None
     """A LoRA directory applied to the teacher: folded into its weights before the engine starts, or served."""
     max_model_len: Count | None = None
     """Longest sequence in tokens, prompt and answer together; left out: the model's own limit."""

@@ -12,6 +12,7 @@ from shared.recipe.base import (
     Count,
     CountOrZero,
     Fraction,
+    HomePath,
     Kind,
     Name,
     NonNegative,
@@ -76,7 +77,7 @@ class Adapter(Kind):
 class Student(Section):
     """The model that learns."""
 
-    model: Text
+    model: HomePath
     """A directory or a hub id."""
     init: Literal["pretrained", "random"] = "pretrained"
     """Start from its weights, or from fresh ones of its config."""
@@ -208,7 +209,7 @@ class Stage(Section):
 
     name: Name
     """Directory of the stage below output_dir/train, and its name everywhere else."""
-    init_from: Text = "base"
+    init_from: HomePath = "base"
     """base (the student's own weights), previous, an earlier stage's name, a model directory (with a '/'), or another
     run's stage: its directory, or RUN_DIRECTORY:STAGE."""
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
