@@ -61,7 +61,6 @@ class VllmEngine:
         # vLLM trips over torch's deprecations on every start; nothing that a user could mend.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
         self._llm: Any = None
-        self._teacher = teacher
         self._restore: Callable[[], None] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         try:
@@ -77,7 +76,10 @@ class VllmEngine:
                 refuse_head_alone(model_dir)
                 model_dir = only_chosen(model_dir, self._new_scratch())
             else:
-                model_dir = self._folded(teacher, model_dir)
+                trusts = teacher.trust_remote_code
+                model_dir = fold_adapter(
+                    model_dir, Path(teacher.adapter), self._new_scratch(), trust_remote_code=trusts
+                )
             self._declared_ends = declared_end_ids(model_dir)
             self._settings: VllmSettings = plan_settings(teacher, capture, for_generation, model_dir, on_cpu=on_cpu)
             self._restore = _hold_torch(self._settings.num_threads) if on_cpu else None
@@ -100,17 +102,8 @@ class VllmEngine:
             raise _start_failed(model_dir, error) from error
         self._next_id = 0
 
-    def _folded(self, teacher: VllmTeacher, model_dir: Path) -> Path:
-        """Return a temporary directory with the adapter folded in; `close` removes it."""
-        if teacher.quantization is not None:
-            raise EngineError(
-                "teacher.adapter cannot be folded into weights that teacher.quantization changes; merge it beforehand"
-            )
-        return fold_adapter(
-            model_dir, Path(str(teacher.adapter)), self._new_scratch(), trust_remote_code=teacher.trust_remote_code
-        )
-
     def _new_scratch(self) -> Path:
+        """Return a new temporary directory, which `close` removes."""
         self._scratch = tempfile.TemporaryDirectory(prefix="decant-teacher-")
         return Path(self._scratch.name)
 
