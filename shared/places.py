@@ -23,6 +23,7 @@ STORE_VARIABLE = "DECANT_STORE"
 """Directory of mirrors and fetched parts; without it `decant` below XDG_CACHE_HOME or ~/.cache."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_CUT = re.compile(rf"({'|'.join(SCHEMES)}):/(?!/)")
 _ENCODED = quote("://", safe="")
 """In the name of every mirror."""
 _MOST_ENCODED = 240
@@ -47,9 +48,12 @@ def place_of(text: str | Path) -> Path:
     """Return a cache's directory: the path itself, or the mirror of a URL.
 
     Raises:
-        ValueError: a URL of another scheme, without a place, with a password or a query, or one that is too long.
+        ValueError: a URL of another scheme, with one slash, without a place, with a password or a query, or one that is
+            too long.
     """
     if not is_url(text):
+        if isinstance(text, str) and (cut := _CUT.match(text)):
+            raise ValueError(f"{text[:60]} has one slash of a URL's two; write {cut[1]}://{text[cut.end() :][:60]}")
         return Path(text)
     parts = urlsplit(str(text))
     if parts.scheme not in SCHEMES:

@@ -6,7 +6,7 @@ link, so no path leaves the cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -219,19 +219,22 @@ def choose_layer(
     return fitting[0]
 
 
-def refuse_within_cache(place: Path | str) -> None:
-    """Refuse a place in the directory of a cache, or below its URL, where no export, report or other cache belongs; the
-    cache's own place is not in it. Cost: two looks, or one small request, per folder above it.
+def refuse_within_cache(place: Path | str, coming: Sequence[Path] = ()) -> None:
+    """Refuse a place in the directory of a cache, or below its URL, where no export, run or other cache belongs;
+    the cache's own place is not in it. Cost: two looks, or one small request, per folder above it.
 
     Args:
         place: a path, a mirror or a URL.
+        coming: directories of caches that may not be there yet.
 
     Raises:
         UsageError: it is one.
     """
     url = place if is_url(place) else origin_of(Path(place))
     if url is None:
-        above = [str(parent) for parent in Path(place).resolve().parents if _is_cache(parent)]
+        caches = {path.resolve() for path in coming}
+        parents = Path(place).resolve().parents
+        above = [str(parent) for parent in parents if parent in caches or _is_cache(parent)]
     else:
         above = [parent for parent in _folders_above(str(url)) if _is_cache_at(parent)]
     if above:

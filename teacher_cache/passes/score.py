@@ -125,7 +125,7 @@ def parts_to_score(
             row = pc.index(lengths, longest).as_py()
             raise EngineError(
                 f"{record.stem}:{row}: the row has {longest:,} tokens and the teacher takes {max_model_len:,}; raise "
-                "`teacher.max_model_len`, or score this cache with a teacher that takes longer sequences"
+                "its `max_model_len` in the recipe, or score this cache with a teacher that takes longer sequences"
             )
     return records
 

@@ -359,7 +359,7 @@ def test_another_chat_template_may_score_but_not_extend(tmp_path, model, opened)
 def test_a_row_longer_than_a_second_teacher_takes_is_named_before_its_engine_starts(tmp_path, model, opened):
     teach(recipe(tmp_path, model))
     with pytest.raises(
-        EngineError, match=r"part-[0-9a-f]{8}-000000:\d+: the row has \d+ tokens and the teacher takes 30"
+        EngineError, match=r"part-[0-9a-f]{8}-000000:\d+: the row has \d+ tokens and the teacher takes 30; raise its"
     ):
         teach(recipe(tmp_path, model, prompts=[], generate=None, capture={"k": 5}, teacher={"max_model_len": 30}))
     assert len(opened) == 1

@@ -129,3 +129,21 @@ def test_answers_of_two_teachers_are_different_rows(tmp_path, models, monkeypatc
 def test_teachers_that_cannot_be_are_refused_in_the_recipe(tmp_path, models, changed, sentence):
     with pytest.raises(ValueError, match=sentence):
         recipe_of(tmp_path, models["own"], **changed)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "told"), [(64, 30, True), (None, 64, True), (64, 64, False), (64, None, False)]
+)
+def test_a_plan_names_a_teacher_that_takes_shorter_rows_than_may_be_made(tmp_path, models, own, other, told):
+    from tools.plan.planner import plan
+
+    other_section = {**section(models["math"]), "max_model_len": other}
+    recipe = recipe_of(
+        tmp_path,
+        models["own"],
+        teacher={**section(models["own"]), "max_model_len": own},
+        teachers={"math": other_section},
+    )
+    sentences = [line for line in plan(recipe)["assumptions"] if line.startswith("teacher math takes")]
+    assert bool(sentences) == told
+    assert not told or f"lower teacher.max_model_len to {other}" in sentences[0]

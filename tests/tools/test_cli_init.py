@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import resource
@@ -110,6 +111,18 @@ def test_a_starter_names_columns_by_which_its_rows_are_read(tmp_path, header, co
     (conversation,) = read_prompts([source], problems := Problems())
     assert not problems.total
     assert len(conversation.messages) == 2 or "response" not in columns
+
+
+@pytest.mark.parametrize("keys, row_format", [(("role", "content"), "messages"), (("from", "value"), "sharegpt")])
+def test_turns_that_a_table_holds_as_json_are_found_under_any_name(tmp_path, keys, row_format):
+    turns = [dict(zip(keys, turn, strict=True)) for turn in (("user", "Hi, [you]"), ("assistant", "Ho"))]
+    with (tmp_path / "p.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["note", "talk"], ["[no list", json.dumps(turns)]])
+    path = init_recipe("x", "t", "s", str(tmp_path / "p.csv"), tmp_path / "r.yaml")
+    (source,) = load_recipe(path).prompts
+    assert (source.format, list(source.columns.values())) == (row_format, ["talk"])
+    (conversation,) = read_prompts([source], Problems())
+    assert [turn["content"] for turn in conversation.messages] == ["Hi, [you]", "Ho"]
 
 
 @pytest.mark.parametrize("below", ["a file/r.yaml", "a file/deep/r.yaml"])

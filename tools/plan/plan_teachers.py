@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shared.recipe.recipe import Recipe
+from shared.errors import EngineError
+from shared.recipe.recipe import Recipe, Teacher
 from tools.plan.plan_bounds import BOUNDS, NOTHING, sizes
 from tools.plan.plan_existing import existing, target_bytes
 
@@ -29,6 +30,30 @@ def teachers_figures(recipe: Recipe, planned: Mapping[str, Any]) -> dict[str, An
         )
         found[name] = {"tokens": tokens, "positions": positions, "bytes": target_bytes(alone, there, positions)}
     return found
+
+
+def shorter_teachers(recipe: Recipe) -> list[str]:
+    """Return a sentence for each further teacher that takes shorter rows than may be made, of which one stops it."""
+    longest = None if recipe.teacher is None or not recipe.prompts else _takes(recipe.teacher)
+    found = []
+    for name, teacher in recipe.teachers.items():
+        takes = _takes(teacher)
+        if longest is not None and takes is not None and takes < longest:
+            way = f"raise teachers.{name}.max_model_len, or lower teacher.max_model_len to {takes}"
+            said = f"takes {takes:,} tokens and rows may have {longest:,}, which would stop it"
+            found.append(f"teacher {name} {said}; {way}")
+    return found
+
+
+def _takes(teacher: Teacher) -> int | None:
+    """Return the tokens of the longest row that a teacher takes; None where its files are out of reach."""
+    from teacher_cache.teacher.model_files import resolve_model
+
+    try:
+        most = resolve_model(teacher.model, teacher.revision).max_position_embeddings
+    except EngineError:
+        return teacher.max_model_len
+    return min(most, teacher.max_model_len or most)
 
 
 def teachers_lines(figures: Mapping[str, Any]) -> list[str]:

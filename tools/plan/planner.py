@@ -32,7 +32,7 @@ from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_lengths import length_figures, length_line, row_lengths
 from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
 from tools.plan.plan_rounds import rounds_figures, rounds_lines
-from tools.plan.plan_teachers import teachers_figures, teachers_lines
+from tools.plan.plan_teachers import shorter_teachers, teachers_figures, teachers_lines
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         result["hidden"] = hidden
     if recipe.teachers:
         result["teachers"] = teachers_figures(recipe, result)
+        assumptions += shorter_teachers(recipe)
     rounds = rounds_figures(recipe)
     if rounds:
         result["rounds"] = rounds

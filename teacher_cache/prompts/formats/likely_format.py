@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shared.recipe.sections.prompts import ALIASES, COLUMNS
+from shared.text import strict_json
 from teacher_cache.prompts.formats.prompt_turns import is_empty
 
 _QUESTIONS = ("prompt", "question", "query", "problem", "instruction", "input", "user")
@@ -26,6 +27,8 @@ def likely_format(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
     ('alpaca', {'response': 'response', 'input': 'context'})
     >>> likely_format({"conversations": [{"role": "user", "content": "Hi"}]})
     ('messages', {'messages': 'conversations'})
+    >>> likely_format({"talk": '[{"from": "human", "value": "Hi"}]'})
+    ('sharegpt', {'conversations': 'talk'})
     """
     found = _by_turns(row) or _by_names(row)
     if found is None or found[0] == "text":
@@ -43,8 +46,8 @@ def _by_turns(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
     formats = {("role", "content"): "messages", ("from", "value"): "sharegpt"}
     found = [
         (format_name, str(column))
-        for column, value in row.items()
-        if isinstance(value, list) and value and isinstance(value[0], Mapping)
+        for column, value in ((column, _as_list(value)) for column, value in row.items())
+        if value and isinstance(value[0], Mapping)
         for keys, format_name in formats.items()
         if all(key in value[0] for key in keys)
     ]
@@ -52,6 +55,16 @@ def _by_turns(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:
         return None
     name, column = found[0]
     return name, {} if column == COLUMNS[name][0] else {COLUMNS[name][0]: column}
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Return a list, or the list whose JSON a table holds; nothing of anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = strict_json.loads(value)
+        except ValueError:
+            return []
+    return value if isinstance(value, list) else []
 
 
 def _by_names(row: Mapping[str, Any]) -> tuple[str, dict[str, str]] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 
 from shared.cache.layout import refuse_within_cache
@@ -81,6 +82,8 @@ def _places(asked: Asked) -> Iterator[Problem]:
             yield place, f"'{path}' holds files and is no cache (it has no cache.json); name another directory"
         elif place[0] == "cache" and not (path / "cache.json").exists():
             yield from said(place, lambda path=path: refuse_within_cache(path))  # type: ignore[misc]
+        elif place[0] == "output_dir":
+            yield from said(place, partial(refuse_within_cache, path / "recipe.yaml", asked.recipe.cache))
 
 
 CHECKS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
