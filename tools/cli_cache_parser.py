@@ -140,6 +140,8 @@ def _import(imports: Parser) -> None:
     imports.add_argument("--temperature", type=temperature, metavar="T", help="Axolotl: kd_temperature of the values")
     shift = "Axolotl: row i is about token i + this (default: measured)"
     imports.add_argument("--shift", type=int, choices=[0, 1], help=shift)
+    unusable = "OpenAI: refuse more unusable answers than this share (default: 0.01)"
+    imports.add_argument("--max-set-aside", type=share, metavar="SHARE", help=unusable)
     order = "Megatron-LM: Parquet with input_ids, a sequence a row in the order of training"
     imports.add_argument("--token-ids", type=file_or_directory, metavar="FILE", help=order)
 

@@ -143,7 +143,7 @@ def test_a_label_above_certainty_is_refused_and_two_values_of_one_token_set_the_
     other = altered(line, *FIRST, to={**first, "logprob": -7.5, "top_logprobs": [{**first, "logprob": -1.0}]})
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps(other) + "\n" + json.dumps(line) + "\n")
-    result = run(capsys, file, tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    result = run(capsys, file, tmp_path / "cache", "--tokenizer", tokenizer_dir, "--max-set-aside", "0.5")
     assert result["set_aside"] == {"a token of the answer has two log-probabilities": 1}
     file.write_text(json.dumps(alone) + "\n")
     error = run(capsys, file, tmp_path / "other", "--tokenizer", tokenizer_dir, "--tail", "derived", code=1)
@@ -172,6 +172,9 @@ def test_the_prompt_of_many_choices_is_tokenized_once(tmp_path, tokenizer):
         def __call__(self, text, **settings):
             calls.append(text)
             return tokenizer(text, **settings)
+
+        def decode(self, *args, **settings):
+            return tokenizer.decode(*args, **settings)
 
         def apply_chat_template(self, *args, **settings):
             return tokenizer.apply_chat_template(*args, **settings)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from shared.cache.cache import Cache
-from shared.errors import DamagedError
+from shared.errors import CacheError, DamagedError
 from tests.tools.foreign.importing import assert_holds, run
 from tests.tools.foreign.peers import VOCAB, chat_line, completion_line, prompt_logprobs_line, samples, spelled
 from tools.cache.foreign.openai_json import OpenAIReader
+from tools.cache.foreign.openai_request import rendered_messages
 
 
 def write_lines(path: Path, lines) -> Path:
@@ -65,7 +66,8 @@ def test_completions_are_told_by_text_and_torn_ones_are_set_aside(tmp_path, toke
     torn = next(i for i in range(3, VOCAB) if i not in whole)
     made[2].token_ids[2] = torn
     lines = [completion_line(tokenizer, f"Sort {n} numbers", sample, 5) for n, sample in enumerate(made)]
-    result = run(capsys, write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    words = (write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    result = run(capsys, *words, "--max-set-aside", "0.34")
     assert result["set_aside"] == {"a token of the answer is none of the tokenizer's": 1}
     cache = Cache.open(tmp_path / "cache")
     assert len(cache) == 2
@@ -123,7 +125,85 @@ def test_answers_without_prompt_or_log_probabilities_say_what_to_ask_for(tmp_pat
     assert "a.jsonl:1 has no prompt" in error
     line["choices"][0]["logprobs"] = None
     error = run(capsys, write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "c", "--tokenizer", tokenizer_dir, code=1)
-    assert "a.jsonl:1 has no top log-probabilities" in error
+    assert "a.jsonl:1: it has no top log-probabilities" in error
     file = write_lines(tmp_path / "b.jsonl", [{}])
     with pytest.raises(DamagedError, match="has no choices"):
         OpenAIReader(file, tokenizer, (tokenizer_dir / "tokenizer.json").read_bytes())
+
+
+SPOILT = {
+    "its text is not what its tokens spell": lambda line: line["choices"][0]["message"].update(content="Another text"),
+    "its text is not what its tokens spell ": lambda line: line["choices"][0]["message"].update(reasoning="I thought"),
+    "it has no top log-probabilities; ask the server for them (logprobs, top_logprobs)": lambda line: line["choices"][
+        0
+    ].update(logprobs=None),
+    "the server answered with an error": lambda line: line.update(error={"message": "rate limit"}),
+}
+
+
+@pytest.mark.parametrize("reason", SPOILT)
+def test_an_answer_that_cannot_be_used_is_refused_by_its_line_and_the_others_are_imported_on_request(
+    tmp_path, tokenizer, tokenizer_dir, capsys, reason
+):
+    _, lines = answers(tokenizer, samples(4, seed=3))
+    SPOILT[reason](lines[2])
+    words = (write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    error = run(capsys, *words, code=1)
+    counted = "(1 of 4 answers cannot be used, more than the 1.0% that are set aside)"
+    assert f"a.jsonl:3: {reason.strip()} {counted}" in error
+    assert not (tmp_path / "cache").exists()
+    share = error.rpartition("--max-set-aside ")[2].strip()
+    result = run(capsys, *words, "--max-set-aside", share)
+    assert (result["rows"], result["set_aside"]) == (3, {reason.strip(): 1})
+
+
+def test_an_error_of_a_batch_has_no_response(tmp_path, tokenizer, tokenizer_dir, capsys):
+    _, lines = answers(tokenizer, samples(2, seed=3))
+    lines.append({"id": "batch_req_1", "custom_id": "c", "response": None, "error": {"code": "batch_expired"}})
+    words = (write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    assert run(capsys, *words, "--max-set-aside", "0.4")["set_aside"] == {"the server answered with an error": 1}
+
+
+def test_calls_of_tools_and_thoughts_that_a_server_took_out_of_an_answer_stay_in_its_text(
+    tmp_path, tokenizer, tokenizer_dir, capsys
+):
+    (sample,) = samples(1, seed=3)
+    _, (line,) = answers(tokenizer, [sample])
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    line["choices"][0]["message"] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    run(capsys, write_lines(tmp_path / "a.jsonl", [line]), tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    assert Cache.open(tmp_path / "cache")[0].response == tokenizer.decode(sample.token_ids[1:])
+
+
+def test_tools_settings_and_parts_of_a_request_are_rendered_as_the_server_did(tmp_path, tokenizer):
+    template = (
+        "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{{ mark or '' }}{% for m in messages %}"
+        "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.items() | list }}"
+        "{% endfor %}{% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
+    )
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+    request = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "How "}, {"type": "text", "text": "many?"}]},
+            {"role": "assistant", "content": None, "tool_calls": calls, "refusal": None},
+            {"role": "tool", "content": "4", "tool_call_id": "1"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        "chat_template_kwargs": {"mark": "!"},
+        "temperature": 0.7,
+    }
+
+    class WithTemplate:
+        chat_template = template
+
+        def __call__(self, text, **settings):
+            return tokenizer(text, **settings)
+
+        def apply_chat_template(self, *args, **settings):
+            return tokenizer.apply_chat_template(*args, chat_template=template, **settings)
+
+    ids = rendered_messages(WithTemplate(), "a:1", request)
+    assert tokenizer.decode(ids) == "[f]!<user>How many?<assistant>[('a', 1)]<tool>4<go>"
+    for name, value in {"documents": [{}], "continue_final_message": True, "add_generation_prompt": False}.items():
+        with pytest.raises(CacheError, match=f"a:1: its request has `{name}`, which changes the prompt"):
+            rendered_messages(WithTemplate(), "a:1", {**request, name: value})

@@ -27,10 +27,12 @@ OPTIONS_OF = {
     "decant": set[str](),
     "distillkit": {"compression", "split_at"},
     "axolotl": {"temperature", "shift"},
-    "openai": set[str](),
+    "openai": {"max_set_aside"},
     "megatron": {"token_ids"},
 }
 """Options that a format takes beside those of all."""
+_NO_CONTENT = ("tokenizer", "max_set_aside")
+"""Options whose words change nothing of what is made: the tokenizer counts by its content."""
 _OF_ALL = ("tokenizer", "teacher", "source", "licence", "tail")
 
 
@@ -111,7 +113,7 @@ def _reader(form: str, args: argparse.Namespace, told: Told) -> ForeignReader:
     if form == "axolotl":
         return AxolotlReader(path, args.temperature or 1.0, args.shift)
     if form == "openai":
-        return OpenAIReader(path, told.tokenizer, told.tokenizer_files["tokenizer.json"])
+        return OpenAIReader(path, told.tokenizer, told.tokenizer_files["tokenizer.json"], args.max_set_aside)
     if args.token_ids is None:
         raise UsageError(
             "shards of Megatron-LM hold no token ids; name a Parquet file with a column input_ids, a sequence a row in "
@@ -129,7 +131,7 @@ def _token(tokenizer: Any, text: str) -> int:
 
 def _fingerprint(form: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return what makes two imports the same: files as they are, and every option."""
-    options = {name: getattr(args, name) for name in (*OPTIONS_OF[form], *_OF_ALL) if name != "tokenizer"}
+    options = {name: getattr(args, name) for name in (*OPTIONS_OF[form], *_OF_ALL) if name not in _NO_CONTENT}
     roots = [args.source_path, *(Path(v) for v in (options.get("compression"), options.get("token_ids")) if v)]
     files = [file for root in roots for file in ([root / n for n in list_folder(root)] if root.is_dir() else [root])]
     seen = [(file.name, file.lstat().st_size, file.lstat().st_mtime_ns) for file in files if file.exists()]

@@ -9,10 +9,11 @@ A line is a response body with its request beside it: `{"messages": [...], "choi
 - `prompt_logprobs`: per prompt token null (the first) or a map from id to `logprob`, the token's own among them.
 
 Tokens are told by id where the server says it (`token_id:123`, keys of `prompt_logprobs`, `prompt_token_ids`), else by
-`bytes`, else by text; an alternative whose text is torn (U+FFFD) is left out and counted, an answer with such a token
-is set aside. The prompt is `prompt_token_ids`, else the rendered `messages`, else the tokenized `prompt`. Whether
-values are the model's own or after the request's temperature and filters is not in the answer: the tail is unknown
-unless the user says that they are raw.
+`bytes`, else by text; an alternative whose text is torn (U+FFFD) is left out and counted. Set aside is an answer with
+such a token, one without log-probabilities, an error in place of an answer, and a text that its tokens do not spell;
+more than a share of them is refused before anything is made. The prompt is `prompt_token_ids`, else the rendered
+`messages`, else the tokenized `prompt`. Whether values are the model's own or after the request's temperature and
+filters is not in the answer: the tail is unknown unless the user says that they are raw.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import CacheError, DamagedError, ModelError, reason_of
-from shared.models.bounded_templates import render
+from shared.errors import CacheError, DamagedError
 from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.schema import MAX_TOKENS_PER_ROW
 from shared.text.file_endings import ends_in
 from shared.tokens.token_bytes import read_vocabulary
+from teacher_cache.prompts.problems import THRESHOLD
+from teacher_cache.prompts.templates.kept_text import squeezed
 from tools.cache.foreign.foreign_row import ForeignRow, check_entries
+from tools.cache.foreign.openai_request import rendered_messages
 
 _MOST_LINE_BYTES = 2**28
 _MOST_ENTRIES = 4096
@@ -40,6 +43,8 @@ _SAME = 0.01
 """Two log-probabilities of one token that differ by less are one."""
 _MOST_DIGITS = 12
 _TORN = "\ufffd"
+_NO_LOGPROBS = "it has no top log-probabilities; ask the server for them (logprobs, top_logprobs)"
+_THOUGHTS = ("reasoning_content", "reasoning")
 _REASONS = {"stop": "stop", "length": "length"}
 
 
@@ -54,11 +59,12 @@ class OpenAIReader:
     labels = "all"
     vocab_size: int | None = None
 
-    def __init__(self, path: Path, tokenizer: Any, tokenizer_json: bytes) -> None:
+    def __init__(self, path: Path, tokenizer: Any, tokenizer_json: bytes, max_set_aside: float | None = None) -> None:
         """Look for the longest list of alternatives. Cost: one pass over the files.
 
         Raises:
-            CacheError: no such files, or a tokenizer whose tokens have no bytes.
+            CacheError: no such files, a tokenizer whose tokens have no bytes, or more answers that cannot be used than
+                the share `max_set_aside` (None: 1 percent).
             DamagedError: a line is no JSON.
         """
         self.tail = "unknown"
@@ -69,15 +75,35 @@ class OpenAIReader:
         octets = read_vocabulary(tokenizer_json).octets
         self._ids = {spelled: i for i, spelled in reversed(list(enumerate(octets))) if spelled is not None}
         self.set_aside: dict[str, int] = {}
+        self._first_aside = ""
         self._torn = 0
-        self.k = max((row.ids.shape[1] for row in self.rows()), default=1)
+        widths = [row.ids.shape[1] for row in self.rows()]
+        self._refuse_many_aside(len(widths), THRESHOLD if max_set_aside is None else max_set_aside)
+        self.k = max(widths, default=1)
         self.notes: dict[str, object] = {"alternatives left out for torn text": self._torn}
 
+    def _refuse_many_aside(self, num_rows: int, most: float) -> None:
+        aside = sum(self.set_aside.values())
+        total = num_rows + aside
+        if aside > most * total:
+            needed = -(-aside * 1000 // total) / 1000
+            raise CacheError(
+                f"{self._first_aside} ({aside:,} of {total:,} answers cannot be used, more than the {most:.1%} that "
+                f"are set aside); correct them, or import the others with --max-set-aside {needed:g}"
+            )
+
+    def _put_aside(self, where: str, reason: str) -> None:
+        self._first_aside = self._first_aside or f"{where}: {reason}"
+        self.set_aside[reason] = self.set_aside.get(reason, 0) + 1
+
     def rows(self) -> Iterator[ForeignRow]:
-        """Yield every answer; see `ForeignReader`. Those that cannot be told apart are counted in `set_aside`."""
+        """Yield every answer; see `ForeignReader`. Those that cannot be used are counted in `set_aside`."""
         self.set_aside, self._torn = {}, 0
         for where, document in _lines(self._files):
             request, body = _request_and_body(document)
+            if document.get("error") or body.get("error") or document.get("response", body) is None:
+                self._put_aside(where, "the server answered with an error")
+                continue
             choices = body.get("choices")
             if not isinstance(choices, list) or not choices:
                 raise DamagedError(f"{where} has no choices; expected a response of an OpenAI-style server")
@@ -87,7 +113,7 @@ class OpenAIReader:
                 try:
                     yield self._row(place, request, body, choice, spelled)
                 except UnreadableAnswerError as error:
-                    self.set_aside[str(error)] = self.set_aside.get(str(error), 0) + 1
+                    self._put_aside(place, str(error))
                 except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
                     raise DamagedError(
                         f"{place} is no answer with log-probabilities ({type(error).__name__}: {error})"
@@ -113,12 +139,12 @@ class OpenAIReader:
             if written[0][1] is None:  # `echo`: the prompt comes again, its first token without a log-probability
                 prompt_ids, written = [self._told(self._id(written[0][0], None))], written[1:]
             tokens = [self._of_completion(*each) for each in written]
-        first = len(prompt_ids)
+        first, answer = len(prompt_ids), [token_id for token_id, _, _ in tokens]
         if prompt_logprobs:
             inside = _of_prompt(where, prompt_ids, prompt_logprobs)
             tokens, first = [*inside, *tokens], 1
         if not tokens:
-            raise CacheError(f"{where} has no top log-probabilities; ask the server for them (logprobs, top_logprobs)")
+            raise UnreadableAnswerError(_NO_LOGPROBS)
         if not prompt_ids:
             raise CacheError(
                 f"{where} has no prompt beside its answer; write the request's messages or prompt into the line"
@@ -131,8 +157,8 @@ class OpenAIReader:
         ids, values = np.full((len(tokens), width), -1, np.int64), np.full((len(tokens), width), -np.inf)
         for s, (_, _, named) in enumerate(tokens):
             ids[s, : len(named)], values[s, : len(named)] = list(named), list(named.values())
-        message = choice.get("message")
-        response = message.get("content") if isinstance(message, dict) else choice.get("text")
+        said = choice.get("text")
+        response = self._response(choice, answer) if answer else None if said is None else _text(said, "the answer")
         return ForeignRow(
             where,
             np.array(token_ids, np.int64),
@@ -142,30 +168,34 @@ class OpenAIReader:
             np.array([logprob for _, logprob, _ in tokens]),
             prompt,
             question,
-            None if response is None else _text(response, "the answer"),
+            response,
             None,
             _REASONS.get(str(choice.get("finish_reason")), "given"),
         )
+
+    def _response(self, choice: Mapping[str, Any], token_ids: list[int]) -> str | None:
+        """Return an answer's text: as the server says it, or, where it took thoughts or calls of tools out of it, as
+        its tokens spell it.
+        """
+        message = choice.get("message")
+        message = message if isinstance(message, dict) else {"content": choice.get("text")}
+        texts = [message.get(name) for name in ("content", *_THOUGHTS)]
+        said, *thoughts = [None if text is None else _text(text, "the answer") for text in texts]
+        spelled = str(self._tokenizer.decode(token_ids))
+        plain = squeezed(spelled), squeezed(str(self._tokenizer.decode(token_ids, skip_special_tokens=True)))
+        for text in (said, *thoughts):
+            if text and not any(squeezed(text.rstrip(_TORN)) in one for one in plain):
+                raise UnreadableAnswerError("its text is not what its tokens spell")
+        return spelled if any((*thoughts, message.get("tool_calls"), message.get("function_call"))) else said
 
     def _spelled_prompt(self, where: str, request: Mapping[str, Any]) -> list[int]:
         """Return ids of a request's messages or text; none where it has neither. Cost: that of the tokenizer."""
         messages, prompt = request.get("messages"), request.get("prompt")
         if messages:
-            return self._rendered(where, messages)
+            return rendered_messages(self._tokenizer, where, request)
         if isinstance(prompt, str):
             return list(self._tokenizer(_text(prompt, "the prompt"), add_special_tokens=True)["input_ids"])
         return []
-
-    def _rendered(self, where: str, messages: list[dict[str, Any]]) -> list[int]:
-        try:
-            text = render(self._tokenizer, messages, "the tokenizer's chat template", add_generation_prompt=True)
-        except ModelError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a template raises what it likes
-            raise CacheError(
-                f"{where}: the tokenizer's chat template cannot render its messages ({reason_of(error, 200)})"
-            ) from None
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _of_chat(self, entry: Mapping[str, Any]) -> tuple[int, float, dict[int, float]]:
         """Return id, log-probability and alternatives of a token of a chat completion."""
@@ -221,6 +251,8 @@ def _prompt(
     """Return ids of the prompt, its first user turn and its text."""
     messages, prompt = request.get("messages"), request.get("prompt")
     question = next((m["content"] for m in messages if m["role"] == "user"), None) if messages else None
+    if isinstance(question, list):
+        question = "".join(part.get("text") or "" for part in question if isinstance(part, dict))
     texts = [_text(t, "the prompt") for t in (question, prompt) if isinstance(t, str)]
     known = choice.get("prompt_token_ids") or body.get("prompt_token_ids")
     if known is None and isinstance(prompt, list):
