@@ -193,7 +193,15 @@ def _show(args: argparse.Namespace) -> Answer:
 
 def _stats(args: argparse.Namespace) -> Answer:
     cache = Cache.open(args.cache, args.targets, allow_partial=True)
-    stats = {"layer": cache.layer_name, **cache.stats(), "hidden": _hidden_sizes(args.cache)}
+    hidden = {
+        name: {
+            "positions": layer["positions"],
+            "bytes": layer["bytes"],
+            "bytes_per_position": layer["bytes"] / max(layer["positions"], 1),
+        }
+        for name, layer in listing(args.cache)["hidden"].items()
+    }
+    stats = {"layer": cache.layer_name, **cache.stats(), "hidden": hidden}
     lines = [f"{args.cache}, layer {cache.layer_name}" if cache.layer_name else f"{args.cache}, no targets layer"]
     mode, tail = (cache.layer.mode, cache.layer.tail) if cache.layer else ("top", "exact")
     unsaid = {"entropy_bin_nats", "mean_entropy_nats", *(["mean_tail_mass"] if tail == "unknown" else [])}
@@ -229,18 +237,6 @@ def _stats(args: argparse.Namespace) -> Answer:
             *_bars(stats["support_histogram"], lambda i: f"{0 if i == 0 else 2 ** (i - 1):5d}"),
         ]
     return stats, "\n".join(lines)
-
-
-def _hidden_sizes(path: Path) -> dict[str, dict[str, float]]:
-    """Return positions, bytes and bytes per position of every hidden layer."""
-    return {
-        name: {
-            "positions": layer["positions"],
-            "bytes": layer["bytes"],
-            "bytes_per_position": layer["bytes"] / max(layer["positions"], 1),
-        }
-        for name, layer in listing(path)["hidden"].items()
-    }
 
 
 def _bars(counts: list[int], label: Callable[[int], str]) -> list[str]:
