@@ -17,7 +17,7 @@ from tools.evaluate.asking import Asked, ask_model
 from tools.evaluate.models.generate_answers import Answer
 from tools.evaluate.models.model_process import serve
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
-from tools.evaluate.results.results import heldout_layer, result_path, taught_layers, write_answers, write_result
+from tools.evaluate.results.results import heldout_layer, result_path, taught_layers, write_result
 from tools.evaluate.sandbox import sandbox
 from tools.evaluate.side_by_side.side_prompts import choose_prompts
 from tools.evaluate.side_by_side.side_results import write_side_answers
@@ -48,7 +48,7 @@ def evaluate_model(
         )
     if "evaluation" not in wanted:
         return
-    tasks = _score(recipe, name, asked, answers.tasks, allow_unsafe_code)
+    tasks, rows = _score(asked, answers.tasks, allow_unsafe_code)
     scored = time.monotonic() - started - answered
     before = time.monotonic()
     heldout = _heldout(recipe, model, say)
@@ -61,7 +61,7 @@ def evaluate_model(
         "provenance": answers.provenance,
         "made": made(),
     }
-    write_result(result_path(recipe, name), result)
+    write_result(result_path(recipe, name), result, rows)
 
 
 def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -91,8 +91,9 @@ def _heldout(recipe: Recipe, model: ModelUnderTest, say: Callable[[str], None]) 
 
 
 def _score(
-    recipe: Recipe, name: str, asked: Asked, answers: dict[str, list[Answer]], allow_unsafe: bool
-) -> dict[str, Any]:
+    asked: Asked, answers: dict[str, list[Answer]], allow_unsafe: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the figures of each task, and every answer with its score."""
     found: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for domain, (task, questions) in asked.items():
@@ -117,8 +118,7 @@ def _score(
         }
         if kind.runs_code:
             found[domain]["sandbox"] = sandbox.require(allow_unsafe)
-    write_answers(result_path(recipe, name, "answers.jsonl"), rows)
-    return found
+    return found, rows
 
 
 def _row(domain: str, number: int, question: Question, answer: Answer, score: Score) -> dict[str, Any]:

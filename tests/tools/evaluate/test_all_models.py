@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from shared.atomic import write_atomic
 from shared.cache.cache import Cache
 from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.cache.writing.cache_writer import CacheWriter
@@ -26,10 +27,11 @@ from teacher_cache.engines.protocol import Generated
 from teacher_cache.teacher.model_files import ModelFiles
 from tests.tiny_models import make_qwen3
 from tests.tools.evaluate.heldout_cache import build_cache
-from tools.evaluate import all_models
+from tools.evaluate import all_models, one_model
 from tools.evaluate.models import generate_answers
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
 from tools.evaluate.one_model import evaluate_model
+from tools.evaluate.results import results
 from tools.evaluate.results.results import evaluation_identity, heldout_layer, same_identity
 from tools.evaluate.results.run_shapes import AnswerRow, read_lines
 
@@ -156,6 +158,28 @@ def test_answers_are_scored_beside_their_questions_and_kept(root: Path, canned: 
     assert canned[0].engine == "transformers"
     assert canned[0].model == str(root / "out" / "train" / "kd" / "model")
     assert canned[-1] == "closed"
+
+
+@pytest.mark.parametrize("place", ["heldout", "result"])
+def test_answers_of_an_evaluation_that_was_killed_never_stay_beside_the_figures_of_another(
+    root: Path, canned: list[Any], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    first, answers = recipe(root, models=["kd"]), root / "out" / "evaluate" / "kd.answers.jsonl"
+    all_models.evaluate_all(first, say=lambda line: None)
+    kept = answers.read_bytes()
+
+    def end(*given: Any, **more: Any) -> None:
+        if place == "heldout" or given[2] == "evaluation":
+            raise KeyboardInterrupt
+        write_atomic(*given, **more)
+
+    with monkeypatch.context() as other:
+        other.setattr(CannedEngine, "text", "#### 2")
+        other.setattr(*((one_model, "_heldout") if place == "heldout" else (results, "write_atomic")), end)
+        with pytest.raises(KeyboardInterrupt):
+            all_models.evaluate_all(recipe(root, models=["kd"], max_new_tokens=9), say=lambda line: None)
+    all_models.evaluate_all(first, say=lambda line: None)
+    assert answers.read_bytes() == kept
 
 
 def test_a_cache_of_two_teachers_is_evaluated_on_the_layer_of_the_recipes_own(

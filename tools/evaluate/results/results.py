@@ -141,16 +141,18 @@ def read_kept(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     return kept if kept is not None and same_identity(kept["identity"], identity) else None
 
 
-def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write an evaluation; NaN is refused, so that readers of any language can read it."""
+def write_result(path: Path, result: Mapping[str, Any], answers: Iterable[Mapping[str, Any]] | None = None) -> None:
+    """Write an evaluation; NaN is refused, so that readers of any language can read it.
+
+    `answers` are the lines of `MODEL.answers.jsonl` beside it. Until both are of one evaluation there is none, or what
+    is kept would say of another's answers that they are its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if answers is not None:
+        path.unlink(missing_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in answers)
+        write_atomic(path.with_suffix(".answers.jsonl"), lines.encode(), "answers")
     write_atomic(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(), "evaluation")
-
-
-def write_answers(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the answers of a model, a JSON object per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def same_identity(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

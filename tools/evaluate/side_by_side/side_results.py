@@ -17,7 +17,7 @@ from shared.recipe.recipe import Recipe
 from tools.evaluate.models.generate_answers import Answer
 from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models.models import ModelUnderTest
-from tools.evaluate.results.results import write_answers, write_result
+from tools.evaluate.results.results import write_result
 from tools.evaluate.side_by_side.side_prompts import SidePrompt, digest_of, sources_of
 
 SIDE_FORMAT = 1
@@ -76,6 +76,5 @@ def write_side_answers(
         for temperature, given in answers.items()
         for number, (prompt, answer) in enumerate(zip(prompts, given, strict=True))
     )
-    write_answers(side_path(recipe, name, "answers.jsonl"), rows)
     result = {"identity": identity, "seconds": {"answer": round(seconds, 3)}, "provenance": provenance}
-    write_result(side_path(recipe, name), result)
+    write_result(side_path(recipe, name), result, rows)
