@@ -25,7 +25,6 @@ from torch import Tensor
 
 from shared.errors import TrainingError
 from shared.models.forward.evaluating import evaluating
-from shared.models.no_numbers import NO_NUMBERS
 from student_train.batch.collate import collate
 from student_train.batch.dataset import CacheList, build_pack
 from student_train.evaluate.heldout_rows import heldout_rows_per_source
@@ -114,9 +113,6 @@ def measure_heldout(
         heldout: what to measure on.
         packs: its rows, packed.
         processes: who measures what.
-
-    Raises:
-        TrainingError: the model computes NaN.
     """
     codes = {row: code for code, rows in enumerate(heldout.rows.values()) for row in rows}
     layers = heldout.caches.layers
@@ -138,8 +134,6 @@ def measure_heldout(
                 for number, layer in enumerate(layers, len(heldout.rows)):
                     sums[number] += by_layer[layer.key].sum(0) if layer.key in by_layer else 0.0
     added = processes.add_up(sums.to(processes.device)).cpu().numpy()
-    if bool(np.isnan(added[:, _KL]).any()):
-        raise TrainingError(NO_NUMBERS)
     by_source = {name: _figures(added[code], len(rows)) for code, (name, rows) in enumerate(heldout.rows.items())}
     found = {**_figures(added[: len(heldout.rows)].sum(axis=0), len(codes)), "by_source": by_source}
     return {**found, "by_layer": _by_layer(heldout, added[len(heldout.rows) :])} if layers else found

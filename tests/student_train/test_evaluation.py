@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 
 import pytest
@@ -12,6 +13,7 @@ from student_train.evaluate.verdict import judge
 from student_train.records.checkpoints import list_checkpoints
 from student_train.records.metrics_log import read_steps
 from student_train.stage.stages import run_stages
+from student_train.student.forward_patch import Objective
 
 LORA = {"adapter": {"kind": "lora", "r": 4, "dropout": 0.2}}
 
@@ -198,3 +200,24 @@ def test_evaluation_without_held_out_rows_or_useless_options_is_refused(tmp_path
         (tmp_path / "recipe.yaml").write_text(text)
         with pytest.raises(RecipeError, match=said):
             load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_evaluation_that_gives_no_number_is_null_and_the_stage_goes_on(recipe_of, monkeypatch):
+    """A student may be lost for a while; keep_best and patience count such an evaluation as the worst."""
+    stock, asked = Objective.take_scores, []
+
+    def lost_in_the_middle(self):
+        asked.append(scores := stock(self))
+        if len(asked) == 3:  # of the second evaluation: each empties the store when it ends
+            scores[:, 0] = math.nan
+        return scores
+
+    monkeypatch.setattr(Objective, "take_scores", lost_in_the_middle)
+    recipe = recipe_of(evaluate={"every_steps": 2, "keep_best": True}, trainer={"pack_tokens": 4096})
+    run_stages(recipe)
+    found = [figures["kl_nats"] is None for figures in evaluations(recipe)]
+    assert any(found) and not all(found)
+    health = json.loads((stage_dir(recipe) / "health.json").read_text())
+    assert health["best_step"] in [
+        one["step"] for one, lost in zip(evaluations(recipe), found, strict=True) if not lost
+    ]
