@@ -79,10 +79,8 @@ def _work(recipe: Recipe, planned: dict[str, Any], found: Calibration) -> dict[s
         to_do = source["rows"] - source["rows_in_cache"]
         rows += to_do
         if recipe.generate is None:
-            answers, whole = (
-                source["answer_tokens"]["expected"],
-                source["prompt_tokens"] + source["answer_tokens"]["expected"],
-            )
+            answers = source["answer_tokens"]["expected"]
+            whole = source["prompt_tokens"] + answers
         else:
             answers, whole = (round(to_do * mean) for mean in _means(found, name))
             generate += answers

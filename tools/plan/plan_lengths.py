@@ -37,7 +37,7 @@ def length_figures(
     from student_train.stage.student_length import student_positions
 
     packs, student = length_limit(stage.trainer.pack_tokens, stage.max_length), recipe.student
-    known = student_positions(student) if student is not None and Path(student.model).expanduser().is_dir() else None
+    known = student_positions(student) if student is not None and Path(student.model).is_dir() else None
     limit = packs if known is None else min(packs, known)
     by = "the positions that the student knows" if limit < packs else "max_length" if stage.max_length else "a pack"
     return {

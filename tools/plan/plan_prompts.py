@@ -102,22 +102,22 @@ def count_prompts(recipe: Recipe) -> PromptCount:
         is_held = is_heldout(row.group_key, recipe.heldout.fraction)
         source.rows_heldout += is_held
         if source.rows_counted + source.too_long < ROWS_COUNTED:
+            is_there, why = row.row_key in committed, None
             try:
                 prompt, answer = counter.count(current.item)
             except PromptError as error:
-                if row.row_key in committed:
+                if is_there:
                     continue  # it was rendered when it was built
                 counter.templates.require_date()
-                problems.add(current.item.path, current.item.line, str(error))
+                why = str(error)
+            else:
+                if not is_there:
+                    why = _too_long(prompt, answer, longest, generates=recipe.generate is not None)
+                    source.too_long += why is not None
+            if why is not None:
+                problems.add(current.item.path, current.item.line, why)
                 source.rows -= 1
                 source.rows_heldout -= is_held
-                continue
-            too_long = _too_long(prompt, answer, longest, generates=recipe.generate is not None)
-            if too_long is not None and row.row_key not in committed:
-                problems.add(current.item.path, current.item.line, too_long)
-                source.rows -= 1
-                source.rows_heldout -= is_held
-                source.too_long += 1
                 continue
             source.rows_counted += 1
             source.prompt_tokens_counted += prompt
@@ -317,13 +317,11 @@ def _estimate(conversation: Any, given: bool) -> tuple[int, int]:
     """Estimate tokens from characters."""
     from teacher_cache.prompts.formats.prompt_formats import group_text
 
-    prompt = group_text(conversation.messages, conversation.text)
+    tokens = round(len(group_text(conversation.messages, conversation.text)) / CHARACTERS_PER_TOKEN)
     if conversation.text is not None:
-        return (
-            (1, round(len(prompt) / CHARACTERS_PER_TOKEN)) if given else (round(len(prompt) / CHARACTERS_PER_TOKEN), 0)
-        )
+        return (1, tokens) if given else (tokens, 0)
     answers = sum(len(turn["content"]) for turn in conversation.messages if turn["role"] == "assistant") if given else 0
-    return round(len(prompt) / CHARACTERS_PER_TOKEN), round(answers / CHARACTERS_PER_TOKEN)
+    return tokens, round(answers / CHARACTERS_PER_TOKEN)
 
 
 def _committed(cache: Path) -> frozenset[bytes]:

@@ -61,7 +61,7 @@ def preflight(recipe: Recipe, where: Where, phases: Collection[str], *, plans_on
 def _records(asked: Asked) -> Iterator[Problem]:
     """Fetch the records of caches that are named by a URL."""
     for i, path in enumerate(asked.recipe.cache):
-        yield from said(("cache", i), lambda path=path: bring_if_remote(path))  # type: ignore[misc]
+        yield from said(("cache", i), partial(bring_if_remote, path))
 
 
 def _places(asked: Asked) -> Iterator[Problem]:
@@ -81,7 +81,7 @@ def _places(asked: Asked) -> Iterator[Problem]:
         elif place[0] == "cache" and path.is_dir() and not (path / "cache.json").exists() and any(path.iterdir()):
             yield place, f"'{path}' holds files and is no cache (it has no cache.json); name another directory"
         elif place[0] == "cache" and not (path / "cache.json").exists():
-            yield from said(place, lambda path=path: refuse_within_cache(path))  # type: ignore[misc]
+            yield from said(place, partial(refuse_within_cache, path))
         elif place[0] == "output_dir":
             yield from said(place, partial(refuse_within_cache, path / "recipe.yaml", asked.recipe.cache))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from shared.recipe.base import Problem
@@ -22,10 +23,8 @@ def _models(asked: Asked) -> Iterator[Problem]:
         place: Place = ("evaluate", "models", i)
         if name == "teacher" and teacher is not None:
             stated = asked.plans_only and (assume.teacher is not None or bool(assume.sources))
-            place, problem = (
-                ("teacher", "model"),
-                model_problem(teacher.model, teacher.revision, weights=weights, stated=stated),
-            )
+            place = ("teacher", "model")
+            problem = model_problem(teacher.model, teacher.revision, weights=weights, stated=stated)
         elif name in recipe.teachers:
             other = recipe.teachers[name]
             place = ("teachers", name, "model")
@@ -36,10 +35,8 @@ def _models(asked: Asked) -> Iterator[Problem]:
             )
         elif name == "base" and student is not None:
             stated = asked.plans_only and assume.student is not None
-            place, problem = (
-                ("student", "model"),
-                model_problem(student.model, student.revision, weights=weights, stated=stated),
-            )
+            place = ("student", "model")
+            problem = model_problem(student.model, student.revision, weights=weights, stated=stated)
         elif name not in ("teacher", "base") and "train" not in asked.phases:
             directory = recipe.stage_dir(name) / "model"
             if not directory.is_dir():
@@ -58,10 +55,7 @@ def evaluation_problems(asked: Asked) -> Iterator[Problem]:
     if asked.elsewhere:
         return
     for i, task in enumerate(recipe.evaluate.tasks):
-        yield from said(
-            ("evaluate", "tasks", i, "path"),
-            lambda task=task: read_questions(task, task_kind(task)),  # type: ignore[misc]
-        )
+        yield from said(("evaluate", "tasks", i, "path"), partial(read_questions, task, task_kind(task)))
     if recipe.evaluate.own_answers is not None:
         yield from said(("evaluate", "own_answers", "prompts"), lambda: require_prompts(*asked_of_models(recipe)))
     for i, name in enumerate(recipe.evaluate.side_by_side.prompts if recipe.evaluate.side_by_side else ()):

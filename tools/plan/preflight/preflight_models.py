@@ -16,7 +16,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 def model_problem(name: str, revision: str | None, *, weights: bool, stated: bool) -> str | None:
     """Say why a model cannot be had, or None; `stated`: its sizes are enough, where no directory is meant."""
-    directory = Path(name).expanduser()
+    directory = Path(name)
     if directory.is_dir():
         from teacher_cache.teacher.model_files import resolve_model
 

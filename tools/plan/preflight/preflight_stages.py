@@ -28,10 +28,8 @@ def stage_problems(asked: Asked) -> Iterator[Problem]:
     """Check what each stage reads: where it starts, layers, temperatures, sources, optimizer, reporters."""
     for i, path in enumerate(asked.recipe.cache):
         if path not in asked.caches and not asked.builds:
-            yield (
-                ("cache", i),
-                f"there is no cache at '{path}' to train from; build it with `decant teach`, or name another",
-            )
+            said_of = f"there is no cache at '{path}' to train from; build it with `decant teach`, or name another"
+            yield ("cache", i), said_of
     sources = _sources(asked)
     for i, stage in enumerate(asked.recipe.stages):
         if "/" in stage.init_from:

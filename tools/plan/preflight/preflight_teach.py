@@ -40,7 +40,7 @@ def _asked_twice(teachers: Mapping[str, Teacher]) -> Iterator[Problem]:
     """Name teachers whose layer an earlier one of them would write; what is wrong with a model is said elsewhere."""
     names: dict[tuple[str | None, ...], str] = {}
     for name, one in teachers.items():
-        model, adapter = Path(one.model).expanduser(), one.adapter and Path(one.adapter).expanduser()
+        model, adapter = Path(one.model), one.adapter and Path(one.adapter)
         try:
             weights = (weights_hash(model), weights_hash(adapter) if adapter else None)
         except ModelError:
@@ -76,7 +76,7 @@ def _same_tokens(own: Teacher, other: Teacher) -> None:
         IdentityError: they differ.
         ModelError: a tokenizer cannot be loaded.
     """
-    if not all((Path(one.model).expanduser() / "config.json").is_file() for one in (own, other)):
+    if not all((Path(one.model) / "config.json").is_file() for one in (own, other)):
         return
     found = [hash_of_tokenizer(one.model, trusts=one.trust_remote_code) for one in (own, other)]
     if found[0] != found[1]:
@@ -97,7 +97,7 @@ def prompt_problems(asked: Asked) -> Iterator[Problem]:
             yield from said(("prompts", i, "path"), partial(locate, prompt))
         yield from said(("prompts", i, "chat_template"), partial(template_text, prompt.chat_template))
     teacher = asked.recipe.teacher
-    if teacher is not None and len(asked.caches) == 1 and (Path(teacher.model).expanduser() / "config.json").is_file():
+    if teacher is not None and len(asked.caches) == 1 and (Path(teacher.model) / "config.json").is_file():
         from teacher_cache.build import refuse_other_cache
 
         yield from said(("cache", 0), partial(refuse_other_cache, asked.recipe))

@@ -24,7 +24,7 @@ def weight_problems(asked: Asked) -> Iterator[Problem]:
 
     checked = set[tuple[str, str | None]]()
     for place, name, what, trusts, adapter in _models(asked):
-        directory = Path(name).expanduser()
+        directory = Path(name)
         there = any(file for ending in ("safetensors", "bin", "index.json") for file in directory.glob(f"*.{ending}"))
         if there and (name, adapter) not in checked:
             checked.add((name, adapter))
@@ -65,15 +65,13 @@ def training_problems(asked: Asked) -> Iterator[Problem]:
     from student_train.student.student import DTYPES, add_adapter
 
     recipe, student = asked.recipe, asked.recipe.student
-    if student is None or not (Path(student.model).expanduser() / "config.json").is_file():
+    if student is None or not (Path(student.model) / "config.json").is_file():
         return
     import torch
 
     from shared.models.weights.checkpoint import empty_model
 
-    model = empty_model(
-        Path(student.model).expanduser(), trust_remote_code=student.trust_remote_code, dtype=DTYPES[student.dtype]
-    )
+    model = empty_model(Path(student.model), trust_remote_code=student.trust_remote_code, dtype=DTYPES[student.dtype])
     if model is None:
         return
     adapted: list[Any] = []
