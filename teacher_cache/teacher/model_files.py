@@ -115,7 +115,9 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     """
     directory = Path(str(tokenizer.name_or_path))
     if directory.is_dir():
-        refuse_links_outside(directory, [p for p in directory.iterdir() if p.suffix in TOKENIZER_SUFFIXES])
+        templates = directory / "additional_chat_templates"
+        own = [path for path in directory.iterdir() if path.suffix in TOKENIZER_SUFFIXES]
+        refuse_links_outside(directory, [*own, templates, *templates.glob("*.jinja")])
     with tempfile.TemporaryDirectory(prefix="decant-tokenizer-") as scratch:
         try:
             tokenizer.save_pretrained(scratch)

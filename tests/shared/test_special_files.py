@@ -137,3 +137,17 @@ def test_a_file_from_elsewhere_on_the_machine_is_no_part_of_a_tokenizer(model, t
     if link.exists():
         with pytest.raises(ModelError, match="put the file itself there"):
             tokenizer_files(load_tokenizer(directory, trust_remote_code=False))
+
+
+@pytest.mark.parametrize("place", ["additional_chat_templates", "additional_chat_templates/tool_use.jinja"])
+def test_a_template_for_tools_from_elsewhere_on_the_machine_is_no_part_of_a_tokenizer(model, tmp_path, place):
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "tool_use.jinja").write_text("password")
+    folder = place == "additional_chat_templates"
+    linked(directory / place, tmp_path / "elsewhere" / ("" if folder else "tool_use.jinja"))
+    tokenizer = load_tokenizer(directory, trust_remote_code=False)
+    assert tokenizer.chat_template["tool_use"] == "password"
+    with pytest.raises(ModelError, match=rf"{place} is a link to .*; put the file itself there"):
+        tokenizer_files(tokenizer)
