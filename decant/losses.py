@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Number
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from shared.errors import TrainingError
+from shared.recipe.sections.losses import Loss
 from student_train.batch.target_batch import Members, TargetBatch
 from student_train.losses import LossTerm
 from student_train.operator.fused_loss import fused_sparse_loss
@@ -27,47 +30,65 @@ from student_train.student.student_head import StudentHead, check_head, head_of,
 
 def cross_entropy(weight: float = 1.0) -> LossTerm:
     """Return cross-entropy with the tokens of the text, at temperature 1."""
-    return LossTerm("cross_entropy", weight)
+    return _term("cross_entropy", weight)
 
 
 def forward_kl(weight: float = 1.0, temperature: float = 1.0) -> LossTerm:
     """Return KL(teacher || student)."""
-    return LossTerm("forward_kl", weight, temperature)
+    return _term("forward_kl", weight, temperature=temperature)
 
 
 def reverse_kl(weight: float = 1.0, temperature: float = 1.0) -> LossTerm:
     """Return KL(student || teacher)."""
-    return LossTerm("reverse_kl", weight, temperature)
+    return _term("reverse_kl", weight, temperature=temperature)
 
 
 def head_kl(weight: float = 1.0, temperature: float = 1.0) -> LossTerm:
     """Return forward KL given that the token is in the teacher's head: for layers whose tail is unknown."""
-    return LossTerm("head_kl", weight, temperature)
+    return _term("head_kl", weight, temperature=temperature)
 
 
 def jsd(weight: float = 1.0, temperature: float = 1.0, beta: float = 0.5) -> LossTerm:
     """Return the generalised Jensen-Shannon divergence; `beta` is the teacher's share of the mixture (2306.13649)."""
-    return LossTerm("jsd", weight, temperature, {"beta": beta})
+    return _term("jsd", weight, temperature=temperature, beta=beta)
 
 
 def skew_forward_kl(weight: float = 1.0, temperature: float = 1.0, skew: float = 0.1) -> LossTerm:
     """Return KL(teacher || (1 - skew) student + skew teacher) (DistiLLM, 2402.03898)."""
-    return LossTerm("skew_forward_kl", weight, temperature, {"skew": skew})
+    return _term("skew_forward_kl", weight, temperature=temperature, skew=skew)
 
 
 def skew_reverse_kl(weight: float = 1.0, temperature: float = 1.0, skew: float = 0.1) -> LossTerm:
     """Return KL(student || (1 - skew) teacher + skew student) (DistiLLM, 2402.03898)."""
-    return LossTerm("skew_reverse_kl", weight, temperature, {"skew": skew})
+    return _term("skew_reverse_kl", weight, temperature=temperature, skew=skew)
 
 
 def tail_weighted_kl(weight: float = 1.0, temperature: float = 1.0, tail_weight: float = 2.0) -> LossTerm:
     """Return KL over head and bucket + `tail_weight` times the KL within the tail, known from draws (2602.20816)."""
-    return LossTerm("tail_weighted_kl", weight, temperature, {"tail_weight": tail_weight})
+    return _term("tail_weighted_kl", weight, temperature=temperature, tail_weight=tail_weight)
 
 
 def decoupled_kl(weight: float = 1.0, head_temperature: float = 2.0) -> LossTerm:
     """Return KL of head against bucket at temperature 1 and within the head at `head_temperature` (2203.08679)."""
-    return LossTerm("decoupled_kl", weight, 1.0, {"head_temperature": head_temperature})
+    return _term("decoupled_kl", weight, head_temperature=head_temperature)
+
+
+def _term(name: str, weight: float, **options: float) -> LossTerm:
+    """Return a term whose options are what a recipe may say of it; any number is a weight.
+
+    Raises:
+        TrainingError: one of them is not.
+    """
+    if not isinstance(weight, Number | Tensor):
+        raise TrainingError(f"{name}: weight: expected a number, found {weight!r}")
+    try:
+        TypeAdapter(Loss).validate_python({"name": name, **options})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = next((key for key in wrong["loc"] if key in options), "its options")
+        expected = wrong["msg"].replace("Input should be", "expected")
+        raise TrainingError(f"{name}: {place}: {expected}, found {options.get(str(place))!r}") from None
+    return LossTerm(name, weight, options.pop("temperature", 1.0), options)
 
 
 def sparse_loss(
@@ -195,6 +216,8 @@ def _masses(z: Tensor, members: Members) -> Tensor:
 
 
 def _targets(batch: Mapping[str, Any], terms: Sequence[LossTerm]) -> TargetBatch | None:
+    if isinstance(terms, LossTerm | str) or not all(isinstance(term, LossTerm) for term in terms):
+        raise TrainingError(f"terms: expected a list such as [decant.forward_kl(0.9)], found {str(terms)[:60]}")
     if "support_counts" in batch:
         return TargetBatch.from_batch(batch)
     if any(term.name != "cross_entropy" for term in terms):

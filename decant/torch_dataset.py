@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from decant.reading import Cache
 from shared.errors import TrainingError
@@ -63,8 +64,10 @@ class TorchDataset(torch.utils.data.Dataset):  # type: ignore[misc]  # torch has
             heldout_fraction: share of the prompts that is left out, the same rows as a recipe's `heldout.fraction`.
 
         Raises:
-            TrainingError: nothing is left, a temperature was not captured, or a source is unknown.
+            TrainingError: nothing is left, a temperature was not captured, a source is unknown, or a number is no size.
         """
+        if not isinstance(cache, Cache):
+            raise TrainingError(f"expected a cache as decant.open_cache returns it, found {str(cache)[:60]!r}")
         caches = CacheList([cache.stored])
         captured = cache.temperatures
         wanted = tuple(captured if temperatures is None else temperatures)
@@ -73,7 +76,7 @@ class TorchDataset(torch.utils.data.Dataset):  # type: ignore[misc]  # torch has
             raise TrainingError(
                 f"temperature {missing[0]:g} was not captured, only {', '.join(f'{t:g}' for t in captured)}"
             )
-        trainer = StageTrainer(pack_tokens=pack_tokens, num_train_epochs=epochs)
+        trainer = _trainer(pack_tokens, epochs)
         eligible = np.intersect1d(caches.training_rows(heldout_fraction), np.asarray(cache.row_numbers))
         rows = StageRows(seed, caches.num_tokens, caches.sources, pack_tokens, eligible=eligible)
         plan = plan_stage(trainer, rows, caches.mixture_codes(mixture))
@@ -86,3 +89,13 @@ class TorchDataset(torch.utils.data.Dataset):  # type: ignore[misc]  # torch has
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one pack's arrays; keys as `collate` describes, without the leading 1."""
         return self._packs[index]
+
+
+def _trainer(pack_tokens: int, epochs: float) -> StageTrainer:
+    try:
+        return StageTrainer.model_validate({"pack_tokens": pack_tokens, "num_train_epochs": epochs})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = "epochs" if wrong["loc"][0] == "num_train_epochs" else wrong["loc"][0]
+        expected = wrong["msg"].replace("Input should be", "expected")
+        raise TrainingError(f"{name}: {expected}, found {wrong['input']!r}") from None

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,6 +217,52 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(tmp_path: Path) -> None:
         decant.sparse_loss(torch.zeros(1, 999, 4), torch.zeros(512, 4), _batch([1.0]), [decant.forward_kl(1, 2.0)])
     with pytest.raises(IndexError, match="row 24 of 24"):
         _ = cache[24]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda d: d.jsd(beta=2), "jsd: beta: expected less than 1, found 2"),
+        (lambda d: d.skew_reverse_kl(skew=1.0), "skew_reverse_kl: skew: expected less than 1, found 1.0"),
+        (lambda d: d.decoupled_kl(head_temperature=0), "decoupled_kl: head_temperature: .*, found 0"),
+        (lambda d: d.forward_kl(temperature=-1.0), "forward_kl: temperature: .*, found -1.0"),
+        (lambda d: d.forward_kl("x"), "forward_kl: weight: expected a number, found 'x'"),
+        (lambda d: d.TorchDataset("runs/demo/cache"), "as decant.open_cache returns it, found 'runs/demo/cache'"),
+        (lambda d: d.TorchDataset(_golden(), pack_tokens=0), "pack_tokens: expected .*, found 0"),
+        (lambda d: d.TorchDataset(_golden(), epochs=0), "epochs: expected greater than 0, found 0"),
+        (lambda d: _loss_of(d.forward_kl()), r"terms: expected a list such as \[decant.forward_kl\(0.9\)\], found"),
+        (lambda d: _loss_of("forward_kl"), "terms: expected a list"),
+    ],
+)
+def test_options_that_no_recipe_may_have_are_refused_in_a_sentence(make, sentence) -> None:
+    import decant
+
+    with pytest.raises(decant.DecantError, match=f"^(expected a cache )?{sentence}"):
+        make(decant)
+
+
+def _golden():
+    import decant
+
+    return decant.open_cache(ROOT / "data/golden/run-1/cache")
+
+
+def _loss_of(terms):
+    import torch
+
+    import decant
+
+    return decant.sparse_loss(torch.zeros(1, 999, 4), torch.zeros(512, 4), _batch([1.0]), terms)
+
+
+def test_any_number_is_a_weight() -> None:
+    import torch
+
+    import decant
+
+    assert decant.forward_kl(-0.5).weight == -0.5
+    assert decant.jsd(np.float32(0.5), beta=np.float64(0.1)).options == {"beta": 0.1}
+    assert decant.cross_entropy(torch.tensor(2.0)).weight == 2.0
 
 
 def test_a_slice_is_packed_alone_and_held_out_prompts_stay_out() -> None:
