@@ -73,6 +73,11 @@ def place_of(text: str | Path) -> Path:
     return store_dir() / "caches" / name
 
 
+def resolved(path: str | Path) -> Path:
+    """Return the absolute path that links lead to; of links in a circle, which `Path.resolve` raises on, the last."""
+    return Path(os.path.realpath(path))
+
+
 def origin_of(path: Path) -> str | None:
     """Return the URL that a mirror, or a file or folder in it, stands for; None of any other path."""
     if _ENCODED not in str(path):  # asked at every row that is read

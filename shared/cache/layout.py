@@ -19,7 +19,7 @@ from shared.identity.identity import Identity, LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import list_folder, read_bounded
 from shared.parts.part_stats import Strict
 from shared.parts.records import checked_model, parse_sealed, read_sealed
-from shared.places import is_url, origin_of
+from shared.places import is_url, origin_of, resolved
 from shared.remote.transfer import Remote
 from shared.schema import (
     LAYER_PATTERN,
@@ -232,8 +232,8 @@ def refuse_within_cache(place: Path | str, coming: Sequence[Path] = ()) -> None:
     """
     url = place if is_url(place) else origin_of(Path(place))
     if url is None:
-        caches = {path.resolve() for path in coming}
-        parents = Path(place).resolve().parents
+        caches = {resolved(path) for path in coming}
+        parents = resolved(place).parents
         above = [str(parent) for parent in parents if parent in caches or _is_cache(parent)]
     else:
         above = [parent for parent in _folders_above(str(url)) if _is_cache_at(parent)]

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from shared.errors import UsageError
-from shared.places import named
+from shared.places import named, resolved
 from shared.recipe.assumptions import Assume, AssumedModel, AssumedSource
 from shared.recipe.base import (
     MOST_SEED,
@@ -203,7 +203,7 @@ def _phase1_problems(recipe: Recipe) -> Iterator[Problem]:
     for i, source in enumerate(recipe.prompts):
         if source.of_cache and generate is not None:
             yield ("prompts", i, "format"), "rows of a cache are answered already; leave `generate` out"
-        if source.of_cache and any(Path(source.path).resolve() == cache.resolve() for cache in recipe.cache):
+        if source.of_cache and any(resolved(source.path) == resolved(cache) for cache in recipe.cache):
             said = "is the cache that this recipe builds; without `prompts` its rows are scored"
             yield ("prompts", i, "path"), said
     for i in repeated(recipe.cache):

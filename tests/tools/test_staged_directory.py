@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,32 @@ def held(staging: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     return holder
+
+
+@pytest.mark.parametrize("command", list(WORDS))
+def test_a_place_that_is_a_link_is_written_where_the_link_leads(place, command, capsys):
+    assert cli.main(["cache", *WORDS[command]]) == 0
+    expected = tree(place / "out")
+    for leads_to in ("there", "disk/new"):
+        shutil.rmtree((place / "out").resolve())
+        (place / "there").mkdir(exist_ok=True)
+        (place / "disk").mkdir(exist_ok=True)
+        (place / "out").unlink(missing_ok=True)
+        (place / "out").symlink_to(leads_to)
+        assert cli.main(["cache", *WORDS[command]]) == 0
+        assert (place / "out").is_symlink()
+        assert tree(place / leads_to) == expected
+        assert cli.main(["cache", *WORDS[command]]) == 0
+    assert [path.name for path in place.rglob(".*")] == []
+
+
+@pytest.mark.parametrize("command", list(WORDS))
+def test_links_in_a_circle_are_one_sentence(place, command, capsys):
+    (place / "out").symlink_to("out")
+    assert cli.main(["cache", *WORDS[command]]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("out is a link in a circle of links; remove it, or name a directory that does not exist\n")
+    assert [path.name for path in place.rglob(".*")] == []
 
 
 @pytest.mark.parametrize("command", list(WORDS))

@@ -42,6 +42,7 @@ from shared.identity.identity import difference
 from shared.parts.cache_files import read_bounded
 from shared.parts.records import PartRecord, check_counts, list_records
 from shared.parts.repeated_rows import repeated_rows
+from shared.places import resolved
 from shared.schema import MAX_JSON_BYTES
 from tools.cache.staged_directory import DerivedCache, unfinished
 
@@ -98,8 +99,8 @@ def merge_caches(
         IdentityError: the inputs differ in identity.
         CacheError: an input is damaged, or `out` is something else.
     """
-    resolved = [path.resolve() for path in inputs]
-    if len(set(resolved)) < max(2, len(inputs)):
+    places = {resolved(path) for path in inputs}
+    if len(places) < max(2, len(inputs)):
         raise UsageError(
             f"a merge needs two different caches or more, each named once, got {', '.join(map(str, inputs))}"
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,18 +24,19 @@ from shared.atomic import TEMPORARY_MARK, fsync_dir, make_dir
 from shared.cache.layout import refuse_within_cache
 from shared.errors import CacheError
 from shared.parts.jobs import create_job, job_id
+from shared.places import resolved
 
 
 def staging_path(out: Path, doing: str, content_id: str) -> Path:
-    """Return where `out` is written, in the same directory: `.OUT.DOING-ID8`."""
-    whole = out.absolute()
+    """Return where `out` is written, in the same directory: `.OUT.DOING-ID8`; of a link, where it leads."""
+    whole = resolved(out)
     return whole.with_name(f".{whole.name}.{doing}-{content_id[:8]}")
 
 
 def unfinished(out: Path, doing: str) -> list[str]:
     """Return what killed commands of that kind left beside `out`."""
-    whole = out.absolute()
-    return sorted(str(path) for path in whole.parent.glob(f".{whole.name}.{doing}-*"))
+    whole = resolved(out)
+    return sorted(str(path) for path in whole.parent.glob(f".{glob.escape(whole.name)}.{doing}-*"))
 
 
 def refuse_existing(out: Path, wanted: str) -> None:
@@ -45,6 +47,8 @@ def refuse_existing(out: Path, wanted: str) -> None:
         UsageError: it lies in a cache.
     """
     refuse_within_cache(out)
+    if resolved(out).is_symlink():
+        raise CacheError(f"{out} is a link in a circle of links; remove it, or name a directory that does not exist")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CacheError(f"{out} exists and is not {wanted}; name a directory that does not exist")
 
@@ -107,7 +111,7 @@ def publish(staging: Path, out: Path, proof: Path) -> None:
             f".*{TEMPORARY_MARK}*"
         ):  # whoever still writes one could not finish after the renaming
             left.unlink(missing_ok=True)
-        staging.rename(out)
+        staging.rename(resolved(out))
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT) and proof.exists():
             shutil.rmtree(staging, ignore_errors=True)
@@ -117,7 +121,7 @@ def publish(staging: Path, out: Path, proof: Path) -> None:
         ) from None
     finally:
         _release(staging)
-    fsync_dir(out.absolute().parent)
+    fsync_dir(resolved(out).parent)
 
 
 @contextmanager

@@ -223,8 +223,6 @@ def _write(
     (staging / "README.md").write_text(card, encoding="utf-8")
     (staging / PROOF).write_text(json.dumps(identity, indent=1), encoding="utf-8")
     fsync_tree(staging)
-    if out.is_dir():
-        out.rmdir()  # empty, as refuse_existing made sure
     publish(staging, out, out / PROOF)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from shared.atomic import write_atomic
 from shared.cache.layout import refuse_within_cache
 from shared.errors import EvaluationError
+from shared.places import resolved
 from shared.seconds import add_seconds
 from tools.report.figures import report_figures
 from tools.report.page import page, plot_figures
@@ -40,10 +41,10 @@ def build_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
             f"{len(run_dirs)} runs are compared outside of them, so that each keeps its own report; name a directory "
             "with --output DIR"
         )
-    if len({Path(directory).resolve() for directory in run_dirs}) < len(run_dirs):
+    if len({resolved(directory) for directory in run_dirs}) < len(run_dirs):
         raise EvaluationError("a run is named twice, and does not differ from itself; name each run once")
     place = Path(output) if output is not None else Path(run_dirs[0])
-    if len(run_dirs) > 1 and place.resolve() in [Path(directory).resolve() for directory in run_dirs]:
+    if len(run_dirs) > 1 and resolved(place) in map(resolved, run_dirs):
         raise EvaluationError(f"{place}: this is one of the runs that are compared; name another directory")
     if place.exists() and not place.is_dir():
         raise EvaluationError(f"{place}: there is a file of that name; name a directory to write the report into")
