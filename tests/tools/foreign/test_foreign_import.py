@@ -6,6 +6,8 @@ import shutil
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import CacheError, DamagedError
@@ -55,6 +57,22 @@ def test_rows_of_another_tokenizer_are_refused(tmp_path, tokenizer_dir, capsys):
     write_distillkit(tmp_path / "set", made, {**EXACT, "d": 2 * VOCAB})
     error = run(capsys, tmp_path / "set", tmp_path / "cache", "--tokenizer", tokenizer_dir, code=1)
     assert f"token id {VOCAB + 3} and the tokenizer {VOCAB} entries" in error
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB, 2**63 + 5])
+def test_a_refusal_after_parts_were_made_leaves_nothing(tmp_path, tokenizer_dir, capsys, monkeypatch, token_id):
+    made = samples(4)
+    write_distillkit(tmp_path / "set", made, EXACT)
+    file = sorted((tmp_path / "set").glob("*.parquet"))[-1]
+    table = pq.read_table(file)
+    kind = pa.list_(pa.uint64() if token_id > 0 else pa.int64())
+    ids = pa.array([[*row[:-1], token_id] for row in table["input_ids"].to_pylist()], kind)
+    pq.write_table(table.set_column(table.schema.get_field_index("input_ids"), "input_ids", ids), file)
+    monkeypatch.setattr("tools.cache.foreign.import_cache._MOST_ROWS", 1)
+    error = run(capsys, tmp_path / "set", tmp_path / "cache", "--tokenizer", tokenizer_dir, code=1)
+    assert f"{file}:0 has" in error
+    assert ("has a token id below 0, or above" in error) == (token_id != VOCAB)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 @pytest.mark.parametrize("is_named", [False, True])

@@ -132,8 +132,12 @@ def test_answers_without_prompt_or_log_probabilities_say_what_to_ask_for(tmp_pat
 
 
 SPOILT = {
-    "its text is not what its tokens spell": lambda line: line["choices"][0]["message"].update(content="Another text"),
-    "its text is not what its tokens spell ": lambda line: line["choices"][0]["message"].update(reasoning="I thought"),
+    "its text is not what its tokens spell in this tokenizer": lambda line: line["choices"][0]["message"].update(
+        content="Another text"
+    ),
+    "its text is not what its tokens spell in this tokenizer ": lambda line: line["choices"][0]["message"].update(
+        reasoning="I thought"
+    ),
     "it has no top log-probabilities; ask the server for them (logprobs, top_logprobs)": lambda line: line["choices"][
         0
     ].update(logprobs=None),
@@ -160,8 +164,15 @@ def test_an_answer_that_cannot_be_used_is_refused_by_its_line_and_the_others_are
 def test_an_error_of_a_batch_has_no_response(tmp_path, tokenizer, tokenizer_dir, capsys):
     _, lines = answers(tokenizer, samples(2, seed=3))
     lines.append({"id": "batch_req_1", "custom_id": "c", "response": None, "error": {"code": "batch_expired"}})
+    failed = {"status_code": 400, "body": {"object": "error", "message": "too long"}}
+    lines.append({"id": "batch_req_2", "custom_id": "d", "response": failed, "error": None})
     words = (write_lines(tmp_path / "a.jsonl", lines), tmp_path / "cache", "--tokenizer", tokenizer_dir)
-    assert run(capsys, *words, "--max-set-aside", "0.4")["set_aside"] == {"the server answered with an error": 1}
+    assert run(capsys, *words, "--max-set-aside", "0.5")["set_aside"] == {"the server answered with an error": 2}
+    words = (write_lines(tmp_path / "b.jsonl", lines[2:]), tmp_path / "other", "--tokenizer", tokenizer_dir)
+    error = run(capsys, *words, code=1)
+    assert error.strip().endswith(
+        "(2 of 2 answers cannot be used, more than the 1.0% that are set aside); correct them"
+    )
 
 
 def test_calls_of_tools_and_thoughts_that_a_server_took_out_of_an_answer_stay_in_its_text(

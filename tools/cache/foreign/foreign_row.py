@@ -106,7 +106,7 @@ def check_row(row: ForeignRow) -> None:
     if row.logprobs.shape != row.ids.shape or len(row.predicted) != num_predicted:
         raise DamagedError(f"{row.where} has {row.ids.shape} ids and {row.logprobs.shape} log-probabilities")
     if num_tokens and int(row.token_ids.min()) < 0:
-        raise DamagedError(f"{row.where} has a negative token id")
+        raise DamagedError(f"{row.where} has a token id below 0, or above what 63 bits hold")
     edges = row.predicted
     if num_predicted and (edges[0] < 1 or edges[-1] >= num_tokens or bool((np.diff(edges) < 1).any())):
         raise DamagedError(f"{row.where} has entries for tokens that it does not have")

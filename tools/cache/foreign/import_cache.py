@@ -115,9 +115,13 @@ def import_foreign(
         with derived.written():
             writer = CacheWriter.create_or_open(derived.path, sequences, told.tokenizer_files)
             layer = LayerWriter.create_or_open(writer, None, targets, _provenance(told, reader), make=False)
-            for number, part in enumerate(_parts(reader, told, vocab_size, targets.tail, counts)):
-                _commit(writer, layer, derived.stem(number), part, software)
-                advance(len(part.rows))
+            try:
+                for number, part in enumerate(_parts(reader, told, vocab_size, targets.tail, counts)):
+                    _commit(writer, layer, derived.stem(number), part, software)
+                    advance(len(part.rows))
+            except DamagedError:
+                shutil.rmtree(derived.path)  # files that were mended are other files: no command would go on from it
+                raise
             if not counts["rows"]:
                 shutil.rmtree(derived.path)
                 listed = (f"{rows:,} {reason}" for reason, rows in counts.items() if reason.startswith(_ASIDE))

@@ -74,6 +74,7 @@ class OpenAIReader:
         self._tokenizer = tokenizer
         octets = read_vocabulary(tokenizer_json).octets
         self._ids = {spelled: i for i, spelled in reversed(list(enumerate(octets))) if spelled is not None}
+        self._num_tokens = len(octets)
         self.set_aside: dict[str, int] = {}
         self._first_aside = ""
         self._torn = 0
@@ -87,9 +88,10 @@ class OpenAIReader:
         total = num_rows + aside
         if aside > most * total:
             needed = -(-aside * 1000 // total) / 1000
+            others = f", or import the others with --max-set-aside {needed:g}" if num_rows else ""
             raise CacheError(
                 f"{self._first_aside} ({aside:,} of {total:,} answers cannot be used, more than the {most:.1%} that "
-                f"are set aside); correct them, or import the others with --max-set-aside {needed:g}"
+                f"are set aside); correct them{others}"
             )
 
     def _put_aside(self, where: str, reason: str) -> None:
@@ -101,7 +103,7 @@ class OpenAIReader:
         self.set_aside, self._torn = {}, 0
         for where, document in _lines(self._files):
             request, body = _request_and_body(document)
-            if document.get("error") or body.get("error") or document.get("response", body) is None:
+            if _is_error(document, body):
                 self._put_aside(where, "the server answered with an error")
                 continue
             choices = body.get("choices")
@@ -184,8 +186,12 @@ class OpenAIReader:
         spelled = str(self._tokenizer.decode(token_ids))
         plain = squeezed(spelled), squeezed(str(self._tokenizer.decode(token_ids, skip_special_tokens=True)))
         for text in (said, *thoughts):
-            if text and not any(squeezed(text.rstrip(_TORN)) in one for one in plain):
-                raise UnreadableAnswerError("its text is not what its tokens spell")
+            if (
+                text
+                and max(token_ids) < self._num_tokens
+                and not any(squeezed(text.rstrip(_TORN)) in one for one in plain)
+            ):
+                raise UnreadableAnswerError("its text is not what its tokens spell in this tokenizer")
         return spelled if any((*thoughts, message.get("tool_calls"), message.get("function_call"))) else said
 
     def _spelled_prompt(self, where: str, request: Mapping[str, Any]) -> list[int]:
@@ -322,6 +328,16 @@ def _lines(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise DamagedError(f"{file}:{number} has more than {_MOST_LINE_BYTES:,} bytes")
                 if line.strip():
                     yield f"{file}:{number}", parse_json(line, f"{file}:{number}")
+
+
+def _is_error(document: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
+    """Tell whether a server, or a batch, says that there is no answer."""
+    response = document.get("response", body)
+    status = response.get("status_code") if isinstance(response, dict) else None
+    failed = type(status) is int and not 200 <= status < 300
+    return (
+        bool(document.get("error") or body.get("error") or body.get("object") == "error") or failed or response is None
+    )
 
 
 def _request_and_body(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
