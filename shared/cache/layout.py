@@ -196,6 +196,11 @@ def list_hidden_layers(cache_dir: Path) -> dict[str, HiddenLayer]:
     return HiddenLayer.all_of(cache_dir)
 
 
+def all_layers(cache_dir: Path) -> list[Layer | HiddenLayer]:
+    """Return the layers of both kinds; errors as for `Layer.read`."""
+    return [*list_layers(cache_dir).values(), *list_hidden_layers(cache_dir).values()]
+
+
 def choose_layer(
     layers: Mapping[str, AnyLayer], wanted: str | None, cache_dir: Path, kind: str = "targets"
 ) -> AnyLayer | None:

@@ -100,7 +100,8 @@ class MappedSequences:
                 name: _Ragged(self._chunk(name), f"{self.path}:{name}", 1, MAX_TEXT_BYTES_PER_ROW)
                 for name in ("source", "prompt", "response", "finish_reason", "reference")
             }
-            self._has_reference = self._valid("reference")
+            references = self._chunk("reference")
+            self._has_reference = [] if references is None else references.is_valid().to_numpy(zero_copy_only=False)
             self._tokens = _Ragged(self._chunk("token_ids"), f"{self.path}:token_ids", 4, MAX_TOKENS_PER_ROW)
             self._spans = _Ragged(self._chunk("spans"), f"{self.path}:spans", 8, MAX_TOKENS_PER_ROW)
         if verify and len(np.unique(np.ascontiguousarray(self.row_keys).view("V16"))) < len(self):
@@ -110,12 +111,6 @@ class MappedSequences:
 
     def _chunk(self, name: str) -> pa.Array | None:
         return self._table.column(name).chunk(0) if self._table.num_rows else None
-
-    def _valid(self, name: str) -> NDArray[np.bool_]:
-        chunk = self._chunk(name)
-        if chunk is None:
-            return np.zeros(0, np.bool_)
-        return np.asarray(chunk.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

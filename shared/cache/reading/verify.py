@@ -20,15 +20,7 @@ from typing import Any
 import numpy as np
 
 from shared.atomic import TEMPORARY_MARK
-from shared.cache.layout import (
-    CacheHeader,
-    HiddenLayer,
-    Layer,
-    list_hidden_layers,
-    list_layers,
-    read_header,
-    sequences_dir,
-)
+from shared.cache.layout import CacheHeader, HiddenLayer, Layer, all_layers, read_header, sequences_dir
 from shared.cache.reading.visible_rows import hidden_rows
 from shared.cache.tokenizer_files import check_tokenizer_hash, read_tokenizer_file
 from shared.cache.writing.drop import dropping
@@ -65,7 +57,7 @@ def _with_its_end(problems: Iterator[str]) -> Iterator[str]:
 def _problems(path: Path) -> Iterator[str]:
     header = read_header(path)
     records = list_records(sequences_dir(path))
-    layers: list[Layer | HiddenLayer] = [*list_layers(path).values(), *list_hidden_layers(path).values()]
+    layers = all_layers(path)
     jobs = {job.id8: job for job in list_jobs(path)}
     masks = hidden_rows(path, records)
     begun = dropping(path)
@@ -90,9 +82,9 @@ def parts_without_layer(path: Path | str) -> dict[str, int]:
     Raises:
         CacheError: the cache cannot be read.
     """
-    layers: list[Layer | HiddenLayer] = [*list_layers(Path(path)).values(), *list_hidden_layers(Path(path)).values()]
     silent = {
-        layer.full_name: sum(record.layer is None for record in list_records(layer.directory)) for layer in layers
+        layer.full_name: sum(record.layer is None for record in list_records(layer.directory))
+        for layer in all_layers(Path(path))
     }
     return {name: count for name, count in silent.items() if count}
 

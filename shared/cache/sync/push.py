@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from shared.cache.layout import list_hidden_layers, list_layers, read_header, refuse_within_cache, sequences_dir
+from shared.cache.layout import all_layers, read_header, refuse_within_cache, sequences_dir
 from shared.cache.sync.listing import have_no_part_in_common, listing_of, most_bytes, parts_in, rank_of, read_listing
 from shared.cache.sync.mirror import list_remote
 from shared.errors import CacheError, DecantError
@@ -61,7 +61,7 @@ def files_of(path: Path) -> list[_Item]:
     items += [_Item(f"tokenizer/{name}", None) for name in header.tokenizer_files]
     items += [_Item(f"jobs/{job.id}/plan.arrow", None) for job in list_jobs(path)]
     folders = [sequences_dir(path)]
-    for layer in (*list_layers(path).values(), *list_hidden_layers(path).values()):
+    for layer in all_layers(path):
         folders.append(layer.directory)
         items.append(_Item(f"{layer.directory.relative_to(path)}/layer.json", None))
     for folder in folders:
