@@ -29,13 +29,7 @@ Chunk = tuple[slice, torch.Tensor]
 def open_recorded_teacher(
     identity: LayerIdentity, model: str | None, adapter: str | None, *, trust_remote_code: bool = False
 ) -> CausalModel:
-    """Load the teacher that a layer records, in the types that it records.
-
-    Args:
-        identity: of the layer.
-        model: where the teacher lies now; None: where it lay.
-        adapter: where its adapter lies, if it had one.
-        trust_remote_code: run Python that comes with it.
+    """Load the teacher that a layer records, in the types that it records; it lies in `model`, None: where it lay.
 
     Raises:
         IdentityError: these are other weights, or transformers cannot run the teacher as it was run.

@@ -27,13 +27,9 @@ from tools.cache.cache_commands import size
 def calibrated_figures(
     recipe: Recipe, planned: dict[str, Any], found: Calibration, price_per_hour: float | None
 ) -> dict[str, Any]:
-    """Return what phase 1 will take.
+    """Return what phase 1 of a recipe will take that was planned so, after a sample of it.
 
-    Args:
-        recipe: the recipe.
-        planned: what `tools.plan.planner.plan` said of it.
-        found: what a sample of it measured.
-        price_per_hour: of one engine (all GPUs of its tensor-parallel group); None leaves money out.
+    `price_per_hour` is that of one engine (all GPUs of its tensor-parallel group); None leaves money out.
     """
     work = _work(recipe, planned, found)
     assert recipe.teacher is not None
