@@ -131,7 +131,7 @@ def test_a_place_that_holds_something_else_gets_no_cache(hub, local, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{}")
     hub.repositories["datasets/org/demo"] = {"train.parquet": b"rows", "README.md": b"mine"}
     for url, file in ((str(tmp_path / "model"), "config.json"), (URL, "train.parquet")):
-        with pytest.raises(CacheError, match=f"{url} holds {file} and no cache"):
+        with pytest.raises(CacheError, match=f"{url} holds '{file}' and is no cache"):
             push_cache(local, Remote(url), b"card")
     assert tree(tmp_path / "model") == {"config.json": b"{}"}
     assert hub.repositories["datasets/org/demo"]["README.md"] == b"mine"
@@ -162,7 +162,7 @@ def test_a_cache_of_other_rows_joins_none_by_being_pushed_or_pulled(new_store, w
 def test_a_pull_puts_nothing_beside_files_of_something_else(web, local, tmp_path):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "main.py").write_text("print()")
-    with pytest.raises(CacheError, match=r"project holds main\.py and no cache; name another directory"):
+    with pytest.raises(CacheError, match=r"project holds 'main\.py' and is no cache; name another directory"):
         pull_cache(Remote(web.url), tmp_path / "project")
     assert tree(tmp_path / "project") == {"main.py": b"print()"}
 

@@ -64,7 +64,7 @@ def _refuse_another(remote: Remote, path: Path, theirs: set[str]) -> None:
         return
     others = sorted(each.name for each in path.iterdir() if each.name not in _ENTRIES and each.name[0] != ".")
     if others and not (path / "cache.json").exists():
-        raise CacheError(f"{path} holds {others[0]} and no cache; name another directory")
+        raise CacheError(f"{path} holds '{others[0]}' and is no cache; name another directory")
     files = [file.relative_to(path).as_posix() for pattern in ("*/*.json", "*/*/*.json") for file in path.glob(pattern)]
     ours = parts_in(files)
     if have_no_part_in_common(ours, theirs):

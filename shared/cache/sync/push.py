@@ -130,7 +130,7 @@ def _cache_at(remote: Remote) -> dict[str, RemoteFile]:
     there = {name: file for name, file in found.items() if rank_of(name) is not None}
     others = [name for name in sorted(found) if name not in (LIST_FILE, CARD_FILE) and Path(name).name[0] != "."]
     if others and not there:
-        raise CacheError(f"{remote.url} holds {others[0]} and no cache; push to a place of the cache's own")
+        raise CacheError(f"{remote.url} holds '{others[0]}' and is no cache; push to a place of the cache's own")
     return there
 
 
