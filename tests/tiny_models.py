@@ -173,3 +173,12 @@ def spoil(directory: Path, token_id: int) -> None:
     weights = load_file(directory / "model.safetensors")
     weights["model.embed_tokens.weight"][token_id] = torch.nan
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def overflow(directory: Path) -> None:
+    """Make the head of a saved model with one of its own so large that its logits are infinite in float16."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"] *= 6e4 / weights["lm_head.weight"].abs().max()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

@@ -41,7 +41,7 @@ from teacher_cache.engines.protocol import (
     room_of,
 )
 from teacher_cache.engines.transformers.length_batches import length_batches
-from teacher_cache.engines.transformers.transformers_model import CausalModel, padded
+from teacher_cache.engines.transformers.transformers_model import CausalModel, no_numbers, padded
 from teacher_cache.engines.transformers.transformers_sampling import next_tokens
 
 
@@ -229,12 +229,12 @@ class TransformersEngine:
 
 
 def _require_numbers(logits: torch.Tensor, is_open: Sequence[bool]) -> None:
-    """Refuse [R, V] logits that are NaN in a row whose answer goes on.
+    """Refuse [R, V] logits that are no numbers in a row whose answer goes on.
 
     Raises:
         EngineError: they are.
     """
-    if bool((logits.isnan().any(1).cpu() & torch.tensor(is_open)).any()):
+    if bool((no_numbers(logits).any(1).cpu() & torch.tensor(is_open)).any()):
         raise EngineError(NO_NUMBERS)
 
 

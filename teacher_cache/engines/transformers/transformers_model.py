@@ -206,7 +206,7 @@ class CausalModel:
             ) from error
         if not bool(hidden.isfinite().all()):
             raise EngineError(NO_NUMBERS)
-        if hidden.shape[-1] == self._weight.shape[1] and bool(self.logits(hidden[0]).isnan().any()):
+        if hidden.shape[-1] == self._weight.shape[1] and bool(no_numbers(self.logits(hidden[0])).any()):
             raise EngineError(NO_NUMBERS)  # the head's own
 
     def _check(self, probe: torch.Tensor) -> None:
@@ -239,6 +239,11 @@ class CausalModel:
         bound = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.05
         bound *= max(1.0, float(theirs.std()))
         return own.shape == theirs.shape and bool((own - theirs).abs().max() <= bound)
+
+
+def no_numbers(logits: torch.Tensor) -> torch.Tensor:
+    """Return which logits no softmax can be made of: NaN, and infinity, as of a head that is too large for 16 bits."""
+    return logits.isnan() | logits.isposinf()
 
 
 def padded(

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import EngineError
+from shared.models.no_numbers import NO_NUMBERS
 from teacher_cache.engines.columns.column_layout import ColumnLayout
 from teacher_cache.engines.vllm import vllm_arrays
 from teacher_cache.engines.vllm.vllm_batch_test import Columns, batch_problem, draws_problem, head_entries, long_prompts
@@ -35,11 +36,14 @@ def choose_capture_path(llm: Any, layout: ColumnLayout) -> str:
     """Switch on what works and return its name: "plugin+arrays", "plugin+flat", "stock+arrays" or "stock+flat".
 
     Raises:
-        EngineError: the plug-in does not work and plain columns cannot hold what the layout asks for.
+        EngineError: the plug-in does not work and plain columns cannot hold what the layout asks for, or the model
+            computes NaN.
     """
     probe = [int(token) for token in (np.arange(1, PROBE_TOKENS + 1, dtype=np.int64) * 7919) % layout.vocab_size]
     vllm_arrays.uninstall()
     flat_ids, flat_logprobs = _score(llm, probe, 4)
+    if bool(np.isnan(flat_logprobs).any()):  # of infinite logits, too, which vLLM's own count does not see
+        raise EngineError(NO_NUMBERS)
     reason = vllm_arrays.install()
     container = "arrays"
     dense = _dense(*_score(llm, probe, -1))

@@ -15,7 +15,7 @@ from teacher_cache.engines.transformers.length_batches import length_batches
 from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
 from teacher_cache.engines.transformers.transformers_model import CausalModel
 from teacher_cache.engines.transformers.transformers_sampling import next_tokens
-from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3, spoil
+from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3, overflow, spoil
 
 PADDED = VOCAB_SIZE + 32
 
@@ -256,6 +256,15 @@ def test_a_head_that_computes_no_numbers_is_no_unknown_way_of_making_logits(tmp_
     spoil(make_qwen3(tmp_path), 0)
     with pytest.raises(EngineError, match="computes NaN instead of numbers"):
         CausalModel.load(TransformersTeacher(model="m", engine="transformers"), tmp_path)
+
+
+def test_a_head_that_is_too_large_for_16_bits_is_no_unknown_way_of_making_logits(tmp_path):
+    """Its logits are infinite; the advice to use vLLM led to answers that no distribution could be made of."""
+    overflow(make_llama(tmp_path))
+    teacher = TransformersTeacher(model="m", engine="transformers", dtype="float16", head_dtype="auto")
+    with pytest.raises(EngineError, match="computes NaN instead of numbers"):
+        CausalModel.load(teacher, tmp_path)
+    assert CausalModel.load(teacher.model_copy(update={"dtype": "float32"}), tmp_path)
 
 
 def test_a_model_that_cannot_run_here_is_refused_with_the_reason(model_dir):

@@ -25,7 +25,7 @@ from teacher_cache.engines import GenerateRequest, ScoreRequest, open_engine
 from teacher_cache.engines.transformers.transformers_engine import TransformersEngine
 from teacher_cache.engines.transformers.transformers_model import CausalModel
 from teacher_cache.engines.vllm import vllm_arrays, vllm_tail
-from tests.tiny_models import VOCAB_SIZE, make_qwen3, spoil
+from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3, overflow, spoil
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -451,3 +451,15 @@ def test_answers_of_a_model_that_computes_nan_are_refused(model_dir, tmp_path, m
         pytest.raises(EngineError, match=r"^the model computes NaN instead of numbers"),
     ):
         list(engine.generate(asked, ANSWER))
+
+
+def test_head_that_is_too_large_for_16_bits_is_refused_at_the_start(tmp_path):
+    """Plug-in and arrays were called wrong, answers were committed, and scoring refused them."""
+    overflow(make_llama(tmp_path))
+    with pytest.raises(EngineError, match=r"^the model computes NaN instead of numbers"):
+        open_engine(
+            VllmTeacher(model="m", dtype="float16", head_dtype="auto"),
+            TopCapture(k=4),
+            for_generation=ANSWER,
+            model_dir=tmp_path,
+        )
