@@ -101,6 +101,11 @@ def audit_cache(path: Path, settings: AuditSettings) -> dict[str, Any]:
             f"{path}: layer {cache.layer_name} was derived from {cache.layer.derived_from} in another tokenizer, which "
             "the teacher cannot score; audit the cache that it was derived from"
         )
+    if cache.layer.dtype == "unknown":
+        raise CacheError(
+            f"{path}: layer {cache.layer_name} was imported, so that nothing tells the weights that made it, with "
+            "which an audit scores rows again; audit a cache that `decant teach` made"
+        )
     model = open_recorded_teacher(
         cache.layer, settings.teacher, settings.adapter, trust_remote_code=settings.trust_remote_code
     )

@@ -13,6 +13,7 @@ import pytest
 from shared.errors import CacheError, DamagedError
 from tests.tools.foreign.importing import EXACT, run
 from tests.tools.foreign.peers import VOCAB, samples, write_distillkit
+from tools import cli
 from tools.cache.foreign.foreign_row import ForeignRow
 from tools.cache.foreign.heads import to_targets
 
@@ -73,6 +74,14 @@ def test_a_refusal_after_parts_were_made_leaves_nothing(tmp_path, tokenizer_dir,
     assert f"{file}:0 has" in error
     assert ("has a token id below 0, or above" in error) == (token_id != VOCAB)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_an_audit_of_an_imported_cache_is_refused_for_what_it_is(tmp_path, tokenizer_dir, capsys):
+    write_distillkit(tmp_path / "set", samples(2), EXACT)
+    run(capsys, tmp_path / "set", tmp_path / "cache", "--tokenizer", tokenizer_dir)
+    for words in ([], ["--teacher", str(tokenizer_dir)]):
+        assert cli.main(["cache", "audit", str(tmp_path / "cache"), *words]) == 1
+        assert "was imported, so that nothing tells the weights that made it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_named", [False, True])
