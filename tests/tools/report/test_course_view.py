@@ -10,6 +10,7 @@ import pytest
 from tests.tools.report.fake_run import write_stage
 from tools.report.build import build_report
 from tools.report.views.course_view import course_plots, course_series
+from tools.report.views.plots import legend_above, short_names, svg_of
 
 STEPS = 1000
 
@@ -77,3 +78,25 @@ def test_answers_of_rounds_are_drawn_over_the_rounds():
     ((title, plot),) = course_plots("own", series)
     assert title == "The student's answers over the rounds of stage own"
     assert plot.startswith("<svg")
+
+
+@pytest.mark.parametrize("places", [(0, 1), (40, 41), (5, 70)])
+def test_long_names_stay_apart_and_their_legend_fits_the_plot(places):
+    names = [f"{'x' * place}{index}{'y' * (80 - place)}" for index in range(6) for place in places]
+    boxes = []
+
+    def draw(axes):
+        for name, label in short_names(names).items():
+            axes.plot([0, 1], [0, len(name)], label=label)
+        legend_above(axes, 4, 1.2)
+        axes.figure.draw_without_rendering()
+        boxes.append((axes.get_legend().get_window_extent(), axes.figure.bbox, axes.get_window_extent()))
+
+    svg_of("names", draw)
+    shown = short_names(names)
+    assert list(shown) and set(shown) == set(names)
+    assert len(set(shown.values())) == len(names)
+    assert max(map(len, shown.values())) <= 16
+    ((legend, figure, plot),) = boxes
+    assert figure.x0 <= legend.x0 and legend.x1 <= figure.x1
+    assert plot.width > figure.width / 2

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tools.report.numbers import compact
-from tools.report.views.plots import INK, colour_of, legend_above, short, svg_of
+from tools.report.views.plots import INK, colour_of, legend_above, short_names, svg_of
 
 
 def calibration_plot(models: Mapping[str, Any]) -> str:
@@ -34,6 +34,7 @@ def _lines(label: str, models: Mapping[str, Any], key: str, across: str, up: str
         if diagonal:
             axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, alpha=0.4, linestyle="--")
         _write_counts(axes, models, key)
+        labels = short_names(models)
         for name, model in models.items():
             bins = (model["heldout"] or {}).get(key)
             if bins:
@@ -45,7 +46,7 @@ def _lines(label: str, models: Mapping[str, Any], key: str, across: str, up: str
                     linewidth=1.2,
                     marker="o",
                     markersize=3,
-                    label=short(name),
+                    label=labels[name],
                 )
         axes.set(xlim=(0, 102), ylim=(0, 102), xlabel=across, ylabel=up)
         axes.grid()

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tools.evaluate.results.run_shapes import is_finite
-from tools.report.views.plots import COLOURS, MOST_POINTS, legend_above, short, svg_of, thinned
+from tools.report.views.plots import COLOURS, MOST_POINTS, legend_above, short_names, svg_of, thinned
 
 Series = dict[str, list[tuple[float, float]]]
 """Points (step, value) by name."""
@@ -81,6 +81,8 @@ def _drifts(values: Sequence[float]) -> bool:
 
 
 def _plot(label: str, named: Series, axis: str, scale: float, over: str, *, stepped: bool) -> str:
+    labels = short_names(named)
+
     def _draw(axes: Any) -> None:
         for index, (name, points) in enumerate(list(named.items())[:_MOST_CURVES]):
             xs, ys = [step for step, _ in points], [scale * value for _, value in points]
@@ -91,7 +93,7 @@ def _plot(label: str, named: Series, axis: str, scale: float, over: str, *, step
                 color=COLOURS[(2 + index) % len(COLOURS)],
                 linewidth=1.2,
                 drawstyle=style,
-                label=short(name),
+                label=labels[name],
                 marker="o" if over == "round" else None,
             )
         axes.set(xlabel=over, ylabel=axis)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tools.report.numbers import kl_interval
@@ -34,7 +34,7 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
 
     def _draw(axes: Any) -> None:
         names = [name for name in models if any(domain in models[name]["tasks"] for domain in domains)]
-        width = 0.8 / len(names)
+        width, labels = 0.8 / len(names), short_names(names)
         for index, name in enumerate(names):
             shown = [
                 (place, models[name]["tasks"][domain])
@@ -45,7 +45,7 @@ def score_plot(models: Mapping[str, Any], domains: Sequence[str]) -> str:
             heights = [100 * task["score"] for _, task in shown]
             below = [100 * (task["score"] - task["low"]) for _, task in shown]
             above = [100 * (task["high"] - task["score"]) for _, task in shown]
-            axes.bar(places, heights, width * 0.92, color=colour_of(list(models), name), label=short(name))
+            axes.bar(places, heights, width * 0.92, color=colour_of(list(models), name), label=labels[name])
             spread = [[max(0.0, value) for value in below], [max(0.0, value) for value in above]]
             axes.errorbar(places, heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
         axes.set_xticks(range(len(domains)), [short(domain) for domain in domains])
@@ -63,6 +63,8 @@ def divergence_plot(models: Mapping[str, Any]) -> str:
         key=lambda pair: -pair[1]["kl_nats"],
     )
 
+    labels = short_names(name for name, _ in shown)
+
     def _draw(axes: Any) -> None:
         for place, (name, heldout) in enumerate(shown):
             kl = heldout["kl_nats"]
@@ -72,7 +74,7 @@ def divergence_plot(models: Mapping[str, Any]) -> str:
             axes.errorbar(kl, place, xerr=spread, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.55)
             end = (max(high, kl), place)
             axes.annotate(f"{kl:.4f}", end, xytext=(4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(shown)), [short(name) for name, _ in shown])
+        axes.set_yticks(range(len(shown)), [labels[name] for name, _ in shown])
         most = max([max(kl_interval(heldout) or [heldout["kl_nats"]]) for _, heldout in shown] + [1e-6])
         axes.set(xlim=(0, 1.22 * most), xlabel="held-out KL from the teacher, nats per position")
         axes.grid(axis="x")
@@ -82,6 +84,7 @@ def divergence_plot(models: Mapping[str, Any]) -> str:
 
 def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[str]) -> str:
     """Draw a stage's loss, and its terms where there are several, over steps."""
+    labels = short_names(["loss", *terms])
 
     def _draw(axes: Any) -> None:
         for index, term in enumerate(["loss", *terms] if len(terms) > 1 else ["loss"]):
@@ -95,7 +98,7 @@ def loss_plot(stage: str, steps: Sequence[Mapping[str, Any]], terms: Sequence[st
                     color=INK if main else COLOURS[2 + index % 6],
                     linewidth=1.3 if main else 1.0,
                     alpha=0.9,
-                    label=short(term),
+                    label=labels[term],
                 )
         axes.set(xlabel="step", ylabel="loss")
         axes.grid()
@@ -152,14 +155,39 @@ def _support_label(index: int) -> str:
     return f"{low}" if low == high else f"{low}–{high}"
 
 
+def _shown(name: str) -> str:
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
+
+
 def short(name: str) -> str:
     """Return a name that fits a plot, without what no font can show."""
-    shown = "".join(character if character.isprintable() else "\ufffd" for character in name)
+    shown = _shown(name)
     return shown if len(shown) <= 16 else f"{shown[:15]}…"
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return names that fit a plot; of those that would be cut to the same, the place where they differ is kept.
+
+    >>> short_names(["kd", "a-very-long-name-of-run-1", "a-very-long-name-of-run-2"])
+    {'kd': 'kd', 'a-very-long-name-of-run-1': 'a-very-lo…-run-1', 'a-very-long-name-of-run-2': 'a-very-lo…-run-2'}
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(short(name), []).append(name)
+    found = {}
+    for cut, same in alike.items():
+        letters = zip(*(_shown(name) for name in same), strict=False)
+        differ = next((place for place, each in enumerate(letters) if len(set(each)) > 1), len(min(same, key=len)))
+        for name in same:
+            begin = max(0, min(differ - 3, len(_shown(name)) - 6))
+            found[name] = cut if len(same) == 1 else f"{cut[:9]}…{_shown(name)[begin : begin + 6]}"
+    return {name: found[name] for same in alike.values() for name in same}
+
+
 def legend_above(axes: Any, columns: int, handle: float) -> None:
-    """Write what the colours mean above a plot."""
+    """Write what the colours mean above a plot, in as many columns as its names leave room for."""
+    longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)
+    columns = min(columns, 4 if longest <= 8 else 3 if longest <= 11 else 2)
     axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, handlelength=handle)
 
 
