@@ -187,6 +187,21 @@ def test_a_template_without_an_end_token_is_refused_before_any_row(tokenizer, ch
         Template(tokenizer, source(chat_template=chat_template))
 
 
+def test_a_template_that_asks_without_the_header_that_it_answers_with_is_refused(tokenizer):
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    with pytest.raises(
+        PromptError, match=r"writes '<\|im_start\|>assistant' before an answer and leaves it out"
+    ) as said:
+        Template(tokenizer, source(chat_template=turns))
+    assert "{% if add_generation_prompt %}" in str(said.value)
+    prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    bare = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    for mended in (turns + prompt, bare):
+        template = Template(tokenizer, source(chat_template=mended))
+        ids, spans = template.complete(talk([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]))
+        assert spans_text(tokenizer, ids, spans) == ["b<|im_end|>"]
+
+
 def test_a_tokenizer_without_template_says_what_to_do(tokenizer):
     kept, tokenizer.chat_template = tokenizer.chat_template, None
     try:

@@ -55,6 +55,7 @@ class ChatTemplate:
         self._refuse(texts_in(source.chat_template_kwargs), f"source {source.source!r}", "`chat_template_kwargs`")
         probe = self._probe()
         self.end_token_id = self._derive_end_token(probe)
+        self._require_generation_prompt(probe)
         self._special_texts += self._marks_of_turns(probe)
         written = set(self.tokenize(probe))
         self.other_end_ids = frozenset(
@@ -184,6 +185,24 @@ class ChatTemplate:
             settings = "`chat_template_kwargs`, or " if self._source.chat_template_kwargs else ""
             way = "correct it" if self._source.chat_template else "give another in `chat_template`"
             raise UnrenderableError(f"{error}; {settings and 'correct '}{settings}{way}") from error
+
+    def _require_generation_prompt(self, probe: str) -> None:
+        """Refuse a template that writes something before an answer and nothing of it where one is asked for.
+
+        Its students would be trained to write the header of a turn, and asked without it.
+        """
+        name, question = f"source {self._source.source!r}", [{"role": "user", "content": PROBE_QUESTION}]
+        try:
+            bare, asked = (self._render(question, name, prompt=prompt) for prompt in (False, True))
+        except UnrenderableError:
+            return  # a question alone is no conversation of it
+        header = probe.removeprefix(asked).partition(PROBE_ANSWER)[0].strip()
+        if bare == asked and header and probe.startswith(asked):
+            raise PromptError(
+                f"{name}: {self.origin} writes {header[:40]!r} before an answer and leaves it out where one is asked "
+                "for, so that it would be trained as a part of the answer; write it at the end of `chat_template` "
+                "within {% if add_generation_prompt %}"
+            )
 
     def _marks_of_turns(self, probe: str) -> tuple[str, ...]:
         """Return added tokens that are not marked as special and that the template writes around turns.
