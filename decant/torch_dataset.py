@@ -78,7 +78,9 @@ class TorchDataset(torch.utils.data.Dataset):  # type: ignore[misc]  # torch has
             )
         trainer = _trainer(pack_tokens, epochs)
         eligible = np.intersect1d(caches.training_rows(heldout_fraction), np.asarray(cache.row_numbers))
-        rows = StageRows(seed, caches.num_tokens, caches.sources, pack_tokens, eligible=eligible)
+        rows = StageRows(
+            seed, caches.num_tokens, caches.sources, pack_tokens, eligible=eligible, source_names=caches.source_names
+        )
         plan = plan_stage(trainer, rows, caches.mixture_codes(mixture))
         self._packs = PackDataset(caches, plan, wanted if captured else None)
 

@@ -20,7 +20,7 @@ Shape letters: R rows in the caches, D rows drawn in the epoch, P packs in the e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,6 +122,8 @@ class StageRows:
     """Indices of the rows that may be drawn, ascending; None for all."""
     windows: Windows | None = None
     """Windows of parts that the rows are taken from one after another; None shuffles all rows together."""
+    source_names: Sequence[str] = ()
+    """What messages call each source code; its number where there are none."""
 
     @property
     def limit(self) -> int:
@@ -153,6 +155,25 @@ class StageRows:
             return candidates[~too_many], int(too_many.sum())
         return candidates, 0
 
+    def by_source(self, candidates: NDArray[np.int32], codes: Iterable[int]) -> dict[int, NDArray[np.int32]]:
+        """Return those of the candidates that are of each source, by code, ascending.
+
+        Raises:
+            TrainingError: a source has none.
+        """
+        assert self.sources is not None
+        of_rows = self.sources[candidates]
+        found = {code: candidates[of_rows == code] for code in sorted(codes)}
+        empty = [
+            f"'{self.source_names[code]}'" if self.source_names else code for code in found if not len(found[code])
+        ]
+        if empty:
+            raise TrainingError(
+                f"the mixture asks for source {empty[0]}, which has no row to train on; leave it out of the mixture or "
+                "add rows"
+            )
+        return found
+
 
 def plan_epoch(rows: StageRows, epoch: int, mixture: Mapping[int, float] | None) -> EpochPlan:
     """Plan the packs of one epoch.
@@ -166,7 +187,7 @@ def plan_epoch(rows: StageRows, epoch: int, mixture: Mapping[int, float] | None)
         TrainingError: nothing is left to train on, or a row is too long and must not be.
     """
     candidates, num_dropped = rows.usable()
-    drawn = _shuffled(rows.seed, epoch, candidates) if mixture is None else _mixed(rows, candidates, epoch, mixture)
+    drawn = shuffled(rows.seed, epoch, candidates) if mixture is None else _mixed(rows, candidates, epoch, mixture)
     if len(drawn) == 0:
         raise TrainingError(
             f"no row is left to train on: {num_dropped} are longer than {rows.limit} tokens, and the rest are held out "
@@ -208,8 +229,8 @@ def source_pass(
     return rows[order]
 
 
-def _shuffled(seed: int, epoch: int, candidates: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return every candidate once, in random order."""
+def shuffled(seed: int, epoch: int, candidates: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return every candidate once, in the random order of an epoch."""
     return candidates[np.argsort(random_keys(seed, _ROWS, epoch, len(candidates)), kind="stable")]
 
 
@@ -217,22 +238,14 @@ def _mixed(
     rows: StageRows, candidates: NDArray[np.int32], epoch: int, mixture: Mapping[int, float]
 ) -> NDArray[np.int32]:
     """Return the epoch's draws of all sources in the mixture, in random order."""
-    assert rows.sources is not None
-    of_rows = rows.sources[candidates]
-    members = {code: candidates[of_rows == code] for code, share in sorted(mixture.items()) if share > 0}
-    empty = [code for code, own in members.items() if len(own) == 0]
-    if empty:
-        raise TrainingError(
-            f"the mixture asks for source number {empty[0]}, which has no row to train on; leave it out of the "
-            "mixture or add rows"
-        )
+    members = rows.by_source(candidates, [code for code, share in mixture.items() if share > 0])
     total = sum(int(rows.lengths[own].sum(dtype=np.int64)) for own in members.values())
     scale = total / sum(mixture[code] for code in members)
     streams = [
         _slice_of_source(rows.seed, epoch, code, own, rows.lengths, round(mixture[code] * scale))
         for code, own in members.items()
     ]
-    return _shuffled(rows.seed, epoch, np.concatenate([np.empty(0, np.int32), *streams]))
+    return shuffled(rows.seed, epoch, np.concatenate([np.empty(0, np.int32), *streams]))
 
 
 def _slice_of_source(

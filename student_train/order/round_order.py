@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shared.errors import TrainingError
-from student_train.order.order import EpochPlan, StageRows, Windows, random_keys, source_pass
+from student_train.order.order import EpochPlan, StageRows, Windows, shuffled, source_pass
 from student_train.order.packing import pack_rows
 
 _SPARE = 8
@@ -91,24 +91,17 @@ class RoundPlanner:
         Raises:
             TrainingError: a source has no row to train on, or a row is too long and must not be.
         """
-        assert rows.sources is not None
         candidates, self._num_dropped = rows.usable()
         self.rows = replace(rows, eligible=None)
         """What is drawn from; which of them may be is known by now."""
-        members = {code: candidates[rows.sources[candidates] == code] for code in sorted(codes)}
-        for code, own in members.items():
-            if len(own) == 0:
-                raise TrainingError(
-                    f"the mixture asks for source number {code}, which has no row to train on; leave it out or add rows"
-                )
+        members = rows.by_source(candidates, codes)
         seed, lengths, windows = rows.seed, self.rows.lengths, rows.windows
         self._streams = {code: RowStream(seed, code, own, lengths, windows) for code, own in members.items()}
         self._credit = dict.fromkeys(members, 0.0)
         self.tokens_per_source = {code: int(lengths[own].sum(dtype=np.int64)) for code, own in members.items()}
         """Tokens of one pass over each source."""
         together = np.concatenate(list(members.values()))
-        shuffled = together[np.argsort(random_keys(seed, 0, 0, len(together)), kind="stable")]
-        epoch = pack_rows(lengths[shuffled], rows.pack_tokens)
+        epoch = pack_rows(lengths[shuffled(seed, 0, together)], rows.pack_tokens)
         self.packs_per_epoch = len(epoch.offsets) - 1
         """Packs that hold every row of the sources once."""
         digest = xxhash.xxh3_128(f"{seed} {rows.pack_tokens} {rows.limit} {sorted(codes)}".encode())

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import xxhash
 
-from shared.recipe.recipe import Schedule, Stage
+from shared.recipe.recipe import Schedule, StageTrainer
 from student_train.order import schedules
 from student_train.order.order import EpochPlan
 from student_train.order.round_order import RoundPlanner
 from student_train.order.schedules import RunSteps
-from student_train.order.stage_plan import StagePlan, packs_in_step
+from student_train.order.stage_plan import StagePlan
 
 _ROUNDS = 64
 """Rounds of a scheduled stage, at least, where it has as many steps."""
@@ -30,28 +30,6 @@ _ROUND_PACKS = 16
 """Packs of a round, where that leaves `_ROUNDS` of them: enough to fill them well."""
 READ_AHEAD_STEPS = 1
 """Steps whose packs are read before the step before them is done."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageSize:
-    """How many packs and steps a stage has."""
-
-    num_packs: int
-    num_steps: int
-    packs_per_step: int
-
-    @classmethod
-    def of(cls, stage: Stage, packs_per_epoch: int, num_devices: int) -> StageSize:
-        """Return the size of a stage from its trainer arguments."""
-        trainer = stage.trainer
-        per_step = packs_in_step(trainer, num_devices)
-        wanted = math.ceil(trainer.num_train_epochs * packs_per_epoch)
-        num_packs = wanted if trainer.max_steps is None else trainer.max_steps * per_step
-        return cls(num_packs, math.ceil(num_packs / per_step), per_step)
-
-    def packs_between(self, first_step: int, end_step: int) -> int:
-        """Return how many packs the steps from one to before another have."""
-        return min(end_step * self.packs_per_step, self.num_packs) - first_step * self.packs_per_step
 
 
 def shares_at(mixture: Mapping[int, Schedule], step: int, num_steps: int, run: RunSteps | None) -> dict[int, float]:
@@ -64,56 +42,54 @@ def shares_at(mixture: Mapping[int, Schedule], step: int, num_steps: int, run: R
 
 
 def plan_scheduled(
-    planner: RoundPlanner, size: StageSize, mixture: Mapping[int, Schedule], run: RunSteps | None
+    trainer: StageTrainer,
+    planner: RoundPlanner,
+    mixture: Mapping[int, Schedule],
+    run: RunSteps | None,
+    num_devices: int = 1,
 ) -> StagePlan:
     """Plan all rounds of a stage whose shares follow schedules.
 
     Raises:
         TrainingError: every share is 0 at some step.
     """
-    starts = _round_starts(size, mixture, run)
+    plan = StagePlan.begun(trainer, planner, num_devices)
     rounds: list[EpochPlan] = []
-    for start, end in zip(starts, [*starts[1:], size.num_steps], strict=True):
-        by_step = [shares_at(mixture, step, size.num_steps, run) for step in range(start, end)]
+    starts = _round_starts(plan, mixture, run)
+    for start, end in zip(starts, [*starts[1:], plan.num_steps], strict=True):
+        by_step = [shares_at(mixture, step, plan.num_steps, run) for step in range(start, end)]
         shares = {code: math.fsum(shares[code] for shares in by_step) / len(by_step) for code in mixture}
-        rounds.append(planner.next_round(shares, size.packs_between(start, end)))
-    return StagePlan(
-        tuple(rounds),
-        size.num_packs,
-        size.num_steps,
-        size.packs_per_step,
-        planner.rows.limit,
-        planner.rows.seed,
-        packs_per_epoch=planner.packs_per_epoch,
-    )
+        rounds.append(planner.next_round(shares, plan.packs_between(start, end)))
+    return replace(plan, epochs=tuple(rounds))
 
 
-def _round_starts(size: StageSize, mixture: Mapping[int, Schedule], run: RunSteps | None) -> list[int]:
+def _round_starts(plan: StagePlan, mixture: Mapping[int, Schedule], run: RunSteps | None) -> list[int]:
     """Return the first step of each round."""
-    length = min(-(-_ROUND_PACKS // size.packs_per_step), size.num_steps // _ROUNDS)
-    length = max(length, size.num_steps // _MOST_ROUNDS, 1)
-    starts = set(range(0, size.num_steps, length))
+    num_steps = plan.num_steps
+    length = min(-(-_ROUND_PACKS // plan.packs_per_step), num_steps // _ROUNDS)
+    length = max(length, num_steps // _MOST_ROUNDS, 1)
+    starts = set(range(0, num_steps, length))
     for share in mixture.values():
         if share.kind == "step":
-            values = [schedules.value(share, step, size.num_steps, run) for step in range(size.num_steps)]
-            starts |= {step for step in range(1, size.num_steps) if values[step] != values[step - 1]}
+            values = [schedules.value(share, step, num_steps, run) for step in range(num_steps)]
+            starts |= {step for step in range(1, num_steps) if values[step] != values[step - 1]}
     return sorted(starts)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class GrowingPlan(StagePlan):
     """A plan whose rounds become known while the stage trains."""
 
-    planner: RoundPlanner | None = None
-    every_steps: int = 1
+    epochs: list[EpochPlan]
+    planner: RoundPlanner
+    every_steps: int
     """Steps between rounds."""
-    settings: str = ""
+    settings: str
     """What the shares depend on beside the evaluations."""
 
     @cached_property
     def hash(self) -> str:
         """Hex xxh3-128 of everything that the rounds depend on beside the evaluations."""
-        assert self.planner is not None
         size = f"{self.num_packs} {self.num_steps} {self.packs_per_step} {self.limit} {self.seed} {self.every_steps}"
         return xxhash.xxh3_128_hexdigest(f"{size} {self.planner.hash} {self.settings}".encode())
 
@@ -124,11 +100,8 @@ class GrowingPlan(StagePlan):
 
     def add_round(self, shares: Mapping[int, float]) -> None:
         """Plan the next round with a share per source code."""
-        assert self.planner is not None
-        assert isinstance(self.epochs, list)
-        start, end = self._first_step(len(self.epochs)), min(self._first_step(len(self.epochs) + 1), self.num_steps)
-        size = StageSize(self.num_packs, self.num_steps, self.packs_per_step)
-        self.epochs.append(self.planner.next_round(shares, size.packs_between(start, end)))
+        start, end = (self._first_step(len(self.epochs) + more) for more in (0, 1))
+        self.epochs.append(self.planner.next_round(shares, self.packs_between(start, min(end, self.num_steps))))
 
     def _first_step(self, round_: int) -> int:
         return round_ * self.every_steps + READ_AHEAD_STEPS if round_ else 0

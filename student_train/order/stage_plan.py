@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from shared.recipe.recipe import StageTrainer
 from student_train.order.order import EpochPlan, StageRows, plan_epoch
+from student_train.order.round_order import RoundPlanner
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +34,6 @@ class StagePlan:
     """Or rounds, where the mixture changes."""
     num_packs: int
     """Packs that are trained on; the last epoch may hold more."""
-    num_steps: int
-    """Optimizer steps."""
     packs_per_step: int
     """Packs of all devices in one optimizer step."""
     limit: int
@@ -41,6 +41,30 @@ class StagePlan:
     seed: int
     packs_per_epoch: int | None = None
     """Packs that hold every row once, where the stage is planned in rounds."""
+
+    @classmethod
+    def begun(cls, trainer: StageTrainer, planner: RoundPlanner, num_devices: int = 1, /, **of_class: Any) -> Self:
+        """Return the plan of a stage none of whose rounds is planned yet; `of_class`: fields of a class below."""
+        per_step = packs_in_step(trainer, num_devices)
+        wanted = math.ceil(trainer.num_train_epochs * planner.packs_per_epoch)
+        return cls(
+            epochs=[],
+            num_packs=wanted if trainer.max_steps is None else trainer.max_steps * per_step,
+            packs_per_step=per_step,
+            limit=planner.rows.limit,
+            seed=planner.rows.seed,
+            packs_per_epoch=planner.packs_per_epoch,
+            **of_class,
+        )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return math.ceil(self.num_packs / self.packs_per_step)
+
+    def packs_between(self, first_step: int, end_step: int) -> int:
+        """Return how many packs the steps from one to before another have."""
+        return min(end_step * self.packs_per_step, self.num_packs) - first_step * self.packs_per_step
 
     @cached_property
     def hash(self) -> str:
@@ -127,4 +151,4 @@ def plan_stage(
         num_packs += math.ceil(part * epoch.num_packs)
         epochs.append(epoch)
     num_packs = num_packs if wanted_packs is None else wanted_packs
-    return StagePlan(tuple(epochs), num_packs, math.ceil(num_packs / per_step), per_step, rows.limit, rows.seed)
+    return StagePlan(tuple(epochs), num_packs, per_step, rows.limit, rows.seed)

@@ -25,7 +25,7 @@ from student_train.evaluate.heldout_measure import HeldoutSet
 from student_train.order.evaluation_sampling import EvaluationSampling
 from student_train.order.order import StageRows, Windows
 from student_train.order.round_order import RoundPlanner
-from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled
+from student_train.order.scheduled_plan import GrowingPlan, plan_scheduled
 from student_train.order.schedules import RunSteps
 from student_train.order.stage_plan import StagePlan, plan_stage
 from student_train.records.processes import num_processes
@@ -105,7 +105,7 @@ def _num_steps(recipe: Recipe, stage: Stage) -> int:
     if not _moves(stage):
         return plan_order(recipe, stage, caches, None).num_steps
     stage = _readable(recipe, stage, caches)
-    return StageSize.of(stage, _planner(recipe, stage, caches).packs_per_epoch, num_processes()).num_steps
+    return StagePlan.begun(stage.trainer, _planner(recipe, stage, caches), num_processes()).num_steps
 
 
 def _moves(stage: Stage) -> bool:
@@ -124,20 +124,16 @@ def plan_order(recipe: Recipe, stage: Stage, caches: CacheList, run: RunSteps | 
         shares = None if mixture is None else {code: share.value(0.0) for code, share in mixture.items()}
         return plan_stage(stage.trainer, _rows_of(recipe, stage, caches), shares, num_processes())
     planner = _planner(recipe, stage, caches)
-    size = StageSize.of(stage, planner.packs_per_epoch, num_processes())
     if stage.sampling is None:
         assert mixture is not None
-        return plan_scheduled(planner, size, mixture, run)
-    return GrowingPlan(
-        [],
-        size.num_packs,
-        size.num_steps,
-        size.packs_per_step,
-        planner.rows.limit,
-        planner.rows.seed,
-        packs_per_epoch=planner.packs_per_epoch,
+        return plan_scheduled(stage.trainer, planner, mixture, run, num_processes())
+    assert stage.evaluate is not None
+    return GrowingPlan.begun(
+        stage.trainer,
+        planner,
+        num_processes(),
         planner=planner,
-        every_steps=_every_steps(stage, stage.sampling),
+        every_steps=stage.sampling.every_steps or stage.evaluate.every_steps,
         settings=stage.sampling.model_dump_json(exclude=unmoved(stage.sampling, Sampling.NAMES_THE_PLAN)),
     )
 
@@ -172,7 +168,6 @@ def evaluation_sampling(
     if rule is None:
         return None
     assert isinstance(plan, GrowingPlan)
-    assert plan.planner is not None
     assert heldout is not None
     codes = {caches.source_names[code]: code for code in plan.planner.tokens_per_source}
     unseen = sorted(set(codes) - set(heldout.rows))
@@ -193,11 +188,6 @@ def evaluation_sampling(
     return EvaluationSampling(rule, plan, base, codes)
 
 
-def _every_steps(stage: Stage, rule: Sampling) -> int:
-    assert stage.evaluate is not None
-    return rule.every_steps or stage.evaluate.every_steps
-
-
 def _planner(recipe: Recipe, stage: Stage, caches: CacheList) -> RoundPlanner:
     """Return what plans a stage's rounds, over the sources that it names, or all that have rows to train on."""
     rows = _rows_of(recipe, stage, caches)
@@ -216,4 +206,5 @@ def _rows_of(recipe: Recipe, stage: Stage, caches: CacheList) -> StageRows:
         stage.too_long,
         caches.training_rows(recipe.heldout.fraction),
         windows_of(stage, caches),
+        caches.source_names,
     )

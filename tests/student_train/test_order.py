@@ -108,7 +108,7 @@ def test_too_long_row_is_refused_with_its_length():
 
 
 def test_mixture_of_an_empty_source_is_refused():
-    with pytest.raises(TrainingError, match="source number 4"):
+    with pytest.raises(TrainingError, match="source 4, which has no row"):
         plan_epoch(0, 0, np.array([5, 7], np.int32), np.zeros(2, np.int32), {0: 0.5, 4: 0.5}, 64)
 
 

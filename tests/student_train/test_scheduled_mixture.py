@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import TrainingError
-from shared.recipe.recipe import Sampling, Schedule, Stage
+from shared.recipe.recipe import Sampling, Schedule, Stage, StageTrainer
 from student_train.order.evaluation_sampling import next_shares, within_bounds
 from student_train.order.order import StageRows, source_pass
 from student_train.order.round_order import RoundPlanner, RowStream
-from student_train.order.scheduled_plan import GrowingPlan, StageSize, plan_scheduled, shares_at
+from student_train.order.scheduled_plan import GrowingPlan, plan_scheduled, shares_at
 from student_train.order.schedules import RunSteps
 from student_train.records.metrics_log import read_steps
+from student_train.stage.stage_order import open_caches, plan_order
 from student_train.stage.stages import run_stages
 
 PACK = 400
@@ -39,8 +40,8 @@ def planner_of(seed, lengths, sources, codes=(0, 1), too_long="cut"):
 def plan_of(mixture, num_steps, packs_per_step, seed=0, run=None):
     lengths, sources = rows_of(seed)
     planner = planner_of(seed, lengths, sources, tuple(mixture))
-    size = StageSize(num_steps * packs_per_step, num_steps, packs_per_step)
-    return plan_scheduled(planner, size, mixture, run), lengths, sources
+    trainer = StageTrainer(max_steps=num_steps, per_device_train_batch_size=packs_per_step)
+    return plan_scheduled(trainer, planner, mixture, run), lengths, sources
 
 
 def tokens_by_step(plan, lengths, sources, code):
@@ -126,8 +127,16 @@ def test_all_shares_zero_at_some_step_and_empty_source_are_refused():
     with pytest.raises(TrainingError, match="every share of the mixture is 0 at some step"):
         plan_of(fading, 20, 1)
     lengths, sources = rows_of(0)
-    with pytest.raises(TrainingError, match="source number 7"):
+    with pytest.raises(TrainingError, match="source 7, which has no row"):
         planner_of(0, lengths, sources, (0, 7))
+
+
+@pytest.mark.parametrize("share", [0.5, {"kind": "linear", "start": 0.5, "end": 0.6}])
+def test_a_source_without_rows_to_train_on_is_refused_by_its_name(recipe_of, share):
+    recipe = recipe_of(mixture={"ops": share, "math": 0.5}, max_length=2, too_long="drop")
+    stage = recipe.stages[0]
+    with pytest.raises(TrainingError, match="the mixture asks for source 'math', which has no row to train on"):
+        plan_order(recipe, stage, open_caches(recipe, stage), None)
 
 
 @settings(max_examples=80, deadline=None)
@@ -168,9 +177,9 @@ def test_worse_source_is_drawn_more_with_floor_ceiling_and_smoothing():
 
 def test_growing_plan_gives_each_round_its_packs_one_step_after_its_evaluation():
     lengths, sources = rows_of(3)
-    plan = GrowingPlan(
-        [], 22, 11, 2, PACK, 3, packs_per_epoch=60, planner=planner_of(3, lengths, sources), every_steps=4
-    )
+    planner = planner_of(3, lengths, sources)
+    trainer = StageTrainer(max_steps=11, per_device_train_batch_size=2)
+    plan = GrowingPlan.begun(trainer, planner, planner=planner, every_steps=4, settings="")
     with pytest.raises(AssertionError, match="read before its round is planned"):
         plan.rows_of(0)
     for shares, ends in (({0: 1.0, 1: 0.0}, 10), ({0: 0.0, 1: 1.0}, 18), ({0: 0.5, 1: 0.5}, 22)):

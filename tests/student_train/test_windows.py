@@ -62,7 +62,7 @@ def test_scheduled_rounds_take_each_source_window_after_window():
 
 def test_parts_are_asked_for_before_the_packs_that_need_them():
     epochs = (plan(epoch=0), plan(epoch=1))
-    stage = StagePlan(epochs, sum(epoch.num_packs for epoch in epochs), 10, 1, 128, 3)
+    stage = StagePlan(epochs, sum(epoch.num_packs for epoch in epochs), 1, 128, 3)
     fetched: list[int] = []
     added = threading.Condition()
 
@@ -88,7 +88,7 @@ def test_parts_are_asked_for_before_the_packs_that_need_them():
 def asked_at(index, bound_bytes, num_ahead=4):
     """Parts that are fetched where training begins with the stage's pack `index`."""
     epochs = (plan(epoch=0), plan(epoch=1))
-    stage = StagePlan(epochs, sum(epoch.num_packs for epoch in epochs), 10, 1, 128, 3)
+    stage = StagePlan(epochs, sum(epoch.num_packs for epoch in epochs), 1, 128, 3)
     ahead = PartPrefetch(stage, PARTS, num_ahead, lambda part: None, np.full(12, 10, np.int64), bound_bytes)
     ahead.reached(index)
     return {part for _, part in ahead._asked}, epochs[0]
