@@ -23,7 +23,7 @@ from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, StageTrainer, Student
 from shared.recipe.sections.training import recomputation
 from student_train.batch.collate import collate
-from student_train.fit.memory import ALONE, FRAGMENTATION, GIB, Around, bytes_of_step, estimate_memory
+from student_train.fit.memory import ALONE, FRAGMENTATION, GIB, Around, StepMemory
 from student_train.fit.model_shape import ModelShape, shape_of
 from student_train.records.processes import num_processes
 
@@ -76,38 +76,22 @@ def check_first_step(
         TrainingError: they do not, whatever the recipe allows.
     """
     trainer = stage.trainer
-    ways = {True: [True], "auto": [False, True], False: [False]}[recomputation(student, trainer)]
     least: int | None = None
-    for recomputes in ways:
-        planned = estimate_memory(shape, student, trainer, around=around, recomputes=recomputes).allocated
-        measured = measure(recomputes)
+    for recomputes in {True: [True], "auto": [False, True], False: [False]}[recomputation(student, trainer)]:
+        step = StepMemory(shape, student, trainer, around, recomputes)
+        planned, measured = step.estimate(), measure(recomputes)
         if measured is None:
             continue
-        tensors = bytes_of_step(shape, student, trainer, measured, recomputes=recomputes, around=around)
-        needed = int(tensors * (1 + FRAGMENTATION))
+        needed = int(step.measured_bytes(measured) * (1 + FRAGMENTATION))
         least = needed if least is None else min(least, needed)
         if needed <= room.free_bytes:
-            return FirstStep(recomputes, planned, measured, needed, room.free_bytes, room.card_bytes)
-    raise _too_large(stage, student, shape, room, least, recomputes=ways[-1], around=around)
-
-
-def _too_large(
-    stage: Stage,
-    student: Student,
-    shape: ModelShape,
-    room: Room,
-    least: int | None,
-    *,
-    recomputes: bool,
-    around: Around,
-) -> TrainingError:
-    estimate = estimate_memory(shape, student, stage.trainer, around=around, recomputes=recomputes)
-    terms = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(estimate.terms().items())[:3])
+            return FirstStep(recomputes, planned.allocated, measured, needed, room.free_bytes, room.card_bytes)
+    terms = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(planned.terms().items())[:3])
     needs = "more than fits" if least is None else f"{least / GIB:.1f} GiB"
     change = "" if recomputes else "set gradient_checkpointing: auto, or "
     free, card = room.free_bytes / GIB, room.card_bytes / GIB
     cards = f"{around.num_processes}x" if around.num_processes > 1 else ""
-    return TrainingError(
+    raise TrainingError(
         f"a step of stage '{stage.name}' at its longest packs needs {needs} where {free:.1f} of the GPU's {card:.1f} "
         f"GiB are free for it (planned, in GiB: {terms}); {change}end what else uses the GPU, or take what `decant "
         f"plan --card {cards}{max(int(free), 1)}GiB` proposes"

@@ -146,30 +146,10 @@ def estimate_memory(
     """
     if recomputes is None:
         recomputes = recomputation(student, trainer) is True
-    moments = _Step(shape, student, trainer, around, recomputes, has_wide_products).moments()
-    return max(moments, key=lambda estimate: estimate.total)
+    return StepMemory(shape, student, trainer, around, recomputes, has_wide_products).estimate()
 
 
-def bytes_of_step(
-    shape: ModelShape,
-    student: Student,
-    trainer: StageTrainer,
-    measured: int,
-    *,
-    recomputes: bool,
-    around: Around = ALONE,
-) -> int:
-    """Return the most bytes of tensors of a whole training step, of which forward and backward pass alone, of a model
-    that is whole and not yet given to several processes, were `measured` to need that many, with nothing else on the
-    card than the weights.
-    """
-    step = _Step(shape, student, trainer, around, recomputes, True)
-    update = step.weights() + step.gradients + step.optimizer + step.update
-    waiting = step.num_tokens * (step.num_batches - 1) * step.batch_bytes
-    return max(measured + step.optimizer + step.carried + waiting, update) + step.spread.buckets
-
-
-class _Step:
+class StepMemory:
     """One training step's sizes."""
 
     def __init__(
@@ -179,8 +159,9 @@ class _Step:
         trainer: StageTrainer,
         around: Around,
         recomputes: bool,
-        has_wide_products: bool,
+        has_wide_products: bool = True,
     ) -> None:
+        """Count for one process; arguments and errors as for `estimate_memory`."""
         self.shape, self.recomputes = shape, recomputes
         self.chunk = trainer.operator_chunk_mib * MIB
         self.num_packs = trainer.per_device_train_batch_size
@@ -305,6 +286,19 @@ class _Step:
             else 0
         )
         return windows + (BYTES_PER_SCORE * SCORES_AT_ONCE if self.shape.caps_scores else 0)
+
+    def measured_bytes(self, passes: int) -> int:
+        """Return the most bytes of tensors of a whole step, of which forward and backward pass alone, of a model that
+        is whole and not yet given to several processes, were measured to need `passes`, with nothing else on the card
+        than the weights.
+        """
+        update = self.weights() + self.gradients + self.optimizer + self.update
+        waiting = self.num_tokens * (self.num_batches - 1) * self.batch_bytes
+        return max(passes + self.optimizer + self.carried + waiting, update) + self.spread.buckets
+
+    def estimate(self) -> MemoryEstimate:
+        """Return the sizes at the moment when they are largest."""
+        return max(self.moments(), key=lambda estimate: estimate.total)
 
     def moments(self) -> list[MemoryEstimate]:
         """Return the sizes at each moment where they may be largest."""

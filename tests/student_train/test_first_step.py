@@ -14,7 +14,7 @@ from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, Student
 from student_train.fit.allocator import expand_segments
 from student_train.fit.first_step import Room, _room, check_first_step, longest_batch, measured_pass
-from student_train.fit.memory import FRAGMENTATION, GIB, Around, bytes_of_step, estimate_memory
+from student_train.fit.memory import ALONE, FRAGMENTATION, GIB, Around, StepMemory, estimate_memory
 from student_train.fit.model_shape import ModelShape
 from tests.system.program import ROOT
 
@@ -60,14 +60,16 @@ def test_auto_recomputes_only_where_the_measurement_asks_for_it():
 def test_bytes_of_a_step_add_the_state_that_comes_after_the_first():
     trainer = stage(False).trainer
     states = 600_000_000 * 8
-    assert bytes_of_step(SHAPE, STUDENT, trainer, 20 * GIB, recomputes=False) == 20 * GIB + states
+    assert StepMemory(SHAPE, STUDENT, trainer, ALONE, False).measured_bytes(20 * GIB) == 20 * GIB + states
     accumulated = stage(False, gradient_accumulation_steps=2).trainer
     waiting = accumulated.pack_tokens * 64 * 12  # the targets of the second batch, fetched with the first
     carried = 600_000_000 * 4 + waiting
-    assert bytes_of_step(SHAPE, STUDENT, accumulated, 20 * GIB, recomputes=False) == 20 * GIB + states + carried
-    together = bytes_of_step(SHAPE, STUDENT, trainer, 20 * GIB, recomputes=False, around=Around(2))
+    assert StepMemory(SHAPE, STUDENT, accumulated, ALONE, False).measured_bytes(20 * GIB) == 20 * GIB + states + carried
+    together = StepMemory(SHAPE, STUDENT, trainer, Around(2), False).measured_bytes(20 * GIB)
     assert together == 20 * GIB + states + 600_000_000 * 4, "data parallelism holds gradients in buckets, too"
-    assert bytes_of_step(SHAPE, STUDENT, trainer, 0, recomputes=False) == 600_000_000 * 4 * 5, "the update itself"
+    assert StepMemory(SHAPE, STUDENT, trainer, ALONE, False).measured_bytes(0) == 600_000_000 * 4 * 5, (
+        "the update itself"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "auto"])
@@ -88,7 +90,7 @@ def test_stage_that_runs_out_of_memory_while_measured_stops_with_the_same_senten
 
 def test_gaps_of_the_allocator_are_counted_and_what_others_take_is_not_free(monkeypatch):
     measured = estimate_memory(SHAPE, STUDENT, stage(True).trainer).allocated
-    tensors = bytes_of_step(SHAPE, STUDENT, stage(True).trainer, measured, recomputes=True)
+    tensors = StepMemory(SHAPE, STUDENT, stage(True).trainer, ALONE, True).measured_bytes(measured)
     needed = int(tensors * (1 + FRAGMENTATION))
     first = check_first_step(stage(True), STUDENT, SHAPE, Room(needed, 24 * GIB), lambda recomputes: measured)
     assert (first.needed_bytes, first.free_bytes) == (needed, needed)
