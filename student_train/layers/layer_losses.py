@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,16 +27,9 @@ from shared.recipe.recipe import Stage, Student
 from shared.recipe.sections.losses import Loss
 from student_train.batch.hidden_batch import teacher_masses, teacher_pooled, teacher_states
 from student_train.layers.layer_map import LayerPair, pair_layers
-from student_train.layers.projections import (
-    add_projections,
-    load_projections,
-    projected,
-    remove_projections,
-    save_projections,
-    without_projections,
-)
+from student_train.layers.projections import Projections
 from student_train.layers.student_attention import stored_masses
-from student_train.layers.student_watch import StudentWatch, check_watchable
+from student_train.layers.student_watch import StudentWatch
 from student_train.losses import LossTerm, representations
 from student_train.losses.hidden_layers.representation import Reads
 
@@ -58,25 +50,31 @@ def check_layer_losses(stage: Stage, student: Student) -> None:
             "not leave it; set it to none, or leave the losses out"
         )
     if reads & {"states", "attention"}:
-        if stage.balance.kind == "grad_norm":
-            _check_measurable(fp16=stage.trainer.fp16, liger=student.liger)
-        check_watchable(
-            attention=student.attention, compiles=stage.trainer.torch_compile, reads_attention="attention" in reads
-        )
+        _check_layers_can_be_seen(stage, student, reads_attention="attention" in reads)
 
 
-def _check_measurable(*, fp16: bool, liger: bool) -> None:
-    """Refuse settings under which gradients cannot be measured below the last hidden states."""
-    if fp16:
+def _check_layers_can_be_seen(stage: Stage, student: Student, *, reads_attention: bool) -> None:
+    """Refuse settings under which layers cannot be watched, or gradients not be measured below the last states."""
+    measures = stage.balance.kind == "grad_norm"
+    if measures and stage.trainer.fp16:
         raise TrainingError(
             "balance grad_norm measures gradients of the losses hidden and attention without a loss scale, so "
             "trainer.fp16 would turn small ones into 0; set trainer.bf16 instead, or balance to uncertainty"
         )
-    if liger:
+    if measures and student.liger:
         raise TrainingError(
             "balance grad_norm goes back through the layers several times with the losses hidden and attention, which "
             "the layers of student.liger do not allow, since they overwrite what they keep; leave liger out, or set "
             "balance to uncertainty"
+        )
+    if stage.trainer.torch_compile:
+        raise TrainingError(
+            "the losses 'hidden' and 'attention' watch layers while they run, which trainer.torch_compile does not "
+            "allow; set it to false, or leave the losses out"
+        )
+    if reads_attention and student.attention == "eager":
+        raise TrainingError(
+            "the loss 'attention' cannot see through student.attention 'eager'; set it to sdpa or flash_attention_2"
         )
 
 
@@ -118,7 +116,6 @@ class LayerLosses:
         Raises:
             TrainingError: a loss needs what the layer does not keep, or what the student does not have.
         """
-        self._base = base
         self._identity = identity
         num_layers = base.config.get_text_config().num_hidden_layers
         by_name = {loss.name: loss for loss in losses if loss.name in representations}
@@ -130,7 +127,7 @@ class LayerLosses:
         self._watch = StudentWatch(base, states, attention, lowest)
         names = [_projection_name(pair) for pair in self._read("states")]
         names += [POOLED] if any(representations[name].reads == "pooled" for name in by_name) else []
-        add_projections(base, names, identity.stored_width, seed=seed)
+        self.projections = Projections(base, names, identity.stored_width, seed=seed)
 
     def _read(self, reads: Reads) -> list[LayerPair]:
         """Return the pairs of all losses that read states, or attention."""
@@ -154,19 +151,7 @@ class LayerLosses:
         """Stop watching the student and take its projections off, so that nothing of them is exported."""
         self._watch.clear()
         self._watch.remove()
-        remove_projections(self._base)
-
-    def student_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of a checkpoint's student: all but the projections'."""
-        return without_projections(weights)
-
-    def save(self, checkpoint: Path) -> None:
-        """Write the projections into a checkpoint's directory."""
-        save_projections(self._base, checkpoint)
-
-    def load(self, checkpoint: Path) -> None:
-        """Read the projections of a checkpoint back; errors as for `load_projections`."""
-        load_projections(self._base, checkpoint)
+        self.projections.remove()
 
     def values(
         self,
@@ -204,7 +189,7 @@ class LayerLosses:
         total = final.new_zeros((), dtype=torch.float32)
         for pair in pairs:
             states = final if pair.student == FINAL else self._watch.states[pair.student].index_select(0, predictors)
-            student = projected(self._base, _projection_name(pair), states)
+            student = self.projections.projected(_projection_name(pair), states)
             total = total + function(student, teacher_states(batch, pair.column), **term.options).sum()
         return total / len(pairs)
 
@@ -223,7 +208,7 @@ class LayerLosses:
         """Return the mean over rows; 0, with its place in the graph, where there is no pair of rows to tell apart."""
         teacher, owner = teacher_pooled(batch), batch["pooled_row"]
         pooled = pool_rows(final, owner, len(teacher), self._identity.pooled)
-        student = projected(self._base, POOLED, pooled)
+        student = self.projections.projected(POOLED, pooled)
         if len(teacher) < 2:
             return student.sum() * 0.0 + final.float().sum() * 0.0
         return representations[term.name].function(student, teacher, **term.options).mean()

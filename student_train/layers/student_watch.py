@@ -65,7 +65,12 @@ class StudentWatch:
         self._base = base
         self._attention_layers = tuple(attention_layers)
         self._is_on = self._shares = False
-        blocks = blocks_of(base)
+        blocks = find_blocks(base)
+        if blocks is None:
+            raise TrainingError(
+                f"{type(base).__name__} has no list of as many blocks as its config says, so the losses 'hidden' and "
+                "'attention' cannot see its layers; leave them out"
+            )
         self._handles = self._share(blocks, shared_layer)
         self._handles += [
             blocks[layer - 1].register_forward_hook(self._state_hook(layer)) for layer in set(state_layers)
@@ -178,35 +183,3 @@ def _shows_whole_rows(mask: Tensor) -> bool:
     """
     visible = (mask if mask.dtype == torch.bool else mask == 0)[0, 0].sum(-1)
     return bool(((visible[1:] == visible[:-1] + 1) | (visible[1:] == 1)).all())
-
-
-def blocks_of(base: Any) -> nn.ModuleList:
-    """Return the student's blocks, first to last.
-
-    Raises:
-        TrainingError: it has no list of as many blocks as its config says.
-    """
-    blocks = find_blocks(base)
-    if blocks is None:
-        raise TrainingError(
-            f"{type(base).__name__} has no list of as many blocks as its config says, so the losses 'hidden' and "
-            "'attention' cannot see its layers; leave them out"
-        )
-    return blocks
-
-
-def check_watchable(*, attention: str, compiles: bool, reads_attention: bool) -> None:
-    """Refuse settings under which layers cannot be watched, before anything is loaded.
-
-    Raises:
-        TrainingError: with the setting to change.
-    """
-    if compiles:
-        raise TrainingError(
-            "the losses 'hidden' and 'attention' watch layers while they run, which trainer.torch_compile does not "
-            "allow; set it to false, or leave the losses out"
-        )
-    if reads_attention and attention == "eager":
-        raise TrainingError(
-            "the loss 'attention' cannot see through student.attention 'eager'; set it to sdpa or flash_attention_2"
-        )

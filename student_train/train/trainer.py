@@ -375,12 +375,12 @@ class DistilTrainer(ShardedTrainer):
             model, directory = self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir
             layers = self._objective.layers
             if layers is not None and state_dict is None:
-                state_dict = layers.student_weights(model.state_dict())
+                state_dict = layers.projections.student_weights(model.state_dict())
             # by the model's own names: a checkpoint is read back as it is, without putting experts together again
             form = {"save_original_format": False} if isinstance(model, PreTrainedModel) else {}
             model.save_pretrained(directory, state_dict=state_dict, **form)
             if layers is not None:
-                layers.save(Path(directory))
+                layers.projections.save(Path(directory))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights, and the learned projections of losses on a hidden layer.
@@ -398,7 +398,7 @@ class DistilTrainer(ShardedTrainer):
                 )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._objective.layers is not None:
-            self._objective.layers.load(Path(resume_from_checkpoint))
+            self._objective.layers.projections.load(checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint, mark it complete, then remove older ones; none while the gradients are suspicious."""
