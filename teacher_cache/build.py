@@ -41,7 +41,7 @@ from teacher_cache.prompts.cache_source import group_rule, require_tokenizer
 from teacher_cache.prompts.problems import THRESHOLD, Problem, accepting
 from teacher_cache.prompts.sequence_maker import SequenceMaker
 from teacher_cache.prompts.work_list import request_of
-from teacher_cache.teacher.answerer import key_beside, know_answerer
+from teacher_cache.teacher.answerer import Answerer, key_beside, know_answerer
 from teacher_cache.teacher.layer_reuse import capture_of, reuse_line
 from teacher_cache.teacher.teacher_identity import (
     KnownTeacher,
@@ -113,31 +113,20 @@ def teach(
     answering = answerer.known
     maker = SequenceMaker(known.tokenizer, recipe.prompts, known.vocab_size, answering.max_model_len)
     ends = foreign_ends(maker.templates.ends, answering.tokenizer, answering.files.directory, recipe.generate)
-    request = None
-    if recipe.prompts:  # every file of them is found before anything is written
-        generator = answering.generator if recipe.generate else None
-        request = request_of(recipe, generator, known.tokenizer_hash, answering.max_model_len, ends)
+    request = _request(recipe, answering, known, ends)  # every file of prompts is found before anything is written
     cache = _open_cache(recipe, known, teacher, renders=request is not None)
     if answerer.is_teacher and request is not None and recipe.generate is not None:
         answerer = replace(answerer, key=key_beside(known.answerer, cache.path))
         request |= {} if answerer.key is None else {"answerer": answerer.key}
     layer, summary = _begin_layer(cache, known, teacher, recipe.capture, layer_name)
     recipe = recipe.model_copy(update={"capture": capture_of(recipe.capture, layer.identity)})
-    hidden = None
-    if recipe.capture.hidden is not None:
-        hidden = open_hidden_layer(cache, known, teacher, recipe.capture.hidden)
-        summary.hidden_layer = hidden.name
-        summary.hidden_reused_rows = sum(record.rows for record in list_records(hidden.directory))
+    hidden = _begin_hidden_layer(cache, known, teacher, recipe.capture, summary)
     progress = progress or BuildProgress(NOWHERE)
     for sentence in maker.templates.unread_settings:
         progress.note(sentence)
     with StopSignal() as stop:
         opener = told(open_engine or engines.open_engine, progress, stop)
-        # the same settings whether or not pass 1 is done, so that a continued build scores alike
-        scoring = teacher.model_copy(update={"max_model_len": known.max_model_len})
-        answers_itself = recipe.generate if answerer.is_teacher else None
-        engine = LazyEngine(opener, scoring, recipe.capture, answers_itself, known.files.directory)
-        other = LazyEngine(opener, answerer.section, None, recipe.generate, answering.files.directory)
+        answers, scores = _engines(opener, recipe, known, answerer)
         build = _Build(
             recipe,
             own_share,
@@ -145,7 +134,7 @@ def teach(
             max_set_aside,
             cache,
             answerer,
-            engine if answerer.is_teacher else other,
+            answers,
             stop,
             summary,
             seconds_under,
@@ -153,10 +142,34 @@ def teach(
             known,
             layer,
             hidden,
-            engine,
+            scores,
         )
         job = _run_passes(build, request, ends, maker)
     return _finish(build, job)
+
+
+def _request(
+    recipe: Recipe, answering: KnownTeacher, known: KnownTeacher, ends: list[int | None]
+) -> dict[str, Any] | None:
+    """Return what a recipe's prompts ask for, answered by `answering`; None without prompts."""
+    if not recipe.prompts:
+        return None
+    generator = answering.generator if recipe.generate else None
+    return request_of(recipe, generator, known.tokenizer_hash, answering.max_model_len, ends)
+
+
+def _engines(
+    opener: Callable[..., Engine], recipe: Recipe, known: KnownTeacher, answerer: Answerer
+) -> tuple[LazyEngine, LazyEngine]:
+    """Return the engine that answers and the one that scores; they are one where the teacher answers itself."""
+    assert recipe.teacher is not None
+    # the same settings whether or not pass 1 is done, so that a continued build scores alike
+    scoring = recipe.teacher.model_copy(update={"max_model_len": known.max_model_len})
+    answers_itself = recipe.generate if answerer.is_teacher else None
+    scores = LazyEngine(opener, scoring, recipe.capture, answers_itself, known.files.directory)
+    if answerer.is_teacher:
+        return scores, scores
+    return LazyEngine(opener, answerer.section, None, recipe.generate, answerer.known.files.directory), scores
 
 
 def refuse_other_cache(recipe: Recipe) -> None:
@@ -197,6 +210,18 @@ def _begin_layer(
     summary.groups = cache.identity.groups
     summary.reuse = reuse_line(layers, serving, wanted, summary.reused_rows)
     return layer, summary
+
+
+def _begin_hidden_layer(
+    cache: CacheWriter, known: KnownTeacher, teacher: Teacher, capture: Capture, summary: BuildSummary
+) -> HiddenWriter | None:
+    """Return the hidden layer that serves a capture, told to the summary; None where the recipe wants none."""
+    if capture.hidden is None:
+        return None
+    hidden = open_hidden_layer(cache, known, teacher, capture.hidden)
+    summary.hidden_layer = hidden.name
+    summary.hidden_reused_rows = sum(record.rows for record in list_records(hidden.directory))
+    return hidden
 
 
 def _run_passes(
