@@ -158,9 +158,9 @@ def test_checkpoint_of_another_plan_or_cache_is_refused_with_both(recipe_of):
     with pytest.raises(
         TrainingError, match=f"made with cache {checkpoint.belongs_to['cache']} where this run has cache other"
     ):
-        newest_checkpoint(directory, {"plan": checkpoint.belongs_to["plan"], "cache": "other"})
-    with pytest.raises(TrainingError, match="plan"):
-        newest_checkpoint(directory, {"plan": "other", "cache": checkpoint.belongs_to["cache"]})
+        newest_checkpoint(directory, {**checkpoint.belongs_to, "cache": "other"})
+    with pytest.raises(TrainingError, match="made with plan"):
+        newest_checkpoint(directory, {**checkpoint.belongs_to, "plan": "other"})
 
 
 def test_checkpoint_without_marker_is_removed_and_the_one_before_taken(tmp_path):

@@ -30,7 +30,8 @@ rows_per_part: 2
 """
 WORKERS = ", workers: {count: 2, gpus_per_engine: 0}"
 TEACH = ("teach", "recipe.yaml", "--max-set-aside", "0.5")
-UNITS = 40
+UNITS = 160
+"""Two engines do a hundred a second: enough that some are left once an engine has been found and killed."""
 
 
 @pytest.fixture(scope="module")
