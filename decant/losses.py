@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from shared.errors import TrainingError
+from shared.recipe.base import first_problem
 from shared.recipe.sections.losses import Loss
 from student_train.batch.target_batch import Members, TargetBatch
 from student_train.losses import LossTerm
@@ -84,10 +85,7 @@ def _term(name: str, weight: float, **options: float) -> LossTerm:
     try:
         TypeAdapter(Loss).validate_python({"name": name, **options})
     except ValidationError as error:
-        wrong = error.errors()[0]
-        place = next((key for key in wrong["loc"] if key in options), "its options")
-        expected = wrong["msg"].replace("Input should be", "expected")
-        raise TrainingError(f"{name}: {place}: {expected}, found {options.get(str(place))!r}") from None
+        raise TrainingError(f"{name}: {': '.join(first_problem(error, options))}") from None
     return LossTerm(name, weight, options.pop("temperature", 1.0), options)
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from decant.reading import Cache
 from shared.errors import TrainingError
+from shared.recipe.base import first_problem
 from shared.recipe.recipe import StageTrainer
 from student_train.batch.collate import collate
 from student_train.batch.dataset import CacheList, PackDataset
@@ -94,10 +95,9 @@ class TorchDataset(torch.utils.data.Dataset):  # type: ignore[misc]  # torch has
 
 
 def _trainer(pack_tokens: int, epochs: float) -> StageTrainer:
+    given = {"pack_tokens": pack_tokens, "num_train_epochs": epochs}
     try:
-        return StageTrainer.model_validate({"pack_tokens": pack_tokens, "num_train_epochs": epochs})
+        return StageTrainer.model_validate(given)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        name = "epochs" if wrong["loc"][0] == "num_train_epochs" else wrong["loc"][0]
-        expected = wrong["msg"].replace("Input should be", "expected")
-        raise TrainingError(f"{name}: {expected}, found {wrong['input']!r}") from None
+        name, problem = first_problem(error, given)
+        raise TrainingError(f"{'epochs' if name == 'num_train_epochs' else name}: {problem}") from None

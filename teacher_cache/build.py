@@ -38,7 +38,7 @@ from teacher_cache.passes.score import parts_to_score, score_parts
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
 from teacher_cache.prompts.cache_source import group_rule, require_tokenizer
-from teacher_cache.prompts.problems import THRESHOLD, Problem, accepting
+from teacher_cache.prompts.problems import THRESHOLD, Problem, accepting, too_many
 from teacher_cache.prompts.sequence_maker import SequenceMaker
 from teacher_cache.prompts.work_list import request_of
 from teacher_cache.teacher.answerer import Answerer, key_beside, know_answerer
@@ -326,7 +326,7 @@ def _finish(build: _Build, job: Job | None) -> BuildSummary:
     own = [record for record in records if job is not None and record.id8 == job.id8]
     unusable = [entry for record in own for entry in record.set_aside if entry.get("kind") == PROBLEM]
     total = sum(record.rows + len(record.set_aside) for record in own)
-    if len(unusable) > build.max_set_aside * total:
+    if too_many(len(unusable), total, build.max_set_aside):
         first = Problem(str(unusable[0]["path"]), int(unusable[0]["line"]), str(unusable[0]["reason"]))
         raise SetAsideError(
             f"{first.sentence()} ({len(unusable):,} of {total:,} rows cannot be used, more than the "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     PlainSerializer,
+    ValidationError,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -323,3 +324,10 @@ def shown(value: Any) -> str:
         return f"a {what} of {len(value)}" if value else f"an empty {what}"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def first_problem(error: ValidationError, given: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the first of the fields that were `given` to a section in code which is wrong, and what was expected."""
+    wrong = error.errors()[0]
+    name = next((str(key) for key in wrong["loc"] if key in given), "its options")
+    return name, f"{wrong['msg'].replace('Input should be', 'expected')}, found {given.get(name)!r}"

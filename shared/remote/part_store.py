@@ -129,37 +129,24 @@ def fill_checked(
         DamagedError: what came has another checksum, or nothing is there.
         CacheError: it cannot be fetched or written.
     """
-    while not _filled(path, partial, where, num_bytes, xxh3, read, before):
-        pass  # who held `partial` before made the part, or gave up: whoever holds a new one finds out
-
-
-def _filled(
-    path: Path,
-    partial: Path,
-    where: str,
-    num_bytes: int,
-    xxh3: str,
-    read: Read,
-    before: Callable[[], object],
-) -> bool:
-    """Do what `fill_checked` does once `partial` is this process's; False where it went before that."""
-    with _locked(partial) as file:
-        if not partial.exists() or partial.stat().st_ino != os.fstat(file.fileno()).st_ino:
-            return False
-        if _is_whole(path, num_bytes, xxh3):
-            partial.unlink(missing_ok=True)
-            return True
-        before()
-        try:
-            _fill(file, where, num_bytes, xxh3, read)
-        except DamagedError:
-            partial.unlink(missing_ok=True)
-            raise
-        failpoint("fetch.before_rename")
-        os.fsync(file.fileno())
-        partial.replace(path)
-        failpoint("fetch.after_rename")
-        return True
+    while True:
+        with _locked(partial) as file:
+            if not partial.exists() or partial.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # who held it before made the part, or gave up: whoever holds a new one finds out
+            if _is_whole(path, num_bytes, xxh3):
+                partial.unlink(missing_ok=True)
+                return
+            before()
+            try:
+                _fill(file, where, num_bytes, xxh3, read)
+            except DamagedError:
+                partial.unlink(missing_ok=True)
+                raise
+            failpoint("fetch.before_rename")
+            os.fsync(file.fileno())
+            partial.replace(path)
+            failpoint("fetch.after_rename")
+            return
 
 
 def _is_whole(path: Path, num_bytes: int, xxh3: str) -> bool:
@@ -175,13 +162,11 @@ def _is_whole(path: Path, num_bytes: int, xxh3: str) -> bool:
 def _is_here(path: Path, num_bytes: int, xxh3: str) -> bool:
     """Tell whether a part is here and whole, and note that it is in use; take a damaged one away."""
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == num_bytes and (
-                path in _checked or hashlib.file_digest(file, xxhash.xxh3_128).hexdigest() == xxh3
-            ):
-                _checked.add(path)
-                os.utime(path)
-                return True
+        known = path in _checked and path.stat().st_size == num_bytes
+        if known or _is_whole(path, num_bytes, xxh3):
+            _checked.add(path)
+            os.utime(path)
+            return True
         path.unlink(missing_ok=True)
         _checked.discard(path)
     except FileNotFoundError:  # never fetched, or taken away for room: either way it is fetched next

@@ -8,7 +8,6 @@ Cost: the list is bounded; counts are exact.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -17,14 +16,18 @@ from shared.errors import PromptError
 THRESHOLD = 0.01
 """Largest share of unusable rows that a command accepts."""
 
+MAX_LISTED = 1000
+"""Problems that are kept in words; the rest are only counted."""
+
+
+def too_many(unusable: int, rows: int, accepted: float = THRESHOLD) -> bool:
+    """Tell whether more than the accepted share of the rows is unusable; a product would refuse 29 of 50 at 0.58."""
+    return unusable > 0 and unusable / rows > accepted
+
 
 def accepting(unusable: int, rows: int) -> float:
     """Return the smallest share, in thousandths, at which so many of the rows are accepted: 5 of 70 -> 0.072."""
-    return math.ceil(unusable / rows * 1000) / 1000
-
-
-MAX_LISTED = 1000
-"""Problems that are kept in words; the rest are only counted."""
+    return -(-unusable * 1000 // rows) / 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class Problems:
         Raises:
             PromptError: with the first problem, the count and what to do, `way_out` besides mending the rows.
         """
-        if self.total > threshold * self.rows_read:
+        if too_many(self.total, self.rows_read, threshold):
             found = f"{self.total:,} of {self.rows_read:,} rows cannot be used"
             bad = f"{found}, more than the {threshold:.0%} that are set aside"
             raise PromptError(f"{self.listed[0].sentence()} ({bad}); correct or remove them{way_out}")

@@ -16,7 +16,7 @@ from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.files.prompt_files import content_hash
 from teacher_cache.prompts.files.prompt_readers import MAX_LINE_BYTES
 from teacher_cache.prompts.formats.prompt_formats import group_text, parse_row, prompt_text
-from teacher_cache.prompts.problems import Problems
+from teacher_cache.prompts.problems import Problems, accepting, too_many
 from teacher_cache.prompts.prompts import read_prompts
 
 TURNS = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
@@ -321,3 +321,13 @@ def test_any_json_either_fits_its_format_or_is_a_reason(row_format, row):
     assert (messages is None) != (text is None)
     assert reference is None or isinstance(reference, str)
     assert all(isinstance(turn["content"], str) for turn in messages or ())
+
+
+def test_the_share_that_a_refusal_names_is_accepted_and_a_smaller_one_is_not():
+    """0.58 x 50 is 28.999999999999996 in floats: 29 of 50 rows were refused with the share that was asked for."""
+    for rows in range(1, 300):
+        for unusable in range(1, rows + 1):
+            share = accepting(unusable, rows)
+            assert not too_many(unusable, rows, float(f"{share:g}"))
+            assert too_many(unusable, rows, share - 0.001)
+    assert not too_many(0, 0)

@@ -17,7 +17,7 @@ from shared.models.gpus import offered_gpus
 from shared.recipe.recipe import Recipe, Stage
 from shared.seconds import read_seconds
 from student_train.fit.precision import precision_notes
-from teacher_cache.prompts.problems import THRESHOLD, accepting
+from teacher_cache.prompts.problems import THRESHOLD, accepting, too_many
 from tools.cache.cache_commands import size
 from tools.evaluate.tasks.contamination import among_groups, by_task, sentence
 from tools.plan.plan_bounds import (
@@ -92,8 +92,8 @@ def _longest_to_come(recipe: Recipe, result: dict[str, Any]) -> int:
 
 def _max_set_aside(unusable: int, usable: int) -> float | None:
     """Return the share of unusable rows that a build has to accept; None where it accepts them anyway."""
-    share = accepting(unusable, unusable + usable) if unusable else 0.0
-    return share if unusable > THRESHOLD * (unusable + usable) else None
+    rows = unusable + usable
+    return accepting(unusable, rows) if too_many(unusable, rows) else None
 
 
 def _build_figures(

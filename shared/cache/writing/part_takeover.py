@@ -71,6 +71,7 @@ class TakeOver:
         check_file(directory, record)
 
         def link(file: Path) -> bool:
+            """Give the file a second name; False where that cannot be here."""
             try:
                 os.link(file, final)
             except FileExistsError:
@@ -95,6 +96,8 @@ class TakeOver:
         """Copy a part; the copy gets its name once its bytes have the record's checksum."""
 
         def copy(file: Path) -> bool:
+            """Copy the file; False where the copy is there already."""
+
             def fill(target: BinaryIO) -> None:
                 """Copy the part's bytes, compared with its record once all are there."""
                 digest = xxhash.xxh3_128()

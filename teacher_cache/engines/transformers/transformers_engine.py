@@ -32,14 +32,7 @@ from teacher_cache.engines.columns.column_layout import ColumnLayout, required
 from teacher_cache.engines.columns.draw_keys import prefix_keys_of, salted
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin
 from teacher_cache.engines.columns.tail_columns import chunk_rows, extend_columns
-from teacher_cache.engines.protocol import (
-    Generated,
-    GenerateRequest,
-    Scored,
-    ScoreRequest,
-    require_scorable,
-    room_of,
-)
+from teacher_cache.engines.protocol import Generated, GenerateRequest, Scored, ScoreRequest, require_scorable, room_of
 from teacher_cache.engines.transformers.length_batches import length_batches
 from teacher_cache.engines.transformers.transformers_model import CausalModel, no_numbers, padded
 from teacher_cache.engines.transformers.transformers_sampling import next_tokens

@@ -30,7 +30,7 @@ from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.schema import MAX_TOKENS_PER_ROW
 from shared.text.file_endings import ends_in
 from shared.tokens.token_bytes import read_vocabulary
-from teacher_cache.prompts.problems import THRESHOLD
+from teacher_cache.prompts.problems import THRESHOLD, accepting, too_many
 from teacher_cache.prompts.templates.kept_text import squeezed
 from tools.cache.foreign.foreign_row import ForeignRow, check_entries
 from tools.cache.foreign.openai_request import rendered_messages
@@ -86,9 +86,8 @@ class OpenAIReader:
     def _refuse_many_aside(self, num_rows: int, most: float) -> None:
         aside = sum(self.set_aside.values())
         total = num_rows + aside
-        if aside > most * total:
-            needed = -(-aside * 1000 // total) / 1000
-            others = f", or import the others with --max-set-aside {needed:g}" if num_rows else ""
+        if too_many(aside, total, most):
+            others = f", or import the others with --max-set-aside {accepting(aside, total):g}" if num_rows else ""
             raise CacheError(
                 f"{self._first_aside} ({aside:,} of {total:,} answers cannot be used, more than the {most:.1%} that "
                 f"are set aside); correct them{others}"
