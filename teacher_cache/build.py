@@ -292,9 +292,9 @@ def _make_targets(build: _Build, job: Job | None) -> None:
     records, figures = build.parts_without(build.layer, job), build.summary.scored
     if not records:
         return
-    with build.at_desk(figures) as desk:
+    with build.pass_context(figures) as context:
         engine = build.engine.get()
-        score_parts(build.layer, records, engine.score, lambda: ran(engine.provenance()), desk, figures)
+        score_parts(build.layer, records, engine.score, lambda: ran(engine.provenance()), context, figures)
 
 
 def _make_hidden(build: _Build, job: Job | None, layer: HiddenWriter) -> None:
@@ -302,8 +302,8 @@ def _make_hidden(build: _Build, job: Job | None, layer: HiddenWriter) -> None:
     records, figures = build.parts_without(layer, job), build.summary.hidden
     if not records:
         return
-    with build.at_desk(figures) as desk:
-        capture_parts(layer, records, build.teacher, build.known, desk, figures)
+    with build.pass_context(figures) as context:
+        capture_parts(layer, records, build.teacher, build.known, context, figures)
 
 
 _GO_ON = ", or let --max-set-aside accept a larger share (`decant plan` counts them)"

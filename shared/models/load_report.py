@@ -88,7 +88,7 @@ _NO_WEIGHTS = ".rotary_emb.inv_freq"
 """Frequencies that older checkpoints keep beside the weights; every class computes them."""
 
 
-class Gaps:
+class LoadMismatch:
     """Where a checkpoint and its class differ."""
 
     def __init__(
@@ -103,7 +103,7 @@ class Gaps:
         self.reshaped = sorted(reshaped, key=lambda one: _natural(one[0]))
 
     @classmethod
-    def of(cls, report: Any, *, quantised: bool, modules: Collection[str] = ()) -> Gaps:
+    def of(cls, report: Any, *, quantised: bool, modules: Collection[str] = ()) -> LoadMismatch:
         """Read a loading report of transformers.
 
         A checkpoint that is stored quantised holds other tensors in place of a weight (`qweight`, `scales`), and packed

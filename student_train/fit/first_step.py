@@ -23,7 +23,7 @@ from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, StageTrainer, Student
 from shared.recipe.sections.training import recomputation
 from student_train.batch.collate import collate
-from student_train.fit.memory import ALONE, FRAGMENTATION, GIB, Around, StepMemory
+from student_train.fit.memory import ALONE, FRAGMENTATION, GIB, StepContext, StepMemory
 from student_train.fit.model_shape import ModelShape, shape_of
 from student_train.records.processes import num_processes
 
@@ -34,7 +34,7 @@ Measure = Callable[[bool], int | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class DeviceMemory:
     """What a card has for the tensors of this process."""
 
     free_bytes: int
@@ -68,9 +68,14 @@ class FirstStep:
 
 
 def check_first_step(
-    stage: Stage, student: Student, shape: ModelShape, room: Room, measure: Measure, around: Around = ALONE
+    stage: Stage,
+    student: Student,
+    shape: ModelShape,
+    memory: DeviceMemory,
+    measure: Measure,
+    context: StepContext = ALONE,
 ) -> FirstStep:
-    """Return how the stage's steps fit the card; `around`: its processes, and the hidden layer that its losses read.
+    """Return how the stage's steps fit the card; `context`: its processes, and the hidden layer that its losses read.
 
     Raises:
         TrainingError: they do not, whatever the recipe allows.
@@ -78,19 +83,19 @@ def check_first_step(
     trainer = stage.trainer
     least: int | None = None
     for recomputes in {True: [True], "auto": [False, True], False: [False]}[recomputation(student, trainer)]:
-        step = StepMemory(shape, student, trainer, around, recomputes)
+        step = StepMemory(shape, student, trainer, context, recomputes)
         planned, measured = step.estimate(), measure(recomputes)
         if measured is None:
             continue
         needed = int(step.measured_bytes(measured) * (1 + FRAGMENTATION))
         least = needed if least is None else min(least, needed)
-        if needed <= room.free_bytes:
-            return FirstStep(recomputes, planned.allocated, measured, needed, room.free_bytes, room.card_bytes)
+        if needed <= memory.free_bytes:
+            return FirstStep(recomputes, planned.allocated, measured, needed, memory.free_bytes, memory.card_bytes)
     terms = ", ".join(f"{name} {value / GIB:.1f}" for name, value in list(planned.terms().items())[:3])
     needs = "more than fits" if least is None else f"{least / GIB:.1f} GiB"
     change = "" if recomputes else "set gradient_checkpointing: auto, or "
-    free, card = room.free_bytes / GIB, room.card_bytes / GIB
-    cards = f"{around.num_processes}x" if around.num_processes > 1 else ""
+    free, card = memory.free_bytes / GIB, memory.card_bytes / GIB
+    cards = f"{context.num_processes}x" if context.num_processes > 1 else ""
     raise TrainingError(
         f"a step of stage '{stage.name}' at its longest packs needs {needs} where {free:.1f} of the GPU's {card:.1f} "
         f"GiB are free for it (planned, in GiB: {terms}); {change}end what else uses the GPU, or take what `decant "
@@ -118,30 +123,30 @@ def fit_first_step(work: Any, trainer: Any, base: Any, write_to: Path | None) ->
     trainer.prepare_terms()
     measure = _of_all(lambda recomputes: measured_pass(trainer, base, batch, recomputes=recomputes))
     shape = shape_of(base.config, trust_remote_code=work.student.trust_remote_code)
-    room = _least(_room(trainer.args.device.index or 0), trainer.args.device)
+    memory = _least(_device_memory(trainer.args.device.index or 0), trainer.args.device)
     hidden = None if work.hidden is None else work.hidden.identity
-    around = Around(num_processes(), work.stage.losses, hidden, work.stage.max_length)
-    first = check_first_step(work.stage, work.student, shape, room, measure, around)
+    context = StepContext(num_processes(), work.stage.losses, hidden, work.stage.max_length)
+    first = check_first_step(work.stage, work.student, shape, memory, measure, context)
     if write_to is not None:
         write_atomic(write_to, json.dumps(asdict(first), indent=1).encode(), what="memory")
     return first
 
 
-def _room(index: int) -> Room:
+def _device_memory(index: int) -> DeviceMemory:
     """Return what tensors of this process may take of a GPU now."""
     free, card = torch.cuda.mem_get_info(index)
     held = torch.cuda.memory_reserved(index)
     allowed = int(card * torch.cuda.get_per_process_memory_fraction(index))
-    return Room(min(free + held, allowed), min(card, allowed))
+    return DeviceMemory(min(free + held, allowed), min(card, allowed))
 
 
-def _least(room: Room, device: torch.device) -> Room:
-    """Return the least of all processes' rooms, so that all decide alike."""
+def _least(memory: DeviceMemory, device: torch.device) -> DeviceMemory:
+    """Return the least of all processes, so that all decide alike."""
     if num_processes() == 1:
-        return room
-    values = torch.tensor([room.free_bytes, room.card_bytes], dtype=torch.int64, device=device)
+        return memory
+    values = torch.tensor([memory.free_bytes, memory.card_bytes], dtype=torch.int64, device=device)
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MIN)
-    return Room(*values.tolist())
+    return DeviceMemory(*values.tolist())
 
 
 def longest_batch(num_packs: int, tokens_of: Callable[[int], int], trainer: StageTrainer) -> Sequence[int]:

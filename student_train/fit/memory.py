@@ -105,7 +105,7 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class StepContext:
     """What of a stage's training is neither in its trainer's section nor in the student's."""
 
     num_processes: int = 1
@@ -118,7 +118,7 @@ class Around:
     """Tokens of a row at most; None: of a pack."""
 
 
-ALONE = Around()
+ALONE = StepContext()
 """One process, losses of the head."""
 
 
@@ -127,7 +127,7 @@ def estimate_memory(
     student: Student,
     trainer: StageTrainer,
     *,
-    around: Around = ALONE,
+    context: StepContext = ALONE,
     recomputes: bool | None = None,
     has_wide_products: bool = True,
 ) -> MemoryEstimate:
@@ -137,7 +137,7 @@ def estimate_memory(
         shape: of the student.
         student: its section of the recipe.
         trainer: the stage's arguments.
-        around: how many processes train, and losses on a hidden layer.
+        context: how many processes train, and losses on a hidden layer.
         recomputes: activations are recomputed; None: where the recipe says `true`.
         has_wide_products: the device multiplies bfloat16 into float32, so that the head needs no wider copy. GPUs do.
 
@@ -146,7 +146,7 @@ def estimate_memory(
     """
     if recomputes is None:
         recomputes = recomputation(student, trainer) is True
-    return StepMemory(shape, student, trainer, around, recomputes, has_wide_products).estimate()
+    return StepMemory(shape, student, trainer, context, recomputes, has_wide_products).estimate()
 
 
 class StepMemory:
@@ -157,7 +157,7 @@ class StepMemory:
         shape: ModelShape,
         student: Student,
         trainer: StageTrainer,
-        around: Around,
+        context: StepContext,
         recomputes: bool,
         has_wide_products: bool = True,
     ) -> None:
@@ -172,8 +172,8 @@ class StepMemory:
         self.is_full = self.kind == "none"
         self.trained = shape.num_parameters if self.is_full else student.adapter.r * shape.lora_size
         self.trained_width = self.width if self.is_full else 4
-        self.hidden = self._hidden(around)
-        self.longest_row = min(trainer.pack_tokens, around.max_length or trainer.pack_tokens)
+        self.hidden = self._hidden(context)
+        self.longest_row = min(trainer.pack_tokens, context.max_length or trainer.pack_tokens)
         projections = 0 if self.hidden is None else self.hidden.projections
         self.projections = projections * 4
         self.batch_bytes = SUPPORT_BYTES + (0 if self.hidden is None else self.hidden.batch)
@@ -181,7 +181,7 @@ class StepMemory:
         self.num_batches = trainer.gradient_accumulation_steps  # the trainer fetches all of a step's at once
         self.carried = self.gradients if self.num_batches > 1 else 0
         self.spread = Spread(
-            around.num_processes,
+            context.num_processes,
             trainer.fsdp == "full_shard",
             shape.num_layers,
             self.weights(),
@@ -212,12 +212,12 @@ class StepMemory:
             largest = max(shape.num_head_parameters, shape.largest_linear)
             self.update = largest * 4 * (2 if optimizer.updates_in_place else 3)
 
-    def _hidden(self, around: Around) -> HiddenMemory | None:
-        if around.hidden is None:
+    def _hidden(self, context: StepContext) -> HiddenMemory | None:
+        if context.hidden is None:
             return None
         narrow = 2 if self.width == 2 or self.autocast else 4
         return hidden_memory(
-            around.losses, around.hidden, self.shape, residual_bytes=self.width, attention_bytes=narrow
+            context.losses, context.hidden, self.shape, residual_bytes=self.width, attention_bytes=narrow
         )
 
     def _layer_key(self) -> tuple[str, str, str]:

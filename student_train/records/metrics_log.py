@@ -52,15 +52,15 @@ class StepLog:
             self._file.close()
 
 
-def flattened(course: Mapping[str, Any], num_tokens: int) -> dict[str, float]:
-    """Return the course of a step under flat names: `weight/TERM`, `temperature/TERM`, `share/SOURCE` and what balances
-    losses.
+def flattened(schedule: Mapping[str, Any], num_tokens: int) -> dict[str, float]:
+    """Return the schedule of a step under flat names: `weight/TERM`, `temperature/TERM`, `share/SOURCE` and what
+    balances losses.
 
     >>> flattened({"weights": {"forward_kl": 0.5}, "tokens_by_source": {"math": 30, "code": 10}}, 40)
     {'weight/forward_kl': 0.5, 'share/math': 0.75, 'share/code': 0.25}
     """
     flat: dict[str, float] = {}
-    for title, values in course.items():
+    for title, values in schedule.items():
         scale = 1 / max(num_tokens, 1) if title == "tokens_by_source" else 1
         name = "share" if title == "tokens_by_source" else title.removesuffix("s")
         flat |= {f"{name}/{key}": value * scale for key, value in values.items()}

@@ -2,7 +2,7 @@
 
 Adapters are merged and also kept by themselves. The directory is written under a temporary name, synced and renamed, so
 it is whole or absent. Tokenizer, chat template and end tokens are those that the student was trained with, whether they
-are the tokenizer's own or the recipe's (shared/cache/leaving.py).
+are the tokenizer's own or the recipe's (shared/cache/chat_settings.py).
 Cost: the size of the model, once.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.atomic import fsync_dir
-from shared.cache.leaving import Leaving, settle
+from shared.cache.chat_settings import ChatSettings, write_chat_settings
 from shared.models.end_tokens import checked_ids, end_token_ids
 from shared.models.files import load_tokenizer
 from shared.models.weights.loading import load_causal_lm
@@ -43,7 +43,7 @@ def export_student(
     start: str,
     tokenizer_dir: Path,
     stage_dir: Path,
-    leaving: Callable[[Any], Leaving],
+    settings: Callable[[Any], ChatSettings],
 ) -> Path:
     """Write `model` and, where there is one, `adapter` below a stage's directory; return the model's directory.
 
@@ -53,7 +53,7 @@ def export_student(
         start: directory or hub id that the student was loaded from, to merge into where its own weights are in 4 bits.
         tokenizer_dir: tokenizer and chat template of the cache.
         stage_dir: directory of the stage.
-        leaving: says for that tokenizer which chat template and end tokens the student was trained with.
+        settings: says for that tokenizer which chat template and end tokens the student was trained with.
     """
     if student.adapter.kind != "none":
         adapted = model
@@ -67,7 +67,7 @@ def export_student(
     def save(path: Path) -> None:
         model.save_pretrained(path)
         copy_tokenizer(tokenizer_dir, path)
-        settle(path, leaving(tokenizer), tokenizer)
+        write_chat_settings(path, settings(tokenizer), tokenizer)
 
     target = stage_dir / "model"
     failpoint("export.before_write")

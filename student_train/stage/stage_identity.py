@@ -66,20 +66,20 @@ def stage_identity(work: StageWork, *, only_moved: bool = False) -> dict[str, An
     if not only_moved:
         stage["trainer"]["gradient_checkpointing"] = trainer.gradient_checkpointing or False
     evaluate = work.stage.evaluate
-    course: dict[str, Any] = {}
+    schedule: dict[str, Any] = {}
     if work.run is not None:
-        course["run"] = {"steps_before": work.run.before, "steps": work.run.total}
+        schedule["run"] = {"steps_before": work.run.before, "steps": work.run.total}
     windows = windows_of(work.stage, work.caches)
     if windows is not None:
-        course["window_parts"] = windows.size
+        schedule["window_parts"] = windows.size
     if work.stage.balance.kind != "fixed":
-        course["balance"] = said(work.stage.balance)
+        schedule["balance"] = said(work.stage.balance)
     if work.stage.sampling is not None:
-        course["sampling"] = said(work.stage.sampling)
+        schedule["sampling"] = said(work.stage.sampling)
     if evaluate is not None and (evaluate.decides or work.stage.sampling is not None):
-        course["evaluate"] = said(evaluate, exclude={"samples", "sample_tokens"})
+        schedule["evaluate"] = said(evaluate, exclude={"samples", "sample_tokens"})
     return {
-        "stage": stage | course,
+        "stage": stage | schedule,
         "student": said(work.student, exclude={"model", "revision", "init", "trust_remote_code"}),
         "start": start_identity(work.student, work.start, work.seed),
         "cache": work.caches.cache_id,

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainingArguments
 
 from shared.atomic import write_atomic
-from shared.cache.leaving import Leaving, leaving_of
+from shared.cache.chat_settings import ChatSettings, chat_settings_of
 from shared.cache.tokenizer_files import checked_tokenizer, tokenizer_without_code
 from shared.errors import TrainingError
 from shared.models.gpus import unused_gpu
@@ -62,9 +62,9 @@ from student_train.student.row_separation import separate_rows
 from student_train.student.rows_alone import are_rows_alone
 from student_train.student.student import add_adapter, check_recomputes, load_student
 from student_train.student.student_head import body_of, check_head, head_of
-from student_train.train.course import Course
 from student_train.train.gradient_watch import DivergedError, GradientWatch
 from student_train.train.sharding import check_sharding, load_weights, shard
+from student_train.train.stage_schedule import StageSchedule
 from student_train.train.trainer import DistilTrainer
 from student_train.train.training_arguments import training_arguments
 from student_train.train.training_problems import explained
@@ -258,7 +258,7 @@ def _train_and_export(
                     work.origin,
                     tokenizer_dir,
                     work.directory,
-                    lambda tokenizer: _leaving(work, tokenizer, progress),
+                    lambda tokenizer: _chat_settings(work, tokenizer, progress),
                 )
         wait_for_all()
 
@@ -292,7 +292,7 @@ def assemble(
         args,
         PackDataset(work.caches, work.plan, work.temperatures, work.hidden),
         objective,
-        Course(work.stage, work.plan.num_steps, work.run, _evaluation(work, base, objective), work.sampling),
+        StageSchedule(work.stage, work.plan.num_steps, work.run, _evaluation(work, base, objective), work.sampling),
         belongs_to=checkpoint_of(work),
         keep_checkpoints=work.stage.trainer.save_total_limit,
         watch=GradientWatch(work.stage.trainer.max_grad_norm_factor, scales_loss=work.stage.trainer.fp16),
@@ -303,12 +303,12 @@ def assemble(
     return trainer, objective
 
 
-def _leaving(work: StageWork, tokenizer: Any, progress: Progress) -> Leaving:
+def _chat_settings(work: StageWork, tokenizer: Any, progress: Progress) -> ChatSettings:
     """Return what leaves with the model besides its weights; say where the sources do not agree."""
-    leaving = leaving_of(work.recipe, work.caches.caches, tokenizer)
-    if leaving.note:
-        progress.note(f"train {work.stage.name}: {leaving.note}")
-    return leaving
+    settings = chat_settings_of(work.recipe, work.caches.caches, tokenizer)
+    if settings.note:
+        progress.note(f"train {work.stage.name}: {settings.note}")
+    return settings
 
 
 def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, Objective]:

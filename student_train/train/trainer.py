@@ -33,10 +33,10 @@ from student_train.records.processes import wait_for_all
 from student_train.student.forward_patch import GRADIENT_SQUARE, Objective
 from student_train.student.student import check_recomputes
 from student_train.train.averaged_weights import averaged, settle
-from student_train.train.course import Course
 from student_train.train.gradient_watch import DivergedError, GradientWatch
 from student_train.train.read_ahead import ReadAhead
 from student_train.train.sharded_trainer import ShardedTrainer
+from student_train.train.stage_schedule import StageSchedule
 from student_train.train.stochastic_rounding import StochasticRounding
 from student_train.train.training_problems import (
     check_dense_gradients,
@@ -58,7 +58,7 @@ class DistilTrainer(ShardedTrainer):
         args: TrainingArguments,
         dataset: PackDataset,
         objective: Objective,
-        course: Course,
+        schedule: StageSchedule,
         *,
         belongs_to: Mapping[str, str],
         keep_checkpoints: int | None,
@@ -74,7 +74,7 @@ class DistilTrainer(ShardedTrainer):
             args: from `training_arguments`.
             dataset: packs in order.
             objective: receives the terms of each step, returns its values.
-            course: loss terms per step, evaluations, what moves the mixture.
+            schedule: loss terms per step, evaluations, what moves the mixture.
             belongs_to: what a checkpoint records and a resumed run must match.
             keep_checkpoints: complete checkpoints to keep; None keeps all.
             watch: judges the norms of the gradients.
@@ -88,13 +88,13 @@ class DistilTrainer(ShardedTrainer):
         super().__init__(model=model, args=args, train_dataset=packs, data_collator=collate, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)
         self._objective = objective
-        self._course = course
+        self._schedule = schedule
         self._belongs_to = belongs_to
         self._keep_checkpoints = keep_checkpoints
         self._watch = watch
         self._progress = progress
         self._on_checkpoint = on_checkpoint
-        self._evaluation = course.evaluation
+        self._evaluation = schedule.evaluation
         if self._evaluation is not None:
             self.add_callback(_EvaluateFirst(self._evaluate_student))
         self._dataset = dataset
@@ -123,7 +123,7 @@ class DistilTrainer(ShardedTrainer):
                 for record in read_steps(directory / "metrics.jsonl"):
                     if record["step"] <= step:
                         self._watch.see(math.nan if record["grad_norm"] is None else record["grad_norm"])
-            self._course.restore(checkpoint)
+            self._schedule.restore(checkpoint)
         self._last_written = step
         self._step_started = time.perf_counter()
         try:
@@ -179,8 +179,8 @@ class DistilTrainer(ShardedTrainer):
         """Set the loss terms of the step to come; a pass with them costs what the dearest does, one that measures
         gradients.
         """
-        self._objective.terms = self._course.terms_at(self.state.global_step)
-        self._objective.measures_gradients = self._course.wants_gradient_norms(0)
+        self._objective.terms = self._schedule.terms_at(self.state.global_step)
+        self._objective.measures_gradients = self._schedule.wants_gradient_norms(0)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create the optimizer that the recipe names.
@@ -190,16 +190,16 @@ class DistilTrainer(ShardedTrainer):
         """
         if self.optimizer is not None:
             return self.optimizer
-        check_dense_gradients(self._course.stage.trainer, self.model)
+        check_dense_gradients(self._schedule.stage.trainer, self.model)
         with setting_explained("optim", str(self.args.optim)):
             optimizer = super().create_optimizer(model)
-        if self._course.stage.trainer.rounding == "stochastic":
+        if self._schedule.stage.trainer.rounding == "stochastic":
             self.optimizer = StochasticRounding(optimizer, int(self.args.seed), lambda: int(self.state.global_step))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the learning-rate schedule that the recipe names."""
-        trainer = self._course.stage.trainer
+        trainer = self._schedule.stage.trainer
         name = described_schedule(trainer.lr_scheduler_type, trainer)
         with setting_explained("lr_scheduler_type", name):
             return super().create_scheduler(num_training_steps, optimizer)
@@ -210,8 +210,8 @@ class DistilTrainer(ShardedTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one forward and backward pass with the loss terms of the current step."""
-        self._objective.terms = self._course.terms_at(self.state.global_step)
-        self._objective.measures_gradients = self._course.wants_gradient_norms(self.state.global_step)
+        self._objective.terms = self._schedule.terms_at(self.state.global_step)
+        self._objective.measures_gradients = self._schedule.wants_gradient_norms(self.state.global_step)
         self._num_positions = num_items_in_batch
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -244,9 +244,9 @@ class DistilTrainer(ShardedTrainer):
             for name in list(values)
             if GRADIENT_SQUARE in name
         }
-        course = self._course_of_step(step)
-        course |= self._course.observe(values, norms or None)
-        self._step_values = {**values, **flattened(course, tokens)}
+        schedule = self._schedule_of_step(step)
+        schedule |= self._schedule.observe(values, norms or None)
+        self._step_values = {**values, **flattened(schedule, tokens)}
         self._last_written = step
         seconds = time.perf_counter() - self._step_started
         self._step_started += seconds
@@ -266,7 +266,7 @@ class DistilTrainer(ShardedTrainer):
                     "grad_norm": norm,
                     "positions": int(self._num_positions),
                     "tokens": tokens,
-                    **course,
+                    **schedule,
                 }
             )
             waited = {"seconds": seconds, "waited_seconds": self._waited, "tokens_per_second": tokens / seconds}
@@ -278,7 +278,7 @@ class DistilTrainer(ShardedTrainer):
             raise DivergedError(f"step {step}: {reason}, so the training has diverged; {self._what_is_left()}")
         failpoint("train_step.after_write")
 
-    def _course_of_step(self, step: int) -> dict[str, Any]:
+    def _schedule_of_step(self, step: int) -> dict[str, Any]:
         """Return weight and temperature of each term, and tokens by source, of an optimizer step counted from 1."""
         terms = self._objective.terms
         keys = term_keys(terms)
@@ -306,7 +306,7 @@ class DistilTrainer(ShardedTrainer):
         with averaged(self.optimizer):
             figures, samples = self._evaluation.evaluate(self.state.global_step, self.model, share)
         self._progress.note(evaluation_line(figures))
-        self._course.follow(figures)
+        self._schedule.follow(figures)
         self.log(reported_figures(figures))
         show_samples(samples, self.callback_handler.callbacks)
         self._step_started = time.perf_counter()
@@ -416,7 +416,7 @@ class DistilTrainer(ShardedTrainer):
         wait_for_all()
         if self.args.should_save:
             directory = Path(self.args.output_dir)
-            self._course.save(directory / f"checkpoint-{step}")
+            self._schedule.save(directory / f"checkpoint-{step}")
             self._watch.save(directory / f"checkpoint-{step}")
             complete_checkpoint(directory / f"checkpoint-{step}", self._belongs_to)
             rotate_checkpoints(directory, self._keep_checkpoints, self._step_to_keep())

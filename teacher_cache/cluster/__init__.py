@@ -1,1 +1,1 @@
-"""How do many engines share one plan? Ray actors, the board of units, their pace."""
+"""How do many engines share one plan? Ray actors, the board of units, their progress."""

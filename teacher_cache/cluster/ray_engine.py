@@ -29,7 +29,7 @@ from shared.process.failpoints import failpoint
 from shared.progress import NOWHERE, BuildProgress
 from teacher_cache.cluster.unit_board import GENERATE, IMPORT, UnitTask
 from teacher_cache.cluster.work_order import Loaded, WorkOrder, load_order
-from teacher_cache.passes.feeding import Desk, Unit, feed_units
+from teacher_cache.passes.feeding import PassContext, Unit, feed_units
 from teacher_cache.passes.generate import GenerateUnit, Pass1, import_units
 from teacher_cache.passes.score import ScoreUnit
 from teacher_cache.passes.stop_signal import StopSignal
@@ -152,9 +152,9 @@ class EngineWorker:
         self._started.set_result(Outcome(LIFE))
         try:
             with UnitWriter() as writer:
-                desk = Desk(writer, self._stop, BuildProgress(NOWHERE))
+                context = PassContext(writer, self._stop, BuildProgress(NOWHERE))
                 while (first := self._following(wait=True)) is not None:
-                    self._serve(loaded, first, desk)
+                    self._serve(loaded, first, context)
         except DecantError as error:
             self._fail_all(error)
         except Exception as error:  # noqa: BLE001 - whatever a library raises leaves the engine unfit
@@ -185,19 +185,19 @@ class EngineWorker:
             following = self._following(wait=False)
         self._next = following
 
-    def _serve(self, loaded: Loaded, first: _Waiting, desk: Desk) -> None:
+    def _serve(self, loaded: Loaded, first: _Waiting, context: PassContext) -> None:
         """Work through a stream of units of one kind."""
         kind = first.task.kind
         if kind == IMPORT:
             for waiting in self._stream(first):
-                self._import(loaded, waiting, desk)
+                self._import(loaded, waiting, context)
             return
         figures = PassFigures()
-        told = (0.0, desk.writer.seconds_full)
+        told = (0.0, context.writer.seconds_full)
 
         def reply(waiting: _Waiting, own: BuildSummary) -> None:
             nonlocal told
-            now, its = (figures.seconds_in_engine, desk.writer.seconds_full), own.passes[kind]
+            now, its = (figures.seconds_in_engine, context.writer.seconds_full), own.passes[kind]
             its.seconds_in_engine, its.seconds_waiting = now[0] - told[0], now[1] - told[1]
             told = now
             self._reply(waiting, own)
@@ -207,9 +207,9 @@ class EngineWorker:
         units: Iterable[Unit] = (make(loaded, waiting, reply) for waiting in self._stream(first))
         if kind == GENERATE:
             assert generate is not None
-            feed_units(units, lambda requests: loaded.engine.generate(requests, generate), desk, figures)
+            feed_units(units, lambda requests: loaded.engine.generate(requests, generate), context, figures)
         else:
-            feed_units(units, loaded.engine.score, desk, figures)
+            feed_units(units, loaded.engine.score, context, figures)
 
     def _generate_unit(self, loaded: Loaded, waiting: _Waiting, reply: Reply) -> _Tracked:
         generate = loaded.recipe.generate
@@ -224,14 +224,14 @@ class EngineWorker:
         unit = ScoreUnit(next(self._numbers), record, loaded.layer, lambda: ran(loaded.engine.provenance()), own.scored)
         return _Tracked(unit, waiting, own, reply)
 
-    def _import(self, loaded: Loaded, waiting: _Waiting, desk: Desk) -> None:
+    def _import(self, loaded: Loaded, waiting: _Waiting, context: PassContext) -> None:
         """Take over given answers; no engine is asked."""
         failpoint(f"engine.unit_{waiting.task.unit}")
         work = _pass1(loaded, lambda: {**software(), **answers_of(loaded.recipe.prompts)})
         with UnitWriter() as writer:
-            import_units(work, [waiting.task.unit], Desk(writer, desk.stop, desk.progress))
+            import_units(work, [waiting.task.unit], PassContext(writer, context.stop, context.progress))
         work.summary.imported.seconds_writing = writer.seconds
-        if not desk.stop.requested:
+        if not context.stop.requested:
             self._reply(waiting, work.summary)
 
     def _reply(self, waiting: _Waiting, own: BuildSummary) -> None:

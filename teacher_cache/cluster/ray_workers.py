@@ -30,7 +30,7 @@ from shared.parts.records import PartRecord
 from shared.progress import BuildProgress
 from shared.recipe.recipe import Recipe
 from shared.recipe.sections.teacher import Workers
-from teacher_cache.cluster.pace import Pace
+from teacher_cache.cluster.cluster_progress import ClusterProgress
 from teacher_cache.cluster.ray_cluster import cpus_per_engine, ray_cluster
 from teacher_cache.cluster.ray_engine import EngineWorker, Outcome
 from teacher_cache.cluster.unit_board import GENERATE, IMPORT, SCORE, UnitBoard, UnitTask
@@ -101,17 +101,17 @@ def run_units(
     board = UnitBoard(sequences, targets, workers.count)
     if board.finished:
         return
-    pace = Pace(board, progress, summary, workers.count)
+    cluster_progress = ClusterProgress(board, progress, summary, workers.count)
     with ray_cluster(workers) as ray:
         engines = _Engines(ray, workers, order)
-        driver = _Driver(ray, board, engines, pace)
+        driver = _Driver(ray, board, engines, cluster_progress)
         try:
             driver.run(stop)
         except Exception:
             if not stop.requested:  # a SIGTERM to the whole process group takes Ray down as well
                 raise
         finally:
-            pace.end()
+            cluster_progress.end()
             engines.end()
     summary.engines = workers.count
     summary.units_set_aside = [f"{task.stem} ({task.kind}): {cause}" for task, cause in board.set_aside]
@@ -174,11 +174,11 @@ class _Engines:
 class _Driver:
     """Hands out units and takes their outcomes."""
 
-    def __init__(self, ray: Any, board: UnitBoard, engines: _Engines, pace: Pace) -> None:
+    def __init__(self, ray: Any, board: UnitBoard, engines: _Engines, cluster_progress: ClusterProgress) -> None:
         self._ray = ray
         self._board = board
         self._engines = engines
-        self._pace = pace
+        self._cluster_progress = cluster_progress
         self._calls: dict[Any, _Call] = {}
         self._ready: set[int] = set()
         self._deaths_in_a_row = 0
@@ -229,7 +229,7 @@ class _Driver:
             assert outcome.figures is not None
             self._deaths_in_a_row = 0
             self._board.done(call.engine, call.task)
-            self._pace.done(call.task, outcome.figures)
+            self._cluster_progress.done(call.task, outcome.figures)
         elif isinstance(outcome.error, EngineError):
             self._engines.restart(call.engine)
             self._died(call.engine, str(outcome.error))
@@ -253,7 +253,7 @@ class _Driver:
         self._polls[engine] = 0
         self._engines.lives[engine] = outcome.life
         self._ready.add(engine)
-        self._pace.started()
+        self._cluster_progress.started()
 
     def _died(self, engine: int, cause: str) -> None:
         """Take back an engine's units and have it load again.
@@ -286,7 +286,7 @@ class _Driver:
         """Count a death once, however many calls tell of it."""
         if engine not in self._down:
             self._down.add(engine)
-            self._pace.died()
+            self._cluster_progress.died()
 
     def _start(self, engine: int) -> None:
         self._calls[self._engines.start(engine)] = _Call(engine, None)

@@ -22,7 +22,7 @@ from shared.progress import BuildProgress
 from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.seconds import add_seconds
 from teacher_cache.engines.protocol import Engine
-from teacher_cache.passes.feeding import Desk
+from teacher_cache.passes.feeding import PassContext
 from teacher_cache.passes.generate import Pass1, generate_units, import_units
 from teacher_cache.passes.lazy_engine import LazyEngine
 from teacher_cache.passes.stop_signal import StopSignal
@@ -74,7 +74,7 @@ class Answering:
             raise BuildStoppedError(f"{where}; what was committed stays, and the same command again continues")
 
     @contextmanager
-    def at_desk(self, figures: PassFigures) -> Iterator[Desk]:
+    def pass_context(self, figures: PassFigures) -> Iterator[PassContext]:
         """Yield what a pass works with, and count what its writer took.
 
         Raises:
@@ -82,7 +82,7 @@ class Answering:
         """
         self.stop_if_asked()
         with UnitWriter() as writer:
-            yield Desk(writer, self.stop, self.progress)
+            yield PassContext(writer, self.stop, self.progress)
         figures.count_writer(writer)
         self.stop_if_asked()
 
@@ -166,14 +166,14 @@ def make_sequences(work: Answering, job: Job, maker: SequenceMaker, **said: Any)
         return
     if recipe.generate is None:
         given = {**software(), **answers_of(recipe.prompts)}
-        with work.at_desk(work.summary.imported) as desk:
-            import_units(Pass1(work.cache, job, maker, lambda: given, work.summary), units, desk)
+        with work.pass_context(work.summary.imported) as context:
+            import_units(Pass1(work.cache, job, maker, lambda: given, work.summary), units, context)
         return
-    with work.at_desk(work.summary.generated) as desk:
+    with work.pass_context(work.summary.generated) as context:
         engine = work.answering.get()
         made = {"answers": work.answerer.section.model, **said}
         pass1 = Pass1(work.cache, job, maker, lambda: ran(engine.provenance(), **made), work.summary)
         seed = answer_seed(recipe.generate, recipe.seed)
-        generate_units(pass1, units, recipe.generate, seed, engine.generate, desk)
+        generate_units(pass1, units, recipe.generate, seed, engine.generate, context)
         if not work.answerer.is_teacher:
             work.answering.close()  # the teacher gets the machine to itself

@@ -37,7 +37,7 @@ class Unit(Protocol):
 
 
 @dataclass(slots=True)
-class Desk:
+class PassContext:
     """What a pass works with."""
 
     writer: UnitWriter
@@ -97,25 +97,25 @@ class _Feed:
 
 
 def feed_units(
-    units: Iterable[Unit], serve: Callable[[Iterator[Any]], Iterator[Any]], desk: Desk, figures: PassFigures
+    units: Iterable[Unit], serve: Callable[[Iterator[Any]], Iterator[Any]], context: PassContext, figures: PassFigures
 ) -> None:
     """Run every unit through an engine and queue its commit; return early once a stop is requested.
 
     Args:
         units: in order; pulled lazily.
         serve: the engine's `generate` or `score`.
-        desk: writer, stop flag and progress.
+        context: writer, stop flag and progress.
         figures: gains tokens, seconds and seconds in the engine.
 
     Raises:
         EngineError: the engine ended before every row came back.
         DecantError: whatever engine or writer raised.
     """
-    feed = _Feed(units, desk.stop)
+    feed = _Feed(units, context.stop)
     started = time.monotonic()
     results = iter(serve(iter(feed)))
     try:
-        while not desk.stop.requested:
+        while not context.stop.requested:
             before, feeding = time.monotonic(), feed.seconds
             result = next(results, None)
             figures.seconds_in_engine += time.monotonic() - before - (feed.seconds - feeding)
@@ -123,19 +123,19 @@ def feed_units(
                 number, index = result.tag
                 tokens = feed.take(number, index, result)
                 figures.tokens += tokens
-                desk.progress.advance(1, tokens)
+                context.progress.advance(1, tokens)
             while feed.complete:
-                desk.writer.submit(feed.complete.popleft().commit())
-            desk.writer.check()
+                context.writer.submit(feed.complete.popleft().commit())
+            context.writer.check()
             if result is None:
                 break
         else:
             return
-        if feed.open and not desk.stop.requested:
+        if feed.open and not context.stop.requested:
             rows = sum(entry.waiting for entry in feed.open.values())
             raise EngineError(f"the engine ended with {rows:,} rows unanswered; run the same command again to continue")
     except Exception:
-        if not desk.stop.requested:  # a SIGTERM to the whole process group takes the engine's processes down as well
+        if not context.stop.requested:  # a SIGTERM to the whole process group takes the engine's processes down as well
             raise
     finally:
         close = getattr(results, "close", None)

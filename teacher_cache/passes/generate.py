@@ -23,7 +23,7 @@ from shared.parts.jobs import Job, PlanRow
 from shared.parts.sequences import SequenceRow
 from shared.recipe.recipe import Generate
 from teacher_cache.engines.protocol import FINISHED, Generated, GenerateRequest
-from teacher_cache.passes.feeding import Desk, feed_units
+from teacher_cache.passes.feeding import PassContext, feed_units
 from teacher_cache.passes.summary import BuildSummary
 from teacher_cache.prompts.problems import Problem
 from teacher_cache.prompts.sequence_maker import SequenceMaker, UnusableRowError
@@ -157,26 +157,26 @@ def generate_units(
     settings: Generate,
     seed: int,
     serve: Callable[[Iterator[GenerateRequest], Generate], Iterator[Generated]],
-    desk: Desk,
+    context: PassContext,
 ) -> None:
     """Let an engine answer the prompts of these units, and commit each."""
-    desk.progress.start("generate", sum(map(work.job.rows_of, units)))
+    context.progress.start("generate", sum(map(work.job.rows_of, units)))
     feed_units(
         (GenerateUnit(work, number, settings, seed) for number in units),
         lambda requests: serve(requests, settings),
-        desk,
+        context,
         work.summary.generated,
     )
-    desk.progress.finish()
+    context.progress.finish()
 
 
-def import_units(work: Pass1, units: Sequence[int], desk: Desk) -> None:
+def import_units(work: Pass1, units: Sequence[int], context: PassContext) -> None:
     """Take over the answers that these units' rows have, and commit each unit."""
     figures = work.summary.imported
-    desk.progress.start("import", sum(map(work.job.rows_of, units)))
+    context.progress.start("import", sum(map(work.job.rows_of, units)))
     started = time.monotonic()
     for number in units:
-        if desk.stop.requested:
+        if context.stop.requested:
             break
         sequences = _Sequences(work, number)
         for index, row in enumerate(work.job.unit(number)):
@@ -189,7 +189,7 @@ def import_units(work: Pass1, units: Sequence[int], desk: Desk) -> None:
             figures.rows += 1
             figures.positions += made.num_positions
             figures.tokens += len(made.token_ids)
-            desk.progress.advance(1, len(made.token_ids))
-        desk.writer.submit(partial(sequences.commit, work.software()))
+            context.progress.advance(1, len(made.token_ids))
+        context.writer.submit(partial(sequences.commit, work.software()))
     figures.seconds += time.monotonic() - started
-    desk.progress.finish()
+    context.progress.finish()

@@ -15,7 +15,7 @@ from shared.identity.hidden_identity import PROJECTION_NAME, HiddenIdentity
 from shared.identity.hidden_layers import kept
 from shared.parts.records import PartRecord
 from shared.recipe.recipe import HiddenCapture, Teacher
-from teacher_cache.passes.feeding import Desk
+from teacher_cache.passes.feeding import PassContext
 from teacher_cache.passes.score import score_parts
 from teacher_cache.passes.summary import PassFigures
 from teacher_cache.teacher.teacher_identity import KnownTeacher, ran, software
@@ -57,7 +57,7 @@ def capture_parts(
     records: Sequence[PartRecord],
     teacher: Teacher,
     known: KnownTeacher,
-    desk: Desk,
+    context: PassContext,
     figures: PassFigures,
 ) -> None:
     """Capture these parts and commit each.
@@ -69,6 +69,6 @@ def capture_parts(
 
     engine = HiddenEngine.open(teacher, layer.identity, known.files.directory)
     try:
-        score_parts(layer, records, engine.capture, lambda: ran(engine.provenance()), desk, figures, "capture")
+        score_parts(layer, records, engine.capture, lambda: ran(engine.provenance()), context, figures, "capture")
     finally:
         engine.close()

@@ -27,7 +27,7 @@ from shared.parts.parts import open_part
 from shared.parts.records import PartRecord
 from shared.parts.sequences import SequenceRow
 from teacher_cache.engines.protocol import Captured, Scored, ScoreRequest
-from teacher_cache.passes.feeding import Desk, feed_units
+from teacher_cache.passes.feeding import PassContext, feed_units
 from teacher_cache.passes.summary import PassFigures
 
 
@@ -135,12 +135,12 @@ def score_parts(
     records: Sequence[PartRecord],
     serve: Callable[[Iterator[ScoreRequest]], Iterator[Any]],
     software: Callable[[], Mapping[str, Any]],
-    desk: Desk,
+    context: PassContext,
     figures: PassFigures,
     phase: str = "score",
 ) -> None:
     """Score or capture these parts with an engine, and commit each."""
-    desk.progress.start(phase, sum(record.rows for record in records))
+    context.progress.start(phase, sum(record.rows for record in records))
     units = (ScoreUnit(number, record, layer, software, figures) for number, record in enumerate(records))
-    feed_units(units, serve, desk, figures)
-    desk.progress.finish()
+    feed_units(units, serve, context, figures)
+    context.progress.finish()

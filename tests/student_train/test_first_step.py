@@ -13,8 +13,8 @@ import torch
 from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, Student
 from student_train.fit.allocator import expand_segments
-from student_train.fit.first_step import Room, _room, check_first_step, longest_batch, measured_pass
-from student_train.fit.memory import ALONE, FRAGMENTATION, GIB, Around, StepMemory, estimate_memory
+from student_train.fit.first_step import DeviceMemory, _device_memory, check_first_step, longest_batch, measured_pass
+from student_train.fit.memory import ALONE, FRAGMENTATION, GIB, StepContext, StepMemory, estimate_memory
 from student_train.fit.model_shape import ModelShape
 from tests.system.program import ROOT
 
@@ -51,7 +51,7 @@ def test_auto_recomputes_only_where_the_measurement_asks_for_it():
             asked.append(recomputes)
             return 4 * GIB if recomputes else kept
 
-        first = check_first_step(stage("auto"), STUDENT, SHAPE, Room(24 * GIB, 24 * GIB), measure)
+        first = check_first_step(stage("auto"), STUDENT, SHAPE, DeviceMemory(24 * GIB, 24 * GIB), measure)
         assert first.gradient_checkpointing is expected
         assert asked == [False, True][: 1 + expected]
         assert first.measured_bytes == (4 * GIB if expected else kept)
@@ -65,7 +65,7 @@ def test_bytes_of_a_step_add_the_state_that_comes_after_the_first():
     waiting = accumulated.pack_tokens * 64 * 12  # the targets of the second batch, fetched with the first
     carried = 600_000_000 * 4 + waiting
     assert StepMemory(SHAPE, STUDENT, accumulated, ALONE, False).measured_bytes(20 * GIB) == 20 * GIB + states + carried
-    together = StepMemory(SHAPE, STUDENT, trainer, Around(2), False).measured_bytes(20 * GIB)
+    together = StepMemory(SHAPE, STUDENT, trainer, StepContext(2), False).measured_bytes(20 * GIB)
     assert together == 20 * GIB + states + 600_000_000 * 4, "data parallelism holds gradients in buckets, too"
     assert StepMemory(SHAPE, STUDENT, trainer, ALONE, False).measured_bytes(0) == 600_000_000 * 4 * 5, (
         "the update itself"
@@ -78,31 +78,33 @@ def test_stage_that_does_not_fit_stops_with_terms_and_a_way_out(checkpointing):
         TrainingError,
         match=r"stage 'kd' at its longest packs needs \d+\.\d GiB where 20\.0 of the GPU's 24\.0 GiB .*weights",
     ) as caught:
-        check_first_step(stage(checkpointing), STUDENT, SHAPE, Room(20 * GIB, 24 * GIB), lambda recomputes: 30 * GIB)
+        check_first_step(
+            stage(checkpointing), STUDENT, SHAPE, DeviceMemory(20 * GIB, 24 * GIB), lambda recomputes: 30 * GIB
+        )
     assert ("gradient_checkpointing: auto" in str(caught.value)) == (checkpointing is False)
     assert "decant plan --card 20GiB" in str(caught.value)
 
 
 def test_stage_that_runs_out_of_memory_while_measured_stops_with_the_same_sentence():
     with pytest.raises(TrainingError, match=r"needs more than fits where 20\.0 of"):
-        check_first_step(stage("auto"), STUDENT, SHAPE, Room(20 * GIB, 24 * GIB), lambda recomputes: None)
+        check_first_step(stage("auto"), STUDENT, SHAPE, DeviceMemory(20 * GIB, 24 * GIB), lambda recomputes: None)
 
 
 def test_gaps_of_the_allocator_are_counted_and_what_others_take_is_not_free(monkeypatch):
     measured = estimate_memory(SHAPE, STUDENT, stage(True).trainer).allocated
     tensors = StepMemory(SHAPE, STUDENT, stage(True).trainer, ALONE, True).measured_bytes(measured)
     needed = int(tensors * (1 + FRAGMENTATION))
-    first = check_first_step(stage(True), STUDENT, SHAPE, Room(needed, 24 * GIB), lambda recomputes: measured)
+    first = check_first_step(stage(True), STUDENT, SHAPE, DeviceMemory(needed, 24 * GIB), lambda recomputes: measured)
     assert (first.needed_bytes, first.free_bytes) == (needed, needed)
     assert "that are free of the card's 24.0" in first.text()
     with pytest.raises(TrainingError, match="end what else uses the GPU"):
-        check_first_step(stage(True), STUDENT, SHAPE, Room(needed - 1, 24 * GIB), lambda recomputes: measured)
+        check_first_step(stage(True), STUDENT, SHAPE, DeviceMemory(needed - 1, 24 * GIB), lambda recomputes: measured)
     for name, value in (("memory_reserved", 2 * GIB), ("get_per_process_memory_fraction", 1.0)):
         monkeypatch.setattr(torch.cuda, name, lambda index, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (5 * GIB, 24 * GIB))
-    assert _room(0) == Room(7 * GIB, 24 * GIB), "17 GiB are another's"
+    assert _device_memory(0) == DeviceMemory(7 * GIB, 24 * GIB), "17 GiB are another's"
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 0.25)
-    assert _room(0) == Room(6 * GIB, 6 * GIB)
+    assert _device_memory(0) == DeviceMemory(6 * GIB, 6 * GIB)
 
 
 @pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

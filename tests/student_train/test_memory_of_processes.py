@@ -12,7 +12,7 @@ import torch
 
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.recipe.recipe import Stage, StageTrainer, Student
-from student_train.fit.memory import Around, estimate_memory
+from student_train.fit.memory import StepContext, estimate_memory
 from tests.student_train.counted_bytes import ROW_TOKENS, counted_step
 
 STORED_WIDTH, STRONGEST = 256, 8
@@ -70,7 +70,7 @@ def test_estimate_of_one_of_two_processes_is_within_10_percent(tmp_path, student
     assert [process.exitcode for process in ranks] == [0, 0]
     student, trainer = settings(student_settings, trainer_settings)
     for counted, shape in (found.get(), found.get()):
-        estimate = estimate_memory(shape, student, trainer, around=Around(2), has_wide_products=False)
+        estimate = estimate_memory(shape, student, trainer, context=StepContext(2), has_wide_products=False)
         assert estimate.allocated == pytest.approx(counted, rel=0.10), f"{estimate.moment}: {estimate.terms()}"
 
 
@@ -127,8 +127,8 @@ def test_estimate_with_losses_on_a_hidden_layer_is_within_10_percent(losses, stu
         terms=terms_at(stage, 0, 1),
         hidden_batch=hidden_batch(trainer.pack_tokens),
     )
-    around = Around(losses=stage.losses, hidden=identity, max_length=ROW_TOKENS)
-    estimate = estimate_memory(shape, student, trainer, around=around, has_wide_products=False)
+    context = StepContext(losses=stage.losses, hidden=identity, max_length=ROW_TOKENS)
+    estimate = estimate_memory(shape, student, trainer, context=context, has_wide_products=False)
     plain = estimate_memory(shape, student, trainer, has_wide_products=False)
     assert estimate.allocated == pytest.approx(counted, rel=0.10), f"{estimate.moment}: {estimate.terms()}"
     assert estimate.allocated > plain.allocated

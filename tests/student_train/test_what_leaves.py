@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.cache.cache import Cache
-from shared.cache.leaving import leaving_of
+from shared.cache.chat_settings import chat_settings_of
 from shared.cache.rendering import rendered_sources
 from shared.cache.trained_ends import trained_ends
 from shared.models.end_tokens import declared_end_ids, special_ids
@@ -110,7 +110,7 @@ def test_templates_that_differ_leave_the_tokenizers_own_and_are_named(tmp_path):
     teach(work)
     run_stages(work)
     assert exported_tokenizer(work).chat_template == CHATML
-    note = leaving_of(work, [Cache.open(work.cache[0])], exported_tokenizer(work)).note
+    note = chat_settings_of(work, [Cache.open(work.cache[0])], exported_tokenizer(work)).note
     assert note == "the sources were rendered with 2 chat templates (plain; loud), so the tokenizer's own stays"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from shared.errors import TrainingError, UsageError
 from shared.recipe.recipe import Recipe
-from student_train.fit.memory import GIB, Around, estimate_memory
+from student_train.fit.memory import GIB, StepContext, estimate_memory
 from student_train.fit.model_shape import ModelShape
 from tools.cli import main
 from tools.plan.plan_card import Cards, card_text, plan_card, read_cards
@@ -287,7 +287,7 @@ def test_bytes_of_shards_fall_with_the_processes_but_never_below_the_root_group(
     built = recipe("0.6B", {"adapter": adapter}, {**SHARDS, "pack_tokens": 512, "operator_chunk_mib": 64})
     student, trainer = built.student, built.stages[0].trainer
     found = [
-        estimate_memory(shape(), student, trainer, around=Around(count), recomputes=True)
+        estimate_memory(shape(), student, trainer, context=StepContext(count), recomputes=True)
         for count in (2, 4, 8, 64, 4096)
     ]
     totals = [estimate.allocated for estimate in found]

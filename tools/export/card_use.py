@@ -6,16 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.cache.leaving import Leaving
+from shared.cache.chat_settings import ChatSettings
 from shared.recipe.recipe import Generate, PromptSource
 from tools.cache.dataset_card import plain
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
+class ChatUsage:
     """What a card says about asking the model."""
 
-    leaving: Leaving | None
+    settings: ChatSettings | None
     """How the rows of its caches were rendered; None where no cache could be read."""
     end_ids: Sequence[int]
     """End tokens that the model's files name."""
@@ -23,18 +23,18 @@ class Talk:
     """What people should know about both."""
 
 
-def use_lines(talk: Talk, generate: Generate | None) -> list[str]:
+def use_lines(usage: ChatUsage, generate: Generate | None) -> list[str]:
     """Return the card's lines on use; `generate` drew the answers that it learnt from, None: they were given."""
-    sources = talk.leaving.sources if talk.leaving else ()
+    sources = usage.settings.sources if usage.settings else ()
     chat = [source for source in sources if source.of_turns and source.template == "chat"]
-    ends = ", ".join(map(str, talk.leaving.end_ids if talk.leaving else talk.end_ids)) or "none"
+    ends = ", ".join(map(str, usage.settings.end_ids if usage.settings else usage.end_ids)) or "none"
     lines = [f"- {plain(line)}" for line in _said(sources, chat)]
     lines.append(f"- end tokens that it was trained to write: {ends} (in generation_config.json)")
     if generate is not None:
         drawn = f"temperature {generate.temperature:g}, top_p {generate.top_p:g}, top_k {generate.top_k}"
         lines.append(f"- the answers that it learnt from were drawn at {drawn}, up to {generate.max_new_tokens} tokens")
-    if talk.note:
-        lines.append(f"- {plain(talk.note)}")
+    if usage.note:
+        lines.append(f"- {plain(usage.note)}")
     return [*lines, "", "```python", *_example(chat if chat or sources else [None]), "```", "", "    vllm serve .", ""]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.cache import Cache
-from shared.cache.leaving import leaving_of, settle, unsettled
+from shared.cache.chat_settings import chat_settings_of, unwritten_settings, write_chat_settings
 from shared.errors import DecantError, EvaluationError, UsageError
 from shared.identity.weights_hash import weights_hash
 from shared.models.end_tokens import declared_end_ids
@@ -27,7 +27,7 @@ from shared.special_files import refuse_links_outside
 from shared.text import strict_json
 from teacher_cache.engines.vllm.vllm_version import serving_command
 from tools.cache.staged_directory import claim, publish, refuse_existing, staging_path
-from tools.export.card_use import Talk
+from tools.export.card_use import ChatUsage
 from tools.export.export_dtype import convert_weights
 from tools.export.model_card import model_card
 from tools.report.figures import report_figures
@@ -75,42 +75,46 @@ def export_run(
         refuse_links_outside(adapter, adapter.rglob("*"))
     out = output or run / "export" / stage.name
     weights = weights_hash(source / "model")
-    told = _told(recipe, source / "model")
+    trained_with = _trained_with(recipe, source / "model")
     identity = {"weights": weights, "stage": stage.name, "keep_adapter": keep_adapter}
-    identity |= ({"dtype": dtype} if dtype else {}) | ({"settings": told.changes} if told.changes else {})
+    identity |= ({"dtype": dtype} if dtype else {}) | (
+        {"settings": trained_with.changes} if trained_with.changes else {}
+    )
     reused = _is_there(out, identity)
     if not reused:
         report = report_figures([files])
-        card = model_card(recipe, stage, report, cache_identities(recipe), weights, told.talk, dtype)
-        _write(out, source / "model", adapter, told, dtype, card, identity)
+        card = model_card(recipe, stage, report, cache_identities(recipe), weights, trained_with.usage, dtype)
+        _write(out, source / "model", adapter, trained_with, dtype, card, identity)
     result = {"model": str(out), "stage": stage.name, "weights": weights, "reused": reused, **_commands(out)}
     words = "is there already, with the same weights" if reused else "written"
     usual = f"vllm serve {shlex.quote(str(out))}"
     elsewhere = "" if result["serve"] == usual else f" (with the GPU build: {usual})"
     text = f"{out}: {words}\n  serve it:    {result['serve']}{elsewhere}\n  convert it:  {result['gguf']}"
-    note = told.talk.note
+    note = trained_with.usage.note
     return {**result, "note": note}, text + (f"\n  note:        {note}" if note else "")
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class _TrainedWith:
     """What the recipe's caches tell of how the student was trained, for a stage's model."""
 
-    talk: Talk
+    usage: ChatUsage
     tokenizer: Any
     changes: dict[str, Any]
     """What of it the stage's model does not say itself, such as one that an older version trained."""
 
 
-def _told(recipe: Recipe, model_dir: Path) -> _Told:
+def _trained_with(recipe: Recipe, model_dir: Path) -> _TrainedWith:
     """Find out which template and end tokens belong to a stage's model."""
     tokenizer, ends = load_tokenizer(model_dir, trust_remote_code=False), declared_end_ids(model_dir)
     try:
-        leaving = leaving_of(recipe, [Cache.open_sequences(path) for path in recipe.cache], tokenizer)
+        settings = chat_settings_of(recipe, [Cache.open_sequences(path) for path in recipe.cache], tokenizer)
     except DecantError as error:
         note = f"template and end tokens are those of the stage's model, unchecked: {error}"
-        return _Told(Talk(None, ends, note), tokenizer, {})
-    return _Told(Talk(leaving, ends, leaving.note), tokenizer, unsettled(model_dir, leaving, tokenizer))
+        return _TrainedWith(ChatUsage(None, ends, note), tokenizer, {})
+    return _TrainedWith(
+        ChatUsage(settings, ends, settings.note), tokenizer, unwritten_settings(model_dir, settings, tokenizer)
+    )
 
 
 def _stage(run: Path, recipe: Recipe, name: str | None) -> Stage:
@@ -196,7 +200,7 @@ def _write(
     out: Path,
     model: Path,
     adapter: Path | None,
-    told: _Told,
+    trained_with: _TrainedWith,
     dtype: str | None,
     card: str,
     identity: dict[str, Any],
@@ -210,8 +214,8 @@ def _write(
     for left in staging.iterdir():  # of a killed export
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     _copied(model, staging)
-    if told.talk.leaving is not None:
-        settle(staging, told.talk.leaving, told.tokenizer)
+    if trained_with.usage.settings is not None:
+        write_chat_settings(staging, trained_with.usage.settings, trained_with.tokenizer)
     if dtype is not None:
         try:
             convert_weights(staging, dtype)

@@ -14,7 +14,7 @@ from shared.recipe.recipe import Loss, Recipe, Stage
 from shared.recipe.schedule import Schedule
 from tools.cache.dataset_card import plain
 from tools.export.base_licence import base_facts
-from tools.export.card_use import Talk, use_lines
+from tools.export.card_use import ChatUsage, use_lines
 from tools.report.tables import model_header, model_rows
 
 
@@ -24,7 +24,7 @@ def model_card(
     report: Mapping[str, Any],
     caches: list[dict[str, Any]],
     weights: str,
-    talk: Talk | None = None,
+    usage: ChatUsage | None = None,
     dtype: str | None = None,
 ) -> str:
     """Return the card of one stage's model.
@@ -35,10 +35,10 @@ def model_card(
         report: figures of the run, as in report.json.
         caches: identity of each cache: `path`, `cache_id`, `licence`, `answers`, and the layer's fields.
         weights: hash of the trained weights.
-        talk: template and end tokens; None where nothing is known.
+        usage: template and end tokens; None where nothing is known.
         dtype: what the weights were converted to; None: nothing else than they were trained in.
     """
-    talk = talk or Talk(None, (), None)
+    usage = usage or ChatUsage(None, (), None)
     base = base_facts(recipe.student.model, recipe.student.revision) if recipe.student else {}
     assert recipe.student is not None
     lines = [
@@ -66,7 +66,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *use_lines(talk, recipe.generate),
+        *use_lines(usage, recipe.generate),
     ]
     return "\n".join(lines)
 

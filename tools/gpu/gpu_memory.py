@@ -104,16 +104,16 @@ def measure(name: str, *, dry_run: bool) -> dict[str, Any]:
 def refused(*, dry_run: bool) -> dict[str, Any]:
     """Return the sentence that a student gets which does not fit, from the check before a stage's first step."""
     from shared.errors import TrainingError
-    from student_train.fit.first_step import Room, check_first_step
+    from student_train.fit.first_step import DeviceMemory, check_first_step
     from student_train.fit.model_shape import shape_of
 
     del dry_run
     size, student, trainer = REFUSED
-    room = Room(CARD_GIB * 2**30, CARD_GIB * 2**30)
+    memory = DeviceMemory(CARD_GIB * 2**30, CARD_GIB * 2**30)
     with tempfile.TemporaryDirectory(prefix="decant-gpu-check-") as directory:
         recipe = recipe_of(qwen3(size), Path(directory), student, trainer, tiny=True, steps=1)
     try:
-        check_first_step(recipe.stages[0], recipe.student, shape_of(qwen3(size)), room, _built_under_the_cap)
+        check_first_step(recipe.stages[0], recipe.student, shape_of(qwen3(size)), memory, _built_under_the_cap)
     except TrainingError as error:
         return {"sentence": str(error)[:160]}
     raise RuntimeError("a whole student of 8 billion float32 weights was said to fit 24 GiB")

@@ -71,10 +71,10 @@ class Case:
 
     def estimate(self, trainer: StageTrainer, recomputes: bool | None = None) -> Any:
         """Return the bytes of a process that trains with these arguments."""
-        from student_train.fit.memory import Around, estimate_memory
+        from student_train.fit.memory import StepContext, estimate_memory
 
-        around = Around(self.cards.count, self.stage.losses, self.hidden, self.stage.max_length)
-        return estimate_memory(self.shape, self.student, trainer, around=around, recomputes=recomputes)
+        context = StepContext(self.cards.count, self.stage.losses, self.hidden, self.stage.max_length)
+        return estimate_memory(self.shape, self.student, trainer, context=context, recomputes=recomputes)
 
     def fits(self, estimate: Any) -> bool:
         """Return whether that is on a card."""

@@ -19,7 +19,7 @@ from typing import Any
 from tools.evaluate.side_by_side.side_figures import side_by_side_figures
 from tools.report.differences import Measured, differences
 from tools.report.run_files import RunFiles, StageFiles
-from tools.report.views.course_view import course_series
+from tools.report.views.schedule_view import schedule_series
 
 REPORT_FORMAT = 1
 
@@ -145,7 +145,7 @@ def _stage(stage: StageFiles) -> dict[str, Any]:
 
 def _course(stage: StageFiles) -> dict[str, Any]:
     """Return what moved over a stage's steps."""
-    series = course_series(stage.steps, stage.evaluations, (stage.health or {}).get("rounds", ()))
+    series = schedule_series(stage.steps, stage.evaluations, (stage.health or {}).get("rounds", ()))
     return {"steps": stage.steps[-1]["step"], **series, "evaluations": stage.evaluations}
 
 

@@ -21,8 +21,8 @@ from tools.report.samples import Sample
 from tools.report.style import CSS
 from tools.report.views import confidence_plots, plots
 from tools.report.views.answers_view import answers_section
-from tools.report.views.course_view import course_plots, course_series
-from tools.report.views.partings_view import partings_section
+from tools.report.views.largest_divergences_view import largest_divergences_section
+from tools.report.views.schedule_view import schedule_plots, schedule_series
 
 POLICY = (
     f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {script_source()}; "
@@ -46,7 +46,7 @@ def page(
     body = [f"<h1>{name}</h1>", _lead(report), _missing(report), _models(report), _facts(report), _plots(figures)]
     body += [
         _heldout_table(report),
-        partings_section(report["models"]),
+        largest_divergences_section(report["models"]),
         *(_table(table) for table in more_tables(report)),
         _answers_table(report),
         answers_section(samples, list(report["models"])),
@@ -202,7 +202,7 @@ def plot_figures(report: Mapping[str, Any], runs: Sequence[RunFiles]) -> list[tu
             label = f"{run.name}/{name}" if index else name
             figures.append((f"Training loss of stage {label}", plots.loss_plot(label, stage.steps, stage.terms)))
             rounds = (stage.health or {}).get("rounds", ())
-            figures += course_plots(label, course_series(stage.steps, stage.evaluations, rounds))
+            figures += schedule_plots(label, schedule_series(stage.steps, stage.evaluations, rounds))
     if any(cache.get("entropy_histogram", ())) and all(layer.get("mode") != "sample" for layer in report["layers"]):
         figures.append(
             (

@@ -14,7 +14,7 @@ from typing import Any
 from shared.errors import ModelError
 from shared.models.config_file import MOST_PARTS, read_config
 from shared.models.forward.evaluating import evaluating
-from shared.models.load_report import Gaps, loading
+from shared.models.load_report import LoadMismatch, loading
 from shared.models.weights.weight_headers import tensors_of
 from shared.special_files import refuse_special_files
 
@@ -113,7 +113,7 @@ def add_saved_adapter(model: Any, directory: str | Path) -> Any:
         _refuse_claims(Path(directory), name)
         wrapped = PeftModel.from_pretrained(model, str(directory))
         report = wrapped.load_adapter(str(directory), "default")  # again, since only this returns what fitted
-    Gaps(missing=report.missing_keys, unexpected=report.unexpected_keys).refuse(name, type(model).__name__)
+    LoadMismatch(missing=report.missing_keys, unexpected=report.unexpected_keys).refuse(name, type(model).__name__)
     return wrapped
 
 

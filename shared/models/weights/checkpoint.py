@@ -16,7 +16,7 @@ from typing import Any
 
 from shared.errors import ModelError
 from shared.models.files import load_config
-from shared.models.load_report import Gaps, loading, without_bars
+from shared.models.load_report import LoadMismatch, loading, without_bars
 from shared.models.weights.adapters import add_saved_adapter, refuse_adapter_inside
 from shared.models.weights.quantised_parts import missing_parts
 from shared.models.weights.weight_headers import stored_tensors
@@ -53,8 +53,8 @@ def check_checkpoint(directory: Path, *, what: str, trust_remote_code: bool, ada
     if model_class is None:
         logger.warning("%s: names of tensors are left to the engine to check, since %s", directory, why)
         return
-    model, gaps = _meta_model(model_class, config, directory, name)
-    gaps.refuse(name, model_class.__name__)
+    model, mismatch = _meta_model(model_class, config, directory, name)
+    mismatch.refuse(name, model_class.__name__)
     if adapter is not None:
         add_saved_adapter(model, adapter)
 
@@ -121,7 +121,7 @@ def _class_of(config: Any, trust_remote_code: bool, name: str) -> Any:
     return causal if causal.config_class is type(config) else _named_class(config) or causal
 
 
-def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tuple[Any, Gaps]:
+def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tuple[Any, LoadMismatch]:
     """Return an empty model and where the checkpoint differs from it."""
     import torch
 
@@ -140,7 +140,7 @@ def _meta_model(model_class: Any, config: Any, directory: Path, name: str) -> tu
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    gaps = Gaps.of(report, quantised=quantised, modules={name for name, _ in model.named_modules()})
-    if quantised and not gaps.missing:
-        gaps = Gaps(missing_parts(stored), gaps.unexpected)
-    return model, gaps
+    mismatch = LoadMismatch.of(report, quantised=quantised, modules={name for name, _ in model.named_modules()})
+    if quantised and not mismatch.missing:
+        mismatch = LoadMismatch(missing_parts(stored), mismatch.unexpected)
+    return model, mismatch

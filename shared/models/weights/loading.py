@@ -7,7 +7,7 @@ from typing import Any
 
 from shared.models.config_file import check_config
 from shared.models.large_imports import import_transformers
-from shared.models.load_report import Gaps, loading
+from shared.models.load_report import LoadMismatch, loading
 from shared.models.weights.adapters import merge_adapter, refuse_adapter_inside
 from shared.models.weights.checkpoint import fits_named_class
 from shared.remote.hub import ask_hub
@@ -59,9 +59,9 @@ def load_causal_lm(
         )
     quantizer = getattr(model, "hf_quantizer", None)
     quantised = quantizer is not None and quantizer.pre_quantized
-    gaps = Gaps.of(report, quantised=quantised, modules={name for name, _ in model.named_modules()})
-    is_only_more = gaps.unexpected and not gaps.missing and not gaps.reshaped
+    mismatch = LoadMismatch.of(report, quantised=quantised, modules={name for name, _ in model.named_modules()})
+    is_only_more = mismatch.unexpected and not mismatch.missing and not mismatch.reshaped
     if is_only_more and fits_named_class(source, revision, type(model), trust_remote_code=trust_remote_code):
-        gaps = Gaps()  # the text model of a larger one, whose other parts are the rest
-    gaps.refuse(name, type(model).__name__)
+        mismatch = LoadMismatch()  # the text model of a larger one, whose other parts are the rest
+    mismatch.refuse(name, type(model).__name__)
     return model if adapter is None else merge_adapter(model, adapter)

@@ -18,7 +18,7 @@ from tools.evaluate.heldout.bootstrap import ratio_interval
 from tools.evaluate.heldout.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout.heldout import evaluate_heldout
 from tools.evaluate.heldout.heldout_sums import HeldoutSums, RowMeasure
-from tools.evaluate.heldout.partings import MOST_PARTINGS, MOST_PER_ROW
+from tools.evaluate.heldout.largest_divergences import MOST_PER_ROW, MOST_POSITIONS
 
 FRACTION = 0.4
 
@@ -122,7 +122,7 @@ def test_partings_are_the_positions_of_the_largest_divergence_with_what_each_sid
                 (kl, row.source, np.exp(log_p[:5]), np.sort(np.exp(log_q[s]))[::-1][:5], math.exp(log_q[s, label]))
             )
         every += sorted(of_row, key=lambda entry: -entry[0])[:MOST_PER_ROW]
-    expected = sorted(every, key=lambda entry: -entry[0])[:MOST_PARTINGS]
+    expected = sorted(every, key=lambda entry: -entry[0])[:MOST_POSITIONS]
     found = evaluate_heldout(world["qwen3"], [world["cache"]], FRACTION, batch_tokens=128)["partings"]
     assert len(found) == len(expected) > 5
     for parting, (kl, source, teacher, student, label) in zip(found, expected, strict=True):

@@ -22,7 +22,7 @@ from tools.report.build import build_report
 from tools.report.figures import report_figures
 from tools.report.run_files import _sum_stats, read_run
 from tools.report.tables import run_rows, table_text
-from tools.report.views.course_view import course_plots, course_series
+from tools.report.views.schedule_view import schedule_plots, schedule_series
 
 
 def report_of(mode: str, entropy: float, tail: float) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def test_shares_that_only_jitter_are_not_drawn() -> None:
     jitter = [{"step": i, "tokens_by_source": {"a": 500 + rng.randrange(200), "b": 600}} for i in range(400)]
     moving = [{"step": i, "tokens_by_source": {"a": 100 + 2 * i, "b": 600}} for i in range(400)]
     drawn = [
-        [title for title, _ in course_plots("kd", course_series(rows, [])) if "Shares" in title]
+        [title for title, _ in schedule_plots("kd", schedule_series(rows, [])) if "Shares" in title]
         for rows in (jitter, moving)
     ]
     assert drawn == [[], ["Shares of the sources of stage kd"]]

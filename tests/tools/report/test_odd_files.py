@@ -18,7 +18,7 @@ from tools.evaluate.results.run_shapes import Bin, Evaluation, fault_of, read_li
 from tools.evaluate.side_by_side.terms import num_kept, terms_of
 from tools.evaluate.tasks.code_answer import program_of
 from tools.report.build import build_report
-from tools.report.views import confidence_plots, course_view, plots
+from tools.report.views import confidence_plots, plots, schedule_view
 
 ODD = [
     *(None, True, False, 0, -1, 1e308, -1e308, float("nan"), float("inf"), 10**400, -(10**400), 2**63, "", "x", "1e5"),
@@ -116,7 +116,7 @@ def test_no_odd_value_ends_the_report_with_a_traceback(
             number = rng.randrange(len(rows))
             rows[number] = json.dumps(changed(json.loads(rows[number]), rng))
             path.write_text("\n".join(rows))
-        for module in (plots, course_view, confidence_plots):
+        for module in (plots, schedule_view, confidence_plots):
             monkeypatch.setattr(module, "svg_of", draw if trial % 10 == 0 else lambda label, made: "<svg></svg>")
         try:
             build_report([run])

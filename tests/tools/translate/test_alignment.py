@@ -12,7 +12,7 @@ from shared.tokens.token_bytes import read_vocabulary
 from tests.tools.translate.odd_texts import odd_text
 from tests.tools.translate.student_tokenizers import KINDS, student_tokenizer
 from tools.cache.translate.alignment import align
-from tools.cache.translate.landing import UNKNOWN
+from tools.cache.translate.vocabulary_map import UNKNOWN
 
 QWEN = Path(__file__).resolve().parents[4] / "shared" / "data" / "qwen_tokenizer"
 TEXTS = 1000

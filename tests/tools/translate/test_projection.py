@@ -14,26 +14,29 @@ from shared.tokens.token_bytes import read_vocabulary
 from tests.shared.dense_targets import cut, equal_targets, log_softmax
 from tests.tools.translate.student_tokenizers import permuted, student_tokenizer
 from tools.cache.translate.alignment import align
-from tools.cache.translate.landing import Landing, Stays
 from tools.cache.translate.projection import Projection, RowPair, renamed
+from tools.cache.translate.vocabulary_map import BoundaryStability, VocabularyMap
 
 NO_END = (-1, -1)
 
 
-def landing_of(teacher: Tokenizer, student: Tokenizer) -> Landing:
-    return Landing(teacher.to_str().encode(), student.to_str().encode())
+def vocabulary_map_of(teacher: Tokenizer, student: Tokenizer) -> VocabularyMap:
+    return VocabularyMap(teacher.to_str().encode(), student.to_str().encode())
 
 
 def pair_of(
-    landing: Landing, teacher_ids: list[int], student_ids: list[int], ends: tuple[int, int] = NO_END
+    vocabulary_map: VocabularyMap, teacher_ids: list[int], student_ids: list[int], ends: tuple[int, int] = NO_END
 ) -> RowPair:
-    told, said = ([landing.teacher_bytes(i) for i in teacher_ids], [landing.student_bytes(i) for i in student_ids])
+    told, said = (
+        [vocabulary_map.teacher_bytes(i) for i in teacher_ids],
+        [vocabulary_map.student_bytes(i) for i in student_ids],
+    )
     spans = [(0, len(teacher_ids), 0, align(told, said))]
     return RowPair(np.array(teacher_ids, np.int32), np.array(student_ids, np.int32), spans, ends)
 
 
-def never_joined(size: int) -> Stays:
-    return Stays(np.ones(size, np.int64), np.ones(size, np.int64))
+def never_joined(size: int) -> BoundaryStability:
+    return BoundaryStability(np.ones(size, np.int64), np.ones(size, np.int64))
 
 
 def dense_targets(logits: np.ndarray, labels: list[int], k: int) -> SparseTargets:
@@ -64,36 +67,42 @@ def heads(targets: SparseTargets) -> list[dict[int, float]]:
 def test_head_is_that_of_brute_force_where_every_boundary_coincides(student: str) -> None:
     teacher = student_tokenizer("joined digits", 420)
     other = student_tokenizer(student, 330 if student != "spaces" else 420)
-    landing = landing_of(teacher, other)
+    vocabulary_map = vocabulary_map_of(teacher, other)
     vocabulary = read_vocabulary(other.to_str().encode())
     # words that both write as one token, so that the text is cut alike
-    pieces = [b for i, b in enumerate(landing.teacher.octets) if i not in landing.teacher.special and b and b.isalpha()]
-    shared = [
-        b.decode() for b in pieces if len(teacher.encode(b.decode()).ids) == 1 and landing.student_ids(b) is not None
+    pieces = [
+        b
+        for i, b in enumerate(vocabulary_map.teacher.octets)
+        if i not in vocabulary_map.teacher.special and b and b.isalpha()
     ]
-    words = [word for word in shared if len(landing.student_ids(word.encode())) == 1][:8]
+    shared = [
+        b.decode()
+        for b in pieces
+        if len(teacher.encode(b.decode()).ids) == 1 and vocabulary_map.student_ids(b) is not None
+    ]
+    words = [word for word in shared if len(vocabulary_map.student_ids(word.encode())) == 1][:8]
     assert len(words) == 8
     told = [teacher.encode(word).ids[0] for word in words]
-    said = [landing.student_ids(word.encode())[0] for word in words]
+    said = [vocabulary_map.student_ids(word.encode())[0] for word in words]
     rng = np.random.default_rng(0)
-    size = len(landing.teacher)
+    size = len(vocabulary_map.teacher)
     logits = rng.normal(0, 3, (len(told), size))
-    projection = Projection(landing, never_joined(len(landing.student)), size, size)
-    found = projection.row(dense_targets(logits, told, size), pair_of(landing, told, said))
+    projection = Projection(vocabulary_map, never_joined(len(vocabulary_map.student)), size, size)
+    found = projection.row(dense_targets(logits, told, size), pair_of(vocabulary_map, told, said))
     masses = np.exp(log_softmax(logits))
     for s, head in enumerate(heads(found)):
-        expected = np.zeros(len(landing.student))
+        expected = np.zeros(len(vocabulary_map.student))
         lost = 0.0
         for v in range(size):
-            octets = landing.teacher.octets[v]
-            if v in landing.teacher.special:
-                same = [i for i in vocabulary.special if vocabulary.pieces[i] == landing.teacher.pieces[v]]
+            octets = vocabulary_map.teacher.octets[v]
+            if v in vocabulary_map.teacher.special:
+                same = [i for i in vocabulary.special if vocabulary.pieces[i] == vocabulary_map.teacher.pieces[v]]
                 first = same[0] if same else -1
             else:
-                first = (landing.student_ids(octets) or [-1])[0] if octets else -1
+                first = (vocabulary_map.student_ids(octets) or [-1])[0] if octets else -1
             if v == told[s]:
                 first = said[s]
-            if first < 0 or (first in vocabulary.special) != (v in landing.teacher.special):
+            if first < 0 or (first in vocabulary.special) != (v in vocabulary_map.teacher.special):
                 lost += masses[s, v]
             else:
                 expected[first] += masses[s, v]
@@ -137,10 +146,12 @@ def sparse(*positions: dict[str, float], labels: str, teacher: Tokenizer) -> Spa
 
 def test_digits_of_the_teacher_that_the_student_joins_follow_the_path_of_the_text() -> None:
     teacher, student = digits([]), digits(["12", "13", "123"])
-    landing = landing_of(teacher, student)
+    vocabulary_map = vocabulary_map_of(teacher, student)
     ids = student.get_vocab()
-    stays = Stays(np.full(len(ids), 10, np.int64), np.full(len(ids), 10, np.int64))
-    stays = Stays(stays.seen, np.where(np.isin(np.arange(len(ids)), [ids["1"], ids["12"], ids["7"]]), 4, 10))
+    stability = BoundaryStability(np.full(len(ids), 10, np.int64), np.full(len(ids), 10, np.int64))
+    stability = BoundaryStability(
+        stability.seen, np.where(np.isin(np.arange(len(ids)), [ids["1"], ids["12"], ids["7"]]), 4, 10)
+    )
     targets = sparse(
         {"1": 0.9, "7": 0.06, ".": 0.04},
         {"2": 0.8, "3": 0.1, ".": 0.1},
@@ -148,8 +159,8 @@ def test_digits_of_the_teacher_that_the_student_joins_follow_the_path_of_the_tex
         labels="1 2 .",
         teacher=teacher,
     )
-    pair = pair_of(landing, teacher.encode("12.").ids, student.encode("12.").ids)
-    found = Projection(landing, stays, 20, 20).row(targets, pair)
+    pair = pair_of(vocabulary_map, teacher.encode("12.").ids, student.encode("12.").ids)
+    found = Projection(vocabulary_map, stability, 20, 20).row(targets, pair)
     head, last = heads(found)
     by_text = {student.id_to_token(i): mass for i, mass in head.items()}
     # "13" may go on to be joined, which only "12" was seen to be; "7" alone is often joined, so it is not placed
@@ -164,10 +175,10 @@ def test_digits_of_the_teacher_that_the_student_joins_follow_the_path_of_the_tex
 
 def test_digits_of_the_teacher_that_the_student_splits_add_up_and_have_no_head_within() -> None:
     teacher, student = digits(["12", "13", "123"]), digits([])
-    landing = landing_of(teacher, student)
+    vocabulary_map = vocabulary_map_of(teacher, student)
     targets = sparse({"123": 0.5, "12": 0.2, "1": 0.1, "7": 0.2}, {".": 1.0}, labels="123 .", teacher=teacher)
-    pair = pair_of(landing, teacher.encode("123.").ids, student.encode("123.").ids)
-    found = Projection(landing, never_joined(len(landing.student)), 20, 20).row(targets, pair)
+    pair = pair_of(vocabulary_map, teacher.encode("123.").ids, student.encode("123.").ids)
+    found = Projection(vocabulary_map, never_joined(len(vocabulary_map.student)), 20, 20).row(targets, pair)
     assert found.counts.tolist() == [2, 0, 0, 1]
     np.testing.assert_allclose(list(heads(found)[0].values()), [0.8, 0.2], rtol=1e-5)
     np.testing.assert_allclose(found.label_logprobs, [np.log(0.5), 0, 0, 0], atol=1e-6)
@@ -177,8 +188,8 @@ def test_digits_of_the_teacher_that_the_student_splits_add_up_and_have_no_head_w
 def test_a_permutation_of_ids_leaves_targets_as_they_are_bit_for_bit() -> None:
     teacher = student_tokenizer("three digits", 400)
     other = Tokenizer.from_str(permuted(teacher.to_str()))
-    landing = landing_of(teacher, other)
-    ids = landing.other_ids(410)
+    vocabulary_map = vocabulary_map_of(teacher, other)
+    ids = vocabulary_map.other_ids(410)
     assert ids is not None and len(ids) == 410 and not np.array_equal(ids, np.arange(410))
     dense = cut(np.random.default_rng(1), 9, 400, np.array([0, 5, 3, 7, 1, 2, 6, 4, 5]), (1.0, 2.0), draws=6)
     there = renamed(dense.targets, ids)
@@ -189,4 +200,4 @@ def test_a_permutation_of_ids_leaves_targets_as_they_are_bit_for_bit() -> None:
 
 def test_tokenizers_of_other_tokens_are_no_permutation() -> None:
     one, two = (student_tokenizer("three digits", 400, seed=seed) for seed in (0, 1))
-    assert landing_of(one, two).other_ids(400) is None
+    assert vocabulary_map_of(one, two).other_ids(400) is None

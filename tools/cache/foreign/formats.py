@@ -17,7 +17,7 @@ from shared.text.file_endings import ends_in
 from tools.cache.foreign.axolotl import COLUMNS, AxolotlReader
 from tools.cache.foreign.distillkit import DistillKitReader
 from tools.cache.foreign.foreign_row import ForeignReader
-from tools.cache.foreign.import_cache import Told, foreign_text, import_foreign
+from tools.cache.foreign.import_cache import ImportSettings, foreign_text, import_foreign
 from tools.cache.foreign.megatron import MegatronReader
 from tools.cache.foreign.openai_json import OpenAIReader
 from tools.cache.foreign.parquet_rows import parquet_columns, parquet_files
@@ -54,11 +54,11 @@ def import_any(args: argparse.Namespace, advance: Callable[[int], None]) -> tupl
 
         found = import_parquet(args.source_path, args.out, advance)
         return found, import_text(found)
-    told = _told(args, form)
-    reader = _reader(form, args, told)
+    settings = _import_settings(args, form)
+    reader = _reader(form, args, settings)
     from teacher_cache.teacher.teacher_identity import software
 
-    result = import_foreign(reader, args.out, told, _fingerprint(form, args), software(), advance)
+    result = import_foreign(reader, args.out, settings, _fingerprint(form, args), software(), advance)
     return result, foreign_text(result)
 
 
@@ -85,7 +85,7 @@ def _guessed(path: Path) -> str:
     )
 
 
-def _told(args: argparse.Namespace, form: str) -> Told:
+def _import_settings(args: argparse.Namespace, form: str) -> ImportSettings:
     if args.tokenizer is None:
         raise UsageError(
             f"the format {form} does not hold its tokenizer; name the directory of the one that made its ids with "
@@ -95,7 +95,7 @@ def _told(args: argparse.Namespace, form: str) -> Told:
     from teacher_cache.teacher.model_files import tokenizer_files
 
     tokenizer = load_fast_tokenizer(args.tokenizer, trust_remote_code=False)
-    return Told(
+    return ImportSettings(
         tokenizer,
         tokenizer_files(tokenizer),
         str(args.tokenizer),
@@ -106,14 +106,14 @@ def _told(args: argparse.Namespace, form: str) -> Told:
     )
 
 
-def _reader(form: str, args: argparse.Namespace, told: Told) -> ForeignReader:
+def _reader(form: str, args: argparse.Namespace, settings: ImportSettings) -> ForeignReader:
     path = args.source_path
     if form == "distillkit":
-        return DistillKitReader(path, args.compression, [_token(told.tokenizer, text) for text in args.split_at])
+        return DistillKitReader(path, args.compression, [_token(settings.tokenizer, text) for text in args.split_at])
     if form == "axolotl":
         return AxolotlReader(path, args.temperature or 1.0, args.shift)
     if form == "openai":
-        return OpenAIReader(path, told.tokenizer, told.tokenizer_files["tokenizer.json"], args.max_set_aside)
+        return OpenAIReader(path, settings.tokenizer, settings.tokenizer_files["tokenizer.json"], args.max_set_aside)
     if args.token_ids is None:
         raise UsageError(
             "shards of Megatron-LM hold no token ids; name a Parquet file with a column input_ids, a sequence a row in "

@@ -45,7 +45,7 @@ GROUPS: GroupRule = "first question"
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ImportSettings:
     """What the user says about a foreign cache."""
 
     tokenizer: Any
@@ -83,7 +83,7 @@ class _Part:
 def import_foreign(
     reader: ForeignReader,
     out: Path,
-    told: Told,
+    settings: ImportSettings,
     fingerprint: Mapping[str, Any],
     software: Mapping[str, Any],
     advance: Callable[[int], None] = lambda rows: None,
@@ -93,7 +93,7 @@ def import_foreign(
     Args:
         reader: of its format.
         out: the new cache; must not exist, or be the same import.
-        told: what the user says about it.
+        settings: what the user says about it.
         fingerprint: files and options; equal ones are the same import.
         software: versions, for the records.
         advance: called with the rows that are done.
@@ -106,17 +106,20 @@ def import_foreign(
         DamagedError: a file contradicts its format, or ids the tokenizer.
         CacheError: there is no usable row, `out` is something else, or it cannot be written.
     """
-    request = {"import": dict(fingerprint), "tokenizer": told.tokenizer_hash}
+    request = {"import": dict(fingerprint), "tokenizer": settings.tokenizer_hash}
     derived = DerivedCache.of(out, "importing", "an import of these files as they are now", request)
     counts: Counter[str] = Counter()
     if not derived.existed:
-        vocab_size = min(len(told.tokenizer), reader.vocab_size or len(told.tokenizer))
-        sequences, targets = _sequences_identity(told, reader, vocab_size), _layer_identity(told, reader, vocab_size)
+        vocab_size = min(len(settings.tokenizer), reader.vocab_size or len(settings.tokenizer))
+        sequences, targets = (
+            _sequences_identity(settings, reader, vocab_size),
+            _layer_identity(settings, reader, vocab_size),
+        )
         with derived.written():
-            writer = CacheWriter.create_or_open(derived.path, sequences, told.tokenizer_files)
-            layer = LayerWriter.create_or_open(writer, None, targets, _provenance(told, reader), make=False)
+            writer = CacheWriter.create_or_open(derived.path, sequences, settings.tokenizer_files)
+            layer = LayerWriter.create_or_open(writer, None, targets, _provenance(settings, reader), make=False)
             try:
-                for number, part in enumerate(_parts(reader, told, vocab_size, targets.tail, counts)):
+                for number, part in enumerate(_parts(reader, settings, vocab_size, targets.tail, counts)):
                     _commit(writer, layer, derived.stem(number), part, software)
                     advance(len(part.rows))
             except DamagedError:
@@ -130,47 +133,49 @@ def import_foreign(
     return _summary(derived, reader, counts)
 
 
-def _sequences_identity(told: Told, reader: ForeignReader, vocab_size: int) -> SequencesIdentity:
-    template = str(told.tokenizer.chat_template or "")
+def _sequences_identity(settings: ImportSettings, reader: ForeignReader, vocab_size: int) -> SequencesIdentity:
+    template = str(settings.tokenizer.chat_template or "")
     return SequencesIdentity(
-        tokenizer_hash=told.tokenizer_hash,
+        tokenizer_hash=settings.tokenizer_hash,
         vocab_size=vocab_size,
         template=xxhash.xxh3_128_hexdigest(template.encode()) if template else "",
-        tokenizer=told.tokenizer_name,
-        licence=told.licence,
+        tokenizer=settings.tokenizer_name,
+        licence=settings.licence,
         answers=f"imported from {reader.form}",
         groups=GROUPS,
     )
 
 
-def _layer_identity(told: Told, reader: ForeignReader, vocab_size: int) -> LayerIdentity:
+def _layer_identity(settings: ImportSettings, reader: ForeignReader, vocab_size: int) -> LayerIdentity:
     return LayerIdentity(
-        teacher=told.teacher,
-        weights_hash=xxhash.xxh3_128_hexdigest(f"a teacher named {told.teacher}".encode()),
-        tokenizer_hash=told.tokenizer_hash,
+        teacher=settings.teacher,
+        weights_hash=xxhash.xxh3_128_hexdigest(f"a teacher named {settings.teacher}".encode()),
+        tokenizer_hash=settings.tokenizer_hash,
         vocab_size=vocab_size,
         mode="top",
         k=max(reader.k, 1),
         dtype="unknown",
         head_dtype="unknown",
-        tail=told.tail or reader.tail,  # type: ignore[arg-type]
+        tail=settings.tail or reader.tail,  # type: ignore[arg-type]
         labels=reader.labels,  # type: ignore[arg-type]
     )
 
 
-def _provenance(told: Told, reader: ForeignReader) -> dict[str, Any]:
-    said = "the user" if told.tail else "the format"
+def _provenance(settings: ImportSettings, reader: ForeignReader) -> dict[str, Any]:
+    said = "the user" if settings.tail else "the format"
     return {"imported from": reader.form, "tail said by": said, **reader.notes}
 
 
-def _parts(reader: ForeignReader, told: Told, vocab_size: int, tail: str, counts: Counter[str]) -> Iterator[_Part]:
+def _parts(
+    reader: ForeignReader, settings: ImportSettings, vocab_size: int, tail: str, counts: Counter[str]
+) -> Iterator[_Part]:
     """Yield parts; the same files give the same parts."""
     part, known = _Part(), GrowingKeySet()
     for row in reader.rows():
         check_row(row)
         _refuse_other_tokenizer(row, vocab_size)
         reason = None if len(row.predicted) else "no token of it has a distribution"
-        made = None if reason else _sequence(row, told)
+        made = None if reason else _sequence(row, settings)
         if made is not None and not known.add(made.row_key):
             reason = "an earlier row has the same tokens"
         if reason or made is None:
@@ -200,7 +205,7 @@ def _refuse_other_tokenizer(row: ForeignRow, vocab_size: int) -> None:
         )
 
 
-def _sequence(row: ForeignRow, told: Told) -> SequenceRow:
+def _sequence(row: ForeignRow, settings: ImportSettings) -> SequenceRow:
     """Return a row's sequence; texts that the format does not have are spelled from the tokens."""
     cuts = np.flatnonzero(np.diff(row.predicted) != 1) + 1
     spans = [(int(run[0]), int(run[-1]) + 1) for run in np.split(row.predicted, cuts)]
@@ -208,15 +213,15 @@ def _sequence(row: ForeignRow, told: Told) -> SequenceRow:
     whole = spans[0][0] == 1 and row.response is None
     prompt = row.prompt
     if prompt is None:
-        prompt = told.tokenizer.decode(token_ids if whole else token_ids[: spans[0][0]])
+        prompt = settings.tokenizer.decode(token_ids if whole else token_ids[: spans[0][0]])
     response = row.response
     if response is None:
-        response = "" if whole else told.tokenizer.decode(token_ids[row.predicted])
+        response = "" if whole else settings.tokenizer.decode(token_ids[row.predicted])
     key = content_key(token_ids, np.array(spans, np.int32))
     return make_row(
         row_key=xxhash.xxh3_128_digest(b"imported" + key),
         group_key=question_key(row.question or prompt, GROUPS),
-        source=row.source or told.source,
+        source=row.source or settings.source,
         prompt=prompt,
         response=response,
         reference=None,

@@ -1,11 +1,11 @@
 """A row's distributions over the teacher's tokens become distributions over the student's.
 
 At a position where a student's token begins with one of the teacher's (alignment.py), each entry of the head gives its
-mass to the student's token that its text begins with (landing.py); what cannot be placed joins the bucket. What follows
-is known on the path that the text took: where the teacher's token of the text may be joined by what follows, the
-teacher's next distribution tells apart how, and so on (`_Walk`): the chain of the realised path. With "1" at 0.9, then
-"2" at 0.8 and "." at 0.2, a student that joins digits gets "12" at 0.72 and "1" at 0.18. Positions inside a teacher's
-token have no head.
+mass to the student's token that its text begins with (vocabulary_map.py); what cannot be placed joins the bucket. What
+follows is known on the path that the text took: where the teacher's token of the text may be joined by what follows,
+the teacher's next distribution tells apart how, and so on (`_Walk`): the chain of the realised path. With "1" at 0.9,
+then "2" at 0.8 and "." at 0.2, a student that joins digits gets "12" at 0.72 and "1" at 0.18. Positions inside a
+teacher's token have no head.
 
 Labels keep the teacher's likelihood of chunks: that of the whole chunk where it begins, 0 within it, -inf (not known)
 where a chunk's bytes are not the same on both sides. So they sum up to the likelihood of the text.
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from shared.payload.ragged import starts_of
 from shared.payload.targets import Draws, SparseTargets
 from tools.cache.translate.alignment import Alignment
-from tools.cache.translate.landing import Landing, Stays
+from tools.cache.translate.vocabulary_map import BoundaryStability, VocabularyMap
 
 MOST_TOKENS_OF_A_WALK = 12
 LEAST_TAIL = 1e-12
@@ -73,14 +73,14 @@ class _Entries:
 class Projection:
     """Carries rows over."""
 
-    def __init__(self, landing: Landing, stays: Stays, vocab_size: int, k: int) -> None:
+    def __init__(self, vocabulary_map: VocabularyMap, stability: BoundaryStability, vocab_size: int, k: int) -> None:
         """Fix the tables; `vocab_size` is that of the teacher's layer, `k` the most entries of a position."""
-        self.landing, self.stays, self.k = landing, stays, k
-        missing = max(vocab_size - len(landing.ids), 0)
-        self._ids = np.append(landing.ids, np.full(missing, -1, np.int32)).astype(np.int64)
-        self._is_all = np.append(landing.is_all, np.zeros(missing, np.bool_))
-        self._lengths = np.array([len(octets or b"") for octets in landing.student.octets])
-        self._teacher_lengths = np.array([len(landing.teacher_bytes(i)) for i in range(len(self._ids))])
+        self.vocabulary_map, self.stability, self.k = vocabulary_map, stability, k
+        missing = max(vocab_size - len(vocabulary_map.ids), 0)
+        self._ids = np.append(vocabulary_map.ids, np.full(missing, -1, np.int32)).astype(np.int64)
+        self._is_all = np.append(vocabulary_map.is_all, np.zeros(missing, np.bool_))
+        self._lengths = np.array([len(octets or b"") for octets in vocabulary_map.student.octets])
+        self._teacher_lengths = np.array([len(vocabulary_map.teacher_bytes(i)) for i in range(len(self._ids))])
 
     def row(self, targets: SparseTargets, pair: RowPair) -> SparseTargets:
         """Return the row's targets in the student's tokens, at temperature 1 and without draws."""
@@ -112,7 +112,7 @@ class Projection:
         told, ours = pair.teacher_ids[cuts[:, 0]], pair.student_ids[cuts[:, 2]]
         landed = self._ids[told]
         is_longer = (self._lengths[ours] > self._teacher_lengths[told]) & (ours != pair.ends[1])
-        joined = self._is_all[told] & (landed >= 0) & self.stays.is_joined[landed] & (told != pair.ends[0])
+        joined = self._is_all[told] & (landed >= 0) & self.stability.is_joined[landed] & (told != pair.ends[0])
         needs: NDArray[np.bool_] = leads | joined | ((cuts[:, 4] > 0) & is_longer)
         return needs
 
@@ -127,7 +127,7 @@ class Projection:
         cut, said = np.repeat(at, counts), targets.ids[source]
         logprobs = targets.logprobs[source].astype(np.float64)
         ids = self._ids[said]
-        weight = np.where(ids < 0, 0.0, np.where(self._is_all[said], self.stays.share[ids], 1.0))
+        weight = np.where(ids < 0, 0.0, np.where(self._is_all[said], self.stability.share[ids], 1.0))
         is_told = (said == pair.teacher_ids[cuts[cut, 0]]) & (cuts[cut, 4] > 0)
         for where, to in ((said == pair.ends[0], pair.ends[1]), (is_told, pair.student_ids[cuts[cut, 2]])):
             ids, weight = np.where(where, to, ids), np.where(where, 1.0, weight)
@@ -161,7 +161,7 @@ class _Walk:
     """The teacher's distributions along one row's text."""
 
     def __init__(self, projection: Projection, targets: SparseTargets, pair: RowPair, unit: int) -> None:
-        self._landing, self._stays, self._pair = projection.landing, projection.stays, pair
+        self._map, self._stability, self._pair = projection.vocabulary_map, projection.stability, pair
         self._targets, self._unit, self._offsets = targets, unit, targets.offsets()
 
     def from_cut(self, cut: NDArray[np.int64], span: tuple[int, int, int, Alignment]) -> dict[int, float]:
@@ -170,7 +170,7 @@ class _Walk:
         is_first = int(cut[0]) == first
         self._end = end if cut[4] else 0
         self._label = int(self._pair.student_ids[cut[2]]) if cut[4] else -1
-        self._label_bytes = self._landing.student_bytes(self._label) if cut[4] else b""
+        self._label_bytes = self._map.student_bytes(self._label) if cut[4] else b""
         text = b" " if is_first and alignment.student_lead else b""
         found: dict[int, float] = {}
         self._place(int(cut[0]), text, 1.0, found, 0, strips=is_first and alignment.teacher_lead > 0)
@@ -182,16 +182,16 @@ class _Walk:
         ids, probabilities, tail = self._head(t)
         for said, probability in zip(ids, probabilities, strict=True):
             share = mass * probability
-            if said == self._pair.ends[0] or said in self._landing.teacher.special:
-                to = self._landing.first(text) if depth else self._control(said)
+            if said == self._pair.ends[0] or said in self._map.teacher.special:
+                to = self._map.first(text) if depth else self._control(said)
                 here[to] = here.get(to, 0.0) + share
                 continue
-            more = self._landing.teacher_bytes(said)
+            more = self._map.teacher_bytes(said)
             if strips and more[:1] != b" ":
                 continue
             self._land(t, text + more[strips:], share, here, depth, is_told=said == self._pair.teacher_ids[t])
         head = mass * (1.0 - tail)
-        stays = self._landing.first(text) if depth else -1
+        stays = self._map.first(text) if depth else -1
         if stays >= 0 and head > 0:  # the tail is taken to go on as the head does
             here[stays] = here.get(stays, 0.0) * (1.0 + mass * tail / head)
         for to, share in here.items():
@@ -202,19 +202,19 @@ class _Walk:
         """Give a text's mass to the token that it begins with, or go on where more of it is known."""
         knows = is_told and self._label >= 0
         reaches = knows and len(self._label_bytes) <= len(text) and text.startswith(self._label_bytes)
-        to = self._label if reaches else self._landing.first(text)
-        is_all = to >= 0 and len(self._landing.student_bytes(to)) == len(text)
-        may_join = is_all and bool(self._stays.is_joined[to])
+        to = self._label if reaches else self._map.first(text)
+        is_all = to >= 0 and len(self._map.student_bytes(to)) == len(text)
+        may_join = is_all and bool(self._stability.is_joined[to])
         goes_on = is_told and t + 1 < self._end and depth < MOST_TOKENS_OF_A_WALK
         if goes_on and (may_join or not text or (knows and len(self._label_bytes) > len(text))):
             self._place(t + 1, text, share, here, depth + bool(text), strips=False)
         elif to >= 0:
-            weight = float(self._stays.share[to]) if is_all and (may_join or not is_told) else 1.0
+            weight = float(self._stability.share[to]) if is_all and (may_join or not is_told) else 1.0
             here[to] = here.get(to, 0.0) + share * weight
 
     def _control(self, said: int) -> int:
         """Return the student's control token for one of the teacher's; -1 where there is none."""
-        return self._pair.ends[1] if said == self._pair.ends[0] else int(self._landing.ids[said])
+        return self._pair.ends[1] if said == self._pair.ends[0] else int(self._map.ids[said])
 
     def _head(self, t: int) -> tuple[list[int], list[float], float]:
         """Return ids, probabilities and the tail's mass at teacher position t, the token of the text among them."""

@@ -28,8 +28,8 @@ from shared.parts.sequences import SequenceRow, make_row
 from teacher_cache.prompts.templates.spans import Template
 from teacher_cache.prompts.work_list import conversation_of
 from tools.cache.translate.alignment import align
-from tools.cache.translate.landing import END, Landing
 from tools.cache.translate.projection import RowPair
+from tools.cache.translate.vocabulary_map import END, VocabularyMap
 
 
 class UntranslatableError(Exception):
@@ -47,7 +47,7 @@ class StudentRows:
         self,
         cache: Path,
         tokenizer: Any,
-        landing: Landing,
+        vocabulary_map: VocabularyMap,
         other_ids: NDArray[np.int32] | None,
         chat_template: str | None,
     ) -> None:
@@ -56,13 +56,13 @@ class StudentRows:
         Args:
             cache: the teacher's.
             tokenizer: the student's, of transformers.
-            landing: between both vocabularies.
+            vocabulary_map: between both vocabularies.
             other_ids: the student's id of each of the teacher's where both have the same tokens; answers are then taken
                 token for token, as they were sampled.
             chat_template: Jinja text in place of the tokenizer's own.
         """
-        self._tokenizer, self._landing, self._other_ids = tokenizer, landing, other_ids
-        self._teacher, self._student = landing.teacher, landing.student
+        self._tokenizer, self._map, self._other_ids = tokenizer, vocabulary_map, other_ids
+        self._teacher, self._student = vocabulary_map.teacher, vocabulary_map.student
         self._cache, self._chat_template = cache, chat_template
         self._jobs = {job.id8: job for job in list_jobs(cache)}
         self._special = special_ids(tokenizer)
@@ -104,7 +104,7 @@ class StudentRows:
         spans, ends, first, teacher_first = [], (-1, -1), 0, 0
         for (start, end), (begin, stop) in zip(row.spans.tolist(), translated.spans.tolist(), strict=True):
             theirs, ours = row.token_ids[start:end].tolist(), translated.token_ids[begin:stop].tolist()
-            told, said = [*map(self._landing.teacher_bytes, theirs)], [*map(self._landing.student_bytes, ours)]
+            told, said = [*map(self._map.teacher_bytes, theirs)], [*map(self._map.student_bytes, ours)]
             if theirs[-1] in self._teacher.special and ours[-1] in self._student.special:
                 told[-1] = said[-1] = END
                 ends = (theirs[-1], ours[-1])
@@ -166,13 +166,13 @@ class StudentRows:
         """
         if self._other_ids is not None:
             return list(self._other_ids[teacher_ids].tolist())
-        octets = b"".join(map(self._landing.teacher_bytes, teacher_ids))
+        octets = b"".join(map(self._map.teacher_bytes, teacher_ids))
         text = octets.decode(errors="replace")
         spelled = next((control for control in self._controls if control in text), None)
         if spelled is not None:
             raise UntranslatableError(f"the text contains {spelled!r}, which is a control token of the student")
         is_utf8 = text.encode() == octets
-        ids = None if is_utf8 else self._landing.student_ids(octets)
+        ids = None if is_utf8 else self._map.student_ids(octets)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if ids is None else ids
 
     @cached_property
@@ -210,7 +210,7 @@ class StudentRows:
         """Return the student's control token for one of the teacher's."""
         if ends and self._tokenizer.eos_token_id is not None:
             return int(self._tokenizer.eos_token_id)
-        found = int(self._landing.ids[token])
+        found = int(self._map.ids[token])
         if found < 0:
             raise UntranslatableError(f"the student has no control token {self._teacher.pieces[token]!r}")
         return found

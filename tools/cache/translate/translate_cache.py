@@ -1,10 +1,11 @@
 """`decant cache translate`: a cache in the student's tokenizer, from a cache and a tokenizer alone.
 
 Two passes over the rows. The first writes each anew (student_rows.py) and counts where tokens are joined by what
-follows (landing.py, `Stays`); the second carries the distributions over (projection.py) and commits a part for each
-part. Where the student's tokenizer is the teacher's under other ids, or the very same, targets are renamed and stay bit
-for bit what they were, all temperatures and draws included. Written beside OUT and renamed; a killed command is
-continued by the same one. Cost: two tokenizations of every row and one decode and encode; memory: one part.
+follows (vocabulary_map.py, `BoundaryStability`); the second carries the distributions over (projection.py) and commits
+a part for each part. Where the student's tokenizer is the teacher's under other ids, or the very same, targets are
+renamed and stay bit for bit what they were, all temperatures and draws included. Written beside OUT and renamed; a
+killed command is continued by the same one. Cost: two tokenizations of every row and one decode and encode; memory: one
+part.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from shared.payload.targets import SparseTargets
 from teacher_cache.teacher.model_files import tokenizer_files
 from teacher_cache.teacher.teacher_identity import software
 from tools.cache.staged_directory import DerivedCache
-from tools.cache.translate.landing import Landing, Stays
 from tools.cache.translate.projection import Projection, RowPair, renamed
 from tools.cache.translate.student_rows import StudentRows, UntranslatableError
+from tools.cache.translate.vocabulary_map import BoundaryStability, VocabularyMap
 
 BY_BYTES, RENAMED = "bytes-1", "renamed-1"
 """How a derived layer was made, as its identity says; another rule gets another name."""
@@ -76,31 +77,31 @@ def translate_cache(
     loaded = load_fast_tokenizer(tokenizer, trust_remote_code=False)
     files = tokenizer_files(loaded)
     before = cache.sequences_identity
-    landing = Landing(tokenizer_without_code(source)["tokenizer.json"], files["tokenizer.json"])
-    other_ids = landing.other_ids(max(before.vocab_size, cache.layer.vocab_size if cache.layer else 0))
+    vocabulary_map = VocabularyMap(tokenizer_without_code(source)["tokenizer.json"], files["tokenizer.json"])
+    other_ids = vocabulary_map.other_ids(max(before.vocab_size, cache.layer.vocab_size if cache.layer else 0))
     if other_ids is None:
         _refuse_without_mass(cache)
-    rows = StudentRows(source, loaded, landing, other_ids, chat_template)
+    rows = StudentRows(source, loaded, vocabulary_map, other_ids, chat_template)
     template = chat_template or str(loaded.chat_template or "")
     hashed = tokenizer_hash(files["tokenizer.json"])
     said = {"cache": cache.cache_id, "tokenizer": hashed, "template": xxhash.xxh3_128_hexdigest(template.encode())}
     request = {"translate": {**said, "method": BY_BYTES}}
     derived = DerivedCache.of(out, "translating", "a translation of this cache as it is now", request)
     if not derived.existed:
-        stays, ids = _count(cache, rows, landing, other_ids, advance)
+        stability, ids = _count(cache, rows, vocabulary_map, other_ids, advance)
         if ids is None:
             _refuse_without_mass(cache)
         is_equal = hashed == before.tokenizer_hash
         identity = replace(
             before,
             tokenizer_hash=hashed,
-            vocab_size=before.vocab_size if is_equal else len(landing.student),
+            vocab_size=before.vocab_size if is_equal else len(vocabulary_map.student),
             template=said["template"] if template else "",
             tokenizer=tokenizer,
         )
         with derived.written():
             writer = CacheWriter.create_or_open(derived.path, identity, files)
-            _write(cache, rows, landing, stays, ids, writer, derived, advance)
+            _write(cache, rows, vocabulary_map, stability, ids, writer, derived, advance)
     done = {"cache": str(out), "job": derived.job, "existed": derived.existed, **_summary(out)}
     return done | {"hidden_left_out": sorted(list_hidden_layers(source))}
 
@@ -147,11 +148,11 @@ def _pairs(
 def _count(
     cache: Cache,
     rows: StudentRows,
-    landing: Landing,
+    vocabulary_map: VocabularyMap,
     ids: NDArray[np.int32] | None,
     advance: Callable[[int], None],
-) -> tuple[Stays, NDArray[np.int32] | None]:
-    """Go through all rows once; `ids` is what `Landing.other_ids` returned.
+) -> tuple[BoundaryStability, NDArray[np.int32] | None]:
+    """Go through all rows once; `ids` is what `VocabularyMap.other_ids` returned.
 
     Returns:
         How often tokens stay as they are, and `ids` where every row has only other ids.
@@ -159,7 +160,7 @@ def _count(
     Raises:
         CacheError: no row can be translated.
     """
-    seen, kept = (np.zeros(len(landing.student), np.int64) for _ in range(2))
+    seen, kept = (np.zeros(len(vocabulary_map.student), np.int64) for _ in range(2))
     reasons, done = Counter[str](), 0
     for part in cache.parts():
         for found in _pairs(cache, rows, part):
@@ -168,27 +169,27 @@ def _count(
                 reasons[found] += 1
                 continue
             pair, done = found[3], done + 1
-            _count_row(pair, landing, seen, kept)
+            _count_row(pair, vocabulary_map, seen, kept)
             if ids is not None and not np.array_equal(ids[pair.teacher_ids], pair.student_ids):
                 ids = None
     if not done and len(cache):
         raise CacheError(f"{cache.path}: no row can be translated; the first reason is: {next(iter(reasons))}")
-    return Stays(seen, kept), ids
+    return BoundaryStability(seen, kept), ids
 
 
-def _count_row(pair: RowPair, landing: Landing, seen: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
+def _count_row(pair: RowPair, vocabulary_map: VocabularyMap, seen: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
     """Count where a teacher's token ends at the end of a student's, and whether the student stops there."""
     for teacher, teacher_end, student, _, is_whole in pair.cuts.tolist():
         ours = int(pair.student_ids[student])
         if not is_whole or ours == pair.ends[1]:
             continue
-        text, goal = b"", landing.student_bytes(ours)
+        text, goal = b"", vocabulary_map.student_bytes(ours)
         for told in pair.teacher_ids[teacher:teacher_end].tolist():
-            text += landing.teacher_bytes(told)
+            text += vocabulary_map.teacher_bytes(told)
             if len(text) >= len(goal):
                 break
-            to = landing.first(text)
-            if to >= 0 and len(landing.student_bytes(to)) == len(text):
+            to = vocabulary_map.first(text)
+            if to >= 0 and len(vocabulary_map.student_bytes(to)) == len(text):
                 seen[to] += 1
         if text == goal:
             seen[ours] += 1
@@ -198,8 +199,8 @@ def _count_row(pair: RowPair, landing: Landing, seen: NDArray[np.int64], kept: N
 def _write(
     cache: Cache,
     rows: StudentRows,
-    landing: Landing,
-    stays: Stays,
+    vocabulary_map: VocabularyMap,
+    stability: BoundaryStability,
     ids: NDArray[np.int32] | None,
     writer: CacheWriter,
     out: DerivedCache,
@@ -213,7 +214,7 @@ def _write(
         layer = LayerWriter.create_or_open(
             writer, short, derived, {**cache.layer_provenance, "derived_by": dict(software())}
         )
-        projection = Projection(landing, stays, cache.layer.vocab_size, derived.k)
+        projection = Projection(vocabulary_map, stability, cache.layer.vocab_size, derived.k)
     for number, part in enumerate(cache.parts()):
         stem = out.stem(number)
         advance(len(part.rows))

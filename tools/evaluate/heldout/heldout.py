@@ -44,7 +44,7 @@ from student_train.student.rows_alone import run_rows_alone
 from student_train.student.student_head import body_of, check_head, head_of, probe_tokens
 from tools.evaluate.heldout.confidence_bins import ConfidenceBins
 from tools.evaluate.heldout.heldout_sums import HeldoutSums, RowMeasure
-from tools.evaluate.heldout.partings import Partings, largest_of_row
+from tools.evaluate.heldout.largest_divergences import LargestDivergences, largest_of_row
 
 
 def evaluate_heldout(
@@ -106,7 +106,7 @@ def evaluate_heldout(
     fitting = [(cache, row) for cache, row in chosen if opened[cache].num_tokens[row] <= limit]
     if not fitting:
         raise EvaluationError(f"{model_dir}: every held-out row is longer than the {limit} tokens that the model reads")
-    sums, partings, row_kl = _measured(model, layer.vocab_size, opened, fitting, batch_tokens, say)
+    sums, largest, row_kl = _measured(model, layer.vocab_size, opened, fitting, batch_tokens, say)
     found: dict[str, Any] = {"rows_too_long": len(chosen) - len(fitting)}
     found |= {"dtype": str(model.dtype).removeprefix("torch."), "layer": opened[0].layer_name, "row_kl": row_kl}
     if as_captured and layer.quantization is not None:
@@ -115,7 +115,7 @@ def evaluate_heldout(
     if several:
         other = {name: [Cache.open(Path(cache), one) for cache in caches] for name, one in several.items()}
         found["by_layer"] = {name: _against(model, of, fitting, batch_tokens, seed) for name, of in other.items()}
-    return {**found, **sums.figures(seed), "partings": partings.described(model, opened, layer.vocab_size)}
+    return {**found, **sums.figures(seed), "partings": largest.described(model, opened, layer.vocab_size)}
 
 
 def _of_other_jobs(opened: Sequence[Cache], job: str | None) -> NDArray[np.bool_]:
@@ -159,9 +159,9 @@ def _measured(
     places: Sequence[tuple[int, int]],
     batch_tokens: int,
     say: Callable[[str], None],
-) -> tuple[HeldoutSums, Partings, dict[str, list[float]]]:
+) -> tuple[HeldoutSums, LargestDivergences, dict[str, list[float]]]:
     """Measure the rows at `places` (cache, row); the last value is [positions, KL in nats] by row_key."""
-    sums, partings, num_done = HeldoutSums(), Partings(), 0
+    sums, largest, num_done = HeldoutSums(), LargestDivergences(), 0
     row_kl: dict[str, list[float]] = {}
     vocabulary = _vocabulary(opened[0].path)
     for batch in _batches(opened, places, batch_tokens):
@@ -169,10 +169,10 @@ def _measured(
         for place, row, measure in zip(batch, rows, measure_batch(model, vocab_size, rows, vocabulary), strict=True):
             sums.add(measure)
             row_kl[bytes(row.row_key).hex()] = [measure.compared, measure.kl_nats]
-            partings.add(place, measure.largest)
+            largest.add(place, measure.largest)
         num_done += len(batch)
         say(f"held-out rows: {num_done} of {len(places)}")
-    return sums, partings, row_kl
+    return sums, largest, row_kl
 
 
 def load_model(model: str, adapter: str | None, dtype: str, trust_remote_code: bool) -> Any:

@@ -149,13 +149,13 @@ class Made(BaseModel):
 
 
 class TokenProbability(BaseModel):
-    """Of the marked token of a parting, by each side."""
+    """Of the marked token, by each side."""
 
     teacher: Share
     student: Share
 
 
-class Parting(BaseModel):
+class LargestDivergence(BaseModel):
     """A held-out position where student and teacher part, in its context."""
 
     kl_nats: Number

@@ -3,8 +3,8 @@
 A teacher token v with bytes c lands on the first token of the student's tokenization of c. It is *closed* where that
 token is shorter than c. Where it is all of c, what follows may still join it: the teacher writes "1", "2" and the
 student "12". How often a student's token stays as it is where a teacher's token ends at its end is counted over the
-rows of the cache (`Stays`); a token that was seen to be joined more than rarely is not given the mass of c, which then
-joins the bucket. That is what keeps digits right.
+rows of the cache (`BoundaryStability`); a token that was seen to be joined more than rarely is not given the mass of c,
+which then joins the bucket. That is what keeps digits right.
 
 Control tokens land on the control token of the same text, the teacher's end token on the student's. Cost: each
 vocabulary is tokenized once, about 2 seconds for 150,000 tokens.
@@ -29,11 +29,11 @@ END = b"\xff<end of the answer>"
 UNKNOWN = b"\xfe<unknown>"
 _LONE = re.compile("([\udc80-\udcff]+)")
 """Bytes that are no UTF-8, as `surrogateescape` decodes them."""
-LEAST_STAY = 0.9
+LEAST_STABILITY = 0.9
 """A token that stays as it is more rarely gets no mass from a text that ends with it."""
 
 
-class Landing:
+class VocabularyMap:
     """One teacher's vocabulary on one student's."""
 
     def __init__(self, teacher_json: bytes, student_json: bytes) -> None:
@@ -53,8 +53,8 @@ class Landing:
             b"" if i in self.teacher.special else octets or b"" for i, octets in enumerate(self.teacher.octets)
         ]
         ids = self._first_ids(teacher_octets)
-        self._land_controls(ids)
-        self._land_unreachable(ids, teacher_json, teacher_octets)
+        self._map_controls(ids)
+        self._map_unreachable(ids, teacher_json, teacher_octets)
         self.ids: NDArray[np.int32] = ids
         """[V] the student's token that a teacher's token lands on; -1 where there is none."""
         lengths = np.array([len(octets) for octets in teacher_octets])
@@ -127,11 +127,11 @@ class Landing:
         octets = self.student.octets[token_id] if token_id >= 0 and token_id not in self.student.special else None
         return token_id if octets and text.startswith(octets) else -1
 
-    def _land_controls(self, ids: NDArray[np.int32]) -> None:
+    def _map_controls(self, ids: NDArray[np.int32]) -> None:
         for i in self.teacher.special:
             ids[i] = self._controls.get(str(self.teacher.pieces[i]), -1)
 
-    def _land_unreachable(self, ids: NDArray[np.int32], teacher_json: bytes, octets: list[bytes]) -> None:
+    def _map_unreachable(self, ids: NDArray[np.int32], teacher_json: bytes, octets: list[bytes]) -> None:
         """Let tokens that no text has (of several with equal bytes all but one) land on the student's token of the
         same spelling.
         """
@@ -146,7 +146,7 @@ class Landing:
 
 
 @dataclass(slots=True)
-class Stays:
+class BoundaryStability:
     """How often a student's token stays as it is where a teacher's token ends at its end."""
 
     seen: NDArray[np.int64]
@@ -161,7 +161,7 @@ class Stays:
     def __post_init__(self) -> None:
         everywhere = self.kept.sum() / max(self.seen.sum(), 1) if self.seen.any() else 1.0
         share = (self.kept + everywhere) / (self.seen + 1)
-        self.share = np.where(share >= LEAST_STAY, share, 0.0)
+        self.share = np.where(share >= LEAST_STABILITY, share, 0.0)
         self.is_joined = self.kept < self.seen
 
 

@@ -13,7 +13,7 @@ from teacher_cache.cluster.unit_board import SCORE, UnitBoard, UnitTask
 from teacher_cache.passes.summary import BuildSummary
 
 
-class Pace:
+class ClusterProgress:
     """Follows a build from its first engine to its end."""
 
     def __init__(self, board: UnitBoard, progress: BuildProgress, summary: BuildSummary, num_engines: int) -> None:

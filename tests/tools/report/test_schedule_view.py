@@ -9,8 +9,8 @@ import pytest
 
 from tests.tools.report.fake_run import write_stage
 from tools.report.build import build_report
-from tools.report.views.course_view import course_plots, course_series
 from tools.report.views.plots import legend_above, short_names, svg_of
+from tools.report.views.schedule_view import schedule_plots, schedule_series
 
 STEPS = 1000
 
@@ -65,17 +65,17 @@ def test_what_did_not_move_is_not_drawn():
         {"step": i, "weights": {"a": 1.0}, "temperatures": {"a": 1.0}, "tokens_by_source": {"x": i + 1}}
         for i in range(9)
     ]
-    assert course_plots("kd", course_series(steps, [])) == []
+    assert schedule_plots("kd", schedule_series(steps, [])) == []
     nothing = {"weights": {}, "temperatures": {}, "shares": {}, "heldout_kl_nats": {}, "answers": {}}
-    assert course_series([{"step": 1}], []) == nothing
+    assert schedule_series([{"step": 1}], []) == nothing
 
 
 def test_answers_of_rounds_are_drawn_over_the_rounds():
     rounds = [{"round": n, "cut": 0.1 * n, "repeating": "x", "beside_teacher": 1.5, "answers": 9} for n in (1, 2, 3)]
-    series = course_series([], [], rounds)
+    series = schedule_series([], [], rounds)
     assert series["answers"]["cut by length"] == [(1, 0.1), (2, 0.2), (3, pytest.approx(0.3))]
     assert set(series["answers"]) == {"cut by length", "length beside the teacher's"}
-    ((title, plot),) = course_plots("own", series)
+    ((title, plot),) = schedule_plots("own", series)
     assert title == "The student's answers over the rounds of stage own"
     assert plot.startswith("<svg")
 

@@ -1,11 +1,11 @@
-"""Where student and teacher part most, as HTML: the text around the token, and what each would have said, escaped."""
+"""Where the KL of student and teacher is largest, as HTML: the text around, and what each would have said, escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.evaluate.results.run_shapes import Parting, fault_of
+from tools.evaluate.results.run_shapes import LargestDivergence, fault_of
 from tools.report.escaped import escape
 from tools.report.numbers import percent
 from tools.report.samples import cut
@@ -14,10 +14,10 @@ MOST_BEFORE, MOST_LINES = 160, 3
 """Characters and lines shown before the marked token."""
 
 
-def partings_section(models: Mapping[str, Any]) -> str:
+def largest_divergences_section(models: Mapping[str, Any]) -> str:
     """Return the section; the last model of the report stands open, the others folded; nothing where there are none."""
     found = {
-        name: partings for name, model in models.items() if name != "teacher" and (partings := _sound(model["heldout"]))
+        name: largest for name, model in models.items() if name != "teacher" and (largest := _sound(model["heldout"]))
     }
     if not found:
         return ""
@@ -25,23 +25,23 @@ def partings_section(models: Mapping[str, Any]) -> str:
         "The held-out positions of the largest KL, in their context: the marked token follows, and beside it stands "
         "what each side gave the most probability."
     )
-    parts = ["<h2>Where they part</h2>", f'<p class="soft">{lead}</p>']
+    parts = ["<h2>Where student and teacher differ most</h2>", f'<p class="soft">{lead}</p>']
     last = list(found)[-1]
     for name in [last, *(name for name in found if name != last)]:
-        cards = "".join(_card(parting, name) for parting in found[name])
+        cards = "".join(_card(position, name) for position in found[name])
         opened = " open" if name == last else ""
         parts.append(f"<details{opened}><summary>{escape(name)}</summary>{cards}</details>")
     return "".join(parts)
 
 
-def _card(parting: Mapping[str, Any], name: str) -> str:
-    token, after = _shown(parting["token"]), _shown(parting["after"])
-    before = _shown(_last(parting["before"]))
-    label = parting["token_probability"]
+def _card(position: Mapping[str, Any], name: str) -> str:
+    token, after = _shown(position["token"]), _shown(position["after"])
+    before = _shown(_last(position["before"]))
+    label = position["token_probability"]
     text = f'<pre class="context">{before}<mark>{token}</mark><span class="soft">{after}</span></pre>'
-    said = _side("teacher", parting["teacher"], label["teacher"]) + _side(name, parting["student"], label["student"])
-    source = escape(str(parting["source"]))
-    head = f'<span class="who">{parting["kl_nats"]:.2f} nats</span> <span class="soft">{source}</span>'
+    said = _side("teacher", position["teacher"], label["teacher"]) + _side(name, position["student"], label["student"])
+    source = escape(str(position["source"]))
+    head = f'<span class="who">{position["kl_nats"]:.2f} nats</span> <span class="soft">{source}</span>'
     return f'<div class="card parting">{head}{text}<div class="answers">{said}</div></div>'
 
 
@@ -72,6 +72,6 @@ def _shown(text: Any) -> str:
 
 
 def _sound(heldout: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the partings of an evaluation that have the shape that this page shows."""
-    partings = (heldout or {}).get("partings")
-    return [one for one in partings if not fault_of(Parting, one)] if isinstance(partings, list) else []
+    """Return those positions of an evaluation that have the shape that this page shows."""
+    largest = (heldout or {}).get("partings")
+    return [one for one in largest if not fault_of(LargestDivergence, one)] if isinstance(largest, list) else []

@@ -36,7 +36,7 @@ _OF_ANSWERS = {
 """Figures of a round's answers, and what a plot calls them."""
 
 
-def course_series(
+def schedule_series(
     steps: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
     rounds: Sequence[Mapping[str, Any]] = (),
@@ -59,7 +59,7 @@ def course_series(
     return {title: {name: _thinned(title, points) for name, points in named.items()} for title, named in series.items()}
 
 
-def course_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, str]]:
+def schedule_plots(label: str, series: Mapping[str, Series]) -> list[tuple[str, str]]:
     """Return (title, SVG) for each of a stage's series that moved."""
     figures = []
     for name, (title, axis, scale, over) in _SERIES.items():

@@ -1,7 +1,7 @@
-"""Where student and teacher part most: held-out positions of the largest KL, in context, with what each would say.
+"""Held-out positions of the largest KL between student and teacher, in context, with what each would say.
 
 While rows are measured, the largest few positions are kept in a heap; only their rows go through the model once more,
-to name the student's tokens. Cost: a forward pass for each of at most `MOST_PARTINGS` rows, at the end.
+to name the student's tokens. Cost: a forward pass for each of at most `MOST_POSITIONS` rows, at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shared.cache.tokenizer_files import read_tokenizer_files
 from student_train.student.rows_alone import run_rows_alone
 from student_train.student.student_head import body_of, head_of
 
-MOST_PARTINGS = 12
+MOST_POSITIONS = 12
 MOST_PER_ROW = 2
 """So that one strange row does not fill the list."""
 TOKENS_BEFORE, TOKENS_AFTER = 48, 8
@@ -36,7 +36,7 @@ def largest_of_row(kl_nats: np.ndarray) -> tuple[tuple[float, int], ...]:
 
 
 @dataclass(slots=True)
-class Partings:
+class LargestDivergences:
     """The largest divergences seen so far."""
 
     heap: list[tuple[float, int, int, int]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Partings:
         """Consider a row's largest positions."""
         for kl, position in largest:
             entry = (kl, -place[0], -place[1], -position)  # of equals the first place wins, whichever came first
-            if len(self.heap) < MOST_PARTINGS:
+            if len(self.heap) < MOST_POSITIONS:
                 heapq.heappush(self.heap, entry)
             else:
                 heapq.heappushpop(self.heap, entry)

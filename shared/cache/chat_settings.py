@@ -25,7 +25,7 @@ from shared.recipe.recipe import PromptSource, Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Leaving:
+class ChatSettings:
     """What a model directory must say."""
 
     sources: tuple[PromptSource, ...]
@@ -38,7 +38,7 @@ class Leaving:
     """A line for people where sources differ in their templates."""
 
 
-def leaving_of(recipe: Recipe, caches: Sequence[Cache], tokenizer: Any) -> Leaving:
+def chat_settings_of(recipe: Recipe, caches: Sequence[Cache], tokenizer: Any) -> ChatSettings:
     """Find out what a student of these caches was trained with.
 
     Args:
@@ -63,37 +63,37 @@ def leaving_of(recipe: Recipe, caches: Sequence[Cache], tokenizer: Any) -> Leavi
         note = f"the sources were rendered with {len(templates)} chat templates ({alike}), so the tokenizer's own stays"
     special = special_ids(tokenizer)
     ends = dict.fromkeys(token for cache in caches for token in trained_ends(cache, special))
-    return Leaving(sources, template, tuple(ends), note)
+    return ChatSettings(sources, template, tuple(ends), note)
 
 
-def unsettled(model_dir: Path, leaving: Leaving, tokenizer: Any) -> dict[str, Any]:
-    """Return what `settle` would change of a model's directory: its end tokens, its template; empty where it says both.
+def unwritten_settings(model_dir: Path, settings: ChatSettings, tokenizer: Any) -> dict[str, Any]:
+    """Return what `write_chat_settings` would change of a model's directory: end tokens, template; empty for nothing.
 
     Raises:
         EngineError: a config of the directory cannot be read.
     """
     declared, path = declared_end_ids(model_dir), model_dir / "chat_template.jinja"
-    ends = end_token_ids(tokenizer, declared, leaving.end_ids)
+    ends = end_token_ids(tokenizer, declared, settings.end_ids)
     changes: dict[str, Any] = {} if ends == declared else {"end_token_ids": list(ends)}
     found = path.read_text(encoding="utf-8").strip() if path.is_file() else None
-    if leaving.template is not None and found != leaving.template:
-        changes["template"] = xxhash.xxh3_128_hexdigest(leaving.template.encode())
+    if settings.template is not None and found != settings.template:
+        changes["template"] = xxhash.xxh3_128_hexdigest(settings.template.encode())
     return changes
 
 
-def settle(model_dir: Path, leaving: Leaving, tokenizer: Any) -> None:
+def write_chat_settings(model_dir: Path, settings: ChatSettings, tokenizer: Any) -> None:
     """Write template and end tokens into a model's directory; what is there already stays as it is.
 
     Raises:
         EngineError: a config of the directory cannot be read.
     """
-    ends = end_token_ids(tokenizer, declared_end_ids(model_dir), leaving.end_ids)
+    ends = end_token_ids(tokenizer, declared_end_ids(model_dir), settings.end_ids)
     if ends:
         _update(model_dir / "generation_config.json", eos_token_id=ends[0] if len(ends) == 1 else list(ends))
         _update(model_dir / "config.json", eos_token_id=ends[0])
-    if leaving.template is None:
+    if settings.template is None:
         return
-    (model_dir / "chat_template.jinja").write_text(leaving.template, encoding="utf-8")
+    (model_dir / "chat_template.jinja").write_text(settings.template, encoding="utf-8")
     (model_dir / "chat_template.json").unlink(missing_ok=True)
     shutil.rmtree(model_dir / "additional_chat_templates", ignore_errors=True)
     _update(model_dir / "tokenizer_config.json", chat_template=None)

@@ -1,4 +1,4 @@
-"""The course of a stage over its steps: which loss terms with which weights, from which sources, evaluated when.
+"""The schedule of a stage over its steps: which loss terms with which weights, from which sources, evaluated when.
 
 What of it depends on the training so far (shares, balanced weights) is small, and every checkpoint stores it as JSON,
 whose numbers come back to the last bit; the rest is a pure function of the step. Cost: nothing beside the evaluations.
@@ -28,7 +28,7 @@ STATE_FILE = "course.json"
 
 
 @dataclass(eq=False)
-class Course:
+class StageSchedule:
     """What the trainer asks at every step."""
 
     stage: Stage
