@@ -89,7 +89,7 @@ def run_steps(recipe: Recipe, stage: Stage) -> RunSteps | None:
 
     Raises:
         TrainingError: another stage cannot be planned.
-        CacheError: a cache cannot be opened or lacks a layer.
+        CacheError: a cache cannot be opened.
     """
     if not stage.goes_over_run:
         return None
@@ -101,11 +101,21 @@ def run_steps(recipe: Recipe, stage: Stage) -> RunSteps | None:
 def _num_steps(recipe: Recipe, stage: Stage) -> int:
     if stage.trainer.max_steps is not None:
         return stage.trainer.max_steps * (stage.rounds.count if stage.rounds else 1)
-    caches = open_caches(recipe, stage)
+    return plan_length(recipe, stage).num_steps
+
+
+def plan_length(recipe: Recipe, stage: Stage) -> StagePlan:
+    """Plan a stage over the rows that are there, scored or not; where its shares move, how long it is and no packs.
+
+    Raises:
+        TrainingError: a source is unknown or empty, or nothing is left to train on.
+        CacheError: a cache cannot be opened.
+    """
+    caches = CacheList.open(recipe.cache, None, with_targets=False, recipe=recipe)
     if not _moves(stage):
-        return plan_order(recipe, stage, caches, None).num_steps
+        return plan_order(recipe, stage, caches, None)
     stage = _readable(recipe, stage, caches)
-    return StagePlan.begun(stage.trainer, _planner(recipe, stage, caches), num_processes()).num_steps
+    return StagePlan.begun(stage.trainer, _planner(recipe, stage, caches), num_processes())
 
 
 def _moves(stage: Stage) -> bool:

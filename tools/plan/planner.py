@@ -14,7 +14,7 @@ from typing import Any
 from shared.cache.rows_left_out import answers_line
 from shared.errors import DamagedError, UsageError
 from shared.models.gpus import offered_gpus
-from shared.recipe.recipe import Recipe, Stage
+from shared.recipe.recipe import Recipe
 from shared.seconds import read_seconds
 from student_train.fit.precision import precision_notes
 from teacher_cache.prompts.problems import THRESHOLD, accepting, too_many
@@ -32,6 +32,7 @@ from tools.plan.plan_hidden import hidden_figures, hidden_lines
 from tools.plan.plan_lengths import length_figures, length_line, row_lengths
 from tools.plan.plan_prompts import CHARACTERS_PER_TOKEN, ROWS_COUNTED, PromptCount, SourceCount, count_prompts
 from tools.plan.plan_rounds import rounds_figures, rounds_lines
+from tools.plan.plan_steps import stage_figures, step_line
 from tools.plan.plan_teachers import shorter_teachers, teachers_figures, teachers_lines
 
 
@@ -67,11 +68,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         result["rounds"] = rounds
         share = f"{EXPECTED_SHARE_OF_MAX_NEW_TOKENS:.0%}"
         assumptions.append(f"the student's answers are expected at {share} of max_new_tokens, and at most all of it")
-    expected_rows_tokens = there["tokens"] + result.get("score_tokens", {}).get("expected", 0)
     result["stages"] = {
-        stage.name: _stage_figures(stage, expected_rows_tokens, recipe, rounds.get(stage.name))
-        for stage in recipe.stages
+        stage.name: stage_figures(recipe, stage, result, rounds.get(stage.name)) for stage in recipe.stages
     }
+    if any(figures["estimated"] for figures in result["stages"].values()):
+        assumptions.append(
+            "steps of stages without max_steps are those of full packs, which are counted once the rows are there"
+        )
     if recipe.stages:
         lengths, longest, on_gpu = row_lengths(recipe), _longest_to_come(recipe, result), bool(offered_gpus())
         for stage in recipe.stages:
@@ -176,28 +179,6 @@ def _hours(recipe: Recipe, there: dict[str, Any], tokens: int) -> float | None:
     return tokens / there["tokens"] * seconds / 3600 if there["tokens"] and seconds > 0 else None
 
 
-def _stage_figures(
-    stage: Stage, cache_tokens: int, recipe: Recipe, own: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return a stage's steps and tokens on one device; with rounds, `steps` are those of all, `own` their answers."""
-    trainer, rounds = stage.trainer, stage.rounds.count if stage.rounds is not None else 1
-    per_step = trainer.pack_tokens * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
-    trained = cache_tokens * (1 - recipe.heldout.fraction) + (own["row_tokens"] / rounds if own is not None else 0)
-    steps = (
-        trainer.max_steps
-        if trainer.max_steps is not None
-        else max(round(trainer.num_train_epochs * trained / per_step), 1)
-    )
-    tokens = steps * rounds * per_step
-    return {
-        "rounds": rounds if stage.rounds is not None else None,
-        "steps": steps * rounds,
-        "tokens_per_step": per_step,
-        "tokens": tokens,
-        "epochs": round(tokens / trained, 2) if trained and own is None else None,
-    }
-
-
 def require_disk(recipe: Recipe, result: dict[str, Any]) -> None:
     """Refuse a plan whose cache would not fit its disk.
 
@@ -268,10 +249,7 @@ def plan_text(result: dict[str, Any]) -> str:
         said = sentence(domain, counts)
         lines += [f"  task {said}: its score will say little about others"] if said else []
     for name, stage in result["stages"].items():
-        epochs = f", about {stage['epochs']:g} passes over the rows" if stage["epochs"] else ""
-        steps = f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens"
-        steps += f" in {stage['rounds']:,} rounds" if stage["rounds"] is not None else ""
-        lines.append(f"  train {name}: {steps}, {stage['tokens']:,} tokens{epochs}")
+        lines.append(step_line(name, stage))
         line = length_line(name, stage["lengths"])
         lines += [line] if line else []
         lines += [f"  train {name}: {note}" for note in stage["precision"]]
