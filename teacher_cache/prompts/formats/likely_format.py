@@ -12,8 +12,8 @@ from shared.recipe.sections.prompts import ALIASES, COLUMNS
 from shared.text import strict_json
 from teacher_cache.prompts.formats.prompt_turns import is_empty
 
-_QUESTIONS = ("prompt", "question", "query", "problem", "instruction", "input", "user")
-_ANSWERS = ("completion", "response", "answer", "output", "solution", "reply", "assistant")
+_QUESTIONS = ("prompt", "question", "query", "problem", "instruction", "input", "inputs", "user")
+_ANSWERS = ("completion", "response", "answer", "output", "solution", "reply", "assistant", "target", "targets")
 _ANSWER_OF = {"prompt_completion": "completion", "alpaca": "output"}
 """Format to its column of answers."""
 

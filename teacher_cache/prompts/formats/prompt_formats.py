@@ -21,11 +21,15 @@ from shared.cache.groups import normalised
 from shared.recipe.sections.prompts import COLUMNS
 from shared.recipe.yaml_text import columns_text
 from teacher_cache.prompts.formats.likely_format import likely_format, renamed
+from teacher_cache.prompts.formats.other_columns import (
+    PART_OF_THE_PROMPT,
+    refuse_marks,
+    refuse_parts_of_the_prompt,
+    refuse_thoughts,
+)
 from teacher_cache.prompts.formats.prompt_turns import (
     IS_IT_RIGHT,
-    MARKS,
     Message,
-    is_empty,
     kind_name,
     missing,
     texts_in,
@@ -34,25 +38,6 @@ from teacher_cache.prompts.formats.row_parts import RowFormat
 
 REFERENCE_KEYS = ("reference", "answer")
 NO_ANSWER = "the row has no answer; give one or add a `generate` section to the recipe"
-PART_OF_THE_PROMPT = (
-    "system",
-    "system_prompt",
-    "history",
-    "tools",
-    "functions",
-    "function_call",
-    "tool_calls",
-    "documents",
-    "context",
-    "input",
-    "images",
-    "image",
-    "videos",
-    "audios",
-    "audio",
-    "chat_template_kwargs",
-)
-"""Columns that change what a row asks for; a format that does not read one refuses a row that has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +78,6 @@ class Conversation:
         return f"{self.path}:{self.line}"
 
 
-MARKS_OF_ROWS = (*MARKS, "label", "loss", "loss_weight", "trainable")
-"""Columns whose false or 0 says that a row's answer is not to be learnt."""
-
-
 def parse_row(row: Any, format_name: str) -> tuple[list[Message] | None, str | None, str | None]:
     """Turn one decoded row into (messages, text, reference).
 
@@ -118,27 +99,32 @@ def _parsed(row: Mapping[str, Any], format_name: str) -> tuple[list[Message] | N
     reads, row_format = COLUMNS[format_name], _row_format(format_name)
     if reads[0] not in row and not (format_name == "messages" and "chosen" in row):
         raise ValueError(missing(row, reads[0]))
-    for name in PART_OF_THE_PROMPT if row_format.is_conversation else ():
-        if name not in reads and not is_empty(row.get(name)):
-            raise ValueError(
-                f"the column {name!r} is part of the prompt and `format: {format_name}` does not read it; name it in "
-                f"`columns` for one of {', '.join(reads)}, or leave it out knowingly with `ignore: [{name}]`"
-            )
-    for name in MARKS_OF_ROWS if row_format.is_conversation else ():
-        is_number = isinstance(row.get(name), int | float) and name != "label"  # a class has the number 0, too
-        if row.get(name) is False or (is_number and not row[name]):
-            found = f"{name!r} is {json.dumps(row[name])}"
-            raise ValueError(
-                f"{found}, which marks an answer that is not to be learnt; remove the row, or write `ignore: [{name}]`"
-            )
+    if row_format.is_conversation:
+        refuse_parts_of_the_prompt(
+            row, format_name, reads, lambda columns: _parsed(_with_columns(row, format_name, columns), format_name)
+        )
+        refuse_marks(row)
     parsed = row_format.parse(row)
     messages, text = (None, parsed) if isinstance(parsed, str) else (parsed, None)
+    if messages is not None:
+        refuse_thoughts(row, messages, reads)
     reference = next((row[key] for key in REFERENCE_KEYS if row.get(key) is not None), None)
     if reference is not None and not isinstance(reference, str):
         reference = json.dumps(reference, ensure_ascii=False, sort_keys=True, default=str)
     for value in texts_in([text, reference, *(messages or ())]):
         _require_unicode(value)
     return messages, text, reference
+
+
+def _with_columns(row: Mapping[str, Any], format_name: str, columns: dict[str, str]) -> dict[str, Any]:
+    """Return a row with these columns, without others that belong to a prompt and are not read."""
+    reads = COLUMNS[format_name]
+    kept = {
+        name: value
+        for name, value in row.items()
+        if name in reads or name in columns.values() or name not in PART_OF_THE_PROMPT
+    }
+    return renamed(kept, format_name, columns)
 
 
 def _advice(row: Mapping[str, Any]) -> str:

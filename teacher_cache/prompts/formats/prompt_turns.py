@@ -32,7 +32,7 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-MARKS = ("weight", "train", "training")
+MARKS = ("weight", "train", "training", "loss", "loss_weight", "trainable")
 """Keys that say whether a turn is trained: 1 and true, or 0 and false."""
 PASSED_ON = (*THOUGHTS, "name", "tool_call_id")
 MAX_MESSAGES = 1024
@@ -59,23 +59,33 @@ def parse_turns(turns: list[Any], name: str, role_key: str, text_key: str, roles
         raise ValueError(f"{name!r} is empty; expected at least one turn")
     if len(turns) > MAX_MESSAGES:
         raise ValueError(f"{name!r} has {len(turns):,} turns; at most {MAX_MESSAGES:,} are read")
-    return [_parse_turn(turn, f"{name}[{number}]", role_key, text_key, roles) for number, turn in enumerate(turns)]
+    known = (role_key, text_key, *PASSED_ON, *MARKS, "tool_calls", "function_call")
+    unknown = [key for turn in turns if isinstance(turn, Mapping) for key in _filled(turn) if key not in known]
+    return [
+        _parse_turn(turn, f"{name}[{number}]", role_key, text_key, roles, unknown) for number, turn in enumerate(turns)
+    ]
 
 
-def _parse_turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Message:
+def _filled(turn: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in turn.items() if not is_empty(value)}
+
+
+def _parse_turn(
+    turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[str, str], unknown: list[str]
+) -> Message:
+    """Turn one turn into a message; `unknown` are the keys of all turns that are not understood."""
     if not isinstance(turn, Mapping):
         raise ValueError(f"{where} is {kind_name(turn)} but must be an object with {role_key!r} and {text_key!r}")
     said = field_of(turn, role_key, str, where)
     if said not in roles:
         raise ValueError(f"{where} has the unknown role {said!r}; expected one of {', '.join(roles)}")
     role = roles[said]
-    present = {key: value for key, value in turn.items() if key not in (role_key, text_key) and not is_empty(value)}
-    known = (*PASSED_ON, *MARKS, "tool_calls", "function_call")
-    unknown = next((key for key in present if key not in known), None)
-    if unknown is not None:
+    present = {key: value for key, value in _filled(turn).items() if key not in (role_key, text_key)}
+    odd = next((key for key in present if key in unknown), None)
+    if odd is not None:
         raise ValueError(
-            f"{where} has the key {unknown!r}, which is not understood; remove it, or leave it out knowingly with "
-            f"`ignore: [{unknown}]`"
+            f"{where} has the key {odd!r}, which is not understood; remove it, or leave it out knowingly with "
+            f"`ignore: [{', '.join(dict.fromkeys(unknown))}]`"
         )
     calls = _tool_calls(present, where)
     if said == "function_call":
@@ -110,7 +120,7 @@ def _trained(present: Mapping[str, Any], where: str, role: str) -> bool:
             raise ValueError(
                 f"{where} has {key}: {value!r}; a turn is trained (1, true) or context (0, false), nothing between"
             )
-        if role != "assistant" and value and key != "weight":
+        if role != "assistant" and value and "weight" not in key:
             raise ValueError(f"{where} asks to train a {role} turn; only assistant turns are trained")
     return role != "assistant" or all(marks.values())
 
