@@ -32,7 +32,7 @@ from teacher_cache.prompts.cache_source import answers_of
 from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompts import read_prompts
 from teacher_cache.prompts.sequence_maker import SequenceMaker
-from teacher_cache.prompts.work_list import answer_seed, list_rows
+from teacher_cache.prompts.work_list import answer_seed, list_rows, require_unchanged
 from teacher_cache.teacher.answerer import Answerer
 from teacher_cache.teacher.teacher_identity import ran, software
 
@@ -133,7 +133,7 @@ def plan(
 
     Raises:
         BuildStoppedError: SIGTERM arrived.
-        PromptError: too many rows cannot be used.
+        PromptError: too many rows cannot be used, or prompts changed meanwhile.
     """
     summary, problems = work.summary, Problems()
 
@@ -144,6 +144,7 @@ def plan(
             work.stop_if_asked()
             yield row
         work.progress.finish()
+        require_unchanged(work.recipe.prompts, request)
         problems.check(work.max_set_aside, way_out)
 
     job = create_job(work.cache.path, request, counted(), work.recipe.rows_per_part)

@@ -18,8 +18,9 @@ from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
 from shared.text import strict_json
 from teacher_cache.prompts.cache_source import read_cache
+from teacher_cache.prompts.files.hub_rows import read_hub
 from teacher_cache.prompts.files.prompt_files import HubDataset, locate
-from teacher_cache.prompts.files.prompt_readers import read_file, read_hub
+from teacher_cache.prompts.files.prompt_readers import read_file
 from teacher_cache.prompts.formats.prompt_columns import Columns
 from teacher_cache.prompts.formats.prompt_formats import Conversation, parse_row
 from teacher_cache.prompts.problems import Problems
@@ -69,8 +70,7 @@ def _rows(source: PromptSource, problems: Problems) -> Iterator[tuple[str, int, 
     """
     place = locate(source)
     if isinstance(place, HubDataset):
-        for line, row in read_hub(place.path, place.revision, source.split, source.config):
-            yield source.path, line, row
+        yield from read_hub(place.path, place.revision, source.split, source.config)
         return
     if place.note is not None:
         problems.unread_files.append(place.note)

@@ -145,7 +145,7 @@ def request_of(
         "prompts": [
             {
                 "source": source.source,
-                "content": cache_content_hash(source) if source.of_cache else content_hash(source),
+                "content": _content(source),
                 "format": source.format,
                 "split": source.split,
                 "limit": source.limit,
@@ -161,6 +161,21 @@ def request_of(
         "max_model_len": max_model_len,
         "rows_per_part": recipe.rows_per_part,
     }
+
+
+def require_unchanged(sources: Sequence[PromptSource], request: Mapping[str, Any]) -> None:
+    """Refuse what was listed of sources that are no longer what the request names; asked after the last row.
+
+    Raises:
+        PromptError: a file, a data set of the hub or a cache changed.
+    """
+    for source, asked in zip(sources, request["prompts"], strict=True):
+        if _content(source) != asked["content"]:
+            raise PromptError(f"{source.path}: changed while its rows were listed; start again once it stays")
+
+
+def _content(source: PromptSource) -> str:
+    return cache_content_hash(source) if source.of_cache else content_hash(source)
 
 
 def answer_seed(generate: Generate, seed: int) -> int:

@@ -5,6 +5,7 @@ import pytest
 from shared.cache.sync import mirror
 from shared.cache.sync.listing import listing_of
 from shared.remote import part_store, transfer
+from tests.remote.fake_hub import FakeHub
 from tests.remote.loopback import WebServer
 from tests.shared.small_cache import build
 from tools.bench.loopback_s3 import KEYS, serving
@@ -42,4 +43,22 @@ def web(new_store, local, tmp_path):
     names = [str(file.relative_to(local)) for file in local.rglob("*") if file.is_file()]
     (tmp_path / "served" / "files.json").write_bytes(listing_of(local, names))
     with serving(WebServer(tmp_path / "served")) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(new_store, monkeypatch):
+    """A hub, asked with a token."""
+    import huggingface_hub.constants as constants
+
+    with serving(FakeHub()) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         yield server

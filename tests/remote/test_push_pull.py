@@ -22,7 +22,6 @@ from shared.errors import CacheError, DamagedError, UsageError
 from shared.places import place_of
 from shared.remote.hub import push_model
 from shared.remote.transfer import Remote
-from tests.remote.fake_hub import FakeHub
 from tests.remote.loopback import WebServer, flipped, needs_s3_server
 from tests.remote.test_reading import same_rows
 from tests.shared.small_cache import build, tree
@@ -30,25 +29,6 @@ from tests.system.program import ROOT
 from tools.bench.loopback_s3 import s3_server, serving
 from tools.cache.cache_commands import listing
 from tools.cache.dataset_card import dataset_card
-
-
-@pytest.fixture
-def hub(new_store, monkeypatch):
-    """A hub, asked with a token."""
-    import huggingface_hub.constants as constants
-
-    with serving(FakeHub()) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.address)
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        yield server
-
 
 URL = "hf://datasets/org/demo"
 

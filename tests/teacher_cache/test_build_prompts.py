@@ -9,6 +9,7 @@ import pytest
 
 from shared.cache.cache import Cache
 from shared.errors import PromptError
+from shared.progress import NOWHERE, BuildProgress
 from shared.recipe.recipe import Recipe
 from teacher_cache import engines
 from teacher_cache.build import teach
@@ -111,3 +112,19 @@ def test_rows_with_tools_and_marks_pass_through_plan_and_cache(tmp_path, model):
     assert {len(cache[index].spans) for index in range(len(cache))} == {1}
     assert sorted(cache[index].response for index in range(len(cache))) == sorted(f"They are {i}." for i in range(12))
     assert len({key.tobytes() for key in cache.group_keys}) == 1
+
+
+def test_prompts_that_change_while_they_are_listed_name_no_job(tmp_path, model):
+    told = recipe(tmp_path, model, ROWS, date="2026-01-31")
+    path = Path(told.prompts[0].path)
+
+    class Edits(BuildProgress):
+        def start(self, what, total, **more):
+            if what == "list":
+                path.write_text(json.dumps(ROWS[0]) + "\n")
+
+    with pytest.raises(PromptError, match=r"talk\.jsonl: changed while its rows were listed; start again"):
+        teach(told, progress=Edits(NOWHERE))
+    assert not list((tmp_path / "cache").rglob("part-*"))
+    teach(told)
+    assert len(Cache.open(tmp_path / "cache")) == 1

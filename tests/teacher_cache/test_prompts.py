@@ -199,44 +199,6 @@ def test_an_unusable_file_is_one_sentence(tmp_path, name, content, reason):
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_data_set_is_read_at_the_revision_that_names_it(monkeypatch):
-    import datasets
-    import huggingface_hub
-
-    asked: list[dict] = []
-    info = type("Info", (), {"sha": "abc123"})()
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, path, **_: info)
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda path, **options: asked.append({"path": path, **options}) or [{"text": "one"}]
-    )
-    found, _ = read(source("org/stories", "text", split="validation"))
-    assert asked == [{"path": "org/stories", "split": "validation", "streaming": True, "revision": "abc123"}]
-    assert [c.place for c in found] == ["org/stories:1"]
-    read(source("org/stories", "text", config="short"))
-    assert asked[1] == {
-        "path": "org/stories",
-        "split": "train",
-        "streaming": True,
-        "revision": "abc123",
-        "name": "short",
-    }
-    assert content_hash(source("org/stories", "text")) == "hub:org/stories@abc123"
-
-
-def test_a_hub_data_set_without_that_split_or_configuration_says_which_settings_name_them(monkeypatch):
-    import datasets
-    import huggingface_hub
-
-    def refuse(path, **options):
-        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
-
-    info = type("Info", (), {"sha": "abc123"})()
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, path, **_: info)
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(PromptError, match=r"\['main', 'socratic'\]\); name what it has in `split` and `config`"):
-        read(source("org/stories", "text"))
-
-
 def test_without_a_hub_an_unknown_name_is_one_sentence(monkeypatch):
     import huggingface_hub
 

@@ -12,7 +12,8 @@ import contextlib
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,23 @@ wrong.
 """
 
 
-def read_file(path: Path) -> Iterator[Numbered]:
+def read_file(path: Path, separator: str | None = None, *, by_line: bool = False) -> Iterator[Numbered]:
     """Yield the rows of a local file.
+
+    Args:
+        path: ends in a kind that is read.
+        separator: what stands between the columns of csv, where it is known.
+        by_line: let each line of a .txt be a text, not the whole file.
 
     Raises:
         PromptError: it cannot be read from some row on.
     """
     number = 0
-    readers = {"json": _json, "csv": _csv, "txt": _text}
+    readers: dict[str, Callable[[Path], Iterator[Numbered]]] = {
+        "json": _json,
+        "csv": partial(_csv, separator=separator),
+        "txt": _text_lines if by_line else _text,
+    }
     kind = str(kind_of(path))
     try:
         if kind in readers:
@@ -111,11 +121,11 @@ def _lines(path: Path) -> Iterator[Numbered]:
                 yield number, line.rstrip("\r\n")
 
 
-def _csv(path: Path) -> Iterator[Numbered]:
+def _csv(path: Path, separator: str | None) -> Iterator[Numbered]:
     csv.field_size_limit(MAX_LINE_BYTES)
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
         lines = _RecordLines(file)
-        reader = csv.reader(lines, delimiter=_separator(path), strict=True)
+        reader = csv.reader(lines, delimiter=separator or _separator(path), strict=True)
         names = _next(reader, path, 1) or []
         if len(set(names)) != len(names) or not all(names):
             raise PromptError(
@@ -193,28 +203,14 @@ def _text(path: Path) -> Iterator[Numbered]:
         yield 1, ValueError(f"the file is not UTF-8 at byte {error.start}; convert it")
 
 
+def _text_lines(path: Path) -> Iterator[Numbered]:
+    for number, line in _lines(path):
+        yield number, {"text": line} if isinstance(line, str) else line
+
+
 def _table(path: Path, kind: str) -> Iterator[Numbered]:
     from teacher_cache.prompts.files.tables import arrow_rows, parquet_rows
 
     rows = parquet_rows(path) if kind == "parquet" else arrow_rows(path)
     for number, row in enumerate(rows, start=1):
         yield number, row if isinstance(row, ValueError) else without_nulls(row)
-
-
-def read_hub(path: str, revision: str, split: str, config: str | None) -> Iterator[Numbered]:
-    """Yield the rows of a hub data set.
-
-    Raises:
-        PromptError: it has no such split or configuration, or cannot be read from some row on.
-    """
-    import datasets
-
-    number = 0
-    options: dict[str, Any] = {"name": config} if config is not None else {}
-    try:
-        rows = datasets.load_dataset(path, split=split, streaming=True, revision=revision, **options)
-        for number, row in enumerate(rows, start=1):
-            yield number, without_nulls(row)
-    except Exception as error:  # as above
-        way_out = "" if number else "; name what it has in `split` and `config`"
-        raise PromptError(f"{path}:{number + 1}: cannot be read from here on ({reason_of(error)}){way_out}") from error
