@@ -7,6 +7,7 @@ names of strangers in it may hold line breaks, which are shown as escapes: no se
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 from shared.places import with_urls
@@ -65,6 +66,14 @@ class EvaluationError(DecantError):
     """A model cannot be evaluated or a report cannot be built."""
 
 
+class NamingError(CacheError, EvaluationError):
+    """What a command names is not there or not meant: no cache, run or export, none of its layers, jobs, sources or
+    rows, or a new place that holds something else.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+
 class ModelError(EngineError, TrainingError, EvaluationError):
     """A model, tokenizer or adapter that the recipe names is not there, not whole or of another kind, whoever wanted to
     load it.
@@ -94,6 +103,29 @@ def reason_of(error: BaseException, most: int = 300) -> str:
     ('no space', 'MemoryError')
     """
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+_WAYS_OUT = {
+    "there is a file where a directory is needed, so name another path": (errno.EEXIST, errno.ENOTDIR),
+    "there is a directory where a file is needed, so name another path": (errno.EISDIR,),
+    "restore it from a copy or correct the path": (errno.ENOENT,),
+    "correct its permissions or name another path": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "free some space or lift the limit": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "name a shorter path": (errno.ENAMETOOLONG,),
+    "take the links out that lead in a circle": (errno.ELOOP,),
+    "allow more open files (`ulimit -n`)": (errno.EMFILE, errno.ENFILE),
+    "check the disk that it is on": (errno.EIO, errno.ESTALE),
+}
+
+
+def refused(error: OSError) -> str:
+    """Return what the system said of a file and what to do about it.
+
+    >>> refused(PermissionError(13, "Permission denied"))
+    'Permission denied; correct its permissions or name another path'
+    """
+    way_out = next((text for text, numbers in _WAYS_OUT.items() if error.errno in numbers), None)
+    return "; ".join(filter(None, [error.strerror or reason_of(error), way_out]))
 
 
 def is_panic(error: BaseException) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import json
 import logging
@@ -25,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import DecantError, is_panic, on_one_line, reason_of
+from shared.errors import DecantError, is_panic, on_one_line, reason_of, refused
 from shared.places import with_urls
 from shared.text.printable import PrintableFormatter, printable, say
 from tools.cli_cache_parser import CACHE_COMMANDS
@@ -389,9 +388,7 @@ def _guarded(args: argparse.Namespace) -> int:
             _report_bug(error, args)
         else:
             place = f"{error.filename}: " if error.filename else ""
-            blocked = error.errno in (errno.EEXIST, errno.ENOTDIR)
-            way_out = "; there is a file where a directory is needed, so name another path" if blocked else ""
-            _complain(on_one_line(f"{place}{error.strerror}{way_out}"))
+            _complain(on_one_line(f"{place}{refused(error)}"))
         return EXIT_FAILED
     except Exception as error:  # noqa: BLE001 - the last resort: a bug is reported in one line, its traceback kept
         _report_bug(error, args)

@@ -5,14 +5,14 @@ until a word is read.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 EXIT_USAGE = 2
-_DECIMAL = r"\d+(\.\d+)?|\.\d+"
-_Number = TypeVar("_Number", int, float)
+_REAL = r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,27 +113,33 @@ def partition(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _number(kind: type[_Number], pattern: str, expected: str) -> Callable[[str], _Number]:
-    """Return what reads a number of one form, or names what it is not."""
+def _whole(pattern: str, expected: str) -> Callable[[str], int]:
+    """Return what reads a whole number of one form, or names what it is not."""
 
-    def read(text: str) -> _Number:
+    def read(text: str) -> int:
         if not re.fullmatch(pattern, text):
             raise argparse.ArgumentTypeError(f"'{text}' is no {expected}")
-        return kind(text)
+        return int(text)
 
     return read
 
 
-share = _number(float, r"0?\.\d+|[01]|1\.0*|0\.", "share; expected a number from 0 to 1")
-positive = _number(int, r"0*[1-9]\d{0,17}", "count; expected a whole number from 1")
-row_number = _number(int, r"\d{1,18}", "count; expected a whole number from 0")
-sample = _number(int, r"(?=\d{1,7}$)0*([89]|[1-9]\d+)", "sample; expected a number of rows from 8")
+def _real(fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """Return what reads a finite number that fits, also one such as 1e-3, or names what it is not."""
+
+    def read(text: str) -> float:
+        value = float(text) if re.fullmatch(_REAL, text) else math.nan
+        if not math.isfinite(value) or not fits(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is no {expected}")
+        return value
+
+    return read
+
+
+positive = _whole(r"0*[1-9]\d{0,17}", "count; expected a whole number from 1")
+row_number = _whole(r"\d{1,18}", "count; expected a whole number from 0")
+sample = _whole(r"(?=\d{1,7}$)0*([89]|[1-9]\d+)", "sample; expected a number of rows from 8")
 """Rows that are enough to measure a rate."""
-price = _number(float, _DECIMAL, "price; expected a number such as 2.5")
-
-
-def temperature(text: str) -> float:
-    """Read a number above 0."""
-    if not re.fullmatch(_DECIMAL, text) or not float(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no temperature; expected a number above 0, such as 2.5")
-    return float(text)
+share = _real(lambda value: value <= 1, "share; expected a number from 0 to 1")
+price = _real(lambda value: True, "price; expected a number such as 2.5")
+temperature = _real(lambda value: value > 0, "temperature; expected a number above 0, such as 2.5")

@@ -18,6 +18,7 @@ from shared.places import named
 from shared.recipe.yaml_text import yaml_text
 from tools.cache.translate.translate_cache import BY_BYTES
 from tools.init_recipe import place_of, plain_text, word_of, write_starter
+from tools.plan.preflight.preflight_models import model_problem
 
 _FRACTIONS = (0.05, 0.1, 0.2, 0.35, 0.5)
 
@@ -35,10 +36,14 @@ def init_from_cache(name: str, cache: Path, student: str, output: Path | None = 
     """Write the recipe and return its path.
 
     Raises:
-        UsageError: the name cannot be a directory's, the file exists, or the cache holds no rows.
+        UsageError: the name cannot be a directory's, the file exists, the student is no model, or the cache holds no
+            rows.
         CacheError: it is no cache.
     """
     place = place_of(name, output)
+    problem = model_problem(student, None, weights=False, stated=True)
+    if problem is not None:
+        raise UsageError(f"--student: {problem}")
     opened = Cache.open_sequences(cache)
     if not len(opened):
         raise UsageError(f"{named(cache)} holds no rows to train from; name another cache")

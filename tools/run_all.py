@@ -98,5 +98,5 @@ def phase_command(phase: str, recipe: Recipe, args: argparse.Namespace) -> list[
     if phase == "eval" and args.allow_unsafe_code:
         command.append("--allow-unsafe-code")
     if phase == "teach" and args.max_set_aside is not None:
-        command += ["--max-set-aside", f"{args.max_set_aside:.12f}"]
+        command += ["--max-set-aside", repr(args.max_set_aside)]
     return command

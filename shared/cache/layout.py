@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field
 
-from shared.errors import CacheError, DamagedError, DecantError, UsageError
+from shared.errors import DamagedError, DecantError, NamingError, UsageError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import Identity, LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import list_folder, read_bounded
@@ -168,7 +168,7 @@ def read_header(cache_dir: Path) -> CacheHeader:
     """
     path = cache_dir / "cache.json"
     if not path.exists() and not path.is_symlink():
-        raise CacheError(
+        raise NamingError(
             f"{cache_dir} is not a cache (it has no cache.json); build one with 'decant teach' or correct the path"
         )
     return parse_header(read_bounded(path, MAX_JSON_BYTES), path)
@@ -213,12 +213,13 @@ def choose_layer(
     listed = ", ".join(layers) or "none"
     if wanted is None:
         if len(layers) > 1:
-            raise CacheError(f"{cache_dir} has {len(layers)} {kind} layers ({listed}); name the one to use as `{kind}`")
+            found = f"{len(layers)} {kind} layers ({listed})"
+            raise NamingError(f"{cache_dir} has {found}; name the one to use as `{kind}`")
         return next(iter(layers.values()), None)
     fitting = [layer for layer in layers.values() if wanted in (layer.full_name, layer.short_name)]
     if len(fitting) != 1:
         found = f"no {kind} layer" if not fitting else f"{len(fitting)} {kind} layers"
-        raise CacheError(
+        raise NamingError(
             f"{cache_dir} has {found} named {wanted!r} (there are: {listed}); give one of these names in full"
         )
     return fitting[0]

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from shared.errors import DamagedError, PromptError
+from shared.errors import DamagedError, PromptError, refused
 from shared.parts.jobs import Job, list_jobs
 from shared.recipe.recipe import PromptSource, Recipe
 
@@ -55,7 +55,7 @@ def template_text(setting: str | None) -> str | None:
     """Return the recipe's template: its text, or the content of the file that it names; None stays None.
 
     Raises:
-        PromptError: it names a file that is not there.
+        PromptError: it names a file that is not there or cannot be read.
     """
     if setting is None or "{" in setting or "\n" in setting:
         return setting
@@ -65,7 +65,13 @@ def template_text(setting: str | None) -> str | None:
             f"{setting}: no such template file (of at most 1 MiB); expected Jinja text or a path to it in "
             "`chat_template`"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PromptError(f"{setting}: cannot be read ({refused(error)})") from None
+    except UnicodeDecodeError as error:
+        found = f"not UTF-8 at byte {error.start}"
+        raise PromptError(f"{setting}: a template's file is {found}; convert it, or name another") from None
 
 
 def rendering_of(source: PromptSource) -> dict[str, Any]:

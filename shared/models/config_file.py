@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ModelError
+from shared.errors import ModelError, refused
 
 MAX_CONFIG_BYTES = 2**24
 MOST_PARTS = 2**14
@@ -29,7 +29,9 @@ def read_config(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; expected a model's config")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({refused(error)}); expected the config of a model") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{path}: cannot be read as a model's config ({error}); expected a model directory of transformers"
         ) from error

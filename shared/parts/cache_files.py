@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from shared.errors import DamagedError
+from shared.errors import DamagedError, refused
 from shared.schema import MAX_JSON_BYTES, MAX_JSON_VALUES
 from shared.special_files import SPECIAL_KINDS
 from shared.text.strict_json import each_once
@@ -53,7 +53,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 def unreadable(path: Path, error: OSError | ValueError) -> DamagedError:
     """Return one sentence for a file that the system does not give."""
-    return DamagedError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
+    return DamagedError(f"{path} cannot be read: {refused(error) if isinstance(error, OSError) else error}")
 
 
 def _refuse_special(path: Path, mode: int, wanted: int) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
-from shared.errors import first_line, reason_of
+import pytest
+
+from shared.errors import first_line, reason_of, refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,3 +32,12 @@ def test_no_other_place_makes_a_line_of_what_a_library_said() -> None:
         if "str(error).splitlines()[" in (text := path.read_text()) or "str(error).split())[" in text
     ]
     assert written == ["shared/errors.py"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EMFILE, errno.EISDIR])
+def test_what_the_system_refuses_is_said_with_what_to_do(number: int) -> None:
+    found, _, way_out = refused(OSError(number, os.strerror(number))).partition("; ")
+    assert found == os.strerror(number)
+    assert way_out
+    assert refused(OSError(errno.EPIPE, "Broken pipe")) == "Broken pipe"
+    assert refused(OSError("of no number")) == "of no number"

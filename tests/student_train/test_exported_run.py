@@ -98,7 +98,7 @@ def test_same_export_is_reused_and_another_is_refused(trained, tmp_path, capsys)
     assert main(["export", str(run), "--output", str(out)]) == 1
     assert "has lost its weights" in capsys.readouterr().err
     (out / "decant-export.json").unlink()
-    assert main(["export", str(run), "--output", str(out)]) == 1
+    assert main(["export", str(run), "--output", str(out)]) == 2
     assert "is not an export of these weights" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -136,9 +136,9 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(trained, tmp_path, cap
         return error
 
     assert "did you mean 'kd'" in refused(run, "--stage", "kdd", code=2)
-    assert "no such directory" in refused(tmp_path / "none")
+    assert "no such directory" in refused(tmp_path / "none", code=2)
     (tmp_path / "empty").mkdir()
-    assert "not a run" in refused(tmp_path / "empty")
+    assert "not a run" in refused(tmp_path / "empty", code=2)
     (run / "train/kd/model/generation_config.json").unlink()
     assert "has no generation_config.json" in refused(run)
     (run / "train/kd/done.json").unlink()

@@ -270,7 +270,7 @@ def test_damaged_input_is_refused(inputs, tmp_path: Path, copy: bool, victim: st
 WRONG = [
     (["{root}/a"], 2, "two different caches or more"),
     (["{root}/a", "{root}/a"], 2, "two different caches or more"),
-    (["{root}/a", "{root}/nothing"], 1, "is not a cache"),
+    (["{root}/a", "{root}/nothing"], 2, "is not a cache"),
     (["{root}/a", "{root}/b", "--targets", "x", "--no-targets"], 2, "not allowed with"),
 ]
 

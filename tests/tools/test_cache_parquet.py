@@ -268,7 +268,7 @@ def test_commands_say_what_they_wrote(cache: Path, tmp_path: Path, capsys) -> No
     assert f"9 rows in 3 Parquet files, targets top6-{TOP.hash8}" in capsys.readouterr().out
     assert cli.main(["cache", "import", str(tmp_path / "parquet"), str(tmp_path / "back"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 9
-    assert cli.main(["cache", "export", str(cache), str(tmp_path / "other")]) == 1
+    assert cli.main(["cache", "export", str(cache), str(tmp_path / "other")]) == 2
     assert "name the one to use" in capsys.readouterr().err
 
 

@@ -129,7 +129,7 @@ def test_stage_that_is_not_in_the_recipe_is_refused_before_anything_is_loaded(re
 
 
 def test_report_of_a_run_that_is_not_there_fails(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path / "none")]) == 1
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("decant: error: ")
 
 
@@ -152,8 +152,9 @@ def test_bug_is_named_in_one_line_and_its_traceback_kept_in_the_run(recipe, tmp_
 
 @pytest.mark.parametrize("error, code, line", [
     (CacheError("a cache is gone"), 1, "decant: error: a cache is gone"),
-    (PermissionError(13, "Permission denied", "/somewhere"), 1, "decant: error: /somewhere: Permission denied"),
-    (OSError(28, "No space left on device"), 1, "decant: error: No space left on device"),
+    (PermissionError(13, "Permission denied", "/somewhere"), 1,
+     "decant: error: /somewhere: Permission denied; correct its permissions or name another path"),
+    (OSError(28, "No space left"), 1, "decant: error: No space left; free some space or lift the limit"),
     (KeyboardInterrupt(), 130, "decant: error: interrupted; the same command continues where it stopped"),
 ])  # fmt: skip
 def test_failure_is_one_line_with_its_exit_code(recipe, capsys, monkeypatch, error, code, line):
@@ -329,12 +330,12 @@ def test_sigterm_during_an_import_comes_after_it(tmp_path: Path) -> None:
 
 
 def test_escape_sequences_of_an_error_are_shown(capsys) -> None:
-    assert cli.main(["cache", "ls", "no\x1b[31mcache"]) == 1
+    assert cli.main(["cache", "ls", "no\x1b[31mcache"]) == 2
     assert "no\\x1b[31mcache is not a cache" in capsys.readouterr().err
 
 
 def test_line_breaks_of_paths_and_options_forge_no_second_line(capsys) -> None:
-    assert cli.main(["cache", "ls", "no\ndecant: error: cache"]) == 1
+    assert cli.main(["cache", "ls", "no\ndecant: error: cache"]) == 2
     with pytest.raises(SystemExit):
         cli.main(["cache", "subset", "a", "b", "--share", "\x1b[31m2\ndecant: done"])
     first, second = capsys.readouterr().err.splitlines()

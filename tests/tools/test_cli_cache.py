@@ -140,18 +140,25 @@ def test_show_writes_tokens_with_the_tokenizer_of_the_cache(tmp_path, capsys):
 ])  # fmt: skip
 def test_show_of_what_is_not_there_is_one_line(both, capsys, words, part):
     extra = ["--targets", TOP.name] if "--row" in words else []
-    assert cli.main(["cache", words[0], str(both), *words[1:], *extra]) == 1
+    assert cli.main(["cache", words[0], str(both), *words[1:], *extra]) == 2
     err = capsys.readouterr().err
     assert part in err
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["ls", "show", "stats", "verify", "gc"])
-def test_directory_that_is_no_cache_fails(tmp_path, capsys, command):
-    assert cli.main(["cache", command, str(tmp_path)]) == 1
-    captured = capsys.readouterr()
-    assert "cache.json" in captured.err + captured.out
-    assert "Traceback" not in captured.err
+@pytest.mark.parametrize("words", [
+    "ls {no}", "show {no}", "stats {no}", "verify {no}", "gc {no}", "drop {no} --layer x", "push {no} {no}/out",
+    "merge {no}/out {both} {no}", "subset {no} {no}/out --count 1", "export {no} {no}/out", "audit {no}",
+    "translate {no} {no}/out --tokenizer {no}", "import {no}/nothing {no}/out", "import {no} {no}/out",
+    "import {no} {no}/out --format decant", "drop {both} --layer x", "drop {both} --job 1", "drop {both} --source x",
+    "export {both} {both}/sequences --targets {top}", "subset {both} {both}/sequences --count 1",
+])  # fmt: skip
+def test_a_wrong_name_is_a_wrong_request_and_exits_with_2(both, tmp_path, capsys, words):
+    (tmp_path / "no").mkdir()
+    argv = words.format(no=tmp_path / "no", both=both, top=TOP.name).split()
+    assert cli.main(["cache", *argv]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("decant: error: ")
+    assert not any((tmp_path / "no").iterdir())
 
 
 @pytest.mark.parametrize("tail", ["exact", "derived", "unknown"])
@@ -194,6 +201,19 @@ def test_verify_says_so_when_everything_is_whole_and_fails_when_a_byte_is_not(tm
     victim.write_bytes(content)
     assert victim.name in run(capsys, "verify", path, code=1)
     assert json.loads(run(capsys, "verify", path, "--json", code=1))["problems"]
+
+
+def test_a_missing_part_is_named_once_however_many_layers_score_it_and_with_what_to_do(tmp_path, capsys):
+    build(tmp_path / "cache", layers=(TOP, HYBRID))
+    victim = sorted((tmp_path / "cache" / "sequences").glob("*.arrow"))[0]
+    victim.unlink()
+    lost = sorted((tmp_path / "cache" / "targets").glob(f"{TOP.name}*/*.arrow"))[-1]
+    lost.unlink()
+    said = run(capsys, "verify", tmp_path / "cache", code=1).splitlines()
+    assert said[:-1] == [
+        f"{path} cannot be read: No such file or directory; restore it from a copy or correct the path"
+        for path in (victim, lost)
+    ]
 
 
 def test_gc_removes_only_what_it_lists(tmp_path, capsys):

@@ -179,7 +179,7 @@ def test_of_several_layers_the_recipe_reads_that_of_the_teacher_who_answered(tmp
     monkeypatch.setattr(small_cache, "SEQUENCES", answered)
     layers = (small_cache.TOP, replace(small_cache.TOP, teacher="zed", weights_hash="other"))
     small_cache.build(tmp_path / "cache", layers=layers)
-    path = init_from_cache("x", tmp_path / "cache", "student", tmp_path / "x.yaml")
+    path = init_from_cache("x", tmp_path / "cache", "org/student", tmp_path / "x.yaml")
     assert load_recipe(path).stages[0].targets == f"top6-{layers[1].hash8}"
     assert "or another layer of those above" in path.read_text()
 
@@ -195,5 +195,16 @@ def test_of_several_layers_the_recipe_reads_that_of_the_teacher_who_answered(tmp
 def test_a_projected_layer_is_learned_with_as_much_of_the_text_as_of_the_teacher(tmp_path, method, expected):
     layer = replace(small_cache.TOP, derived_from="top6-00000000" if method else "", method=method)
     small_cache.build(tmp_path / "cache", layers=(layer,))
-    path = init_from_cache("x", tmp_path / "cache", "student", tmp_path / "x.yaml")
+    path = init_from_cache("x", tmp_path / "cache", "org/student", tmp_path / "x.yaml")
     assert {loss.name: loss.weight.start for loss in load_recipe(path).stages[0].losses} == expected
+
+
+@pytest.mark.parametrize("student", ["empty", "./nothing", "file.json"])
+def test_a_recipe_from_a_cache_names_a_student_that_is_a_model(tmp_path, monkeypatch, capsys, student):
+    monkeypatch.chdir(tmp_path)
+    small_cache.build(tmp_path / "cache", layers=(small_cache.TOP,))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.json").write_text("{}")
+    assert cli.main(["init", "x", "--cache", "cache", "--student", student]) == 2
+    assert capsys.readouterr().err.startswith("decant: error: --student: ")
+    assert not Path("recipes").exists()

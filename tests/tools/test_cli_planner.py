@@ -4,6 +4,7 @@ estimates."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from tests.tools.rounds.tiny_run import rounds_recipe
 from tools import cli
 from tools.plan.plan_existing import assumed_bytes_per_position
 from tools.plan.planner import plan, plan_text
+from tools.plan.preflight.checks import preflight
 from tools.plan.preflight.preflight_asked import Asked
 from tools.plan.preflight.preflight_rounds import answer_problems
 
@@ -196,3 +198,36 @@ def test_rounds_over_plain_texts_are_refused_for_they_ask_nothing(tmp_path):
     recipe = rounds_recipe(tmp_path, (tmp_path / "teacher", tmp_path / "student"), prompts=texts, generate=None)
     found = dict(answer_problems(Asked(recipe, frozenset({"answer"}), plans_only=True)))
     assert "asks anything" in found["stages", 1, "rounds"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "unreadable"])
+def test_a_prompt_file_that_cannot_be_read_is_named_once_whoever_would_read_it(tmp_path, monkeypatch, kind):
+    models = (tmp_path / "teacher", tmp_path / "student")
+    own = {"models": ["teacher"], "own_answers": {"prompts": 2}}
+    recipe = rounds_recipe(tmp_path, models, rounds={"prompts": 3}, evaluate=own)
+    path = tmp_path / "math.jsonl"
+    if kind == "missing":
+        path.unlink()
+    else:
+        opened = Path.open
+
+        def refuse(self, *args, **settings):
+            if self == path:
+                raise PermissionError(13, "Permission denied", str(path))
+            return opened(self, *args, **settings)
+
+        monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UsageError) as found:
+        preflight(recipe, {}, ("teach", "answer", "eval"), plans_only=True)
+    said = [line for line in str(found.value).splitlines() if str(path) in line]
+    assert len(said) == 1
+    assert "prompts.0.path" in said[0]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"tasks": [{"name": "gsm8k", "path": "q.jsonl"}]}, {"cost": True}, {"side_by_side": {}}]
+)
+def test_what_is_to_be_measured_of_no_model_is_refused_before_work(place, asked):
+    with pytest.raises(UsageError, match=f"evaluate.{next(iter(asked))}: there is no model to measure"):
+        preflight(recipe(place, evaluate=asked), {}, ("teach",), plans_only=True)
+    preflight(recipe(place, evaluate={"cost": False, "tasks": []}), {}, (), plans_only=True)

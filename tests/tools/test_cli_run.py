@@ -80,7 +80,8 @@ def test_phase_gets_recipe_overrides_and_options():
         "seed=3",
         "--checked",
     ]
-    assert phase_command("teach", recipe, arguments(max_set_aside=0.5))[-2:] == ["--max-set-aside", "0.500000000000"]
+    assert phase_command("teach", recipe, arguments(max_set_aside=0.5))[-2:] == ["--max-set-aside", "0.5"]
+    assert float(phase_command("teach", recipe, arguments(max_set_aside=1e-13))[-1]) == 1e-13
     assert phase_command("eval", recipe, arguments(allow_unsafe_code=True))[-1] == "--allow-unsafe-code"
     assert phase_command("report", recipe, arguments(json=True, verbose=True))[4:] == [
         "report",

@@ -19,7 +19,7 @@ import numpy as np
 
 from shared.cache.cache import Cache
 from shared.cache.tokenizer_files import read_tokenizer_files
-from shared.errors import CacheError, first_line
+from shared.errors import CacheError, NamingError, first_line
 from shared.payload.targets import SparseTargets
 
 MOST_TEXT = 400
@@ -41,7 +41,7 @@ def row_document(cache: Cache, index: int, top: int) -> dict[str, Any]:
         DamagedError: the row is not what was committed.
     """
     if index >= len(cache):
-        raise CacheError(f"{cache.path} has {len(cache):,} rows, so there is no row {index}; rows count from 0")
+        raise NamingError(f"{cache.path} has {len(cache):,} rows, so there is no row {index}; rows count from 0")
     row = cache[index]
     text_of, note = _token_texts(cache.path)
     labels, predictors = row.labels(), row.predictor_index()

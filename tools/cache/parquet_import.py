@@ -26,7 +26,7 @@ from shared.cache.reading.verify import nll_problem
 from shared.cache.tokenizer_files import read_tokenizer_file
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import LayerWriter, part_table
-from shared.errors import CacheError, DamagedError, first_line
+from shared.errors import CacheError, DamagedError, NamingError, first_line
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.keys import KEY_BYTES
 from shared.parts.cache_files import open_regular, parse_json, read_bounded, read_json
@@ -118,7 +118,7 @@ def import_parquet(directory: Path, out: Path, advance: Callable[[int], None] = 
 def _read_export(directory: Path) -> Export:
     path = directory / METADATA_FILE
     if not path.is_file():
-        raise CacheError(
+        raise NamingError(
             f"{directory} has no {METADATA_FILE}, so it is no finished export; write one with 'decant cache export'"
         )
     document = read_json(path)

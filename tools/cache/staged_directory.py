@@ -22,7 +22,7 @@ from typing import Any
 
 from shared.atomic import TEMPORARY_MARK, fsync_dir, make_dir
 from shared.cache.layout import refuse_within_cache
-from shared.errors import CacheError
+from shared.errors import CacheError, NamingError
 from shared.parts.jobs import create_job, job_id
 from shared.places import resolved
 
@@ -48,9 +48,9 @@ def refuse_existing(out: Path, wanted: str) -> None:
     """
     refuse_within_cache(out)
     if resolved(out).is_symlink():
-        raise CacheError(f"{out} is a link in a circle of links; remove it, or name a directory that does not exist")
+        raise NamingError(f"{out} is a link in a circle of links; remove it, or name a directory that does not exist")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CacheError(f"{out} exists and is not {wanted}; name a directory that does not exist")
+        raise NamingError(f"{out} exists and is not {wanted}; name a directory that does not exist")
 
 
 _held: dict[Path, int] = {}

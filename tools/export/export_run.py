@@ -17,7 +17,7 @@ from typing import Any
 
 from shared.cache.cache import Cache
 from shared.cache.chat_settings import chat_settings_of, unwritten_settings, write_chat_settings
-from shared.errors import DecantError, EvaluationError, UsageError
+from shared.errors import DecantError, EvaluationError, NamingError, UsageError
 from shared.identity.weights_hash import weights_hash
 from shared.models.end_tokens import declared_end_ids
 from shared.models.files import load_tokenizer
@@ -57,7 +57,7 @@ def export_run(
     """
     files = read_run(run)
     if files.recipe is None or files.recipe.student is None:
-        raise EvaluationError(
+        raise NamingError(
             f"{run}/recipe.yaml is missing, damaged or without a student; name the output_dir of a trained recipe"
         )
     recipe = files.recipe

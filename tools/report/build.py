@@ -15,7 +15,7 @@ from typing import Any
 
 from shared.atomic import write_atomic
 from shared.cache.layout import refuse_within_cache
-from shared.errors import EvaluationError
+from shared.errors import NamingError
 from shared.places import resolved
 from shared.seconds import add_seconds
 from tools.report.figures import report_figures
@@ -35,19 +35,19 @@ def build_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
         UsageError: the output lies in a cache.
     """
     if not run_dirs:
-        raise EvaluationError("no run to report on; name the output_dir of a recipe that was run")
+        raise NamingError("no run to report on; name the output_dir of a recipe that was run")
     if len(run_dirs) > 1 and output is None:
-        raise EvaluationError(
+        raise NamingError(
             f"{len(run_dirs)} runs are compared outside of them, so that each keeps its own report; name a directory "
             "with --output DIR"
         )
     if len({resolved(directory) for directory in run_dirs}) < len(run_dirs):
-        raise EvaluationError("a run is named twice, and does not differ from itself; name each run once")
+        raise NamingError("a run is named twice, and does not differ from itself; name each run once")
     place = Path(output) if output is not None else Path(run_dirs[0])
     if len(run_dirs) > 1 and resolved(place) in map(resolved, run_dirs):
-        raise EvaluationError(f"{place}: this is one of the runs that are compared; name another directory")
+        raise NamingError(f"{place}: this is one of the runs that are compared; name another directory")
     if place.exists() and not place.is_dir():
-        raise EvaluationError(f"{place}: there is a file of that name; name a directory to write the report into")
+        raise NamingError(f"{place}: there is a file of that name; name a directory to write the report into")
     if output is not None:
         refuse_within_cache(place / "report.html")
     started = time.monotonic()

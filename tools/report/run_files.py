@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from shared.cache.cache import Cache
-from shared.errors import DecantError, EvaluationError
+from shared.errors import DecantError, NamingError
 from shared.parts.part_stats import add_figures
 from shared.places import named
 from shared.recipe.file import load_recipe
@@ -103,9 +103,9 @@ def read_run(directory: Path) -> RunFiles:
         EvaluationError: it is none.
     """
     if not directory.is_dir():
-        raise EvaluationError(f"{directory}: there is no such directory; name the output_dir of a recipe that was run")
+        raise NamingError(f"{directory}: there is no such directory; name the output_dir of a recipe that was run")
     if not any((directory / part).exists() for part in ("recipe.yaml", "train", "evaluate", "seconds.json")):
-        raise EvaluationError(
+        raise NamingError(
             f"{directory}: not a run: it has no recipe.yaml, train or evaluate; name the output_dir of a recipe that "
             "was run"
         )

@@ -64,16 +64,18 @@ def _problems(path: Path) -> Iterator[str]:
     yield from _with_its_end(_tokenizer_problems(path, header))
     for job in jobs.values():
         yield from _with_its_end(_plan_problems(job))
+    said: set[str] = set()
     sound = True
     for record in records:
-        problems = list(_bounded(_sequences_problems(path, record, header.identity.vocab_size, jobs.get(record.id8))))
+        found = _sequences_problems(path, record, header.identity.vocab_size, jobs.get(record.id8))
+        problems = list(_bounded(found, said))
         sound = sound and not problems
         yield from problems
     if sound:
-        yield from _bounded(_repeats(path, records, masks))
+        yield from _bounded(_repeats(path, records, masks), said)
     for layer in layers:
-        found = _layer_problems(path, header, layer, {record.stem: record for record in records}, begun)
-        yield from _with_its_end(found)
+        by_stem = {record.stem: record for record in records}
+        yield from _with_its_end(_layer_problems(path, header, layer, by_stem, begun, said))
 
 
 def parts_without_layer(path: Path | str) -> dict[str, int]:
@@ -101,8 +103,11 @@ def nll_problem(teacher_nll_nats: float, targets: SparseTargets) -> str | None:
     return None if fits else f"teacher_nll_nats {teacher_nll_nats:.6g} is not that of its labels, {-labels.sum():.6g}"
 
 
-def _bounded(problems: Iterator[str]) -> Iterator[str]:
-    for number, problem in enumerate(_with_its_end(problems)):
+def _bounded(problems: Iterator[str], said: set[str]) -> Iterator[str]:
+    """Yield problems of one part that were not `said` yet: a sequences part is read again for every layer."""
+    new = (problem for problem in _with_its_end(problems) if problem not in said)
+    for number, problem in enumerate(new):
+        said.add(problem)
         if number == _MOST_PER_PART:
             yield f"{problem.split(':', 1)[0]} has more problems; they are not listed"
             return
@@ -171,6 +176,7 @@ def _layer_problems(
     layer: Layer | HiddenLayer,
     sequences: dict[str, PartRecord],
     begun: frozenset[str],
+    said: set[str],
 ) -> Iterator[str]:
     records = list_records(layer.directory)
     layer.identity.make_codec()
@@ -186,7 +192,7 @@ def _layer_problems(
         if found is None:
             yield f"{layer.directory / record.stem}.arrow scores a sequences part that does not exist"
         else:
-            yield from _bounded(_blob_problems(path, layer, record, found))
+            yield from _bounded(_blob_problems(path, layer, record, found), said)
 
 
 def _blob_problems(path: Path, layer: Layer | HiddenLayer, record: PartRecord, sequences: PartRecord) -> Iterator[str]:

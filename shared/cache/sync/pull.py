@@ -17,7 +17,7 @@ from shared.atomic import TEMPORARY_MARK, make_dir, write_atomic
 from shared.cache.layout import refuse_within_cache
 from shared.cache.sync.listing import have_no_part_in_common, is_part, parts_in, rank_of
 from shared.cache.sync.mirror import fetch_small, list_remote, read_small, with_checksums
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, NamingError
 from shared.parts.cache_files import read_bounded
 from shared.parts.records import parse_record
 from shared.process.failpoints import failpoint
@@ -40,10 +40,10 @@ def pull_cache(remote: Remote, path: Path, advance: Callable[[int], object] = la
     refuse_within_cache(path)
     listed = list_remote(remote)
     if "cache.json" not in listed:
-        raise CacheError(f"{remote.url} is not a cache (it has no cache.json); correct the URL")
+        raise NamingError(f"{remote.url} is not a cache (it has no cache.json); correct the URL")
     header = read_small(remote, "cache.json", listed["cache.json"])
     if (path / "cache.json").exists() and read_bounded(path / "cache.json", MAX_JSON_BYTES) != header:
-        raise CacheError(f"{path} holds another cache than {remote.url}; name another directory")
+        raise NamingError(f"{path} holds another cache than {remote.url}; name another directory")
     _refuse_another(remote, path, parts_in(listed))
     listed = with_checksums(remote, listed)
     names = sorted((name for name in listed if not is_part(name)), key=lambda name: (rank_of(name), name))
@@ -64,11 +64,12 @@ def _refuse_another(remote: Remote, path: Path, theirs: set[str]) -> None:
         return
     others = sorted(each.name for each in path.iterdir() if each.name not in _ENTRIES and each.name[0] != ".")
     if others and not (path / "cache.json").exists():
-        raise CacheError(f"{path} holds '{others[0]}' and is no cache; name another directory")
+        raise NamingError(f"{path} holds '{others[0]}' and is no cache; name another directory")
     files = [file.relative_to(path).as_posix() for pattern in ("*/*.json", "*/*/*.json") for file in path.glob(pattern)]
     ours = parts_in(files)
     if have_no_part_in_common(ours, theirs):
-        raise CacheError(f"{path} holds {min(ours)} and no part of {remote.url}: another cache; name another directory")
+        found = f"{min(ours)} and no part of {remote.url}"
+        raise NamingError(f"{path} holds {found}: another cache; name another directory")
 
 
 def _pull(remote: Remote, path: Path, name: str, listed: dict[str, RemoteFile]) -> int:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from shared.cache.layout import all_layers, read_header, refuse_within_cache, sequences_dir
 from shared.cache.sync.listing import have_no_part_in_common, listing_of, most_bytes, parts_in, rank_of, read_listing
 from shared.cache.sync.mirror import list_remote
-from shared.errors import CacheError, DecantError
+from shared.errors import CacheError, DecantError, NamingError
 from shared.parts.cache_files import read_bounded
 from shared.parts.jobs import list_jobs
 from shared.parts.part_file import part_file
@@ -92,7 +92,7 @@ def push_cache(
         DamagedError: a part is not what was committed.
     """
     if remote.lists_in_file:
-        raise CacheError(
+        raise NamingError(
             f"{remote.url} can be read only; push to the directory that is served, or to s3://, gs:// or hf://"
         )
     there = _cache_at(remote)
@@ -130,14 +130,14 @@ def _cache_at(remote: Remote) -> dict[str, RemoteFile]:
     there = {name: file for name, file in found.items() if rank_of(name) is not None}
     others = [name for name in sorted(found) if name not in (LIST_FILE, CARD_FILE) and Path(name).name[0] != "."]
     if others and not there:
-        raise CacheError(f"{remote.url} holds '{others[0]}' and is no cache; push to a place of the cache's own")
+        raise NamingError(f"{remote.url} holds '{others[0]}' and is no cache; push to a place of the cache's own")
     return there
 
 
 def _refuse_another(remote: Remote, ours: set[str], theirs: set[str]) -> None:
     """Refuse a place with parts of which this cache has none: its rows would join those of another cache."""
     if have_no_part_in_common(ours, theirs):
-        raise CacheError(
+        raise NamingError(
             f"{remote.url} holds {min(theirs)} and no part of this cache: another cache is there; push to another "
             "place, or join both with `decant cache merge` and push the result to a place of its own"
         )

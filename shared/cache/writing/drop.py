@@ -20,7 +20,7 @@ from typing import Any
 
 from shared.atomic import TEMPORARY_MARK, fsync_dir, write_atomic
 from shared.cache.layout import read_header, sequences_dir
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, NamingError
 from shared.parts.cache_files import list_folder
 from shared.parts.part_stats import Strict
 from shared.parts.records import list_records, read_sealed, sealed_json
@@ -86,7 +86,7 @@ def drop_job(path: Path, job: str) -> Drop:
     fitting = [id8 for id8, name in known.items() if name.startswith(wanted) or (len(name) == 8 and wanted[:8] == name)]
     if len(fitting) != 1:
         listed = ", ".join(sorted(known)) or "none"
-        raise CacheError(f"{path} has no job {job!r} (there are: {listed}); give 8 digits or more of one of these")
+        raise NamingError(f"{path} has no job {job!r} (there are: {listed}); give 8 digits or more of one of these")
     directories = tuple(path / "jobs" / name for name in plans if name[:8] == fitting[0])
     return Drop(path, frozenset(stem for stem in stems if stem[5:13] == fitting[0]) | _interrupted(path), directories)
 
@@ -103,11 +103,11 @@ def drop_source(path: Path, source: str) -> Drop:
     begun = _interrupted(path)
     if not chosen and not begun:
         listed = ", ".join(sorted({name for names in records.values() for name in names})) or "none"
-        raise CacheError(f"{path} has no rows of source {source!r} (there are: {listed}); name one of these")
+        raise NamingError(f"{path} has no rows of source {source!r} (there are: {listed}); name one of these")
     for stem, names in chosen.items():
         if len(names) > 1:
             other = next(name for name in names if name != source)
-            raise CacheError(
+            raise NamingError(
                 f"{sequences_dir(path) / stem}.arrow holds rows of {source!r} and of {other!r}, and a part goes as a "
                 f"whole; drop its job (`--job {stem[5:13]}`) and teach the other prompts again, or leave the source "
                 "out of training by the stages' `mixture`"
@@ -128,7 +128,7 @@ def drop_layer(path: Path, layer: str) -> Drop:
     if len(fitting) != 1:
         found = "no layer" if not fitting else f"{len(fitting)} layers"
         listed = ", ".join(folder.name for folder in folders) or "none"
-        raise CacheError(f"{path} has {found} named {layer!r} (there are: {listed}); give one of these names in full")
+        raise NamingError(f"{path} has {found} named {layer!r} (there are: {listed}); give one of these names in full")
     return Drop(path, _interrupted(path), (fitting[0],))
 
 

@@ -8,14 +8,15 @@ Cost: `content_hash` reads local files once, at disk speed; nothing is parsed.
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
-from shared.errors import PromptError
+from shared.errors import PromptError, refused
 from shared.recipe.recipe import PromptSource
 from shared.remote.hub import ask_hub
 from teacher_cache.prompts.files.prompt_directories import LocalFiles, kind_of, of_directory, of_file, of_glob
@@ -35,7 +36,8 @@ def locate(source: PromptSource) -> LocalFiles | HubDataset:
     """Find a source's files, or its revision on the hub.
 
     Raises:
-        PromptError: nothing is there, its kind is not read, or it has no such split or configuration.
+        PromptError: nothing is there or it cannot be read, its kind is not known, or it has no such split or
+            configuration.
     """
     path = source.path
     exact = Path(path)
@@ -52,6 +54,9 @@ def locate(source: PromptSource) -> LocalFiles | HubDataset:
             raise PromptError(f"{path}: no such file; expected prompts of the source {source.source!r} there")
         chosen = of_glob(found, source)
     _require_one_kind(chosen.paths, source)
+    for file in chosen.paths:
+        with _read(file, source) as opened:
+            opened.read(1)
     return chosen
 
 
@@ -64,15 +69,25 @@ def content_hash(source: PromptSource) -> str:
         return f"hub:{place.path}@{place.revision}"
     digest = xxhash.xxh3_128()
     for path in place.paths:
-        try:
-            with path.open("rb") as file:
-                while block := file.read(_BLOCK_BYTES):
-                    digest.update(block)
-        except OSError as error:
-            raise PromptError(
-                f"{path}: cannot be read ({error.strerror}); expected prompts of the source {source.source!r}"
-            ) from error
+        with _read(path, source) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
     return f"xxh3:{digest.hexdigest()}"
+
+
+@contextmanager
+def _read(path: Path, source: PromptSource) -> Iterator[BinaryIO]:
+    """Open a file of a source.
+
+    Raises:
+        PromptError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        said = f"{path}: cannot be read ({refused(error)}); expected prompts of the source {source.source!r}"
+        raise PromptError(said) from error
 
 
 def _require_one_kind(files: Sequence[Path], source: PromptSource) -> None:

@@ -80,7 +80,7 @@ def test_distillkit_becomes_a_cache_with_a_derived_tail(tmp_path, tokenizer_dir,
     again = run(capsys, tmp_path / "set", tmp_path / "cache", "--tokenizer", tokenizer_dir, "--teacher", "big/one")
     assert again["existed"]
     assert "exists and is not" in run(
-        capsys, tmp_path / "set", tmp_path / "cache", "--tokenizer", tokenizer_dir, code=1
+        capsys, tmp_path / "set", tmp_path / "cache", "--tokenizer", tokenizer_dir, code=2
     )
 
 

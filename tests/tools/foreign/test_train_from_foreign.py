@@ -105,7 +105,7 @@ def test_a_starter_from_a_cache_asks_for_a_student_and_no_teacher(student, capsy
     ):
         assert cli.main(["init", "small", "--cache", "cache", *words]) == 2
         assert message in capsys.readouterr().err
-    assert cli.main(["init", "small", "--cache", "nowhere", "--student", "s"]) == 1
+    assert cli.main(["init", "small", "--cache", "nowhere", "--student", "s"]) == 2
     assert not Path("recipes").exists()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.errors import CacheError, UsageError
+from shared.errors import NamingError, UsageError
 from shared.parts.cache_files import list_folder
 from shared.text.file_endings import ends_in
 from tools.cache.foreign.axolotl import COLUMNS, AxolotlReader
@@ -69,7 +69,7 @@ def _guessed(path: Path) -> str:
         CacheError: it cannot be told.
     """
     if not path.exists():
-        raise CacheError(f"there is no '{path}'; correct the path")
+        raise NamingError(f"there is no '{path}'; correct the path")
     names = list_folder(path) if path.is_dir() else [path.name]
     if METADATA_FILE in names:
         return "decant"
@@ -79,7 +79,7 @@ def _guessed(path: Path) -> str:
         return "openai"
     if any(ends_in(name, ".parquet") for name in names):
         return "axolotl" if set(COLUMNS) <= set(parquet_columns(parquet_files(path))) else "distillkit"
-    raise CacheError(
+    raise NamingError(
         f"{path} holds no {METADATA_FILE}, *.parquet, *.jsonl or *.tar, so its format cannot be told; name it with "
         "--format"
     )

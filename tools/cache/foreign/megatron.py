@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import CacheError, DamagedError, first_line
+from shared.errors import CacheError, DamagedError, NamingError, first_line
 from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.schema import MAX_ENTRIES_PER_ROW, MAX_FRAME_FREE_BYTES, MAX_FRAME_RATIO, MAX_K
 from tools.cache.foreign.foreign_row import ForeignRow
@@ -52,7 +52,7 @@ class MegatronReader:
         """
         found = [match for name in list_folder(path) if (match := _SHARD.fullmatch(name))]
         if not found:
-            raise CacheError(f"{path} holds no shards; expected files such as cp0_dp0__100.tar")
+            raise NamingError(f"{path} holds no shards; expected files such as cp0_dp0__100.tar")
         if any(int(match["cp"]) for match in found):
             raise CacheError(
                 f"{path} has shards of context-parallel ranks above 0, which hold parts of sequences; not read"

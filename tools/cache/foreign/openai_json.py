@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, NamingError
 from shared.parts.cache_files import list_folder, open_regular, parse_json
 from shared.schema import MAX_TOKENS_PER_ROW
 from shared.text.file_endings import ends_in
@@ -70,7 +70,7 @@ class OpenAIReader:
         self.tail = "unknown"
         self._files = [path] if path.is_file() else [path / n for n in list_folder(path) if ends_in(n, ".jsonl")]
         if not self._files:
-            raise CacheError(f"{path} holds no *.jsonl files; expected answers as JSON lines")
+            raise NamingError(f"{path} holds no *.jsonl files; expected answers as JSON lines")
         self._tokenizer = tokenizer
         octets = read_vocabulary(tokenizer_json).octets
         self._ids = {spelled: i for i, spelled in reversed(list(enumerate(octets))) if spelled is not None}

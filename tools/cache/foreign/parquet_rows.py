@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import CacheError, DamagedError, first_line
+from shared.errors import DamagedError, NamingError, first_line
 from shared.parts.cache_files import list_folder, open_regular
 from shared.text.file_endings import ends_in
 from tools.cache.foreign.foreign_row import check_entries
@@ -61,7 +61,7 @@ def parquet_files(path: Path) -> list[Path]:
         else [path / name for name in list_folder(path) if ends_in(name, ".parquet")]
     )
     if not files:
-        raise CacheError(
+        raise NamingError(
             f"{path} holds no *.parquet files; a data set saved by `datasets` becomes one with "
             "load_from_disk(DIR).to_parquet(FILE)"
         )

@@ -20,7 +20,7 @@ from shared.recipe.base import Problem
 from shared.recipe.file import Where, listed
 from shared.recipe.recipe import Recipe
 from tools.plan.preflight.preflight_asked import Asked, said
-from tools.plan.preflight.preflight_evaluate import evaluation_problems
+from tools.plan.preflight.preflight_evaluate import evaluation_problems, unmeasured_problems
 from tools.plan.preflight.preflight_machine import machine_problems
 from tools.plan.preflight.preflight_rounds import answer_problems, score_problems
 from tools.plan.preflight.preflight_sampling import sampling_problems
@@ -97,6 +97,7 @@ CHECKS: tuple[tuple[str, Callable[[Asked], Iterator[Problem]]], ...] = (
     ("answer", answer_problems),
     ("score", score_problems),
     ("eval", evaluation_problems),
+    ("any", unmeasured_problems),
     ("any", sampling_problems),
 )
 """Which phase needs which check."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shared.errors import DecantError
+from shared.errors import DecantError, refused
 from shared.recipe.base import Problem
-from shared.recipe.recipe import Recipe
+from shared.recipe.recipe import PromptSource, Recipe
 from tools.plan.plan_existing import caches_there
+
+if TYPE_CHECKING:
+    from teacher_cache.student_answers import Asking
 
 Place = tuple[str | int, ...]
 """Of a value in a recipe."""
@@ -40,9 +45,27 @@ class Asked:
         return "teach" in self.phases
 
 
+def said_of_prompts(
+    place: Place, listed: Sequence[PromptSource], listed_at: Place, recipe: Recipe, asking: Asking
+) -> Iterator[Problem]:
+    """Check that there are as many prompts as a student is asked at a place; a file that is missing is a problem of its
+    entry in the list of sources, where whoever else reads it says so, too.
+    """
+    from teacher_cache.prompts.files.prompt_files import locate
+    from tools.plan.plan_prompts import require_prompts
+
+    missing: list[Problem] = []
+    for j, source in enumerate(listed):
+        if source.of_turns:
+            missing += said((*listed_at, j, "path"), partial(locate, source))
+    yield from missing or said(place, partial(require_prompts, recipe, asking))
+
+
 def said(place: Place, work: Callable[[], object]) -> Iterator[Problem]:
     """Yield what an attempt raises as a problem of a place; raises nothing itself."""
     try:
         work()
-    except (DecantError, OSError) as error:
+    except DecantError as error:
         yield place, " ".join(str(error).split())
+    except OSError as error:
+        yield place, " ".join(f"{error.filename or 'the system'}: {refused(error)}".split())

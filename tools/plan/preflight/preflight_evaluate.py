@@ -8,9 +8,11 @@ from pathlib import Path
 
 from shared.recipe.base import Problem
 from tools.evaluate.own.own_answers import asked_of_models
-from tools.plan.plan_prompts import require_prompts
-from tools.plan.preflight.preflight_asked import Asked, Place, said
+from tools.plan.preflight.preflight_asked import Asked, Place, said, said_of_prompts
 from tools.plan.preflight.preflight_models import model_problem
+
+MEASURED = ("tasks", "side_by_side", "own_answers", "cost")
+"""What a recipe asks of the models that are compared."""
 
 
 def _models(asked: Asked) -> Iterator[Problem]:
@@ -45,6 +47,16 @@ def _models(asked: Asked) -> Iterator[Problem]:
             yield place, problem
 
 
+def unmeasured_problems(asked: Asked) -> Iterator[Problem]:
+    """Name what is to be measured of no model."""
+    evaluate = asked.recipe.evaluate
+    given = [name for name in MEASURED if name in evaluate.model_fields_set and getattr(evaluate, name)]
+    if given and not evaluate.models:
+        names = " and ".join(f"`{name}`" for name in given)
+        sentence = "there is no model to measure; list some of teacher, base and the stages' names in `evaluate.models`"
+        yield ("evaluate", given[0]), f"{sentence}, or leave {names} out"
+
+
 def evaluation_problems(asked: Asked) -> Iterator[Problem]:
     """Check models, tasks and prompts of the comparison."""
     from tools.evaluate.tasks.questions import read_questions
@@ -57,7 +69,8 @@ def evaluation_problems(asked: Asked) -> Iterator[Problem]:
     for i, task in enumerate(recipe.evaluate.tasks):
         yield from said(("evaluate", "tasks", i, "path"), partial(read_questions, task, task_kind(task)))
     if recipe.evaluate.own_answers is not None:
-        yield from said(("evaluate", "own_answers", "prompts"), lambda: require_prompts(*asked_of_models(recipe)))
+        place = ("evaluate", "own_answers", "prompts")
+        yield from said_of_prompts(place, recipe.prompts, ("prompts",), *asked_of_models(recipe))
     for i, name in enumerate(recipe.evaluate.side_by_side.prompts if recipe.evaluate.side_by_side else ()):
         if name not in ("heldout", "tasks") and not Path(name).is_file():
             yield ("evaluate", "side_by_side", "prompts", i), f"there is no file '{name}'; correct the path"

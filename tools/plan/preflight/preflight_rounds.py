@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from shared.recipe.base import Problem
-from tools.plan.plan_prompts import require_prompts
-from tools.plan.preflight.preflight_asked import Asked, said
+from tools.plan.preflight.preflight_asked import Asked, Place, said, said_of_prompts
 from tools.plan.preflight.preflight_teach import teacher_problems
 from tools.rounds.one_round import Round
 from tools.rounds.shares import require_labels_of_its_own
@@ -15,8 +14,6 @@ from tools.rounds.shares import require_labels_of_its_own
 
 def answer_problems(asked: Asked) -> Iterator[Problem]:
     """Check that the prompts of rounds are there, and the caches whose tokenizer the answers are written with."""
-    from teacher_cache.prompts.files.prompt_files import locate
-
     for i, stage in enumerate(asked.recipe.stages):
         if stage.rounds is None:
             continue
@@ -24,16 +21,11 @@ def answer_problems(asked: Asked) -> Iterator[Problem]:
         if not own and not any(source.of_turns for source in asked.recipe.prompts):
             yield ("stages", i, "rounds"), "no entry of `prompts` asks anything; name some in `sources` here"
         yield from said(("stages", i, "rounds"), partial(require_labels_of_its_own, Round(asked.recipe, stage, 1)))
-        missing: list[Problem] = []
-        for j, source in enumerate(own or asked.recipe.prompts):
-            place = ("stages", i, "rounds", "sources", j, "path") if own else ("prompts", j, "path")
-            if not source.of_cache and not asked.elsewhere:
-                missing += said(place, partial(locate, source))
-        yield from missing
-        if not missing and not asked.elsewhere:
-            one = Round(asked.recipe, stage, 1)
-            work = partial(require_prompts, one.asking_once(), one.asking)
-            yield from said(("stages", i, "rounds", "prompts"), work)
+        if not asked.elsewhere:
+            one, at = Round(asked.recipe, stage, 1), ("stages", i, "rounds")
+            listed_at: Place = (*at, "sources") if own else ("prompts",)
+            listed = own or asked.recipe.prompts
+            yield from said_of_prompts((*at, "prompts"), listed, listed_at, one.asking_once(), one.asking)
         if not asked.caches and not asked.builds:
             yield ("cache", 0), f"there is no cache at '{asked.recipe.cache[0]}' yet; build it with `decant teach`"
 
