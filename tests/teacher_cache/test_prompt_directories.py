@@ -60,6 +60,8 @@ def note(path: Path | str, **settings) -> str:
         (["Train.jsonl", "Test.jsonl"], {"split": "test"}, ["Test.jsonl"]),
         (["TRAIN/a.jsonl", "VAL/a.jsonl"], {"split": "validation"}, ["VAL/a.jsonl"]),
         (["A.JSONL", "NOTES.TXT"], {}, ["A.JSONL"]),
+        (["trainA.jsonl", "testA.jsonl", "latestA.jsonl"], {}, ["latestA.jsonl", "trainA.jsonl"]),
+        (["mySet/TrainPart.jsonl", "mySet/TestPart.jsonl"], {"split": "test"}, ["mySet/TestPart.jsonl"]),
     ],
 )
 def test_the_files_of_one_split_and_configuration_are_read(tmp_path, files, settings, read):
@@ -180,3 +182,11 @@ def test_a_directory_without_splits_hashes_as_its_files_in_order(tmp_path):
     put(tmp_path, "b/rows.jsonl")
     (tmp_path / "b/rows.jsonl").rename(tmp_path / "rows.jsonl")
     assert content_hash(source(tmp_path)) == content_hash(source(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", "*/algebra/*.jsonl", "*/*/0.jsonl"])
+def test_a_glob_tells_splits_by_folders_above_others_too(tmp_path, pattern):
+    put(tmp_path, *(f"{split}/{part}/0.jsonl" for split in ("train", "test") for part in ("algebra", "latest")))
+    assert {Path(name).parts[0] for name in texts(tmp_path / pattern)} == {"train"}
+    assert {Path(name).parts[0] for name in texts(tmp_path / pattern, split="test")} == {"test"}
+    assert "split 'train' is read, not 'test'" in note(tmp_path / pattern)

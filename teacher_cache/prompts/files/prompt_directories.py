@@ -21,6 +21,7 @@ from shared.recipe.base import quoted
 from shared.recipe.recipe import PromptSource
 from shared.text import strict_json
 from shared.text.file_endings import endings
+from teacher_cache.prompts.files.missing_files import missing_files
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 KINDS = {
@@ -95,11 +96,13 @@ def of_glob(files: Sequence[Path], source: PromptSource) -> LocalFiles:
     told: dict[str, list[Path]] = {}
     root = os.path.commonpath([file.parent for file in files])
     for file in files:
-        folder = file.parent.name if file.parent != Path(root) else ""
-        told.setdefault(_split_in(file.name) or _split_in(folder) or "train", []).append(file)
-    if len(told) == 1 and source.split == "train":
-        return LocalFiles(files)
-    return _of_split(told, source)
+        names = file.relative_to(root).parts[::-1]
+        told.setdefault(next((split for name in names if (split := _split_in(name))), "train"), []).append(file)
+    one = len(told) == 1 and source.split == "train"
+    chosen = LocalFiles(files) if one else _of_split(told, source)
+    missing = missing_files(chosen.paths)
+    note = _note(source, f"files that are missing by the others' names: {_listed(missing)}") if missing else None
+    return LocalFiles(chosen.paths, _joined(chosen.note, note))
 
 
 def of_directory(directory: Path, source: PromptSource) -> LocalFiles:
@@ -126,7 +129,13 @@ def of_directory(directory: Path, source: PromptSource) -> LocalFiles:
     told = {path for files in splits.values() for path in files}
     left = [str(path.relative_to(directory)) for path in (*there, *aside) if path not in told]
     note = _note(source, f"files that are not read: {_listed(left)}") if left else None
-    return LocalFiles(chosen.paths, "; ".join(part for part in (chosen.note, note) if part) or None)
+    missing = missing_files(chosen.paths)
+    if missing:
+        raise PromptError(
+            f"{directory}: of the files there some are missing by the others' names ({_listed(missing)}); get them, or "
+            f"take what is there with a glob such as {directory}/**/*{chosen.paths[0].suffix}"
+        )
+    return LocalFiles(chosen.paths, _joined(chosen.note, note))
 
 
 def _data_files(directory: Path) -> tuple[list[Path], list[Path]]:
@@ -274,9 +283,14 @@ def _note(source: PromptSource, what: str) -> str:
     return f"source {source.source}: {source.path}: {what}"
 
 
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
+
+
 def _split_in(name: str) -> str | None:
     """Return the split that a file's or folder's name tells: test-00000-of-00001.parquet -> test."""
-    return next((SPLIT_WORDS[word] for word in _words(name.lower()) if word in SPLIT_WORDS), None)
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name)  # testA, myTestSet
+    return next((SPLIT_WORDS[word] for word in _words(parted.lower()) if word in SPLIT_WORDS), None)
 
 
 def _words(name: str) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,6 +28,8 @@ from teacher_cache.prompts.files.prompt_directories import kind_of
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line, or plain text, that is read."""
 
+_CUT = "the file ends in the middle, {}; get it again, or remove its last line"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What stands for bytes that are not UTF-8."""
 
@@ -55,6 +58,7 @@ def read_file(path: Path, separator: str | None = None, *, by_line: bool = False
     }
     kind = str(kind_of(path))
     try:
+        _refuse_pointer(path)
         if kind in readers:
             _require_utf8(path)
         for number, row in readers[kind](path) if kind in readers else _table(path, kind):
@@ -72,6 +76,16 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(inner) for inner in value]
     return value
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Refuse what git leaves in place of a large file that was not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise PromptError(
+                f"{path}: holds a pointer of git LFS and no data, which was not fetched; run `git lfs pull` there, or "
+                "download the file"
+            )
 
 
 def _require_utf8(path: Path) -> None:
@@ -118,7 +132,25 @@ def _lines(path: Path) -> Iterator[Numbered]:
                 )
                 yield number, ValueError(reason)
             elif line.strip("\ufeff \t\r\n"):
+                if not line.endswith("\n"):
+                    _require_whole(line.strip("\ufeff \t\r"))
                 yield number, line.rstrip("\r\n")
+
+
+def _require_whole(line: str) -> None:
+    """Refuse a last line that ends within an object: the file was cut, and how much is missing nobody knows.
+
+    Raises:
+        ValueError: it does.
+    """
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        at_end = error.pos >= len(line) or "Unterminated" in error.msg
+        if line.startswith("{") and (at_end or not line.endswith("}")):
+            raise ValueError(_CUT.format("within an object")) from None
+    except (ValueError, RecursionError):
+        return  # whoever parses it says so
 
 
 def _csv(path: Path, separator: str | None) -> Iterator[Numbered]:
@@ -135,6 +167,8 @@ def _csv(path: Path, separator: str | None) -> Iterator[Numbered]:
         number = reader.line_num + 1
         lines.begin()
         while (values := _next(reader, path, number)) is not None:
+            if values and len(values) < len(names) and not lines.last.endswith(("\n", "\r")):
+                raise PromptError(f"{path}:{number}: {_CUT.format(f'within a row of {len(names)} columns')}")
             if values and len(values) != len(names):
                 yield (
                     number,
@@ -165,6 +199,8 @@ class _RecordLines:
     def __init__(self, file: io.TextIOWrapper) -> None:
         self._file = file
         self._length = 0
+        self.last = ""
+        """The line that was read last."""
 
     def __iter__(self) -> _RecordLines:
         return self
@@ -176,6 +212,7 @@ class _RecordLines:
             raise csv.Error(f"a row has more than {MAX_LINE_BYTES:,} characters")
         if not line:
             raise StopIteration
+        self.last = line
         return line
 
     def begin(self) -> None:
