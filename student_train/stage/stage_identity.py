@@ -13,12 +13,13 @@ from typing import Any
 import xxhash
 
 from shared.atomic import write_atomic
-from shared.errors import TrainingError
+from shared.errors import ModelError, TrainingError
 from shared.identity.grown import first_difference
 from shared.identity.weights_hash import weights_hash
 from shared.keys import canonical_json
 from shared.models.files import load_config
 from shared.models.load_report import loading
+from shared.models.weights.weight_headers import weight_files
 from shared.recipe.base import Section
 from shared.recipe.recipe import Student
 from shared.recipe.sections.losses import LOSS_KINDS
@@ -160,7 +161,20 @@ def finished_before_it_grew(work: StageWork) -> bool:
 
 
 def _is_finished(stage_dir: Path) -> bool:
-    return (stage_dir / DONE_FILE).exists() and (stage_dir / "model" / "config.json").is_file()
+    return (stage_dir / DONE_FILE).exists() and lost_since(stage_dir) is None
+
+
+def lost_since(stage_dir: Path) -> str | None:
+    """Say what the model of a finished stage lacks, as after a copy that was cut short or left files out."""
+    model_dir = stage_dir / "model"
+    if not (model_dir / "config.json").is_file():
+        return f"{model_dir} has no config.json"
+    try:
+        weight_files(model_dir)
+        weights_hash(model_dir)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def _recorded(path: Path) -> dict[str, Any]:

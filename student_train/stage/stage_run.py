@@ -51,7 +51,7 @@ from student_train.records.one_training import only_training
 from student_train.records.processes import first_then_others, is_first, wait_for_all
 from student_train.records.run_seconds import SecondsLog
 from student_train.stage.export import export_student, make_savable
-from student_train.stage.stage_identity import checkpoint_of, claim_stage, mark_done
+from student_train.stage.stage_identity import DONE_FILE, checkpoint_of, claim_stage, lost_since, mark_done
 from student_train.stage.stage_teachers import untaught_sources
 from student_train.stage.stage_work import StageWork, resolve_stage
 from student_train.student.decoder_layers import compile_layers
@@ -120,6 +120,9 @@ def _run(work: StageWork, args: TrainingArguments) -> Path:
     progress = _display(work, done=checkpoint.step if checkpoint else 0)
     if damaged is not None:
         progress.note(f"{phase}: {damaged}")
+    if (work.directory / DONE_FILE).exists():
+        lost = lost_since(work.directory)
+        progress.note(f"{phase}: finished before, but its model is not whole now and is made again: {lost}")
     progress.note(_description(work, checkpoint))
     for said in precision_notes(stage, work.student, on_gpu=args.device.type == "cuda"):
         progress.note(f"{phase}: {said}")

@@ -149,6 +149,31 @@ def test_finished_stage_is_reused_and_a_changed_one_refused(recipe_of, capfd):
         run_stages(recipe)
 
 
+@pytest.mark.parametrize("lost", ["removed", "cut short", "a shard of two"])
+def test_a_finished_stage_whose_copy_lost_weights_is_no_longer_reused(recipe_of, capfd, lost):
+    recipe = recipe_of()
+    run_stages(recipe)
+    whole = outcome(recipe)
+    model = recipe.output_dir / "train/kd/model"
+    weights, index = model / "model.safetensors", model / "model.safetensors.index.json"
+    if lost == "cut short":
+        os.truncate(weights, weights.stat().st_size // 2)
+    elif lost == "removed":
+        weights.unlink()
+    else:
+        names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+        weights.rename(model / names[0])
+        index.write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    capfd.readouterr()
+    run_stages(recipe)
+    said = capfd.readouterr().err
+    assert "is not whole now and is made again" in said and "is reused" not in said
+    assert outcome(recipe) == whole
+    assert not index.exists()
+    run_stages(recipe)
+    assert "is reused" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_checkpoint_of_another_plan_or_cache_is_refused_with_both(recipe_of):
     recipe = recipe_of(trainer={"max_steps": 2})

@@ -10,6 +10,7 @@ from __future__ import annotations
 from shared.errors import DecantError
 from shared.recipe.recipe import Recipe, Stage
 from shared.text.printable import say
+from student_train.stage.stage_identity import lost_since
 from tools.rounds.guards import beyond, round_figures
 from tools.rounds.one_round import Round
 from tools.rounds.publish import published_rounds
@@ -32,9 +33,10 @@ def is_finished(recipe: Recipe, stage: Stage) -> bool:
 def _are_rounds_done(recipe: Recipe, stage: Stage) -> bool:
     assert stage.rounds is not None
     numbers = range(1, stage.rounds.count + 1)
-    return published_rounds(recipe, stage) == stage.rounds.count and all(
-        _is_done(Round(recipe, stage, number)) for number in numbers
+    is_published = (
+        published_rounds(recipe, stage) == stage.rounds.count and lost_since(recipe.stage_dir(stage.name)) is None
     )
+    return is_published and all(_is_done(Round(recipe, stage, number)) for number in numbers)
 
 
 def _is_done(one: Round) -> bool:

@@ -1,14 +1,17 @@
 """A stage with rounds, seen from outside: one model, one log, one health, made of those of its rounds.
 
-train/STAGE/model is a link to the last round that was trained; metrics, timing and evaluations are those of the rounds
-one after another, their steps counted on; health.json is that of the last round, with what every round's answers were
-like. All of it is made anew from the rounds' own files, so doing it twice changes nothing.
+train/STAGE/model is a link to the last round that was trained, also where a copy had made a directory of it; metrics,
+timing and evaluations are those of the rounds one after another, their steps counted on; health.json is that of the
+last round, with what every round's answers were like. All of it is made anew from the rounds' own files, so doing it
+twice changes nothing.
 Cost: small files, and a pass over the rounds' answers.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +113,35 @@ def _last_step(log: Path) -> int:
 
 
 def _link(path: Path, target: Path) -> None:
-    """Point a relative link elsewhere in one step."""
-    partial = path.with_name(f".{path.name}.link")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(target, target_is_directory=True)
-    partial.replace(path)
-    fsync_dir(path.parent)
+    """Point a relative link elsewhere in one step; a copy of the run that followed the link left a directory there.
+
+    Raises:
+        TrainingError: the directory there is of no round, or the file system has no links.
+    """
+    partial, aside = path.with_name(f".{path.name}.link"), path.with_name(f".{path.name}.copied")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():
+        if not any(_same_files(path, model) for model in path.parent.glob("round-*/model")):
+            raise TrainingError(
+                f"{path} is a directory with a model of none of the rounds, where a link to the last round's belongs; "
+                "move it away, then run the same command again"
+            )
+        path.rename(aside)
+    try:
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target, target_is_directory=True)
+        partial.replace(path)
+        fsync_dir(path.parent)
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be made a link to {target} ({error.strerror}); put output_dir on a file system with "
+            "symbolic links, and check its permissions"
+        ) from None
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    if names != sorted(path.name for path in other.iterdir()):
+        return False
+    return not any(filecmp.cmpfiles(one, other, names, shallow=False)[1:])

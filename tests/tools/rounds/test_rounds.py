@@ -263,3 +263,36 @@ def test_finished_stages_start_no_process_and_an_earlier_round_again_hides_no_la
         rounds_in_processes(changed, stage, [1], ["recipe.yaml"])
         assert begun == [f"round 1 of own, {step}" for step in ("answer", "score", "train")]
         begun.clear()
+
+
+@pytest.mark.parametrize("copied", ["as a directory", "without links", "without weights"])
+def test_a_run_whose_copy_lost_the_link_to_its_model_gets_it_back(done, tmp_path, monkeypatch, capsys, copied):
+    recipe, rounds, _ = done
+    moved = recipe.model_copy(update={"output_dir": tmp_path / "run"})
+    shutil.copytree(recipe.output_dir, moved.output_dir, symlinks=copied != "as a directory")
+    model = moved.stage_dir("own") / "model"
+    if copied == "without links":
+        model.unlink()
+    if copied == "without weights":
+        (moved.stage_dir("own") / "round-2" / "model" / "model.safetensors").unlink()
+    begun: list[str] = []
+    monkeypatch.setattr("tools.rounds.chain.run_phase", lambda phase, command, output: begun.append(phase))
+    train_in_processes(moved, moved.stages, ["recipe.yaml"])
+    assert bool(begun) == (copied != "as a directory"), "a copy is a model; a stage without one is not finished"
+    assert ("train own: finished before" in capsys.readouterr().err) == (copied == "as a directory")
+    for number in (1, 2):
+        train(Round(moved, moved.stage("own"), number))
+        assert model.is_symlink()
+    assert contents(model) == contents(rounds[1].directory / "model")
+    assert not list(model.parent.glob(".model*"))
+
+
+def test_a_directory_that_no_round_made_is_not_replaced(done, tmp_path):
+    recipe, _, _ = done
+    moved = recipe.model_copy(update={"output_dir": tmp_path / "run"})
+    shutil.copytree(recipe.output_dir, moved.output_dir)
+    model = moved.stage_dir("own") / "model"
+    (model / "notes.txt").write_text("mine")
+    with pytest.raises(TrainingError, match=r"train/own/model is a directory with a model of none of the rounds"):
+        train(Round(moved, moved.stage("own"), 2))
+    assert (model / "notes.txt").read_text() == "mine"
