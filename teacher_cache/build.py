@@ -30,7 +30,7 @@ from shared.seconds import read_seconds
 from teacher_cache import engines
 from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.engines.protocol import Engine
-from teacher_cache.passes.answering import Answering, listed, make_sequences, plan, told
+from teacher_cache.passes.answering import Answering, announced, listed, make_sequences, plan
 from teacher_cache.passes.generate import PROBLEM
 from teacher_cache.passes.hidden_pass import capture_parts, open_hidden_layer
 from teacher_cache.passes.lazy_engine import LazyEngine
@@ -125,7 +125,7 @@ def teach(
     for sentence in maker.templates.unread_settings:
         progress.note(sentence)
     with StopSignal() as stop:
-        opener = told(open_engine or engines.open_engine, progress, stop)
+        opener = announced(open_engine or engines.open_engine, progress, stop)
         answers, scores = _engines(opener, recipe, known, answerer)
         build = _Build(
             recipe,

@@ -32,7 +32,7 @@ from shared.recipe.recipe import Generate, Recipe, Rounds, Teacher
 from shared.recipe.sections.evaluation import OwnAnswers
 from teacher_cache import engines
 from teacher_cache.engines.answer_ends import foreign_ends
-from teacher_cache.passes.answering import Answering, listed, make_sequences, plan, told
+from teacher_cache.passes.answering import Answering, announced, listed, make_sequences, plan
 from teacher_cache.passes.lazy_engine import LazyEngine
 from teacher_cache.passes.stop_signal import StopSignal
 from teacher_cache.passes.summary import BuildSummary
@@ -112,7 +112,7 @@ def answer_prompts(
         _require_one_job(cache.path, request)
     progress = progress or BuildProgress(NOWHERE)
     with StopSignal() as stop:
-        opener = told(engines.open_engine, progress, stop)
+        opener = announced(engines.open_engine, progress, stop)
         engine = LazyEngine(opener, answerer.section, None, recipe.generate, known.files.directory)
         work = Answering(recipe, (0, 1), progress, max_set_aside, cache, answerer, engine, stop, summary, seconds_under)
         try:

@@ -191,7 +191,7 @@ def _phase1_problems(recipe: Recipe) -> Iterator[Problem]:
         yield ("prompts",), "there is no `teacher` to answer or score them; add one, or leave the prompts out"
     if generate is not None and not recipe.prompts:
         yield ("generate",), "there are no `prompts` to answer; add some, or leave it out"
-    if any(one.engine == "server" for one in (teacher, *recipe.teachers.values()) if one):
+    if any(one.is_served for one in (teacher, *recipe.teachers.values()) if one):
         yield from server_problems(recipe.capture)
     if recipe.prompts and len(recipe.cache) > 1:
         one_cache = f"prompts are built into one cache, not {len(recipe.cache)}; name one, or leave the prompts out"
@@ -212,7 +212,7 @@ def _phase1_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _answering_problems(teacher: Teacher) -> Iterator[Problem]:
     """Say why no other model can answer beside this teacher."""
-    if teacher.engine == "server":
+    if teacher.is_served:
         first = "build the answers with teacher.engine 'vllm' first, then score them with servers"
         yield ("generate", "model"), f"a server serves the teacher only; {first}"
     if teacher.workers is not None:

@@ -22,6 +22,9 @@ class Entry(Protocol):
     def refusal(self, teacher: Teacher, capture: Capture | None) -> str | None:
         """Say in a sentence why this engine cannot do what is asked, or None."""
 
+    def opening(self, teacher: Teacher, capture: Capture | None) -> str:
+        """Say what opening it does: minutes may pass before the first row."""
+
     def open_engine(
         self,
         teacher: Teacher,
@@ -42,6 +45,11 @@ def _entry(teacher: Teacher) -> Entry:
 def refusal(teacher: Teacher, capture: Capture | None) -> str | None:
     """Say in a sentence why this engine cannot do what is asked, or None; loads no engine."""
     return _entry(teacher).refusal(teacher, capture)
+
+
+def opening(teacher: Teacher, capture: Capture | None) -> str:
+    """Say what opening this engine does."""
+    return _entry(teacher).opening(teacher, capture)
 
 
 def open_engine(
@@ -72,4 +80,4 @@ def open_engine(
     )
 
 
-__all__ = ["Engine", "GenerateRequest", "Generated", "ScoreRequest", "Scored", "open_engine", "refusal"]
+__all__ = ["Engine", "GenerateRequest", "Generated", "ScoreRequest", "Scored", "open_engine", "opening", "refusal"]

@@ -21,6 +21,7 @@ from shared.parts.records import list_records
 from shared.progress import BuildProgress
 from shared.recipe.recipe import Capture, Recipe, Teacher
 from shared.seconds import add_seconds
+from teacher_cache.engines import opening
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.passes.feeding import PassContext
 from teacher_cache.passes.generate import Pass1, generate_units, import_units
@@ -93,16 +94,11 @@ class Answering:
             add_seconds(self.recipe.output_dir, self.seconds_under, self.summary.seconds)
 
 
-def told(opener: Callable[..., Engine], progress: BuildProgress, stop: StopSignal) -> Callable[..., Engine]:
+def announced(opener: Callable[..., Engine], progress: BuildProgress, stop: StopSignal) -> Callable[..., Engine]:
     """Return an opener that first says what it opens: minutes may pass before the first row."""
 
     def open_it(settings: Teacher, capture: Capture | None, **how: Any) -> Engine:
-        if settings.engine == "server":
-            doing = f"asking the server for {settings.model}"
-        else:
-            test = ", then a self-test of what it captures" if settings.engine == "vllm" and capture is not None else ""
-            doing = f"loading the weights of {settings.model}{test}"
-        progress.note(f"starting engine {settings.engine}: {doing}")
+        progress.note(f"starting engine {settings.engine}: {opening(settings, capture)}")
         return opener(settings, capture, should_stop=lambda: stop.requested, **how)
 
     return open_it

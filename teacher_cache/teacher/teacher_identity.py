@@ -76,7 +76,7 @@ def know_teacher(teacher: Teacher) -> KnownTeacher:
             raise ModelError(
                 f"{teacher.adapter}: no adapter_config.json there; expected a LoRA directory in `teacher.adapter`"
             )
-        if files.quantization is not None and teacher.engine != "server":
+        if files.quantization is not None and not teacher.is_served:
             raise EngineError(
                 f"{teacher.adapter}: an adapter is folded into the teacher's weights, and those of {teacher.model} are "
                 f"quantised ({files.quantization}); merge it before quantising, or serve both with `vllm serve` and "

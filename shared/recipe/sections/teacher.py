@@ -72,6 +72,10 @@ class Workers(Section):
 class AnyTeacher(Section):
     """The model whose distributions are captured."""
 
+    is_served: ClassVar[bool] = False
+    """Somebody else started what runs it."""
+    is_one_process: ClassVar[bool] = False
+    """Its engine computes in the process that opens it, by torch alone."""
     model: HomePath
     """A directory or a hub id."""
     revision: Text | None = None
@@ -135,6 +139,7 @@ class VllmTeacher(InProcess):
 class TransformersTeacher(InProcess):
     """The model whose distributions are captured, by the slow reference."""
 
+    is_one_process: ClassVar[bool] = True
     quantization: ClassVar[None] = None
     tensor_parallel_size: ClassVar[int] = 1
     engine: Literal["transformers"]
@@ -147,6 +152,7 @@ class TransformersTeacher(InProcess):
 class ServedTeacher(AnyTeacher):
     """The model whose distributions are captured, by servers that somebody else started."""
 
+    is_served: ClassVar[bool] = True
     quantization: ClassVar[None] = None
     tensor_parallel_size: ClassVar[int] = 1
     max_num_batched_tokens: ClassVar[int] = 8192  # what the plan counts with; the server decides
@@ -192,7 +198,17 @@ def unread_settings(teacher: Teacher, engines: Collection[str]) -> list[Problem]
 
 def engine_of_student(teacher: Teacher, wanted: str | None) -> str:
     """Return what lets a student answer in rounds: what a stage wants, or the teacher's engine where that is ours."""
-    return wanted or ("vllm" if teacher.engine == "server" else teacher.engine)
+    return wanted or ("vllm" if teacher.is_served else teacher.engine)
+
+
+def is_one_process(engine: str) -> bool:
+    """Return whether an engine computes in the process that opens it, which then may be forked and counts its memory.
+
+    >>> [is_one_process(engine) for engine in ("vllm", "transformers")]
+    [False, True]
+    """
+    kind = cast("type[AnyTeacher]", _KINDS.named[engine])
+    return kind.is_one_process
 
 
 def on_engine(engine: str, teacher: Teacher, **changes: Any) -> Teacher:

@@ -18,6 +18,11 @@ def refusal(teacher: ServedTeacher, capture: Capture | None) -> str | None:
     return None if problem is None else f"{'.'.join(map(str, problem[0]))}: {problem[1]}"
 
 
+def opening(teacher: ServedTeacher, capture: Capture | None) -> str:
+    """Say whom it asks."""
+    return f"asking the server for {teacher.model}"
+
+
 def open_engine(
     teacher: ServedTeacher,
     capture: Capture | None,

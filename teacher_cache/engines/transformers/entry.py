@@ -15,6 +15,11 @@ def refusal(teacher: TransformersTeacher, capture: Capture | None) -> str | None
     return None
 
 
+def opening(teacher: TransformersTeacher, capture: Capture | None) -> str:
+    """Say what it loads."""
+    return f"loading the weights of {teacher.model}"
+
+
 def open_engine(
     teacher: TransformersTeacher,
     capture: Capture | None,

@@ -49,6 +49,12 @@ def _head_problem(teacher: VllmTeacher) -> str | None:
     return None
 
 
+def opening(teacher: VllmTeacher, capture: Capture | None) -> str:
+    """Say what it loads and tests."""
+    test = "" if capture is None else ", then a self-test of what it captures"
+    return f"loading the weights of {teacher.model}{test}"
+
+
 def open_engine(
     teacher: VllmTeacher,
     capture: Capture | None,

@@ -18,6 +18,7 @@ from typing import Any
 
 from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import Generate, Recipe
+from shared.recipe.sections.teacher import is_one_process
 from teacher_cache.engines.protocol import GenerateRequest
 from tools.evaluate.cost.cost import cost_prompts
 from tools.evaluate.models.generate_answers import Ask, open_for
@@ -123,7 +124,7 @@ def _timed(
 def _peak_memory(torch: Any, engine: str) -> tuple[int, str]:
     if not torch.cuda.is_available():
         return resident_bytes("VmHWM"), "resident memory of its processes"
-    if engine == "transformers":
+    if is_one_process(engine):
         return int(torch.cuda.max_memory_allocated()), "CUDA memory allocated"
     free, total = torch.cuda.mem_get_info()
     return int(total - free), "CUDA memory of the device in use, vLLM's reservation included"

@@ -13,6 +13,7 @@ from shared.models.gpus import list_gpus
 from shared.models.weights.weight_headers import weight_files
 from shared.process.machine import memory_bytes, num_cores
 from shared.recipe.recipe import Recipe
+from shared.recipe.sections.teacher import is_one_process
 from tools.evaluate.models.model_process import end_running
 from tools.evaluate.models.models import ModelUnderTest
 
@@ -28,7 +29,7 @@ def num_at_once(recipe: Recipe, models: Sequence[ModelUnderTest]) -> int:
     Raises:
         ModelError: a model has no weights.
     """
-    if recipe.evaluate.engine != "transformers" or len(models) < 2 or list_gpus():
+    if not is_one_process(recipe.evaluate.engine) or len(models) < 2 or list_gpus():
         return 1
     sizes = [sum(file.stat().st_size for file in weight_files(model.files.directory)) for model in models]
     if max(sizes) > SMALL_BYTES:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.models.gpus import list_gpus
+from shared.recipe.sections.teacher import is_one_process
 from tools.evaluate.sandbox.fork_server import Forked, ForkServer
 from tools.evaluate.sandbox.sandbox_child import serve
 from tools.own_process import own_command, own_environment
@@ -29,7 +30,7 @@ class Forks:
 
     def __init__(self, engine: str) -> None:
         """Take the engine that the models run in."""
-        self._can_fork = engine == "transformers" and not list_gpus()
+        self._can_fork = is_one_process(engine) and not list_gpus()
         self._lock = threading.Lock()
         self._server: ForkServer | None = None
         self._ends = ExitStack()
