@@ -19,6 +19,7 @@ from shared.models.weights.weight_headers import tensors_of
 from shared.special_files import refuse_special_files
 
 ADAPTER = "a directory with adapter_config.json and adapter_model.safetensors"
+MERGED = "an adapter that peft can merge into the weights, such as LoRA without biases of its own"
 FREE_RANK = 256
 """A rank up to here is small, whoever claims it."""
 _PROBE_TOKENS = 8
@@ -47,9 +48,9 @@ def merge_adapter(model: Any, directory: str | Path) -> Any:
         ModelError: as `add_saved_adapter`, or it is of a kind that cannot be merged.
     """
     name = f"the adapter '{directory}'"
-    with loading(name, ADAPTER), warnings.catch_warnings():
+    wrapped = add_saved_adapter(model, directory)
+    with loading(name, MERGED), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what goes wrong with tied weights is mended or refused here
-        wrapped = add_saved_adapter(model, directory)
         _untie_adapted(wrapped.get_base_model())
         expected = _probe_logits(wrapped)
         merged = wrapped.merge_and_unload(safe_merge=True)
@@ -102,7 +103,7 @@ def add_saved_adapter(model: Any, directory: str | Path) -> Any:
     Raises:
         ModelError: it cannot be loaded, or does not fit the model.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     refuse_special_files(directory)
     name = f"the adapter '{directory}'"
@@ -111,7 +112,15 @@ def add_saved_adapter(model: Any, directory: str | Path) -> Any:
         if not (Path(directory) / "adapter_config.json").is_file():
             raise FileNotFoundError("no adapter_config.json there")
         _refuse_claims(Path(directory), name)
-        wrapped = PeftModel.from_pretrained(model, str(directory))
+        config = PeftConfig.from_pretrained(str(directory))
+        if config.is_prompt_learning:
+            raise ModelError(
+                f"{name} is of the kind {config.peft_type.value}, which puts learnt vectors before a prompt and leaves "
+                "the weights as they are; expected one that changes weights, such as LoRA"
+            )
+        if next(model.parameters()).is_meta and isinstance(getattr(config, "init_lora_weights", None), str):
+            config.init_lora_weights = True  # others begin with a part of the weights, of which there are none
+        wrapped = PeftModel.from_pretrained(model, str(directory), config=config)
         report = wrapped.load_adapter(str(directory), "default")  # again, since only this returns what fitted
     LoadMismatch(missing=report.missing_keys, unexpected=report.unexpected_keys).refuse(name, type(model).__name__)
     return wrapped

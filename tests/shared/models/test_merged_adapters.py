@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shared.errors import ModelError
+from shared.models.weights.checkpoint import check_checkpoint
 from shared.models.weights.loading import load_causal_lm
 from tests.tiny_models import VOCAB_SIZE, make_llama, make_qwen3
 
@@ -17,6 +18,8 @@ KINDS = {
     "both, tied": {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
     "head as a whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "some tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6, 7]},
+    "begun with a part of the weights": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    "begun with a basis of the weights": {"target_modules": ["v_proj", "lm_head"], "init_lora_weights": "olora"},
     "rank-stabilised": {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"q_proj": 3}},
 }
 
@@ -83,3 +86,30 @@ def test_rounding_of_merged_16_bits_is_no_reason_to_refuse(models, tmp_path):
     adapter = saved_adapter(models["tied"], tmp_path / "adapter", target_modules="all-linear", use_dora=True)
     settings = {"what": "the teacher", "trust_remote_code": False, "dtype": torch.bfloat16}
     assert load_causal_lm(models["tied"], adapter=adapter, **settings).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_can_be_merged_passes_the_check_without_weights(models, tmp_path, kind):
+    adapter = saved_adapter(models["untied"], tmp_path / "adapter", **KINDS[kind])
+    check_checkpoint(models["untied"], what="the teacher", trust_remote_code=False, adapter=adapter)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_an_adapter_that_changes_no_weights_is_refused_as_what_it_is(models, tmp_path, kind):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(models["untied"]), config).save_pretrained(tmp_path / "a")
+    said = "puts learnt vectors before a prompt .* expected one that changes weights"
+    with pytest.raises(ModelError, match=said):
+        check_checkpoint(models["untied"], what="the teacher", trust_remote_code=False, adapter=tmp_path / "a")
+    with pytest.raises(ModelError, match=said):
+        load_causal_lm(models["untied"], what="the teacher", trust_remote_code=False, adapter=tmp_path / "a")
+
+
+def test_an_adapter_that_peft_cannot_merge_is_not_called_one_that_cannot_be_found(models, tmp_path):
+    adapter = saved_adapter(models["untied"], tmp_path / "a", target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(ModelError, match="expected an adapter that peft can merge into the weights"):
+        load_causal_lm(models["untied"], what="the teacher", trust_remote_code=False, adapter=adapter)
