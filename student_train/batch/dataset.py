@@ -236,10 +236,14 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         plan: StagePlan,
         temperatures: Sequence[float] | None,
         hidden: HiddenReading | None = None,
+        *,
+        packs_per_pass: int = 1,
     ) -> None:
         """Read packs of `plan` from `caches`, with targets at `temperatures` (None for labels alone) and what `hidden`
-        reads.
+        reads. Where processes train together, `packs_per_pass` of them pass forward at a time: what the plan lacks to
+        whole passes are packs without a position, since a data loader would begin with the first packs again.
         """
+        self.packs_per_pass = packs_per_pass
         self.hidden = hidden
         self.caches = caches
         self.plan = plan
@@ -251,8 +255,8 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         return self.__dict__ | {"_ahead": None}
 
     def __len__(self) -> int:
-        """Packs of all epochs."""
-        return self.plan.num_packs
+        """Packs of all epochs, and those without a position that fill the last pass of all processes."""
+        return -(-self.plan.num_packs // self.packs_per_pass) * self.packs_per_pass
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Return one pack.
@@ -263,11 +267,19 @@ class PackDataset(torch.utils.data.Dataset):  # type: ignore[misc]
         `HiddenReading.pack` returns.
         """
         if self.caches.is_remote:
-            self._prefetch().reached(index)
-        caches, places = self.caches, self.plan.rows_of(index).tolist()
+            self._prefetch().reached(min(index, self.plan.num_packs - 1))
+        caches, (places, limit) = self.caches, self._rows_of(index)
         rows = [caches[place] for place in places]
         taught = caches.taught(places, rows)
-        return build_pack(rows, self.plan.limit, self.temperatures, caches.vocab_size, self.hidden, taught)
+        return build_pack(rows, limit, self.temperatures, caches.vocab_size, self.hidden, taught)
+
+    def _rows_of(self, index: int) -> tuple[list[int], int]:
+        """Return the rows of a pack and their longest length: beyond the plan the first token of one, which no loss is
+        of.
+        """
+        if index < self.plan.num_packs:
+            return self.plan.rows_of(index).tolist(), self.plan.limit
+        return self.plan.rows_of(self.plan.num_packs - 1)[:1].tolist(), 1
 
     def _prefetch(self) -> PartPrefetch:
         if self._ahead is None or self._ahead.pid != os.getpid():

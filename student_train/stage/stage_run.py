@@ -293,7 +293,7 @@ def assemble(
     trainer = DistilTrainer(
         model,
         args,
-        PackDataset(work.caches, work.plan, work.temperatures, work.hidden),
+        PackDataset(work.caches, work.plan, work.temperatures, work.hidden, packs_per_pass=_packs_per_pass(args)),
         objective,
         StageSchedule(work.stage, work.plan.num_steps, work.run, _evaluation(work, base, objective), work.sampling),
         belongs_to=checkpoint_of(work),
@@ -304,6 +304,11 @@ def assemble(
         callbacks=_callbacks(work, done) if is_first() else [],
     )
     return trainer, objective
+
+
+def _packs_per_pass(args: TrainingArguments) -> int:
+    """Return how many packs all processes pass forward at a time; 1 alone, where the last pass may have fewer."""
+    return args.train_batch_size * args.world_size if args.world_size > 1 else 1
 
 
 def _chat_settings(work: StageWork, tokenizer: Any, progress: Progress) -> ChatSettings:

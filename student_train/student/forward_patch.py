@@ -106,14 +106,12 @@ class Objective:
             )
         return fused(hidden, self.operator)
 
-    def record(self, loss: Tensor, values: dict[str, Tensor], num_tokens: int) -> None:
+    def record(self, loss: Tensor, values: dict[str, Tensor]) -> None:
         """Add one forward pass; all values are already divided by the global batch's positions."""
         measured = {"loss": loss, **values}
         for name, value in measured.items():
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        tokens = torch.tensor(float(num_tokens), dtype=torch.float64, device=loss.device)
-        self._sums["tokens"] = self._sums.get("tokens", torch.zeros_like(tokens)) + tokens
 
     def take(self) -> dict[str, Tensor]:
         """Return the sums over the forward passes of one optimizer step, and start anew."""
@@ -219,7 +217,7 @@ def patch_forward(model: Any, objective: Objective) -> None:
         if router is not None:
             balance = router.value(position_ids, kwargs["predictor_index"], num_positions)
             loss, values[ROUTER] = loss + balance, balance.detach()
-        objective.record(loss, values, input_ids.numel())
+        objective.record(loss, values)
         return CausalLMOutput(loss=loss)
 
     model.forward = MethodType(forward, model)

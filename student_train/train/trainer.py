@@ -238,13 +238,14 @@ class DistilTrainer(ShardedTrainer):
         """Append the lines of the optimizer step that has just been made."""
         step = self.state.global_step
         values = self._measured()
-        loss, tokens = values.pop("loss"), int(values.pop("tokens"))
+        loss = values.pop("loss")
         norms = {
             name.removeprefix(GRADIENT_SQUARE): values.pop(name) ** 0.5
             for name in list(values)
             if GRADIENT_SQUARE in name
         }
         schedule = self._schedule_of_step(step)
+        tokens = sum(schedule["tokens_by_source"].values())
         schedule |= self._schedule.observe(values, norms or None)
         self._step_values = {**values, **flattened(schedule, tokens)}
         self._last_written = step

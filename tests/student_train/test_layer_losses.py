@@ -355,7 +355,7 @@ def test_losses_on_the_head_and_inside_add_up(tiny) -> None:
     run.objective.terms = [*run.objective.terms, LossTerm("cross_entropy", 0.5)]
     both, values, gradients = run.gradients([batch])
     assert both == pytest.approx(inside + 0.5 * values["cross_entropy"], rel=1e-6)
-    assert set(values) == {"loss", "tokens", "hidden", "attention", "contrastive", "cross_entropy"}
+    assert set(values) == {"loss", "hidden", "attention", "contrastive", "cross_entropy"}
     assert float(gradients["model.embed_tokens.weight"].abs().max()) > 0
 
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from shared.errors import TrainingError
+from student_train.batch.collate import collate
+from student_train.batch.dataset import PackDataset
 from student_train.records.metrics_log import read_steps
+from student_train.stage.stage_work import resolve_stage
 from student_train.stage.stages import run_stages
 
 
@@ -89,6 +92,34 @@ def test_two_processes_equal_one_of_the_same_global_batch(recipe_of, tiny, stude
     together = recipe_of(student=student, trainer={**common, "gradient_accumulation_steps": 2, "fsdp": fsdp})
     assert train_with_two(together) == [0, 0]
     assert_same_training(alone, together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", ["none", "full_shard"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_last_step_of_fewer_packs_than_processes_trains_on_no_pack_twice(recipe_of, batch, fsdp):
+    """The data loader of several processes would fill its last batches with the first packs again."""
+    common = {"max_steps": None, "num_train_epochs": 1, "optim": "sgd", "learning_rate": 0.1, "pack_tokens": 128}
+    common |= {"per_device_train_batch_size": batch}
+    alone = recipe_of(trainer={**common, "gradient_accumulation_steps": 2 * 2 // batch})
+    alone = alone.model_copy(update={"output_dir": alone.output_dir.with_name("alone")})
+    assert resolve_stage(alone, alone.stages[0]).plan.num_packs % 2, "a pack for each would hide the repeated one"
+    run_stages(alone)
+    together = recipe_of(trainer={**common, "gradient_accumulation_steps": 2 // batch, "fsdp": fsdp})
+    assert train_with_two(together) == [0, 0]
+    assert_same_training(alone, together)
+
+
+def test_packs_that_fill_the_last_pass_hold_no_position(recipe_of):
+    work = resolve_stage(recipe := recipe_of(trainer={"max_steps": 3}), recipe.stages[0])
+    data = PackDataset(work.caches, work.plan, work.temperatures, packs_per_pass=4)
+    assert len(PackDataset(work.caches, work.plan, work.temperatures)) == 3
+    assert len(data) == 4
+    filler = data[3]
+    assert (len(filler["input_ids"]), len(filler["labels"]), len(filler["support_counts"])) == (1, 0, 0)
+    joined, alone = collate([data[2], filler]), collate([data[2]])
+    assert all(torch.equal(joined[name], alone[name]) for name in alone if name not in ("input_ids", "position_ids"))
+    assert torch.equal(joined["input_ids"][:, :-1], alone["input_ids"])
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def patch_live(model: Any, objective: Objective, teacher: Any) -> None:
             "cross_entropy": -q.gather(1, labels[:, None]).sum() / num_positions,
         }
         loss = torch.stack([term.weight * values[term.name] for term in objective.terms]).sum()
-        objective.record(loss, values, input_ids.numel())
+        objective.record(loss, values)
         return CausalLMOutput(loss=loss)
 
     model.forward = MethodType(forward, model)
