@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from shared.atomic import fill_atomic, make_dir, write_atomic
+from shared.atomic import TEMPORARY_MARK, fill_atomic, make_dir, write_atomic
 from shared.errors import CacheError, DamagedError, DecantError, first_line
 from shared.places import is_url
 from shared.schema import MAX_JSON_BYTES
@@ -152,6 +152,24 @@ class Remote:
             return data
 
         return self._tried(name, attempt)
+
+    def unfinished(self, names: Sequence[str]) -> list[str]:
+        """Return what writers that were killed, or still write, left of files below the URL: a directory keeps
+        temporary files, S3 the pieces of large ones, which no listing shows and which cost as much.
+
+        Args:
+            names: every file below, as listed.
+        """
+        found = [name for name in names if TEMPORARY_MARK in name.rsplit("/", 1)[-1]]
+        if self.scheme != "s3":
+            return found
+        bucket, below, _ = self._files().split_path(self.url)
+        try:
+            uploads = self._files().list_multipart_uploads(bucket)
+        except Exception:  # noqa: BLE001 - not every server tells, nor everybody; it is only asked for a note
+            return found
+        keys = [str(upload["Key"]) for upload in uploads]
+        return found + [key.removeprefix(f"{below}/") for key in keys if key.startswith(f"{below}/" if below else "")]
 
     def write_all(self, written: Sequence[tuple[str, Path | bytes]]) -> None:
         """Write files, each whole, in their order.

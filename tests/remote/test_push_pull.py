@@ -29,6 +29,7 @@ from tests.system.program import ROOT
 from tools.bench.loopback_s3 import s3_server, serving
 from tools.cache.cache_commands import listing
 from tools.cache.dataset_card import dataset_card
+from tools.cli import main
 
 URL = "hf://datasets/org/demo"
 
@@ -252,3 +253,45 @@ def test_a_part_that_a_killed_pull_left_without_a_record_is_compared_before_it_g
     pull_cache(Remote(web.url), pulled)
     assert tree(pulled) == tree(local)
     assert list(verify_cache(pulled)) == []
+
+
+def test_a_push_names_what_killed_ones_left_in_a_directory(new_store, local, tmp_path, capsys):
+    served = tmp_path / "served"
+    (served / "sequences").mkdir(parents=True)
+    left = served / "sequences" / ".part-0123abcd-000000.arrow.tmp-99-abc"
+    left.write_bytes(b"half")
+    (served / ".cache.json.tmp-99-abc").write_bytes(b"")
+    assert main(["cache", "push", str(local), str(served)]) == 0
+    said = capsys.readouterr().out
+    assert f"2 files of pushes that were killed, or go on, are there half; `decant cache gc {served}` removes" in said
+    for file in (left, served / ".cache.json.tmp-99-abc"):
+        os.utime(file, (1, 1))
+    assert main(["cache", "gc", str(served)]) == 0
+    assert push_cache(local, Remote(str(served))).unfinished == 0
+
+
+@pytest.mark.slow
+def test_a_push_names_the_pieces_of_large_files_that_killed_ones_left_in_s3(new_store, local, monkeypatch, capsys):
+    needs_s3_server()
+    with s3_server() as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        remote = Remote("s3://bucket/demo")
+        files = remote._files()
+        files.mkdir("bucket")
+        for key in ("demo/sequences/part-0123abcd-000000.arrow", "demo-2/other"):
+            files.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+        assert main(["cache", "push", str(local), "s3://bucket/demo"]) == 0
+        assert "1 files of pushes that were killed, or go on, are there half; abort those" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("how", "why"), [(None, "restore it from a copy"), (flipped, "was altered after it was wr")])
+def test_a_tokenizer_that_is_not_as_it_was_committed_is_not_pushed(new_store, local, tmp_path, how, why):
+    cache = shutil.copytree(local, tmp_path / "own")
+    file = next(path for path in sorted((cache / "tokenizer").rglob("*")) if path.is_file())
+    if how is None:
+        file.unlink()
+    else:
+        file.write_bytes(how(file))
+    with pytest.raises(DamagedError, match=rf"{file.name} .*{why}"):
+        push_cache(cache, Remote(str(tmp_path / "served")))
+    assert not (tmp_path / "served" / "cache.json").exists()

@@ -6,6 +6,7 @@ Nothing here loads a model or a framework; `ls` and `stats` read commit records 
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -369,7 +370,18 @@ def _push(args: argparse.Namespace) -> Answer:
         f"{args.url}: {done.files:,} files, {size(done.bytes)} written, {done.already_there:,} were there; train from "
         f"it with `cache: {url}`{'' if url == args.url else ' once a web server serves it'}"
     )
+    if done.unfinished:
+        text += (
+            f"\n{done.unfinished:,} files of pushes that were killed, or go on, are there half; {_way_out(args.url)}"
+        )
     return {"url": args.url, **done._asdict()}, text
+
+
+def _way_out(url: str) -> str:
+    """Say how what killed pushes left at a place is removed."""
+    if is_url(url):
+        return "abort those multipart uploads, or let a lifecycle rule of the bucket do so (they cost as much as files)"
+    return f"`decant cache gc {shlex.quote(url)}` removes those that nobody wrote to for an hour"
 
 
 def _pull(args: argparse.Namespace) -> Answer:

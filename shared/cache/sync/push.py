@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shared.cache.layout import all_layers, read_header, refuse_within_cache, sequences_dir
 from shared.cache.sync.listing import have_no_part_in_common, listing_of, most_bytes, parts_in, rank_of, read_listing
 from shared.cache.sync.mirror import list_remote
+from shared.cache.tokenizer_files import read_tokenizer_file
 from shared.errors import CacheError, DecantError, NamingError
 from shared.parts.cache_files import read_bounded
 from shared.parts.jobs import list_jobs
@@ -41,6 +42,8 @@ class PushSummary(NamedTuple):
     bytes: int
     already_there: int
     """Files."""
+    unfinished: int
+    """Files that other pushes are at, or left half when they were killed."""
 
 
 class _Item(NamedTuple):
@@ -48,6 +51,8 @@ class _Item(NamedTuple):
 
     name: str
     record: PartRecord | None
+    entry: Mapping[str, Any] | None = None
+    """What cache.json says of a file of the tokenizer."""
 
 
 def files_of(path: Path) -> list[_Item]:
@@ -58,7 +63,7 @@ def files_of(path: Path) -> list[_Item]:
     """
     header = read_header(path)
     items = [_Item("cache.json", None)]
-    items += [_Item(f"tokenizer/{name}", None) for name in header.tokenizer_files]
+    items += [_Item(f"tokenizer/{name}", None, entry) for name, entry in header.tokenizer_files.items()]
     items += [_Item(f"jobs/{job.id}/plan.arrow", None) for job in list_jobs(path)]
     folders = [sequences_dir(path)]
     for layer in all_layers(path):
@@ -89,7 +94,7 @@ def push_cache(
     Raises:
         UsageError: the place lies in another cache.
         CacheError: nothing can be written there, or another cache is, or other files.
-        DamagedError: a part is not what was committed.
+        DamagedError: a part or a file of the tokenizer is not what was committed, or is missing.
     """
     if remote.lists_in_file:
         raise NamingError(
@@ -100,7 +105,7 @@ def push_cache(
         refuse_within_cache(remote.url)
     items = files_of(path)
     if not is_mirror:
-        _refuse_another(remote, parts_in(_sizes(path, items)), parts_in(there))
+        _refuse_another(remote, parts_in(_names(items)), parts_in(there))
     written: list[int] = []
     with ThreadPoolExecutor(1 if remote.files_per_write > 1 else PARALLEL) as pool:
         for _, group in groupby(items, key=lambda item: rank_of(item.name)):
@@ -108,7 +113,8 @@ def push_cache(
             for new in pool.map(lambda batch: _push(path, remote, batch, there), batches):
                 written += new
                 advance(len(new))
-    found, sizes = list_remote(remote), _sizes(path, items)
+    listed, sizes = remote.list_files(read_listing), _sizes(path, items)
+    found = {name: file for name, file in listed.items() if rank_of(name) is not None}
     for name, size in sizes.items():
         if name not in found or found[name].size != size:
             at = f"{found[name].size:,}" if name in found else "no"
@@ -117,7 +123,8 @@ def push_cache(
             )
     extra = [(LIST_FILE, listing_of(path, found, remote))]  # also of what another machine pushed
     remote.write_all(extra if card is None else [*extra, (CARD_FILE, card)])
-    return PushSummary(len(written), sum(written), len(sizes) - len(written))
+    unfinished = len(remote.unfinished(list(listed)))
+    return PushSummary(len(written), sum(written), len(sizes) - len(written), unfinished)
 
 
 def _cache_at(remote: Remote) -> dict[str, RemoteFile]:
@@ -151,16 +158,19 @@ def _push(path: Path, remote: Remote, batch: Sequence[_Item], there: Mapping[str
     """Write what is missing of some files; return the sizes of what was written."""
     files: list[tuple[str, Path | bytes]] = []
     sizes: list[int] = []
-    for name, record in batch:
+    for name, record, entry in batch:
         if record is None and name.startswith("jobs/"):
             size = (path / name).stat().st_size
             if name not in there or there[name].size != size:
                 files.append((name, path / name))
                 sizes.append(size)
             continue
-        data = read_bounded(path / name, most_bytes(name))
+        if entry is not None:
+            data = read_tokenizer_file(path, name.removeprefix("tokenizer/"), entry)
+        else:
+            data = read_bounded(path / name, most_bytes(name))
         known = name in there and _is_same(remote, name, data)
-        arrow = name.removesuffix(".json") + ".arrow"
+        arrow = _arrow(name)
         if record is not None and not (known and arrow in there and there[arrow].size == record.bytes):
             check_file((path / name).parent, record)
             files.append((arrow, part_file((path / name).parent, record)))
@@ -195,8 +205,16 @@ def _is_same(remote: Remote, name: str, data: bytes) -> bool:
 
 def _sizes(path: Path, items: Sequence[_Item]) -> dict[str, int]:
     sizes = {item.name: (path / item.name).stat().st_size for item in items}
-    parts = {f"{name.removesuffix('.json')}.arrow": record.bytes for name, record in items if record is not None}
-    return sizes | parts
+    return sizes | {_arrow(item.name): item.record.bytes for item in items if item.record is not None}
+
+
+def _names(items: Sequence[_Item]) -> list[str]:
+    return [item.name for item in items] + [_arrow(item.name) for item in items if item.record is not None]
+
+
+def _arrow(name: str) -> str:
+    """Return a part's file by its record's name."""
+    return f"{name.removesuffix('.json')}.arrow"
 
 
 @contextmanager
