@@ -82,7 +82,7 @@ OF_CARD = {
         ({"train.csv": b'text,id\n"a, b",1\nc,2\n'}, {}),
         ({"train.tsv": b"text\tid\na, b\t1\nc\t2\n"}, {}),
         ({"README.md": card({"config_name": "x", "data_files": "*.csv", "sep": "|"}), "1.csv": b"id|text\n1|a,\n"}, {}),
-        ({"train.txt": "one line\nanother, ü\r\n".encode()}, {}),
+        ({"train.txt": "one line\nanother, ü\r\n{ that".encode()}, {}),
         ({"train.json": json.dumps([{"text": "a"}, {"text": "b"}]).encode()}, {}),
     ],
 )  # fmt: skip

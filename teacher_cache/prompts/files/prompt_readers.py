@@ -100,7 +100,7 @@ def _json(path: Path) -> Iterator[Numbered]:
         with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
             yield from enumerate(read_list(file, MAX_LINE_BYTES), start=1)
     else:
-        yield from _lines(path)
+        yield from _lines(path, of_objects=True)
 
 
 def _starts_list(path: Path) -> bool:
@@ -114,7 +114,7 @@ def _starts_list(path: Path) -> bool:
     return False
 
 
-def _lines(path: Path) -> Iterator[Numbered]:
+def _lines(path: Path, *, of_objects: bool) -> Iterator[Numbered]:
     with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="surrogateescape") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
@@ -132,7 +132,7 @@ def _lines(path: Path) -> Iterator[Numbered]:
                 )
                 yield number, ValueError(reason)
             elif line.strip("\ufeff \t\r\n"):
-                if not line.endswith("\n"):
+                if of_objects and not line.endswith("\n"):
                     _require_whole(line.strip("\ufeff \t\r"))
                 yield number, line.rstrip("\r\n")
 
@@ -241,7 +241,7 @@ def _text(path: Path) -> Iterator[Numbered]:
 
 
 def _text_lines(path: Path) -> Iterator[Numbered]:
-    for number, line in _lines(path):
+    for number, line in _lines(path, of_objects=False):
         yield number, {"text": line} if isinstance(line, str) else line
 
 
