@@ -231,3 +231,15 @@ def test_what_is_to_be_measured_of_no_model_is_refused_before_work(place, asked)
     with pytest.raises(UsageError, match=f"evaluate.{next(iter(asked))}: there is no model to measure"):
         preflight(recipe(place, evaluate=asked), {}, ("teach",), plans_only=True)
     preflight(recipe(place, evaluate={"cost": False, "tasks": []}), {}, (), plans_only=True)
+
+
+def test_an_answering_model_that_is_out_of_reach_is_named_and_refuses_no_plan(place):
+    def said(model: str) -> list[str]:
+        told = recipe(place, generate={"max_new_tokens": 10, "model": model})
+        preflight(told, {}, ("teach",), plans_only=True)
+        return [line for line in plan(told)["assumptions"] if "generate.model" in line]
+
+    (line,) = said("org/nobody-has-this")
+    assert "generate.model is out of reach (org/nobody-has-this: " in line
+    assert "`decant teach` needs it" in line
+    assert said(str(place / "teacher")) == []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.layout import sequences_dir
-from shared.errors import EngineError, PromptError
+from shared.errors import EngineError, PromptError, first_line
 from shared.keys import is_heldout
 from shared.parts.jobs import committed_keys
 from shared.parts.records import list_records
@@ -125,7 +125,7 @@ def count_prompts(recipe: Recipe) -> PromptCount:
             source.longest_tokens = max(source.longest_tokens, prompt + answer)
     for name, count in problems.duplicates.items():
         result.sources.setdefault(name, SourceCount()).duplicates = count
-    result.assumed += problems.notes() + counter.templates.unread_settings
+    result.assumed += problems.notes() + counter.templates.unread_settings + _unseen_answerer(recipe)
     result.set_aside = problems.total + sum(_too_long_of_the_rest(source) for source in result.sources.values())
     result.first_problem = problems.listed[0].sentence() if problems.listed else None
     return result
@@ -197,6 +197,22 @@ def _answerer(recipe: Recipe) -> str | None:
         return answerer_key(recipe.generate, recipe.teacher, recipe.cache[0])
     except EngineError:
         return "out of reach" if recipe.generate is not None and recipe.generate.model is not None else None
+
+
+def _unseen_answerer(recipe: Recipe) -> list[str]:
+    """Say that the model that answers is out of reach, and what the plan therefore cannot know of it."""
+    from teacher_cache.teacher.model_files import resolve_model
+
+    if recipe.generate is None or recipe.generate.model is None:
+        return []
+    try:
+        resolve_model(recipe.generate.model)
+    except EngineError as error:
+        return [
+            f"generate.model is out of reach ({first_line(error)}), so its tokenizer and its longest sequence are not "
+            "checked, and none of its answers is looked for in the cache; `decant teach` needs it"
+        ]
+    return []
 
 
 def _foreign_ends(recipe: Recipe, counter: _TokenCounter) -> list[int | None]:
