@@ -87,8 +87,12 @@ def mass_gradients(
 
 
 def finite(log_masses: Tensor) -> Tensor:
-    """Return log-masses with `ZERO_LOG_MASS` in place of -inf."""
-    return log_masses.masked_fill(log_masses == -torch.inf, ZERO_LOG_MASS)
+    """Return log-masses with `ZERO_LOG_MASS` in place of -inf.
+
+    A mass that is just that, as a stored code may give at a low temperature, is moved a little: it is not empty.
+    """
+    told = torch.where(log_masses == ZERO_LOG_MASS, ZERO_LOG_MASS * (1 - 1e-6), log_masses)
+    return told.masked_fill(log_masses == -torch.inf, ZERO_LOG_MASS)
 
 
 def student_masses(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from shared.recipe.sections.losses import NEEDS_DRAWS
 from student_train.batch.target_batch import TargetBatch
-from student_train.losses import LossTerm, divergences, registry
+from student_train.losses import ZERO_LOG_MASS, LossTerm, divergences, registry
 from student_train.operator import head_chunks
 from student_train.operator.fused_loss import fused_sparse_loss
 from student_train.operator.loss_terms import term_keys
@@ -89,6 +90,16 @@ def test_chunk_of_positions_without_a_head_equals_dense_autograd(name, by_entrop
 def test_weights_by_the_teachers_entropy_equal_dense_autograd(name, shape):
     terms = [replace(term, by_entropy=term.name == name) for term in TERMS[1.0](name)]
     assert_equal_to_dense(make_case(shape, seed=5), terms, 1e-9, chunk_positions=4)
+
+
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name not in NEEDS_DRAWS])
+def test_mass_of_just_what_stands_for_an_empty_one_is_not_empty(name):
+    """A sure teacher's second token may lie 100 nats below, as 25 do at a temperature of 1/4 on the grid of codes."""
+    teacher = torch.full((9, 23), 3 * ZERO_LOG_MASS, dtype=torch.float64)
+    teacher[:, 5], teacher[:, 2:5] = 0.0, ZERO_LOG_MASS
+    case = make_case("fixed", teacher=teacher)
+    assert (case.batch["support_logprobs"] == ZERO_LOG_MASS).sum() == 27
+    assert_equal_to_dense(case, [LossTerm(name, 0.7, 1.0, OPTIONS.get(name, {}))], 1e-6)
 
 
 @pytest.mark.parametrize("name", ["tail_weighted_kl", "decoupled_kl"])
