@@ -7,6 +7,7 @@ Cost: looking for one package.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,8 @@ if "DECANT_PARENT" in os.environ:  # a process that multiprocessing spawned impo
 
 def main() -> int:
     """Run the command line and return its exit code; 2 where its package `tools` is another's."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the command line says a sentence instead
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     spec = find_spec("tools")
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     if not places or Path(places[0]).resolve() != TOOLS:

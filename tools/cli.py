@@ -8,6 +8,11 @@ datasets.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tools.own_process import end_at_interrupt
+
+    end_at_interrupt()
+
 import argparse
 import contextlib
 import io
@@ -35,10 +40,15 @@ if TYPE_CHECKING:
     from tools.cache.cache_commands import Answer
 
 EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+TERMINATED = "terminated by SIGTERM; the same command continues where it stopped"
 DEFERRED_SECONDS = 0.05
 """A signal that comes where it would be lost is sent again after so long."""
+IMPORT_SECONDS = 1.5
+"""SIGTERM waits so long for an import to end; those of a busy machine take half a minute."""
 _DEFERRED: set[int] = set()
 """Signals to send again."""
+_terminated_at: float | None = None
+"""When SIGTERM first came within an import."""
 
 
 PhasesOf = Callable[[argparse.Namespace, Any], Collection[str]]
@@ -262,12 +272,22 @@ def _stdout_kept(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Raise `Terminated`, but not within an import, where a library may swallow it or be left half imported."""
+    """Raise `Terminated`, but not within an import, where a library may swallow it or be left half imported; after one
+    of more than `IMPORT_SECONDS` leave as at kill -9, at which nothing that is written is lost and children end.
+    """
+    global _terminated_at
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _terminated_at = _terminated_at or time.monotonic()
+            if time.monotonic() - _terminated_at > IMPORT_SECONDS:
+                _complain(TERMINATED)
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush()
+                os._exit(EXIT_TERMINATED)
             _defer(signal.SIGTERM)
             return
         frame = frame.f_back
+    _terminated_at = None
     raise Terminated
 
 
@@ -293,6 +313,8 @@ def _unraisable(found: sys.UnraisableHookArgs) -> None:
 
 def _prepare(verbose: bool) -> None:
     """Turn SIGTERM into an exception of this process alone, and quieten libraries before they are imported."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of `end_at_interrupt`, or of `decant_entry`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGALRM, _send_deferred)
     sys.unraisablehook = _unraisable
@@ -330,6 +352,12 @@ def _report_bug(error: Exception, args: argparse.Namespace) -> None:
 
 def _complain(sentence: str) -> None:
     say(f"decant: error: {sentence}")
+
+
+def _complain_once(sentence: str, error: BaseException) -> None:
+    """Say why this process stops, where a phase of it that was stopped with it has not said so."""
+    if not getattr(error, "said", False):
+        _complain(sentence)
 
 
 def _open_streams() -> None:
@@ -377,11 +405,11 @@ def _guarded(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        _complain("interrupted; the same command continues where it stopped")
+    except KeyboardInterrupt as error:
+        _complain_once("interrupted; the same command continues where it stopped", error)
         return EXIT_INTERRUPTED
-    except Terminated:
-        _complain("terminated by SIGTERM; the same command continues where it stopped")
+    except Terminated as error:
+        _complain_once(TERMINATED, error)
         return EXIT_TERMINATED
     except OSError as error:
         if error.errno is None:

@@ -6,6 +6,7 @@ Cost: starting Python.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,12 @@ def save_recipe(recipe: Recipe) -> Path:
     return path
 
 
+INTERRUPTED_SECONDS = 5.0
+"""A phase may end by itself after Ctrl-C for so long."""
+SAID_WITH = (130, 143)
+"""Exit codes of a phase that was stopped and has said so."""
+
+
 class PhaseFailedError(DecantError):
     """A phase ended with an exit code other than 0; its own message stands above."""
 
@@ -61,9 +68,14 @@ def run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
         process = subprocess.Popen(command, env=own_environment(), stdout=output)  # noqa: S603 - our own interpreter
     try:
         code = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):  # which the phase has got, too, and a second signal would cut short
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=INTERRUPTED_SECONDS)
+        if process.poll() is None:
+            process.terminate()
+        if process.wait() in SAID_WITH:
+            error.said = True  # type: ignore[attr-defined]
         raise
     if code < 0:
         hint = "; the machine may have run out of memory" if code == -9 else ""

@@ -10,6 +10,7 @@ three packages, importing none.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,12 @@ def require_own_packages() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
+
+
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end the process without a traceback until the command line turns it into a sentence."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def own_command(*words: str) -> list[str]:

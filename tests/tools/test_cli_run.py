@@ -155,6 +155,39 @@ sys.exit(cli.main(["doctor"]))
     assert (process.returncode, note.read_text()) == (143, "closed")
 
 
+@pytest.mark.parametrize(
+    ("number", "sentence"), [(signal.SIGTERM, "terminated by SIGTERM"), (signal.SIGINT, "interrupted")]
+)
+def test_a_run_that_is_stopped_with_its_phase_says_so_once(number, sentence):
+    phase = (
+        "import sys, time\nfrom tools import cli\n"
+        "cli.COMMANDS['doctor'] = lambda args: print('ready', flush=True) or time.sleep(60) or 0\n"
+        "sys.exit(cli.main(['doctor']))\n"
+    )
+    program = f"""
+import sys
+from tools import cli, own_phase
+def command(args):
+    own_phase.run_phase("teach", [sys.executable, "-c", {phase!r}], None)
+    return 0
+cli.COMMANDS["doctor"] = command
+sys.exit(cli.main(["doctor"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, number)  # as Ctrl-C does
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 128 + number
+    assert said == ["teach: begins", f"decant: error: {sentence}; the same command continues where it stopped"]
+
+
 def test_phase_ends_with_a_run_that_is_killed(tmp_path):
     phase = (
         "import os, sys, time\n"
