@@ -1,7 +1,8 @@
 """With which end tokens do a cache's answers end? What a student of it learns to write, and must stop at.
 
 Read from the rows themselves, so it holds for merged and imported caches too: the last token of each supervised span,
-where it is a special token. An answer cut by length or at a stop text has none.
+where it is a special token. An answer cut by length has none, whichever token it was cut after: the end of thoughts,
+say, at which every student would stop.
 Cost: at most `ROWS_PER_SOURCE` rows of each source.
 """
 
@@ -28,6 +29,7 @@ def trained_ends(cache: Cache, special_ids: Collection[int]) -> tuple[int, ...]:
         rows = np.flatnonzero(cache.sources == source)
         for row in rows[np.unique(np.linspace(0, len(rows) - 1, ROWS_PER_SOURCE).astype(np.int64))]:
             sequence = cache.sequence(int(row))
-            lasts = sequence.token_ids[sequence.spans[:, 1] - 1].tolist()
+            whole = sequence.spans[:-1] if sequence.finish_reason == "length" else sequence.spans
+            lasts = sequence.token_ids[whole[:, 1] - 1].tolist()
             found.update(int(token) for token in lasts if token in special_ids)
     return tuple(token for token, _ in found.most_common())
