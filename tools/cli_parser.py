@@ -14,6 +14,7 @@ from tools.cli_values import (
     place,
     positive,
     price,
+    repository,
     sample,
     share,
 )
@@ -126,7 +127,7 @@ def _export(export: Parser) -> None:
     export.add_argument("--stage", metavar="NAME", help="whose model (default: the last stage that is finished)")
     export.add_argument("--output", type=directory, metavar="DIR", help="the new directory (default: RUN/export/NAME)")
     push = "also write it to this model repository of the Hugging Face hub"
-    export.add_argument("--push", metavar="ORG/NAME", help=push)
+    export.add_argument("--push", type=repository, metavar="ORG/NAME", help=push)
     export.add_argument("--keep-adapter", action="store_true", help="put the adapter by itself into adapter/, too")
     dtypes = ["float32", "bfloat16", "float16"]
     export.add_argument(

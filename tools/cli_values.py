@@ -30,6 +30,13 @@ Options = Callable[[Parser], None]
 """Adds the options of one command to its parser."""
 
 
+def word(text: str) -> str:
+    """Read a word that an option of no other kind takes; an empty one is what a shell makes of a variable not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty; name something, or leave it out")
+    return text
+
+
 class Commands:
     """Commands of one parser, each a function that adds its options, in the order in which they are written."""
 
@@ -58,6 +65,7 @@ class Commands:
             if not is_group:
                 sub.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
                 sub.add_argument("--verbose", action="store_true", help="show what libraries log, and tracebacks")
+                sub.register("type", None, word)
             options(sub)
 
 
@@ -66,7 +74,7 @@ def place(text: str) -> Path:
     from shared.places import place_of
 
     try:
-        return place_of(text)
+        return place_of(word(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -86,14 +94,14 @@ def _here(text: str, what: str) -> Path:
 
     if is_url(text):
         raise argparse.ArgumentTypeError(f"'{text}' is a URL where a {what} of this machine is expected")
-    return Path(text)
+    return Path(word(text))
 
 
 def url_or_directory(text: str) -> str:
     """Read a place to write to."""
     from shared.places import is_url
 
-    return url(text) if is_url(text) else str(Path(text).absolute())
+    return url(text) if is_url(text) else str(Path(word(text)).absolute())
 
 
 def url(text: str) -> str:
@@ -103,6 +111,13 @@ def url(text: str) -> str:
     if not is_url(text):
         raise argparse.ArgumentTypeError(f"'{text}' is no URL; expected one such as s3://bucket/demo")
     return named(place(text))
+
+
+def repository(text: str) -> str:
+    """Read a model repository of the hub."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no repository; expected ORG/NAME")
+    return text
 
 
 def partition(text: str) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def evaluate(recipe: Recipe, allow_unsafe_code: bool, lm_eval: str | None = None
         EvaluationError: a model or a task cannot be evaluated.
     """
     from tools.evaluate.all_models import evaluate_all
-    from tools.evaluate.lm_eval.lm_eval_tasks import parse_tasks, require_lm_eval, run_lm_eval
+    from tools.evaluate.lm_eval.lm_eval_tasks import parse_tasks, refuse_unknown, require_lm_eval, run_lm_eval
     from tools.report.figures import report_figures
     from tools.report.run_files import read_run
     from tools.report.tables import table_text
@@ -167,6 +167,7 @@ def evaluate(recipe: Recipe, allow_unsafe_code: bool, lm_eval: str | None = None
     if lm_eval is not None:  # refused before any model runs
         require_lm_eval()
         tasks = parse_tasks(lm_eval)
+        refuse_unknown(tasks)
     results = evaluate_all(recipe, allow_unsafe_code)
     if tasks is not None:
         for name, figures in run_lm_eval(recipe, tasks, say).items():

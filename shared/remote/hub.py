@@ -95,9 +95,12 @@ def push_model(directory: Path, repo_id: str) -> str:
     try:
         api.create_repo(repo_id, repo_type="model", private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=str(directory), commit_message="Add a student"))
-    except (OSError, ValueError) as error:  # what the hub refuses, and names that it does not know
+    except Exception as error:  # noqa: BLE001 - what the hub refuses, and no answer, of which each version has its own
         said = first_line(error).split("?", 1)[0][:300]
-        raise CacheError(f"{repo_id} cannot be pushed ({type(error).__name__}: {said}); see `hf auth login`") from None
+        raise CacheError(
+            f"{repo_id} cannot be pushed ({type(error).__name__}: {said}); check the network and `hf auth login`, then "
+            "give the same command again"
+        ) from None
 
 
 def _api() -> Any:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 
+import shared.remote.hub
 from shared.cache.cache import Cache
 from shared.cache.layout import refuse_within_cache
 from shared.cache.reading.verify import verify_cache
@@ -239,6 +241,13 @@ def test_a_student_is_pushed_with_its_card(hub, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     push_model(tmp_path, "org/student")
     assert hub.repositories["models/org/student"]["README.md"].startswith(b"---\nlicense: mit")
+
+
+def test_a_student_that_no_hub_takes_is_said_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(shared.remote.hub, "_api", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(CacheError, match=r"org/student cannot be pushed \(\w+: .*check the network"):
+        push_model(tmp_path, "org/student")
 
 
 @pytest.mark.parametrize("how", [flipped, lambda file: file.read_bytes()[:-8], Path.read_bytes])

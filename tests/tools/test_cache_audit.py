@@ -16,7 +16,7 @@ import torch
 from shared.cache.cache import Cache
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.layer_writer import LayerWriter
-from shared.errors import CacheError, IdentityError
+from shared.errors import CacheError, IdentityError, UsageError
 from shared.payload.codec import Codec
 from shared.payload.targets import SparseTargets
 from shared.recipe.sections.teacher import TransformersTeacher
@@ -78,6 +78,8 @@ def test_the_teacher_is_faithful_to_itself(found: dict) -> None:
     for part in ("stored", "control", "codec"):
         assert faith[part]["top1_agreement"] > 0.99
     assert "faithful" in audit_text(found)
+    assert "  * the layer's own k and mass, captured at T = 1, 2 as all lines are; KL" in audit_text(found)
+    assert "  * the layer's own capture; KL" in audit_text(found | {"temperatures": [1.0, 2.0]})
     assert "UNFAITHFUL" not in audit_text(found)
 
 
@@ -258,7 +260,7 @@ def test_the_recorded_teacher_alone_is_accepted(world: dict[str, Path]) -> None:
     other = make_qwen3(world["root"] / "other", seed=8)
     with pytest.raises(IdentityError, match=r"the layer was captured with .* --teacher DIR"):
         audit_cache(world["cache"], AuditSettings(teacher=str(other)))
-    with pytest.raises(IdentityError, match="adapter"):
+    with pytest.raises(UsageError, match=r"had no adapter, and --adapter or the recipe names .* leave it out"):
         audit_cache(world["cache"], AuditSettings(adapter=str(other)))
     quantised = with_layer(world, "quantised", lambda _, targets: targets, quantization="fp8")
     with pytest.raises(IdentityError, match="quantised with fp8"):

@@ -188,6 +188,7 @@ def test_stats_are_those_of_the_reader(both, capsys):
     assert (found["rows"], found["positions"]) == (len(cache), len(kept))
     text = run(capsys, "stats", both, "--targets", HYBRID.name)
     assert f"positions: {len(kept)}" in text
+    assert f"entropy of head and bucket, {found['mean_entropy_nats']:.4g} nats on average" in text
     assert "source math" in text
 
 

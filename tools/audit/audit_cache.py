@@ -126,6 +126,7 @@ def audit_cache(path: Path, settings: AuditSettings) -> dict[str, Any]:
         "layer": cache.layer_name,
         "teacher": cache.layer.teacher,
         "dtype": cache.layer.dtype,
+        "temperatures": list(cache.layer.temperatures),
         "rows": len(chosen),
         "rows_too_long": len(drawn) - len(chosen),
         "faithfulness": audit_faithfulness(cache, model, chosen),
@@ -181,7 +182,11 @@ def audit_text(found: Mapping[str, Any]) -> str:
             f"{one['bytes_per_position']:14.1f}  {one['mean_entries']:7.1f}  {lost:>9}  {one['gradient_error']:14.2e}  "
             f"{one['mean_gradient_error']:11.2e}"
         )
-    lines.append("  * the layer's own capture; KL in nats per position; errors relative to the dense gradient")
+    at = sorted({one["temperature"] for one in found["truncation"]})
+    own = "capture"
+    if at != found["temperatures"]:  # a mass is covered at the highest temperature, which is another one here
+        own = f"k and mass, captured at T = {', '.join(f'{t:g}' for t in at)} as all lines are"
+    lines.append(f"  * the layer's own {own}; KL in nats per position; errors relative to the dense gradient")
     return "\n".join([*lines, *([f"  {found['smaller_capture']}"] if found["smaller_capture"] else [])])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from shared.errors import IdentityError
+from shared.errors import IdentityError, UsageError
 from shared.identity.identity import LayerIdentity
 from shared.identity.weights_hash import weights_hash
 from shared.parts.sequences import SequenceRow
@@ -32,6 +32,7 @@ def open_recorded_teacher(
     """Load the teacher that a layer records, in the types that it records; it lies in `model`, None: where it lay.
 
     Raises:
+        UsageError: an adapter is missing, or one too many.
         IdentityError: these are other weights, or transformers cannot run the teacher as it was run.
         EngineError: it cannot be loaded.
     """
@@ -40,10 +41,11 @@ def open_recorded_teacher(
             f"the teacher was quantised with {identity.quantization} when it was captured, which transformers does "
             "not do; audit a layer of the unquantised teacher"
         )
-    if (identity.adapter is None) != (adapter is None):
-        found = "has one" if identity.adapter else "has none"
-        raise IdentityError(
-            f"the layer's teacher {found} where an adapter is concerned; name it with --recipe or --adapter DIR"
+    if identity.adapter and not adapter:
+        raise UsageError("the layer's teacher had an adapter; name it with --recipe or --adapter DIR")
+    if adapter and not identity.adapter:
+        raise UsageError(
+            f"the layer's teacher had no adapter, and --adapter or the recipe names {adapter}; leave it out"
         )
     files = resolve_model(model or identity.teacher, None if model else identity.revision)
     for name, directory, recorded in (

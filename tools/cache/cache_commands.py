@@ -19,6 +19,7 @@ from shared.cache.reading.verify import parts_without_layer, verify_cache
 from shared.cache.sync.mirror import bring_if_remote
 from shared.cache.writing.drop import carry_out, drop_job, drop_layer, drop_source
 from shared.cache.writing.garbage import collect_garbage
+from shared.errors import PromptError, UsageError
 from shared.identity.hidden_layers import layer_name
 from shared.parts.jobs import list_jobs
 from shared.parts.part_stats import ENTROPY_BIN_NATS
@@ -230,7 +231,8 @@ def _stats(args: argparse.Namespace) -> Answer:
             lines.append("  entropy of the teacher: not known without the mass outside its heads")
         else:
             lines += [
-                "  entropy of head and bucket, nats (the teacher's is at least that):",
+                f"  entropy of head and bucket, {stats['mean_entropy_nats']:.4g} nats on average (the teacher's is at "
+                "least that):",
                 *_bars(stats["entropy_histogram"], lambda i: f"{i * ENTROPY_BIN_NATS:5.2f}"),
             ]
         lines += [
@@ -345,13 +347,17 @@ def _translate(args: argparse.Namespace) -> Answer:
     from shared.cache.rendering import template_text
     from tools.cache.translate.translate_cache import translate_cache, translate_text
 
+    try:
+        template = template_text(args.chat_template)
+    except PromptError as error:
+        raise UsageError(f"--chat-template {error}") from None
     with Progress("translate", 2 * _rows(args.cache)) as progress:
         result = translate_cache(
             args.cache,
             args.out,
             args.tokenizer,
             targets=args.targets,
-            chat_template=template_text(args.chat_template),
+            chat_template=template,
             advance=progress.advance,
         )
     return result, translate_text(result)

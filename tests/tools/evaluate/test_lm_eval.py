@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from shared.errors import EvaluationError
+from shared.errors import EvaluationError, UsageError
 from shared.recipe.recipe import Recipe
 from tests.tiny_models import make_qwen3
 from tools.cli import main
 from tools.evaluate.lm_eval import lm_eval_tasks
 from tools.evaluate.lm_eval.lm_eval_tasks import fold, parse_tasks, run_lm_eval
+from tools.phases import evaluate
 from tools.report.figures import report_figures
 from tools.report.more_tables import lm_eval_table
 from tools.report.run_files import read_run
@@ -78,8 +79,17 @@ def test_tasks_are_names_and_files_with_hashes_of_all_that_they_name(tmp_path: P
         (str(tmp_path / "bad.yaml"), "no line `task: NAME`"),
         (" , ", "no task"),
     ):
-        with pytest.raises(EvaluationError, match=says):
+        with pytest.raises(UsageError, match=says):
             parse_tasks(text)
+
+
+def test_a_name_that_the_harness_does_not_have_is_refused_before_any_model_runs(tmp_path: Path, capsys, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("tools.evaluate.all_models.evaluate_all", lambda *_: pytest.fail("a model ran"))
+    chosen = recipe(tmp_path, DEMO_STUDENT)
+    task = write_task(tmp_path / "tasks")
+    with pytest.raises(UsageError, match=r"--lm-eval arc_eazy: .*did you mean 'arc_easy'\?"):
+        evaluate(chosen, False, f"hellaswag,arc_eazy,{task}")
 
 
 def test_a_task_file_of_one_endless_word_is_read_at_once(tmp_path: Path) -> None:

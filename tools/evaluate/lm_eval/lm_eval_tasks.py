@@ -9,6 +9,7 @@ version is used again.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 import xxhash
 
-from shared.errors import EvaluationError
+from shared.errors import EvaluationError, UsageError
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
 from shared.text.file_endings import ends_in
@@ -64,7 +65,7 @@ def parse_tasks(text: str) -> LmEvalTasks:
     """Read the option `--lm-eval TASKS`: names and paths of task files, with commas between them.
 
     Raises:
-        EvaluationError: a file cannot be read or names no task.
+        UsageError: a file cannot be read or names no task.
     """
     names: list[str] = []
     files: dict[str, str] = {}
@@ -76,20 +77,20 @@ def parse_tasks(text: str) -> LmEvalTasks:
         path = Path(part)
         try:
             if path.stat().st_size > _LARGEST_TASK_FILE:
-                raise EvaluationError(
-                    f"{path}: larger than {_LARGEST_TASK_FILE} bytes; expected a task of lm-evaluation-harness"
+                raise UsageError(
+                    f"--lm-eval {path}: larger than {_LARGEST_TASK_FILE} bytes, which no task of the harness is"
                 )
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"{path}: cannot be read as a task of lm-evaluation-harness: {error}") from error
+            raise UsageError(f"--lm-eval {path}: cannot be read as a task of lm-evaluation-harness: {error}") from error
         found = re.search(r"^task:\s*['\"]?([\w./-]+)", content, re.MULTILINE)
         if found is None:
-            raise EvaluationError(f"{path}: has no line `task: NAME`; expected a task of lm-evaluation-harness")
+            raise UsageError(f"--lm-eval {path}: has no line `task: NAME`; expected a task of lm-evaluation-harness")
         names.append(found.group(1))
         paths.append(path)
         files |= _hashes(path, content)
     if not names:
-        raise EvaluationError(f"--lm-eval {text!r} names no task; write names or task files with commas between them")
+        raise UsageError(f"--lm-eval {text!r} names no task; write names or task files with commas between them")
     directories = tuple(dict.fromkeys(str(path.resolve().parent) for path in paths))
     return LmEvalTasks(tuple(names), directories, len(paths) < len(names), files)
 
@@ -125,6 +126,24 @@ def require_lm_eval() -> None:
         raise EvaluationError(
             "--lm-eval needs lm-evaluation-harness, which is not installed: pip install 'decant-kd[eval]'"
         )
+
+
+def refuse_unknown(tasks: LmEvalTasks) -> None:
+    """Refuse names that the harness does not have. Cost: it reads its own task files, ten seconds.
+
+    Raises:
+        UsageError: it has no task, group or tag of a name.
+    """
+    if not tasks.needs_defaults:
+        return
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager(include_path=list(tasks.directories) or None).all_tasks)
+    for name in tasks.names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean '{near[0]}'?" if near else "; `lm-eval ls tasks` lists its names"
+            raise UsageError(f"--lm-eval {name}: lm-evaluation-harness has no such task{meant}")
 
 
 def lm_eval_identity(model: ModelUnderTest, tasks: LmEvalTasks, ends: Sequence[int]) -> dict[str, Any]:
