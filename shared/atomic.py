@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -124,12 +125,31 @@ def make_dir(path: Path) -> None:
         raise CacheError(f"{path} cannot be created: {error.strerror}; check the path and its permissions") from None
 
 
+def is_being_written(path: Path) -> bool:
+    """Tell whether a process writes a temporary file; False, too, where that cannot be told."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextlib.contextmanager
 def _temporary(path: Path, fill: Fill, what: str, expected_bytes: int) -> Iterator[Path]:
     """Yield a durable temporary file beside `path`; remove its name afterwards; explain what the system refuses."""
     temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(6)}")
     try:
         with temporary.open("xb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             failpoint(f"{what}.before_write")
             fill(file)
             failpoint(f"{what}.after_write")

@@ -50,6 +50,7 @@ from teacher_cache.teacher.teacher_identity import (
     ran,
     sequences_identity,
     software,
+    template_hashes,
 )
 
 
@@ -192,8 +193,10 @@ def _open_cache(recipe: Recipe, known: KnownTeacher, teacher: Teacher, *, render
 def _identity(recipe: Recipe, known: KnownTeacher, teacher: Teacher, *, renders: bool) -> SequencesIdentity:
     path = recipe.cache[0]
     identity = replace(sequences_identity(known, teacher, recipe.generate), groups=group_rule(path, recipe.prompts))
+    there = read_header(path).identity.template if not renders or (path / "cache.json").is_file() else identity.template
     # where nothing is rendered the teacher's own template does not matter
-    return identity if renders else replace(identity, template=read_header(path).identity.template)
+    same = not renders or there in template_hashes(known.tokenizer.chat_template)
+    return replace(identity, template=there) if same else identity
 
 
 def _begin_layer(

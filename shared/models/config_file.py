@@ -30,7 +30,7 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; expected a model's config")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({refused(error)}); expected the config of a model") from error
+        raise ModelError(f"{path}: cannot be read as a model's config ({refused(error)})") from error
     except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{path}: cannot be read as a model's config ({error}); expected a model directory of transformers"

@@ -21,7 +21,7 @@ from shared.cache.reading.verify import verify_cache
 from shared.cache.writing.cache_writer import CacheWriter
 from shared.cache.writing.garbage import collect_garbage
 from shared.cache.writing.layer_writer import LayerWriter
-from shared.errors import CacheError, DamagedError, IdentityError
+from shared.errors import CacheError, DamagedError, IdentityError, ModelError
 from shared.parts.jobs import committed_keys
 from shared.parts.part_stats import position_entropy_nats
 from tests.shared.altered import edit
@@ -175,8 +175,9 @@ def test_layer_of_the_same_identity_is_continued_whatever_its_provenance(copy: P
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/b/c", ".hidden", "a\x00b", ""])
 def test_tokenizer_files_stay_inside_the_cache(copy: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(DamagedError, match="not the name of a tokenizer file"):
+    with pytest.raises(ModelError, match="whose name a cache cannot hold"):
         CacheWriter.create_or_open(tmp_path / "new", SEQUENCES, {name: b"x"})
+    assert not (tmp_path / "new").exists()
     edit(copy / "cache.json", lambda header: header["tokenizer_files"].update({name: {"bytes": 1, "xxh3": "0" * 32}}))
     with pytest.raises(DamagedError, match="not the name of a tokenizer file"):
         opened(copy)

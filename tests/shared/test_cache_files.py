@@ -8,10 +8,12 @@ import re
 import shutil
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
+from shared.atomic import TEMPORARY_MARK, fill_atomic
 from shared.cache.cache import Cache
 from shared.cache.reading.verify import verify_cache
 from shared.cache.tokenizer_files import checked_tokenizer, read_tokenizer_files
@@ -119,6 +121,21 @@ def test_cleaning_up_enters_no_link(path: Path, tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="tokenizer is a link where a cache has a directory"):
         collect_garbage(path, dry_run=False)
     assert len(list(elsewhere.iterdir())) == 2
+
+
+def test_a_file_that_is_being_written_stays_though_the_clock_says_it_is_old(path: Path) -> None:
+    left = path / "sequences" / f".part.arrow{TEMPORARY_MARK}1-a"
+    left.write_bytes(b"left")
+    os.utime(left, (1, 1))
+
+    def fill(file: BinaryIO) -> None:
+        file.write(b"whole")
+        file.flush()
+        os.utime(file.fileno(), (1, 1))
+        assert collect_garbage(path, dry_run=False) == [left]
+
+    fill_atomic(path / "sequences" / "part.arrow", fill, "test", 5)
+    assert (path / "sequences" / "part.arrow").read_bytes() == b"whole"
 
 
 def test_tokenizer_is_read_from_a_copy_of_the_listed_files_alone(path: Path) -> None:

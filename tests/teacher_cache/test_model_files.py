@@ -7,10 +7,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import xxhash
 
 from shared.cache.tokenizer_files import checked_tokenizer
 from shared.cache.writing.cache_writer import CacheWriter
-from shared.errors import EngineError
+from shared.errors import EngineError, ModelError
 from shared.identity.identity import difference
 from shared.identity.weights_hash import tokenizer_hash
 from shared.models.files import load_fast_tokenizer
@@ -18,7 +19,12 @@ from shared.recipe.sections.capture import TopCapture
 from shared.recipe.sections.teacher import ServedTeacher, VllmTeacher
 from student_train.stage.export import copy_tokenizer
 from teacher_cache.teacher.model_files import resolve_model, tokenizer_files
-from teacher_cache.teacher.teacher_identity import know_teacher, layer_identity, sequences_identity
+from teacher_cache.teacher.teacher_identity import (
+    know_teacher,
+    layer_identity,
+    sequences_identity,
+    template_hashes,
+)
 from tests.tiny_models import make_qwen3
 
 
@@ -66,6 +72,32 @@ def test_a_tokenizers_template_for_tools_stays_with_the_cache_and_leaves_with_th
         for place in (directory, tmp_path / "student"):
             again = load_fast_tokenizer(place, trust_remote_code=False)
             assert again.chat_template == tokenizer.chat_template
+
+
+def test_several_templates_are_hashed_in_any_order_alike_and_an_older_order_is_known():
+    texts = {"default": "a", "rag": "b", "tool_use": "c"}
+    other = {name: texts[name] for name in ("tool_use", "default", "rag")}
+    assert next(template_hashes(texts)) == next(template_hashes(other))
+    assert next(template_hashes(texts)) == xxhash.xxh3_128_hexdigest(str(texts).encode())
+    assert xxhash.xxh3_128_hexdigest(str(other).encode()) in template_hashes(texts)
+    assert next(template_hashes({**texts, "rag": "d"})) not in template_hashes(texts)
+    many = {f"{i}": "x" for i in range(9, 0, -1)}
+    assert [*template_hashes(many)][1] == xxhash.xxh3_128_hexdigest(str(many).encode())
+    assert list(template_hashes("a")) == [xxhash.xxh3_128_hexdigest(b"a")]
+    assert list(template_hashes(None)) == list(template_hashes("")) == [""]
+
+
+@pytest.mark.parametrize("name", ["my template", "-x", "x" * 140, "ä"])
+def test_a_template_whose_name_a_cache_cannot_hold_is_refused_with_the_way_out(model, tmp_path, name):
+    place = tmp_path / "model"
+    shutil.copytree(model, place)
+    (place / "additional_chat_templates").mkdir()
+    shutil.copy(place / "chat_template.jinja", place / "additional_chat_templates" / f"{name}.jinja")
+    known = know_teacher(VllmTeacher(model=str(place)))
+    identity = sequences_identity(known, VllmTeacher(model=str(place)), None)
+    with pytest.raises(ModelError, match=f"{name}.jinja', whose name a cache cannot hold; .* take it out"):
+        CacheWriter.create_or_open(tmp_path / "cache", identity, known.tokenizer_files)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

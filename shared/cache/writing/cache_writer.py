@@ -14,7 +14,7 @@ import xxhash
 
 from shared.atomic import link_exclusive, make_dir, write_atomic
 from shared.cache.layout import CacheHeader, read_header, sequences_dir, tokenizer_path
-from shared.errors import DamagedError, IdentityError
+from shared.errors import DamagedError, IdentityError, ModelError
 from shared.identity.identity import SequencesIdentity, difference
 from shared.parts.cache_files import hash_file
 from shared.parts.mapped_part import MappedSequences
@@ -22,7 +22,7 @@ from shared.parts.part_stats import sequences_stats
 from shared.parts.parts import commit_part
 from shared.parts.records import PartRecord, list_records, sealed_json
 from shared.parts.sequences import SequenceRow, row_problem, rows_to_table
-from shared.schema import FORMAT_VERSION
+from shared.schema import FORMAT_VERSION, TOKENIZER_FILE_PATTERN
 
 
 def require_same(path: Path, sequences: SequencesIdentity) -> CacheHeader:
@@ -59,15 +59,20 @@ class CacheWriter:
 
         Raises:
             IdentityError: the cache holds sequences of another identity.
+            ModelError: a tokenizer's file has a name that a cache cannot hold.
             CacheError: it cannot be written.
         """
-        make_dir(path)
         described = {
             name: {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}
             for name, data in tokenizer_files.items()
         }
-        for name in described:
-            tokenizer_path(path, name)
+        odd = next((name for name in described if not TOKENIZER_FILE_PATTERN.fullmatch(name)), None)
+        if odd is not None:
+            raise ModelError(
+                f"the tokenizer has a file {odd!r}, whose name a cache cannot hold; in a copy of the model name it by "
+                "letters, digits, '.', '_', '+' and '-', a letter or digit first, or take it out"
+            )
+        make_dir(path)
         document = {"format": FORMAT_VERSION, "identity": sequences.to_json(), "tokenizer_files": described}
         if not (path / "cache.json").exists():
             link_exclusive(path / "cache.json", sealed_json(document), "cache_json")

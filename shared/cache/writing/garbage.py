@@ -1,10 +1,11 @@
 """Remove what killed writers left behind: temporary files, parts without a record and layers without a part.
 
-A writer at work has such files too, so only those that nobody touched for an hour count. Nothing that a reader sees
-is touched, and no link is followed. A part without a record may be adopted by a build at any moment. So it is renamed
-first, then removed if there is still no record, else linked back; and a build looks for its part once the record is
-written (shared/parts/parts.py). Whichever comes first, no record stays without its part. Likewise a layer's writer
-looks for layer.json before and after each part (shared/cache/writing/layer_writer.py).
+A writer at work has such files too, so only those that nobody touched for an hour count, and none that its writer has
+locked, since a clock may jump. Nothing that a reader sees is touched, and no link is followed. A part without a record
+may be adopted by a build at any moment. So it is renamed first, then removed if there is still no record, else linked
+back; and a build looks for its part once the record is written (shared/parts/parts.py). Whichever comes first, no
+record stays without its part. Likewise a layer's writer looks for layer.json before and after each part
+(shared/cache/writing/layer_writer.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.atomic import TEMPORARY_MARK
+from shared.atomic import TEMPORARY_MARK, is_being_written
 from shared.cache.layout import read_header
 from shared.errors import CacheError
 from shared.parts.cache_files import list_folder
@@ -47,7 +48,7 @@ def collect_garbage(path: Path | str, dry_run: bool, min_age_seconds: float = MI
 def _is_old(file: Path, newest: float) -> bool:
     with contextlib.suppress(FileNotFoundError):
         found = file.lstat()
-        return stat.S_ISREG(found.st_mode) and found.st_mtime <= newest
+        return stat.S_ISREG(found.st_mode) and found.st_mtime <= newest and not is_being_written(file)
     return False
 
 
