@@ -27,6 +27,9 @@ from teacher_cache.prompts.formats.prompt_turns import Message, texts_in
 CLOCK = "strftime_now"
 """What templates call for the current date: the only clock that transformers gives them."""
 
+_CHANCE = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+"""What a template writes otherwise each time."""
+
 PROBE_QUESTION, PROBE_ANSWER = "decant probe question", "decant probe answer"
 
 
@@ -50,6 +53,7 @@ class ChatTemplate:
         self._special = special_ids(tokenizer)
         self._special_texts = tuple(sorted(tokenizer.convert_ids_to_tokens(sorted(self._special))))
         self.origin = "`chat_template` of the recipe" if source.chat_template else "the tokenizer's chat template"
+        self._refuse_chance()
         self.reads_clock = False
         """Whether a rendering asked for the date so far."""
         self._refuse(texts_in(source.chat_template_kwargs), f"source {source.source!r}", "`chat_template_kwargs`")
@@ -159,6 +163,14 @@ class ChatTemplate:
         self.reads_clock = True
         date = self._source.date or datetime.date(2000, 1, 1)
         return datetime.datetime.combine(date, datetime.time()).strftime(pattern)
+
+    def _refuse_chance(self) -> None:
+        found = _CHANCE.search(f"{self._text}\n{self._text_with_tools or ''}")
+        if found is not None:
+            raise PromptError(
+                f"source {self._source.source!r}: {self.origin} draws what it writes ({found[0]!r}), so that the same "
+                "row would have other tokens each time; write one text in its place, in `chat_template`"
+            )
 
     def _refuse(self, texts: Iterable[str], place: str, where: str) -> None:
         starts = {text[0] for text in self._special_texts if text}

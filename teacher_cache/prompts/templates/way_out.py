@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
@@ -19,6 +19,9 @@ from teacher_cache.prompts.formats.prompt_turns import THOUGHTS, Message
 
 NOTHING_HELPS = "give a template that renders it in `chat_template`, or remove the row"
 LAST = "set `supervise: last`, which trains a row's last answer and takes the turns before it as context"
+
+SWITCHES = ("enable_thinking", "thinking")
+"""Settings of templates that begin answers with thoughts, or leave them out."""
 
 Change = tuple[str, PromptSource, list[Message]]
 """What to do, in words, and the settings and turns after it."""
@@ -62,6 +65,13 @@ def _changes(conversation: Conversation, source: PromptSource) -> Iterator[Chang
     if thoughts:
         inline = [_inline(message) for message in messages]
         yield "write the thoughts into the text as <think>...</think>", source, inline
+    for name, is_on in product(SWITCHES, (True, False) if thoughts else (False, True)):
+        switched = source.chat_template_kwargs | {name: is_on}
+        yield (
+            f"set `{name}: {str(is_on).lower()}` in `chat_template_kwargs`",
+            source.model_copy(update={"chat_template_kwargs": switched}),
+            messages,
+        )
     system = source.system or next((message["content"] for message in messages if message["role"] == "system"), None)
     if system is not None:
         yield (
