@@ -29,6 +29,9 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 
+MOST_BESIDE = 3
+"""Other students that the first sentence names; of more it names the best."""
+
 _COLUMNS = (
     "small print: 95 % interval",
     "held-out KL: nats per position from the teacher's cached distributions, on prompts never trained on",
@@ -67,38 +70,43 @@ def page(
 
 
 def _lead(report: Mapping[str, Any]) -> str:
-    """Say what the last stage reached, beside every other model: the scores' mean, then the held-out KL."""
+    """Say what the last stage reached, beside base, teacher and a few students: the scores' mean, then held-out KL."""
     models = report["models"]
     students = [name for name in models if name not in ("teacher", "base")]
     if not students:
         return '<p class="lead soft">Decant report</p>'
-    last = students[-1]
-    others = [*students[-2::-1], *(name for name in ("base", "teacher") if name in models)]
+    last, others = students[-1], students[-2::-1]
     lines = []
     if models[last]["mean_score"] is not None:
         gap = models[last]["gap_closed"]
         tail = "" if gap is None else f": {percent(gap, 0)} of the way from base to teacher"
         scores = {name: model["mean_score"] for name, model in models.items()}
-        lines.append(
-            _against(
-                last,
-                "scores, in the mean of the tasks," if len(tables.score_domains(report)) > 1 else "scores",
-                scores,
-                others,
-                percent,
-            )
-            + tail
-        )
+        says = "scores, in the mean of the tasks," if len(tables.score_domains(report)) > 1 else "scores"
+        lines.append(_against(last, says, scores, others, percent, max) + tail)
     if models[last]["heldout"] and not tables.heldout_bases(report):
         kls = {name: (model["heldout"] or {}).get("kl_nats") for name, model in models.items()}
-        lines.append(_against(last, "is, in held-out KL from the teacher, at", kls, others, "{:,.4f} nats".format))
+        says = "is, in held-out KL from the teacher, at"
+        lines.append(_against(last, says, kls, others, "{:,.4f} nats".format, min))
     return "".join(f'<p class="lead">{_unbroken(line)}.</p>' for line in lines)
 
 
 def _against(
-    name: str, says: str, values: Mapping[str, Any], others: Sequence[str], write: Callable[[Any], str]
+    name: str,
+    says: str,
+    values: Mapping[str, Any],
+    others: Sequence[str],
+    write: Callable[[Any], str],
+    best_of: Callable[..., str],
 ) -> str:
-    beside = [f"{escape(other)} {write(values[other])}" for other in others if values.get(other) is not None]
+    """Write a model's figure beside those of base, teacher and the other students, of many the best alone."""
+    known = [other for other in others if values.get(other) is not None]
+    if len(known) > MOST_BESIDE:
+        best = best_of(known, key=lambda other: values[other])
+        beside = [f"the best of {len(known)} other students, {escape(best)}, {write(values[best])}"]
+    else:
+        beside = [f"{escape(other)} {write(values[other])}" for other in known]
+    ends = [other for other in ("base", "teacher") if values.get(other) is not None]
+    beside += [f"{escape(other)} {write(values[other])}" for other in ends]
     tail = f", against {', '.join(beside)}" if beside else ""
     return f"<b>{escape(name)}</b> {says} {write(values[name])}{tail}"
 
@@ -277,7 +285,8 @@ def _stages(report: Mapping[str, Any]) -> str:
         losses = f"{number(stage['first_loss'], 4)} to {number(stage['last_loss'], 4)}"
         state = "did not finish" if not health else "healthy" if health.get("healthy") else "not healthy"
         style = "good" if health.get("healthy") else "bad"
-        text = f'<p class="soft">{stage["steps"]} steps, loss {losses}</p><ul class="checks">{checks}</ul>'
+        stopped = f"<p>stopped: {escape(str(health['stopped']))}</p>" if health.get("stopped") else ""
+        text = f'<p class="soft">{stage["steps"]} steps, loss {losses}</p>{stopped}<ul class="checks">{checks}</ul>'
         cards.append(f'<div class="card"><b>{escape(name)}</b> <span class="{style}">{state}</span>{text}</div>')
     return f'<h2>Health of the training</h2><div class="plots">{"".join(cards)}</div>'
 

@@ -47,6 +47,10 @@ MEANS = ("bytes_per_position", "entropy_bin_nats", "share_with_head", "placed_ma
 """Figures of a cache that are means over its positions, besides those that are called so."""
 
 
+WHOLE = ("all_steps_done", "losses_finite", "not_diverged", "model_saved")
+"""Checks of a stage without which it is not what its recipe asks for."""
+
+
 @dataclass(frozen=True, slots=True)
 class StageFiles:
     """What one training stage left."""
@@ -191,6 +195,11 @@ def _stage(directory: Path, name: str, missing: list[str]) -> StageFiles | None:
         return None
     if health is None:
         missing.append(f"stage '{name}' has no health.json: it did not finish")
+    elif failed := [check for check in WHOLE if health.get("checks", {}).get(check) is False]:
+        reason = health.get("stopped") or ", ".join(f"{check.replace('_', ' ')}: no" for check in failed)
+        missing.append(
+            f"stage '{name}' did not train to its end ({reason}), so figures of it are of what it had reached"
+        )
     evaluations = _sound_lines(directory / "evaluations.jsonl", HeldoutStep, f"stage '{name}'", missing)
     timing = _sound_lines(directory / "timing.jsonl", Timing, f"stage '{name}'", missing)
     rates = [row["tokens_per_second"] for row in timing if row.get("tokens_per_second") is not None]

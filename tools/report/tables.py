@@ -194,6 +194,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         health = stage["health"]
         failed = [check for check, passed in (health or {}).get("checks", {}).items() if not passed]
         state = "did not finish" if health is None else "healthy" if not failed else f"failed: {', '.join(failed)}"
+        state += f" ({health['stopped']})" if (health or {}).get("stopped") else ""
         losses = f"loss {number(stage['first_loss'], 4)} to {number(stage['last_loss'], 4)}"
         lines.append(f"- stage **{_md(name)}**: {stage['steps']} steps, {losses}, {_md(state)}")
     lines += ["", *(f"- missing: {_md(sentence)}" for sentence in report["missing"])] if report["missing"] else []

@@ -20,6 +20,7 @@ from tests.tools.report.fake_run import make_run, write_cache, write_json
 from tools.evaluate.tasks.contamination import among_caches, among_groups, sentence
 from tools.report.build import build_report
 from tools.report.figures import report_figures
+from tools.report.page import _lead
 from tools.report.run_files import _sum_stats, read_run
 from tools.report.tables import run_rows, table_text
 from tools.report.views.schedule_view import schedule_plots, schedule_series
@@ -135,6 +136,39 @@ def test_the_headline_says_every_model_and_the_kl(tmp_path: Path) -> None:
         "from base to teacher."
     )
     assert "0.1200 nats, against sft 0.3300 nats, base 2.4100 nats, teacher 0.0003 nats" in plain[1]
+
+
+def test_the_headline_names_of_many_other_students_the_best() -> None:
+    scores = {"teacher": 0.9, "base": 0.1, "a": 0.5, "b": 0.7, "c": 0.6, "d": None, "e": 0.2, "kd": 0.65}
+    models = {
+        name: {
+            "mean_score": score,
+            "gap_closed": None,
+            "heldout": {"kl_nats": 1 - score} if score else None,
+            "tasks": {},
+        }
+        for name, score in scores.items()
+    }
+    found = re.sub("<[^>]*>", "", _lead({"models": models}))
+    said = "against the best of 4 other students, b, {}, base {}, teacher {}."
+    assert said.format("70.0 %", "10.0 %", "90.0 %") in found
+    assert said.format("0.3000 nats", "0.9000 nats", "0.1000 nats") in found
+
+
+def test_a_stage_that_did_not_train_to_its_end_is_said_at_the_top(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    health = json.loads((run / "train" / "kd" / "health.json").read_text())
+    health |= {"healthy": False, "checks": {**health["checks"], "all_steps_done": False, "model_saved": False}}
+    write_json(run / "train" / "kd" / "health.json", health)
+    assert build_report([run])["missing"] == [
+        "stage 'kd' did not train to its end (all steps done: no, model saved: no), so figures of it are of what it "
+        "had reached"
+    ]
+    write_json(run / "train" / "kd" / "health.json", {**health, "stopped": "the <b>gradients</b> grew"})
+    assert "(the <b>gradients</b> grew)" in build_report([run])["missing"][0]
+    page = (run / "report.html").read_text()
+    assert "stopped: the &lt;b&gt;gradients&lt;/b&gt; grew" in page
+    assert "model_saved (the \\<b\\>gradients" in (run / "report.md").read_text().replace("\\_", "_")
 
 
 @pytest.mark.slow

@@ -283,6 +283,7 @@ class Health(BaseModel):
 
     healthy: Bool | None = None
     checks: dict[str, Bool] = {}
+    stopped: str | None = None
     rounds: list[RoundAnswers] = []
 
 
