@@ -29,6 +29,13 @@ def read_config(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; expected a model's config")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if path.name == "config.json" and path.with_name("adapter_config.json").is_file():
+            raise ModelError(
+                f"{path.parent}: holds an adapter without its model; name the model's directory (a teacher's adapter "
+                "goes under `teacher.adapter`; of a student's, merge it into the model first)"
+            ) from error
+        raise ModelError(f"{path}: cannot be read as a model's config ({refused(error)})") from error
     except OSError as error:
         raise ModelError(f"{path}: cannot be read as a model's config ({refused(error)})") from error
     except (ValueError, RecursionError) as error:

@@ -20,6 +20,7 @@ from shared.special_files import refuse_special_files
 
 ADAPTER = "a directory with adapter_config.json and adapter_model.safetensors"
 MERGED = "an adapter that peft can merge into the weights, such as LoRA without biases of its own"
+_WITHOUT_IT = "leave the adapter out to take the model without it, or train a LoRA in its place"
 FREE_RANK = 256
 """A rank up to here is small, whoever claims it."""
 _PROBE_TOKENS = 8
@@ -34,11 +35,15 @@ def refuse_adapter_inside(directory: str | Path, name: str) -> None:
     Raises:
         ModelError: it holds adapter_config.json.
     """
-    if (Path(directory) / "adapter_config.json").is_file():
-        raise ModelError(
-            f"{name} holds adapter_config.json, so it is an adapter or has one on top; expected a model alone: merge "
-            "the adapter into it, or move it to a directory of its own (a teacher's goes under `teacher.adapter`)"
+    path = Path(directory) / "adapter_config.json"
+    if path.is_file():
+        found = "holds adapter_config.json, so it is an adapter or has one on top; expected a model alone"
+        way_out = (
+            "merge the adapter into it, or move it to a directory of its own (a teacher's goes under `teacher.adapter`)"
         )
+        if "num_virtual_tokens" in read_config(path):
+            way_out = f"this one puts learnt vectors before a prompt, which is no part of a model; {_WITHOUT_IT}"
+        raise ModelError(f"{name} {found}: {way_out}")
 
 
 def merge_adapter(model: Any, directory: str | Path) -> Any:
@@ -116,7 +121,7 @@ def add_saved_adapter(model: Any, directory: str | Path) -> Any:
         if config.is_prompt_learning:
             raise ModelError(
                 f"{name} is of the kind {config.peft_type.value}, which puts learnt vectors before a prompt and leaves "
-                "the weights as they are; expected one that changes weights, such as LoRA"
+                f"the weights as they are; expected one that changes weights, such as LoRA: {_WITHOUT_IT}"
             )
         if next(model.parameters()).is_meta and isinstance(getattr(config, "init_lora_weights", None), str):
             config.init_lora_weights = True  # others begin with a part of the weights, of which there are none

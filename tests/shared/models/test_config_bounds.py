@@ -10,6 +10,7 @@ import pytest
 from shared.errors import ModelError
 from shared.models.config_file import read_config
 from shared.models.files import load_config, load_tokenizer
+from shared.models.weights.adapters import refuse_adapter_inside
 from shared.models.weights.loading import load_causal_lm
 from tests.tiny_models import make_qwen3
 
@@ -53,3 +54,24 @@ def test_endless_parts_are_refused_whoever_loads(tmp_path, change, load):
 def test_the_largest_models_pass(tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(change))
     assert read_config(tmp_path / "config.json") == change
+
+
+def test_an_adapter_named_as_a_model_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ModelError, match="holds an adapter without its model; name the model's directory"):
+        read_config(tmp_path / "config.json")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match="cannot be read as a model's config"):
+        read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(("said", "way_out"), [
+    ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}, "leave the adapter out"),
+    ({"peft_type": "LORA", "r": 4}, "merge the adapter into it"),
+])  # fmt: skip
+def test_no_advice_is_given_that_an_adapter_of_its_kind_cannot_follow(tmp_path: Path, said, way_out) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError) as found:
+        refuse_adapter_inside(tmp_path, "the student 'x'")
+    assert way_out in str(found.value)
+    assert ("merge" in str(found.value)) == (said["peft_type"] == "LORA")
