@@ -52,7 +52,6 @@ from student_train.records.processes import first_then_others, is_first, wait_fo
 from student_train.records.run_seconds import SecondsLog
 from student_train.stage.export import export_student, make_savable
 from student_train.stage.stage_identity import DONE_FILE, checkpoint_of, claim_stage, lost_since, mark_done
-from student_train.stage.stage_teachers import untaught_sources
 from student_train.stage.stage_work import StageWork, resolve_stage
 from student_train.student.decoder_layers import compile_layers
 from student_train.student.forward_patch import Objective, patch_forward, restore_forward
@@ -62,7 +61,7 @@ from student_train.student.row_separation import separate_rows
 from student_train.student.rows_alone import are_rows_alone
 from student_train.student.student import add_adapter, check_recomputes, load_student
 from student_train.student.student_head import body_of, check_head, head_of
-from student_train.train.gradient_watch import DivergedError, GradientWatch
+from student_train.train.gradient_watch import DivergedError
 from student_train.train.sharding import check_sharding, load_weights, shard
 from student_train.train.stage_schedule import StageSchedule
 from student_train.train.trainer import DistilTrainer
@@ -209,8 +208,8 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
         others
     )
     parts += ["on rows that were drawn or rendered otherwise than the recipe says"] if work.caches.all_are_other else []
-    untaught = untaught_sources(work.stage, work.caches)
-    parts += [f"no teacher for {quoted(untaught)}, whose rows train the other losses alone"] if untaught else []
+    untaught = f"no teacher for {quoted(work.untaught)}, whose rows train the other losses alone"
+    parts += [untaught] if work.untaught else []
     parts += [f"started from {work.start}"] if work.start else []
     parts += [f"continued after step {checkpoint.step:,}"] if checkpoint else []
     return f"train {work.stage.name}: {', '.join(parts)}"
@@ -297,8 +296,6 @@ def assemble(
         objective,
         StageSchedule(work.stage, work.plan.num_steps, work.run, _evaluation(work, base, objective), work.sampling),
         belongs_to=checkpoint_of(work),
-        keep_checkpoints=work.stage.trainer.save_total_limit,
-        watch=GradientWatch(work.stage.trainer.max_grad_norm_factor, scales_loss=work.stage.trainer.fp16),
         progress=progress,
         on_checkpoint=on_checkpoint if is_first() else lambda: None,
         callbacks=_callbacks(work, done) if is_first() else [],

@@ -36,13 +36,11 @@ class StageWork:
 
     recipe: Recipe
     stage: Stage
-    student: Student
-    directory: Path
-    """Where the stage writes."""
     start: Path | None
     """Model directory that it starts from; None for the student's own weights."""
-    seed: int
     caches: CacheList
+    untaught: list[str]
+    """Sources that no teacher of several teaches, whose rows train the other losses alone."""
     plan: StagePlan
     temperatures: tuple[float, ...] | None
     """Temperatures of its targets; None where labels are all it needs."""
@@ -58,6 +56,22 @@ class StageWork:
     """What its losses read of a hidden layer; None where none does."""
     patch: Callable[[Any, Objective], None] = patch_forward
     """Makes the student return the loss of a batch."""
+
+    @property
+    def student(self) -> Student:
+        """The recipe's student."""
+        assert self.recipe.student is not None
+        return self.recipe.student
+
+    @property
+    def directory(self) -> Path:
+        """Where the stage writes."""
+        return self.recipe.stage_dir(self.stage.name)
+
+    @property
+    def seed(self) -> int:
+        """The stage's seed, or else the recipe's."""
+        return stage_seed(self.recipe, self.stage)
 
     @property
     def belongs_to(self) -> dict[str, str]:
@@ -91,7 +105,7 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
             problem = loss_problem(cache.layer, loss) if cache.layer else None
             if problem is not None:
                 raise TrainingError(f"{cache.path}: {problem}")
-    untaught_sources(stage, caches)
+    untaught = untaught_sources(stage, caches)
     run = run_steps(recipe, stage)
     plan = plan_order(recipe, stage, caches, run)
     num_unlabelled = rows_without_labels(stage, plan, caches)
@@ -100,11 +114,9 @@ def resolve_stage(recipe: Recipe, stage: Stage) -> StageWork:
     return StageWork(
         recipe=recipe,
         stage=stage,
-        student=recipe.student,
-        directory=recipe.stage_dir(stage.name),
         start=start,
-        seed=stage_seed(recipe, stage),
         caches=caches,
+        untaught=untaught,
         plan=plan,
         temperatures=temperatures,
         heldout=heldout,

@@ -61,8 +61,6 @@ class DistilTrainer(ShardedTrainer):
         schedule: StageSchedule,
         *,
         belongs_to: Mapping[str, str],
-        keep_checkpoints: int | None,
-        watch: GradientWatch,
         progress: Progress,
         on_checkpoint: Callable[[], None],
         callbacks: Sequence[Any] = (),
@@ -74,10 +72,9 @@ class DistilTrainer(ShardedTrainer):
             args: from `training_arguments`.
             dataset: packs in order.
             objective: receives the terms of each step, returns its values.
-            schedule: loss terms per step, evaluations, what moves the mixture.
+            schedule: loss terms per step, evaluations, what moves the mixture; its stage says which checkpoints to keep
+                and which norms of the gradients are too large.
             belongs_to: what a checkpoint records and a resumed run must match.
-            keep_checkpoints: complete checkpoints to keep; None keeps all.
-            watch: judges the norms of the gradients.
             progress: told of every step.
             on_checkpoint: called after each complete checkpoint.
             callbacks: further callbacks of the Trainer.
@@ -90,8 +87,9 @@ class DistilTrainer(ShardedTrainer):
         self._objective = objective
         self._schedule = schedule
         self._belongs_to = belongs_to
-        self._keep_checkpoints = keep_checkpoints
-        self._watch = watch
+        settings = schedule.stage.trainer
+        self._keep_checkpoints = settings.save_total_limit
+        self._watch = GradientWatch(settings.max_grad_norm_factor, scales_loss=settings.fp16)
         self._progress = progress
         self._on_checkpoint = on_checkpoint
         self._evaluation = schedule.evaluation
