@@ -46,7 +46,9 @@ def write_atomic(path: Path, data: bytes | memoryview, what: str) -> None:
 
 
 def fill_atomic(path: Path, fill: Fill, what: str, expected_bytes: int) -> None:
-    """Like `write_atomic`, with bytes that `fill` writes; `expected_bytes` only serves the message of a full disk."""
+    """Like `write_atomic`, with bytes that `fill` writes; `expected_bytes` only serves the message of a full disk, and
+    is 0 where it is not known.
+    """
     with _temporary(path, fill, what, expected_bytes) as temporary:
         failpoint(f"{what}.before_rename")
         temporary.replace(path)
@@ -68,7 +70,7 @@ def link_exclusive(path: Path, data: bytes | memoryview, what: str) -> bool:
 
 
 def fill_exclusive(path: Path, fill: Fill, what: str, expected_bytes: int, step: str = "rename") -> bool:
-    """Like `link_exclusive`, with bytes that `fill` writes; `expected_bytes` only serves the message of a full disk.
+    """Like `link_exclusive`, with bytes that `fill` writes; `expected_bytes` is that of `fill_atomic`.
 
     `step` is what the fail-points call the link.
     """
@@ -172,7 +174,8 @@ def _explained(path: Path, error: OSError, expected_bytes: int) -> CacheError:
         free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
     except OSError:
         free = "the free space is unknown"
+    needed = f"it needs {expected_bytes:,} bytes and {free}" if expected_bytes else free
     return CacheError(
-        f"{path} cannot be written: {error.strerror}; it needs {expected_bytes:,} bytes and {free}, "
-        "so free some space or lift the limit, then run the same command again"
+        f"{path} cannot be written: {error.strerror}; {needed}, so free some space or lift the limit, then run "
+        "the same command again"
     )

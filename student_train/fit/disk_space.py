@@ -65,11 +65,11 @@ def check_disk_space(model: Any, stage: Stage, num_steps: int, directory: Path, 
     needed, free = num_checkpoints * checkpoint + final - there, free_bytes(directory)
     if needed > free:
         raise TrainingError(
-            f"stage '{stage.name}' needs {_gib(needed)} in {directory} ({num_checkpoints} checkpoints of "
-            f"{_gib(checkpoint)} and the model of {_gib(final)}), {_gib(free)} are free; make room, lower "
+            f"stage '{stage.name}' needs {_size(needed)} in {directory} ({num_checkpoints} checkpoints of "
+            f"{_size(checkpoint)} and the model of {_size(final)}), {_size(free)} are free; make room, lower "
             "trainer.save_total_limit, or set output_dir to a larger disk"
         )
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"

@@ -16,6 +16,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +25,13 @@ from typing import Any
 from shared.errors import EngineError, UsageError, reason_of
 from shared.process.machine import num_cores
 from shared.recipe.sections.teacher import Workers
+from teacher_cache.cluster.head_watch import head_answers
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """For messages only; rows go through the cache's directory."""
+
+TRIES, SECONDS_BETWEEN_TRIES = 5, 1.0
+"""At an address, for a head that is being started."""
 
 _LONGEST_SOCKET_DIRECTORY = 30
 """Ray puts sockets some 70 characters below; the system allows 107."""
@@ -63,6 +68,11 @@ def ray_cluster(workers: Workers) -> Iterator[Any]:
             f"RAY_ADDRESS={address} names Ray's client port, which engines cannot be driven through; run the same "
             "command on a node of the cluster (`ray exec`, `ray job submit`), or give host:port"
         )
+    if not _is_head_there(address):
+        raise EngineError(
+            f"nothing answers at RAY_ADDRESS={address}; start the cluster (`ray start --head`), correct the address "
+            "(`ray status` on the head says it), or unset it for engines on this machine alone"
+        )
     _quieten(local=not address)
     import ray as installed
 
@@ -84,6 +94,14 @@ def ray_cluster(workers: Workers) -> Iterator[Any]:
         ray.shutdown()
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_head_there(address: str) -> bool:
+    for _ in range(TRIES):
+        if head_answers(address):
+            return True
+        time.sleep(SECONDS_BETWEEN_TRIES)
+    return False
 
 
 def cpus_per_engine(ray: Any, workers: Workers) -> int:

@@ -31,6 +31,7 @@ from shared.progress import BuildProgress
 from shared.recipe.recipe import Recipe
 from shared.recipe.sections.teacher import Workers
 from teacher_cache.cluster.cluster_progress import ClusterProgress
+from teacher_cache.cluster.head_watch import HeadWatch
 from teacher_cache.cluster.ray_cluster import cpus_per_engine, ray_cluster
 from teacher_cache.cluster.ray_engine import EngineWorker, Outcome
 from teacher_cache.cluster.unit_board import GENERATE, IMPORT, SCORE, UnitBoard, UnitTask
@@ -184,6 +185,7 @@ class _Driver:
         self._deaths_in_a_row = 0
         self._polls: Counter[int] = Counter()
         self._down: set[int] = set()
+        self._head = HeadWatch(ray.get_runtime_context().gcs_address)
 
     def run(self, stop: StopSignal) -> None:
         """Work until everything is done or set aside, or a stop is requested."""
@@ -191,6 +193,7 @@ class _Driver:
             self._start(engine)
         while not self._board.finished and not stop.requested:
             self._hand_out()
+            self._head.look()
             ready, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=POLL_SECONDS)
             for reference in ready:
                 self._receive(self._calls.pop(reference), reference)

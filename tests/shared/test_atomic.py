@@ -57,6 +57,8 @@ def test_full_disk_is_one_sentence_with_path_and_bytes(
     ) as caught:
         write_atomic(tmp_path / "a.json", bytes(1234), "test")
     assert "\n" not in str(caught.value)
+    with pytest.raises(CacheError, match=r"plan cannot be written: [^;]*; [\d,]+ bytes are free, so free"):
+        fill_atomic(tmp_path / "plan", lambda file: file.write(bytes(1234)), "test", 0)
     assert list(tmp_path.iterdir()) == []
 
 

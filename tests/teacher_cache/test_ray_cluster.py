@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+import time
 from importlib import metadata
 
 import pytest
 
-from shared.errors import UsageError
+from shared.errors import EngineError, UsageError
 from shared.recipe.sections.teacher import Workers
 from teacher_cache.cluster import ray_cluster
 
@@ -47,6 +50,23 @@ def test_a_missing_ray_and_a_client_address_are_refused_in_a_sentence(monkeypatc
     monkeypatch.setattr(metadata, "version", missing)
     with pytest.raises(UsageError, match="install the extra `cluster`"), ray_cluster.ray_cluster(Workers(count=1)):
         pass
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
+def test_an_address_where_no_head_is_is_refused_before_ray_waits_for_it(monkeypatch, host):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"{host}:{port}")
+    monkeypatch.setattr(ray_cluster, "SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(ray_cluster, "require_ray", lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", None)  # is not asked
+    begun = time.monotonic()
+    with (
+        pytest.raises(EngineError, match=r"^nothing answers at RAY_ADDRESS=.*; start the cluster .*, or unset it"),
+        ray_cluster.ray_cluster(Workers(count=1)),
+    ):
+        pass
+    assert time.monotonic() - begun < 30
 
 
 def test_files_of_builds_that_were_killed_are_removed_and_those_of_living_ones_kept(tmp_path, monkeypatch):
