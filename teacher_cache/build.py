@@ -50,7 +50,7 @@ from teacher_cache.teacher.teacher_identity import (
     ran,
     sequences_identity,
     software,
-    template_hashes,
+    template_hash,
 )
 
 
@@ -193,10 +193,9 @@ def _open_cache(recipe: Recipe, known: KnownTeacher, teacher: Teacher, *, render
 def _identity(recipe: Recipe, known: KnownTeacher, teacher: Teacher, *, renders: bool) -> SequencesIdentity:
     path = recipe.cache[0]
     identity = replace(sequences_identity(known, teacher, recipe.generate), groups=group_rule(path, recipe.prompts))
-    there = read_header(path).identity.template if not renders or (path / "cache.json").is_file() else identity.template
     # where nothing is rendered the teacher's own template does not matter
-    same = not renders or there in template_hashes(known.tokenizer.chat_template)
-    return replace(identity, template=there) if same else identity
+    template = template_hash(known.tokenizer.chat_template, path) if renders else read_header(path).identity.template
+    return replace(identity, template=template)
 
 
 def _begin_layer(

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from shared.cache.layer_choice import without_capture
-from shared.cache.layout import list_layers
+from shared.cache.layout import list_layers, read_header
 from shared.errors import EngineError, IdentityError, ModelError
 from shared.identity.identity import LayerIdentity, SequencesIdentity, difference
 from shared.identity.weights_hash import tokenizer_hash, weights_hash
@@ -164,6 +164,13 @@ def template_hashes(templates: str | Mapping[str, str] | None) -> Iterator[str]:
     names = sorted(templates, key=lambda name: (name != "default", name))
     for order in permutations(names) if len(names) <= MOST_IN_ANY_ORDER else (tuple(names), tuple(templates)):
         yield _hash({name: templates[name] for name in order})
+
+
+def template_hash(templates: str | Mapping[str, str] | None, cache_dir: Path) -> str:
+    """Return what a cache's identity says of a tokenizer's template; one that is there keeps an older order's."""
+    new, *older = template_hashes(templates)
+    there = read_header(cache_dir).identity.template if (cache_dir / "cache.json").is_file() else None
+    return there if there in older else new
 
 
 def _hash(templates: str | dict[str, str]) -> str:

@@ -23,6 +23,7 @@ from teacher_cache.teacher.teacher_identity import (
     know_teacher,
     layer_identity,
     sequences_identity,
+    template_hash,
     template_hashes,
 )
 from tests.tiny_models import make_qwen3
@@ -85,6 +86,20 @@ def test_several_templates_are_hashed_in_any_order_alike_and_an_older_order_is_k
     assert [*template_hashes(many)][1] == xxhash.xxh3_128_hexdigest(str(many).encode())
     assert list(template_hashes("a")) == [xxhash.xxh3_128_hexdigest(b"a")]
     assert list(template_hashes(None)) == list(template_hashes("")) == [""]
+
+
+def test_a_cache_that_was_begun_with_templates_in_another_order_is_gone_on_with(model, tmp_path):
+    known = know_teacher(VllmTeacher(model=str(model)))
+    texts = {"default": "a", "rag": "b", "tool_use": "c"}
+    other = str({name: texts[name] for name in ("default", "tool_use", "rag")})
+    identity = replace(
+        sequences_identity(known, VllmTeacher(model=str(model)), None),
+        template=xxhash.xxh3_128_hexdigest(other.encode()),
+    )
+    CacheWriter.create_or_open(tmp_path / "cache", identity, known.tokenizer_files)
+    assert template_hash(texts, tmp_path / "cache") == identity.template
+    assert template_hash(texts, tmp_path / "none") == next(template_hashes(texts)) != identity.template
+    assert template_hash({**texts, "rag": "d"}, tmp_path / "cache") != identity.template
 
 
 @pytest.mark.parametrize("name", ["my template", "-x", "x" * 140, "ä"])

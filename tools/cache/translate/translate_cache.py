@@ -34,7 +34,7 @@ from shared.parts.records import list_records, read_record
 from shared.parts.sequences import SequenceRow
 from shared.payload.targets import SparseTargets
 from teacher_cache.teacher.model_files import tokenizer_files
-from teacher_cache.teacher.teacher_identity import software
+from teacher_cache.teacher.teacher_identity import software, template_hash
 from tools.cache.staged_directory import DerivedCache
 from tools.cache.translate.projection import Projection, RowPair, renamed
 from tools.cache.translate.student_rows import StudentRows, UntranslatableError
@@ -82,9 +82,9 @@ def translate_cache(
     if other_ids is None:
         _refuse_without_mass(cache)
     rows = StudentRows(source, loaded, vocabulary_map, other_ids, chat_template)
-    template = chat_template or str(loaded.chat_template or "")
+    template = chat_template or loaded.chat_template
     hashed = tokenizer_hash(files["tokenizer.json"])
-    said = {"cache": cache.cache_id, "tokenizer": hashed, "template": xxhash.xxh3_128_hexdigest(template.encode())}
+    said = {"cache": cache.cache_id, "tokenizer": hashed, "template": template_hash(template, out) or NO_TEMPLATE}
     request = {"translate": {**said, "method": BY_BYTES}}
     derived = DerivedCache.of(out, "translating", "a translation of this cache as it is now", request)
     if not derived.existed:
@@ -104,6 +104,9 @@ def translate_cache(
             _write(cache, rows, vocabulary_map, stability, ids, writer, derived, advance)
     done = {"cache": str(out), "job": derived.job, "existed": derived.existed, **_summary(out)}
     return done | {"hidden_left_out": sorted(list_hidden_layers(source))}
+
+
+NO_TEMPLATE = xxhash.xxh3_128_hexdigest(b"")
 
 
 def _refuse_derived(cache: Cache) -> None:
