@@ -212,6 +212,19 @@ def test_without_a_hub_an_unknown_name_is_one_sentence(monkeypatch):
         read(source("org/stories", "text"))
 
 
+def test_a_hub_that_does_not_answer_is_the_reason_and_not_the_mode_that_its_library_is_put_into(monkeypatch):
+    import huggingface_hub.constants as constants
+
+    import shared.remote.hub as hub
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_silent", {})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(PromptError, match=r"gives out \(http://127.0.0.1:9 does not answer"):
+        read(source("org/stories", "text"))
+
+
 def test_group_text_is_the_question_alone_whatever_the_format_or_answer():
     rows = [
         ("messages", {"messages": TURNS}),

@@ -243,3 +243,14 @@ def test_an_answering_model_that_is_out_of_reach_is_named_and_refuses_no_plan(pl
     assert "generate.model is out of reach (org/nobody-has-this: " in line
     assert "`decant teach` needs it" in line
     assert said(str(place / "teacher")) == []
+
+
+def test_a_layer_that_is_not_captured_yet_is_refused_with_how_to_capture_it_where_there_is_a_teacher(place, tmp_path):
+    build(tmp_path / "cache")
+    stage = {"name": "kd", "losses": [{"name": "forward_kl"}], "targets": "top8-sample4"}
+    changes = {"cache": str(tmp_path / "cache"), "stages": [stage], "student": {"model": str(place / "teacher")}}
+    for teacher, said in ((recipe(place).teacher, True), (None, False)):
+        more = {} if teacher else {"teacher": None, "prompts": [], "generate": None}
+        with pytest.raises(UsageError, match="no targets layer named 'top8-sample4'") as caught:
+            preflight(recipe(place, **changes, **more), {}, ("train",), plans_only=True)
+        assert ("capture it first: `decant teach`" in str(caught.value)) == said

@@ -159,6 +159,16 @@ def test_8_bit_and_paged_state_are_smaller_than_32_bit_state():
     assert sizes["paged_adamw_8bit"] < sizes["adamw_8bit"] < sizes["adamw_torch_fused"] < sizes["adamw_torch"]
 
 
+def test_what_is_advised_where_all_fits_says_what_for():
+    few = recipe("0.6B", {}, {"bf16": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2})
+    for card, said in ((80, "fits too; the fastest that fits, shown here: --set"), (None, "does not fit; use --set")):
+        fit = plan_card(few, Cards(1, (card or 80) * GIB))
+        stage = fit["stages"]["kd"]
+        assert stage["set"] and stage["as_written_fits"]
+        text = card_text({**fit, "stages": {"kd": {**stage, "as_written_fits": card is not None}}})
+        assert f"GiB as written, which {said}" in text
+
+
 def test_unknown_student_is_refused_and_stated_sizes_are_named():
     stated = plan_card(recipe("0.6B", {}, {"bf16": True}), Cards(1, 24 * GIB))
     assert "assume.student" in card_text(stated)

@@ -385,8 +385,9 @@ def card_text(result: dict[str, Any]) -> str:
         notes.append(f"  {name}: {stage['parameters'] / 1e9:.2f} billion parameters, {how}")
         written = f"{stage['as_written_bytes'] / GIB:.1f} GiB as written"
         if stage["set"]:
-            fits = "fits too" if stage["as_written_fits"] else "does not fit"
-            notes.append(f"    {written}, which {fits}; use " + " ".join(f"--set {option}" for option in stage["set"]))
+            options = " ".join(f"--set {option}" for option in stage["set"])
+            fits = f"fits too; the fastest that fits, shown here: {options}"
+            notes.append(f"    {written}, which {fits if stage['as_written_fits'] else f'does not fit; use {options}'}")
         notes += [f"    {said}" for said in stage["precision"]]
         if stage["note"]:
             notes.append(f"    {stage['note']}")

@@ -123,11 +123,11 @@ def _looks_like_hub_id(path: str) -> bool:
 def _hub_revision(path: str) -> str:
     from huggingface_hub import HfApi
 
-    ask_hub(path)
+    silent = ask_hub(path)
     try:
         info: Any = HfApi().dataset_info(path, timeout=30)
     except Exception as error:  # offline, missing and forbidden all mean: not here
-        reason = type(error).__name__
+        reason = silent or type(error).__name__
         raise PromptError(
             f"{path}: neither a file nor a data set that the hub gives out ({reason}); expected one of both"
         ) from error

@@ -157,7 +157,8 @@ def _layer(asked: Asked, stage: Stage, wanted: str | None, place: Place) -> Iter
         try:
             layer = choose_layer(layers, name, path)
         except DecantError as error:
-            yield place, str(error)
+            other = ", or capture it first: `decant teach` with its capture by --set" if recipe.teacher else ""
+            yield place, f"{error}{other}"
             continue
         assert layer is not None
         yield from _unfit(stage, layer.identity.mode, f"layer {layer.full_name} was captured in")
