@@ -54,3 +54,19 @@ def test_a_template_that_draws_what_it_writes_is_refused(tokenizer, draw):
     with pytest.raises(PromptError, match=r"draws what it writes .* other tokens each time"):
         complete(tokenizer, draw + CHATML, ASK, SAY)
     assert complete(tokenizer, "{{- 'a random text, lipsum' }}" + CHATML, ASK, SAY) == ["Seven.<|im_end|>"]
+
+
+ASKS_ONCE = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt and messages[-1].role != 'tool' %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+def test_a_header_that_is_left_out_after_some_turns_alone_is_not_trained(tokenizer):
+    """As a template does that asks for nothing after a tool's result, and writes a header before its answer."""
+    said = {"role": "tool", "content": "7"}
+    with pytest.raises(PromptError, match=r"f:3: turn 4 .* writes '<\|im_start\|>assistant' before it and leaves"):
+        complete(tokenizer, ASKS_ONCE, ASK, SAY, said, SAY)
+    assert complete(tokenizer, ASKS_ONCE, ASK, SAY, ASK, SAY) == ["Seven.<|im_end|>"] * 2
+    assert complete(tokenizer, CHATML, ASK, SAY, said, SAY) == ["Seven.<|im_end|>"] * 2
+    assert complete(tokenizer, ASKS_ONCE, ASK, SAY, said, SAY, ASK, SAY, supervise="last") == ["Seven.<|im_end|>"]

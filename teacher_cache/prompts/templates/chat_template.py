@@ -57,6 +57,8 @@ class ChatTemplate:
         self.reads_clock = False
         """Whether a rendering asked for the date so far."""
         self._refuse(texts_in(source.chat_template_kwargs), f"source {source.source!r}", "`chat_template_kwargs`")
+        self.generation_prompt = ""
+        """What asks for the answer to a question, white space around it aside; nothing where it cannot be told."""
         probe = self._probe()
         self.end_token_id = self._derive_end_token(probe)
         self._require_generation_prompt(probe)
@@ -208,6 +210,7 @@ class ChatTemplate:
             bare, asked = (self._render(question, name, prompt=prompt) for prompt in (False, True))
         except UnrenderableError:
             return  # a question alone is no conversation of it
+        self.generation_prompt = asked.removeprefix(bare).strip() if asked.startswith(bare) else ""
         header = probe.removeprefix(asked).partition(PROBE_ANSWER)[0].strip()
         if bare == asked and header and probe.startswith(asked):
             raise PromptError(

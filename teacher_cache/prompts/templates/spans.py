@@ -231,6 +231,12 @@ class Template:
             )
         assert end is not None
         said = self._tokenizer.decode(whole[len(before) : end], clean_up_tokenization_spaces=False)
+        header = chat.generation_prompt
+        if header and said.lstrip().startswith(header) and not turns[-1]["content"].lstrip().startswith(header):
+            raise UnrenderableError(
+                f"{place}: {_turn(turns)} cannot be trained because {chat.origin} writes {header[:40]!r} before it and "
+                "leaves that out where it is asked for"
+            )
         lost = missing_of_answer(turns[-1], said, self._tokenized)
         if lost is not None:
             raise UnrenderableError(
