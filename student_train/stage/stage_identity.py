@@ -123,7 +123,7 @@ def claim_stage(work: StageWork) -> bool:
     wanted = json.loads(json.dumps(stage_identity(work)))
     if path.exists():
         moved = json.loads(json.dumps(stage_identity(work, only_moved=True)))
-        recorded = _recorded(path)
+        recorded = _named_as_now(_recorded(path), wanted)
         other = first_difference(_without_plan(recorded), _without_plan(wanted), _without_plan(moved))
         other = other or first_difference(recorded, wanted, moved)
         if other is not None:
@@ -184,6 +184,22 @@ def _recorded(path: Path) -> dict[str, Any]:
     if not isinstance(losses, list) or not all(isinstance(loss, dict) for loss in losses):
         raise TrainingError(f"{path} names no losses of a stage; put it back from a copy, or rename {path.parent}")
     return {**found, "stage": {**stage, "losses": [LOSS_KINDS.without_foreign_defaults(loss) for loss in losses]}}
+
+
+def _named_as_now(recorded: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded identity with its layers called as the recipe calls them now, where the same ones are read.
+
+    A layer that is added to a cache makes others name theirs, which changes nothing: `cache` says what was read.
+    """
+    if recorded.get("cache") != wanted["cache"]:
+        return recorded
+    now = {name: wanted["stage"][name] for name in ("targets", "hidden")}
+    names = {
+        name: value
+        for name, value in now.items()
+        if not isinstance(value, list) and not isinstance(recorded["stage"].get(name), list)
+    }
+    return {**recorded, "stage": {**recorded["stage"], **names}}
 
 
 def _without_plan(identity: dict[str, Any]) -> dict[str, Any]:

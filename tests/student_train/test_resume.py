@@ -11,10 +11,14 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
-from shared.errors import TrainingError
+from shared.cache.cache import Cache
+from shared.cache.writing.cache_writer import CacheWriter
+from shared.cache.writing.layer_writer import LayerWriter
+from shared.errors import DecantError, TrainingError
 from shared.recipe.recipe import Recipe
 from student_train.records import one_training
 from student_train.records.checkpoints import MARKER, list_checkpoints, newest_checkpoint, remove_incomplete
@@ -147,6 +151,33 @@ def test_finished_stage_is_reused_and_a_changed_one_refused(recipe_of, capfd):
     identity.write_text(json.dumps(json.loads(identity.read_text()) | {"plan": "of two processes"}))
     with pytest.raises(TrainingError, match=r"another number of processes \(now 1 process\); start as many as before"):
         run_stages(recipe)
+
+
+def test_a_finished_stage_is_reused_once_another_layer_makes_it_name_its_own(recipe_of, tiny, tmp_path, capfd):
+    path = tmp_path / "grows"
+    shutil.copytree(tiny.cache, path)
+    recipe = recipe_of(cache=[path], trainer={"max_steps": 1})
+    run_stages(recipe)
+    before, cache = outcome(recipe), Cache.open(path)
+    other = replace(cache.layer, gap_step=cache.layer.gap_step / 2)
+    tokenizer = {"tokenizer.json": (path / "tokenizer" / "tokenizer.json").read_bytes()}
+    writer = CacheWriter.create_or_open(path, cache.sequences_identity, tokenizer)
+    layer = LayerWriter.create_or_open(writer, "other", other, {})
+    for record in writer.sequence_records():
+        rows = [row for row in cache if row.key in {one.key for one in writer.read_sequences(record)}]
+        layer.write(record.stem, [row.key for row in rows], [row.targets for row in rows], {})
+    with pytest.raises(DecantError, match="name the one to use as `targets`"):
+        run_stages(recipe)
+    for named in (cache.layer_name, None):
+        capfd.readouterr()
+        if named is None:  # taken out again
+            shutil.rmtree(layer.directory)
+        run_stages(recipe_of(cache=[path], trainer={"max_steps": 1}, targets=named))
+        assert "finished before with the same settings" in capfd.readouterr().err
+        assert outcome(recipe) == before
+        if named is not None:
+            with pytest.raises(TrainingError, match=r"holds a finished stage with stage\.targets null"):
+                run_stages(recipe_of(cache=[path], trainer={"max_steps": 1}, targets="other"))
 
 
 @pytest.mark.parametrize("lost", ["removed", "cut short", "a shard of two"])
