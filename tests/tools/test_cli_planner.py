@@ -23,6 +23,7 @@ from tools.plan.plan_existing import assumed_bytes_per_position
 from tools.plan.planner import plan, plan_text
 from tools.plan.preflight.checks import preflight
 from tools.plan.preflight.preflight_asked import Asked
+from tools.plan.preflight.preflight_evaluate import evaluation_problems
 from tools.plan.preflight.preflight_rounds import answer_problems
 
 CONFIG = {
@@ -254,3 +255,18 @@ def test_a_layer_that_is_not_captured_yet_is_refused_with_how_to_capture_it_wher
         with pytest.raises(UsageError, match="no targets layer named 'top8-sample4'") as caught:
             preflight(recipe(place, **changes, **more), {}, ("train",), plans_only=True)
         assert ("capture it first: `decant teach`" in str(caught.value)) == said
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ('{"question": "How many?"}', ":1: no prompt to answer: the column 'prompt' is missing"), ("[", ":1"),
+    (None, "no file"),
+])  # fmt: skip
+def test_a_file_of_prompts_side_by_side_is_read_before_work(place, tmp_path, line, said):
+    path = tmp_path / "mine.jsonl"
+    if line is not None:
+        path.write_text(line + "\n")
+    wanted = recipe(place, evaluate={"models": ["teacher"], "side_by_side": {"prompts": [str(path)]}})
+    found = dict(evaluation_problems(Asked(wanted, frozenset({"eval"}), plans_only=True)))
+    assert said in found["evaluate", "side_by_side", "prompts", 0]
+    path.write_text('{"prompt": "How many?"}\n')
+    assert not [at for at, _ in evaluation_problems(Asked(wanted, frozenset({"eval"}), True)) if "side_by_side" in at]

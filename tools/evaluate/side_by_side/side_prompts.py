@@ -76,6 +76,19 @@ def choose_prompts(recipe: Recipe, settings: SideBySide | None = None) -> list[S
     return _chosen(pool, settings)
 
 
+def read_prompt_rows(path: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield place, row and prompt of a file.
+
+    Raises:
+        EvaluationError: it cannot be read, or a row has no prompt.
+    """
+    for place, row in read_rows(path):
+        try:
+            yield place, row, text_column(row, "prompt")
+        except ValueError as error:
+            raise EvaluationError(f"{place}: no prompt to answer: {error}") from error
+
+
 def prompt_ids(recipe: Recipe, prompts: Sequence[SidePrompt], model: ModelUnderTest, tokenizer: Any) -> list[list[int]]:
     """Return each prompt's token ids for one model, whose tokenizer that is.
 
@@ -165,11 +178,7 @@ def _file(recipe: Recipe, path: Path) -> Iterator[SidePrompt]:
     label = path.name.split(".")[0]
     plain = PromptSource(source=label, path=str(path), format="messages")
     named = rendering_sources(recipe)
-    for place, row in read_rows(path):
-        try:
-            text = text_column(row, "prompt")
-        except ValueError as error:
-            raise EvaluationError(f"{place}: no prompt to answer: {error}") from error
+    for place, row, text in read_prompt_rows(path):
         reference = row.get("reference")
         question = Question(place, text, reference if isinstance(reference, str) else "", row)
         yield SidePrompt(label, place, text, question.reference, None, question, (named or [plain])[0])

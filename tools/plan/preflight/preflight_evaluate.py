@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ def unmeasured_problems(asked: Asked) -> Iterator[Problem]:
 
 def evaluation_problems(asked: Asked) -> Iterator[Problem]:
     """Check models, tasks and prompts of the comparison."""
+    from tools.evaluate.side_by_side.side_prompts import read_prompt_rows
     from tools.evaluate.tasks.questions import read_questions
     from tools.evaluate.tasks.registry import task_kind
 
@@ -72,5 +74,8 @@ def evaluation_problems(asked: Asked) -> Iterator[Problem]:
         place = ("evaluate", "own_answers", "prompts")
         yield from said_of_prompts(place, recipe.prompts, ("prompts",), *asked_of_models(recipe))
     for i, name in enumerate(recipe.evaluate.side_by_side.prompts if recipe.evaluate.side_by_side else ()):
+        at: Place = ("evaluate", "side_by_side", "prompts", i)
         if name not in ("heldout", "tasks") and not Path(name).is_file():
-            yield ("evaluate", "side_by_side", "prompts", i), f"there is no file '{name}'; correct the path"
+            yield at, f"there is no file '{name}'; correct the path"
+        elif name not in ("heldout", "tasks"):
+            yield from said(at, partial(deque, read_prompt_rows(Path(name)), 0))
