@@ -135,7 +135,12 @@ def require_same_teacher(recipe: Recipe) -> None:
         found = {name: difference(without_capture(layer.identity), wanted) for name, layer in list_layers(path).items()}
         if None in found.values():
             continue
-        name, what = next(iter(found.items()), ("none", "the cache has no targets layer"))
+        if not found:
+            raise IdentityError(
+                f"own answers must be scored by the teacher that scored {path}, which no teacher has scored yet; let "
+                "it be scored with `decant teach`, or say `rounds: {teacher: other}`"
+            )
+        name, what = next(iter(found.items()))
         raise IdentityError(
             f"own answers must be scored by the teacher that scored {path}, and {recipe.teacher.model} is another than "
             f"that of layer {name}: {what}; name that teacher, or say `rounds: {{teacher: other}}`"

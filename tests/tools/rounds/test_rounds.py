@@ -19,6 +19,7 @@ from shared.parts.records import list_records
 from shared.recipe.recipe import Guards, PromptSource
 from student_train.stage.stages import run_stages
 from teacher_cache.build import teach
+from teacher_cache.teacher.teacher_identity import require_same_teacher
 from tests.tiny_models import make_qwen3
 from tests.tools.rounds.tiny_run import contents, make_models, rounds_recipe
 from tools.plan.planner import plan, plan_text
@@ -195,6 +196,15 @@ def test_another_teacher_is_refused_unless_the_stage_says_so(done, tmp_path):
     shutil.copytree(recipe.output_dir / "own", tmp_path / "run" / "own")
     elsewhere = changed.model_copy(update={"output_dir": tmp_path / "run"})
     assert score(Round(elsewhere, stage, 1))[0]["scored"] > 0
+
+
+def test_a_cache_that_no_teacher_scored_yet_is_not_said_to_be_of_another_teacher(done, tmp_path):
+    recipe, _, _ = done
+    unscored = tmp_path / "cache"
+    shutil.copytree(recipe.cache[0], unscored, ignore=shutil.ignore_patterns("targets"))
+    with pytest.raises(IdentityError, match=r"which no teacher has scored yet; .* `decant teach`") as caught:
+        require_same_teacher(recipe.model_copy(update={"cache": (unscored,)}))
+    assert "another" not in str(caught.value)
 
 
 def test_rows_that_are_labelled_as_own_answers_are_not_mixed_up_with_them(done, tmp_path):
