@@ -192,6 +192,16 @@ def test_stats_are_those_of_the_reader(both, capsys):
     assert "source math" in text
 
 
+def test_verify_advises_to_delete_no_parts_of_a_cache_that_a_later_version_wrote(tmp_path, capsys):
+    path = tmp_path / "cache"
+    build(path)
+    header = json.loads((path / "cache.json").read_text())
+    header["identity"]["colour"] = "blue"
+    (path / "cache.json").write_text(json.dumps({name: said for name, said in header.items() if name != "checksum"}))
+    said = run(capsys, "verify", path, code=1)
+    assert "unknown fields (colour)" in said and said.splitlines()[-1] == "1 problem"
+
+
 def test_verify_says_so_when_everything_is_whole_and_fails_when_a_byte_is_not(tmp_path, capsys):
     path = tmp_path / "cache"
     build(path)
@@ -200,7 +210,8 @@ def test_verify_says_so_when_everything_is_whole_and_fails_when_a_byte_is_not(tm
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 0x40
     victim.write_bytes(content)
-    assert victim.name in run(capsys, "verify", path, code=1)
+    said = run(capsys, "verify", path, code=1)
+    assert victim.name in said and "1 problem; damaged parts are rebuilt by `decant teach`" in said
     assert json.loads(run(capsys, "verify", path, "--json", code=1))["problems"]
 
 

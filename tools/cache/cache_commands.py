@@ -26,6 +26,7 @@ from shared.parts.part_stats import ENTROPY_BIN_NATS
 from shared.parts.records import list_records
 from shared.places import is_url, named, with_urls
 from shared.progress import Progress
+from shared.schema import STEM_PATTERN
 from shared.text.printable import printable
 from tools.cache.cache_show import page_document, page_lines, row_document, row_text
 
@@ -262,7 +263,9 @@ def _verify(args: argparse.Namespace) -> Answer:
             print(printable(problem), flush=True)
     if problems:
         many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        said = f"{many}; damaged parts are rebuilt by `decant teach` once they and their records are deleted"
+        of_parts = any(STEM_PATTERN.search(problem) for problem in problems)
+        rebuilt = "; damaged parts are rebuilt by `decant teach` once they and their records are deleted"
+        said = many + (rebuilt if of_parts else "")
         return {"problems": problems, "parts_without_layer": {}}, said, 1
     found, silent = listing(args.cache), parts_without_layer(args.cache)
     layers = len(found["layers"]) + len(found["hidden"])
