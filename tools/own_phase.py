@@ -41,7 +41,9 @@ def save_recipe(recipe: Recipe) -> Path:
 
 
 INTERRUPTED_SECONDS = 5.0
-"""A phase may end by itself after Ctrl-C for so long."""
+"""A phase may end by itself after Ctrl-C, which its terminal sends to both, for so long."""
+TERMINATED_SECONDS = 1.0
+"""And after SIGTERM, which a batch system may send to both."""
 SAID_WITH = (130, 143)
 """Exit codes of a phase that was stopped and has said so."""
 
@@ -69,9 +71,8 @@ def run_phase(phase: str, command: Sequence[str], output: int | None) -> None:
     try:
         code = process.wait()
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):  # which the phase has got, too, and a second signal would cut short
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=INTERRUPTED_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may have got the signal, too; a second cuts it short
+            process.wait(timeout=INTERRUPTED_SECONDS if isinstance(error, KeyboardInterrupt) else TERMINATED_SECONDS)
         if process.poll() is None:
             process.terminate()
         if process.wait() in SAID_WITH:
