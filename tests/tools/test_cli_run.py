@@ -165,8 +165,9 @@ def test_a_run_that_is_stopped_with_its_phase_says_so_once(number, sentence):
         "sys.exit(cli.main(['doctor']))\n"
     )
     program = f"""
-import sys
+import signal, sys
 from tools import cli, own_phase
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 def command(args):
     own_phase.run_phase("teach", [sys.executable, "-c", {phase!r}], None)
     return 0
