@@ -418,6 +418,14 @@ def _guarded(args: argparse.Namespace) -> int:
             place = f"{error.filename}: " if error.filename else ""
             _complain(on_one_line(f"{place}{refused(error)}"))
         return EXIT_FAILED
+    except MemoryError as error:
+        if args.verbose:
+            traceback.print_exception(error)
+        _complain(
+            f"memory ran out ({reason_of(error)}), of this machine or of a limit such as `ulimit -v`; give it more, or "
+            "ask for less at once"
+        )
+        return EXIT_FAILED
     except Exception as error:  # noqa: BLE001 - the last resort: a bug is reported in one line, its traceback kept
         _report_bug(error, args)
         return EXIT_FAILED

@@ -91,6 +91,8 @@ def _quoted_where_needed(value: Any) -> Any:
 
 
 def _read(path: FilePath) -> str:
+    if path.is_fifo() and path.resolve().is_fifo():  # not one that is open already, as of `decant plan <(sed ...)`
+        raise RecipeError(f"{path}: is a pipe, whose writer would be waited for; name a file with a recipe")
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)

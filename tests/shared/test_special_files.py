@@ -51,6 +51,26 @@ def test_special_files_of_a_model_are_refused_before_they_are_opened(model, tmp_
         OPENERS[opener](directory)
 
 
+@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja"])
+def test_texts_of_a_model_without_end_are_refused_before_they_are_read(model, tmp_path, name, opener):
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    (directory / name).touch()
+    os.truncate(directory / name, 2**42)
+    with pytest.raises(ModelError, match=rf"{name} has 4,398,046,511,104 bytes, and a text of a model has at most"):
+        OPENERS[opener](directory)
+
+
+def test_a_pipe_among_the_templates_for_tools_is_not_waited_for(model, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    (directory / "additional_chat_templates").mkdir()
+    os.mkfifo(directory / "additional_chat_templates" / "tool_use.jinja")
+    with pytest.raises(ModelError, match=r"tool_use\.jinja is a pipe"):
+        load_tokenizer(directory, trust_remote_code=False)
+
+
 def test_links_to_files_and_links_that_lead_nowhere_are_let_through(model, tmp_path):
     directory = tmp_path / "snapshot"
     directory.mkdir()

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import tracemalloc
 from collections.abc import Callable
@@ -345,3 +346,13 @@ def test_a_saved_data_set_whose_description_is_nested_without_end_is_refused(tmp
     (tmp_path / "state.json").write_text(DEEP)
     with pytest.raises(PromptError, match=r"is no data set as `save_to_disk` writes it .*nested too deeply"):
         list(read_prompts([PromptSource(source="s", path=str(tmp_path), format="text")], Problems()))
+
+
+def test_no_line_is_looked_for_behind_one_that_does_not_end(tmp_path):
+    path = tmp_path / "zeros.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    os.truncate(path, 2**42)
+    rows = read_file(path)
+    assert next(rows) == (1, '{"prompt": "a"}')
+    with pytest.raises(PromptError, match=r"zeros\.jsonl:2: the line has more than 1,073,741,824 characters"):
+        next(rows)

@@ -378,6 +378,28 @@ def test_line_breaks_of_paths_and_options_forge_no_second_line(capsys) -> None:
     assert "'\\x1b[31m2\\ndecant: done' is no share" in second
 
 
+def test_too_little_memory_is_no_bug(recipe, capsys, monkeypatch):
+    def fail(args):
+        raise MemoryError("Unable to allocate 8.00 GiB")
+
+    monkeypatch.setitem(cli.COMMANDS, "plan", fail)
+    assert cli.main(["plan", str(recipe)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("decant: error: memory ran out (Unable to allocate 8.00 GiB), ") and "bug" not in err
+
+
+def test_a_named_pipe_is_no_recipe_and_one_that_is_open_is(recipe, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert cli.main(["plan", str(tmp_path / "pipe.yaml")]) == 2
+    assert "pipe.yaml: is a pipe" in capsys.readouterr().err
+    reader, writer = os.pipe()
+    os.write(writer, b"name: [")
+    os.close(writer)
+    assert cli.main(["plan", f"/dev/fd/{reader}"]) == 2
+    assert f"/dev/fd/{reader}:1: no valid YAML" in capsys.readouterr().err
+    os.close(reader)
+
+
 def test_traceback_of_a_bug_follows_no_link_that_somebody_laid_in_its_place(tmp_path, monkeypatch, capsys):
     def fail(args):
         raise ZeroDivisionError("first line")

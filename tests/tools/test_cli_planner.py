@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shared.cache.cache import Cache
-from shared.errors import PromptError, UsageError
+from shared.errors import ModelError, PromptError, UsageError
 from shared.payload.codec import Codec
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Recipe
@@ -172,11 +172,12 @@ def test_prompts_of_which_none_can_be_used_are_refused(place, tmp_path):
         ({"chat_template": "{{ 1"}, "; correct it$"),
         ({"chat_template_kwargs": {"add_generation_prompt": 1}}, "; correct `chat_template_kwargs`, or give another"),
         ({"chat_template": "{{ messages[0].content }}"}, "does not render an answer's text as it is"),
+        ({"chat_template": "{{ 'x' * 9999999999 }}"}, "takes more than 512 MiB to render one conv"),
     ],
 )
 def test_a_template_that_renders_nothing_is_refused_not_estimated(place, settings, way):
     source = {"source": "a", "path": str(place / "a.jsonl"), "format": "messages", **settings}
-    with pytest.raises(PromptError, match=f"^source 'a': .*{way}"):
+    with pytest.raises((PromptError, ModelError), match=f"^source 'a': .*{way}"):
         plan(recipe(place, prompts=[source]))
 
 

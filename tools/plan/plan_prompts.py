@@ -285,9 +285,11 @@ class _TokenCounter:
         self.tokenizer: Any = None
         """The teacher's; None where it is out of reach."""
         try:
-            self.tokenizer, self.templates = _templates(recipe)
+            self.tokenizer = _tokenizer(recipe)
         except EngineError as error:
             result.tokenizer_note = str(error)
+        else:
+            self.templates = Templates(Template(self.tokenizer, source) for source in recipe.prompts)
 
     def count(self, conversation: Any) -> tuple[int, int]:
         """Return tokens of the prompt and of the given answer (0 where it is to be generated).
@@ -313,20 +315,18 @@ class _TokenCounter:
         return len(token_ids) - supervised, supervised
 
 
-def _templates(recipe: Recipe) -> tuple[Any, Templates]:
-    """Load the teacher's tokenizer; return it and a template per source.
+def _tokenizer(recipe: Recipe) -> Any:
+    """Return the teacher's tokenizer.
 
     Raises:
-        EngineError: the tokenizer cannot be loaded.
-        PromptError: it has no template that renders.
+        EngineError: it cannot be loaded.
     """
     from shared.models.files import load_fast_tokenizer
     from teacher_cache.teacher.model_files import resolve_model
 
     assert recipe.teacher is not None
     files = resolve_model(recipe.teacher.model, recipe.teacher.revision)
-    tokenizer = load_fast_tokenizer(files.directory, trust_remote_code=recipe.teacher.trust_remote_code)
-    return tokenizer, Templates(Template(tokenizer, source) for source in recipe.prompts)
+    return load_fast_tokenizer(files.directory, trust_remote_code=recipe.teacher.trust_remote_code)
 
 
 def _estimate(conversation: Any, given: bool) -> tuple[int, int]:

@@ -30,6 +30,9 @@ MAX_LINE_BYTES = 16 * 2**20
 
 _CUT = "the file ends in the middle, {}; get it again, or remove its last line"
 _POINTER = b"version https://git-lfs.github.com/spec/"
+ENDLESS_BYTES = 2**30
+"""Of a line beyond which no further is looked for: the file is zeros, or of another kind."""
+
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What stands for bytes that are not UTF-8."""
 
@@ -123,6 +126,11 @@ def _lines(path: Path, *, of_objects: bool) -> Iterator[Numbered]:
             while not line.endswith("\n") and (more := file.readline(MAX_LINE_BYTES)):
                 length += len(more)
                 line = more
+                if length > ENDLESS_BYTES:
+                    raise PromptError(
+                        f"{path}:{number}: the line has more than {ENDLESS_BYTES:,} characters; expected a row in each "
+                        "line, so convert the file"
+                    )
             if length > MAX_LINE_BYTES:
                 yield number, ValueError(f"the line has {length:,} characters; at most {MAX_LINE_BYTES:,} are read")
             elif not line.isascii() and (found := _NOT_UTF8.search(line)):
