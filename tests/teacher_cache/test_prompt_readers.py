@@ -263,6 +263,21 @@ def test_a_file_that_unpacks_out_of_all_proportion_is_refused(tmp_path):
         list(read_file(tmp_path / "a.jsonl.xz"))
 
 
+@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
+def test_what_a_kilobyte_unpacks_to_is_taken_a_block_at_a_time(tmp_path, suffix):
+    made = {".bz2": bz2.BZ2Compressor, ".xz": lzma.LZMACompressor}[suffix]()
+    packed = b"".join([*(made.compress(b"\n" * 2**20) for _ in range(128)), made.flush()])
+    assert len(packed) < 2**15
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed)
+    tracemalloc.start()
+    with open_bytes(tmp_path / f"a.jsonl{suffix}") as file, pytest.raises(ValueError, match="more than 1,024 times"):
+        while file.read(2**16):
+            pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**25  # the window of xz among it
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '[{"text": ' + "[" * 100_000], ids=["list", "value"])
 def test_a_json_list_that_is_nested_without_end_is_refused_at_once(tmp_path, text):
     (tmp_path / "a.json").write_text(text)

@@ -2,8 +2,9 @@
 
 A compressed file is read member by member. One that ends in the middle is refused, and so is what follows a member and
 is none: the readers of the standard library take either for the end of the data, and its rows would be lost in silence.
-A file from elsewhere may be made to unpack to any size: so little goes in at once that what comes out fits memory, and
-what comes out may not be out of all proportion to what went in.
+A file from elsewhere may be made to unpack to any size: so little goes in at once that what comes out fits memory (bz2
+and xz, which make gigabytes of a kilobyte, are asked for a block at a time), and what comes out may not be out of all
+proportion to what went in.
 Cost: a call per 2 KiB of a compressed file.
 """
 
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO, cast
 from shared.text.file_endings import ends_in
 
 PIECE_BYTES = 2**11
-"""Goes in at once; the densest format makes 64 MiB of it."""
+"""Goes in at once; zstd makes up to 64 MiB of it."""
 BLOCK_BYTES = 2**18
 MAX_LZMA_BYTES = 2**28
 """Of a decompressor's window; `xz -9` asks for 65 MiB."""
@@ -75,12 +76,13 @@ class _Members(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer with decompressed bytes; 0 at the end."""
         while not self._ready:
-            if not self._packed:
+            has_more = not getattr(self._member, "needs_input", True)
+            if not self._packed and not has_more:
                 self._packed = self._file.read(PIECE_BYTES)
                 self._bytes_in += len(self._packed)
             if self._member is None and self._members:
                 self._packed = self._packed.lstrip(b"\0")  # padding between members
-            if not self._packed:
+            if not self._packed and not has_more:
                 if self._file.peek(1):
                     continue
                 if self._member is not None or not self._members:
@@ -95,7 +97,8 @@ class _Members(io.RawIOBase):
     def _unpack(self) -> None:
         if self._member is None:
             self._member, self._members = self._new(), self._members + 1
-        self._ready = memoryview(self._member.decompress(self._packed))
+        most = (BLOCK_BYTES,) if hasattr(self._member, "needs_input") else ()
+        self._ready = memoryview(self._member.decompress(self._packed, *most))
         self._packed = self._member.unused_data if self._member.eof else b""
         self._member = None if self._member.eof else self._member
         self._bytes_out += len(self._ready)

@@ -27,12 +27,10 @@ from teacher_cache.prompts.files.prompt_directories import kind_of
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest line, or plain text, that is read."""
-
-_CUT = "the file ends in the middle, {}; get it again, or remove its last line"
-_POINTER = b"version https://git-lfs.github.com/spec/"
 ENDLESS_BYTES = 2**30
 """Of a line beyond which no further is looked for: the file is zeros, or of another kind."""
-
+_CUT = "the file ends in the middle, {}; get it again, or remove its last line"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What stands for bytes that are not UTF-8."""
 
