@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from shared.recipe.yaml_text import columns_text
@@ -49,12 +50,10 @@ def refuse_parts_of_the_prompt(
     rest = [name for name in unread if name not in columns.values()]
     way, it = "", "it" if len(unread) == 1 else "them"
     if columns:
-        try:
+        with suppress(ValueError):  # advice that does not fit the row is not given
             attempt(columns)
             ignored = f" with `ignore: [{', '.join(rest)}]`" if rest else ""
             way = f"read {it} with `columns: {columns_text(columns)}`{ignored}, or "
-        except ValueError:
-            pass
     which = ", ".join(map(repr, unread))
     are = f"column {which} is" if len(unread) == 1 else f"columns {which} are"
     raise ValueError(
