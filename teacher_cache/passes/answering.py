@@ -134,6 +134,7 @@ def plan(
     summary, problems = work.summary, Problems()
 
     def counted() -> Iterator[PlanRow]:
+        """Pass the rows on; after the last one say what is wrong with all of them."""
         work.progress.start("list", 0)
         for row in rows(problems):
             work.progress.advance(1, 0)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 
-from shared.recipe.recipe import PromptSource
 from shared.recipe.sections.prompts import COLUMNS
 from teacher_cache.prompts.formats.prompt_formats import parse_row
-from teacher_cache.prompts.problems import Problems
-from teacher_cache.prompts.prompts import read_prompts
+from tests.teacher_cache.row_files import read
 
 ASK, SAY = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 GIVEN = {"prompt": "a", "completion": "b"}
-
-
-def read(tmp_path: Path, rows: list[dict], row_format: str, **settings) -> tuple[list, Problems]:
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = Problems()
-    source = PromptSource(source="s", path=str(path), format=row_format, **settings)
-    return list(read_prompts([source], problems)), problems
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -11,8 +10,7 @@ from pydantic import ValidationError
 from shared.errors import PromptError
 from shared.recipe.recipe import PromptSource
 from teacher_cache.prompts.formats.prompt_formats import parse_row
-from teacher_cache.prompts.problems import Problems
-from teacher_cache.prompts.prompts import read_prompts
+from tests.teacher_cache.row_files import read
 
 ASK, SAY = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
@@ -183,14 +181,6 @@ def test_what_a_row_says_of_its_prompt_and_answers_is_kept(row_format, row, expe
 def test_what_is_not_understood_is_refused_by_its_name(row_format, row, reason):
     with pytest.raises(ValueError, match=reason):
         parse_row(row, row_format)
-
-
-def read(tmp_path: Path, rows: list[dict], row_format: str, **settings) -> tuple[list, Problems]:
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    problems = Problems()
-    source = PromptSource(source="s", path=str(path), format=row_format, **settings)
-    return list(read_prompts([source], problems)), problems
 
 
 @pytest.mark.parametrize("row", [{"label": 0}, {"label": True}, {"weight": 1.0}, {"train": True}, {"loss": None}])

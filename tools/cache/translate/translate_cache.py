@@ -42,6 +42,8 @@ from tools.cache.translate.vocabulary_map import BoundaryStability, VocabularyMa
 
 BY_BYTES, RENAMED = "bytes-1", "renamed-1"
 """How a derived layer was made, as its identity says; another rule gets another name."""
+NO_TEMPLATE = xxhash.xxh3_128_hexdigest(b"")
+"""What a translation is named by where its tokenizer has no template."""
 
 
 def translate_cache(
@@ -104,9 +106,6 @@ def translate_cache(
             _write(cache, rows, vocabulary_map, stability, ids, writer, derived, advance)
     done = {"cache": str(out), "job": derived.job, "existed": derived.existed, **_summary(out)}
     return done | {"hidden_left_out": sorted(list_hidden_layers(source))}
-
-
-NO_TEMPLATE = xxhash.xxh3_128_hexdigest(b"")
 
 
 def _refuse_derived(cache: Cache) -> None:
