@@ -310,7 +310,7 @@ def rounding_problem(student: Student, trainer: StageTrainer) -> str | None:
     """Say why `trainer.rounding` cannot be honoured; None where it can."""
     if trainer.rounding == "nearest":
         return None
-    if student.dtype != "bfloat16" or student.adapter.kind != "none":
+    if student.dtype != "bfloat16" or not student.adapter.trains_all_weights:
         return "it rounds updates of weights kept in bfloat16, and here none is trained; leave it out"
     if not OPTIMIZERS[trainer.optim].steps_weight_by_weight:
         known = ", ".join(name for name, one in OPTIMIZERS.items() if one.steps_weight_by_weight)

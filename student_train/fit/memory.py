@@ -166,10 +166,10 @@ class StepMemory:
         self.chunk = trainer.operator_chunk_mib * MIB
         self.num_packs = trainer.per_device_train_batch_size
         self.num_tokens = self.num_packs * trainer.pack_tokens
-        self.kind = student.adapter.kind
+        self.holds_4_bits = student.adapter.holds_4_bits
         self.width = _WIDTH[student.dtype]
         self.autocast = trainer.bf16 or trainer.fp16
-        self.is_full = self.kind == "none"
+        self.is_full = student.adapter.trains_all_weights
         self.trained = shape.num_parameters if self.is_full else student.adapter.r * shape.lora_size
         self.trained_width = self.width if self.is_full else 4
         self.hidden = self._hidden(context)
@@ -234,14 +234,14 @@ class StepMemory:
     def weights(self) -> int:
         """Return bytes of the weights themselves."""
         shape, additions = self.shape, self.projections + (0 if self.is_full else self.trained * 4)
-        if self.kind != "qlora":
+        if not self.holds_4_bits:
             return shape.num_parameters * self.width + additions
         plain = shape.num_parameters - shape.num_linear_parameters
         return int(plain * self.width + shape.num_linear_parameters * BYTES_PER_4BIT_WEIGHT) + additions
 
     def copies(self, *, in_forward: bool) -> int:
         """Return bytes of weights in the type of the products: autocast's, or a 4-bit layer unpacked."""
-        if self.kind == "qlora":
+        if self.holds_4_bits:
             return self.shape.largest_linear * 2
         if self.width == 2 or not self.autocast:
             return 0

@@ -32,7 +32,7 @@ def share_moved(learning_rate: float, dtype: str = "bfloat16") -> float:
 def loses_updates(stage: Stage, student: Student) -> bool:
     """Return whether a stage rounds much of its updates away."""
     least = LEAST_LEARNING_RATE.get(student.dtype, 0.0)
-    is_plain = student.adapter.kind == "none" and stage.trainer.rounding == "nearest"
+    is_plain = student.adapter.trains_all_weights and stage.trainer.rounding == "nearest"
     return is_plain and stage.trainer.learning_rate < least
 
 

@@ -55,10 +55,10 @@ def export_student(
         stage_dir: directory of the stage.
         settings: says for that tokenizer which chat template and end tokens the student was trained with.
     """
-    if student.adapter.kind != "none":
+    if not student.adapter.trains_all_weights:
         adapted = model
         _write(stage_dir / "adapter", lambda path: adapted.save_pretrained(path))
-        if student.adapter.kind == "qlora":
+        if student.adapter.holds_4_bits:
             model = _merged_from_disk(student, start, stage_dir / "adapter")
         else:
             model = model.merge_and_unload()

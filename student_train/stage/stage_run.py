@@ -234,7 +234,7 @@ def _train_and_export(
                 f"{phase}: layers of {type(base).__name__} do not keep the rows of a pack apart, so each length of "
                 "rows runs alone"
             )
-        adapted = work.student.adapter.kind != "none"
+        adapted = not work.student.adapter.trains_all_weights
         check_disk_space(model, work.stage, work.plan.num_steps, work.directory, adapted=adapted)
         first = fit_first_step(work, trainer, base, work.directory / "memory.json" if is_first() else None)
         if first is not None:
@@ -319,7 +319,7 @@ def _chat_settings(work: StageWork, tokenizer: Any, progress: Progress) -> ChatS
 def _student(work: StageWork, args: TrainingArguments, base: Any) -> tuple[Any, Objective]:
     """Patch the forward of the student's base model; return it with its adapter, and what it minimises."""
     shards = work.stage.trainer.fsdp == "full_shard"
-    if work.student.adapter.kind != "qlora" and not shards:
+    if not work.student.adapter.holds_4_bits and not shards:
         base.to(args.device)
     if _recomputes(work):
         check_recomputes(base)

@@ -179,7 +179,7 @@ def check_packages(student: Student) -> None:
     Raises:
         TrainingError: with what to install or to set.
     """
-    if student.adapter.kind == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+    if student.adapter.holds_4_bits and importlib.util.find_spec("bitsandbytes") is None:
         raise TrainingError(
             "student.adapter is qlora, which needs the package bitsandbytes; install decant-kd[gpu], or set it to lora"
         )
@@ -197,7 +197,7 @@ def _quantization(student: Student) -> Any | None:
     Raises:
         TrainingError: there are no weights to hold.
     """
-    if student.adapter.kind != "qlora":
+    if not student.adapter.holds_4_bits:
         return None
     if student.init == "random":
         raise TrainingError(
@@ -219,7 +219,7 @@ def add_adapter(model: Any, adapter: Adapter, *, seed: int = 0) -> Any:
         TrainingError: the adapter would touch head or embeddings, which the fused loss reads directly, or matches no
             layer.
     """
-    if adapter.kind == "none":
+    if adapter.trains_all_weights:
         return model
     from peft import LoraConfig, TaskType, get_peft_model
 

@@ -56,7 +56,7 @@ def check_shardable(student: Student, trainer: StageTrainer, processes: int) -> 
             f"trainer.optim {trainer.optim} does not work on shards of weights (trainer.fsdp: full_shard); choose "
             f"one of {sharded}"
         )
-    if student.adapter.kind == "qlora":
+    if student.adapter.holds_4_bits:
         raise TrainingError(
             "4-bit weights cannot be sharded (trainer.fsdp: full_shard); train with adapter: lora, or set fsdp: none"
         )

@@ -119,9 +119,9 @@ def _origin(
 def _trained_as(recipe: Recipe) -> str:
     assert recipe.student is not None
     adapter, dtype = recipe.student.adapter, recipe.student.dtype
-    if adapter.kind == "none":
+    if adapter.trains_all_weights:
         return f"all weights in {dtype}"
-    bits = "4-bit weights (NF4)" if adapter.kind == "qlora" else f"{dtype} weights"
+    bits = "4-bit weights (NF4)" if adapter.holds_4_bits else f"{dtype} weights"
     return f"low-rank additions (rank {adapter.r}, alpha {adapter.alpha:g}) over {bits}, merged here"
 
 

@@ -185,7 +185,7 @@ def random_student(config: Any, student: Any, device: Any) -> Any:
     from student_train.student.student import DTYPES
 
     dtype = DTYPES[student.dtype]
-    if student.adapter.kind != "qlora":
+    if not student.adapter.holds_4_bits:
         with torch.device(device):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
     from bitsandbytes.nn import Linear4bit, Params4bit

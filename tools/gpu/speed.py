@@ -26,7 +26,7 @@ def speed(trainer: Any, recipe: Any) -> dict[str, Any]:
     written = Path(trainer.args.output_dir) / "timing.jsonl"
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     stage, model = recipe.stages[0], trainer.model
-    base = model.get_base_model() if recipe.student.adapter.kind != "none" else model
+    base = model if recipe.student.adapter.trains_all_weights else model.get_base_model()
     rate = statistics.median(line["tokens_per_second"] for line in lines[len(lines) // 2 :])
     figures: dict[str, Any] = {"tokens_per_second": rate, "share_of_peak": share_of_peak(base, recipe.student, rate)}
     if torch.cuda.is_available():
@@ -46,7 +46,7 @@ def share_of_peak(base: Any, student: Any, tokens_per_second: float) -> float | 
     peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
     from student_train.fit.model_shape import shape_of
 
-    per_weight = 6 if student.adapter.kind == "none" else 4
+    per_weight = 6 if student.adapter.trains_all_weights else 4
     shape = shape_of(base.config)
     weights = shape.num_linear_parameters + shape.num_head_parameters
     return None if peak is None else per_weight * weights * tokens_per_second / (peak * 1e12)

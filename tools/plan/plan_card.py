@@ -333,7 +333,7 @@ def _changes(student: Student, stage: Stage) -> Iterator[tuple[str, dict[str, An
     """Yield changes in words, as fields of the student and of the trainer, alone and then with shorter packs."""
     narrow = {"dtype": "bfloat16"}
     ways: list[tuple[str, dict[str, Any], dict[str, Any]]] = [("", {}, {})]
-    if student.adapter.kind == "none":
+    if student.adapter.trains_all_weights:
         lora, qlora = (student.adapter.model_copy(update={"kind": kind}) for kind in ("lora", "qlora"))
         if "8bit" not in stage.trainer.optim:
             ways.append(("set optim: adamw_8bit", {}, {"optim": "adamw_8bit"}))
@@ -344,7 +344,7 @@ def _changes(student: Student, stage: Stage) -> Iterator[tuple[str, dict[str, An
     else:
         if student.dtype == "float32":
             ways.append(("set student.dtype: bfloat16", narrow, {}))
-        if student.adapter.kind == "lora":
+        if not student.adapter.holds_4_bits:
             qlora = student.adapter.model_copy(update={"kind": "qlora"})
             ways.append(("use adapter: qlora with dtype: bfloat16", {"adapter": qlora, **narrow}, {}))
     pack = stage.trainer.pack_tokens

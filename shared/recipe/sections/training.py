@@ -69,8 +69,18 @@ class Adapter(Kind):
     target_modules: Text | tuple[Text, ...] = "all-linear"
     """Which layers get additions: all-linear (without the head), a pattern, or names."""
 
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether the student's own weights learn, not additions to them."""
+        return self.kind == "none"
+
+    @property
+    def holds_4_bits(self) -> bool:
+        """Whether the weights below the additions are kept in 4 bits."""
+        return self.kind == "qlora"
+
     def _problems(self) -> list[Problem]:
-        options = type(self).model_fields if self.kind == "none" else ()
+        options = type(self).model_fields if self.trains_all_weights else ()
         return unused(self, options, "kind 'none' adds nothing to the weights; write lora or qlora")
 
 

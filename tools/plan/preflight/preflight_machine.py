@@ -35,10 +35,10 @@ def _student(student: Student) -> Iterator[Problem]:
         from student_train.student.liger import check_liger
 
         yield from said(("student", "liger"), partial(check_liger, wanted=True))
-    if student.attention == "flash_attention_2" or student.adapter.kind == "qlora":
+    if student.attention == "flash_attention_2" or student.adapter.holds_4_bits:
         from student_train.student.student import check_packages
 
-        key = "adapter" if student.adapter.kind == "qlora" else "attention"
+        key = "adapter" if student.adapter.holds_4_bits else "attention"
         yield from said(("student", key), partial(check_packages, student))
 
 

@@ -35,7 +35,7 @@ def student_problems(asked: Asked) -> Iterator[Problem]:
         for check in () if found else (_check_stored, _check_type, _check_rows):
             yield from said(("student", "model"), partial(check, asked, Path(student.model)))
         yield from found
-    if random and student.adapter.kind == "qlora":
+    if random and student.adapter.holds_4_bits:
         yield ("student", "adapter"), "qlora holds weights in 4 bits and `init: random` makes fresh ones; use none"
 
 

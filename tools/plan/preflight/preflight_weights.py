@@ -81,8 +81,8 @@ def training_problems(asked: Asked) -> Iterator[Problem]:
             adapted.append(add_adapter(model, student.adapter))
 
     yield from said(("student", "adapter", "target_modules"), adapt)
-    if adapted and student.adapter.kind != "qlora" and not asked.elsewhere:
-        yield from _disk(recipe, adapted[0], adapted=student.adapter.kind != "none")
+    if adapted and not student.adapter.holds_4_bits and not asked.elsewhere:
+        yield from _disk(recipe, adapted[0], adapted=not student.adapter.trains_all_weights)
 
 
 def window_problems(asked: Asked) -> Iterator[Problem]:
