@@ -99,10 +99,11 @@ def first_line(error: BaseException) -> str:
 def reason_of(error: BaseException, most: int = 300) -> str:
     r"""Return another library's message as one line of at most so many characters, or its type where it has none.
 
-    >>> reason_of(OSError("no\n  space")), reason_of(MemoryError())
-    ('no space', 'MemoryError')
+    >>> reason_of(OSError("no\n  space")), reason_of(MemoryError()), reason_of(KeyError("id"))
+    ('no space', 'MemoryError', "no 'id'")
     """
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    text = " ".join(str(error).split())[:most] or type(error).__name__
+    return f"no {text}" if isinstance(error, KeyError) and " " not in text else text
 
 
 _WAYS_OUT = {

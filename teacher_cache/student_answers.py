@@ -30,6 +30,7 @@ from shared.parts.records import list_records
 from shared.progress import NOWHERE, BuildProgress
 from shared.recipe.recipe import Generate, Recipe, Rounds, Teacher
 from shared.recipe.sections.evaluation import OwnAnswers
+from shared.tokens.tokenizer_file import num_ids
 from teacher_cache import engines
 from teacher_cache.engines.answer_ends import foreign_ends
 from teacher_cache.passes.answering import Answering, announced, listed, make_sequences, plan
@@ -179,9 +180,9 @@ def _know_student(section: Teacher, teacher_cache: Path) -> Answerer:
             f"({identity.tokenizer_hash[:8]}), so the teacher cannot score its answers; expected a student of the same "
             "family"
         )
-    if len(found.tokenizer) > identity.vocab_size:
+    if num_ids(found.tokenizer) > identity.vocab_size:
         raise IdentityError(
-            f"{section.model} can answer with {len(found.tokenizer):,} tokens and {teacher_cache} holds "
+            f"{section.model} can answer with {num_ids(found.tokenizer):,} tokens and {teacher_cache} holds "
             f"{identity.vocab_size:,}; expected a student of the same family"
         )
     with checked_tokenizer(teacher_cache) as directory:

@@ -15,6 +15,7 @@ from typing import Any
 
 from shared.errors import EngineError
 from shared.models.config_file import read_config
+from shared.tokens.tokenizer_file import num_ids
 
 
 def end_token_ids(tokenizer: Any, declared: Iterable[int] = (), templates: Iterable[int] = ()) -> tuple[int, ...]:
@@ -32,7 +33,7 @@ def end_token_ids(tokenizer: Any, declared: Iterable[int] = (), templates: Itera
     """
     own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     found = dict.fromkeys([*templates, *own, *declared])
-    return tuple(token for token in found if 0 <= token < len(tokenizer))
+    return tuple(token for token in found if 0 <= token < num_ids(tokenizer))
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

@@ -12,6 +12,7 @@ from shared.models.large_imports import import_transformers
 from shared.models.load_report import loading
 from shared.remote.hub import ask_hub
 from shared.special_files import refuse_special_files
+from shared.tokens.tokenizer_file import check_token_ids
 
 CONFIG = "a directory with config.json, or a hub id that can be fetched"
 
@@ -59,4 +60,12 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool, revision: str
     refuse_special_files(source)
     check_config(source)  # which transformers reads, too
     with loading(f"{source}: the tokenizer", expected="tokenizer.json there"):
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        file = Path(source, "tokenizer.json")
+        if file.is_file():
+            check_token_ids(file.read_bytes())
+        found = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    if len(found) <= len(found.added_tokens_decoder):  # transformers makes one of the model's type from nothing
+        raise ModelError(
+            f"{source}: holds no tokenizer; copy tokenizer.json and tokenizer_config.json of the model to it"
+        )
+    return found

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shared.errors import IdentityError, ModelError
 from shared.models.files import load_tokenizer
+from shared.tokens.tokenizer_file import plain_tokenizer
 
 PROBES = (
     "In 2024, 12345 x 3.14159 = ?",
@@ -36,8 +37,6 @@ def changed_by_type(files: Mapping[str, bytes], model_type: str) -> str | None:
         files: the tokenizer's by name, tokenizer.json among them.
         model_type: as config.json says it.
     """
-    from tokenizers import Tokenizer
-
     with tempfile.TemporaryDirectory(prefix="decant-tokenizer-") as directory:
         for name, data in files.items():
             if "/" not in name:
@@ -47,7 +46,7 @@ def changed_by_type(files: Mapping[str, bytes], model_type: str) -> str | None:
             loaded = load_tokenizer(directory, trust_remote_code=False)
         except ModelError:  # a type of its own, or one that refuses an empty config: nothing is put over it here
             return None
-    plain = Tokenizer.from_str(files["tokenizer.json"].decode())
+    plain = plain_tokenizer(files["tokenizer.json"])
     for text in PROBES:
         if plain.encode(text, add_special_tokens=False).ids != loaded(text, add_special_tokens=False)["input_ids"]:
             return text

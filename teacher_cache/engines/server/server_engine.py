@@ -22,6 +22,7 @@ from shared.errors import DecantError, EngineError
 from shared.models.end_tokens import declared_end_ids
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import ServedTeacher
+from shared.tokens.tokenizer_file import num_ids
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout, required
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_stock
@@ -86,7 +87,7 @@ class ServerEngine:
             EngineError: a server serves something else, or none is up for too long.
         """
         self.tokenizer = tokenizer
-        self.vocab_size: int = len(tokenizer)
+        self.vocab_size = num_ids(tokenizer)
         self._layout = None if capture is None else ColumnLayout.of(capture, self.vocab_size)
         self._declared_ends = declared_end_ids(model_dir)
         self._should_stop = should_stop

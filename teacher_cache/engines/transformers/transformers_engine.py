@@ -27,6 +27,7 @@ from shared.errors import EngineError
 from shared.models.forward.row_length import known_positions
 from shared.models.no_numbers import NO_NUMBERS
 from shared.recipe.recipe import Capture, Generate, Teacher
+from shared.tokens.tokenizer_file import num_ids
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout, required
 from teacher_cache.engines.columns.draw_keys import prefix_keys_of, salted
@@ -63,7 +64,7 @@ class TransformersEngine:
             EngineError: the recipe asks for a longer sequence than the model knows.
         """
         self.tokenizer: Any = model.tokenizer
-        self.vocab_size: int = len(model.tokenizer)
+        self.vocab_size = num_ids(model.tokenizer)
         longest, known = getattr(model.config, "max_position_embeddings", None), known_positions(model.config)
         if max_model_len and known and max_model_len > known:
             raise EngineError(

@@ -28,6 +28,7 @@ from shared.models.weights.checkpoint import check_checkpoint
 from shared.process import parent_watch
 from shared.recipe.recipe import Capture, Generate
 from shared.recipe.sections.teacher import VllmTeacher
+from shared.tokens.tokenizer_file import num_ids
 from teacher_cache.engines.answer_ends import AnswerEnds
 from teacher_cache.engines.columns.column_layout import ColumnLayout, required
 from teacher_cache.engines.columns.sparse_columns import predicting_rows, targets_from_plugin, targets_from_stock
@@ -87,7 +88,7 @@ class VllmEngine:
                 self._llm = LLM(**self._settings.arguments)
             refuse_no_numbers(self._llm)
             self.tokenizer: Any = self._llm.get_tokenizer()
-            self.vocab_size: int = len(self.tokenizer)
+            self.vocab_size = num_ids(self.tokenizer)
             self.max_model_len: int = self._settings.max_model_len or int(self._llm.model_config.max_model_len) - 1
             self._layout: ColumnLayout | None = None
             self._path = "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,11 @@ def test_a_tokenizer_as_that_type_loads_it_stays_as_it_is(tmp_path):
     loaded = AutoTokenizer.from_pretrained(make_qwen2(tmp_path / "qwen2", num_layers=1))
     loaded.save_pretrained(tmp_path / "saved")
     assert changed_by_type(tokenizer_of(tmp_path / "saved"), "qwen2") is None
+
+
+def test_a_tokenizer_that_was_saved_to_fill_texts_up_and_cut_them_off_stays_as_it_is(tmp_path):
+    files = tokenizer_of(make_llama(tmp_path / "llama", num_layers=1))
+    padding = {"strategy": {"Fixed": 99}, "direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    saved = json.loads(files["tokenizer.json"]) | {"padding": padding | {"pad_to_multiple_of": None}, "truncation": cut}
+    assert changed_by_type(files | {"tokenizer.json": json.dumps(saved).encode()}, "llama") is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +55,19 @@ def dense_logprobs(model: CausalModel, token_ids: np.ndarray) -> np.ndarray:
 
 def scored(engine: TransformersEngine, requests: list[ScoreRequest]) -> dict:
     return {result.tag: result.targets for result in engine.score(iter(requests))}
+
+
+def test_ids_above_one_that_is_left_out_are_tokens_and_no_padding(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "holes")
+    document = json.loads((tmp_path / "holes" / "tokenizer.json").read_text())
+    document["model"]["vocab"]["rs"] = PADDED - 1
+    (tmp_path / "holes" / "tokenizer.json").write_text(json.dumps(document))
+    teacher = TransformersTeacher(model="m", engine="transformers", dtype="float32")
+    model = CausalModel.load(teacher, tmp_path / "holes", dtype="float64")
+    engine = TransformersEngine(model, TopCapture(mode="top", k=PADDED), softmax_dtype=torch.float64)
+    request = ScoreRequest(0, 0, np.array([5, 6, PADDED - 1, 7], np.int32), np.array([[1, 4]], np.int32))
+    targets = scored(engine, [request])[0]
+    assert PADDED - 1 in targets.ids and np.all(targets.tail_logmass < -20)
 
 
 def test_scores_equal_dense_float64_maths(exact):

@@ -30,6 +30,7 @@ from shared.keys import content_key
 from shared.parts.records import list_records
 from shared.parts.sequences import SequenceRow, make_row
 from shared.payload.targets import SparseTargets
+from shared.tokens.tokenizer_file import num_ids
 from tools.cache.cache_show import TAIL_MEANS
 from tools.cache.foreign.foreign_row import ForeignReader, ForeignRow, check_row
 from tools.cache.foreign.heads import to_targets
@@ -110,7 +111,8 @@ def import_foreign(
     derived = DerivedCache.of(out, "importing", "an import of these files as they are now", request)
     counts: Counter[str] = Counter()
     if not derived.existed:
-        vocab_size = min(len(settings.tokenizer), reader.vocab_size or len(settings.tokenizer))
+        vocab_size = num_ids(settings.tokenizer)
+        vocab_size = min(vocab_size, reader.vocab_size or vocab_size)
         sequences, targets = (
             _sequences_identity(settings, reader, vocab_size),
             _layer_identity(settings, reader, vocab_size),

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.tokens.token_bytes import Vocabulary, read_vocabulary
+from shared.tokens.tokenizer_file import plain_tokenizer
 
 END = b"\xff<end of the answer>"
 """What the end token of either side stands for: no text has these bytes."""
@@ -185,13 +186,11 @@ def _is_utf8(text: bytes) -> bool:
 
 def _plain_tokenizer(tokenizer_json: bytes) -> Any:
     """Return a tokenizer that adds no prefix space and no control token, and cuts nothing off."""
-    from tokenizers import Tokenizer
-
     document = json.loads(tokenizer_json)
     document["normalizer"] = _without_prefix(document.get("normalizer"), "normalizers")
     document["pre_tokenizer"] = _without_prefix(document.get("pre_tokenizer"), "pretokenizers")
-    document |= {"post_processor": None, "truncation": None, "padding": None}
-    return Tokenizer.from_str(json.dumps(document))
+    document["post_processor"] = None
+    return plain_tokenizer(json.dumps(document).encode())
 
 
 def _without_prefix(part: Any, inner: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 
 from shared.cache.cache import Cache
 from shared.cache.tokenizer_files import read_tokenizer_files
+from shared.tokens.tokenizer_file import plain_tokenizer
 from student_train.student.rows_alone import run_rows_alone
 from student_train.student.student_head import body_of, head_of
 
@@ -97,7 +98,5 @@ def _described(row: Any, position: int, logprobs: np.ndarray, write: Any) -> dic
 
 def _decoder(cache: Cache) -> Any:
     """Return how to write token ids: the cache's tokenizer, special tokens included."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_buffer(read_tokenizer_files(cache.path)["tokenizer.json"])
+    tokenizer = plain_tokenizer(read_tokenizer_files(cache.path)["tokenizer.json"], f"the tokenizer of {cache.path}")
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

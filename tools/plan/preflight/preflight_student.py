@@ -15,6 +15,7 @@ from shared.models.config_file import read_config
 from shared.models.type_tokenizer import require_unchanged
 from shared.places import named
 from shared.recipe.base import Problem
+from shared.tokens.tokenizer_file import num_ids, plain_tokenizer
 from tools.plan.preflight.preflight_asked import Asked, said
 from tools.plan.preflight.preflight_models import files_of_tokenizer, hash_of_tokenizer, model_problem
 
@@ -109,15 +110,13 @@ def _check_rows(asked: Asked, directory: Path) -> None:
     Raises:
         DecantError: with both numbers.
     """
-    from tokenizers import Tokenizer
-
     from teacher_cache.teacher.model_files import resolve_model
 
     file = None if asked.recipe.teacher is None else Path(asked.recipe.teacher.model, "tokenizer.json")
     if asked.caches:
         tokens, whose = read_header(asked.caches[0]).identity.vocab_size, f"the cache {asked.caches[0]}"
     elif file is not None and file.is_file():
-        tokens, whose = Tokenizer.from_file(str(file)).get_vocab_size(), "the teacher's tokenizer"
+        tokens, whose = num_ids(plain_tokenizer(file.read_bytes(), str(file))), "the teacher's tokenizer"
     else:
         return
     rows = resolve_model(str(directory)).vocab_size
