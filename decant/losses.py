@@ -24,6 +24,7 @@ from shared.recipe.sections.losses import Loss
 from student_train.batch.target_batch import Members, TargetBatch
 from student_train.losses import LossTerm
 from student_train.operator.fused_loss import fused_sparse_loss
+from student_train.operator.head_chunks import check_positions
 from student_train.operator.loss_terms import group_terms
 from student_train.operator.softmax_group import finite
 from student_train.student.student_head import StudentHead, check_head, head_of, refuse_adapted_head
@@ -115,8 +116,9 @@ def sparse_loss(
         softcap: c where the model makes c tanh(logits / c) of them then (Gemma 2), likewise.
 
     Raises:
-        TrainingError: a temperature was not captured, a term cannot be had from these targets, the output layer has an
-            adapter on it, or the model makes its logits in a way that its config does not say.
+        TrainingError: shapes are not those of the batch, a temperature was not captured, a term cannot be had from
+            these targets, the output layer has an adapter on it, or the model makes its logits in a way that its config
+            does not say.
 
     >>> import torch, decant
     >>> data = decant.TorchDataset(decant.open_cache("data/golden/run-1/cache"), pack_tokens=128)
@@ -126,7 +128,7 @@ def sparse_loss(
     >>> round(float(loss.detach()), 4)      # a head of zeros says log 512 everywhere
     6.2383
     """
-    predicting = hidden[0][batch["predictor_index"]] if hidden.ndim == 3 else hidden
+    predicting = _predicting("hidden", hidden, batch)
     if hasattr(head, "get_base_model"):  # adapters of peft are below it already
         head = head.get_base_model()
     if hasattr(head, "get_output_embeddings"):
@@ -182,8 +184,9 @@ def sparse_loss_from_logits(
     >>> round(float(decant.sparse_loss_from_logits(logits, batch, [decant.cross_entropy()])), 4)
     6.2383
     """
-    predicting = logits[0][batch["predictor_index"]] if logits.ndim == 3 else logits
+    predicting = _predicting("logits", logits, batch)
     labels, targets = batch["labels"], _targets(batch, terms)
+    check_positions(predicting.shape[1], predicting, labels, targets)
     count = len(labels) if num_positions is None else num_positions
     dtype = torch.promote_types(predicting.dtype, torch.float32)
     total = predicting.new_zeros((), dtype=dtype)
@@ -201,6 +204,26 @@ def sparse_loss_from_logits(
             values = term.values(finite(members.log_p), _masses(z, members), members.num_head)
             total = total + term.coefficient * values.sum()
     return total
+
+
+def _predicting(name: str, values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return [S, ...] of the positions that predict.
+
+    Raises:
+        TrainingError: the values or the batch are of another shape or kind.
+    """
+    labels, found = batch.get("labels"), list(values.shape)
+    if not isinstance(labels, Tensor) or not values.is_floating_point():
+        raise TrainingError(f"{name}: expected real numbers, and a batch as TorchDataset.collate returns it")
+    num_tokens, num_positions = batch["input_ids"].shape[1], len(labels)
+    if found[:-1] == [1, num_tokens]:
+        return values[0][batch["predictor_index"]]
+    if found[:-1] != [num_positions]:
+        raise TrainingError(
+            f"{name}: expected shape [1, {num_tokens}, ...] of all tokens of the batch, or [{num_positions}, ...] of "
+            f"those that predict, found {found}"
+        )
+    return values
 
 
 def _masses(z: Tensor, members: Members) -> Tensor:

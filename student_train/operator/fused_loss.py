@@ -69,7 +69,7 @@ def fused_sparse_loss(
     """
     head = Head.of(hidden, head_weight, head_bias, logit_scale, softcap, vocab_size)
     for batch in targets.values() if isinstance(targets, Mapping) else (targets,):
-        check_positions(head, hidden, labels, batch)
+        check_positions(head.vocab_size, hidden, labels, batch)
     if isinstance(num_positions, Tensor):
         num_positions = num_positions.to(head.dtype)
     elif num_positions <= 0:

@@ -173,7 +173,7 @@ def _padded(weight: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def check_positions(head: Head, hidden: Tensor, labels: Tensor, targets: TargetBatch | None) -> None:
+def check_positions(vocab_size: int, hidden: Tensor, labels: Tensor, targets: TargetBatch | None) -> None:
     """Check that hidden states, labels and targets are of the same positions and that every id is in the vocabulary.
 
     Raises:
@@ -191,10 +191,10 @@ def check_positions(head: Head, hidden: Tensor, labels: Tensor, targets: TargetB
         return
     lowest, highest = (int(x) for x in torch.aminmax(labels))
     highest = max(highest, -1 if targets is None else targets.max_token_id)
-    if lowest < 0 or highest >= head.vocab_size:
+    if lowest < 0 or highest >= vocab_size:
         raise TrainingError(
             f"token id {lowest if lowest < 0 else highest} was found where the student's head has tokens 0 to "
-            f"{head.vocab_size - 1}; use a cache made with the student's tokenizer"
+            f"{vocab_size - 1}; use a cache made with the student's tokenizer"
         )
 
 

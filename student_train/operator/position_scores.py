@@ -70,7 +70,7 @@ def evaluate_positions(
         TrainingError: ids lie outside the vocabulary.
     """
     head = Head.of(hidden, head_weight, head_bias, logit_scale, softcap, vocab_size)
-    check_positions(head, hidden, labels, targets)
+    check_positions(head.vocab_size, hidden, labels, targets)
     num_positions = len(labels)
     kl, nll, top1, least, most = (torch.empty(num_positions, device=hidden.device) for _ in range(5))
     equal, in_top5, is_label = (torch.empty(num_positions, dtype=torch.bool, device=hidden.device) for _ in range(3))

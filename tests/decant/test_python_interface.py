@@ -213,8 +213,10 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(tmp_path: Path) -> None:
         decant.open_cache(tmp_path)
     with pytest.raises(decant.DecantError, match="gopher"):
         decant.open_cache("gopher://bucket/cache")
+    batch = _batch([1.0])
+    hidden = torch.zeros(1, batch["input_ids"].shape[1], 4)
     with pytest.raises(decant.DecantError, match="was not captured"):
-        decant.sparse_loss(torch.zeros(1, 999, 4), torch.zeros(512, 4), _batch([1.0]), [decant.forward_kl(1, 2.0)])
+        decant.sparse_loss(hidden, torch.zeros(512, 4), batch, [decant.forward_kl(1, 2.0)])
     with pytest.raises(IndexError, match="row 24 of 24"):
         _ = cache[24]
 
@@ -252,7 +254,33 @@ def _loss_of(terms):
 
     import decant
 
-    return decant.sparse_loss(torch.zeros(1, 999, 4), torch.zeros(512, 4), _batch([1.0]), terms)
+    batch = _batch([1.0])
+    return decant.sparse_loss(torch.zeros(len(batch["labels"]), 4), torch.zeros(512, 4), batch, terms)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_states_of_another_shape_than_the_batch_are_refused(whole: bool) -> None:
+    import torch
+
+    import decant
+
+    def loss(values, batch):
+        if whole:
+            return decant.sparse_loss_from_logits(values, batch, [decant.forward_kl()])
+        return decant.sparse_loss(values, torch.zeros(512, 512), batch, [decant.forward_kl()])
+
+    batch = _batch([1.0])
+    tokens, positions = batch["input_ids"].shape[1], len(batch["labels"])
+    assert loss(torch.zeros(1, tokens, 512), batch) == loss(torch.zeros(positions, 512), batch)
+    for shape in ([2, tokens, 512], [1, tokens + 1, 512], [1, tokens - 1, 512], [tokens, 512], [1, 1, tokens, 512]):
+        with pytest.raises(decant.DecantError, match=rf"expected shape \[1, {tokens}, \.\.\.\] of all tokens"):
+            loss(torch.zeros(shape), batch)
+    with pytest.raises(decant.DecantError, match=r"expected real numbers, and a batch as TorchDataset\.collate"):
+        loss(torch.zeros(1, tokens, 512, dtype=torch.int64), batch)
+    with pytest.raises(decant.DecantError, match=r"a batch as TorchDataset\.collate"):
+        loss(torch.zeros(1, tokens, 512), decant.TorchDataset(_golden(), pack_tokens=128)[0])
+    with pytest.raises(decant.DecantError, match="was found where the student's head has tokens 0 to 6"):
+        decant.sparse_loss_from_logits(torch.zeros(positions, 7), batch, [decant.cross_entropy()])
 
 
 def test_any_number_is_a_weight() -> None:
