@@ -237,6 +237,9 @@ def test_without_a_student_the_mean_distribution_completes_tails(world: dict[str
     assert all(np.isfinite(one["gradient_error"]) and one["gradient_error"] > 0 for one in found["truncation"])
     assert audit_cache(world["cache"], AuditSettings(rows=3, ks=(8,), masses=(1.0,))) == found
     assert sum(one["own"] for one in found["truncation"]) == 1
+    assert found["smaller_capture"] is None  # the mean gradient of that q is zero, so nothing is relative to it
+    assert {one["mean_gradient_error"] for one in found["truncation"]} == {None}
+    assert all(line.endswith(" –") for line in audit_text(found).splitlines() if line.lstrip("* ")[:2] == "8 ")
 
 
 def test_a_smaller_capture_is_named_only_where_it_is_no_worse() -> None:

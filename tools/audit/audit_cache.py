@@ -176,11 +176,11 @@ def audit_text(found: Mapping[str, Any]) -> str:
     lines += [f"  {verdict}", "", f"Truncation, tails completed by: {found['completion']}"]
     lines.append("       k  draws    mass     T  bytes/position  entries    KL lost  gradient error  of the mean")
     for one in found["truncation"]:
-        lost = "–" if one["kl_lost"] is None else f"{one['kl_lost']:.2e}"
+        lost, of_mean = ("–" if one[key] is None else f"{one[key]:.2e}" for key in ("kl_lost", "mean_gradient_error"))
         lines.append(
             f"{'*' if one['own'] else ' ':2}{one['k']:6}  {one['draws']:5}  {one['mass']:6g}  {one['temperature']:4g}  "
             f"{one['bytes_per_position']:14.1f}  {one['mean_entries']:7.1f}  {lost:>9}  {one['gradient_error']:14.2e}  "
-            f"{one['mean_gradient_error']:11.2e}"
+            f"{of_mean:>11}"
         )
     at = sorted({one["temperature"] for one in found["truncation"]})
     own = "capture"

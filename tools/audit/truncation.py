@@ -9,7 +9,8 @@ it.
 - The dense gradient with respect to the student's logits is q - p. The capture's is q - p^, where p^ is p on the head
   and outside it the student's own tail shape, p_T q / q_T; with m draws it is p_T count / m at the drawn tokens
   instead. Gradient error: sum over positions of |p^ - p|_2 over the sum of |q - p|_2. Error of the mean gradient: |mean
-  (p^ - p)|_2 over |mean (q - p)|_2, in which unbiased draws average out and a systematic error stays.
+  (p^ - p)|_2 over |mean (q - p)|_2, in which unbiased draws average out and a systematic error stays. It needs a
+  student: mean (q - p) is zero where q is the mean of p.
 - Bytes per position: the sampled rows captured so and encoded by the codec.
 q is a given student's, or, without one, the mean of the teacher's distributions over the sampled positions: a student
 that knows how often tokens come and nothing else, which completes tails worse than any trained one.
@@ -97,8 +98,8 @@ def audit_truncation(
     """Return one document per capture and temperature.
 
     Returns:
-        k, draws, mass, temperature, kl_lost (nats per position; None with draws), gradient_error, mean_gradient_error,
-        bytes_per_position, mean_entries, own (it is the layer's).
+        k, draws, mass, temperature, kl_lost (nats per position; None with draws), gradient_error, mean_gradient_error
+        (None without a student), bytes_per_position, mean_entries, own (it is the layer's).
     """
     identity = cache.layer
     assert identity is not None
@@ -127,7 +128,7 @@ def audit_truncation(
             candidate.entries += len(targets.ids)
             candidate.columns.clear()
     return [
-        _document(candidate, at, losses, positions)
+        _document(candidate, at, losses, positions, has_student=student is not None)
         for candidate in candidates
         for at, losses in candidate.losses.items()
     ]
@@ -172,11 +173,14 @@ def _mean_logprobs(cache: Cache, model: CausalModel, chosen: Sequence[int], voca
     return (total / positions).clamp(min=1e-12).log().log_softmax(-1)[None]
 
 
-def _document(candidate: Candidate, temperature: float, losses: Losses, positions: int) -> dict[str, Any]:
+def _document(
+    candidate: Candidate, temperature: float, losses: Losses, positions: int, *, has_student: bool
+) -> dict[str, Any]:
     layout = candidate.layout
     assert losses.mean_error is not None
     assert losses.mean_dense is not None
     mean_dense = float(losses.mean_dense.norm())
+    of_mean = float(losses.mean_error.norm()) / mean_dense if mean_dense else 0.0
     return {
         "k": layout.num_head,
         "draws": layout.num_draws,
@@ -184,7 +188,7 @@ def _document(candidate: Candidate, temperature: float, losses: Losses, position
         "temperature": temperature,
         "kl_lost": None if layout.num_draws else losses.kl_lost / positions,
         "gradient_error": losses.error / losses.dense if losses.dense else 0.0,
-        "mean_gradient_error": float(losses.mean_error.norm()) / mean_dense if mean_dense else 0.0,
+        "mean_gradient_error": of_mean if has_student else None,
         "bytes_per_position": candidate.num_bytes / positions,
         "mean_entries": candidate.entries / positions,
         "own": candidate.own,
@@ -192,11 +196,15 @@ def _document(candidate: Candidate, temperature: float, losses: Losses, position
 
 
 def smaller_capture(documents: Sequence[dict[str, Any]]) -> str | None:
-    """Name the smallest capture whose mean gradient is no more wrong than the layer's own; None where there is none."""
+    """Name the smallest capture whose mean gradient is no more wrong than the layer's own; None where there is none,
+    or where no student told.
+    """
     by_capture: dict[tuple[int, int, float], list[dict[str, Any]]] = defaultdict(list)
     for document in documents:
         by_capture[document["k"], document["draws"], document["mass"]].append(document)
     own = next(group for group in by_capture.values() if group[0]["own"])
+    if any(one["mean_gradient_error"] is None for one in own):
+        return None
     size = own[0]["bytes_per_position"]
     fitting = [
         (group[0]["bytes_per_position"], capture)

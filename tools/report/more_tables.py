@@ -181,9 +181,10 @@ def truncation_table(report: Mapping[str, Any]) -> Table:
             f"{one['mass']:g}",
             f"{one['temperature']:g}",
             number(one["bytes_per_position"], 1),
-            NONE if one.get("kl_lost") is None else f"{one['kl_lost']:.1e}",
-            f"{one['gradient_error']:.1e}",
-            f"{one['mean_gradient_error']:.1e}",
+            *(
+                NONE if one.get(key) is None else f"{one[key]:.1e}"
+                for key in ("kl_lost", "gradient_error", "mean_gradient_error")
+            ),
         ]
         for one in audit.get("truncation", ())
     ]

@@ -248,7 +248,7 @@ class Truncation(BaseModel):
     mass: Number
     temperature: Number
     gradient_error: Number
-    mean_gradient_error: Number
+    mean_gradient_error: Number | None
     bytes_per_position: Number
     kl_lost: Number | None = None
     own: Bool | None = None
