@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from shared.errors import DamagedError, PromptError, refused
 from shared.parts.jobs import Job, list_jobs
 from shared.recipe.recipe import PromptSource, Recipe
+from shared.text.text_encoding import not_utf8
 
 MAX_TEMPLATE_BYTES = 2**20
 SETTINGS = ("system", "template", "chat_template", "chat_template_kwargs", "supervise", "date")
@@ -66,12 +67,12 @@ def template_text(setting: str | None) -> str | None:
             "`chat_template`"
         )
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise PromptError(f"{setting}: cannot be read ({refused(error)})") from None
-    except UnicodeDecodeError as error:
-        found = f"not UTF-8 at byte {error.start}"
-        raise PromptError(f"{setting}: a template's file is {found}; convert it, or name another") from None
+    if said := not_utf8(text):
+        raise PromptError(f"{setting}: the template {said}")
+    return text
 
 
 def rendering_of(source: PromptSource) -> dict[str, Any]:

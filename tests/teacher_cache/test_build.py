@@ -213,7 +213,7 @@ def test_answers_that_are_empty_or_outside_the_vocabulary_are_set_aside(tmp_path
     summary = teach(recipe(tmp_path, model, generate={"max_new_tokens": 300}), max_set_aside=0.5)
     reasons = sorted(problem.reason.split(" tokens")[0] for problem in summary.set_aside)
     assert [summary.rows, len(reasons)] == [17, 3]
-    assert reasons[1] == "the answer is empty"
+    assert reasons[1] == "the generated answer is empty"
     assert reasons[0].startswith("prompt and answer have")
     assert reasons[2] == "token id 600 lies outside the vocabulary of 512 entries"
 

@@ -108,6 +108,17 @@ def test_what_is_left_out_is_said(tmp_path):
     assert note(tmp_path / "plain") == ""
 
 
+@pytest.mark.parametrize("name", ["data [v2]", "what?", "all*"])
+def test_a_directory_whose_name_would_be_a_pattern_is_read_and_its_advice_works(tmp_path, name):
+    put(tmp_path / name, "train.jsonl", "test.jsonl")
+    put(tmp_path / f"{name} of others", "train.jsonl", "a/test.jsonl", "b/test.jsonl")
+    assert [path.name for path in locate(source(tmp_path / name)).paths] == ["train.jsonl"]
+    with pytest.raises(PromptError, match="several configurations") as caught:
+        locate(source(tmp_path / f"{name} of others", split="test"))
+    pattern = str(caught.value).rpartition("a glob such as ")[2]
+    assert len(locate(source(pattern, split="test")).paths) == 2
+
+
 @pytest.mark.parametrize(
     ("files", "left"),
     [

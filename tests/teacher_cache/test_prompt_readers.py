@@ -7,6 +7,8 @@ import gzip
 import json
 import lzma
 import os
+import re
+import shutil
 import subprocess
 import tracemalloc
 from collections.abc import Callable
@@ -100,7 +102,7 @@ def test_zst_bytes_are_those_of_the_library(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_json_list_is_read_row_by_row(tmp_path, suffix):
-    rows = [{"text": "eins\u2028", "score": 0.5}, {"text": "zwei", "nested": [1, {"a": None}]}, "no object"]
+    rows = [{"text": "eins\u2028", "score": 0.5}, {"text": "zwei", "nested": [1, {"a": None}]}, ["no object"]]
     path = tmp_path / f"a.json{suffix}"
     data = "\ufeff" + json.dumps(rows, ensure_ascii=False, indent=2)
     path.write_bytes(PACK[suffix](data.encode()) if suffix else data.encode())
@@ -176,7 +178,7 @@ def test_a_table_whose_first_line_has_other_separators_is_read_by_them(tmp_path,
         (b"a,a\n1,2\n", r"a\.csv:1: the first line must name each column once"),
         (b",a\n0,2\n", r"a\.csv:1: the first line must name each column once, found '', 'a'; .*index=False"),
         (b'a,b\n1,"open\n', r"a\.csv:2: cannot be read as csv"),
-        (b"a,b\n1,\xe4\n", r"a\.csv:\d: cannot be read as csv from here on .*utf-8"),
+        (b"a,gr\xf6\xdfe\n1,2\n", r"a\.csv:1: the first line is not UTF-8 \(byte 0xf6 after 'agr'\); convert"),
     ],
 )
 def test_a_table_that_is_none_is_one_sentence(tmp_path, content, reason):
@@ -199,11 +201,35 @@ def test_a_text_in_another_encoding_is_named_and_the_advice_works(tmp_path, name
         assert [json.loads(row.removeprefix("\ufeff")) for _, row in read_file(path)] == [{"text": "ä"}]
 
 
-def test_a_line_that_is_not_utf8_says_so_and_the_others_are_read(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes('{"text": "ä"}\n'.encode() + b'{"text": "caf\xe9"}\n{"text": "b"}\n')
-    first, (number, problem), last = read_file(tmp_path / "a.jsonl")
-    assert (first[0], last[0], number) == (1, 3, 2)
-    assert "not UTF-8 at column 14 (byte 0xe9)" in str(problem)
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("a.jsonl", '{"text": "ä"}\n{"text": "caf%"}\n{"text": "b"}\n', 3),
+        ("a.json", '[{"text": "ä"},\n{"text": "caf%"}, {"text": "b"}]', 3),
+        ("a.csv", "text,n\nä,1\ncaf%,2\nb,3\n", 3),
+        ("a.txt", "ä caf%", 1),
+    ],
+)
+def test_a_row_that_is_not_utf8_says_so_the_others_are_read_and_the_advice_works(tmp_path, name, content, rows):
+    (tmp_path / name).write_bytes(content.encode().replace(b"%", b"\xe9"))
+    found = list(read_file(tmp_path / name))
+    (problem,) = (row for _, row in found if isinstance(row, ValueError))
+    assert len(found) == rows and re.search(r"not UTF-8 \(byte 0xe9 after '.*caf'\); convert", str(problem))
+    (tmp_path / name).write_bytes(content.replace("%", "é").encode("windows-1252"))
+    advice = re.search(r"(iconv .*) OLD > NEW", str(problem))
+    (tmp_path / name).write_bytes(subprocess.check_output([*str(advice[1]).split(), str(tmp_path / name)]))
+    assert not any(isinstance(row, ValueError) for _, row in read_file(tmp_path / name))
+    assert "café" in str(list(read_file(tmp_path / name)))
+
+
+def test_a_list_of_texts_says_so_and_the_advice_works(tmp_path):
+    (tmp_path / "a.json").write_text('["one", "{\\"text\\": \\"two\\"}"]')
+    first, second = (row for _, row in read_file(tmp_path / "a.json"))
+    assert str(first) == str(second) and "the row is text but must be an object" in str(first)
+    program = re.search(r"jq -c '(.*)' OLD", str(first))
+    if shutil.which("jq"):
+        (tmp_path / "a.jsonl").write_bytes(subprocess.check_output(["jq", "-c", program[1], str(tmp_path / "a.json")]))
+        assert json.loads(next(read_file(tmp_path / "a.jsonl"))[1]) == {"prompt": "one"}
 
 
 def test_a_txt_file_is_one_text(tmp_path):
@@ -211,7 +237,7 @@ def test_a_txt_file_is_one_text(tmp_path):
     assert list(read_file(tmp_path / "a.txt")) == [(1, {"text": "Once\n\nupon a time\n"})]
     (tmp_path / "b.txt").write_bytes(b"\xe4")
     (tmp_path / "c.txt").write_bytes(b"x" * (MAX_LINE_BYTES + 1))
-    for name, reason in (("b.txt", "not UTF-8 at byte 0"), ("c.txt", "split it into files")):
+    for name, reason in (("b.txt", "not UTF-8 (byte 0xe4"), ("c.txt", "split it into files")):
         ((_, problem),) = read_file(tmp_path / name)
         assert reason in str(problem)
 

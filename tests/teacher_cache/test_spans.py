@@ -262,7 +262,7 @@ def test_a_stopped_answer_ends_with_the_end_token_and_a_cut_one_does_not(tokeniz
     ("answer", "finish_reason"), [("", "stop"), ("<|im_end|>", "stop"), ("<|endoftext|>", "stop"), ("", "length")]
 )
 def test_an_empty_answer_is_refused(tokenizer, answer, finish_reason):
-    with pytest.raises(ValueError, match="the answer is empty"):
+    with pytest.raises(ValueError, match="the generated answer is empty"):
         Template(tokenizer, source()).with_answer([1], encode(tokenizer, answer), finish_reason)
 
 

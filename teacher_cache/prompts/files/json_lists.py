@@ -13,16 +13,18 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from shared.text import strict_json
+from shared.text.text_encoding import not_utf8
 
 BLOCK_CHARACTERS = 2**18
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_list(file: TextIO, most: int) -> Iterator[Any]:
-    """Yield every entry, or a ValueError in place of one in which a key comes twice or a number is too long.
+    """Yield every entry, or a ValueError in place of one in which a key comes twice, a number is too long or a byte is
+    not UTF-8.
 
     Args:
-        file: begins with `[`, white space aside.
+        file: begins with `[`, white space aside; opened with `surrogateescape`.
         most: characters of an entry.
 
     Raises:
@@ -40,7 +42,9 @@ def read_list(file: TextIO, most: int) -> Iterator[Any]:
         window.take("]")
     else:
         while True:
-            value = window.entry(decoder, most)
+            value, text = window.entry(decoder, most)
+            if said := not_utf8(text):
+                problems.append(f"the entry {said}")
             yield ValueError(problems[0]) if problems else value
             problems.clear()
             if window.next_character() == "]":
@@ -75,8 +79,8 @@ class _Window:
             raise ValueError(f"expected '{wanted}', found {f'{found!r}' if found else 'the end of the file'}")
         self._at += 1
 
-    def entry(self, decoder: json.JSONDecoder, most: int) -> Any:
-        """Take one entry of at most `most` characters."""
+    def entry(self, decoder: json.JSONDecoder, most: int) -> tuple[Any, str]:
+        """Take one entry of at most `most` characters, and return it with its text."""
         self.next_character()
         while True:
             try:
@@ -86,8 +90,8 @@ class _Window:
                     raise ValueError(error.msg) from None
             else:
                 if end < len(self._text) or self._is_last:  # else a number may go on
-                    self._at = end
-                    return value
+                    text, self._at = self._text[self._at : end], end
+                    return value, text
             if len(self._text) - self._at > most:
                 raise ValueError(f"an entry has more than {most:,} characters, or is no JSON")
             self._move()

@@ -10,6 +10,7 @@ Cost: one listing of the directory.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -115,10 +116,7 @@ def of_directory(directory: Path, source: PromptSource) -> LocalFiles:
         return _of_saved(directory, source)
     there, aside = _data_files(directory)
     if not there:
-        raise PromptError(
-            f"{directory}: the directory has no .jsonl, .json, .csv, .txt, .parquet or .arrow file; expected prompts "
-            "there"
-        )
+        raise PromptError(f"{directory}: the directory has no {', '.join(KINDS)} file; expected prompts there")
     if len({kind_of(path) for path in there}) > 1:
         return LocalFiles(there)  # which the caller refuses by the kinds
     card = _card_configs(directory)
@@ -133,7 +131,7 @@ def of_directory(directory: Path, source: PromptSource) -> LocalFiles:
     if missing:
         raise PromptError(
             f"{directory}: of the files there some are missing by the others' names ({_listed(missing)}); get them, or "
-            f"take what is there with a glob such as {directory}/**/*{chosen.paths[0].suffix}"
+            f"take what is there with a glob such as {_all_below(directory, chosen.paths)}"
         )
     return LocalFiles(chosen.paths, _joined(chosen.note, note))
 
@@ -186,7 +184,8 @@ def _splits(directory: Path, there: Sequence[Path], source: PromptSource, card: 
         if card:
             told = datasets.load_dataset_builder(str(root), name=source.config).config.data_files or {}
         else:
-            told = DataFilesDict.from_patterns(get_data_patterns(str(root)), base_path=str(root))
+            base = glob.escape(str(root))
+            told = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
         found = {
             str(split): {directory / Path(name).relative_to(root) for name in files} for split, files in told.items()
         }
@@ -225,7 +224,7 @@ def _of_config(directory: Path, splits: Mapping[str, list[Path]], source: Prompt
     if source.config is None and len(folders) > 1:
         raise PromptError(
             f"{directory}: has several configurations ({_listed(folder or '.' for folder in folders)}); name one with "
-            f"`config`, or take all with a glob such as {directory}/**/*{next(iter(splits.values()))[0].suffix}"
+            f"`config`, or take all with a glob such as {_all_below(directory, next(iter(splits.values())))}"
         )
     wanted = next(iter(folders)) if source.config is None else "" if source.config == "." else source.config
     if wanted not in folders:
@@ -295,6 +294,11 @@ def _split_in(name: str) -> str | None:
 
 def _words(name: str) -> list[str]:
     return re.split(r"[-._ 0-9]+", name)
+
+
+def _all_below(directory: Path, files: Sequence[Path]) -> str:
+    """Return a glob for all files below a directory that end as the first of these does."""
+    return f"{glob.escape(str(directory))}/**/*{files[0].suffix}"
 
 
 def _listed(names: Iterable[str]) -> str:

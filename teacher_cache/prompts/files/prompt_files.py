@@ -19,7 +19,15 @@ import xxhash
 from shared.errors import PromptError, refused
 from shared.recipe.recipe import PromptSource
 from shared.remote.hub import ask_hub
-from teacher_cache.prompts.files.prompt_directories import LocalFiles, kind_of, of_directory, of_file, of_glob
+from teacher_cache.prompts.files.prompt_directories import (
+    COMPRESSIONS,
+    KINDS,
+    LocalFiles,
+    kind_of,
+    of_directory,
+    of_file,
+    of_glob,
+)
 
 _BLOCK_BYTES = 2**22
 
@@ -94,8 +102,8 @@ def _require_one_kind(files: Sequence[Path], source: PromptSource) -> None:
     kinds = {kind_of(file): file for file in reversed(files)}
     if None in kinds:
         raise PromptError(
-            f"{kinds[None]}: unknown kind of file; expected one of .jsonl, .json, .csv, .tsv, .txt (each may end in "
-            ".gz, .bz2, .xz or .zst), .parquet, .arrow"
+            f"{kinds[None]}: unknown kind of file; expected one of {', '.join(KINDS)} (texts may end in "
+            f"{', '.join(COMPRESSIONS)}, too)"
         )
     if len(kinds) > 1:
         named = ", ".join(sorted(str(kind) for kind in kinds))

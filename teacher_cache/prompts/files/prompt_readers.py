@@ -12,7 +12,6 @@ import contextlib
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from shared.errors import PromptError, reason_of
 from shared.text.file_endings import endings
-from shared.text.text_encoding import other_encoding
+from shared.text.text_encoding import not_utf8, other_encoding
 from teacher_cache.prompts.files.json_lists import read_list
 from teacher_cache.prompts.files.packed_files import BLOCK_BYTES, open_bytes
 from teacher_cache.prompts.files.prompt_directories import kind_of
@@ -30,9 +29,11 @@ MAX_LINE_BYTES = 16 * 2**20
 ENDLESS_BYTES = 2**30
 """Of a line beyond which no further is looked for: the file is zeros, or of another kind."""
 _CUT = "the file ends in the middle, {}; get it again, or remove its last line"
+_TEXTS = (
+    "the row is text but must be an object with named fields; where it is a prompt: jq -c '.[] | {prompt: .}' OLD > "
+    "NEW.jsonl"
+)
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")
-"""What stands for bytes that are not UTF-8."""
 
 Numbered = tuple[int, Any]
 """Line or row from 1, and the row: a mapping, a line of JSON that is not parsed yet, or a ValueError that says what is
@@ -98,8 +99,9 @@ def _require_utf8(path: Path) -> None:
 
 def _json(path: Path) -> Iterator[Numbered]:
     if ".json" in endings(path) and _starts_list(path):
-        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
-            yield from enumerate(read_list(file, MAX_LINE_BYTES), start=1)
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            for number, entry in enumerate(read_list(file, MAX_LINE_BYTES), start=1):
+                yield number, ValueError(_TEXTS) if isinstance(entry, str) else entry
     else:
         yield from _lines(path, of_objects=True)
 
@@ -131,16 +133,11 @@ def _lines(path: Path, *, of_objects: bool) -> Iterator[Numbered]:
                     )
             if length > MAX_LINE_BYTES:
                 yield number, ValueError(f"the line has {length:,} characters; at most {MAX_LINE_BYTES:,} are read")
-            elif not line.isascii() and (found := _NOT_UTF8.search(line)):
-                byte = ord(found[0]) - 0xDC00
-                reason = (
-                    f"the line is not UTF-8 at column {found.start() + 1} (byte {byte:#x}); convert the file to UTF-8"
-                )
-                yield number, ValueError(reason)
             elif line.strip("\ufeff \t\r\n"):
                 if of_objects and not line.endswith("\n"):
                     _require_whole(line.strip("\ufeff \t\r"))
-                yield number, line.rstrip("\r\n")
+                said = not_utf8(line)
+                yield number, ValueError(f"the line {said}") if said else line.rstrip("\r\n")
 
 
 def _require_whole(line: str) -> None:
@@ -161,10 +158,12 @@ def _require_whole(line: str) -> None:
 
 def _csv(path: Path, separator: str | None) -> Iterator[Numbered]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = _RecordLines(file)
         reader = csv.reader(lines, delimiter=separator or _separator(path), strict=True)
         names = _next(reader, path, 1) or []
+        if said := not_utf8("".join(names)):
+            raise PromptError(f"{path}:1: the first line {said}")
         if len(set(names)) != len(names) or not all(names):
             raise PromptError(
                 f"{path}:1: the first line must name each column once, found {', '.join(map(repr, names))[:200]}"
@@ -181,7 +180,8 @@ def _csv(path: Path, separator: str | None) -> Iterator[Numbered]:
                     ValueError(f"the row has {len(values)} values and the first line names {len(names)} columns"),
                 )
             elif values:
-                yield number, dict(zip(names, values, strict=True))
+                said = not_utf8(" ".join(values))
+                yield number, ValueError(f"the row {said}") if said else dict(zip(names, values, strict=True))
             number = reader.line_num + 1
             lines.begin()
 
@@ -229,7 +229,7 @@ class _RecordLines:
 def _next(reader: Iterator[list[str]], path: Path, number: int) -> list[str] | None:
     try:
         return next(reader, None)
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise PromptError(f"{path}:{number}: cannot be read as csv from here on ({reason_of(error)})") from error
 
 
@@ -240,10 +240,9 @@ def _text(path: Path) -> Iterator[Numbered]:
         reason = f"the file is one text of more than {MAX_LINE_BYTES:,} bytes; split it into files or write JSON lines"
         yield 1, ValueError(reason)
         return
-    try:
-        yield 1, {"text": data.decode("utf-8-sig")}
-    except UnicodeDecodeError as error:
-        yield 1, ValueError(f"the file is not UTF-8 at byte {error.start}; convert it")
+    text = data.decode("utf-8-sig", "surrogateescape")
+    said = not_utf8(text)
+    yield 1, ValueError(f"the text {said}") if said else {"text": text}
 
 
 def _text_lines(path: Path) -> Iterator[Numbered]:

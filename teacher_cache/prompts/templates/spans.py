@@ -188,7 +188,7 @@ class Template:
                 answer.pop()
             answer.append(self.end_token_id)
         if not answer or (len(answer) == 1 and answer[0] in self._own_ends):
-            raise ValueError("the answer is empty")
+            raise ValueError("the generated answer is empty")
         return _tokens([*prompt_ids, *answer], [(len(prompt_ids), len(prompt_ids) + len(answer))])
 
     @property

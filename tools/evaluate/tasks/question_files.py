@@ -18,7 +18,7 @@ from typing import Any
 from shared.errors import EvaluationError
 from shared.text import strict_json
 from shared.text.file_endings import ends_in
-from shared.text.text_encoding import other_encoding
+from shared.text.text_encoding import not_utf8, other_encoding
 
 MAX_FILE_BYTES = 1 << 30
 MAX_WHOLE_FILE_BYTES = 1 << 28
@@ -77,6 +77,8 @@ def _parsed(text: bytes, place: str, wanted: str) -> Any:
     except (ValueError, RecursionError) as error:
         if reason := other_encoding(text[:4]):
             raise EvaluationError(f"{place}: {reason}") from error
+        if said := not_utf8(text.decode("utf-8", "surrogateescape")):
+            raise EvaluationError(f"{place}: the text {said}") from error
         raise EvaluationError(f"{place}: expected {wanted}, found {text[:60]!r} ({error})") from error
 
 
