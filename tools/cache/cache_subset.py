@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from shared.cache.cache import Cache
 from shared.cache.writing.part_takeover import TakeOver
 from shared.errors import CacheError, UsageError
-from shared.recipe.base import closest
+from shared.recipe.base import closest, quoted
 from tools.cache.cache_merge import Merge, carry_out, common_layers, fingerprint, how_made, open_source
 from tools.cache.row_query import Condition
 from tools.cache.staged_directory import DerivedCache
@@ -92,7 +92,8 @@ def chosen_rows(cache: Cache, choice: Choice) -> NDArray[np.bool_]:
         for name in choice.sources:
             if name not in cache.source_names:
                 near = closest(name, cache.source_names)
-                raise UsageError(f"--source {name}: {cache.path} has {', '.join(cache.source_names)}{near}")
+                there = quoted(cache.source_names)
+                raise UsageError(f"--source {name}: {cache.path} has no such source (there are: {there}){near}")
         chosen = np.isin(cache.sources, [cache.source_names.index(name) for name in choice.sources])
     if choice.query is not None:
         condition = Condition(choice.query)
