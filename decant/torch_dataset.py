@@ -9,6 +9,7 @@ Shape letters: B tokens of a batch, S its supervised positions.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from pydantic import ValidationError
 
 from decant.reading import Cache
 from shared.errors import TrainingError
-from shared.recipe.base import first_problem
+from shared.recipe.base import Seed, first_problem
 from shared.recipe.recipe import StageTrainer
+from shared.recipe.sections.evaluation import Heldout
 from student_train.batch.collate import collate
 from student_train.batch.dataset import CacheList, PackDataset
 from student_train.order.order import StageRows
@@ -77,7 +79,7 @@ class TorchDataset(torch.utils.data.Dataset):  # type: ignore[misc]  # torch has
             raise TrainingError(
                 f"temperature {missing[0]:g} was not captured, only {', '.join(f'{t:g}' for t in captured)}"
             )
-        trainer = _trainer(pack_tokens, epochs)
+        trainer = _checked(pack_tokens=pack_tokens, num_train_epochs=epochs, fraction=heldout_fraction, seed=seed)
         eligible = np.intersect1d(caches.training_rows(heldout_fraction), np.asarray(cache.row_numbers))
         rows = StageRows(
             seed, caches.num_tokens, caches.sources, pack_tokens, eligible=eligible, source_names=caches.source_names
@@ -90,14 +92,20 @@ class TorchDataset(torch.utils.data.Dataset):  # type: ignore[misc]  # torch has
         return len(self._packs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one pack's arrays; keys as `collate` describes, without the leading 1."""
-        return self._packs[index]
+        """Return one pack's arrays; keys as `collate` describes, without the leading 1; IndexError beyond the last."""
+        return self._packs[range(len(self))[operator.index(index)]]
 
 
-def _trainer(pack_tokens: int, epochs: float) -> StageTrainer:
-    given = {"pack_tokens": pack_tokens, "num_train_epochs": epochs}
+class _Sizes(Heldout, StageTrainer):
+    """What a recipe may say of them, too."""
+
+    seed: Seed = 0
+
+
+def _checked(**given: float) -> _Sizes:
     try:
-        return StageTrainer.model_validate(given)
+        return _Sizes.model_validate(given)
     except ValidationError as error:
         name, problem = first_problem(error, given)
-        raise TrainingError(f"{'epochs' if name == 'num_train_epochs' else name}: {problem}") from None
+        names = {"num_train_epochs": "epochs", "fraction": "heldout_fraction"}
+        raise TrainingError(f"{names.get(name, name)}: {problem}") from None

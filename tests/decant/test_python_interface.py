@@ -232,6 +232,11 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(tmp_path: Path) -> None:
         (lambda d: d.TorchDataset("runs/demo/cache"), "as decant.open_cache returns it, found 'runs/demo/cache'"),
         (lambda d: d.TorchDataset(_golden(), pack_tokens=0), "pack_tokens: expected .*, found 0"),
         (lambda d: d.TorchDataset(_golden(), epochs=0), "epochs: expected greater than 0, found 0"),
+        (lambda d: d.TorchDataset(_golden(), seed=-1), "seed: expected greater than or equal to 0, found -1"),
+        (
+            lambda d: d.TorchDataset(_golden(), heldout_fraction=1.0),
+            "heldout_fraction: expected less than 1, found 1.0",
+        ),
         (lambda d: _loss_of(d.forward_kl()), r"terms: expected a list such as \[decant.forward_kl\(0.9\)\], found"),
         (lambda d: _loss_of("forward_kl"), "terms: expected a list"),
     ],
@@ -304,6 +309,18 @@ def test_a_slice_is_packed_alone_and_held_out_prompts_stay_out() -> None:
     kept = decant.TorchDataset(cache, pack_tokens=64, heldout_fraction=0.3)
     rows = {int(row) for pack in range(len(kept)) for row in kept._packs.plan.rows_of(pack)}
     assert rows == {row.index for row in cache if not is_heldout(row.group_key, 0.3)}
+
+
+def test_packs_are_a_sequence_that_ends() -> None:
+    import decant
+
+    data = decant.TorchDataset(_golden(), pack_tokens=128)
+    packs = list(data)
+    assert len(packs) == len(data) > 1 and all(len(pack["labels"]) for pack in packs)
+    assert (data[-1]["input_ids"] == packs[-1]["input_ids"]).all()
+    for index in (len(data), -len(data) - 1):
+        with pytest.raises(IndexError):
+            _ = data[index]
 
 
 def test_phases_run_a_recipe_and_return_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
