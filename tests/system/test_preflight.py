@@ -67,6 +67,8 @@ WRONG = [
     ("teacher.adapter=nowhere", "teacher.adapter", "adapter_config.json"),
     ("teacher.adapter=student", "teacher.adapter", "adapter_config.json"),
     ("teacher.engine=vlm", "teacher.engine", "is not one of"),
+    ("evaluate.max_new_tokens=500", "evaluate.tasks.0.path", "'teacher' reads 512 together; lower max_new_tokens"),
+    ("evaluate.models=[kd] and evaluate.max_new_tokens=500", "evaluate.tasks.0.path", "'kd' reads 512 together"),
     ("generate.model=./nobody", "generate.model", "no directory './nobody'"),
     ("prompts.a.path=nowhere.jsonl", "prompts.0.path", "nowhere.jsonl"),
     ("prompts.a.path=empty", "prompts.0.path", "expected prompts"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from shared.models.files import load_fast_tokenizer
 from shared.recipe.recipe import Recipe, Task
-from tools.evaluate.models.choose_answers import choice_ids, choose_answers
+from tools.evaluate.models.choose_answers import Choosing, choice_ids, choose_answers
 from tools.evaluate.models.generate_answers import Answer, Ask, generate_answers, open_for
 from tools.evaluate.models.model_ends import taught_end_ids
 from tools.evaluate.models.models import ModelUnderTest
@@ -50,22 +50,10 @@ def ask_model(
     tokenizer = load_fast_tokenizer(model.files.directory, trust_remote_code=model.trust_remote_code)
     asks, choosing, choices = [], [], {}
     for domain, (task, questions) in asked.items():
-        source = source_of(recipe, task)
-        ask = Ask(
-            name=domain,
-            prompts=render(tokenizer, source, questions),
-            places=[question.place for question in questions],
-            max_new_tokens=recipe.evaluate.max_new_tokens,
-            temperature=task.temperature,
-            samples=task.samples,
-            seed=task.seed,
-            end_token_ids=taught_end_ids(recipe, tokenizer, [source]),
-        )
-        if (choices_of := task_kind(task).choices_of) is not None:
-            texts = [choices_of(question.row) for question in questions]
-            ids = choice_ids(tokenizer, texts, joints(tokenizer, source, questions))
-            choosing.append(replace(ask, longest_choice=max(len(tokens) for of in ids for tokens in of)))
-            choices[domain] = (texts, ask.prompts, ids)
+        ask, weighed = ask_of_task(recipe, task, questions, tokenizer)
+        if weighed is not None:
+            choosing.append(ask)
+            choices[domain] = weighed
         else:
             asks.append(ask)
     side = _side_asks(model, recipe, prompts, tokenizer)
@@ -82,6 +70,34 @@ def ask_model(
         return Answers(answers, at_temperature, dict(engine.provenance()))
     finally:
         engine.close()
+
+
+def ask_of_task(
+    recipe: Recipe, task: Task, questions: Sequence[Question], tokenizer: Any
+) -> tuple[Ask, Choosing | None]:
+    """Return what a model is asked for a task, and what `choose_answers` reads where choices are weighed.
+
+    Raises:
+        PromptError: the template cannot render a question.
+    """
+    source = source_of(recipe, task)
+    ask = Ask(
+        name=task.domain,
+        prompts=render(tokenizer, source, questions),
+        places=[question.place for question in questions],
+        max_new_tokens=recipe.evaluate.max_new_tokens,
+        temperature=task.temperature,
+        samples=task.samples,
+        seed=task.seed,
+        end_token_ids=taught_end_ids(recipe, tokenizer, [source]),
+    )
+    choices_of = task_kind(task).choices_of
+    if choices_of is None:
+        return ask, None
+    texts = [choices_of(question.row) for question in questions]
+    ids = choice_ids(tokenizer, texts, joints(tokenizer, source, questions))
+    longest = max(len(tokens) for of in ids for tokens in of)
+    return replace(ask, longest_choice=longest), (texts, ask.prompts, ids)
 
 
 def _side_asks(

@@ -73,7 +73,7 @@ def open_for(model: ModelUnderTest, recipe: Recipe, asks: Sequence[Ask], choosin
     """
     from teacher_cache.engines import open_engine
 
-    needed = _needed_length(model, [*asks, *choosing])
+    needed = needed_length(model, [*asks, *choosing])
     return open_engine(
         model.settings(recipe, needed),
         TopCapture(k=1) if choosing else None,
@@ -122,8 +122,12 @@ def _requests(asks: Sequence[Ask]) -> Iterator[GenerateRequest]:
                 yield GenerateRequest((ask.name, question, sample), 0, list(token_ids), seed, ask.end_token_ids)
 
 
-def _needed_length(model: ModelUnderTest, asks: Sequence[Ask]) -> int:
-    """Return the longest prompt and answer together, in tokens."""
+def needed_length(model: ModelUnderTest, asks: Sequence[Ask]) -> int:
+    """Return the longest prompt and answer together, in tokens.
+
+    Raises:
+        EvaluationError: they do not fit the model.
+    """
     wholes = [
         (len(ids) + (ask.longest_choice or ask.max_new_tokens), len(ids), place, ask.longest_choice)
         for ask in asks
@@ -133,7 +137,7 @@ def _needed_length(model: ModelUnderTest, asks: Sequence[Ask]) -> int:
     limit = model.files.text_config.get("max_position_embeddings")
     if isinstance(limit, int) and needed > limit:
         answer = f"a choice has {choice}" if choice else f"an answer may have {needed - longest} (max_new_tokens)"
-        mend = "give fewer shots or shorter questions" if choice else "lower one of them"
+        mend = f"{'' if choice else 'lower max_new_tokens, '}give fewer shots or shorter questions"
         raise EvaluationError(
             f"{place}: the question has {longest} tokens and {answer}, but '{model.name}' reads {limit} together; "
             f"{mend}"

@@ -61,15 +61,14 @@ def unmeasured_problems(asked: Asked) -> Iterator[Problem]:
 def evaluation_problems(asked: Asked) -> Iterator[Problem]:
     """Check models, tasks and prompts of the comparison."""
     from tools.evaluate.side_by_side.side_prompts import read_prompt_rows
-    from tools.evaluate.tasks.questions import read_questions
-    from tools.evaluate.tasks.registry import task_kind
+    from tools.plan.preflight.preflight_questions import require_questions
 
     recipe = asked.recipe
     yield from _models(asked)
     if asked.elsewhere:
         return
     for i, task in enumerate(recipe.evaluate.tasks):
-        yield from said(("evaluate", "tasks", i, "path"), partial(read_questions, task, task_kind(task)))
+        yield from said(("evaluate", "tasks", i, "path"), partial(require_questions, recipe, task))
     if recipe.evaluate.own_answers is not None:
         place = ("evaluate", "own_answers", "prompts")
         yield from said_of_prompts(place, recipe.prompts, ("prompts",), *asked_of_models(recipe))
