@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import ClassVar
 
-from shared.places import with_urls
+from shared.places import with_urls, without_passwords
 
 
 class DecantError(Exception):
@@ -21,8 +21,8 @@ class DecantError(Exception):
     """Whether the message may be a list of sentences, each on its line."""
 
     def __str__(self) -> str:
-        """Return the message, caches that mirror a URL called by it."""
-        text = with_urls(super().__str__())
+        """Return the message, caches that mirror a URL called by it, without passwords of addresses."""
+        text = without_passwords(with_urls(super().__str__()))
         return text if self.has_lines else on_one_line(text)
 
 
@@ -33,7 +33,11 @@ class UsageError(DecantError):
 
 
 class RecipeError(UsageError):
-    """The recipe does not say something that Decant can do; the message names file and line, of every problem."""
+    """The recipe does not say something that Decant can do; the message names file and line."""
+
+
+class RecipeProblems(RecipeError):
+    """Every problem of a recipe, each on its line."""
 
     has_lines: ClassVar[bool] = True
 

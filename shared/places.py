@@ -24,10 +24,20 @@ STORE_VARIABLE = "DECANT_STORE"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _CUT = re.compile(rf"({'|'.join(SCHEMES)}):/(?!/)")
+_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 _ENCODED = quote("://", safe="")
 """In the name of every mirror."""
 _MOST_ENCODED = 240
 """Bytes of a mirror's name; file systems take 255."""
+
+
+def without_passwords(text: str) -> str:
+    """Return a text without the users and passwords of its addresses, which no message repeats.
+
+    >>> without_passwords("'https://ann:secret@host/demo' is a URL")
+    "'https://host/demo' is a URL"
+    """
+    return _USER_INFO.sub("", text)
 
 
 def store_dir() -> Path:

@@ -21,9 +21,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2 and a sentence."""
         from shared.errors import on_one_line
+        from shared.places import without_passwords
         from shared.text.printable import printable
 
-        self.exit(EXIT_USAGE, f"decant: error: {printable(on_one_line(message))}; see `{self.prog} --help`\n")
+        message = printable(on_one_line(without_passwords(message)))
+        self.exit(EXIT_USAGE, f"decant: error: {message}; see `{self.prog} --help`\n")
 
 
 Options = Callable[[Parser], None]
@@ -122,7 +124,7 @@ def repository(text: str) -> str:
 
 def partition(text: str) -> tuple[int, int]:
     """Read I/N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,18})/(\d{1,18})", text, re.ASCII)
     if not match or not int(match[1]) < int(match[2]):
         raise argparse.ArgumentTypeError(f"'{text}' is no share; expected I/N with I from 0 to N-1, such as 0/4")
     return int(match[1]), int(match[2])
@@ -132,7 +134,7 @@ def _whole(pattern: str, expected: str) -> Callable[[str], int]:
     """Return what reads a whole number of one form, or names what it is not."""
 
     def read(text: str) -> int:
-        if not re.fullmatch(pattern, text):
+        if not re.fullmatch(pattern, text, re.ASCII):
             raise argparse.ArgumentTypeError(f"'{text}' is no {expected}")
         return int(text)
 
@@ -143,7 +145,7 @@ def _real(fits: Callable[[float], bool], expected: str) -> Callable[[str], float
     """Return what reads a finite number that fits, also one such as 1e-3, or names what it is not."""
 
     def read(text: str) -> float:
-        value = float(text) if re.fullmatch(_REAL, text) else math.nan
+        value = float(text) if re.fullmatch(_REAL, text, re.ASCII) else math.nan
         if not math.isfinite(value) or not fits(value):
             raise argparse.ArgumentTypeError(f"'{text}' is no {expected}")
         return value

@@ -19,14 +19,12 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from shared.errors import RecipeError
+from shared.errors import RecipeError, RecipeProblems, on_one_line
 from shared.recipe.base import closest, shown
 from shared.recipe.override import apply_override
 from shared.recipe.recipe import Recipe
 from shared.recipe.yaml import MAX_BYTES, Path, YamlProblem, parse_yaml
 
-_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
-"""User and password of an address, which no message repeats."""
 MOST_PROBLEMS = 50
 """Problems of a recipe that are listed."""
 
@@ -58,7 +56,7 @@ def load_recipe_and_places(path: FilePath | str, overrides: Sequence[str] = ()) 
         place = apply_override(document.data, override)
         for below in [known for known in where if known[: len(place)] == place]:
             del where[below]
-        where[place] = (0, f"--set {_USER_INFO.sub('', override)}")
+        where[place] = (0, f"--set {override}")
         for made in range(1, len(place)):  # sections that the file does not have
             where.setdefault(place[:made], where[place])
     return _validate(document.data, where), where
@@ -119,7 +117,7 @@ def _validate(data: dict[str, Any], where: Where) -> Recipe:
     raise listed(found.items(), where, more)
 
 
-def listed(problems: Iterable[tuple[Path, str]], where: Where, more: int = 0) -> RecipeError:
+def listed(problems: Iterable[tuple[Path, str]], where: Where, more: int = 0) -> RecipeProblems:
     """Return the error that says what is wrong at places of a recipe, in the order of the file, the first of many."""
     lines = sorted((*_source(place, where), _dotted(place), sentence) for place, sentence in problems)
     shown = lines[:MOST_PROBLEMS]
@@ -127,7 +125,7 @@ def listed(problems: Iterable[tuple[Path, str]], where: Where, more: int = 0) ->
     text = [
         f"{label}: {dotted}: {sentence}" if dotted else f"{label}: {sentence}" for _, label, dotted, sentence in shown
     ]
-    return RecipeError("\n".join(text + [f"and {more:,} problems more"] * bool(more)))
+    return RecipeProblems("\n".join([*map(on_one_line, text), *[f"and {more:,} problems more"] * bool(more)]))
 
 
 def _dotted(place: Path) -> str:

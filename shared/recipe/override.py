@@ -26,7 +26,7 @@ def apply_override(data: dict[str, Any], override: str) -> Path:
     try:
         value = parse_yaml(text).data
     except YamlProblem as problem:
-        raise RecipeError(f"--set {override}: the value is {problem.sentence}") from problem
+        raise RecipeError(f"--set {override}: {problem.sentence}") from problem
     path: Path = ()
     here: Any = data
     for i, part in enumerate(parts):

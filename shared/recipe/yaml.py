@@ -24,6 +24,8 @@ MAX_VALUES = 20_000
 """Most values in a recipe, copies made by aliases included."""
 MAX_DEPTH = 40
 """Deepest nesting of a recipe."""
+_MOST_DIGITS = 100
+"""Of a whole number that is read; 64 bits take 66 in the longest notation."""
 
 Path = tuple[str | int, ...]
 _TAG = "tag:yaml.org,2002:"
@@ -103,7 +105,7 @@ class _Builder:
             for i, item in enumerate(node.value):
                 self.lines[(*path, i)] = item.start_mark.line + 1
             return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
-        raise YamlProblem(line, f"tag '{node.tag}' is not supported; remove it")
+        raise _unsupported(str(node.tag), line)
 
     def _entries(self, node: MappingNode, path: Path) -> Iterator[tuple[str, Node]]:
         seen: dict[str, int] = {}
@@ -127,26 +129,32 @@ def scalar(tag: str, text: str, line: int) -> Any:
         YamlProblem: the tag is none of YAML's own, or the number cannot be read.
     """
     kind = tag.removeprefix(_TAG)
-    if kind == "null":
+    if kind == "null" and text.lower() in ("", "~", "null"):
         return None
-    if kind == "bool":
+    if kind == "bool" and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
         if kind == "int":
-            return _integer(int(text, 0 if re.match(r"[-+]?0[xob]", text) else 10), line)
+            return _integer(text, line)
         if kind == "float":
             return _float(text)
     except ValueError as error:
         raise YamlProblem(line, f"'{text[:40]}' is no number") from error
     if kind in ("str", "timestamp", "value", "merge"):
         return _writable(text, line)
-    raise YamlProblem(line, f"tag '{tag}' is not supported; remove it")
+    raise _unsupported(tag, line)
 
 
-def _integer(value: int, line: int) -> int:
+def _unsupported(tag: str, line: int) -> YamlProblem:
+    """Return what is wrong with a tag, or with a text that is none of its tag's."""
+    return YamlProblem(line, f"tag '{tag[:60]}' is not supported here; remove it")
+
+
+def _integer(text: str, line: int) -> int:
     """Return a whole number that 64 bits hold, as every file of a cache must."""
+    value = int(text, 0 if re.match(r"[-+]?0[xob]", text) else 10) if len(text) <= _MOST_DIGITS else 2**63
     if not -(2**63) <= value < 2**63:
-        raise YamlProblem(line, f"the whole number {str(value)[:30]} needs more than 64 bits; write a smaller one")
+        raise YamlProblem(line, f"the whole number {text[:30]} needs more than 64 bits; write a smaller one")
     return value
 
 

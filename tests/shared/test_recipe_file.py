@@ -109,6 +109,11 @@ def test_scalar_has_the_value_of_yaml_1_2(text, value):
         ("a: \x01\n", 1, "no valid YAML"),
         ("a: " + "[" * 600, 1, "levels"),
         ("a: !!int x1\n", 1, "is no number"),
+        ("a: 1\nb: !!bool banana\n", 2, "bool' is not supported here"),
+        ("a: !!null nothing\n", 1, "null' is not supported here"),
+        ("a: " + "9" * 5000, 1, "needs more than 64 bits"),
+        ("a: 0x" + "f" * 5000, 1, "needs more than 64 bits"),
+        ("!" * 1000, 1, "!!!' is not supported here; remove it"),
     ],
 )
 def test_text_that_is_refused_names_its_line(text, line, part):
@@ -252,6 +257,16 @@ def test_a_name_with_a_line_break_is_refused_in_one_line(write):
     override = 'teachers={"a\\nb": {model: t}}'
     (line,) = complaint(write(GOOD), [override])
     assert ": teachers.a\\nb: 'a\\nb' is no usable name" in line
+
+
+@pytest.mark.parametrize("override", ["seed=\n", "seed=\n7.5", "=\n", "seed=[\n", "no\nsuch.key=1", "name.a=\n"])
+def test_an_override_or_a_file_name_with_a_line_break_makes_no_second_line(write, tmp_path, override):
+    assert len(complaint(write(GOOD), [override])) == 1
+    for name in ("a\nb: forged.yaml", "missing\nrecipe.yaml"):
+        path = tmp_path / name
+        if "missing" not in name:
+            path.write_text("- no recipe")
+        assert len(complaint(path)) == 1
 
 
 def test_all_problems_are_listed_in_the_order_of_the_file(write):

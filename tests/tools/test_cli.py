@@ -106,6 +106,34 @@ def test_wrong_usage_leaves_with_two_and_no_traceback(words, capsys):
     assert captured.out == ""
 
 
+@pytest.mark.parametrize("words", [
+    ["teach", "a.yaml", "--partition", "\u0661/5"], ["teach", "a.yaml", "--partition", "0/" + "9" * 5000],
+    ["cache", "show", "c", "--row", "\u0661"], ["cache", "subset", "c", "o", "--share", "\u0661"],
+])  # fmt: skip
+def test_only_plain_digits_are_numbers(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert "; expected " in capsys.readouterr().err
+
+
+ADDRESS = "https://me:hunter2@host/demo"
+
+
+@pytest.mark.parametrize("words", [
+    ["plan", ADDRESS], ["report", ADDRESS], ["export", "run", "--output", ADDRESS], ["cache", "gc", ADDRESS],
+    ["cache", "ls", ADDRESS], ["cache", "ls", "cache", ADDRESS], ["export", "run", "--push", ADDRESS],
+    ["plan", "r.yaml", "--card", ADDRESS], ["plan", "no-such.yaml", "--set", ADDRESS],
+])  # fmt: skip
+def test_no_message_repeats_the_password_of_an_address(words, recipe, capsys):
+    words = [str(recipe) if word == "r.yaml" else word for word in words]
+    try:
+        assert cli.main(words) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert "hunter2" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("override, code, part", [
     ("sede=1", 2, "did you mean 'seed'?"), ("stages.kd.trainer.max_steps=x", 2, "expected a number"), ("a", 2,
     "path=value"),

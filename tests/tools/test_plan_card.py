@@ -182,7 +182,7 @@ def test_unknown_student_is_refused_and_stated_sizes_are_named():
 def test_size_of_a_card_is_read_with_its_unit_or_refused():
     assert read_cards("24GiB") == Cards(1, 24 * GIB)
     assert read_cards("2x24GiB") == read_cards("2 x 24 GiB") == Cards(2, 24 * GIB)
-    for wrong in ("24", "0GiB", "a lot", "24 gib", "0x24GiB", "x24GiB", "2x"):
+    for wrong in ("24", "0GiB", "a lot", "24 gib", "0x24GiB", "x24GiB", "2x", "9" * 400 + "GiB", "\u0661GiB"):
         with pytest.raises(UsageError, match="expected one such as 24GiB"):
             read_cards(wrong)
 

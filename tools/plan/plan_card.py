@@ -52,7 +52,7 @@ def read_cards(text: str) -> Cards:
     >>> read_cards("24GiB"), read_cards("2x1.5 GB")
     (Cards(count=1, card_bytes=25769803776), Cards(count=2, card_bytes=1500000000))
     """
-    match = re.fullmatch(r"(?:([1-9]\d{0,4})\s*x\s*)?(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)", text.strip())
+    match = re.fullmatch(r"(?:([1-9]\d{0,4})\s*x\s*)?(\d{1,9}(?:\.\d{1,9})?)\s*(GiB|GB|MiB|MB)", text.strip(), re.ASCII)
     if not match or float(match[2]) <= 0:
         raise UsageError(f"--card {text} is no size; expected one such as 24GiB, or 2x24GiB for two cards")
     return Cards(int(match[1] or 1), int(float(match[2]) * UNITS[match[3]]))
