@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from shared.errors import CacheError
+from shared.errors import CacheError, refused
 from shared.process.failpoints import failpoint
 
 TEMPORARY_MARK = ".tmp-"
@@ -124,7 +124,7 @@ def make_dir(path: Path) -> None:
         for created in missing:
             _fsync_name(created, "directory")
     except OSError as error:
-        raise CacheError(f"{path} cannot be created: {error.strerror}; check the path and its permissions") from None
+        raise CacheError(f"{path} cannot be created: {refused(error)}") from None
 
 
 def is_being_written(path: Path) -> bool:
@@ -169,7 +169,7 @@ def _temporary(path: Path, fill: Fill, what: str, expected_bytes: int) -> Iterat
 
 def _explained(path: Path, error: OSError, expected_bytes: int) -> CacheError:
     if error.errno not in _FULL:
-        return CacheError(f"{path} cannot be written: {error.strerror or error}; check the path and its permissions")
+        return CacheError(f"{path} cannot be written: {refused(error)}")
     try:
         free = f"{shutil.disk_usage(path.parent).free:,} bytes are free"
     except OSError:

@@ -36,7 +36,7 @@ class RecipeError(UsageError):
     """The recipe does not say something that Decant can do; the message names file and line."""
 
 
-class RecipeProblems(RecipeError):
+class RecipeProblemsError(RecipeError):
     """Every problem of a recipe, each on its line."""
 
     has_lines: ClassVar[bool] = True

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -417,7 +418,7 @@ def _guarded(args: argparse.Namespace) -> int:
         else:
             place = f"{error.filename}: " if error.filename else ""
             _complain(on_one_line(f"{place}{refused(error)}"))
-        return EXIT_FAILED
+        return EXIT_USAGE if error.errno == errno.ENAMETOOLONG else EXIT_FAILED
     except MemoryError as error:
         if args.verbose:
             traceback.print_exception(error)

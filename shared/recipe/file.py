@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from shared.errors import RecipeError, RecipeProblems, on_one_line
+from shared.errors import RecipeError, RecipeProblemsError, on_one_line
 from shared.recipe.base import closest, shown
 from shared.recipe.override import apply_override
 from shared.recipe.recipe import Recipe
@@ -117,7 +117,7 @@ def _validate(data: dict[str, Any], where: Where) -> Recipe:
     raise listed(found.items(), where, more)
 
 
-def listed(problems: Iterable[tuple[Path, str]], where: Where, more: int = 0) -> RecipeProblems:
+def listed(problems: Iterable[tuple[Path, str]], where: Where, more: int = 0) -> RecipeProblemsError:
     """Return the error that says what is wrong at places of a recipe, in the order of the file, the first of many."""
     lines = sorted((*_source(place, where), _dotted(place), sentence) for place, sentence in problems)
     shown = lines[:MOST_PROBLEMS]
@@ -125,7 +125,7 @@ def listed(problems: Iterable[tuple[Path, str]], where: Where, more: int = 0) ->
     text = [
         f"{label}: {dotted}: {sentence}" if dotted else f"{label}: {sentence}" for _, label, dotted, sentence in shown
     ]
-    return RecipeProblems("\n".join([*map(on_one_line, text), *[f"and {more:,} problems more"] * bool(more)]))
+    return RecipeProblemsError("\n".join([*map(on_one_line, text), *[f"and {more:,} problems more"] * bool(more)]))
 
 
 def _dotted(place: Path) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.errors import CacheError, first_line
+from shared.errors import CacheError, NamingError, first_line
 
 SECONDS = 5.0
 """How long the hub is waited for; its library tries for a minute before it says that none is there."""
@@ -36,11 +36,11 @@ def hub_place(url: str) -> HubPlace:
     """Return what a URL names: `hf://datasets/org/name/demo` is folder `demo/` of the data set `org/name`.
 
     Raises:
-        CacheError: it names no repository.
+        NamingError: it names no repository.
     """
     found = _PLACE.fullmatch(url.rstrip("/"))
     if not found:
-        raise CacheError(f"{url} names no repository; expected hf://datasets/ORG/NAME")
+        raise NamingError(f"{url} names no repository; expected hf://datasets/ORG/NAME")
     kind = "dataset" if found[1] == "datasets/" else "model"
     return HubPlace(kind, found[2], found[3], f"{found[4]}/" if found[4] else "")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import xxhash
 
 from shared.atomic import make_dir
-from shared.errors import CacheError, DamagedError, UsageError
+from shared.errors import CacheError, DamagedError, UsageError, refused
 from shared.places import store_dir
 from shared.process.failpoints import failpoint
 from shared.remote.transfer import BLOCK_BYTES
@@ -172,7 +172,7 @@ def _is_here(path: Path, num_bytes: int, xxh3: str) -> bool:
     except FileNotFoundError:  # never fetched, or taken away for room: either way it is fetched next
         return False
     except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}; check the disk of the store") from None
+        raise CacheError(f"{path} cannot be read: {refused(error)}") from None
     return False
 
 

@@ -70,7 +70,7 @@ class Remote:
         """Name a place; nothing is asked yet.
 
         Raises:
-            CacheError: the URL is the hub's and names no repository.
+            NamingError: the URL is the hub's and names no repository.
         """
         self.url = url.rstrip("/")
         self.scheme = urlsplit(url).scheme if is_url(url) else "file"

@@ -29,7 +29,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from shared.atomic import fsync_dir, write_atomic
-from shared.errors import TrainingError, reason_of
+from shared.errors import TrainingError, reason_of, refused
 from shared.keys import canonical_json
 from shared.process.failpoints import failpoint
 from shared.text import strict_json
@@ -156,7 +156,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
                 return f"{path} has {path.stat().st_size:,} bytes where {wanted['bytes']:,} were written"
             found = _summed(path)
         except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
+            return f"{path} cannot be read ({refused(error)})"
         if found != wanted:
             return f"{path} was altered after it was written (its checksum differs)"
     return _added(checkpoint) or _of_another_step(checkpoint)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shared.errors import TrainingError
+from shared.errors import TrainingError, refused
 from shared.text import strict_json
 
 MAX_BYTES = 2**26
@@ -31,10 +31,11 @@ def read_kept(path: Path, *needs: str) -> dict[str, Any]:
         found = strict_json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or any(name not in found for name in needs):
             raise ValueError(f"it holds no object{' with ' + ' and '.join(needs) if needs else ''}")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read: {refused(error)}") from None
+    except ValueError as error:
         raise TrainingError(
-            f"{path} is not what a training wrote there ({reason}); put it back from a copy, or rename {path.parent} "
+            f"{path} is not what a training wrote there ({error}); put it back from a copy, or rename {path.parent} "
             "to train again what is in it"
         ) from None
     return found

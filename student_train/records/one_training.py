@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from io import BufferedWriter
 from pathlib import Path
 
-from shared.errors import TrainingError
+from shared.errors import TrainingError, refused
 
 LOCK_FILE = ".training.lock"
 WAIT_SECONDS = 10.0
@@ -34,7 +34,7 @@ def only_training(stage_dir: Path) -> Iterator[None]:
     try:
         file = path.open("ab")  # for writing, or network file systems refuse the lock
     except OSError as error:
-        raise TrainingError(f"{path} cannot be written: {error.strerror}; check its permissions") from None
+        raise TrainingError(f"{path} cannot be written: {refused(error)}") from None
     with file:
         _lock(file, stage_dir)
         yield

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from shared.errors import first_line, reason_of, refused
+from shared.atomic import link_exclusive, make_dir, write_atomic
+from shared.errors import DecantError, first_line, reason_of, refused
+from student_train.records.kept_json import read_kept
+from student_train.records.one_training import only_training
+from tools import cli
+from tools.evaluate.results.run_shapes import read_object
+from tools.evaluate.tasks.question_files import read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,3 +49,37 @@ def test_what_the_system_refuses_is_said_with_what_to_do(number: int) -> None:
     assert way_out
     assert refused(OSError(errno.EPIPE, "Broken pipe")) == "Broken pipe"
     assert refused(OSError("of no number")) == "of no number"
+
+
+def _train(path: Path) -> None:
+    with only_training(path):
+        pass
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        read_kept,
+        _train,
+        lambda path: list(read_rows(path)),
+        lambda path: write_atomic(path, b"", "test"),
+        make_dir,
+        lambda path: link_exclusive(path / "file", b"", "test"),
+    ],
+)
+def test_whoever_touches_a_file_says_what_to_do_where_the_system_refuses(
+    tmp_path: Path, touch: Callable[[Path], object]
+) -> None:
+    with pytest.raises(DecantError, match=r": File name too long; name a shorter path$"):
+        touch(tmp_path / ("a" * 300))
+
+
+def test_what_cannot_be_read_of_a_run_says_what_to_do(tmp_path: Path) -> None:
+    found = read_object(tmp_path / ("a" * 300), BaseModel)
+    assert found == (None, "it cannot be read (File name too long; name a shorter path)")
+
+
+def test_a_name_that_no_file_system_takes_is_a_wrong_request(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["cache", "ls"], ["plan"], ["report"], ["cache", "verify"]):
+        assert cli.main([*words, "a" * 300]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from shared.atomic import TEMPORARY_MARK, is_being_written
 from shared.cache.layout import read_header
-from shared.errors import CacheError
+from shared.errors import CacheError, refused
 from shared.parts.cache_files import list_folder
 from shared.schema import STEM_PATTERN
 
@@ -42,7 +42,7 @@ def collect_garbage(path: Path | str, dry_run: bool, min_age_seconds: float = MI
         found = sorted(old, key=lambda file: (file.name == "layer.json", file))
         return found if dry_run else [file for file in found if _remove(file)]
     except OSError as error:
-        raise CacheError(f"{path} cannot be cleaned: {error}; check its permissions") from None
+        raise CacheError(f"{error.filename or path} cannot be cleaned up: {refused(error)}") from None
 
 
 def _is_old(file: Path, newest: float) -> bool:

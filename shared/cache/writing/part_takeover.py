@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from shared.atomic import fill_exclusive, fsync_dir, write_atomic
 from shared.cache.layout import Layer
 from shared.cache.writing.layer_writer import part_table
-from shared.errors import CacheError, DamagedError
+from shared.errors import CacheError, DamagedError, refused
 from shared.parts.cache_files import hash_file, open_regular, read_json
 from shared.parts.mapped_part import MappedBlobs, MappedSequences
 from shared.parts.part_file import with_part_file
@@ -81,9 +81,7 @@ class TakeOver:
                     return False
                 if error.errno == errno.ENOENT and not file.exists():
                     raise DamagedError(f"{file} is not there and its record is; restore it from a copy") from None
-                raise CacheError(
-                    f"{final} cannot be created: {error.strerror}; check the path and its permissions"
-                ) from None
+                raise CacheError(f"{final} cannot be created: {refused(error)}") from None
             return True
 
         if not with_part_file(directory, record, link):

@@ -23,7 +23,7 @@ from shared.atomic import write_atomic
 from shared.cache.cache import Cache
 from shared.cache.layer_choice import layer_of_capture, named_layer
 from shared.cache.rows_left_out import rows_left_out
-from shared.errors import EvaluationError
+from shared.errors import EvaluationError, refused
 from shared.identity.grown import unmoved
 from shared.payload.narrowing import LayerView
 from shared.recipe.recipe import Recipe, Stage, Task
@@ -178,6 +178,4 @@ def _file_hash(path: Path) -> str:
         with path.open("rb") as stream:
             return str(hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest())
     except OSError as error:
-        raise EvaluationError(
-            f"{path}: cannot read the task's questions: {error.strerror}; name a jsonl file (or .jsonl.gz)"
-        ) from error
+        raise EvaluationError(f"{path}: cannot read the task's questions: {refused(error)}") from error

@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from shared.errors import refused
+
 MAX_FILE_BYTES = 256 << 20
 MAX_DEPTH = 40
 """Of objects and lists in each other."""
@@ -378,7 +380,7 @@ def _text(path: Path) -> tuple[str | None, str]:
             return None, f"it is larger than {MAX_FILE_BYTES} bytes"
         return path.read_text(encoding="utf-8", errors="replace"), ""
     except OSError as error:
-        return None, f"it cannot be read ({error.strerror})"
+        return None, f"it cannot be read ({refused(error)})"
 
 
 def _parsed(text: str) -> tuple[dict[str, Any] | None, str]:

@@ -15,7 +15,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EvaluationError
+from shared.errors import EvaluationError, refused
 from shared.text import strict_json
 from shared.text.file_endings import ends_in
 from shared.text.text_encoding import not_utf8, other_encoding
@@ -32,18 +32,17 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         EvaluationError: the file cannot be read or is not of one of these shapes.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise EvaluationError(f"{path}: is no regular file; name a jsonl or json file (or one ending in .gz)")
     whole = ends_in(path, ".json", ".json.gz")
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise EvaluationError(f"{path}: is no regular file; name a jsonl or json file (or one ending in .gz)")
         opened = gzip.open(path, "rb") if ends_in(path, ".gz") else path.open("rb")  # noqa: SIM115
         with opened as stream:
             yield from _entries(stream, path) if whole else _lines(stream, path)
     except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise EvaluationError(
-            f"{path}: cannot read the task's questions: {reason}; name a jsonl or json file (or one ending in .gz)"
-        ) from error
+        named = "name a jsonl or json file (or one ending in .gz)"
+        reason = refused(error) if isinstance(error, OSError) and error.errno else f"{error}; {named}"
+        raise EvaluationError(f"{path}: cannot read the task's questions: {reason}") from error
 
 
 def _lines(stream: BufferedIOBase, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shared.cache.layout import refuse_within_cache
 from shared.cache.sync.mirror import bring_if_remote
+from shared.errors import refused
 from shared.recipe.base import Problem
 from shared.recipe.file import Where, listed
 from shared.recipe.recipe import Recipe
@@ -72,7 +73,7 @@ def _places(asked: Asked) -> Iterator[Problem]:
         try:
             there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
         except OSError as error:
-            yield place, f"'{str(path)[:60]}' cannot be a directory ({error.strerror}); name another"
+            yield place, f"'{str(path)[:60]}' cannot be a directory: {refused(error)}"
             continue
         if not there.is_dir():
             yield place, f"'{there}' is a file where a directory is expected; remove it or name another"
