@@ -98,10 +98,10 @@ def _sample(file: BinaryIO, start: int, end: int, samples: int, digest: xxhash.x
         digest.update(file.read(SAMPLE_BYTES))
 
 
-def tokenizer_hash(tokenizer_json: bytes) -> str:
+def tokenizer_hash(tokenizer_json: bytes, where: object = "the tokenizer") -> str:
     """Return 32 hexadecimal digits for a `tokenizer.json`; equal where every text gets equal ids.
 
-    Formatting, order, padding, truncation and templates do not count.
+    Formatting, order, padding, truncation and templates do not count. `where` is what the bytes are called.
 
     Raises:
         CacheError: the bytes are not a tokenizer.
@@ -111,14 +111,16 @@ def tokenizer_hash(tokenizer_json: bytes) -> str:
         model = document["model"]
         vocabulary = model["vocab"]
         added = sorted([token["id"], token["content"]] for token in document.get("added_tokens") or [])
+        identity: dict[str, Any] = {
+            "type": model.get("type"),
+            "vocabulary": vocabulary,
+            "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []],
+            "normalizer": document.get("normalizer"),
+            "pre_tokenizer": document.get("pre_tokenizer"),
+            "added_tokens": added,
+        }
+        return xxhash.xxh3_128_hexdigest(canonical_json(identity))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheError(f"the tokenizer is not a tokenizer.json ({type(error).__name__}: {error})") from None
-    identity: dict[str, Any] = {
-        "type": model.get("type"),
-        "vocabulary": vocabulary,
-        "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []],
-        "normalizer": document.get("normalizer"),
-        "pre_tokenizer": document.get("pre_tokenizer"),
-        "added_tokens": added,
-    }
-    return xxhash.xxh3_128_hexdigest(canonical_json(identity))
+        raise CacheError(
+            f"{where} is not a tokenizer.json ({type(error).__name__}: {error}); put back the model's own"
+        ) from None

@@ -37,9 +37,9 @@ def end_token_ids(tokenizer: Any, declared: Iterable[int] = (), templates: Itera
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids of every token that the tokenizer marks as special."""
+    """Return the ids of every token that the tokenizer marks as special; one that it has no id for is none."""
     added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return frozenset([*tokenizer.all_special_ids, *added])
+    return frozenset([*tokenizer.all_special_ids, *added]) - {None}
 
 
 def declared_end_ids(model_dir: Path) -> tuple[int, ...]:

@@ -154,7 +154,7 @@ def student_tokenizer_hash(
 
     path = find("tokenizer.json")
     if path is not None:
-        found = tokenizer_hash(Path(path).read_bytes())
+        found = tokenizer_hash(Path(path).read_bytes(), path)
         if wanted in (None, found) or _loaded_tokenizer_hash(source, revision, trust_remote_code) != wanted:
             return found
         return wanted

@@ -68,12 +68,14 @@ def ray_cluster(workers: Workers) -> Iterator[Any]:
             f"RAY_ADDRESS={address} names Ray's client port, which engines cannot be driven through; run the same "
             "command on a node of the cluster (`ray exec`, `ray job submit`), or give host:port"
         )
-    if not _is_head_there(address):
+    _quieten(local=not address)
+    found = _address_meant(address)
+    if not _is_head_there(found):
+        said = address if found == address else f"{address} ({found})"
         raise EngineError(
-            f"nothing answers at RAY_ADDRESS={address}; start the cluster (`ray start --head`), correct the address "
+            f"nothing answers at RAY_ADDRESS={said}; start the cluster (`ray start --head`), correct the address "
             "(`ray status` on the head says it), or unset it for engines on this machine alone"
         )
-    _quieten(local=not address)
     import ray as installed
 
     ray: Any = installed
@@ -94,6 +96,18 @@ def ray_cluster(workers: Workers) -> Iterator[Any]:
         ray.shutdown()
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _address_meant(address: str) -> str:
+    """Return what Ray takes `auto` for: a cluster of this machine, or the last one, which may have ended since; any
+    other address as it is.
+    """
+    if address == "auto":
+        with contextlib.suppress(ImportError, ConnectionError):  # Ray is asked, which says so itself
+            from ray._private.services import get_ray_address_from_environment
+
+            return str(get_ray_address_from_environment(address, None))
+    return address
 
 
 def _is_head_there(address: str) -> bool:

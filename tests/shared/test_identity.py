@@ -203,9 +203,11 @@ def test_tokenizer_hash_sees_what_decides_ids(change: dict[str, Any]) -> None:
     assert tokenizer_hash(tokenizer(**change)) != tokenizer_hash(tokenizer())
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"[]", b"{}", b'{"model": {}}', b'{"model": {"vocab": {}}, "added_tokens": [1]}', b"\xff"]
-)
+@pytest.mark.parametrize("data", [
+    b"", b"[]", b"{}", b'{"model": {}}', b'{"model": {"vocab": {}}, "added_tokens": [1]}', b"\xff",
+    b'{"model": {"vocab": {}, "merges": [["a", Infinity]]}}', b'{"model": {"vocab": {}, "merges": 5}}',
+    b'{"model": {"vocab": 1e999}}', b'{"model": {"vocab": {}}, "normalizer": {"type": NaN}}',
+])  # fmt: skip
 def test_what_is_no_tokenizer_is_refused(data: bytes) -> None:
     with pytest.raises(CacheError, match=r"not a tokenizer\.json"):
         tokenizer_hash(data)

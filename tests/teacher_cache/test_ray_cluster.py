@@ -52,17 +52,22 @@ def test_a_missing_ray_and_a_client_address_are_refused_in_a_sentence(monkeypatc
         pass
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid"])
-def test_an_address_where_no_head_is_is_refused_before_ray_waits_for_it(monkeypatch, host):
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "no-such-host.invalid", "auto"])
+def test_an_address_where_no_head_is_is_refused_before_ray_waits_for_it(monkeypatch, tmp_path, host):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    monkeypatch.setenv("RAY_ADDRESS", f"{host}:{port}")
+    if host == "auto":  # a cluster that ended leaves its address
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}\n")
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", host if host == "auto" else f"{host}:{port}")
     monkeypatch.setattr(ray_cluster, "SECONDS_BETWEEN_TRIES", 0.0)
     monkeypatch.setattr(ray_cluster, "require_ray", lambda: None)
-    monkeypatch.setitem(sys.modules, "ray", None)  # is not asked
+    if host != "auto":
+        monkeypatch.setitem(sys.modules, "ray", None)  # is not asked
     begun = time.monotonic()
     with (
-        pytest.raises(EngineError, match=r"^nothing answers at RAY_ADDRESS=.*; start the cluster .*, or unset it"),
+        pytest.raises(EngineError, match=r"^nothing answers at RAY_ADDRESS=.*\d\)?; start the cluster .*, or unset it"),
         ray_cluster.ray_cluster(Workers(count=1)),
     ):
         pass

@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 
 from shared.errors import EngineError
-from shared.models.end_tokens import checked_ids, declared_end_ids, end_token_ids
+from shared.models.end_tokens import checked_ids, declared_end_ids, end_token_ids, special_ids
+from shared.models.files import load_tokenizer
 from shared.recipe.recipe import Generate
 from shared.recipe.sections.teacher import TransformersTeacher
 from teacher_cache.engines import GenerateRequest, open_engine
@@ -132,3 +133,12 @@ def test_answers_end_at_the_template_of_their_prompt(base_model):
     without = {answer.tag: answer for answer in engine.generate(iter(requests(engine.tokenizer)), settings)}
     for answer in with_template:  # the same draws, only ended
         assert without[answer.tag].token_ids[: len(answer.token_ids)] == answer.token_ids
+
+
+def test_a_special_token_that_a_tokenizer_has_no_id_for_is_none(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_special_tokens": ["<|im_start|>", ""]}))
+    odd = load_tokenizer(tmp_path, trust_remote_code=False)
+    assert None in odd.all_special_ids
+    assert special_ids(odd) == special_ids(tokenizer)

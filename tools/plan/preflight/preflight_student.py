@@ -50,11 +50,11 @@ def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Pro
         return
     if asked.caches:
         wanted, whose = read_header(asked.caches[0]).identity.tokenizer_hash, f"the cache {asked.caches[0]}"
-    elif teacher is not None and (Path(teacher.model) / "tokenizer.json").is_file():
-        wanted, whose = tokenizer_hash((Path(teacher.model) / "tokenizer.json").read_bytes()), "the teacher"
+    elif teacher is not None and (path := Path(teacher.model) / "tokenizer.json").is_file():
+        wanted, whose = tokenizer_hash(path.read_bytes(), path), "the teacher"
     else:
         return
-    found = tokenizer_hash(own.read_bytes())
+    found = tokenizer_hash(own.read_bytes(), own)
     if found == wanted:
         return
 
