@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shared.errors import TrainingError
 from shared.recipe.recipe import Stage, StageTrainer, Student
 from student_train.fit.precision import precision_notes, share_moved
 from student_train.stage.stages import run_stages
@@ -119,7 +120,7 @@ def test_killed_run_that_rounds_by_chance_ends_with_the_weights_of_one_that_was_
         (NARROW, {"learning_rate": 2e-5}, ["moves 30%"]),
         (NARROW, {"learning_rate": 2e-5, "rounding": "stochastic"}, []),
         ({**NARROW, "adapter": "lora"}, {"learning_rate": 2e-5}, []),
-        ({"dtype": "float16"}, {"learning_rate": 1e-6}, ["moves 15%"]),
+        ({"dtype": "float16"}, {"learning_rate": 1e-6, "adam_epsilon": 1e-5}, ["moves 15%"]),
     ],
 )
 def test_stage_that_rounds_its_updates_away_is_told_the_share_and_two_ways_out(student, trainer, said):
@@ -127,6 +128,30 @@ def test_stage_that_rounds_its_updates_away_is_told_the_share_and_two_ways_out(s
     notes = precision_notes(stage, Student.model_validate({"model": "m", **student}), on_gpu=False)
     assert len(notes) == len(said)
     assert all(part in note for part, note in zip(said, notes, strict=True))
+
+
+@pytest.mark.parametrize(
+    "trainer, way_out",
+    [
+        ({}, "adam_epsilon: 1e-05"),
+        ({"optim": "adamw_torch_fused", "adam_epsilon": 1e-7}, "adam_epsilon: 1e-05"),
+        ({"optim": "rmsprop"}, "NaN or large; set student.dtype: float32"),
+        ({"optim": "adafactor"}, None),
+        ({"optim": "sgd"}, None),
+    ],
+)
+def test_float16_weights_are_told_when_they_are_divided_by_nothing_and_the_way_out_works(recipe_of, trainer, way_out):
+    """As a step does it: the weights of one are NaN or far away, those of the other are not."""
+    settings, narrow = {"learning_rate": 1e-4, "max_steps": 4, **trainer}, {"dtype": "float16"}
+    recipe = recipe_of(student=narrow, trainer=settings)
+    notes = precision_notes(recipe.stages[0], recipe.student, on_gpu=False)
+    assert [way_out in note for note in notes] == [True] * (way_out is not None)
+    if way_out is None or "adam" in way_out:
+        kept = settings | ({"adam_epsilon": 1e-5} if way_out else {})
+        run_stages(recipe_of(student=narrow, trainer=kept, name="kept"))
+    if way_out is not None and settings.get("optim") != "adamw_torch_fused":
+        with pytest.raises(TrainingError, match="the loss is nan"):
+            run_stages(recipe)
 
 
 @pytest.mark.parametrize("trainer, told", [({}, True), ({"bf16": True}, False), ({"tf32": True}, False)])

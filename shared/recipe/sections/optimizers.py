@@ -39,6 +39,8 @@ class Optimizer:
     """An update needs no copy of the state."""
     wide_embeddings: bool = False
     """States of embeddings are kept in 32 bits."""
+    divides_by_squares: bool = True
+    """By the root of mean squares of gradients, that is."""
     loses_rare_tokens: bool = False
     """Mean squares of gradients are kept in 8 bits of embeddings too: those of rare tokens become 0 beside frequent
     ones, and what is divided by their root explodes. *Measured* on rows that are seen now and then: weights of 1,800
@@ -48,6 +50,13 @@ class Optimizer:
     def steps_weight_by_weight(self) -> bool:
         """Return whether it can be called for one weight at a time: nothing is counted or moved per call."""
         return self.is_elementwise or (self.package == "bitsandbytes" and not self.is_paged)
+
+    @property
+    def keeps_narrow_squares(self) -> bool:
+        """Return whether it divides by squares that are kept as narrow as the weights: in float16, those of gradients
+        below 2e-4 are 0.
+        """
+        return self.divides_by_squares and self.number_bytes is None
 
     def state_bytes(self, weight_bytes: int) -> float:
         """Return bytes of state per trained weight of so many bytes: 8.0 for AdamW on float32 weights."""
@@ -73,7 +82,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_torch_8bit": Optimizer(2, _OF_8_BITS, package="torchao", updates_in_place=True, loses_rare_tokens=True),
     "adamw_torch_4bit": Optimizer(2, _OF_4_BITS, package="torchao", updates_in_place=True),
     "adafactor": Optimizer(1, 0.1, ()),
-    "sgd": Optimizer(0, reads=(), is_elementwise=True, updates_in_place=True),
+    "sgd": Optimizer(0, reads=(), is_elementwise=True, updates_in_place=True, divides_by_squares=False),
     "adagrad": Optimizer(1, reads=(), is_elementwise=True),
     "rmsprop": Optimizer(1, reads=(), is_elementwise=True),
     "adamw_8bit": _bnb(2, _OF_8_BITS),
@@ -94,7 +103,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "grokadamw": Optimizer(3, reads=(), package="grokadamw"),
     "schedule_free_adamw": Optimizer(2, package="schedulefree"),
     "schedule_free_radam": Optimizer(2, package="schedulefree"),
-    "schedule_free_sgd": Optimizer(1, reads=(), package="schedulefree"),
+    "schedule_free_sgd": Optimizer(1, reads=(), package="schedulefree", divides_by_squares=False),
     "stable_adamw": Optimizer(2, package="optimi"),
 }
 """By the name that a recipe gives; those that need layers named for them (galore, apollo) are left out."""
