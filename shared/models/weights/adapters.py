@@ -8,6 +8,7 @@ Cost: the adapter's size, and two passes of a few tokens.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,16 @@ def add_saved_adapter(model: Any, directory: str | Path) -> Any:
     """Wrap a model with an adapter from disk, all of whose tensors have a layer, and all of whose layers have their
     tensors.
 
+    A model without numbers (of torch's meta device) is wrapped to compare names; None for an adapter of a kind that
+    begins with the model's weights, which are compared once they are loaded.
+
     Raises:
         ModelError: it cannot be loaded, or does not fit the model.
     """
     from peft import PeftConfig, PeftModel
 
     refuse_special_files(directory)
-    name = f"the adapter '{directory}'"
+    name, is_empty = f"the adapter '{directory}'", next(model.parameters()).is_meta
     with loading(name, ADAPTER), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what does not fit is refused below
         if not (Path(directory) / "adapter_config.json").is_file():
@@ -123,12 +127,25 @@ def add_saved_adapter(model: Any, directory: str | Path) -> Any:
                 f"{name} is of the kind {config.peft_type.value}, which puts learnt vectors before a prompt and leaves "
                 f"the weights as they are; expected one that changes weights, such as LoRA: {_WITHOUT_IT}"
             )
-        if next(model.parameters()).is_meta and isinstance(getattr(config, "init_lora_weights", None), str):
+        if is_empty and isinstance(getattr(config, "init_lora_weights", None), str):
             config.init_lora_weights = True  # others begin with a part of the weights, of which there are none
-        wrapped = PeftModel.from_pretrained(model, str(directory), config=config)
-        report = wrapped.load_adapter(str(directory), "default")  # again, since only this returns what fitted
-    LoadMismatch(missing=report.missing_keys, unexpected=report.unexpected_keys).refuse(name, type(model).__name__)
+        try:
+            wrapped = PeftModel.from_pretrained(model, str(directory), config=config)
+            report = wrapped.load_adapter(str(directory), "default")  # again, since only this returns what fitted
+        except NotImplementedError:
+            if not is_empty:
+                raise
+            return None
+    missing = _without_shared(report.missing_keys, wrapped)
+    LoadMismatch(missing=missing, unexpected=report.unexpected_keys).refuse(name, type(model).__name__)
     return wrapped
+
+
+def _without_shared(missing: Sequence[str], wrapped: Any) -> list[str]:
+    """Leave out other names of a tensor that was loaded, as of one vector bank that all layers share."""
+    tensors = dict(wrapped.named_parameters(remove_duplicate=False))
+    loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+    return [name for name in missing if id(tensors.get(name)) not in loaded]
 
 
 def _refuse_claims(directory: Path, name: str) -> None:

@@ -232,6 +232,34 @@ def test_adapter_that_fits_is_merged(models, adapter):
 
 
 @pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("Shira", {"r": 2}), ("Adamss", {}), ("VBLoRA", {"vector_length": 16, "num_vectors": 8}), ("Vera", {})],
+)
+def test_adapter_that_begins_with_weights_or_shares_tensors_is_merged(models, tmp_path, kind, settings):
+    """Some kinds choose entries by the model's weights, which a check by names has not; some keep one tensor of all
+    layers once.
+    """
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(8)[None]
+    config = getattr(peft, f"{kind}Config")(target_modules=["q_proj", "down_proj"], **settings)
+    wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(models["tied"]), config)
+    for weight in wrapped.parameters():
+        weight.data += 0.05 * weight.requires_grad * torch.randn_like(weight)
+    wrapped.save_pretrained(tmp_path)
+    check_checkpoint(models["tied"], what="the teacher", trust_remote_code=False, adapter=tmp_path)
+    merged = load_causal_lm(models["tied"], what="the teacher", trust_remote_code=False, adapter=tmp_path)
+    torch.testing.assert_close(merged(ids).logits, wrapped.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    if kind == "VBLoRA":
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        rest = {name: tensor for name, tensor in stored.items() if "vector_bank" not in name}
+        save_file(rest, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match=r"missing .*vector_bank"):
+            check_checkpoint(models["tied"], what="the teacher", trust_remote_code=False, adapter=tmp_path)
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         (renamed("model.model", "model.language_model.model"), "8 tensors are missing"),

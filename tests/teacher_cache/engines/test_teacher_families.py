@@ -37,6 +37,9 @@ class Tokenizer:
     def __len__(self):
         return VOCAB_SIZE
 
+    def get_vocab(self):
+        return {str(token): token for token in range(VOCAB_SIZE)}
+
 
 def rows_of(lengths):
     return [torch.randint(3, VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
