@@ -54,7 +54,7 @@ def build_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
     runs = [read_run(Path(directory)) for directory in run_dirs]
     report: dict[str, Any] = _plain(report_figures(runs))
     report["files"] = [str(place / name) for name in REPORT_FILES]
-    samples = choose_samples(runs[0].answers) + side_samples(runs[0].side_answers)
+    samples = choose_samples(runs[0]) + side_samples(runs[0])
     plots = plot_figures(report, runs)
     if report["seconds"] and "report" not in report["seconds"] and output is None:
         # Measured once, so that the same run always gives the same report.

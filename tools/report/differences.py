@@ -25,6 +25,8 @@ class Measured:
     run: str
     model: str
     """Its name in its run."""
+    role: str
+    """teacher, base or student."""
     heldout: Mapping[str, Any] | None
     answers: Sequence[Mapping[str, Any]]
 
@@ -48,8 +50,8 @@ def _pairs(models: Mapping[str, Measured]) -> list[tuple[str, str]]:
     for name, of in models.items():
         by_run[of.run].append(name)
     for run, names in by_run.items():
-        students = [name for name in names if models[name].model not in ("teacher", "base")]
-        before = [name for name in names if models[name].model == "base"] + students
+        students = [name for name in names if models[name].role == "student"]
+        before = [name for name in names if models[name].role == "base"] + students
         pairs += [(name, before[before.index(name) - 1]) for name in students if before.index(name)]
         same = {models[name].model: name for name in by_run[first_run]}
         pairs += [(name, same[models[name].model]) for name in names if run != first_run and models[name].model in same]

@@ -48,7 +48,9 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
             ):
                 free = _free(prefix + name, models)
                 models[free] = figures
-                measured[free] = Measured(str(index), name, evaluation["heldout"], run.answers.get(name, ()))
+                measured[free] = Measured(
+                    str(index), name, run.role_of(name), evaluation["heldout"], run.answers.get(name, ())
+                )
         for name, stage in run.stages.items():
             free = _free(prefix + name, stages)
             stages[free] = _stage(stage)
@@ -79,6 +81,7 @@ def report_figures(runs: Sequence[RunFiles]) -> dict[str, Any]:
 def _model(run: RunFiles, name: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
     tasks, heldout = evaluation["tasks"], evaluation["heldout"]
     return {
+        "role": run.role_of(name),
         "tasks": tasks,
         "mean_score": math.fsum(task["score"] for task in tasks.values()) / len(tasks) if tasks else None,
         "heldout": heldout and {key: value for key, value in heldout.items() if key != "row_kl"},

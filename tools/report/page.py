@@ -72,7 +72,7 @@ def page(
 def _lead(report: Mapping[str, Any]) -> str:
     """Say what the last stage reached, beside base, teacher and a few students: the scores' mean, then held-out KL."""
     models = report["models"]
-    students = [name for name in models if name not in ("teacher", "base")]
+    students = [name for name, model in models.items() if model["role"] == "student"]
     if not students:
         return '<p class="lead soft">Decant report</p>'
     last, others = students[-1], students[-2::-1]
@@ -146,7 +146,7 @@ def _models(report: Mapping[str, Any]) -> str:
 
 
 def _best_cells(report: Mapping[str, Any]) -> set[tuple[str, int]]:
-    """Return (model, column) of each best figure among all models but the teacher, where its 95 % interval overlaps no
+    """Return (model, column) of each best figure among all models but teachers, where its 95 % interval overlaps no
     other's; a figure without an interval is never called the best.
     """
     found = set()
@@ -156,7 +156,7 @@ def _best_cells(report: Mapping[str, Any]) -> set[tuple[str, int]]:
         intervals = {
             name: interval
             for name, model in report["models"].items()
-            if name != "teacher" and (interval := _interval(model, title)) is not None
+            if model["role"] != "teacher" and (interval := _interval(model, title)) is not None
         }
         if len(intervals) < 2:
             continue

@@ -99,6 +99,11 @@ class RunFiles:
     missing: list[str] = field(default_factory=list)
     """One sentence for each thing that a finished run has and this one has not."""
 
+    def role_of(self, model: str) -> str:
+        """Say whether a model of the run is a teacher, the student's start or a student."""
+        further = self.recipe.teachers if self.recipe else ()
+        return "teacher" if model == "teacher" or model in further else "base" if model == "base" else "student"
+
 
 def read_run(directory: Path) -> RunFiles:
     """Read a run directory.

@@ -159,7 +159,7 @@ def test_every_model_answers_every_prompt_at_every_temperature_and_what_is_kept_
     run = read_run(root / "out")
     report = report_figures([run])
     assert report["models"]["twin"]["side_by_side"]["1.2"]["same_as_teacher"] == 1.0
-    samples = side_samples(run.side_answers)
+    samples = side_samples(run)
     assert {sample.domain for sample in samples} == {"temperature 0.1", "temperature 1.2"}
     assert all(list(sample.answers) == ["teacher", "base", "twin"] for sample in samples)
     assert "Side by side at sampling temperatures" in markdown(report)

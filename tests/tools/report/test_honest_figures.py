@@ -16,7 +16,7 @@ from shared.cache.cache import Cache
 from shared.cache.groups import question_key
 from shared.keys import is_heldout
 from shared.recipe.file import load_recipe
-from tests.tools.report.fake_run import make_run, write_cache, write_json
+from tests.tools.report.fake_run import make_run, write_cache, write_evaluation, write_json
 from tools.evaluate.tasks.contamination import among_caches, among_groups, sentence
 from tools.report.build import build_report
 from tools.report.figures import report_figures
@@ -138,10 +138,29 @@ def test_the_headline_says_every_model_and_the_kl(tmp_path: Path) -> None:
     assert "0.1200 nats, against sft 0.3300 nats, base 2.4100 nats, teacher 0.0003 nats" in plain[1]
 
 
+@pytest.mark.slow
+def test_no_teacher_counts_as_a_student(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", "other")
+    text = (run / "recipe.yaml").read_text().replace("[teacher, base", "[teacher, expert, base")
+    (run / "recipe.yaml").write_text(f"{text}teachers: {{expert: {{model: {run}/expert}}}}\n")
+    write_evaluation(run, "expert", {"math": 0.99, "code": 0.99, "aiops": 0.99}, 0.0001)
+    write_evaluation(other, "teacher", {"math": 0.99, "code": 0.99, "aiops": 0.99}, 0.0001)
+    for runs, name in (([run], "expert"), ([make_run(tmp_path / "alone"), other], "other/teacher")):
+        report = build_report(runs, tmp_path / "report")
+        page = (tmp_path / "report" / "report.html").read_text()
+        assert report["models"][name]["role"] == "teacher"
+        assert not any(name in lead for lead in re.findall(r'<p class="lead">(.*?)</p>', page))
+        assert re.findall(r'<td class="best" data-label="([^"]*)">([^<]*)', page)[-1] == ("held-out KL", "0.1200")
+        beside = [pair["other"] for pair in report["differences"] if pair["model"] == name]
+        assert beside == ["teacher"] * (name != "expert")
+        assert not any(pair["other"] == name for pair in report["differences"])
+
+
 def test_the_headline_names_of_many_other_students_the_best() -> None:
     scores = {"teacher": 0.9, "base": 0.1, "a": 0.5, "b": 0.7, "c": 0.6, "d": None, "e": 0.2, "kd": 0.65}
     models = {
         name: {
+            "role": name if name in ("teacher", "base") else "student",
             "mean_score": score,
             "gap_closed": None,
             "heldout": {"kl_nats": 1 - score} if score else None,

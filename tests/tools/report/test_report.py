@@ -134,7 +134,7 @@ def test_the_page_is_one_file_that_runs_its_own_script_alone_and_fetches_nothing
 
 def test_a_models_answer_is_shown_as_text_whatever_it_contains(run: Path) -> None:
     write_json(run / "hostile-is-in-the-answers.json", HOSTILE)
-    samples = choose_samples(read_run(run).answers, per_domain=12)
+    samples = choose_samples(read_run(run), per_domain=12)
     assert any("<script>" in answer.text for sample in samples for answer in sample.answers.values())
     assert not any(
         "\x1b" in answer.text or "\u202e" in answer.text for sample in samples for answer in sample.answers.values()
@@ -157,8 +157,8 @@ def test_hostile_names_and_answers_stay_text_in_the_page(tmp_path: Path) -> None
 
 
 def test_samples_tell_models_apart_and_do_not_change(run: Path) -> None:
-    samples = choose_samples(read_run(run).answers)
-    assert samples == choose_samples(read_run(run).answers)
+    samples = choose_samples(read_run(run))
+    assert samples == choose_samples(read_run(run))
     assert {sample.domain for sample in samples} == set(DOMAINS)
     first = samples[0].answers
     assert (first["base"].score, first["kd"].score) == (0.0, 1.0)
@@ -269,12 +269,14 @@ def test_ids_in_plots_are_unique_and_every_reference_has_its_target(run: Path) -
         ({"teacher": 1, "base": 0, "kd": 0}, ["teacher"]),
         ({"teacher": 0, "base": 0, "kd": 0}, ["wrong"]),
         ({"teacher": 1, "base": 1, "kd": 1}, []),
+        ({"teacher": 1, "other": 1, "base": 0, "kd": 0}, ["teacher"]),
         ({"teacher": 1}, []),
     ],
 )
 def test_an_outcome_says_who_was_right(right: dict[str, int], expected: list[str]) -> None:
     answers = {name: SampleAnswer("", float(score), "") for name, score in right.items()}
-    assert outcomes(Sample("math", "", "", answers)) == expected
+    students = tuple(name for name in right if name in ("sft", "kd"))
+    assert outcomes(Sample("math", "", "", answers, students)) == expected
 
 
 def test_partings_stand_in_the_page_as_text_and_broken_ones_are_left_out(run: Path) -> None:

@@ -49,7 +49,7 @@ def outcomes(sample: Sample) -> list[str]:
     right = {name: answer.score >= 1 for name, answer in sample.answers.items() if answer.score is not None}
     if not right:
         return []
-    students = [right[name] for name in right if name not in ("teacher", "base")]
+    students = [right[name] for name in sample.students if name in right]
     before = right.get("base")
     holds = {
         "better": before is False and any(students),

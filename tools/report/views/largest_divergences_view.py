@@ -17,7 +17,9 @@ MOST_BEFORE, MOST_LINES = 160, 3
 def largest_divergences_section(models: Mapping[str, Any]) -> str:
     """Return the section; the last model of the report stands open, the others folded; nothing where there are none."""
     found = {
-        name: largest for name, model in models.items() if name != "teacher" and (largest := _sound(model["heldout"]))
+        name: largest
+        for name, model in models.items()
+        if model["role"] != "teacher" and (largest := _sound(model["heldout"]))
     }
     if not found:
         return ""
