@@ -36,6 +36,7 @@ from shared.errors import CacheError, DamagedError
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.identity.identity import LayerIdentity, SequencesIdentity
 from shared.parts.cache_files import read_bounded
+from shared.parts.jobs import list_jobs
 from shared.parts.mapped_part import MappedSequences
 from shared.parts.open_parts import OpenParts
 from shared.parts.part_file import part_file
@@ -311,6 +312,12 @@ class Cache:
     def jobs_of_rows(self) -> list[tuple[str, int, int]]:
         """Return (first 8 digits of the job, first row, row after the last) of every part, in order."""
         return [(part.record.id8, part.rows.start, part.rows.stop) for part in self.parts()]
+
+    @property
+    def parts_to_come(self) -> int:
+        """Return how many parts the cache's jobs planned that are not there: of a build that goes on, or stopped."""
+        stems = {record.stem for record in self._records}
+        return sum(job.part_stem(unit) not in stems for job in list_jobs(self.path) for unit in range(job.num_units))
 
     @property
     def sources(self) -> NDArray[np.int32]:

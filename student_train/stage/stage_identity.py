@@ -216,6 +216,8 @@ def _told(name: str, old: Any, new: Any) -> str:
             "of the same settings whose steps were planned otherwise, as for another number of processes (now "
             f"{now}); start as many as before (`decant eval` takes a finished stage as it is), or {again}"
         )
+    if name == "cache":
+        return f"of other rows than its caches hold now; {again} (`decant eval` takes a finished stage as it is)"
     return f"with {name} {_short(old)} where the recipe now has {_short(new)}; {again}, or change the recipe back"
 
 

@@ -208,6 +208,8 @@ def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
         others
     )
     parts += ["on rows that were drawn or rendered otherwise than the recipe says"] if work.caches.all_are_other else []
+    to_come = sum(cache.parts_to_come for cache in work.caches.caches)
+    parts += [f"without {to_come:,} planned parts of rows, which `decant teach` has not built yet"] if to_come else []
     untaught = f"no teacher for {quoted(work.untaught)}, whose rows train the other losses alone"
     parts += [untaught] if work.untaught else []
     parts += [f"started from {work.start}"] if work.start else []

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +152,29 @@ def test_finished_stage_is_reused_and_a_changed_one_refused(recipe_of, capfd):
     identity.write_text(json.dumps(json.loads(identity.read_text()) | {"plan": "of two processes"}))
     with pytest.raises(TrainingError, match=r"another number of processes \(now 1 process\); start as many as before"):
         run_stages(recipe)
+
+
+def test_parts_that_are_not_built_yet_are_named_and_rows_that_came_since_refuse_a_finished_stage(tmp_path, capfd):
+    whole, path = Path(__file__).parents[2] / "data/golden/run-1", tmp_path / "cache"
+    shutil.copytree(whole / "cache", path)
+    shutil.rmtree(path / "hidden")
+    late = list(path.rglob("part-*-000001.*"))
+    kept = {file: file.read_bytes() for file in late}
+    stage = {"name": "a", "losses": [{"name": "cross_entropy"}], "trainer": {"max_steps": 1, "pack_tokens": 128}}
+    student = {"model": str(whole / "student")}
+    recipe = {"name": "a", "output_dir": str(tmp_path / "run"), "cache": str(path), "student": student}
+    recipe = Recipe.model_validate({**recipe, "stages": [stage]})
+    for file in late:
+        file.unlink()
+    run_stages(recipe)
+    assert "without 1 planned parts of rows, which `decant teach` has not built yet" in capfd.readouterr().err
+    for file, content in kept.items():
+        file.write_bytes(content)
+    with pytest.raises(TrainingError, match="holds a finished stage of other rows than its caches hold now; remove"):
+        run_stages(recipe)
+    shutil.rmtree(tmp_path / "run/train/a")
+    run_stages(recipe)
+    assert "planned parts" not in capfd.readouterr().err
 
 
 def test_a_finished_stage_is_reused_once_another_layer_makes_it_name_its_own(recipe_of, tiny, tmp_path, capfd):
