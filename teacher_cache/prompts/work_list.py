@@ -72,14 +72,22 @@ def list_rows(
     """
     seen = GrowingKeySet()
     renderings = [rendering_of(source) for source in sources]
-    ends = [_end(foreign_ends, origin) for origin in range(len(sources))]
+    samplings = [
+        {**_sampling(generate, seed, answerer), **rendering, **_end(foreign_ends, origin)} if generate else {}
+        for origin, rendering in enumerate(renderings)
+    ]
+
+    def rows_of(conversation: Conversation) -> list[PlanRow]:
+        origin = conversation.origin
+        if conversation.sequence is not None:
+            return [_row_of_cache(conversation, conversation.sequence)]
+        if generate is None:
+            return [_answered_row(conversation, sources[origin], renderings[origin], groups, is_held)]
+        return _rows_to_answer(conversation, samplings[origin], generate.samples_per_prompt, groups)
+
     for conversation in conversations:
         try:
-            origin = conversation.origin
-            source, end = sources[origin], ends[origin]
-            rows = list(
-                _rows_of(conversation, source, renderings[origin], end, generate, seed, answerer, groups, is_held)
-            )
+            rows = rows_of(conversation)
         except ValueError as error:
             problems.add(conversation.path, conversation.line, str(error))
             continue
@@ -188,53 +196,60 @@ def request_seed(key: bytes, seed: int) -> int:
     return xxhash.xxh3_64_intdigest(key + canonical_json(seed)) >> (64 - SEED_BITS)
 
 
-def _rows_of(
+def _sampling(generate: Generate, seed: int, answerer: str | None) -> dict[str, Any]:
+    """Return what a row_key says of how an answer is drawn, and by whom where it is not the teacher."""
+    drawn = generate.model_dump(mode="json", include={"temperature", "top_p", "top_k", "stop", "max_new_tokens"})
+    return {**drawn, "seed": answer_seed(generate, seed), **({} if answerer is None else {"model": answerer})}
+
+
+def _answered_row(
     conversation: Conversation,
     source: PromptSource,
     rendering: Mapping[str, Any],
-    end: Mapping[str, int],
-    generate: Generate | None,
-    seed: int,
-    answerer: str | None,
     groups: GroupRule,
     is_held: Callable[[bytes], bool],
+) -> PlanRow:
+    """Return the row of a conversation whose answer is given."""
+    answered = _answered(conversation)
+    asked = group_key(prompt_text(answered, conversation.text))
+    rendering = {**rendering, **_unsaid(answered, given=True)}
+    key = row_key(asked, None, 0, _answer(answered) + _suffix(rendering))
+    thoughts = _trained_thoughts(answered) if source.supervise == "all" else []
+    if thoughts and not is_held(key):
+        key = row_key(asked, None, 0, _answer(answered) + _suffix({**rendering, "thoughts": thoughts}))
+    content = {"text": conversation.text} if answered is None else {"messages": answered}
+    return next(_plan_rows(conversation, answered, [key], content, conversation.reference, groups))
+
+
+def _rows_to_answer(
+    conversation: Conversation, sampling: Mapping[str, Any], num_samples: int, groups: GroupRule
+) -> list[PlanRow]:
+    """Return the rows of a prompt, one for each of its answers to come."""
+    messages = conversation.messages
+    asked = group_key(prompt_text(messages, conversation.text))
+    sampling = {**sampling, **_unsaid(messages, given=False)}
+    keys = [row_key(asked, sampling, index, None) for index in range(num_samples)]
+    turns = prompt_turns(messages)
+    given = (messages or [])[len(turns) :]
+    reference = given[-1]["content"] if conversation.reference is None and given else conversation.reference
+    return list(_plan_rows(conversation, messages, keys, {"messages": turns}, reference, groups))
+
+
+def _plan_rows(
+    conversation: Conversation,
+    messages: list[Message] | None,
+    keys: Sequence[bytes],
+    content: Mapping[str, Any],
+    reference: str | None,
+    groups: GroupRule,
 ) -> Iterator[PlanRow]:
-    if conversation.sequence is not None:
-        yield _row_of_cache(conversation, conversation.sequence)
-        return
-    answered = conversation.messages if generate else _answered(conversation)
-    prompt = prompt_text(answered, conversation.text)
-    group, asked = group_key(group_text(answered, conversation.text, groups)), group_key(prompt)
-    rendering = {**rendering, **_unsaid(answered, generate is None)}
-    place = {"origin": conversation.origin, "path": conversation.path}
-    if generate is None:
-        keys = [row_key(asked, None, 0, _answer(answered) + _suffix(rendering))]
-        thoughts = _trained_thoughts(answered) if source.supervise == "all" else []
-        if thoughts and not is_held(keys[0]):
-            rendering = {**rendering, "thoughts": thoughts}
-            keys = [row_key(asked, None, 0, _answer(answered) + _suffix(rendering))]
-        content: dict[str, Any] = {"text": conversation.text} if answered is None else {"messages": answered}
-        reference = conversation.reference
-    else:
-        turns = prompt_turns(conversation.messages)
-        given = (conversation.messages or [])[len(turns) :]
-        sampling = {
-            **generate.model_dump(mode="json", include={"temperature", "top_p", "top_k", "stop", "max_new_tokens"}),
-            **rendering,
-            **end,
-            "seed": answer_seed(generate, seed),
-        }
-        if answerer is not None:
-            sampling["model"] = answerer
-        keys = [row_key(asked, sampling, index, None) for index in range(generate.samples_per_prompt)]
-        content = {"messages": turns}
-        reference = conversation.reference
-        if reference is None and given:
-            reference = given[-1]["content"]
-    messages = canonical_json({**content, **place}).decode()
+    """Yield a row for each key; `messages` tell prompt and group."""
+    group = group_key(group_text(messages, conversation.text, groups))
+    prompt = prompt_text(messages, conversation.text)
+    kept = canonical_json({**content, "origin": conversation.origin, "path": conversation.path}).decode()
     for index, key in enumerate(keys):
         yield PlanRow(
-            group, key, conversation.source, conversation.line, index, prompt, messages, reference, conversation.format
+            group, key, conversation.source, conversation.line, index, prompt, kept, reference, conversation.format
         )
 
 
