@@ -186,35 +186,34 @@ def _recomputes(work: StageWork) -> bool:
 
 
 def _description(work: StageWork, checkpoint: Checkpoint | None) -> str:
-    plan = work.plan
+    """Return what a stage trains on, and what it leaves out, in one line."""
+    plan, caches = work.plan, work.caches
     cut = sum(epoch.num_cut for epoch in plan.epochs)
     dropped = sum(epoch.num_dropped for epoch in plan.epochs)
-    parts = [
-        f"{plan.num_steps:,} steps of {plan.packs_per_step} packs" + (f", {plan.fill:.1%} full" if plan.epochs else "")
+    repeats, others = int(caches.repeats.sum()), int(caches.other_answers.sum())
+    to_come = sum(cache.parts_to_come for cache in caches.caches)
+    is_short = plan.limit < length_limit(work.stage.trainer.pack_tokens, work.stage.max_length)
+    reason = ", the positions that the student knows" if is_short else ""
+    full = f", {plan.fill:.1%} full" if plan.epochs else ""
+    said: list[tuple[object, str]] = [
+        (True, f"{plan.num_steps:,} steps of {plan.packs_per_step} packs{full}"),
+        (work.sampling, "mixture follows the evaluations"),
+        (True, f"{plan.epoch_at(plan.num_steps):.3g} epochs"),
+        (cut, f"{cut:,} rows cut to {plan.limit} tokens{reason}"),
+        (
+            work.num_unlabelled,
+            f"{work.num_unlabelled:,} rows cut before the first token that is trained, so nothing is learned of them",
+        ),
+        (dropped, f"{dropped:,} rows above {plan.limit} tokens{reason} dropped"),
+        (repeats, f"{repeats:,} rows left out that an earlier cache holds"),
+        (others, f"{others:,} rows left out that were drawn or rendered otherwise (`answers: all` keeps them)"),
+        (caches.all_are_other, "on rows that were drawn or rendered otherwise than the recipe says"),
+        (to_come, f"without {to_come:,} planned parts of rows, which `decant teach` has not built yet"),
+        (work.untaught, f"no teacher for {quoted(work.untaught)}, whose rows train the other losses alone"),
+        (work.start, f"started from {work.start}"),
+        (checkpoint, f"continued after step {checkpoint.step:,}" if checkpoint else ""),
     ]
-    parts += ["mixture follows the evaluations"] if work.sampling else []
-    parts += [f"{plan.epoch_at(plan.num_steps):.3g} epochs"]
-    positions = plan.limit < length_limit(work.stage.trainer.pack_tokens, work.stage.max_length)
-    reason = ", the positions that the student knows" if positions else ""
-    parts += [f"{cut:,} rows cut to {plan.limit} tokens{reason}"] if cut else []
-    lost = work.num_unlabelled
-    parts += (
-        [f"{lost:,} rows cut before the first token that is trained, so nothing is learned of them"] if lost else []
-    )
-    parts += [f"{dropped:,} rows above {plan.limit} tokens{reason} dropped"] if dropped else []
-    repeats, others = int(work.caches.repeats.sum()), int(work.caches.other_answers.sum())
-    parts += [f"{repeats:,} rows left out that an earlier cache holds"] if repeats else []
-    parts += [f"{others:,} rows left out that were drawn or rendered otherwise (`answers: all` keeps them)"] * bool(
-        others
-    )
-    parts += ["on rows that were drawn or rendered otherwise than the recipe says"] if work.caches.all_are_other else []
-    to_come = sum(cache.parts_to_come for cache in work.caches.caches)
-    parts += [f"without {to_come:,} planned parts of rows, which `decant teach` has not built yet"] if to_come else []
-    untaught = f"no teacher for {quoted(work.untaught)}, whose rows train the other losses alone"
-    parts += [untaught] if work.untaught else []
-    parts += [f"started from {work.start}"] if work.start else []
-    parts += [f"continued after step {checkpoint.step:,}"] if checkpoint else []
-    return f"train {work.stage.name}: {', '.join(parts)}"
+    return f"train {work.stage.name}: {', '.join(text for holds, text in said if holds)}"
 
 
 def _train_and_export(
