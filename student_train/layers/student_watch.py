@@ -153,7 +153,7 @@ class StudentWatch:
             keep(inputs[0] if inputs else options["hidden_states"])
 
         def keep_output(module: Any, inputs: Any, output: Any) -> None:
-            keep(output[0] if isinstance(output, tuple) else output)
+            keep(output[0] if isinstance(output, tuple | list) else output)
 
         if layer is None:
             return []
@@ -166,7 +166,7 @@ class StudentWatch:
             """Keep the states that a layer passes on, while it is asked for."""
             if not self._is_on:
                 return
-            states = output[0] if isinstance(output, tuple) else output
+            states = output[0] if isinstance(output, tuple | list) else output
             if states.ndim != 3:
                 raise TrainingError(
                     f"student layer {layer} passes on several states of a token ({list(states.shape)}), of which the "

@@ -78,8 +78,8 @@ def separate_rows(model: Any, vocab_size: int, *, longest: int | None = None) ->
         if found <= NARROW_ROUNDING and _is_causal(model, short[-1]):
             return "alone"
     raise TrainingError(
-        f"{type(model).__name__} lets tokens see what comes after them (states of rows filled up on the right differ "
-        f"by {found:.1%}), so it cannot be trained to predict the next one; choose a causal language model as student"
+        f"{type(model).__name__} lets tokens see what comes after them, so it cannot be trained to predict the next "
+        "one; choose a causal language model as student"
     )
 
 

@@ -1,4 +1,6 @@
-"""In which form may a student's weights be stored? Not quantised: packed numbers take no gradient. Cost: nothing."""
+"""In which form may a student be stored? Not quantised: packed numbers take no gradient. Nor in a larger model whose
+text model transformers saves and does not open again. Cost: nothing.
+"""
 
 from __future__ import annotations
 
@@ -31,4 +33,28 @@ def refuse_quantised(source: object, config: Mapping[str, Any]) -> None:
         raise TrainingError(
             f"'{source}' is stored quantised ({scheme or 'unnamed'}), and such weights cannot be trained; take the "
             "model that it was made from (adapter: qlora holds it in 4 bits while it trains)"
+        )
+
+
+def refuse_unopened_text_model(source: object, config: Any) -> None:
+    """Refuse a larger model whose text model would be trained, saved, and not opened as a language model again.
+
+    transformers takes Mllama's and Emu3's out of them, saves them with a config of their own, and knows no language
+    model of that config.
+
+    Args:
+        source: its directory or hub id.
+        config: of transformers.
+
+    Raises:
+        TrainingError: the class is named.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as LANGUAGE_MODELS
+
+    trained = LANGUAGE_MODELS.get(type(config), None)
+    own = getattr(trained, "config_class", None)
+    if own is not None and own is config.sub_configs.get("text_config") and own not in LANGUAGE_MODELS:
+        raise TrainingError(
+            f"'{source}' is trained as {trained.__name__}, and transformers does not open as a language model what it "
+            f"saves of that (model_type {own.model_type}); choose another student"
         )

@@ -24,7 +24,7 @@ from shared.models.type_tokenizer import require_unchanged
 from shared.models.weights.loading import load_causal_lm
 from shared.recipe.base import quoted
 from shared.recipe.recipe import Adapter, Student
-from student_train.student.stored_weights import refuse_quantised
+from student_train.student.stored_weights import refuse_quantised, refuse_unopened_text_model
 
 _OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Files that older tokenizers come as."""
@@ -51,6 +51,7 @@ def load_student(student: Student, start: Path | None, cache: Any, *, seed: int 
     trust = student.trust_remote_code
     config = load_config(source, what="the student", revision=revision, trust_remote_code=trust)
     refuse_quantised(source, config.to_dict())
+    refuse_unopened_text_model(source, config)
     if student.init == "random" and start is None:
         return _fresh(student, cache, seed)
     check_tokenizer(student, source, revision, cache, required=True)

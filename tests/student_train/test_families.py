@@ -15,6 +15,7 @@ from student_train.layers.student_watch import StudentWatch
 from student_train.losses import LossTerm
 from student_train.student.forward_patch import Objective, patch_forward
 from student_train.student.row_separation import separate_rows
+from student_train.student.stored_weights import refuse_unopened_text_model
 from student_train.student.student_head import StudentHead, body_of, check_head, head_of, run_body
 from tests.tiny_families import FAMILIES, VOCAB_SIZE, make_family
 
@@ -173,8 +174,38 @@ def test_model_that_sees_what_follows_is_refused_however_its_embeddings_lie():
     other[0, 20:] = 5
     with torch.no_grad():
         assert (model(row).logits - model(other).logits)[0, :20].abs().max() > 1e-3
-    with pytest.raises(TrainingError, match="see what comes after"):
+    with pytest.raises(TrainingError, match=r"see what comes after them, so it cannot"):
         separate_rows(model, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("mllama", True), ("emu3", True), ("qwen3_5", False), ("llama", False)])
+def test_text_model_that_no_config_opens_again_is_refused(kind, refused, tmp_path):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config, few = CONFIG_MAPPING[kind](), {"num_hidden_layers": 0, "layer_types": [], "hidden_size": 64, "vocab_size": 8}
+    for name, value in few.items():
+        setattr(config.get_text_config(), name, value)
+    config.get_text_config().cross_attention_layers, config.get_text_config().pad_token_id = [], 0
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    if refused:
+        with pytest.raises(ValueError, match="Unrecognized configuration class"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        with pytest.raises(TrainingError, match=r"does not open as a language model .*; choose another student"):
+            refuse_unopened_text_model(tmp_path, config)
+    else:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+        refuse_unopened_text_model(tmp_path, config)
+
+
+def test_states_are_seen_where_a_layer_returns_a_list():
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCAB_SIZE, n_embd=64, n_layer=2, n_head=4)).eval()
+    row, watch = rows_of([9])[0][None], StudentWatch(model, [1, 2], [])
+    with watch.on(), torch.no_grad():
+        run_body(body_of(model), row, torch.arange(9)[None])
+        own = model(row, output_hidden_states=True).hidden_states
+    assert torch.equal(watch.states[1], own[1][0]) and torch.equal(watch.states[2], own[2][0])
 
 
 def test_head_behind_layers_of_another_width_is_refused_with_both_widths():

@@ -73,7 +73,7 @@ class HiddenEngine:
 
     def _hook(self, layer: int) -> Any:
         def keep(module: Any, inputs: Any, output: Any) -> None:
-            self._keep(layer, output[0] if isinstance(output, tuple) else output)
+            self._keep(layer, output[0] if isinstance(output, tuple | list) else output)
 
         return keep
 

@@ -12,6 +12,7 @@ from shared.cache.tokenizer_files import read_tokenizer_files
 from shared.errors import DecantError
 from shared.identity.weights_hash import tokenizer_hash
 from shared.models.config_file import read_config
+from shared.models.files import load_config
 from shared.models.type_tokenizer import require_unchanged
 from shared.places import named
 from shared.recipe.base import Problem
@@ -80,10 +81,15 @@ def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Pro
 
 
 def _check_stored(asked: Asked, directory: Path) -> None:
-    """Refuse a student whose weights are stored in a form that cannot be trained."""
-    from student_train.student.stored_weights import refuse_quantised
+    """Refuse a student that is stored in a form that cannot be trained, or not be opened once it is."""
+    from student_train.student.stored_weights import refuse_quantised, refuse_unopened_text_model
 
-    refuse_quantised(directory, read_config(directory / "config.json"))
+    stored = read_config(directory / "config.json")
+    refuse_quantised(directory, stored)
+    student = asked.recipe.student
+    if student is not None and "text_config" in stored:
+        trust = student.trust_remote_code
+        refuse_unopened_text_model(directory, load_config(directory, what="the student", trust_remote_code=trust))
 
 
 def _check_type(asked: Asked, directory: Path) -> None:
