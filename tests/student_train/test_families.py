@@ -182,7 +182,8 @@ def test_model_that_sees_what_follows_is_refused_however_its_embeddings_lie():
 def test_text_model_that_no_config_opens_again_is_refused(kind, refused, tmp_path):
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config, few = CONFIG_MAPPING[kind](), {"num_hidden_layers": 0, "layer_types": [], "hidden_size": 64, "vocab_size": 8}
+    config = CONFIG_MAPPING[kind]()
+    few = {"num_hidden_layers": 0, "layer_types": [], "hidden_size": 64, "vocab_size": 8}
     for name, value in few.items():
         setattr(config.get_text_config(), name, value)
     config.get_text_config().cross_attention_layers, config.get_text_config().pad_token_id = [], 0

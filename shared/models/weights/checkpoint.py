@@ -59,13 +59,18 @@ def check_checkpoint(directory: Path, *, what: str, trust_remote_code: bool, ada
         add_saved_adapter(model, adapter)
 
 
+def directory_of(source: str | Path, revision: str | None) -> Path:
+    """Return the directory of a model that was loaded, itself or its copy of the hub's."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(str(source), "config.json", revision=revision)).parent
+
+
 def fits_named_class(source: str | Path, revision: str | None, loaded: type, *, trust_remote_code: bool) -> bool:
     """Tell whether a checkpoint is whole for the class that its config names, where that is another than the one
     `loaded`.
     """
-    from transformers.utils import cached_file
-
-    directory = Path(cached_file(str(source), "config.json", revision=revision)).parent
+    directory = directory_of(source, revision)
     config = load_config(directory, what="the model", trust_remote_code=trust_remote_code)
     model_class = _named_class(config)
     if model_class is None or model_class.__name__ == loaded.__name__:

@@ -9,7 +9,9 @@ from shared.models.config_file import check_config
 from shared.models.large_imports import import_transformers
 from shared.models.load_report import LoadMismatch, loading
 from shared.models.weights.adapters import merge_adapter, refuse_adapter_inside
-from shared.models.weights.checkpoint import fits_named_class
+from shared.models.weights.checkpoint import directory_of, fits_named_class
+from shared.models.weights.overwritten import restore_overwritten
+from shared.models.weights.weight_headers import weight_files
 from shared.remote.hub import ask_hub
 from shared.special_files import refuse_special_files
 
@@ -64,4 +66,6 @@ def load_causal_lm(
     if is_only_more and fits_named_class(source, revision, type(model), trust_remote_code=trust_remote_code):
         mismatch = LoadMismatch()  # the text model of a larger one, whose other parts are the rest
     mismatch.refuse(name, type(model).__name__)
+    if quantizer is None:
+        restore_overwritten(model, weight_files(directory_of(source, revision)))
     return model if adapter is None else merge_adapter(model, adapter)

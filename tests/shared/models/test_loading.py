@@ -91,6 +91,24 @@ def plus(name):
     return lambda weights: {**weights, name: torch.ones(2)}
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("youtu", True), ("youtu", False), ("zaya", True)])
+def test_what_a_class_writes_over_while_it_loads_is_as_stored(tmp_path, kind, tied):
+    """Youtu's class puts zeros in the row of the padding token, Zaya's -1 in its routers' last bias."""
+    import transformers as t
+
+    narrow = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    more = {"num_experts": 2, "moe_intermediate_size": 16, "router_hidden_size": 8} if kind == "zaya" else narrow
+    sizes = {**TEXT, "head_dim": 8, "num_key_value_heads": 2, "pad_token_id": 5, "tie_word_embeddings": tied}
+    model = t.AutoModelForCausalLM.from_config(t.CONFIG_MAPPING[kind](**(sizes | more)))
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.rand_like(tensor))
+    model.save_pretrained(tmp_path)
+    stored, plain = model.state_dict(), t.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert any(not torch.equal(tensor, plain[name]) for name, tensor in stored.items())
+    found = load(tmp_path).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in stored.items())
+
+
 @pytest.mark.parametrize("name", ["tied", "untied", "experts", "mixtral", "larger"])
 def test_whole_model_is_loaded(models, name):
     """Nothing is refused, and what was loaded sums to what the file holds, whatever names it has there."""
