@@ -36,24 +36,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "decant.reading": ("Cache", "Row", "open_cache"),
     "decant.torch_dataset": ("TorchDataset",),
-    "decant.losses": (
-        "cross_entropy",
-        "decoupled_kl",
-        "forward_kl",
-        "head_kl",
-        "jsd",
-        "reverse_kl",
-        "skew_forward_kl",
-        "skew_reverse_kl",
-        "tail_weighted_kl",
-        "sparse_loss",
-        "sparse_loss_from_logits",
-    ),
     "decant.phases": ("evaluate", "report", "teach", "train"),
     "shared.errors": ("DecantError",),
     "shared.recipe.file": ("load_recipe",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+"""Names that are no loss: those are of `decant.losses`."""
 
 __all__ = [
     "Cache",
@@ -82,10 +70,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for."""
-    home = _HOME_OF.get(name)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module 'decant' has no attribute {name!r}")
-    value = getattr(import_module(home), name)
+    value = getattr(import_module(_HOME_OF.get(name, "decant.losses")), name)
     globals()[name] = value
     return value
 

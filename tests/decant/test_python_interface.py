@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from shared.recipe.sections.losses import LOSSES, NEEDS_DRAWS, OnTargets, names_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("numpy", "pyarrow", "torch", "vllm", "transformers", "datasets", "pydantic", "pandas", "matplotlib")
@@ -32,6 +35,8 @@ def test_every_public_name_exists_has_a_docstring_and_is_listed() -> None:
     assert dir(decant) == sorted(decant.__all__)
     for name in decant.__all__:
         assert getattr(decant, name).__doc__, name
+    page = (ROOT / "docs" / "python.md").read_text()
+    assert [name for name in decant.__all__ if name.islower() and not re.search(rf"\b{name}\b", page)] == []
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = decant.nothing
 
@@ -62,12 +67,13 @@ def _batch(temperatures=None):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *(
-            (name, {"temperature": temperature})
-            for name in ("forward_kl", "reverse_kl", "head_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")
-            for temperature in (1.0, 2.0)
-        ),
-        ("decoupled_kl", {"head_temperature": 3.0}),
+        (name, options)
+        for kind in LOSSES
+        if issubclass(kind, OnTargets)
+        for name in names_of(kind)
+        if name not in NEEDS_DRAWS
+        for options in ({}, {"temperature": 2.0}, {"head_temperature": 3.0})
+        if options.keys() <= kind.model_fields.keys()
     ],
 )
 def test_fused_and_plain_loss_agree_in_value_and_gradient(name: str, options: dict[str, float]) -> None:

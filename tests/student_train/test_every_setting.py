@@ -14,10 +14,11 @@ import torch
 
 from shared.errors import TrainingError
 from shared.recipe.recipe import Adapter, Stage, StageTrainer, Student
-from shared.recipe.sections.losses import LOSSES
+from shared.recipe.sections.losses import LOSSES, names_of
 from shared.recipe.sections.target_layers import TargetLayer
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import terms_at
+from student_train.losses import divergences, registry
 from student_train.stage.stage_identity import stage_identity
 from student_train.stage.stage_run import _student, arguments_of
 from student_train.stage.stage_work import resolve_stage
@@ -161,8 +162,6 @@ def shows_option_of_loss(name, option):
         for value in (0.2, 0.7):
             (term,) = world.terms({"name": name, option: value})
             assert term.options[option] == value
-            from student_train.losses import registry
-
             log_p, log_q = (
                 torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]], dtype=torch.float64).log()[i : i + 1] for i in (0, 1)
             )
@@ -174,8 +173,6 @@ def shows_option_of_loss(name, option):
 
 def shows_option_of_hidden(option, choices):
     def show(world):
-        from student_train.losses import registry
-
         states = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[1.0, 5.0, 2.0]])
         values = []
         for choice in choices:
@@ -295,10 +292,13 @@ SHOWN = {
             "name": "test_losses.py::test_value_is_the_definition_on_probabilities",
             "weight": "test_training_steps.py::test_schedules_and_exact_values_reach_the_step_log",
             "temperature": "test_training_steps.py::test_schedules_and_exact_values_reach_the_step_log",
-            "beta": shows_option_of_loss("jsd", "beta"),
-            "skew": shows_option_of_loss("skew_forward_kl", "skew"),
+            **{
+                option: shows_option_of_loss(name, option)
+                for name in names_of(kind)
+                if name in divergences
+                for option in divergences[name].options
+            },
             "tail_weight": "test_fused_loss.py::test_value_and_gradients_equal_dense_autograd",
-            "head_temperature": shows_option_of_loss("decoupled_kl", "head_temperature"),
             "weigh": "test_fused_loss.py::test_weights_by_the_teachers_entropy_equal_dense_autograd",
             "metric": shows_option_of_hidden("metric", ("mse", "cosine")),
             "normalise": shows_option_of_hidden("normalise", (True, False)),
