@@ -19,7 +19,7 @@ from typing import Any
 from shared.identity.hidden_identity import HiddenIdentity
 from shared.recipe.sections.losses import Loss
 from student_train.fit.model_shape import ModelShape
-from student_train.layers.layer_map import pair_layers
+from student_train.layers.layer_losses import pairs_of
 from student_train.losses import representations
 
 
@@ -62,6 +62,7 @@ def hidden_memory(
     if not by_name:
         return None
     wide, stored, most = shape.hidden_size, identity.stored_width, identity.strongest
+    paired = pairs_of(losses, identity, shape.num_layers)
     layers = {"states": identity.layers, "attention": identity.attention_layers}
     per_layer = {"states": stored + 4, "attention": 8 * most}
     projections = kept = again = waiting = batch = 0
@@ -72,11 +73,11 @@ def hidden_memory(
             projections += wide * stored
             working.append(8 * wide)
             continue
-        pairs = len(pair_layers(name, layers[reads], identity.num_layers, shape.num_layers, loss.layer_map))
+        pairs = len(paired[name])
         batch += len(layers[reads]) * per_layer[reads]
         if reads == "states":
             projections += pairs * wide * stored
-            kept += pairs * (4 * wide + (8 if loss.metric == "cosine" else 4) * stored)
+            kept += pairs * (4 * wide + (4 if getattr(loss, "metric", "") == "mse" else 8) * stored)
             waiting += pairs * wide * residual_bytes
             working.append(8 * wide + 12 * stored)
         else:

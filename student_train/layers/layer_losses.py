@@ -35,6 +35,12 @@ from student_train.losses.hidden_layers.representation import Reads
 
 POOLED = "pooled"
 """Name of the projection of pooled states."""
+_KEPT_BY: dict[Reads, str] = {
+    "states": "add `layers` to capture.hidden",
+    "attention": "add `attention` to capture.hidden",
+    "pooled": "set capture.hidden.pooled to mean or last",
+}
+"""What a capture must say for a hidden layer to keep it."""
 
 
 def check_layer_losses(stage: Stage, student: Student) -> None:
@@ -90,14 +96,14 @@ def pairs_of(
     stored = {"states": identity.layers, "attention": identity.attention_layers}
     for loss in losses:
         reads = representations[loss.name].reads if loss.name in representations else None
+        if reads is not None and not (identity.pooled != "none" if reads == "pooled" else stored[reads]):
+            raise TrainingError(
+                f"the hidden layer keeps nothing that loss '{loss.name}' needs; {_KEPT_BY[reads]} and run "
+                "'decant teach'"
+            )
         if reads in stored:
             given = getattr(loss, "layer_map", None)
             found[loss.name] = pair_layers(loss.name, stored[reads], identity.num_layers, num_student_layers, given)
-        elif reads is not None and identity.pooled == "none":
-            raise TrainingError(
-                f"loss '{loss.name}' needs pooled teacher states and the hidden layer has none; set "
-                "capture.hidden.pooled to mean or last and run 'decant teach'"
-            )
     return found
 
 

@@ -12,9 +12,6 @@ from shared.errors import TrainingError
 from shared.identity.hidden_identity import FINAL
 from shared.identity.hidden_layers import layer_name
 
-_KEPT_FOR = {"hidden": "`layers`", "attention": "`attention`"}
-"""Loss to the key of capture.hidden that keeps what it reads."""
-
 
 @dataclass(frozen=True, slots=True)
 class LayerPair:
@@ -51,11 +48,6 @@ def pair_layers(
     >>> [pair.student for pair in pair_layers("hidden", (8, 16, 24, -1), 24, 12, None)]
     [4, 8, 12, -1]
     """
-    if not stored:
-        raise TrainingError(
-            f"the hidden layer keeps nothing that loss '{loss}' needs; add {_KEPT_FOR[loss]} to capture.hidden and run "
-            "'decant teach'"
-        )
     if given is None:
         depths = [FINAL if t == FINAL else max(1, round(t * num_student_layers / num_teacher_layers)) for t in stored]
         return tuple(LayerPair(t, s, column) for column, (t, s) in enumerate(zip(stored, depths, strict=True)))

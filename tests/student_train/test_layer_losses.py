@@ -5,29 +5,34 @@ accumulation.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.errors import TrainingError
 from shared.identity.hidden_identity import FINAL
 from shared.recipe.recipe import Adapter, Loss
+from shared.recipe.sections.losses import OnHiddenLayer
 from student_train.batch.collate import collate
 from student_train.batch.dataset import CacheList, build_pack
 from student_train.batch.hidden_batch import HiddenReading
 from student_train.batch.stage_terms import terms_at
-from student_train.layers.layer_losses import LayerLosses, pool_rows
+from student_train.fit.hidden_memory import hidden_memory
+from student_train.fit.model_shape import shape_of
+from student_train.layers.layer_losses import LayerLosses, pairs_of, pool_rows
 from student_train.layers.layer_map import pair_layers
 from student_train.layers.projections import MODULE
 from student_train.layers.student_attention import stored_masses
 from student_train.layers.student_watch import AttentionInputs
-from student_train.losses import LossTerm
+from student_train.losses import LossTerm, representations
 from student_train.losses.hidden_layers.attention import attention_kl
 from student_train.losses.hidden_layers.contrastive import info_nce
 from student_train.losses.hidden_layers.hidden import hidden_distance
+from student_train.losses.hidden_layers.representation import Representation
 from student_train.student.forward_patch import Objective, patch_forward
 from student_train.student.row_attention import NAME as ROW_ATTENTION
 from student_train.student.row_attention import switch_attention
@@ -161,8 +166,25 @@ def test_layers_are_paired_by_depth_or_as_given_and_wrong_ones_refused() -> None
         pair_layers("hidden", (6,), 32, 24, {"7": 1})
     with pytest.raises(TrainingError, match="layer 25 of a student that has 24"):
         pair_layers("attention", (6,), 32, 24, {"6": 25})
-    with pytest.raises(TrainingError, match="keeps nothing that loss 'attention' needs"):
-        pair_layers("attention", (), 32, 24, None)
+
+
+@pytest.mark.parametrize(("reads", "key"), [("states", "`layers`"), ("attention", "`attention`"), ("pooled", "pooled")])
+def test_a_loss_that_is_added_is_paired_counted_and_refused_by_what_it_reads(tiny, monkeypatch, reads, key) -> None:
+    class Added(OnHiddenLayer):
+        name: Literal["added"] = "added"
+
+    monkeypatch.setitem(representations, "added", Representation(hidden_distance, reads=reads))
+    identity, losses = HiddenReading(tiny[0].caches[0].hidden_layer, READS).identity, [Added()]
+    assert [pair.teacher for pair in pairs_of(losses, identity, 3).get("added", ())] == {
+        "states": [1, 2, FINAL],
+        "attention": [1, 2],
+        "pooled": [],
+    }[reads]
+    shape = shape_of(AutoConfig.from_pretrained(tiny[1]))
+    assert hidden_memory(losses, identity, shape, residual_bytes=4, attention_bytes=4).working > 0
+    nothing = dataclasses.replace(identity, layers=(), attention_layers=(), pooled="none")
+    with pytest.raises(TrainingError, match=f"keeps nothing that loss 'added' needs; .*{key}.* and run"):
+        pairs_of(losses, nothing, 3)
 
 
 LOSSES = [
@@ -366,7 +388,7 @@ def test_eager_attention_and_missing_pooled_states_are_refused(tiny) -> None:
         run.gradients([run.batch([0])])
     identity = run.reading.identity
     without = dataclasses.replace(identity, pooled="none")
-    with pytest.raises(TrainingError, match="needs pooled teacher states"):
+    with pytest.raises(TrainingError, match="keeps nothing that loss 'contrastive' needs"):
         LayerLosses(run.base, run.losses[2:], without, seed=0)
 
 
