@@ -86,6 +86,23 @@ def test_long_stage_is_within_two_percent_in_each_tenth():
     assert plan.fill > 0.9
 
 
+def test_share_that_stays_where_it_is_holds_from_the_first_steps_and_a_plain_number_over_an_epoch(recipe_of, tiny):
+    """As the page on the course of a stage advises for a stage of few rows."""
+    farthest = {}
+    for kind, share in (("plain", 0.6), ("stays", {"kind": "linear", "start": 0.6, "end": 0.6})):
+        found = []
+        for seed in range(12):
+            trainer = {"max_steps": 6, "pack_tokens": 192, "seed": seed}
+            recipe = recipe_of(mixture={"math": share, "ops": 0.4}, trainer=trainer)
+            stage, caches = recipe.stages[0], open_caches(recipe, recipe.stages[0])
+            plan = plan_order(recipe, stage, caches, None)
+            rows = np.concatenate([plan.rows_of(pack) for pack in range(plan.num_packs)])
+            tokens = np.bincount(caches.sources[rows], caches.num_tokens[rows])
+            found.append(abs(tokens[caches.source_names.index("math")] - 0.6 * tokens.sum()))
+        farthest[kind] = max(found)
+    assert 2 * farthest["stays"] < farthest["plain"]
+
+
 def test_stepwise_share_changes_at_its_step():
     mixture = {
         0: Schedule(kind="step", values=(1.0, 0.0), at=(0.5,)),
