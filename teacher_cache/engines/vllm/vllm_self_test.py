@@ -7,7 +7,10 @@
 3. Without the plug-in, plain top-k columns still do where only temperature 1 and no draws are asked; anything else is
    refused.
 
-Cost: three prefills of 24 tokens, and those of vllm_batch_test.
+Before, the probe with another second half: a model that reads a whole prompt in both directions, as vLLM's HRM-Text
+does, would say of each token what it has seen.
+
+Cost: four prefills of 24 tokens, and those of vllm_batch_test.
 
 Shape letters: P positions of the probe, V entries of the model's head, K head entries, J temperatures, m draws.
 """
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 TOLERANCE_NATS = 0.01
+SEEN = 0.1
+"""Mean difference of log-probabilities, over their standard deviation, that no kernel's rounding makes."""
 
 
 def choose_capture_path(llm: Any, layout: ColumnLayout) -> str:
@@ -54,6 +59,7 @@ def choose_capture_path(llm: Any, layout: ColumnLayout) -> str:
         vllm_arrays.uninstall()
         container = "flat"
         dense = _dense(*_score(llm, probe, -1))
+    _refuse_what_follows(llm, layout, probe, dense)
     problem = _try_plugin(llm, layout, probe, dense) or _try_batch(llm, layout, probe, dense)
     if problem is None:
         return f"plugin+{container}"
@@ -65,6 +71,23 @@ def choose_capture_path(llm: Any, layout: ColumnLayout) -> str:
         )
     logger.warning("the tail is taken as 1 minus the head's sum, which is exact to about 1e-7: %s", problem)
     return f"stock+{container}"
+
+
+def _refuse_what_follows(llm: Any, layout: ColumnLayout, probe: list[int], dense: NDArray[np.float64]) -> None:
+    """Refuse a model whose rows [P, V] of the probe's first half depend on its second half.
+
+    Raises:
+        EngineError: it is no causal language model here.
+    """
+    half = PROBE_TOKENS // 2
+    other = [*probe[:half], *((token + layout.vocab_size // 2) % layout.vocab_size for token in probe[half:])]
+    rows, others = dense[: half - 1], _dense(*_score(llm, other, -1))[: half - 1]
+    both = np.isfinite(rows) & np.isfinite(others)
+    if float(np.abs(rows[both] - others[both]).mean()) > SEEN * float(rows[both].std()):
+        raise EngineError(
+            "vLLM lets the tokens of a prompt see what comes after them in this model, so what it says of the next one "
+            "is no prediction; set teacher.engine to transformers, or choose a causal language model as teacher"
+        )
 
 
 def scoring_parameters(num_logprobs: int) -> Any:

@@ -123,3 +123,10 @@ def test_a_rotation_of_the_longest_row_is_refused_by_name(name: str, tmp_path: P
             for_generation=None,
             model_dir=tmp_path / "m",
         )
+
+
+def test_a_model_whose_prompts_vllm_reads_in_both_directions_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "m", "hrm_text", {"num_key_value_heads": 2})
+    teacher = VllmTeacher(model="m", dtype="float32", max_model_len=256)
+    with pytest.raises(EngineError, match=r"see what comes after them in this model.*teacher\.engine to transformers"):
+        open_engine(teacher, TopCapture(k=8), for_generation=None, model_dir=tmp_path / "m")
