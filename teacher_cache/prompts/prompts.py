@@ -84,5 +84,6 @@ def _parse_json(line: str) -> Any:
         return strict_json.loads(line.lstrip("\ufeff"))
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"not valid JSON at column {error.colno} ({error.msg}); expected one object per line"
+            f"not valid JSON at column {error.colno} ({error.msg}); expected one object per line, as `jq -c . OLD > "
+            "NEW.jsonl` writes those that take several"
         ) from error

@@ -104,7 +104,7 @@ def test_glob_reads_files_in_order_and_limit_stops_early(tmp_path):
 @pytest.mark.parametrize(
     ("row_format", "row", "reason"),
     [
-        ("text", "{", "not valid JSON at column 2"),
+        ("text", "{", "object per line, as `jq -c . OLD > NEW.jsonl` writes those that take several"),
         ("text", "[1]", "the row is a list but must be an object"),
         ("text", {"body": "x"}, "the row has no 'text' (found 'body'); is `format` right?"),
         ("text", {"text": 3}, "'text' of the row is a number but must be text"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 
 from shared.recipe.recipe import Recipe, Stage
 from tools.recipe_page import EXAMPLES, page, schema_text
@@ -100,3 +101,40 @@ def test_the_schema_accepts_every_recipe_of_the_project_and_refuses_an_unknown_k
         jsonschema.validate(document, schema)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**document, "unknown_key": 1}, schema)
+
+
+def blocks() -> list[Any]:
+    """Return every block of YAML of README and docs with its place."""
+    found = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        found += [
+            pytest.param(match[1], id=f"{path.name}:{text[: match.start()].count(chr(10)) + 1}")
+            for match in re.finditer(r"```yaml\n(.*?)```", text, re.DOTALL)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("block", blocks())
+def test_every_example_of_a_page_is_part_of_a_recipe_that_loads(block: str) -> None:
+    block = re.sub(r"\n *\.\.\.$", "", block, flags=re.MULTILINE)
+    try:
+        examples = [YAML(typ="safe").load(block)]
+    except YAMLError:  # lines of which each is an example of one key
+        examples = [YAML(typ="safe").load(line) for line in block.splitlines()]
+    for example in examples:
+        stage: dict[str, Any] = {"name": "kd", "losses": [{"name": "forward_kl"}]}
+        recipe = {"name": "a", "output_dir": "a", "cache": "a", "teacher": {"model": "a"}, "student": {"model": "a"}}
+        recipe |= {"prompts": [{"source": "a", "path": "a.jsonl", "format": "messages"}], "stages": [stage]}
+        if "server" not in block:  # which has no tails at other temperatures
+            recipe["capture"] = {"temperatures": [1, 2, 4]}
+        whole = {key for key in example if key in Recipe.model_fields and "every_steps" not in (example[key] or ())}
+        recipe |= {key: example[key] for key in whole}
+        for number, one in enumerate(recipe["stages"]):
+            one.setdefault("name", f"stage-{number}")
+            one.setdefault("losses", stage["losses"])
+        for key in example.keys() - whole:
+            (stage if key in Stage.model_fields else stage["losses"][0])[key] = example[key]
+        if "evaluate" in whole:
+            recipe["evaluate"].setdefault("models", ["teacher", "base", "kd"])
+        Recipe.model_validate(recipe)

@@ -61,7 +61,8 @@ def score(one: Round) -> Result:
     with BuildProgress() as progress:
         summary = teach(one.scoring(), None, progress, seconds_under=f"score.{one.stage.name}")
     made = summary.scored
-    text = f"{_name(one)}: scored {made.rows:,} answers, {made.positions:,} positions, in layer {summary.layer}"
+    there = f", which held {summary.reused_rows:,} before" if summary.reused_rows else ""
+    text = f"{_name(one)}: scored {made.rows:,} answers, {made.positions:,} positions, in layer {summary.layer}{there}"
     return {"cache": str(one.own_cache), "layer": summary.layer, "scored": made.rows}, text
 
 

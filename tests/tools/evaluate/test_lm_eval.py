@@ -74,9 +74,11 @@ def test_tasks_are_names_and_files_with_hashes_of_all_that_they_name(tmp_path: P
     (tmp_path / "tasks" / "sums.jsonl").write_text("{}")
     assert parse_tasks(str(task)).files != alone.files
     (tmp_path / "bad.yaml").write_text("dataset_path: json\n")
+    (tmp_path / "latin.yaml").write_bytes(b"# caf\xe9\ntask: a\n")
     for text, says in (
-        (str(tmp_path / "none.yaml"), "cannot be read"),
         (str(tmp_path / "bad.yaml"), "no line `task: NAME`"),
+        (str(tmp_path / "latin.yaml"), "the text is not UTF-8 \\(byte 0xe9 after '# caf'\\); convert the file: iconv"),
+        (str(tmp_path / "none.yaml"), "cannot be read \\(No such file or directory; restore it"),
         (" , ", "no task"),
     ):
         with pytest.raises(UsageError, match=says):

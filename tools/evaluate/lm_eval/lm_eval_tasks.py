@@ -23,10 +23,11 @@ from typing import Any
 
 import xxhash
 
-from shared.errors import EvaluationError, UsageError
+from shared.errors import EvaluationError, UsageError, refused
 from shared.recipe.recipe import Recipe
 from shared.seconds import add_seconds
 from shared.text.file_endings import ends_in
+from shared.text.text_encoding import not_utf8
 from tools.evaluate.models.model_ends import foreign_end_ids, named_ends
 from tools.evaluate.models.model_process import run_in_process
 from tools.evaluate.models.models import ModelUnderTest, model_under_test
@@ -80,9 +81,11 @@ def parse_tasks(text: str) -> LmEvalTasks:
                 raise UsageError(
                     f"--lm-eval {path}: larger than {_LARGEST_TASK_FILE} bytes, which no task of the harness is"
                 )
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--lm-eval {path}: cannot be read as a task of lm-evaluation-harness: {error}") from error
+            content = path.read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError as error:
+            raise UsageError(f"--lm-eval {path}: cannot be read ({refused(error)}); expected a task's file") from error
+        if said := not_utf8(content):
+            raise UsageError(f"--lm-eval {path}: the text {said}")
         found = re.search(r"^task:\s*['\"]?([\w./-]+)", content, re.MULTILINE)
         if found is None:
             raise UsageError(f"--lm-eval {path}: has no line `task: NAME`; expected a task of lm-evaluation-harness")
