@@ -61,8 +61,10 @@ def score(one: Round) -> Result:
     with BuildProgress() as progress:
         summary = teach(one.scoring(), None, progress, seconds_under=f"score.{one.stage.name}")
     made = summary.scored
-    there = f", which held {summary.reused_rows:,} before" if summary.reused_rows else ""
-    text = f"{_name(one)}: scored {made.rows:,} answers, {made.positions:,} positions, in layer {summary.layer}{there}"
+    done = (
+        f"scored {made.rows:,} answers, {made.positions:,} positions" if made.rows else "all answers were scored before"
+    )
+    text = f"{_name(one)}: {done}, in layer {summary.layer}"
     return {"cache": str(one.own_cache), "layer": summary.layer, "scored": made.rows}, text
 
 

@@ -262,6 +262,7 @@ def test_finished_stages_start_no_process_and_an_earlier_round_again_hides_no_la
     train_in_processes(recipe, recipe.stages, ["recipe.yaml"])
     assert begun == []
     assert "train own: finished before with the same settings" in capsys.readouterr().err
+    assert ": all answers were scored before, in layer " in score(rounds[0])[1]
     train(rounds[0])
     stage_dir = recipe.stage_dir("own")
     assert weights_hash(stage_dir / "model") == weights_hash(rounds[1].directory / "model")
