@@ -59,7 +59,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool, revision: str
     ask_hub(source)
     refuse_special_files(source)
     check_config(source)  # which transformers reads, too
-    with loading(f"{source}: the tokenizer", expected="tokenizer.json there"):
+    with loading(f"{source}: the tokenizer", expected="whole files of a tokenizer and of a config there"):
         file = Path(source, "tokenizer.json")
         if file.is_file():
             check_token_ids(file.read_bytes())

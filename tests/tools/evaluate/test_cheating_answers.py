@@ -83,6 +83,14 @@ def test_tests_may_expect_an_exception() -> None:
     assert [score.value for score in scores] == [1, 0, 0]
 
 
+def test_an_answer_cannot_end_the_iteration_of_the_tests() -> None:
+    test = "def check(f):\n    assert all(map(lambda case: f(case, case) == 2 * case, [1, 2, 3]))\n"
+    row = {**ROW, "test": test}
+    bodies = ("    raise StopIteration\n", "    return a + b if a < 2 else next(iter([]))\n", "    return a + b\n")
+    scores = humaneval.score_answers([(question(row), body) for body in bodies])
+    assert [score.value for score in scores] == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -109,7 +109,8 @@ def caller(pipes: tuple[int, int]) -> Callable[..., Any]:
 
 def _raise(name: str, text: str) -> NoReturn:
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    # One that ends an iteration would end that of the tests, as in `all(map(function, cases))`, before a wrong result.
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not StopIteration:
         try:
             error = kind(text)
         except TypeError:  # a class that wants more than a text, such as UnicodeDecodeError
