@@ -12,7 +12,7 @@ import re
 import shlex
 from pathlib import Path
 
-from shared.errors import PromptError, UsageError
+from shared.errors import PromptError, UsageError, refused
 from shared.models.gpus import list_gpus
 from shared.recipe.base import SLUG
 from shared.recipe.sections.prompts import COLUMNS, PromptSource
@@ -169,9 +169,7 @@ def write_starter(path: Path, name: str, student: str, **values: object) -> None
             path.unlink(missing_ok=True)
         elif path.exists():
             raise UsageError(f"{path} exists already; choose another name, or --output") from None
-        raise UsageError(
-            f"{path} cannot be written ({error.strerror}); name a file in a directory of yours with --output"
-        ) from None
+        raise UsageError(f"{path} cannot be written ({refused(error)}), or name another file with --output") from None
 
 
 def _computing() -> str:

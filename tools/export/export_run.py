@@ -249,7 +249,8 @@ def _copied(source: Path, target: Path) -> None:
     try:
         shutil.copytree(source, target, symlinks=False, dirs_exist_ok=True)
     except shutil.Error as error:
-        _, place, reason = error.args[0][0]
+        _, place, said = error.args[0][0]
+        reason = said.split(": '", 1)[0]  # without its two paths
         raise EvaluationError(
             f"{place} cannot be written ({reason}); free some space or correct permissions, then run the same command "
             "again"

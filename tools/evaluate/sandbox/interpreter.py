@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared.errors import EvaluationError
+from shared.errors import EvaluationError, refused
 
 START_SECONDS = 20.0
 """Longest start of an interpreter on a busy machine, and longest end of a killed one."""
@@ -38,7 +38,7 @@ def start_interpreter(
         )
     except OSError as error:
         os.close(info_fd)
-        raise EvaluationError(f"the sandbox could not start a program: {error}") from error
+        raise EvaluationError(f"the sandbox could not start a program: {refused(error)}") from error
     finally:
         os.close(child_info_fd)
     reaper = _reaper(info_fd) if walls else None

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import EvaluationError
+from shared.errors import EvaluationError, reason_of
 from tools.evaluate.sandbox import scratch_directory
 from tools.evaluate.sandbox.confined_process import Confined, Launch, Limits, watch
 from tools.evaluate.sandbox.fork_server import ForkServer
@@ -113,7 +113,9 @@ def _verdict(launch: Launch, code: str, beside: str | None, limits: Limits, mech
         try:
             scratches += [Path(tempfile.mkdtemp(prefix="decant-sandbox-")) for _ in codes]
         except OSError as error:
-            raise EvaluationError(f"the sandbox has no directory to run a program in: {error}") from error
+            raise EvaluationError(
+                f"the sandbox has no directory to run a program in: {reason_of(error)}; set TMPDIR to one with space"
+            ) from error
         reason = _run_in(launch, scratches, codes, limits, mechanism)
     finally:
         left = [sentence for scratch in scratches if (sentence := _remove(scratch))]
