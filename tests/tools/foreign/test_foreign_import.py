@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 
@@ -82,6 +83,14 @@ def test_an_audit_of_an_imported_cache_is_refused_for_what_it_is(tmp_path, token
     for words in ([], ["--teacher", str(tokenizer_dir)]):
         assert cli.main(["cache", "audit", str(tmp_path / "cache"), *words]) == 1
         assert "was imported, so that nothing tells the weights that made it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form, name", [("openai", "a.jsonl"), ("axolotl", "a.parquet"), ("distillkit", "a.parquet")])
+def test_a_pipe_in_place_of_a_file_is_called_one_and_not_waited_for(tmp_path, tokenizer_dir, capsys, form, name):
+    os.mkfifo(tmp_path / name)
+    words = [str(tmp_path / name), str(tmp_path / "out"), "--tokenizer", str(tokenizer_dir), "--format", form]
+    said = run(capsys, *words, "--teacher", "t", code=1)
+    assert f"{name} is a pipe where a cache has a regular file" in said
 
 
 @pytest.mark.parametrize("is_named", [False, True])

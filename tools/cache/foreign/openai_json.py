@@ -68,7 +68,7 @@ class OpenAIReader:
             DamagedError: a line is no JSON.
         """
         self.tail = "unknown"
-        self._files = [path] if path.is_file() else [path / n for n in list_folder(path) if ends_in(n, ".jsonl")]
+        self._files = [path / n for n in list_folder(path) if ends_in(n, ".jsonl")] if path.is_dir() else [path]
         if not self._files:
             raise NamingError(f"{path} holds no *.jsonl files; expected answers as JSON lines")
         self._tokenizer = tokenizer

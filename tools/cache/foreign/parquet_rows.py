@@ -55,11 +55,7 @@ def parquet_files(path: Path) -> list[Path]:
     Raises:
         CacheError: there is none.
     """
-    files = (
-        [path]
-        if ends_in(path, ".parquet")
-        else [path / name for name in list_folder(path) if ends_in(name, ".parquet")]
-    )
+    files = [path / name for name in list_folder(path) if ends_in(name, ".parquet")] if path.is_dir() else [path]
     if not files:
         raise NamingError(
             f"{path} holds no *.parquet files; a data set saved by `datasets` becomes one with "
