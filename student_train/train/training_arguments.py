@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from shared.errors import TrainingError, reason_of
 from shared.recipe.recipe import StageTrainer
+from student_train.records.processes import num_processes
 from student_train.train.training_problems import check_installed, check_optimizer, check_precision, check_schedule
 
 _AS_WRITTEN = (
@@ -75,8 +76,10 @@ def training_arguments(
             **settings,
         )
     except (ValueError, ImportError, RuntimeError) as error:
+        count = num_processes()
+        started = f", or start the {count} processes that WORLD_SIZE says with torchrun" if count > 1 else ""
         raise TrainingError(
-            f"the trainer section cannot be honoured here: {reason_of(error)}; correct or leave out the argument"
+            f"the trainer section cannot be honoured here: {reason_of(error)}; correct or leave it out{started}"
         ) from None
     check_optimizer(trainer, args)
     args._n_gpu = min(

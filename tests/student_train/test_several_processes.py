@@ -10,10 +10,11 @@ import socket
 import pytest
 import torch
 
-from shared.errors import TrainingError
+from shared.errors import TrainingError, UsageError
 from student_train.batch.collate import collate
 from student_train.batch.dataset import PackDataset
 from student_train.records.metrics_log import read_steps
+from student_train.records.processes import is_first, num_processes
 from student_train.stage.stage_work import resolve_stage
 from student_train.stage.stages import run_stages
 
@@ -187,3 +188,24 @@ def test_what_cannot_be_sharded_is_refused(recipe_of, monkeypatch, trainer, stud
         monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match=said):
         check_sharding(recipe.student, recipe.stages[0].trainer)
+
+
+def test_a_rank_that_no_launcher_gave_is_that_of_a_process_that_trains_alone_and_writes(recipe_of, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "5")
+    recipe = recipe_of()
+    run_stages(recipe)
+    assert [row["step"] for row in by_steps(recipe)] == [1, 2, 3, 4, 5, 6]
+    written = {path.name for path in recipe.stage_dir("kd").iterdir()}
+    assert written >= {"model", "done.json", "identity.json", "timing.jsonl", "checkpoint-6"}
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "9" * 20, "\u0662"])
+def test_a_number_of_processes_that_is_none_is_refused_in_a_sentence(monkeypatch, name, value):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"^{name}=.* is no number of processes that train together; start several"):
+        is_first()
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert (num_processes(), is_first()) == (1, True)
