@@ -23,6 +23,8 @@ from shared.recipe.sections.optimizers import OPTIMIZERS
 from student_train.records.processes import is_first, num_processes
 from student_train.student.decoder_layers import decoder_layers
 
+_NO = ("", "no", "none", "false", "0")
+
 
 def check_sharding(student: Student, trainer: StageTrainer) -> None:
     """Refuse what cannot be sharded, before anything is loaded.
@@ -30,11 +32,25 @@ def check_sharding(student: Student, trainer: StageTrainer) -> None:
     Raises:
         TrainingError: with the setting to change.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1", "yes"):
-        raise TrainingError(
-            "the launcher asks for FSDP (ACCELERATE_USE_FSDP); start with torchrun and set trainer.fsdp: full_shard"
-        )
+    _check_launcher(trainer)
     check_shardable(student, trainer, num_processes())
+
+
+def _check_launcher(trainer: StageTrainer) -> None:
+    """Refuse what `accelerate launch` asks for in the environment where the recipe says something else: the trainer
+    would follow it in silence.
+    """
+    precision = "bf16" if trainer.bf16 else "fp16" if trainer.fp16 else "no"
+    for name, agreeing, instead in (
+        ("ACCELERATE_USE_FSDP", _NO, "set trainer.fsdp: full_shard"),
+        ("ACCELERATE_USE_DEEPSPEED", _NO, "set trainer.fsdp: full_shard"),
+        ("ACCELERATE_USE_MEGATRON_LM", _NO, "set trainer.fsdp: full_shard"),
+        ("ACCELERATE_MIXED_PRECISION", (precision, *_NO), "set trainer.bf16 or trainer.fp16"),
+        ("ACCELERATE_DYNAMO_BACKEND", _NO, "set trainer.torch_compile"),
+    ):
+        asked = os.environ.get(name, "")
+        if asked.lower() not in agreeing:
+            raise TrainingError(f"the launcher asks for {name}={asked}; unset it or start with torchrun, and {instead}")
 
 
 def check_shardable(student: Student, trainer: StageTrainer, processes: int) -> None:

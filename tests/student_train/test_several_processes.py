@@ -171,22 +171,47 @@ def load_whole(path):
         ({"optim": "adafactor"}, {}, r"trainer.optim adafactor does not work on shards .* choose one of adamw_torch"),
         ({}, {"adapter": "qlora"}, "4-bit weights cannot be sharded"),
         ({"torch_compile": True}, {}, "torch_compile is not supported together with trainer.fsdp"),
-        (
-            {"fsdp": "none"},
-            {"env": "true"},
-            "asks for FSDP .ACCELERATE_USE_FSDP.; start with torchrun and set trainer.fsdp",
-        ),
     ],
-    ids=["alone", "optimizer", "qlora", "compile", "launcher"],
+    ids=["alone", "optimizer", "qlora", "compile"],
 )
 def test_what_cannot_be_sharded_is_refused(recipe_of, monkeypatch, trainer, student, said):
     from student_train.train.sharding import check_sharding
 
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", student.pop("env", "false"))
     recipe = recipe_of(student=student, trainer={"fsdp": "full_shard", **trainer})
     if "single process" not in said:
         monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match=said):
+        check_sharding(recipe.student, recipe.stages[0].trainer)
+
+
+@pytest.mark.parametrize(
+    "name, value, trainer, instead",
+    [
+        ("ACCELERATE_USE_FSDP", "true", {}, "set trainer.fsdp: full_shard"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", {}, "set trainer.fsdp: full_shard"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", {}, "set trainer.fsdp: full_shard"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", {}, "set trainer.bf16 or trainer.fp16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", {"bf16": True}, "set trainer.bf16 or trainer.fp16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", {}, "set trainer.torch_compile"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", {"bf16": True}, None),
+        ("ACCELERATE_MIXED_PRECISION", "no", {"bf16": True}, None),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO", {}, None),
+        ("ACCELERATE_USE_FSDP", "false", {}, None),
+    ],
+)
+def test_a_launcher_that_asks_for_something_else_than_the_recipe_is_refused(
+    recipe_of, monkeypatch, name, value, trainer, instead
+):
+    from student_train.train.sharding import check_sharding
+
+    monkeypatch.setenv(name, value)
+    recipe = recipe_of(trainer=trainer)
+    if instead is None:
+        check_sharding(recipe.student, recipe.stages[0].trainer)
+        return
+    with pytest.raises(
+        TrainingError, match=f"^the launcher asks for {name}={value}; unset it or start with torchrun, and {instead}$"
+    ):
         check_sharding(recipe.student, recipe.stages[0].trainer)
 
 
