@@ -43,6 +43,11 @@ def loading(name: str, expected: str = MODEL) -> Iterator[None]:
             raise ModelError(
                 f"{name} has no attention 'sdpa' in transformers; set student.attention to eager"
             ) from error
+        if "trust_remote_code=True" in str(error):
+            raise ModelError(
+                f"{name} brings Python of its own, which runs only where its section of the recipe says "
+                "`trust_remote_code: true`; read it before you allow it, or choose another model"
+            ) from error
         reason = lines.conversion() or reason_of(error)
         kind = " as a language model" if expected == MODEL else ""
         raise ModelError(f"{name} cannot be loaded{kind}: {reason}; expected {expected}") from error

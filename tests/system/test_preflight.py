@@ -47,6 +47,8 @@ WRONG = [
     ("student.model=quantised", "student.model", "is stored quantised (gptq), and such weights cannot be trained"),
     ("student={model: quantised, adapter: lora}", "student.model", "take the model that it was made from"),
     ("student={model: quantised, init: random}", "student.model", "is stored quantised (gptq)"),
+    ("student.model=of-a-new-type", "student.model", "cannot be loaded: "),
+    ("student.model=with-python", "student.model", "brings Python of its own, which runs only where its section of"),
     ("student.model=cut-short", "student.model", "cannot be read as weights"),
     ("teacher.model=missing-tensor", "teacher.model", "model.norm.weight"),
     ("generate.model=missing-tensor", "generate.model", "model.norm.weight"),
@@ -177,6 +179,9 @@ def place(tmp_path_factory) -> Path:
     config = json.loads((path / "student" / "config.json").read_text())
     quantised = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (path / "quantised" / "config.json").write_text(json.dumps(quantised))
+    for name, code in (("of-a-new-type", {}), ("with-python", {"auto_map": {"AutoConfig": "own.Config"}})):
+        shutil.copytree(path / "student", path / name)
+        (path / name / "config.json").write_text(json.dumps({**config, "model_type": "of_tomorrow", **code}))
     for file in path.glob("without-tokenizer/*token*"):
         file.unlink()
     document = json.loads((path / "other" / "tokenizer.json").read_text())

@@ -81,13 +81,13 @@ def _tokenizer(asked: Asked, directory: Path, *, required: bool) -> Iterator[Pro
 
 
 def _check_stored(asked: Asked, directory: Path) -> None:
-    """Refuse a student that is stored in a form that cannot be trained, or not be opened once it is."""
+    """Refuse a student that is stored in a form that cannot be trained, or not be opened, now or once it is trained."""
     from student_train.student.stored_weights import refuse_quantised, refuse_unopened_text_model
 
     stored = read_config(directory / "config.json")
     refuse_quantised(directory, stored)
     student = asked.recipe.student
-    if student is not None and "text_config" in stored:
+    if student is not None:
         trust = student.trust_remote_code
         refuse_unopened_text_model(directory, load_config(directory, what="the student", trust_remote_code=trust))
 
