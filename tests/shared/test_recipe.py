@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from shared.recipe.file import dump_recipe
 from shared.recipe.recipe import Capture, Loss, Recipe, StageTrainer, Task
 from shared.recipe.sections.capture import SampleCapture, TopCapture
-from shared.recipe.sections.teacher import address_problem, on_engine
+from shared.recipe.sections.teacher import InProcess, address_problem, engine_of_student, on_engine
 from shared.schema import MAX_K
 
 ON_TRANSFORMERS = {"models": ["kd"], "engine": "transformers"}
@@ -173,6 +173,15 @@ def test_section_for_another_engine_keeps_what_that_reads():
     assert Recipe.model_validate(recipe(teacher=ours.model_dump(mode="json"))).teacher == ours
     vllm = on_engine("vllm", ours, quantization="fp8", servers=())
     assert (vllm.quantization, vllm.batch_tokens, vllm.servers) == ("fp8", 4096, ())
+
+
+def test_a_student_answers_on_our_engines_whatever_else_runs_its_teacher() -> None:
+    class AddedTeacher(InProcess):
+        engine: str = "added"
+
+    assert engine_of_student(AddedTeacher(model="t"), None) == "vllm"
+    assert engine_of_student(AddedTeacher(model="t"), "transformers") == "transformers"
+    assert on_engine(engine_of_student(AddedTeacher(model="t"), None), AddedTeacher(model="t")).engine == "vllm"
 
 
 def test_capture_always_has_temperature_one_and_sorts():

@@ -9,6 +9,7 @@ import resource
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 
 from shared.errors import UsageError
 from shared.recipe.file import load_recipe
+from shared.recipe.sections.prompts import COLUMNS, PromptSource
+from teacher_cache.prompts.formats.prompt_formats import parse_row
 from teacher_cache.prompts.problems import Problems
 from teacher_cache.prompts.prompts import read_prompts
 from tests.shared import small_cache
@@ -57,8 +60,7 @@ def test_name_that_cannot_be_a_directory_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("row, expected", [
-    ({"messages": []}, "messages"), ({"conversations": []}, "sharegpt"), ({"instruction": "", "output": ""}, "alpaca"),
-    ({"prompt": "", "completion": ""}, "prompt_completion"), ({"text": ""}, "text"), ({"other": 1}, "messages"), ([1],
+    *(({reads[0]: ""}, name) for name, reads in COLUMNS.items() if reads), ({"other": 1}, "messages"), ([1],
     "messages"),
 ])  # fmt: skip
 def test_format_is_guessed_from_the_first_row(tmp_path, row, expected):
@@ -69,6 +71,14 @@ def test_format_is_guessed_from_the_first_row(tmp_path, row, expected):
 
 def test_format_of_what_cannot_be_read_is_messages(tmp_path):
     assert guess_format(str(tmp_path / "none")) == ("messages", {}, "")
+
+
+def test_every_format_has_its_columns_and_its_reader():
+    assert get_args(PromptSource.model_fields["format"].annotation) == tuple(COLUMNS)
+    for name, reads in COLUMNS.items():
+        if reads:
+            with pytest.raises(ValueError, match=reads[0]):
+                parse_row({reads[0]: 7}, name)
 
 
 ALPACA = '{"instruction": "a", "output": "b"}'

@@ -197,8 +197,8 @@ def unread_settings(teacher: Teacher, engines: Collection[str]) -> list[Problem]
 
 
 def engine_of_student(teacher: Teacher, wanted: str | None) -> str:
-    """Return what lets a student answer in rounds: what a stage wants, or the teacher's engine where that is ours."""
-    return wanted or ("vllm" if teacher.is_served else teacher.engine)
+    """Return what lets a student answer in rounds: what a stage wants, or the teacher's transformers, or vLLM."""
+    return wanted or ("transformers" if teacher.engine == "transformers" else "vllm")
 
 
 def is_one_process(engine: str) -> bool:
