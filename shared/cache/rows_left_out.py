@@ -31,9 +31,6 @@ from shared.parts.records import list_records
 from shared.recipe.recipe import Recipe
 from shared.recipe.sections.generate import Generate
 
-_DRAWN_BY = ("temperature", "top_p", "top_k", "stop", "max_new_tokens", "seed")
-"""What of `generate` makes another row of the same prompt."""
-
 Others = dict[str, frozenset[str] | None]
 """First 8 digits of a job to the sources whose rows are others; None where all of them are."""
 
@@ -134,7 +131,8 @@ def _asked(request: Mapping[str, Any]) -> dict[str, Any] | None:
 def _drawn(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Return how answers are drawn, what is left out at its default."""
     defaults = Generate().model_dump(mode="json") | {"seed": seed}
-    return {name: defaults[name] if settings.get(name) is None else settings[name] for name in _DRAWN_BY}
+    drawn_by = defaults.keys() - Generate.DRAWS_NO_OTHER
+    return {name: defaults[name] if settings.get(name) is None else settings[name] for name in drawn_by}
 
 
 def _generator(request: Mapping[str, Any]) -> tuple[str, str | None] | None:

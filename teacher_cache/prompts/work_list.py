@@ -198,7 +198,8 @@ def request_seed(key: bytes, seed: int) -> int:
 
 def _sampling(generate: Generate, seed: int, answerer: str | None) -> dict[str, Any]:
     """Return what a row_key says of how an answer is drawn, and by whom where it is not the teacher."""
-    drawn = generate.model_dump(mode="json", include={"temperature", "top_p", "top_k", "stop", "max_new_tokens"})
+    left_out = Generate.DRAWS_NO_OTHER | unmoved(generate, Generate.NAMES_THE_JOB)
+    drawn = generate.model_dump(mode="json", exclude=set(left_out))
     return {**drawn, "seed": answer_seed(generate, seed), **({} if answerer is None else {"model": answerer})}
 
 

@@ -6,7 +6,9 @@ import json
 import tracemalloc
 
 import pytest
+from pydantic import create_model
 
+from shared.cache import rows_left_out
 from shared.keys import group_key
 from shared.recipe.recipe import Generate, PromptSource, Recipe
 from teacher_cache.prompts.formats.prompt_formats import Conversation
@@ -65,6 +67,15 @@ def test_the_first_source_wins_and_each_sources_duplicates_are_counted():
 )
 def test_each_sampling_setting_makes_another_row(settings):
     assert keys([talk("Two?")], generate=Generate()) != keys([talk("Two?")], generate=Generate(**settings))
+
+
+def test_a_later_sampling_setting_makes_another_row_where_it_is_set(monkeypatch):
+    later = create_model("Later", __base__=Generate, min_p=(float, 0.0))
+    assert keys([talk("Two?")], generate=later()) == keys([talk("Two?")], generate=Generate())
+    assert keys([talk("Two?")], generate=later(min_p=0.1)) != keys([talk("Two?")], generate=Generate())
+    monkeypatch.setattr(rows_left_out, "Generate", later)
+    before, kept, moved = ({"generate": one.model_dump(mode="json")} for one in (Generate(), later(), later(min_p=0.1)))
+    assert rows_left_out._asked(before) == rows_left_out._asked(kept) != rows_left_out._asked(moved)
 
 
 def test_settings_that_do_not_change_an_answer_do_not_change_the_row():

@@ -35,6 +35,9 @@ class Generate(Section):
         )
     )
     """Fields that a job's request has always held; a later one joins it where it is not at its default."""
+    DRAWS_NO_OTHER: ClassVar[frozenset[str]] = frozenset(("samples_per_prompt", "keep_truncated", "model"))
+    """Fields that leave an answer what it is; every other, also a later one that is not at its default, makes another
+    row of the same prompt. Which model answers stands in the row by its weights."""
 
     temperature: NonNegative = 1.0
     """Sampling temperature; 0 takes the most probable token."""
