@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from shared.cache.cache import Cache
 from shared.parts.jobs import create_job
 from tests.shared.small_cache import HYBRID, TOP, build, targets_of
 from tools import cli
+from tools.cache import cache_commands
 from tools.cache.cache_commands import listing, size
 from tools.cache.dataset_card import dataset_card
+from tools.cli_cache_parser import CACHE_COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,13 @@ def both(tmp_path_factory):
 def run(capsys, *words, code=0) -> str:
     assert cli.main(["cache", *map(str, words)]) == code
     return capsys.readouterr().out
+
+
+def test_every_command_has_its_function_and_its_place_in_the_readme():
+    assert [name for name in CACHE_COMMANDS.names if not hasattr(cache_commands, f"_{name}")] == []
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    listed = re.findall(r"^\| `decant cache ([\w, ]+)` \|", readme, re.MULTILINE)
+    assert sorted(", ".join(listed).split(", ")) == sorted(CACHE_COMMANDS.names)
 
 
 def test_ls_counts_what_the_reader_reads(both, capsys):

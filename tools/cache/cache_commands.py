@@ -35,31 +35,16 @@ Answer = tuple[Any, str] | tuple[Any, str, int]
 
 
 def run_cache_command(args: argparse.Namespace) -> Answer:
-    """Run one of the commands.
+    """Run one of the commands: `ls` is `_ls` of this module.
 
     Raises:
         CacheError: the path is no cache, or what was asked for is not in it.
     """
-    commands: dict[str, Callable[[argparse.Namespace], Answer]] = {
-        "ls": _ls,
-        "show": _show,
-        "stats": _stats,
-        "verify": _verify,
-        "gc": _gc,
-        "drop": _drop,
-        "merge": _merge,
-        "subset": _subset,
-        "export": _export,
-        "import": _import,
-        "translate": _translate,
-        "audit": _audit,
-        "push": _push,
-        "pull": _pull,
-    }
+    command: Callable[[argparse.Namespace], Answer] = globals()[f"_{args.cache_command}"]
     for path in (getattr(args, "cache", None), *getattr(args, "caches", ())):
         if path is not None:
             bring_if_remote(path)
-    return commands[args.cache_command](args)
+    return command(args)
 
 
 def listing(path: Path) -> dict[str, Any]:
