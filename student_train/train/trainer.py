@@ -189,7 +189,7 @@ class DistilTrainer(ShardedTrainer):
         if self.optimizer is not None:
             return self.optimizer
         check_dense_gradients(self._schedule.stage.trainer, self.model)
-        with setting_explained("optim", str(self.args.optim)):
+        with setting_explained("optim", self._schedule.stage.trainer.optim):
             optimizer = super().create_optimizer(model)
         if self._schedule.stage.trainer.rounding == "stochastic":
             self.optimizer = StochasticRounding(optimizer, int(self.args.seed), lambda: int(self.state.global_step))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shared.errors import IdentityError, TrainingError, UsageError
+from shared.recipe.sections.optimizers import OPTIMIZERS, Optimizer
 from student_train.batch.dataset import CacheList
 from student_train.batch.stage_terms import terms_at
 from student_train.records.metrics_log import read_steps
@@ -265,3 +266,10 @@ def test_setting_that_cannot_be_honoured_is_refused_in_a_sentence(recipe_of, tra
             pytest.skip(f"{package} is installed")
     with pytest.raises(TrainingError, match=said):
         run_stages(recipe_of(trainer=trainer))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is not None, reason="for machines without torch_xla")
+def test_an_optimizer_that_transformers_cannot_make_here_is_refused_by_its_name(recipe_of, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "adamw_torch_xla", Optimizer(2))
+    with pytest.raises(TrainingError, match=r"trainer\.optim adamw_torch_xla cannot be used: .*torch_xla"):
+        run_stages(recipe_of(trainer={"optim": "adamw_torch_xla"}))
