@@ -101,6 +101,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | _STATES
         | {"layer_types": ["mamba", "attention"] * 2, "mamba_expand": 2, "shared_intermediate_size": 64},
     ),
+    "hrm_text": ("hrm_text", _SIZES | {"num_hidden_layers": 1, "H_cycles": 1, "L_cycles": 2, "prefix_lm": False}),
     "jamba": (
         "jamba",
         _SIZES
@@ -166,7 +167,7 @@ def make_family(name: str, *, spread: float = 0.02, attention: str = "eager", **
 
     kind, settings = FAMILIES[name]
     scale = {"init_std" if kind in ("opt", "whisper") else "initializer_range": spread}
-    config = CONFIG_MAPPING[kind](**settings, **scale, **changes)
+    config = CONFIG_MAPPING[kind](**{**settings, **scale, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()

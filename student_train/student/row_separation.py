@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shared.errors import TrainingError
 from shared.models.forward.attention_choice import faithful_attention
+from shared.models.forward.causality import PREFIX
 from shared.models.forward.evaluating import evaluating
 from shared.models.forward.row_length import rope_switches
 from shared.models.forward.wide_weights import widest
@@ -48,9 +49,11 @@ def separate_rows(model: Any, vocab_size: int, *, longest: int | None = None) ->
         of the longest row that it will see; None: beyond every length that its config names, up to 2,048.
 
     Raises:
-        TrainingError: no way keeps them apart, or the model computes NaN.
+        TrainingError: no way keeps them apart, a prompt is read in both directions, or the model computes NaN.
     """
     body, wanted = body_of(model), model.config._attn_implementation
+    if getattr(model.config.get_text_config(), "prefix_lm", False):
+        raise TrainingError(f"{type(model).__name__} {PREFIX}")
     set_rows_alone(body, on=False)
     lengths = (*SHORT, longest or _telling_length(model))
     rows = [probe_tokens(model, vocab_size, seed, length) for seed, length in enumerate(lengths, start=1)]

@@ -198,6 +198,11 @@ def test_text_model_that_no_config_opens_again_is_refused(kind, refused, tmp_pat
         refuse_unopened_text_model(tmp_path, config)
 
 
+def test_student_whose_prompts_are_read_in_both_directions_is_refused():
+    with pytest.raises(TrainingError, match=r"set prefix_lm to false to take it so"):
+        separate_rows(make_family("hrm_text", prefix_lm=True), VOCAB_SIZE)
+
+
 def test_states_are_seen_where_a_layer_returns_a_list():
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 

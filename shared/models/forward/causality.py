@@ -12,6 +12,13 @@ ROUNDING = 1e-4
 """Largest difference of a token's state that counts as rounding in float32, over the states' standard deviation."""
 
 
+PREFIX = (
+    "reads prompts in both directions where it is told which tokens they are (`prefix_lm: true` of its config.json), "
+    "and rows are read from left to right here; set prefix_lm to false to take it so, or choose another model"
+)
+"""What is said of a model whose prompts are read in another way than it was trained on."""
+
+
 QUANTISED_ROUNDING = 5e-2
 """The same of quantised weights, whose kernels may round all tokens of a pass by one scale."""
 

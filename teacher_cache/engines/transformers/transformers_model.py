@@ -25,6 +25,7 @@ from shared.models.end_tokens import checked_ids
 from shared.models.files import load_tokenizer
 from shared.models.forward.attention_choice import faithful_attention
 from shared.models.forward.body import find_body
+from shared.models.forward.causality import PREFIX
 from shared.models.forward.logit_transform import enlarged_input, logit_transform
 from shared.models.forward.row_length import length_class_of, reset_rotations, rope_switches
 from shared.models.gpus import unused_gpu
@@ -67,6 +68,8 @@ class CausalModel:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.config = model.config.get_text_config()
+        if getattr(self.config, "prefix_lm", False):
+            raise EngineError(f"{type(model).__name__} {PREFIX}")
         head, body = model.get_output_embeddings(), find_body(model)
         if head is None or body is None:
             lack = "no output head" if head is None else "a body that transformers does not name"

@@ -106,6 +106,11 @@ def test_teacher_in_16_bits_is_probed_in_float32(name):
     assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
 
 
+def test_teacher_whose_prompts_are_read_in_both_directions_is_refused():
+    with pytest.raises(EngineError, match=r"set prefix_lm to false to take it so"):
+        CausalModel(make_family("hrm_text", prefix_lm=True), Tokenizer())
+
+
 def test_head_behind_layers_of_another_width_is_refused():
     from transformers import RemBertConfig, RemBertForCausalLM
 
