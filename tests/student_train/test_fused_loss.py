@@ -31,6 +31,10 @@ TERMS = {
 }
 
 
+def test_every_divergence_with_options_is_tried_off_its_defaults():
+    assert {name for name, divergence in divergences.items() if divergence.options} == set(OPTIONS)
+
+
 def run_fused(case: Case, terms, num_positions=11.0, dtype=torch.float64, **options):
     hidden = case.hidden.to(dtype, copy=True).requires_grad_()
     weight = case.weight.to(dtype, copy=True).requires_grad_()
