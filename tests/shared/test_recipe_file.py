@@ -107,7 +107,7 @@ def test_scalar_has_the_value_of_yaml_1_2(text, value):
         ("a: &a [*a]\n", 1, "levels"),
         ("a: 1\n---\nb: 2\n", 2, "no valid YAML"),
         ("a: \x01\n", 1, "no valid YAML"),
-        ("a: " + "[" * 600, 1, "levels"),
+        ("a: " + "[" * 600 + "]" * 600, 1, "levels"),
         ("a: !!int x1\n", 1, "is no number"),
         ("a: 1\nb: !!bool banana\n", 2, "bool' is not supported here"),
         ("a: !!null nothing\n", 1, "null' is not supported here"),

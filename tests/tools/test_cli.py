@@ -379,6 +379,7 @@ def test_an_import_that_does_not_end_holds_sigterm_up_for_no_longer_than_a_momen
 def test_ctrl_c_before_the_command_line_is_there_prints_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job starts with it ignored
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'shared.errors':\n            os.kill(os.getpid(), signal.SIGINT)\n"

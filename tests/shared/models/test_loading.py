@@ -317,7 +317,7 @@ def test_code_of_a_tokenizer_never_runs_unasked(models, tmp_path):
     says = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", "code.Own"]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(says))
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
+    with pytest.raises(ModelError, match="the tokenizer brings Python of its own, which runs only where"):
         load_tokenizer(tmp_path, trust_remote_code=False)
     assert not (tmp_path / "ran").exists()
 
