@@ -137,4 +137,4 @@ def test_every_example_of_a_page_is_part_of_a_recipe_that_loads(block: str) -> N
             (stage if key in Stage.model_fields else stage["losses"][0])[key] = example[key]
         if "evaluate" in whole:
             recipe["evaluate"].setdefault("models", ["teacher", "base", "kd"])
-        Recipe.model_validate(recipe)
+        assert Recipe.model_validate(recipe).model_fields_set >= whole
